@@ -1,0 +1,58 @@
+"""openwu: functional memory for frozen foundation models. A generator reads a request and writes a LoRA adapter for it.
+
+The public names are imported on first use, so that `import openwu` and `openwu --help` stay instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openwu.adapter.inject import AdapterHandle, attach
+    from openwu.config import GeneratorConfig
+    from openwu.editor import Editor
+    from openwu.errors import OpenwuError
+    from openwu.generator.model import ParameterGenerator
+    from openwu.types import Adapter, Condition, EditRequest, EditResult, Target
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Adapter": "openwu.types",
+    "AdapterHandle": "openwu.adapter.inject",
+    "Condition": "openwu.types",
+    "EditRequest": "openwu.types",
+    "EditResult": "openwu.types",
+    "Editor": "openwu.editor",
+    "GeneratorConfig": "openwu.config",
+    "OpenwuError": "openwu.errors",
+    "ParameterGenerator": "openwu.generator.model",
+    "Target": "openwu.types",
+    "attach": "openwu.adapter.inject",
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterHandle",
+    "Condition",
+    "EditRequest",
+    "EditResult",
+    "Editor",
+    "GeneratorConfig",
+    "OpenwuError",
+    "ParameterGenerator",
+    "Target",
+    "__version__",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'openwu' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,30 @@
+"""The errors that openwu raises on purpose; the command line prints them as one line, without a traceback.
+
+Every message says what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class OpenwuError(Exception):
+    """Base of every error that a user can cause and can mend."""
+
+
+class PictureError(OpenwuError):
+    """A picture that cannot be read, is of a kind that is not supported, or cannot be written."""
+
+
+class InstructionError(OpenwuError):
+    """An instruction that is empty, too long, or not text."""
+
+
+class CheckpointError(OpenwuError):
+    """A folder of weights whose files, keys, shapes or config fields are not as specified."""
+
+
+class TargetError(OpenwuError):
+    """An adapter's targets and a model's modules do not fit: missing, unexpected, unreached or of another shape."""
+
+
+class DatasetError(OpenwuError):
+    """Training data with a broken line, a missing picture or a target of another size."""

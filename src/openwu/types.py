@@ -1,0 +1,195 @@
+"""The nouns of openwu, in the order in which a request meets them: EditRequest -> Condition -> Target -> Adapter -> EditResult.
+
+Imports nothing else of ours. Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts,
+A_dim / B_dim the input and output width of one adapted weight.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from openwu.errors import OpenwuError, TargetError
+
+Picture = str | Path | Image.Image
+"""What a user may pass as an image: a path or an opened PIL image."""
+
+ADAPTER_WRITERS: dict[str, str] = {
+    "openwu": "openwu.adapter.export:save_native",
+    "peft": "openwu.adapter.export:save_peft",
+}
+"""Format name -> "module:function" that writes an adapter folder. One line adds a format."""
+
+ADAPTER_READER = "openwu.adapter.export:load_adapter"
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One edit that somebody asks for."""
+
+    images: Sequence[Picture]
+    """The picture to edit, first; reference pictures after it."""
+    instruction: str
+    """What to do, in English or Chinese."""
+    strength: float = 1.0
+    """Factor on the adapter: 0 leaves the base alone, negative values reverse, values above 1 exaggerate."""
+    seed: int = 0
+    """Seed of everything random in this edit (the embedded model draws nothing; sampling base models do)."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the parameter generator reads."""
+
+    tokens: Tensor
+    """[b, L, input_dim]"""
+    mask: Tensor | None = None
+    """[b, L] bool, True where a token is real; None when every token is."""
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight of the base model that receives a low-rank update. Its module's type decides the arithmetic."""
+
+    name: str
+    """Path of the module in the base model; for experts, the path of their container + "." + weight name."""
+    in_dim: int
+    """A_dim: width of one input row (a convolution's in_channels * kernel height * kernel width)."""
+    out_dim: int
+    """B_dim: width of one output row (a convolution's out_channels)."""
+    experts: int | None = None
+    """E for a weight that every expert of a mixture has; None for a plain one."""
+
+    def shapes(self, batch: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A `[b, (E,) r, A_dim]` and B `[b, (E,) B_dim, r]`."""
+        lead = (batch,) if self.experts is None else (batch, self.experts)
+        return (*lead, rank, self.in_dim), (*lead, self.out_dim, rank)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A batch of generated LoRA adapters, one per sample: `y = W x + scale * B (A x)` with each sample's own A and B."""
+
+    targets: tuple[Target, ...]
+    weights: Mapping[str, tuple[Tensor, Tensor]] = field(repr=False)
+    """Target name -> (A `[b, (E,) r, A_dim]`, B `[b, (E,) B_dim, r]`)."""
+    scale: float
+    """alpha / rank"""
+
+    def __post_init__(self) -> None:
+        names = [target.name for target in self.targets]
+        missing, unexpected = sorted(set(names) - set(self.weights)), sorted(set(self.weights) - set(names))
+        if missing or unexpected or not names:
+            raise TargetError(f"adapter: weights do not fit targets; missing {missing}, unexpected {unexpected}")
+        batch, rank = self.batch, self.rank
+        for target in self.targets:
+            came = tuple(tuple(part.shape) for part in self.weights[target.name])
+            expected = target.shapes(batch, rank)
+            if came != expected:
+                raise TargetError(f"adapter: {target.name}: expected A and B of shapes {expected}, got {came}")
+
+    @property
+    def batch(self) -> int:
+        """Number of samples b, each with its own A and B."""
+        return self.weights[self.targets[0].name][0].shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.weights[self.targets[0].name][0].shape[-2]
+
+    @property
+    def parameters_per_sample(self) -> int:
+        """How many generated numbers one sample's adapter holds."""
+        return sum(a[0].numel() + b[0].numel() for a, b in self.weights.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`{target}.lora_A` `[b, (E,) r, A_dim]` and `{target}.lora_B` `[b, (E,) B_dim, r]`, without the scale."""
+        flat: dict[str, Tensor] = {}
+        for name, (a, b) in self.weights.items():
+            flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = a, b
+        return flat
+
+    def scaled(self, strength: float | Sequence[float] | Tensor) -> Adapter:
+        """The same adapter at another strength: one factor for all samples, or one for each of the b samples."""
+        factor = torch.as_tensor(strength, dtype=torch.float32)
+        if factor.ndim > 1 or (factor.ndim == 1 and factor.shape[0] not in (1, self.batch)):
+            raise ValueError(f"strength: expected one number or {self.batch}, got shape {tuple(factor.shape)}")
+        if not bool(torch.isfinite(factor).all()):
+            raise ValueError(f"strength: expected finite numbers, got {strength}")
+        return self._map_b(lambda b: b * factor.reshape(-1, *[1] * (b.ndim - 1)).to(b))
+
+    def select(self, samples: Sequence[int] | Tensor) -> Adapter:
+        """The adapters of some samples, in the order given (repeats allowed)."""
+        index = torch.as_tensor(samples, dtype=torch.long)
+        pick = {name: (a[index.to(a.device)], b[index.to(b.device)]) for name, (a, b) in self.weights.items()}
+        return replace(self, weights=pick)
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
+        """Move or cast every tensor, as `torch.Tensor.to` does."""
+        moved = {name: (a.to(*args, **kwargs), b.to(*args, **kwargs)) for name, (a, b) in self.weights.items()}
+        return replace(self, weights=moved)
+
+    def detach(self) -> Adapter:
+        return replace(self, weights={name: (a.detach(), b.detach()) for name, (a, b) in self.weights.items()})
+
+    def save_pretrained(self, folder: str | Path, format: str = "openwu") -> None:
+        """Write an adapter folder. `format`: a key of `ADAPTER_WRITERS`; foreign formats hold one sample."""
+        if format not in ADAPTER_WRITERS:
+            raise OpenwuError(f"format: expected one of {sorted(ADAPTER_WRITERS)}, got {format!r}")
+        _resolve(ADAPTER_WRITERS[format])(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Adapter:
+        """Read a folder that `save_pretrained` wrote, in any of its formats."""
+        adapter = _resolve(ADAPTER_READER)(Path(folder))
+        assert isinstance(adapter, cls)
+        return adapter
+
+    @staticmethod
+    def stack(adapters: Sequence[Adapter]) -> Adapter:
+        """Join the samples of several adapters (same targets, rank and scale) into one batch."""
+        if not adapters:
+            raise ValueError("adapters: expected at least one, got none")
+        first = adapters[0]
+        for other in adapters[1:]:
+            if (other.targets, other.rank, other.scale) != (first.targets, first.rank, first.scale):
+                raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
+        joined = {
+            name: (
+                torch.cat([adapter.weights[name][0] for adapter in adapters]),
+                torch.cat([adapter.weights[name][1] for adapter in adapters]),
+            )
+            for name in first.weights
+        }
+        return replace(first, weights=joined)
+
+    def _map_b(self, change: Any) -> Adapter:
+        return replace(self, weights={name: (a, change(b)) for name, (a, b) in self.weights.items()})
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What comes back."""
+
+    image: Image.Image
+    adapter: Adapter = field(repr=False)
+    """The adapter of this request alone (b = 1), before `strength`."""
+    timings: Mapping[str, float]
+    """Stage -> seconds: read, condition, generate, edit."""
+
+
+def _resolve(path: str) -> Any:
+    """ "module:name" -> the object, imported on first use."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
