@@ -1,0 +1,94 @@
+"""The low-rank update in plain torch: a module's output y and input x enter, `y + scale * B (A x)` leaves.
+
+Every function returns a new tensor of y's shape and dtype and is differentiable in y, x, a and b. A is applied in x's dtype and B in y's,
+so an adapter may be stored in another dtype than the model computes in.
+
+Shapes: n rows of a module's input, each with its own A and B, or s = 1 pair shared by all rows (never expanded); r LoRA rank;
+t routed tokens; c / o channels in and out; kh, kw kernel height and width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_linear(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Linear module: y `[n, ..., out]`, x `[n, ..., in]`, a `[n or 1, r, in]`, b `[n or 1, out, r]`."""
+    a = a.to(x.dtype)
+    if a.shape[0] == 1:
+        return _add_up(y, x @ a[0].t(), b, scale)
+    rows = a.shape[0]
+    return _add_up(y, torch.bmm(x.reshape(rows, -1, x.shape[-1]), a.transpose(1, 2)), b, scale)
+
+
+def add_conv(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+) -> Tensor:
+    """Convolution: y `[n, o, h', w']`, x `[n, c, h, w]`, a `[n or 1, r, c, kh, kw]`, b `[n or 1, o, r]`.
+
+    A is a convolution like the module's own, B a 1x1 convolution. y keeps its memory format.
+    """
+    a = a.to(x.dtype)
+    if a.shape[3:] == (1, 1) and padding in ((0, 0), "valid", "same"):
+        down = _pointwise(x[:, :, :: stride[0], :: stride[1]], a.flatten(2))
+    else:
+        # One convolution per row: on a CPU several times faster, forward and backward, than one grouped convolution or unfolded
+        # patches. `split`, not indexing: the gradient of n indexings writes n tensors as large as x.
+        rows = (x,) if a.shape[0] == 1 else x.split(1)
+        parts = [
+            F.conv2d(row, own[0], None, stride, padding, dilation) for row, own in zip(rows, a.split(1), strict=True)
+        ]
+        down = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if _channels_last(y):
+        return _add_up(y.permute(0, 2, 3, 1), down.permute(0, 2, 3, 1), b, scale).permute(0, 3, 1, 2)
+    b = b.to(y.dtype).expand(len(y), -1, -1)
+    return torch.baddbmm(y.flatten(2), b, down.to(y.dtype).flatten(2), alpha=scale).view(y.shape)
+
+
+def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, sample_t: Tensor) -> Tensor:
+    """One expert's linear on routed tokens: y `[t, out]`, x `[t, in]`, a `[s, r, in]`, b `[s, out, r]`, sample_t `[t]`.
+
+    A token of sample -1 is left alone. Every token goes through all s A's side by side, and what is not its own is set to zero before
+    the B's: no shape depends on the routing, so nothing waits for the device.
+    """
+    samples, rank = a.shape[:2]
+    down = (x @ a.to(x.dtype).flatten(0, 1).t()).view(-1, samples, rank)
+    own_ts = sample_t[:, None] == torch.arange(samples, device=sample_t.device)
+    down = torch.where(own_ts[:, :, None], down, 0.0).flatten(1)
+    return torch.addmm(y, down.to(y.dtype), b.to(y.dtype).transpose(1, 2).flatten(0, 1), alpha=scale)
+
+
+def _add_up(y: Tensor, down: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y `[n, ..., out]` + scale * b `[n or 1, out, r]` applied to down `[n, ..., r]`, added inside the matrix product."""
+    b, down = b.to(y.dtype), down.to(y.dtype)
+    if b.shape[0] == 1:
+        flat_y, flat_down = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
+        return torch.addmm(flat_y, flat_down, b[0].t(), alpha=scale).view(y.shape)
+    rows = b.shape[0]
+    flat_y, flat_down = y.reshape(rows, -1, y.shape[-1]), down.reshape(rows, -1, down.shape[-1])
+    return torch.baddbmm(flat_y, flat_down, b.transpose(1, 2), alpha=scale).view(y.shape)
+
+
+def _pointwise(x: Tensor, a: Tensor) -> Tensor:
+    """x `[n, c, h, w]`, a `[n or 1, r, c]` -> `[n, r, h, w]`, in x's memory format."""
+    if _channels_last(x):
+        x_nhwc = x.permute(0, 2, 3, 1)
+        if a.shape[0] == 1:
+            return (x_nhwc @ a[0].t()).permute(0, 3, 1, 2)
+        down = torch.bmm(x_nhwc.flatten(1, 2), a.transpose(1, 2))
+        return down.view(*x_nhwc.shape[:3], -1).permute(0, 3, 1, 2)
+    return torch.bmm(a.expand(len(x), -1, -1), x.flatten(2)).view(len(x), -1, *x.shape[2:])
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels of x `[n, c, h, w]` lie next to one another; a strided slice of such a tensor counts too."""
+    return x.stride(1) == 1
