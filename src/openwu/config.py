@@ -1,0 +1,333 @@
+"""The shape of a parameter generator: `config.json` or keyword arguments go in, a checked `GeneratorConfig` comes out.
+
+The JSON form with the keys `num_base_model_layers`, `prefix` and `pg_mapping` is the released one and describes one
+group of identical base layers. A base whose layers differ in width has several groups; its JSON holds a list `groups`
+instead. Every check collects all problems first and raises them together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from openwu.errors import OpenwuError
+
+MODEL_TYPE = "parameter_generator"
+RELEASED_GROUP = "layers"
+"""Name of the one group that the released JSON form describes without naming it."""
+
+_NUMBERS = ("rank", "alpha", "token_dim", "input_dim", "d_model", "head_dim", "dim_accumulation", "num_pg_layers")
+_RELEASED_GROUP_KEYS = ("num_base_model_layers", "prefix", "pg_mapping")
+_GROUP_KEYS = ("name", *_RELEASED_GROUP_KEYS)
+_BOOKKEEPING = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"})
+"""Keys that other libraries write beside the fields; kept and written back, like every key that starts with "_"."""
+
+
+class ConfigError(OpenwuError, ValueError):
+    """Fields that are missing, unknown, of the wrong type or do not fit one another; `problems` lists all of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("generator config: " + "; ".join(self.problems))
+
+
+@dataclass(frozen=True)
+class PlainTarget:
+    """One weight in every layer of a group."""
+
+    name: str
+    """Path inside the layer, e.g. `self_attn.o_proj`; inside a `GroupedTarget`, the weight's name, e.g. `w1`."""
+    in_dim: int
+    """Width of one input row (`lora_A_dim`; a convolution's in_channels * kernel height * kernel width)."""
+    out_dim: int
+    """Width of one output row (`lora_B_dim`)."""
+
+    def __post_init__(self) -> None:
+        problems = _name_problems("target name", self.name)
+        problems += _count_problems(f"{self.name}: lora_A_dim", self.in_dim)
+        problems += _count_problems(f"{self.name}: lora_B_dim", self.out_dim)
+        _raise_if(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"lora_A_dim": self.in_dim, "lora_B_dim": self.out_dim}
+
+
+@dataclass(frozen=True)
+class GroupedTarget:
+    """The weights of a mixture of experts: every sub-weight exists once per expert."""
+
+    name: str
+    """Path of the experts' container inside the layer, e.g. `mlp.experts`."""
+    num_experts: int
+    """E, the leading axis of every generated A and B of this target."""
+    weights: tuple[PlainTarget, ...]
+    """The sub-weights, in order; each becomes the target `name.weight`."""
+
+    def __post_init__(self) -> None:
+        problems = _name_problems("target name", self.name)
+        problems += _count_problems(f"{self.name}: num_experts", self.num_experts)
+        if not self.weights:
+            problems.append(f"{self.name}: sub_weights: expected at least one weight, got none")
+        _raise_if(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        weights = {weight.name: weight.to_dict() for weight in self.weights}
+        return {"type": "grouped", "num_experts": self.num_experts, "sub_weights": weights}
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Base layers that are alike: same targets, same widths."""
+
+    prefix: str
+    """Path in front of the layer index, e.g. `model.layers.`; with `indexed=False`, in front of the target itself."""
+    num_layers: int
+    """n, how many base layers the group has (`num_base_model_layers`)."""
+    targets: tuple[PlainTarget | GroupedTarget, ...]
+    """What receives an adapter in each layer, in the order in which its tokens stand."""
+    name: str = RELEASED_GROUP
+    """Names the group's parameters; no dots. The default belongs to the released form, which has one unnamed group."""
+    indexed: bool = True
+    """True: a weight's path is prefix + index + "." + target. False, for one layer only: prefix + target."""
+
+    def __post_init__(self) -> None:
+        written = {"name": self.name, "prefix": self.prefix, "num_base_model_layers": self.num_layers}
+        problems = _layer_problems({**written, "indexed": self.indexed})
+        if not self.targets:
+            problems.append("pg_mapping: expected at least one target, got none")
+        _raise_if(problems)
+
+    def layer_path(self, layer: int) -> str:
+        """What stands in front of a target's name in this layer, its dot included."""
+        return f"{self.prefix}{layer}." if self.indexed else self.prefix
+
+    def weights(self) -> Iterator[tuple[str, int, int, int | None]]:
+        """(name inside the layer, in_dim, out_dim, experts) of every weight of one layer, grouped targets expanded."""
+        for target in self.targets:
+            if isinstance(target, PlainTarget):
+                yield target.name, target.in_dim, target.out_dim, None
+            else:
+                for weight in target.weights:
+                    yield f"{target.name}.{weight.name}", weight.in_dim, weight.out_dim, target.num_experts
+
+    def to_dict(self) -> dict[str, Any]:
+        written: dict[str, Any] = {
+            "name": self.name,
+            "num_base_model_layers": self.num_layers,
+            "prefix": self.prefix,
+            "pg_mapping": {target.name: target.to_dict() for target in self.targets},
+        }
+        return written if self.indexed else {**written, "indexed": False}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerGroup:
+        problems = _key_problems("group", data, required=_GROUP_KEYS, optional=("indexed",)) + _layer_problems(data)
+        targets = _read_targets(data["pg_mapping"], problems) if "pg_mapping" in data else ()
+        _raise_if(problems)
+        name, layers = data["name"], data["num_base_model_layers"]
+        return cls(data["prefix"], layers, targets, name=name, indexed=data.get("indexed", True))
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything that decides which function a parameter generator computes, apart from its weights."""
+
+    rank: int
+    """r, rows of a generated A and columns of a generated B."""
+    alpha: float
+    """Numerator of the adapter's scale, alpha / rank."""
+    token_dim: int
+    """Width of one row of a parameter token; a token is rank rows. `output_dim` in JSON is the same number."""
+    input_dim: int
+    """Width of one condition token."""
+    d_model: int
+    """d, the generator's width."""
+    head_dim: int
+    """D, width of one of the d_model / head_dim attention heads; a multiple of 4 (two rotary axes of pairs)."""
+    dim_accumulation: int
+    """a, how many rows of a token are folded into one sequence position; divides rank and d_model."""
+    num_pg_layers: int
+    """Number of generator blocks."""
+    groups: tuple[LayerGroup, ...]
+    """The base layers that receive an adapter; one group unless layers differ in width."""
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Keys of a loaded `config.json` that do not touch the function (`architectures`, ...); written back on save."""
+
+    def __post_init__(self) -> None:
+        _raise_if(_number_problems({name: getattr(self, name) for name in _NUMBERS}) + _group_problems(self.groups))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def is_released_form(self) -> bool:
+        """True where one unnamed, indexed group suffices, so that config.json and weights have the released names."""
+        return len(self.groups) == 1 and self.groups[0].name == RELEASED_GROUP and self.groups[0].indexed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `config.json` holds them."""
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        written = {**self.extra, "model_type": MODEL_TYPE, **numbers, "output_dim": self.token_dim}
+        if self.is_released_form:
+            group = self.groups[0].to_dict()
+            return {**written, **{key: group[key] for key in _RELEASED_GROUP_KEYS}}
+        return {**written, "groups": [group.to_dict() for group in self.groups]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GeneratorConfig:
+        """Read what `to_dict` or the released checkpoint wrote; one `ConfigError` names every problem."""
+        if not isinstance(data, Mapping):
+            raise ConfigError([f"expected an object with fields, got {type(data).__name__}"])
+        extra = {key: value for key, value in data.items() if key in _BOOKKEEPING or str(key).startswith("_")}
+        fields = {key: value for key, value in data.items() if key not in extra}
+        group_keys = ("groups",) if "groups" in fields else _RELEASED_GROUP_KEYS
+        problems = _key_problems("config", fields, (*_NUMBERS, "output_dim"), optional=("model_type", *group_keys))
+        if fields.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+            problems.append(f"model_type: expected {MODEL_TYPE!r}, got {fields['model_type']!r}")
+        numbers = {name: fields[name] for name in _NUMBERS if name in fields}
+        problems += _number_problems(numbers)
+        if {"token_dim", "output_dim"} <= set(fields) and fields["output_dim"] != fields["token_dim"]:
+            problems.append(f"output_dim: expected token_dim ({fields['token_dim']!r}), got {fields['output_dim']!r}")
+        groups = _read_groups(fields, problems)
+        _raise_if(problems)
+        return cls(**numbers, groups=groups, extra=extra)
+
+
+def _read_groups(fields: Mapping[str, Any], problems: list[str]) -> tuple[LayerGroup, ...]:
+    entries = fields.get("groups")
+    if "groups" not in fields:
+        entries = [{"name": RELEASED_GROUP, **{key: fields[key] for key in _RELEASED_GROUP_KEYS if key in fields}}]
+    elif not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        problems.append(f"groups: expected a list of objects, got {entries!r}")
+        return ()
+    groups = []
+    for number, entry in enumerate(entries):
+        try:
+            groups.append(LayerGroup.from_dict(entry))
+        except ConfigError as error:
+            where = f"groups[{number}]: " if "groups" in fields else ""
+            problems += [where + problem for problem in error.problems]
+    return tuple(groups)
+
+
+def _read_targets(mapping: Any, problems: list[str]) -> tuple[PlainTarget | GroupedTarget, ...]:
+    if not isinstance(mapping, Mapping):
+        problems.append(f"pg_mapping: expected an object target -> widths, got {mapping!r}")
+        return ()
+    targets: list[PlainTarget | GroupedTarget] = []
+    for name, entry in mapping.items():
+        if not (isinstance(entry, Mapping) and "type" in entry):
+            targets += _read_plain(name, entry, problems)
+            continue
+        if entry["type"] != "grouped":
+            problems.append(f"{name}: type: expected 'grouped' or no type, got {entry['type']!r}")
+            continue
+        problems += _key_problems(name, entry, required=("type", "num_experts", "sub_weights"))
+        sub_weights = entry.get("sub_weights", {})
+        if not isinstance(sub_weights, Mapping):
+            problems.append(f"{name}: sub_weights: expected an object weight -> widths, got {sub_weights!r}")
+            continue
+        weights = [weight for sub, widths in sub_weights.items() for weight in _read_plain(sub, widths, problems)]
+        # Sub-weights with problems of their own were reported; do not report the empty remainder as well.
+        if len(weights) == len(sub_weights) and {"num_experts", "sub_weights"} <= set(entry):
+            try:
+                targets.append(GroupedTarget(name, entry["num_experts"], tuple(weights)))
+            except ConfigError as error:
+                problems += error.problems
+    return tuple(targets)
+
+
+def _read_plain(name: str, entry: Any, problems: list[str]) -> list[PlainTarget]:
+    """The target, or nothing where its entry has problems."""
+    if not isinstance(entry, Mapping):
+        problems.append(f"{name}: expected an object with lora_A_dim and lora_B_dim, got {entry!r}")
+        return []
+    found = _key_problems(name, entry, required=("lora_A_dim", "lora_B_dim"))
+    if not {"lora_A_dim", "lora_B_dim"} <= set(entry):
+        problems += found
+        return []
+    try:
+        target = PlainTarget(name, entry["lora_A_dim"], entry["lora_B_dim"])
+    except ConfigError as error:
+        found += error.problems
+    problems += found
+    return [] if found else [target]
+
+
+def _number_problems(numbers: Mapping[str, Any]) -> list[str]:
+    """Problems of the fields that are there; a relation is checked only between fields that are sound by themselves."""
+    problems = []
+    for name, value in numbers.items():
+        if name != "alpha":
+            problems += _count_problems(name, value)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            problems.append(f"alpha: expected a positive number, got {value!r}")
+    sound = {name: value for name, value in numbers.items() if not _count_problems(name, value)}
+    for name, divisor in (("d_model", "head_dim"), ("d_model", "dim_accumulation"), ("rank", "dim_accumulation")):
+        if name in sound and divisor in sound and sound[name] % sound[divisor]:
+            problems.append(f"{name}: expected a multiple of {divisor} ({sound[divisor]}), got {sound[name]}")
+    if sound.get("head_dim", 4) % 4:
+        problems.append(f"head_dim: expected a multiple of 4 (two rotary axes of pairs), got {sound['head_dim']}")
+    return problems
+
+
+def _layer_problems(fields: Mapping[str, Any]) -> list[str]:
+    """Problems of a group's own fields, of those that are there."""
+    problems = []
+    if "name" in fields:
+        problems += _name_problems("group name", fields["name"], dots=False)
+    if not isinstance(fields.get("prefix", ""), str):
+        problems.append(f"prefix: expected text, got {fields['prefix']!r}")
+    layers, indexed = fields.get("num_base_model_layers", 1), fields.get("indexed", True)
+    problems += _count_problems("num_base_model_layers", layers)
+    if not isinstance(indexed, bool):
+        problems.append(f"indexed: expected true or false, got {indexed!r}")
+    elif not indexed and layers != 1:
+        problems.append(f"indexed: expected true for more than one layer, got false with {layers!r} layers")
+    return problems
+
+
+def _group_problems(groups: Sequence[LayerGroup]) -> list[str]:
+    if not groups:
+        return ["groups: expected at least one group of base layers, got none"]
+    names = Counter(group.name for group in groups)
+    problems = [f"groups: expected different names, got {name!r} twice" for name in names if names[name] > 1]
+    paths = Counter(
+        group.layer_path(layer) + weight[0]
+        for group in groups
+        for layer in range(group.num_layers)
+        for weight in group.weights()
+    )
+    return problems + [f"groups: expected different targets, got {path!r} twice" for path in paths if paths[path] > 1]
+
+
+def _key_problems(
+    where: str, data: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()
+) -> list[str]:
+    problems = [f"{where}: missing field {key!r}" for key in required if key not in data]
+    known = {*required, *optional}
+    return problems + [
+        f"{where}: unknown field {key!r} (remove it, or mend its spelling)" for key in data if key not in known
+    ]
+
+
+def _count_problems(name: str, value: Any) -> list[str]:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return []
+    return [f"{name}: expected a whole number above 0, got {value!r}"]
+
+
+def _name_problems(what: str, name: Any, *, dots: bool = True) -> list[str]:
+    parts = name.split(".") if isinstance(name, str) else [""]
+    if all(parts) and (dots or len(parts) == 1):
+        return []
+    return [f"{what}: expected {'a dotted path' if dots else 'text without dots'}, got {name!r}"]
+
+
+def _raise_if(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,264 @@
+"""Folders of generator weights: `config.json` + safetensors go in, a module with its weights comes out, or the reverse.
+
+The format is that of the released checkpoint, names included: `model.safetensors`, or several files and
+`model.safetensors.index.json`. Never pickle. Loading builds the module without memory (meta device), compares every
+name, shape and dtype from the files' headers, raises all problems in one `CheckpointError`, and only then fills the
+module tensor by tensor, so that it never exists twice. Saving writes everything to a temporary folder and renames it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from openwu.config import RELEASED_GROUP, ConfigError, GeneratorConfig
+from openwu.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class _Entry(NamedTuple):
+    """What a file's header says about one tensor."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Stored(NamedTuple):
+    """What the headers of a folder's weight files say."""
+
+    entries: dict[str, _Entry]
+    placed: dict[str, str]
+    """Tensor name -> file, from the index; empty where one file holds everything."""
+    unreadable: frozenset[str]
+    """Files whose contents are unknown."""
+
+
+def written_name(name: str, config: GeneratorConfig) -> str:
+    """A parameter's name in the module -> its name in the files."""
+    if name.startswith("hidden_in."):
+        return name
+    return "model." + (name.removeprefix(f"groups.{RELEASED_GROUP}.") if config.is_released_form else name)
+
+
+def load_generator(
+    folder: Path, build: Callable[[GeneratorConfig], Module], *, dtype: torch.dtype | None, device: torch.device
+) -> Module:
+    """Build the module that `config.json` describes and fill it from the folder's safetensors."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: expected a folder with {CONFIG_FILE} and safetensors, got a "
+            f"{'file' if folder.exists() else 'path that does not exist'}; download the checkpoint and pass its folder"
+        )
+    problems: list[str] = []
+    config = _read_config(folder, problems)
+    stored = _read_headers(folder, problems)
+    if config is None:
+        raise _error(folder, problems)
+    with torch.device("meta"):
+        module = build(config)
+    own_names = {written_name(name, config): name for name in module.state_dict()}
+    expected = {written: tuple(module.get_parameter(name).shape) for written, name in own_names.items()}
+    problems += _name_problems(expected, stored) + _tensor_problems(expected, stored.entries, dtype)
+    if problems:
+        raise _error(folder, problems)
+    for file in sorted({entry.file for entry in stored.entries.values()}):
+        with safe_open(folder / file, "pt") as shard:
+            # A copy even where nothing changes: the file's pages are only mapped, and it may be replaced later.
+            state = {
+                own_names[name]: shard.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+                for name, entry in stored.entries.items()
+                if entry.file == file
+            }
+        module.load_state_dict(state, strict=False, assign=True)
+    return module
+
+
+def save_generator(module: nn.Module, config: GeneratorConfig, folder: Path, max_shard_size: int) -> None:
+    """Write the folder that `load_generator` reads. Until everything is on the disk, nothing in `folder` changes."""
+    if max_shard_size <= 0:
+        raise ValueError(f"max_shard_size: expected a number of bytes above 0, got {max_shard_size}")
+    tensors = {written_name(name, config): tensor for name, tensor in module.state_dict().items()}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise CheckpointError(f"{folder}: expected weights to save, got a generator on the meta device")
+    existed = folder.is_dir()
+    hidden = f".{folder.name}-{uuid.uuid4().hex}.saving"
+    staging = folder / hidden if existed else folder.with_name(hidden)
+    try:
+        staging.mkdir(parents=True)
+        _write(staging, tensors, config, max_shard_size)
+        if existed:
+            _move_in(staging, folder)
+        else:
+            staging.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _read_config(folder: Path, problems: list[str]) -> GeneratorConfig | None:
+    try:
+        return GeneratorConfig.from_dict(_read_json(folder / CONFIG_FILE))
+    except ConfigError as error:
+        problems += [f"{CONFIG_FILE}: {problem}" for problem in error.problems]
+    except (OSError, ValueError) as error:
+        problems.append(f"{CONFIG_FILE}: expected a readable JSON file, got {error}")
+    return None
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_headers(folder: Path, problems: list[str]) -> _Stored:
+    placed = _read_index(folder, problems) if (folder / INDEX_FILE).exists() else {}
+    single = (folder / WEIGHTS_FILE).exists()
+    if single and (folder / INDEX_FILE).exists():
+        problems.append(f"expected {WEIGHTS_FILE} or {INDEX_FILE}, got both; remove the one that is out of date")
+    elif not single and not (folder / INDEX_FILE).exists():
+        problems.append(f"expected {WEIGHTS_FILE}, or {INDEX_FILE} and its files, got neither (pickles are not read)")
+    entries: dict[str, _Entry] = {}
+    unreadable = set()
+    for file in sorted(set(placed.values())) or [WEIGHTS_FILE] * single:
+        try:
+            with safe_open(folder / file, "pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                    if name in entries:
+                        problems.append(f"{name}: expected in one file, got it in {entries[name].file} and {file}")
+                    header = shard.get_slice(name)
+                    entries[name] = _Entry(file, tuple(header.get_shape()), header.get_dtype())
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{file}: expected a complete safetensors file, got {error}")
+            unreadable.add(file)
+    if not entries and not unreadable:
+        unreadable.add(WEIGHTS_FILE)
+    return _Stored(entries, placed, frozenset(unreadable))
+
+
+def _read_index(folder: Path, problems: list[str]) -> dict[str, str]:
+    try:
+        index = _read_json(folder / INDEX_FILE)
+    except (OSError, ValueError) as error:
+        problems.append(f"{INDEX_FILE}: expected a readable JSON file, got {error}")
+        return {}
+    placed = index.get("weight_map") if isinstance(index, Mapping) else None
+    if not isinstance(placed, dict) or not placed:
+        problems.append(f"{INDEX_FILE}: expected an object weight_map tensor -> file, got {placed!r}")
+        return {}
+    sound = {}
+    for name, file in placed.items():
+        if isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file:
+            sound[name] = file
+        else:
+            problems.append(f"{INDEX_FILE}: {name}: expected the name of a safetensors file, got {file!r}")
+    return sound
+
+
+def _name_problems(expected: Mapping[str, Any], stored: _Stored) -> list[str]:
+    problems = []
+    absent = [name for name in expected if name not in stored.entries]
+    if stored.placed:
+        lost = [name for name in absent if stored.placed.get(name, "") not in {"", *stored.unreadable}]
+        problems += [f"{stored.placed[name]}: {name} is missing, which the index places there" for name in lost]
+        unlisted = [name for name in expected if name not in stored.placed]
+        if unlisted:
+            problems.append(f"{INDEX_FILE}: missing entries: {', '.join(unlisted)}")
+    elif absent and not stored.unreadable:
+        problems.append(f"missing tensors: {', '.join(absent)}")
+    unexpected = sorted({*stored.entries, *stored.placed} - set(expected))
+    if unexpected:
+        problems.append(f"unexpected tensors: {', '.join(unexpected)}")
+    return problems
+
+
+def _tensor_problems(
+    expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, _Entry], dtype: torch.dtype | None
+) -> list[str]:
+    problems = []
+    by_dtype: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        if name in expected and entry.shape != expected[name]:
+            problems.append(f"{name}: expected shape {list(expected[name])}, got {list(entry.shape)}")
+        if entry.dtype not in _DTYPES:
+            problems.append(f"{name}: expected one of {sorted(_DTYPES)}, got {entry.dtype}")
+        else:
+            by_dtype.setdefault(entry.dtype, []).append(name)
+    if len(by_dtype) > 1 and dtype is None:
+        found = "; ".join(f"{code} ({', '.join(names)})" for code, names in sorted(by_dtype.items()))
+        problems.append(f"expected one dtype for all tensors, or `dtype=` to convert them, got {found}")
+    return problems
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: GeneratorConfig, max_shard_size: int) -> None:
+    fields = config.to_dict()
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    fields |= {key: dtype for key in ("dtype", "torch_dtype") if key in fields}
+    _write_json(folder / CONFIG_FILE, fields)
+    shards = _shards(tensors, max_shard_size)
+    files = [WEIGHTS_FILE]
+    if len(shards) > 1:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file, shard in zip(files, shards, strict=True):
+        save_file({name: tensors[name].cpu().contiguous() for name in shard}, folder / file, {"format": "pt"})
+        # safetensors creates files that only their owner may read; give them the same rights as the config.
+        (folder / file).chmod((folder / CONFIG_FILE).stat().st_mode)
+    for path in folder.iterdir():
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Mapping[str, Tensor], max_size: int) -> list[list[str]]:
+    """Tensor names in order, cut so that no file exceeds `max_size` bytes unless a single tensor does."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _move_in(staging: Path, folder: Path) -> None:
+    """Replace the checkpoint in `folder`, and only it, by the one in `staging`.
+
+    The config goes first and comes back last: a crash between the renames leaves a folder that is visibly incomplete,
+    never the weights of two checkpoints that look like one.
+    """
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    for stale in (folder / WEIGHTS_FILE, folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")):
+        stale.unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        path.replace(folder / path.name)
+
+
+def _error(folder: Path, problems: Iterable[str]) -> CheckpointError:
+    listed = list(problems)
+    return CheckpointError("\n- ".join([f"{folder}: {len(listed)} problem(s) in this checkpoint:", *listed]))
