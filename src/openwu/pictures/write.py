@@ -1,0 +1,169 @@
+"""Photos -> files: a `Photo` and a path enter, a whole file leaves, or a `PictureError` and nothing on the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, features
+
+from openwu.errors import PictureError
+from openwu.pictures.photo import Photo
+from openwu.pictures.read import read_picture
+
+SUFFIXES = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".avif": "AVIF",
+}
+"""Suffix of an output file -> Pillow's name of its format."""
+
+MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_536}
+"""Longest side that a format can hold, where it has a limit."""
+
+MAX_JPEG_EXIF = 65_533
+"""Bytes of EXIF that fit into a JPEG file."""
+
+
+def is_picture_suffix(path: Path) -> bool:
+    """Whether a file of this name can be written."""
+    return _format_of(path) is not None
+
+
+def default_suffix(path: Path) -> str:
+    """The suffix for an edit of this file: its own where that can be written, .png otherwise."""
+    return path.suffix if is_picture_suffix(path) else ".png"
+
+
+def check_output(path: str | Path, inputs: Iterable[str | Path] = (), *, overwrite: bool = True) -> None:
+    """Refuse an output that cannot be written or that would replace an input, before any work is done."""
+    path = Path(path)
+    if not is_picture_suffix(path):
+        known = ", ".join(sorted(SUFFIXES))
+        raise PictureError(f"{path}: expected a name that ends in one of {known}, got {path.suffix or 'no suffix'!r}")
+    try:
+        _check_place(path)
+        if not path.exists():
+            return
+        for source in inputs:
+            if Path(source).exists() and path.samefile(source):
+                raise PictureError(f"{path}: the output is the input {source}; choose another name")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PictureError(f"{path}: cannot be written: {error}; choose another name") from None
+    if path.is_dir():
+        raise PictureError(f"{path}: expected a file name, got a folder; name a file in it")
+    if not path.is_file():
+        raise PictureError(f"{path}: expected a file name, got a device or pipe; choose another name")
+    if not overwrite:
+        raise PictureError(f"{path}: already exists; choose another name or allow overwriting")
+
+
+def check_fits(path: str | Path, size: tuple[int, int], transparent: bool) -> None:
+    """Refuse a format that cannot hold the picture: too many pixels on a side, or transparency in JPEG."""
+    kind = _format_of(Path(path)) or ""
+    limit = MAX_SIDE.get(kind)
+    if limit and max(size) > limit:
+        raise PictureError(f"{path}: {kind} holds at most {limit} pixels on a side, got {max(size)}; use .png")
+    if kind == "JPEG" and transparent:
+        raise PictureError(f"{path}: JPEG cannot keep the picture's transparency; use .png or .webp")
+
+
+def write_picture(picture: Photo | Image.Image, path: str | Path) -> tuple[str, ...]:
+    """Write a picture in the format that the suffix names, replacing a file of that name in one step.
+
+    The file appears whole or not at all, and an older one stays in place until then. Returns notes on what the format
+    could not keep. The photo's profile, EXIF and DPI are written with it; a PIL image's are taken from its `info`.
+    """
+    path = Path(path)
+    check_output(path)
+    photo = picture if isinstance(picture, Photo) else read_picture(picture)
+    check_fits(path, photo.size, photo.transparent)
+    kind = SUFFIXES[path.suffix.lower()]
+    image, notes = _fit(photo, kind)
+    _write_whole(image, path.resolve(), kind, _options(image, kind, notes))
+    return tuple(notes)
+
+
+def _format_of(path: Path) -> str | None:
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        return None
+    return kind
+
+
+def _check_place(path: Path) -> None:
+    folder = path.resolve().parent
+    if not folder.exists():
+        raise PictureError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if not folder.is_dir():
+        raise PictureError(f"{path}: {path.parent} is a file, not a folder; choose another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PictureError(f"{path}: no permission to write to {path.parent}; choose another folder")
+
+
+def _fit(photo: Photo, format: str) -> tuple[Image.Image, list[str]]:
+    """The image in a mode that the format has, and notes on what that costs."""
+    image, notes = photo.to_image(), []
+    if image.mode == "I;16" and format not in ("PNG", "TIFF"):
+        image = photo.eight_bit().to_image()
+    if photo.pixels.dtype.itemsize == 2 and image.mode != "I;16":
+        notes.append("16 bits are written as 8; greyscale PNG and TIFF keep 16")
+    if format == "JPEG" and photo.alpha is not None:  # opaque everywhere, or check_fits would have refused
+        image = _without_alpha(image)
+    return image, notes
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    plain = image.convert(image.mode.removesuffix("A"))
+    plain.info = dict(image.info)
+    return plain
+
+
+def _options(image: Image.Image, format: str, notes: list[str]) -> dict[str, Any]:
+    """What Pillow's encoder is told: near-lossless quality, and the metadata, which it leaves out unless asked."""
+    options: dict[str, Any] = {name: image.info[name] for name in ("icc_profile", "exif") if name in image.info}
+    if "dpi" in image.info and format in ("JPEG", "PNG", "TIFF"):
+        options["dpi"] = image.info["dpi"]
+    if format == "JPEG":
+        options |= {"quality": 95, "subsampling": "4:4:4"}
+        if len(options.get("exif", b"")) > MAX_JPEG_EXIF:
+            del options["exif"]
+            notes.append("its EXIF data is too long for JPEG and was left out")
+    elif format == "PNG":
+        options |= {"compress_level": 4}
+    elif format == "WEBP":
+        options |= {"quality": 95, "exact": True}  # exact: colours under full transparency stay
+    elif format == "AVIF":
+        options |= {"quality": 100 if image.mode.endswith("A") else 90, "subsampling": "4:4:4"}  # 100 keeps alpha exact
+    elif format == "TIFF" and "exif" not in options:  # Pillow can write compression or EXIF blocks, not both
+        options |= {"compression": "tiff_adobe_deflate"}
+    return options
+
+
+def _write_whole(image: Image.Image, path: Path, format: str, options: dict[str, Any]) -> None:
+    """Encode into a new file beside the target, force it to the disk, and only then give it the target's name."""
+    part = path.with_name(f".openwu-{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            image.save(file, format, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise PictureError(f"{path}: the disk is full; free some space and try again") from error
+        raise PictureError(f"{path}: could not be written: {error.strerror or error}; check the disk") from error
+    except Exception as error:  # Pillow's encoders raise anything at all
+        raise PictureError(f"{path}: {format} could not encode the picture: {error}; try .png") from error
+    finally:
+        with suppress(FileNotFoundError):
+            part.unlink()
