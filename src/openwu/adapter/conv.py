@@ -1,4 +1,4 @@
-"""Convolutions: y `[n, out, h', w']` of `nn.Conv2d` enters, `y + scale * B (A * x)` leaves; A convolves like the module, B is 1x1."""
+"""Convolutions: y `[n, out, h', w']` of an `nn.Conv2d` enters, `y + scale * B (A x)` leaves; A convolves like the module, B is 1x1."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwu.adapter.linear import product
-from openwu.adapter.site import PairSite
+from openwu.adapter.site import Active, PairSite
 from openwu.errors import TargetError
 from openwu.ops import dispatch
-from openwu.types import Adapter, Target
+from openwu.types import Target
 
 
 class ConvSite(PairSite):
-    """x `[n, in, h, w]`, A `[n or 1, r, in * kh * kw]` (rows in the order of the module's weight), B `[n or 1, out, r]`."""
+    """x `[n, in, h, w]`, A `[n or 1, r, in * kh * kw]` (numbers in the order of the module's weight), B `[n or 1, out, r]`."""
+
+    module: nn.Conv2d
 
     def __init__(self, target: Target, module: nn.Conv2d) -> None:
         if module.groups != 1:
@@ -22,23 +24,23 @@ class ConvSite(PairSite):
         in_dim = module.in_channels * height * width
         if (in_dim, module.out_channels) != (target.in_dim, target.out_dim):
             raise TargetError(
-                f"{target.name}: expected a convolution {target.in_dim} -> {target.out_dim}, got "
-                f"{module.in_channels} channels * {height} * {width} = {in_dim} -> {module.out_channels}"
+                f"{target.name}: expected a convolution {target.in_dim} -> {target.out_dim}, got {module.in_channels} "
+                f"channels * {height} * {width} = {in_dim} -> {module.out_channels}"
             )
-        super().__init__(target.name, module, target)
-        self.conv = module
+        super().__init__(module, target)
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
+        x = x.to(y.device)
         a, b = self.pair(y, x)
+        conv = self.module
         if x.ndim != 4:
             raise TargetError(f"{self.path}: expected an input [n, c, h, w], got shape {tuple(x.shape)}")
-        conv = self.conv
-        padding: tuple[int, int] | str = conv.padding  # type: ignore[assignment]
+        padding: tuple[int, ...] | str = conv.padding
         if conv.padding_mode != "zeros":
             x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
-        a = a.unflatten(2, (conv.in_channels, *conv.kernel_size))
-        return dispatch.add_conv(y, x, a, b, self.scale, conv.stride, padding, conv.dilation)  # type: ignore[arg-type]
+        a = a.view(*a.shape[:2], conv.in_channels, *conv.kernel_size)
+        return dispatch.add_conv(y, x, a, b, self.scale, conv.stride, padding, conv.dilation)
 
-    def weight_delta(self, adapter: Adapter) -> Tensor:
-        a, b = adapter.weights[self.target.name]
-        return product(a[0], b[0], adapter.scale).unflatten(1, (self.conv.in_channels, *self.conv.kernel_size))
+    def weight_delta(self, active: Active) -> Tensor:
+        a, b = active.pairs[self.path, None]
+        return product(a, b, active.scale).view(self.module.weight.shape)

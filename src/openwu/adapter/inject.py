@@ -5,9 +5,15 @@
         loss = criterion(model(x))               # every sample of the batch has its own adapter
         loss.backward()                          # with gradient checkpointing: inside the scope
 
-Forward hooks add the update to the outputs of the target modules; nothing of the model is replaced, and its state-dict names stay.
-An adapter belongs to the thread that applied it: other threads that run the model meanwhile get a TargetError (compiled code cannot tell
-threads apart, so there the caller has to keep to this). Checkpointing works with `use_reentrant=False`.
+Forward hooks add the update to the outputs of the target modules; nothing of the model is replaced, its state-dict
+names stay.
+
+Checkpointing: `use_reentrant=False`, and backward inside the scope of its forward. Backward after the scope fails in
+torch ("a different number of tensors was saved"), backward in a later scope that has not run the model fails here.
+
+Threads: an adapter belongs to the thread that applied it. Another thread that runs the model meanwhile gets a
+TargetError (from code compiled with `fullgraph=True` torch's own error; compiled code that trains A and B cannot tell
+threads apart and does not check).
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import difflib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -24,8 +30,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from openwu.adapter.conv import ConvSite
+from openwu.adapter.experts import ExpertRouting, expert_sites
 from openwu.adapter.linear import LinearSite
-from openwu.adapter.site import Site
+from openwu.adapter.site import Active, Caller, Site
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 
@@ -33,23 +40,28 @@ _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules that carry a hook of some handle."""
 
 
-def attach(model: nn.Module, targets: Sequence[Target]) -> AdapterHandle:
+def attach(model: nn.Module, targets: Sequence[Target], *, routing: ExpertRouting | None = None) -> AdapterHandle:
     """Install the hooks for `targets` on `model` and return the handle that applies adapters to them.
 
     Raises one TargetError with everything that does not fit: missing modules, unsupported types, other widths.
+    `routing` is for experts in batches with several adapters.
     """
     taken = [name or type(model).__name__ for name, module in model.named_modules() if module in _attached]
     if taken:
-        raise TargetError(f"attach: {_shown(taken)} already carry adapter hooks; use that handle, or detach() it first")
-    return AdapterHandle(targets, resolve(model, targets))
+        raise TargetError(
+            f"attach: {len(taken)} modules of the model already carry adapter hooks, {taken[0]} among them; "
+            "use the handle that is there, or detach() it first"
+        )
+    return AdapterHandle(targets, resolve(model, targets, routing))
 
 
 class AdapterHandle:
-    """Hooks on one model. Use `applied` for a scope, `detach` (or the handle itself as a context) to remove the hooks."""
+    """The hooks on one model: `applied` is a scope, `detach` (or leaving the handle's own context) removes them."""
 
     def __init__(self, targets: Sequence[Target], sites: Sequence[Site]) -> None:
         self.targets = tuple(targets)
         self._sites = tuple(sites)
+        self._caller = Caller()
         self._busy = threading.Lock()
         self._hooks: list[RemovableHandle] = []
         for site in self._sites:
@@ -60,10 +72,11 @@ class AdapterHandle:
     def applied(self, adapter: Adapter, rows: Sequence[int] | Tensor | None = None) -> Iterator[None]:
         """Every forward pass inside the scope uses `adapter`.
 
-        `rows[i]` is the sample whose adapter row i of the batch gets, -1 for none; guidance passes that stack `[cond | uncond]`
-        blocks tile: `[0, 1, -1, -1]`. Default: row i is sample i, or every row the only sample.
+        `rows[i]` is the sample whose adapter row i of the batch gets, -1 for none. Guidance that stacks `[cond |
+        uncond]` blocks tiles them: `[0, 1, 0, 1]`, or `[0, 1, -1, -1]`. Default: row i has sample i, or every row has
+        the only sample.
 
-        Raises TargetError at exit, unless an exception is already on its way, when the model did not reach a target.
+        Raises TargetError at exit when the model did not reach a target, unless another exception is on its way.
         """
         if not self._hooks:
             raise TargetError("applied: the handle is detached; attach to the model again")
@@ -71,14 +84,17 @@ class AdapterHandle:
         samples = _samples(adapter, rows)
         if not self._busy.acquire(blocking=False):
             raise TargetError(
-                "applied: this handle already applies an adapter; scopes of one handle do not nest or run in parallel"
+                "applied: this handle is applying an adapter already; its scopes neither nest nor run in parallel"
             )
         try:
+            active = Active.of(adapter, samples, self._caller)
             for site in self._sites:
-                site.load(adapter, samples)
+                site.load(active)
+            self._caller.inside = True
             yield
             self._check_reached()
         finally:
+            self._caller.inside = False
             for site in self._sites:
                 site.clear()
             self._busy.release()
@@ -102,81 +118,76 @@ class AdapterHandle:
         self.detach()
 
     def _check_targets(self, adapter: Adapter) -> None:
-        if adapter.targets == self.targets:
-            return
         ours, theirs = set(self.targets), set(adapter.targets)
-        missing, unexpected = ours - theirs, theirs - ours
-        if missing or unexpected:
+        if ours != theirs:
             raise TargetError(
-                "applied: the adapter's targets are not those attached to the model; "
-                f"missing from the adapter: {_listed(missing)}; unexpected: {_listed(unexpected)}"
+                "applied: the adapter's targets are not those attached to the model\n"
+                f"  missing from the adapter: {_listed(ours - theirs)}\n  unexpected: {_listed(theirs - ours)}"
             )
 
     def _check_reached(self) -> None:
-        reached = {target for site in self._sites if site.reached for target in site.targets}
-        unreached = [target.name for target in self.targets if target not in reached]
-        if not unreached:
-            return
-        why = (
-            "run the model inside the scope"
-            if not reached
-            else "does the model compute them with other (fused) modules?"
-        )
-        raise TargetError(
-            f"applied: the model did not reach {len(unreached)} of {len(self.targets)} targets, so the adapter was not applied as a "
-            f"whole: {', '.join(unreached)}; {why} (a model that was compiled before `attach` does not see the hooks)"
-        )
+        reached = {target.name for site in self._sites if site.reached for target in site.targets}
+        unreached = [target.name for target in self.targets if target.name not in reached]
+        if unreached:
+            cause = "does it compute them some other way, fused for example?" if reached else "did it run in the scope?"
+            raise TargetError(
+                f"applied: the model did not reach {len(unreached)} of its {len(self.targets)} targets; {cause} "
+                f"(Hooks that were attached after torch.compile do not run.) Not reached: {', '.join(unreached)}"
+            )
 
 
-def resolve(model: nn.Module, targets: Sequence[Target]) -> list[Site]:
+def resolve(model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None) -> list[Site]:
     """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit."""
     modules = dict(model.named_modules())
-    counts = Counter(target.name for target in targets)
-    problems = [f"{name}: named {count} times" for name, count in counts.items() if count > 1]
+    named = Counter(target.name for target in targets)
+    problems = [f"{name}: named {count} times" for name, count in named.items() if count > 1]
     sites: list[Site] = []
+    containers: dict[str, list[Target]] = {}
     for target in targets:
+        if target.experts is not None:
+            containers.setdefault(target.name.rpartition(".")[0], []).append(target)
+            continue
         try:
-            sites.append(_site(modules, target))
+            sites.append(_plain_site(modules, target))
         except TargetError as problem:
             problems.append(str(problem))
-    if not targets:
-        problems.append("no targets given")
-    if problems:
-        raise TargetError("the targets do not fit the model:\n  " + "\n  ".join(problems))
+    for container, grouped in containers.items():
+        try:
+            sites.extend(expert_sites(modules, container, grouped, routing))
+        except TargetError as problem:
+            problems.append(str(problem))
+    held = Counter(site.module for site in sites)
+    problems += [f"{site.path}: the same module as another target" for site in sites if held[site.module] > 1]
+    if problems or not targets:
+        raise TargetError("the targets do not fit the model:\n  " + "\n  ".join(problems or ["no targets given"]))
     return sites
 
 
-def _site(modules: dict[str, nn.Module], target: Target) -> Site:
+def _plain_site(modules: Mapping[str, nn.Module], target: Target) -> Site:
     module = modules.get(target.name)
     if module is None:
         near = difflib.get_close_matches(target.name, modules, n=3)
-        raise TargetError(
-            f"{target.name}: no such module" + (f"; the nearest names are {', '.join(near)}" if near else "")
-        )
+        raise TargetError(f"{target.name}: no such module; the nearest names are {', '.join(near) or 'none'}")
     if isinstance(module, nn.Linear):
         return LinearSite(target, module)
     if isinstance(module, nn.Conv2d):
         return ConvSite(target, module)
-    raise TargetError(f"{target.name}: expected nn.Linear or nn.Conv2d, got {type(module).__name__}")
+    raise TargetError(f"{target.name}: expected an nn.Linear or nn.Conv2d, got {type(module).__name__}")
 
 
-def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> list[int] | None:
-    """`rows` as a checked list."""
+def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    """`rows` as checked numbers."""
     if rows is None:
         return None
-    samples = [int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows)]
+    samples = tuple(int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows))
     wrong = sorted({sample for sample in samples if not -1 <= sample < adapter.batch})
     if wrong or not samples:
         raise TargetError(
-            f"rows: expected one entry per input row, each a sample index from 0 to {adapter.batch - 1} or -1 for no adapter, "
-            f"got {wrong or 'none'}"
+            f"rows: expected for every input row a sample from 0 to {adapter.batch - 1}, or -1 for no adapter, "
+            f"got {wrong or 'no rows'}"
         )
     return samples
 
 
 def _listed(targets: set[Target]) -> str:
-    return ", ".join(sorted(str(target) for target in targets)) or "none"
-
-
-def _shown(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return "; ".join(sorted(f"{t.name} ({t.in_dim} -> {t.out_dim})" for t in targets)) or "none"

@@ -1,32 +1,35 @@
-"""Linear modules: y `[n, ..., out]` of `nn.Linear` and its subclasses (quantised ones too) enters, `y + scale * B (A x)` leaves."""
+"""Linear modules: y `[n, ..., out]` of an `nn.Linear` (or a quantised subclass) enters, `y + scale * B (A x)` leaves."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from openwu.adapter.site import PairSite
+from openwu.adapter.site import Active, PairSite
 from openwu.errors import TargetError
 from openwu.ops import dispatch
-from openwu.types import Adapter, Target
+from openwu.types import Target
 
 
 class LinearSite(PairSite):
     """x `[n, ..., in]`, A `[n or 1, r, in]`, B `[n or 1, out, r]`."""
 
     def __init__(self, target: Target, module: nn.Linear) -> None:
-        check_linear(target.name, module, target.in_dim, target.out_dim)
-        super().__init__(target.name, module, target)
+        check_widths(target.name, module, target.in_dim, target.out_dim)
+        super().__init__(module, target)
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
+        # Offloading moves a module's input inside its forward, after the hooks have seen it: follow the output.
+        x = x.to(y.device)
         a, b = self.pair(y, x)
         return dispatch.add_linear(y, x, a, b, self.scale)
 
-    def weight_delta(self, adapter: Adapter) -> Tensor:
-        a, b = adapter.weights[self.target.name]
-        return product(a[0], b[0], adapter.scale)
+    def weight_delta(self, active: Active) -> Tensor:
+        a, b = active.pairs[self.path, None]
+        return product(a, b, active.scale)
 
 
-def check_linear(path: str, module: nn.Linear, in_dim: int, out_dim: int) -> None:
+def check_widths(path: str, module: nn.Linear, in_dim: int, out_dim: int) -> None:
+    """Refuse a module of other widths than the target's."""
     if (module.in_features, module.out_features) != (in_dim, out_dim):
         raise TargetError(
             f"{path}: expected a linear module {in_dim} -> {out_dim}, got {module.in_features} -> {module.out_features}"
@@ -34,6 +37,7 @@ def check_linear(path: str, module: nn.Linear, in_dim: int, out_dim: int) -> Non
 
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * B A `[out, in]` of A `[r, in]` and B `[out, r]`, rounded no earlier than in float32."""
-    wide = a.double() if a.dtype.itemsize == 8 else a.float()
-    return scale * (b.to(wide.dtype) @ wide)
+    """scale * B A `[out, in]` of A `[1, r, in]` and B `[1, out, r]`, rounded no earlier than in float32."""
+    wide = a.dtype if a.dtype.itemsize > 4 else None
+    a, b = (a[0].float(), b[0].float()) if wide is None else (a[0], b[0].to(wide))
+    return scale * (b @ a)

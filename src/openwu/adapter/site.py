@@ -1,8 +1,8 @@
 """One adapted module of a base model: a module's output enters its forward hook, the adapted output leaves.
 
-A site is resolved once, when adapters are attached, and holds the A and B that are active between `load` and `clear`. They are plain
-attributes that the hook reads: torch.compile turns them into graph inputs, so that other adapters of equal shapes run the same code, and
-their gradients flow back to whatever generated them.
+A site is resolved once, when adapters are attached. Between `load` and `clear` it holds the A and B that are active.
+They are plain attributes that the hook reads: torch.compile makes graph inputs of them, so that other adapters of
+equal shapes run the same code, and their gradients flow back to whatever generated them.
 
 Shapes: b samples of the adapter, n rows of a module's input, E experts, r rank.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,59 @@ from torch import Tensor, nn
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of a weight into which an update can be merged; anything else is a quantised format."""
+
+class Caller(threading.local):
+    """Whether the current thread is inside the `applied` scope. A thread-local, because compiled code can read one."""
+
+    inside = False
+
+
+@dataclass(frozen=True)
+class Active:
+    """The adapter of one scope, taken apart for the sites."""
+
+    pairs: Mapping[tuple[str, int | None], tuple[Tensor, Tensor]]
+    """(target name, expert or None) -> (A `[b, r, in]`, B `[b, out, r]`)"""
+    scale: float
+    batch: int
+    rows: tuple[int, ...] | None
+    """Sample of every input row, -1 for none; None: as many rows as samples, or any number of rows for one sample."""
+    trained: bool
+    """Whether gradients flow into A and B."""
+    caller: Caller
+
+    @classmethod
+    def of(cls, adapter: Adapter, rows: tuple[int, ...] | None, caller: Caller) -> Active:
+        pairs: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        for target in adapter.targets:
+            a, b = adapter.weights[target.name]
+            if target.experts is None:
+                pairs[target.name, None] = a, b
+            else:
+                # One unbind for all experts: its gradient is one stack, where E indexings have E gradients of full
+                # size.
+                for expert, pair in enumerate(zip(a.unbind(1), b.unbind(1), strict=True)):
+                    pairs[target.name, expert] = pair
+        trained = any(a.requires_grad or b.requires_grad for a, b in adapter.weights.values())
+        return cls(pairs, adapter.scale, adapter.batch, rows, trained, caller)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have the same sample."""
+        return self.batch == 1 if self.rows is None else len(set(self.rows)) == 1
+
+    def per_row(self, name: str, expert: int | None = None) -> tuple[Tensor, Tensor]:
+        """A and B with one entry per input row, or with a single one where `uniform`."""
+        a, b = self.pairs[name, expert]
+        if self.rows is None or self.rows == tuple(range(self.batch)):
+            return a, b
+        if self.uniform and self.rows[0] >= 0:
+            own = slice(self.rows[0], self.rows[0] + 1)
+            return a[own], b[own]
+        index = torch.as_tensor(self.rows[:1] if self.uniform else self.rows)
+        a = a.index_select(0, index.clamp(min=0).to(a.device))
+        b = b.index_select(0, index.clamp(min=0).to(b.device))
+        return a, b * (index >= 0).to(b)[:, None, None]
 
 
 class Site:
@@ -32,72 +84,71 @@ class Site:
         self.targets = tuple(targets)
         self.active = False
         self.reached = False
-        self._recomputable = False
-        self._owner = 0
+        self.scale = 1.0
+        self._trained = False
+        self._caller = Caller()
 
-    def load(self, adapter: Adapter, rows: Sequence[int] | None) -> None:
-        """Activate an adapter for the calling thread. `rows[i]` is the sample of input row i, -1 for none; None: one row per sample."""
-        self._take(adapter, rows)
-        self._owner = threading.get_ident()
-        self.reached = self._recomputable = False
-        self.active = True
+    def load(self, active: Active) -> None:
+        """Activate an adapter."""
+        self.take(active)
+        self.scale, self._trained, self._caller = active.scale, active.trained, active.caller
+        self.active, self.reached = True, False
 
     def clear(self) -> None:
         """Deactivate the adapter and let go of its tensors."""
         self.active = False
-        self._drop()
+        self.drop()
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
         """The forward hook (`with_kwargs=True`)."""
         if not self.active:
             return None
-        if not torch.compiler.is_compiling():
-            self._check_caller()
+        self._check_caller()
         self.reached = True
-        x: Tensor = args[0] if args else kwargs["input"]
-        # Offloading moves a module's input inside its forward, after the hooks have seen it.
-        return self.update(y, x.to(y.device))
+        return self.update(y, args[0] if args else kwargs["input"])
 
-    def update(self, y: Tensor, x: Tensor) -> Tensor:
+    def update(self, y: Any, x: Tensor) -> Any:
         """The adapted output for a module's output y and input x."""
         raise NotImplementedError
 
-    def weight_delta(self, adapter: Adapter) -> Tensor:
-        """What one sample's adapter (b = 1) adds to the module's weight, in float32 or wider, in the weight's shape."""
+    def weight_delta(self, active: Active) -> Tensor:
+        """What one sample's adapter (b = 1) adds to the module's weight, in the weight's shape, in float32 or wider."""
         raise NotImplementedError
 
-    def _take(self, adapter: Adapter, rows: Sequence[int] | None) -> None:
+    def take(self, active: Active) -> None:
+        """Keep what `update` needs of an adapter."""
         raise NotImplementedError
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Forget what `take` kept."""
         raise NotImplementedError
 
     def _check_caller(self) -> None:
-        """Refuse other threads, and a recomputation for a forward pass that ran before this scope.
+        """Refuse other threads, and the recomputation of a forward pass that ran outside of this scope.
 
-        Autograd recomputes checkpointed blocks in its own threads on accelerators: a call inside a backward pass is never foreign.
+        Autograd recomputes checkpointed blocks in threads of its own on accelerators, so a call inside a backward
+        pass is not foreign. Compiled code cannot see that it is inside one; it takes a foreign thread for autograd's
+        while training.
         """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not self._recomputable:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._current_graph_task_id() != -1:
+            if not self.reached:
+                raise TargetError(
+                    f"{self.path}: a backward pass recomputes a forward pass that ran outside of this `applied` scope; "
+                    "keep the adapter applied until backward has run"
+                )
+        elif not self._caller.inside and not (compiling and self._trained):
             raise TargetError(
-                f"{self.path}: a backward pass recomputes a forward pass that ran outside of this `applied` scope; keep the adapter "
-                "applied until backward has run"
+                f"{self.path}: another thread runs the model while an adapter is applied; an adapter belongs to the thread "
+                "that applied it: run the model there, batch the requests, or give each thread its own copy of the model"
             )
-        if not in_backward and threading.get_ident() != self._owner:
-            raise TargetError(
-                f"{self.path}: another thread runs the model while an adapter is applied; an adapter belongs to the thread that "
-                "applied it: run the model in that thread, or give each thread its own copy of the model"
-            )
-        self._recomputable = True
 
 
 class PairSite(Site):
-    """A site of one target whose input has one row per sample: holds A `[n or 1, r, in]`, B `[n or 1, out, r]`."""
+    """A site of one plain target: holds A `[n or 1, r, in]` and B `[n or 1, out, r]` for inputs of n rows."""
 
-    def __init__(self, path: str, module: nn.Module, target: Target) -> None:
-        super().__init__(path, module, (target,))
-        self.target = target
-        self.scale = 1.0
+    def __init__(self, module: nn.Module, target: Target) -> None:
+        super().__init__(target.name, module, (target,))
         self._a: Tensor | None = None
         self._b: Tensor | None = None
         self._rows: int | None = None
@@ -109,36 +160,23 @@ class PairSite(Site):
         assert b is not None
         if self._rows is not None and (x.ndim < 2 or x.shape[0] != self._rows):
             raise TargetError(
-                f"{self.path}: the adapter is for {self._rows} rows, but the module's input has shape {tuple(x.shape)}; pass "
-                "applied(adapter, rows=...) with the sample index of every input row"
+                f"{self.path}: the adapter is for {self._rows} rows, but the module's input has shape {tuple(x.shape)}; "
+                "pass applied(adapter, rows=...) with the sample index of every input row"
             )
         check_device(self.path, a, y)
         return a, b
 
-    def _take(self, adapter: Adapter, rows: Sequence[int] | None) -> None:
-        a, b = adapter.weights[self.target.name]
-        if rows is not None and list(rows) != list(range(len(a))) and (len(a) > 1 or min(rows) < 0):
-            a, b = _gather(a, b, rows)
-        self._a, self._b = a, b
-        self.scale = adapter.scale
-        self._rows = len(rows) if rows is not None else len(a) if len(a) > 1 else None
+    def take(self, active: Active) -> None:
+        self._a, self._b = active.per_row(self.path)
+        self._rows = len(active.rows) if active.rows is not None else None if active.batch == 1 else active.batch
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
         self._a = self._b = None
 
 
 def check_device(path: str, a: Tensor, y: Tensor) -> None:
+    """Refuse an adapter that is not where the module computes."""
     if a.device != y.device:
         raise TargetError(
-            f"{path}: the adapter is on {a.device} and the module on {y.device}; move it with adapter.to({str(y.device)!r})"
+            f"{path}: the adapter is on {a.device} and the module on {y.device}; move it: adapter.to({str(y.device)!r})"
         )
-
-
-def _gather(a: Tensor, b: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A and B `[b, ...]` -> `[n, ...]`, zero B where the row has no adapter: once per scope rather than in every forward pass."""
-    index = torch.as_tensor(rows, dtype=torch.long)
-    a = a.index_select(0, index.clamp(min=0).to(a.device))
-    b = b.index_select(0, index.clamp(min=0).to(b.device))
-    if min(rows) < 0:
-        b = b * (index >= 0).to(b)[:, None, None]
-    return a, b

@@ -1,10 +1,10 @@
 """The low-rank update in plain torch: a module's output y and input x enter, `y + scale * B (A x)` leaves.
 
-Every function returns a new tensor of y's shape and dtype and is differentiable in y, x, a and b. A is applied in x's dtype and B in y's,
-so an adapter may be stored in another dtype than the model computes in.
+Every function returns a new tensor of y's shape and dtype and is differentiable in y, x, a and b. A is applied in x's
+dtype and B in y's, so an adapter may be stored in another dtype than the model computes in.
 
-Shapes: n rows of a module's input, each with its own A and B, or s = 1 pair shared by all rows (never expanded); r LoRA rank;
-t routed tokens; c / o channels in and out; kh, kw kernel height and width.
+Shapes: n rows of a module's input, each with its own A and B, or s = 1 pair shared by all rows (never expanded); r
+LoRA rank; t routed tokens; c / o channels in and out; kh, kw kernel height and width.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def add_conv(
     a: Tensor,
     b: Tensor,
     scale: float,
-    stride: tuple[int, int],
-    padding: tuple[int, int] | str,
-    dilation: tuple[int, int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
 ) -> Tensor:
     """Convolution: y `[n, o, h', w']`, x `[n, c, h, w]`, a `[n or 1, r, c, kh, kw]`, b `[n or 1, o, r]`.
 
@@ -41,11 +41,12 @@ def add_conv(
     if a.shape[3:] == (1, 1) and padding in ((0, 0), "valid", "same"):
         down = _pointwise(x[:, :, :: stride[0], :: stride[1]], a.flatten(2))
     else:
-        # One convolution per row: on a CPU several times faster, forward and backward, than one grouped convolution or unfolded
-        # patches. `split`, not indexing: the gradient of n indexings writes n tensors as large as x.
-        rows = (x,) if a.shape[0] == 1 else x.split(1)
+        # One convolution per row: on a CPU several times faster, forward and backward, than one grouped convolution
+        # or unfolded patches. `split`, not indexing: the gradient of n indexings writes n tensors as large as x.
+        rows = (x,) if a.shape[0] == 1 else x.split_with_sizes([1] * len(x))
         parts = [
-            F.conv2d(row, own[0], None, stride, padding, dilation) for row, own in zip(rows, a.split(1), strict=True)
+            F.conv2d(row, own[0], None, stride, padding, dilation)
+            for row, own in zip(rows, a.split_with_sizes([1] * len(a)), strict=True)
         ]
         down = parts[0] if len(parts) == 1 else torch.cat(parts)
     if _channels_last(y):
@@ -57,8 +58,8 @@ def add_conv(
 def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, sample_t: Tensor) -> Tensor:
     """One expert's linear on routed tokens: y `[t, out]`, x `[t, in]`, a `[s, r, in]`, b `[s, out, r]`, sample_t `[t]`.
 
-    A token of sample -1 is left alone. Every token goes through all s A's side by side, and what is not its own is set to zero before
-    the B's: no shape depends on the routing, so nothing waits for the device.
+    A token of sample -1 is left alone. Every token goes through all s A's side by side, and what is not its own is
+    set to zero before the B's: no shape depends on the routing, so nothing waits for the device.
     """
     samples, rank = a.shape[:2]
     down = (x @ a.to(x.dtype).flatten(0, 1).t()).view(-1, samples, rank)
