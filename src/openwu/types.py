@@ -70,6 +70,8 @@ class Target:
     """B_dim: width of one output row (a convolution's out_channels)."""
     experts: int | None = None
     """E for a weight that every expert of a mixture has; None for a plain one."""
+    kernel: tuple[int, int] | None = field(default=None, compare=False)
+    """Kernel height and width, for file formats that store them; None: unknown, or not a convolution."""
 
     def shapes(self, batch: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A `[b, (E,) r, A_dim]` and B `[b, (E,) B_dim, r]`."""

@@ -1,4 +1,7 @@
-"""Convolutions: y `[n, out, h', w']` of an `nn.Conv2d` enters, `y + scale * B (A x)` leaves; A convolves like the module, B is 1x1."""
+"""Convolutions: y `[n, out, h', w']` of an `nn.Conv2d` enters, `y + scale * B (A x)` leaves.
+
+A convolves as the module does, B is a 1x1 convolution.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from openwu.types import Target
 
 
 class ConvSite(PairSite):
-    """x `[n, in, h, w]`, A `[n or 1, r, in * kh * kw]` (numbers in the order of the module's weight), B `[n or 1, out, r]`."""
+    """x `[n, in, h, w]`, A `[n or 1, r, in * kh * kw]` (in the order of the module's weight), B `[n or 1, out, r]`."""
 
     module: nn.Conv2d
 

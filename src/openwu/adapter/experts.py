@@ -1,4 +1,4 @@
-"""Mixtures of experts: the outputs of every expert's linear modules enter, with the update of the (expert, sample) pair they leave.
+"""Mixtures of experts: outputs of every expert's linear modules enter, the same with each sample's update leave.
 
 A target `<container>.<weight>` with E experts adapts one linear module in each of the container's E children: the one
 of that name, or the module that stacks it with others along its output (`FUSED`). The base model routes and combines
@@ -38,7 +38,7 @@ class ExpertRouting:
     router: str
     """Path of the router module, from the module that holds the container: "gate" for `mlp.experts` and `mlp.gate`."""
     indices: Callable[[Any], Tensor]
-    """The router's output -> indices of the chosen experts `[T, k]`; `operator.itemgetter(1)` for (weights, indices)."""
+    """The router's output -> indices of the chosen experts `[T, k]`; `itemgetter(1)` for (weights, indices)."""
 
 
 class RouterSite(Site):
@@ -50,7 +50,7 @@ class RouterSite(Site):
         self._samples: tuple[int, ...] = ()
         self._chosen_tk: Tensor | None = None
 
-    def update(self, y: Any, x: Tensor) -> Any:
+    def update(self, y: Any, _: Any) -> Any:
         chosen_tk = self._indices(y)
         if chosen_tk.ndim != 2 or chosen_tk.shape[0] % len(self._samples):
             raise TargetError(
@@ -67,8 +67,8 @@ class RouterSite(Site):
         tokens = (self._chosen_tk == expert).any(1).nonzero().squeeze(1)
         if len(tokens) != len(x):
             raise TargetError(
-                f"{path}: its router {self.path} chose it for {len(tokens)} tokens, but it received {len(x)}; serve such a "
-                "model one sample at a time"
+                f"{path}: its router {self.path} chose it for {len(tokens)} tokens, but it received {len(x)}; "
+                "serve such a model one sample at a time"
             )
         length = len(self._chosen_tk) // len(self._samples)
         return torch.tensor(self._samples, device=tokens.device)[tokens // length].to(x.device)
@@ -81,7 +81,7 @@ class RouterSite(Site):
 
 
 class ExpertSite(Site):
-    """One linear module of one expert: x `[t, in]`, and for each weight that it stacks A `[b, r, in]`, B `[b, out, r]`."""
+    """One linear module of one expert: x `[t, in]`, and for each weight it stacks A `[b, r, in]`, B `[b, out, r]`."""
 
     module: nn.Linear
 
@@ -93,7 +93,7 @@ class ExpertSite(Site):
         expert: int,
         router: RouterSite | None,
     ) -> None:
-        """`stacked`: the targets along the module's output, None for a weight that is not adapted (of the same width)."""
+        """`stacked`: the targets along the module's output, None for a weight of the same width that is not adapted."""
         targets = [target for target in stacked if target is not None]
         for target in targets:
             widths = [part.out_dim if part is not None else target.out_dim for part in stacked]
@@ -153,7 +153,7 @@ class ExpertSite(Site):
 def expert_sites(
     modules: Mapping[str, nn.Module], container: str, targets: Sequence[Target], routing: ExpertRouting | None
 ) -> list[Site]:
-    """The sites of all `targets` in one container of experts, after its router's if rows may have different adapters."""
+    """The sites of all `targets` in one container of experts; its router's comes first where routing is given."""
     by_weight = {target.name.removeprefix(f"{container}."): target for target in targets}
     experts = targets[0].experts
     held = modules.get(container)

@@ -1,4 +1,4 @@
-"""Linear modules: y `[n, ..., out]` of an `nn.Linear` (or a quantised subclass) enters, `y + scale * B (A x)` leaves."""
+"""Linear modules: y `[n, ..., out]` of an `nn.Linear` (quantised or not) enters, `y + scale * B (A x)` leaves."""
 
 from __future__ import annotations
 

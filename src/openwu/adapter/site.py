@@ -76,7 +76,7 @@ class Active:
 
 
 class Site:
-    """Base of the kinds of adapted module. Subclasses say what `update` computes and which update of the weight it equals."""
+    """Base of the kinds of adapted module: `update` adapts its output, `weight_delta` equals that for its weight."""
 
     def __init__(self, path: str, module: nn.Module, targets: Sequence[Target]) -> None:
         self.path = path
@@ -105,9 +105,9 @@ class Site:
             return None
         self._check_caller()
         self.reached = True
-        return self.update(y, args[0] if args else kwargs["input"])
+        return self.update(y, args[0] if args else kwargs.get("input"))
 
-    def update(self, y: Any, x: Tensor) -> Any:
+    def update(self, y: Any, x: Any) -> Any:
         """The adapted output for a module's output y and input x."""
         raise NotImplementedError
 
@@ -139,8 +139,8 @@ class Site:
                 )
         elif not self._caller.inside and not (compiling and self._trained):
             raise TargetError(
-                f"{self.path}: another thread runs the model while an adapter is applied; an adapter belongs to the thread "
-                "that applied it: run the model there, batch the requests, or give each thread its own copy of the model"
+                f"{self.path}: another thread runs the model while an adapter is applied; an adapter belongs to the "
+                "thread that applied it: run the model there, batch the requests, or give each thread its own model"
             )
 
 
@@ -160,8 +160,8 @@ class PairSite(Site):
         assert b is not None
         if self._rows is not None and (x.ndim < 2 or x.shape[0] != self._rows):
             raise TargetError(
-                f"{self.path}: the adapter is for {self._rows} rows, but the module's input has shape {tuple(x.shape)}; "
-                "pass applied(adapter, rows=...) with the sample index of every input row"
+                f"{self.path}: the adapter is for {self._rows} rows, but the module's input has shape "
+                f"{tuple(x.shape)}; pass applied(adapter, rows=...) with the sample index of every input row"
             )
         check_device(self.path, a, y)
         return a, b

@@ -69,7 +69,7 @@ def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, sample_
 
 
 def _add_up(y: Tensor, down: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y `[n, ..., out]` + scale * b `[n or 1, out, r]` applied to down `[n, ..., r]`, added inside the matrix product."""
+    """y `[n, ..., out]` + scale * b `[n or 1, out, r]` applied to down `[n, ..., r]`, in one matrix product."""
     b, down = b.to(y.dtype), down.to(y.dtype)
     if b.shape[0] == 1:
         flat_y, flat_down = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
