@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from openwu.errors import OpenwuError
+
+T = TypeVar("T")
 
 MODEL_TYPE = "parameter_generator"
 RELEASED_GROUP = "layers"
@@ -124,8 +126,10 @@ class LayerGroup:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerGroup:
-        problems = _key_problems("group", data, required=_GROUP_KEYS, optional=("indexed",)) + _layer_problems(data)
-        targets = _read_targets(data["pg_mapping"], problems) if "pg_mapping" in data else ()
+        problems = _key_problems(data, required=_GROUP_KEYS, optional=("indexed",)) + _layer_problems(data)
+        targets: tuple[PlainTarget | GroupedTarget, ...] = ()
+        if "pg_mapping" in data:
+            targets = _read_each("pg_mapping", data["pg_mapping"], _read_target, problems)
         _raise_if(problems)
         name, layers = data["name"], data["num_base_model_layers"]
         return cls(data["prefix"], layers, targets, name=name, indexed=data.get("indexed", True))
@@ -185,7 +189,7 @@ class GeneratorConfig:
         extra = {key: value for key, value in data.items() if key in _BOOKKEEPING or str(key).startswith("_")}
         fields = {key: value for key, value in data.items() if key not in extra}
         group_keys = ("groups",) if "groups" in fields else _RELEASED_GROUP_KEYS
-        problems = _key_problems("config", fields, (*_NUMBERS, "output_dim"), optional=("model_type", *group_keys))
+        problems = _key_problems(fields, (*_NUMBERS, "output_dim"), optional=("model_type", *group_keys))
         if fields.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             problems.append(f"model_type: expected {MODEL_TYPE!r}, got {fields['model_type']!r}")
         numbers = {name: fields[name] for name in _NUMBERS if name in fields}
@@ -214,48 +218,44 @@ def _read_groups(fields: Mapping[str, Any], problems: list[str]) -> tuple[LayerG
     return tuple(groups)
 
 
-def _read_targets(mapping: Any, problems: list[str]) -> tuple[PlainTarget | GroupedTarget, ...]:
-    if not isinstance(mapping, Mapping):
-        problems.append(f"pg_mapping: expected an object target -> widths, got {mapping!r}")
+def _read_each(what: str, mapping: Any, read: Callable[[str, Any], T], problems: list[str]) -> tuple[T, ...]:
+    """Every entry of a JSON object, in order; the problems of all of them."""
+    if not isinstance(mapping, Mapping) or not mapping:
+        problems.append(f"{what}: expected an object name -> widths with at least one entry, got {mapping!r}")
         return ()
-    targets: list[PlainTarget | GroupedTarget] = []
+    entries = []
     for name, entry in mapping.items():
-        if not (isinstance(entry, Mapping) and "type" in entry):
-            targets += _read_plain(name, entry, problems)
-            continue
-        if entry["type"] != "grouped":
-            problems.append(f"{name}: type: expected 'grouped' or no type, got {entry['type']!r}")
-            continue
-        problems += _key_problems(name, entry, required=("type", "num_experts", "sub_weights"))
-        sub_weights = entry.get("sub_weights", {})
-        if not isinstance(sub_weights, Mapping):
-            problems.append(f"{name}: sub_weights: expected an object weight -> widths, got {sub_weights!r}")
-            continue
-        weights = [weight for sub, widths in sub_weights.items() for weight in _read_plain(sub, widths, problems)]
-        # Sub-weights with problems of their own were reported; do not report the empty remainder as well.
-        if len(weights) == len(sub_weights) and {"num_experts", "sub_weights"} <= set(entry):
-            try:
-                targets.append(GroupedTarget(name, entry["num_experts"], tuple(weights)))
-            except ConfigError as error:
-                problems += error.problems
-    return tuple(targets)
+        try:
+            entries.append(read(name, entry))
+        except ConfigError as error:
+            problems += error.problems
+    return tuple(entries)
 
 
-def _read_plain(name: str, entry: Any, problems: list[str]) -> list[PlainTarget]:
-    """The target, or nothing where its entry has problems."""
+def _read_target(name: str, entry: Any) -> PlainTarget | GroupedTarget:
+    if not (isinstance(entry, Mapping) and "type" in entry):
+        return _read_plain(name, entry)
+    problems = [f"{name}: {problem}" for problem in _key_problems(entry, ("type", "num_experts", "sub_weights"))]
+    if entry["type"] != "grouped":
+        problems.append(f"{name}: type: expected 'grouped' or no type, got {entry['type']!r}")
+    if "num_experts" in entry:
+        problems += _count_problems(f"{name}: num_experts", entry["num_experts"])
+    weights: tuple[PlainTarget, ...] = ()
+    if "sub_weights" in entry:
+        weights = _read_each(f"{name}: sub_weights", entry["sub_weights"], _read_plain, problems)
+    _raise_if(problems)
+    return GroupedTarget(name, entry["num_experts"], weights)
+
+
+def _read_plain(name: str, entry: Any) -> PlainTarget:
+    widths = ("lora_A_dim", "lora_B_dim")
     if not isinstance(entry, Mapping):
-        problems.append(f"{name}: expected an object with lora_A_dim and lora_B_dim, got {entry!r}")
-        return []
-    found = _key_problems(name, entry, required=("lora_A_dim", "lora_B_dim"))
-    if not {"lora_A_dim", "lora_B_dim"} <= set(entry):
-        problems += found
-        return []
-    try:
-        target = PlainTarget(name, entry["lora_A_dim"], entry["lora_B_dim"])
-    except ConfigError as error:
-        found += error.problems
-    problems += found
-    return [] if found else [target]
+        raise ConfigError([f"{name}: expected an object with {' and '.join(widths)}, got {entry!r}"])
+    problems = [f"{name}: {problem}" for problem in _key_problems(entry, widths)]
+    for key in [key for key in widths if key in entry]:
+        problems += _count_problems(f"{name}: {key}", entry[key])
+    _raise_if(problems)
+    return PlainTarget(name, entry["lora_A_dim"], entry["lora_B_dim"])
 
 
 def _number_problems(numbers: Mapping[str, Any]) -> list[str]:
@@ -305,14 +305,10 @@ def _group_problems(groups: Sequence[LayerGroup]) -> list[str]:
     return problems + [f"groups: expected different targets, got {path!r} twice" for path in paths if paths[path] > 1]
 
 
-def _key_problems(
-    where: str, data: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()
-) -> list[str]:
-    problems = [f"{where}: missing field {key!r}" for key in required if key not in data]
-    known = {*required, *optional}
-    return problems + [
-        f"{where}: unknown field {key!r} (remove it, or mend its spelling)" for key in data if key not in known
-    ]
+def _key_problems(data: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
+    problems = [f"missing field {key!r}" for key in required if key not in data]
+    unknown = [key for key in data if key not in {*required, *optional}]
+    return problems + [f"unknown field {key!r} (remove it, or mend its spelling)" for key in unknown]
 
 
 def _count_problems(name: str, value: Any) -> list[str]:

@@ -80,15 +80,13 @@ def load_generator(
     problems += _name_problems(expected, stored) + _tensor_problems(expected, stored.entries, dtype)
     if problems:
         raise _error(folder, problems)
-    for file in sorted({entry.file for entry in stored.entries.values()}):
-        with safe_open(folder / file, "pt") as shard:
-            # A copy even where nothing changes: the file's pages are only mapped, and it may be replaced later.
-            state = {
-                own_names[name]: shard.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-                for name, entry in stored.entries.items()
-                if entry.file == file
-            }
-        module.load_state_dict(state, strict=False, assign=True)
+    state: dict[str, Tensor] = {}
+    for written, name in own_names.items():
+        # Opened once per tensor, since pages that a mapped file has read count as ours until it is closed; and copied,
+        # since a mapped tensor would change or crash with its file.
+        with safe_open(folder / stored.entries[written].file, "pt") as file:
+            state[name] = file.get_tensor(written).to(device=device, dtype=dtype, copy=True)
+    module.load_state_dict(state, assign=True)
     return module
 
 
