@@ -192,11 +192,11 @@ def _decode(image: Image.Image, name: str) -> Photo:
 
 
 def _read_exif(image: Image.Image, notes: list[str]) -> tuple[bytes | None, int]:
-    """EXIF that is still true of an upright, edited picture; and how the picture lies: 1 upright, 5 to 8 on its side."""
+    """EXIF that stays true of an upright, edited picture; and how the file has it: 1 upright, 5 to 8 on its side."""
     try:
         exif = image.getexif()
         stored = exif.get(ExifTags.Base.Orientation)
-        orientation = stored if stored in range(1, 9) else 1
+        orientation = stored if isinstance(stored, int) and 1 <= stored <= 8 else 1
         kept = Image.Exif()
         kept.load(exif.tobytes())
         for tag in _LAYOUT_TAGS:

@@ -64,7 +64,7 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = (), *, overwri
     if not path.is_file():
         raise PictureError(f"{path}: expected a file name, got a device or pipe; choose another name")
     if not overwrite:
-        raise PictureError(f"{path}: already exists; choose another name or allow overwriting")
+        raise PictureError(f"{path}: already exists; choose another name or allow overwriting (--overwrite)")
 
 
 def check_fits(path: str | Path, size: tuple[int, int], transparent: bool) -> None:

@@ -1,0 +1,141 @@
+"""The command line: arguments enter, one verb runs, an exit code leaves. 0 done, 1 failed, 2 wrong usage, 130 stopped.
+
+Only the standard library is imported here, so that `--help` is instant; a verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from openwu import __version__
+from openwu.cli.console import UsageError, complain
+from openwu.errors import InstructionError, OpenwuError
+
+FAILED, USAGE, STOPPED, PIPE_CLOSED = 1, 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        code = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        complain("stopped")
+        return STOPPED
+    except BrokenPipeError:
+        # What reads our output has gone (`| head`). Python's own flush at exit must not complain about it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OpenwuError as error:
+        complain(str(error))
+        return USAGE if isinstance(error, UsageError | InstructionError) else FAILED
+    except MemoryError:
+        complain("not enough memory; close other programs, or edit a smaller picture")
+        return FAILED
+    except ModuleNotFoundError as error:
+        if (error.name or "openwu").startswith("openwu"):
+            raise
+        complain(f"the Python package {error.name!r} is not installed; pip install 'openwu[train,evaluate]' has all")
+        return FAILED
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    module, _, function = arguments.run.partition(":")
+    verb = getattr(importlib.import_module(module), function)
+    if arguments.verb == "train":
+        options = {"output": arguments.output, "resume": arguments.resume, "quick": arguments.quick}
+        return int(verb(arguments.recipe, arguments.overrides, **options))
+    if arguments.verb == "eval":
+        return int(verb(arguments.arguments))
+    return int(verb(arguments))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like all of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} (see {self.prog} --help)")
+        self.exit(USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="openwu", description="Edit photographs with adapters generated for each request.")
+    parser.add_argument("--version", action="version", version=f"openwu {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_edit(verbs)
+    models = verbs.add_parser("models", help="list the models that can edit", allow_abbrev=False)
+    models.set_defaults(run="openwu.cli.models:run")
+    _add_train(verbs)
+    # No argument can hold a NUL, so nothing looks like an option here and all of it, --help too, goes to the verb.
+    evaluate = verbs.add_parser("eval", help="measure a model", add_help=False, prefix_chars="\0")
+    evaluate.add_argument("arguments", nargs="*")
+    evaluate.set_defaults(run="openwu.evaluation.command:run")
+    return parser
+
+
+def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
+    edit = verbs.add_parser(
+        "edit",
+        help="edit photographs",
+        allow_abbrev=False,
+        description="Edit photographs as an instruction says. Each photograph gets an adapter of its own.",
+        epilog="Output formats: .jpg .png .webp .tif .avif. Size, transparency, colour profile, EXIF and DPI are kept.",
+    )
+    edit.add_argument("photos", nargs="+", metavar="PHOTO", help="picture to edit")
+    edit.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")
+    edit.add_argument(
+        "--output",
+        metavar="FILE_OR_FOLDER",
+        help="where to write: a file for one photo, a folder for several (default: PHOTO.edited beside each photo)",
+    )
+    edit.add_argument(
+        "--strength",
+        type=_finite,
+        default=1.0,
+        metavar="S",
+        help="1 as asked (default), 0 the base model alone, below 0 reversed, above 1 exaggerated",
+    )
+    edit.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default: 0)")
+    edit.add_argument("--model", metavar="M", help="folder of a model (default: the one inside the package)")
+    edit.add_argument("--compare", action="store_true", help="also write a before / after picture, OUTPUT.compare.png")
+    edit.add_argument(
+        "--save-adapter", metavar="FOLDER", help="also write the generated adapter (per photo if several)"
+    )
+    edit.add_argument("--adapter", metavar="FOLDER", help="use this saved adapter instead of generating one")
+    edit.add_argument("--overwrite", action="store_true", help="replace outputs that exist already")
+    edit.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    edit.set_defaults(run="openwu.cli.edit:run")
+
+
+def _add_train(verbs: argparse._SubParsersAction[_Parser]) -> None:
+    train = verbs.add_parser("train", help="train a model from a recipe", allow_abbrev=False)
+    train.add_argument("recipe", metavar="RECIPE", help="recipe to train, by name or file")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe to change")
+    train.add_argument("--output", metavar="FOLDER", help="where to write the run")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    train.add_argument("--quick", action="store_true", help="a run of minutes that only shows that everything works")
+    train.set_defaults(run="openwu.training.command:run")
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**63 - 1}, got {text!r}")
+    return int(text)

@@ -1,0 +1,146 @@
+"""`openwu edit`: parsed arguments enter; edited pictures, a line of times for each, and an exit code leave."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openwu.cli.console import UsageError, complain, note, say
+from openwu.cli.plan import Job, check, plan
+from openwu.errors import InstructionError, OpenwuError, PictureError
+from openwu.instructions import check_instruction
+from openwu.pictures import read_picture, side_by_side, write_picture
+
+if TYPE_CHECKING:
+    from openwu.editor import Editor
+    from openwu.types import Adapter
+
+BAR_DELAY = 2.0
+"""Seconds of silence before a progress bar appears where stderr is not a terminal."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, load the model, then edit photo after photo; one that fails does not stop the others."""
+    instruction = _instruction(arguments)
+    where = {"compare": arguments.compare, "adapter_folder": arguments.save_adapter}
+    jobs = plan(arguments.photos, arguments.output, **where)
+    notes, problems = check(jobs, arguments.output, overwrite=arguments.overwrite)
+    for problem in problems:
+        complain(str(problem))
+    if problems:
+        return 1
+    for text in notes:
+        _note(text, arguments)
+
+    editor, adapter = _load(arguments)
+    failed = 0
+    for number, job in enumerate(jobs, start=1):
+        name = job.photo.name if len(jobs) == 1 else f"{number}/{len(jobs)} {job.photo.name}"
+        try:
+            times = _edit(editor, job, instruction, adapter, arguments, name)
+        except OpenwuError as error:
+            complain(str(error))
+            failed += 1
+        else:
+            _report(job, times, arguments)
+    if failed and len(jobs) > 1:
+        complain(f"{failed} of {len(jobs)} photos failed; the others are done")
+    return 1 if failed else 0
+
+
+def _instruction(arguments: argparse.Namespace) -> str:
+    if arguments.adapter and arguments.save_adapter:
+        raise UsageError("--save-adapter: the adapter of --adapter is saved already; leave one of them out")
+    if arguments.instruction is not None:
+        return check_instruction(arguments.instruction)
+    if not arguments.adapter:
+        raise InstructionError('--instruction: expected what to do, got nothing; for example --instruction "warmer"')
+    return ""
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
+    from openwu.editor import Editor
+    from openwu.types import Adapter
+
+    adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None
+    return Editor.from_pretrained(arguments.model), adapter
+
+
+def _edit(
+    editor: Editor, job: Job, instruction: str, adapter: Adapter | None, arguments: argparse.Namespace, name: str
+) -> Mapping[str, float]:
+    """Edit one photo and write all that was asked for. Returns stage -> seconds."""
+    with _Progress(name, arguments.quiet) as progress:
+        result = editor.edit(
+            str(job.photo),
+            instruction,
+            strength=arguments.strength,
+            seed=arguments.seed,
+            adapter=adapter,
+            progress=progress,
+        )
+    start = time.perf_counter()
+    for text in write_picture(result.image, job.output):
+        _note(f"{job.output}: {text}", arguments)
+    if job.comparison:
+        write_picture(side_by_side(read_picture(job.photo), read_picture(result.image)), job.comparison)
+    if job.adapter_folder:
+        _save_adapter(result.adapter, job.adapter_folder)
+    return {**result.timings, "write": time.perf_counter() - start}
+
+
+def _save_adapter(adapter: Adapter, folder: Path) -> None:
+    """Each file of the adapter appears whole: written in a temporary folder on the same disk, then renamed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".openwu-", dir=folder) as part:
+            adapter.save_pretrained(part)
+            for file in Path(part).iterdir():
+                file.replace(folder / file.name)
+    except OSError as error:
+        raise PictureError(
+            f"{folder}: the adapter was not written: {error.strerror or error}; check the disk"
+        ) from error
+
+
+def _report(job: Job, times: Mapping[str, float], arguments: argparse.Namespace) -> None:
+    if arguments.quiet:
+        return
+    split = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in times.items())
+    say(f"{job.photo} -> {job.output}  {sum(times.values()):.2f} s ({split})")
+    for path in job.writes[1:]:
+        say(f"{job.photo} -> {path}")
+
+
+def _note(text: str, arguments: argparse.Namespace) -> None:
+    if not arguments.quiet:
+        note(text)
+
+
+class _Progress:
+    """A bar on stderr over the parts of one photo: at once in a terminal, after two seconds elsewhere."""
+
+    def __init__(self, name: str, quiet: bool) -> None:
+        self.name, self.quiet = name, quiet
+        self.bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        """The editor calls this with how many parts of how many are done."""
+        from tqdm import tqdm
+
+        if self.bar is None:
+            delay = 0.0 if sys.stderr.isatty() else BAR_DELAY
+            self.bar = tqdm(total=total, desc=self.name, leave=False, delay=delay, disable=self.quiet, unit="part")
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
