@@ -46,4 +46,4 @@ class ConvSite(PairSite):
 
     def weight_delta(self, active: Active) -> Tensor:
         a, b = active.pairs[self.path, None]
-        return product(a, b, active.scale).view(self.module.weight.shape)
+        return product(a, b, active.scale, self.module.weight.dtype).view(self.module.weight.shape)

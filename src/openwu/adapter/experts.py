@@ -137,10 +137,11 @@ class ExpertSite(Site):
         self._pairs = ()
 
     def weight_delta(self, active: Active) -> Tensor:
+        weight = self.module.weight
         parts = [
-            self.module.weight.new_zeros(width, self.module.in_features, dtype=torch.float32)
+            torch.zeros(width, weight.shape[1], device=weight.device)
             if target is None
-            else product(*active.pairs[target.name, self._expert], active.scale)
+            else product(*active.pairs[target.name, self._expert], active.scale, weight.dtype)
             for target, width in zip(self._stacked, self._widths, strict=True)
         ]
         return torch.cat(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from openwu.adapter.site import Active, PairSite
@@ -12,6 +13,8 @@ from openwu.types import Target
 
 class LinearSite(PairSite):
     """x `[n, ..., in]`, A `[n or 1, r, in]`, B `[n or 1, out, r]`."""
+
+    module: nn.Linear
 
     def __init__(self, target: Target, module: nn.Linear) -> None:
         check_widths(target.name, module, target.in_dim, target.out_dim)
@@ -25,7 +28,7 @@ class LinearSite(PairSite):
 
     def weight_delta(self, active: Active) -> Tensor:
         a, b = active.pairs[self.path, None]
-        return product(a, b, active.scale)
+        return product(a, b, active.scale, self.module.weight.dtype)
 
 
 def check_widths(path: str, module: nn.Linear, in_dim: int, out_dim: int) -> None:
@@ -36,8 +39,7 @@ def check_widths(path: str, module: nn.Linear, in_dim: int, out_dim: int) -> Non
         )
 
 
-def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * B A `[out, in]` of A `[1, r, in]` and B `[1, out, r]`, rounded no earlier than in float32."""
-    wide = a.dtype if a.dtype.itemsize > 4 else None
-    a, b = (a[0].float(), b[0].float()) if wide is None else (a[0], b[0].to(wide))
-    return scale * (b @ a)
+def product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * B A `[out, in]` of A `[1, r, in]` and B `[1, out, r]`, in `dtype`, A's dtype or float32, the widest."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, dtype), torch.float32)
+    return scale * (b[0].to(wide) @ a[0].to(wide))
