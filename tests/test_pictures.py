@@ -540,7 +540,7 @@ def fails_with(code: int) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("place", ["os.fsync", "PIL.Image.Image.save", "pathlib.Path.replace"])
+@pytest.mark.parametrize("place", ["os.fsync", "pathlib.Path.replace"])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,7 +553,20 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     assert out.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("error", [ValueError("encoder"), OSError("encoder error -2"), KeyboardInterrupt()])
+@pytest.mark.parametrize("place", ["os.fsync", "pathlib.Path.replace"])
+def test_stopping_while_writing_leaves_nothing(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_picture(Photo(scene()), tmp_path / "out.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("encoder"), OSError("encoder error -2"), SystemError("tile"), KeyboardInterrupt()]
+)
 def test_a_broken_encoder_leaves_nothing(tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(self: Image.Image, file: Any, *args: Any, **options: Any) -> None:
         file.write(b"half")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ BAR_DELAY = 2.0
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, load the model, then edit photo after photo; one that fails does not stop the others."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs about damaged files, our errors say
     instruction = _instruction(arguments)
     where = {"compare": arguments.compare, "adapter_folder": arguments.save_adapter}
     jobs = plan(arguments.photos, arguments.output, **where)

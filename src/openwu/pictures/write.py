@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 from collections.abc import Iterable
@@ -89,7 +90,7 @@ def write_picture(picture: Photo | Image.Image, path: str | Path) -> tuple[str, 
     check_fits(path, photo.size, photo.transparent)
     kind = SUFFIXES[path.suffix.lower()]
     image, notes = _fit(photo, kind)
-    _write_whole(image, path.resolve(), kind, _options(image, kind, notes))
+    _write_whole(_encode(image, path, kind, _options(image, kind, notes)), path.resolve())
     return tuple(notes)
 
 
@@ -149,21 +150,28 @@ def _options(image: Image.Image, format: str, notes: list[str]) -> dict[str, Any
     return options
 
 
-def _write_whole(image: Image.Image, path: Path, format: str, options: dict[str, Any]) -> None:
-    """Encode into a new file beside the target, force it to the disk, and only then give it the target's name."""
+def _encode(image: Image.Image, path: Path, format: str, options: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, format, **options)
+    except Exception as error:  # Pillow's encoders raise anything at all
+        raise PictureError(f"{path}: {format} could not encode the picture: {error}; try .png") from error
+    return buffer.getvalue()
+
+
+def _write_whole(data: bytes, path: Path) -> None:
+    """Fill a new file beside the target, force it to the disk, and only then give it the target's name."""
     part = path.with_name(f".openwu-{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
-            image.save(file, format, **options)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise PictureError(f"{path}: the disk is full; free some space and try again") from error
         raise PictureError(f"{path}: could not be written: {error.strerror or error}; check the disk") from error
-    except Exception as error:  # Pillow's encoders raise anything at all
-        raise PictureError(f"{path}: {format} could not encode the picture: {error}; try .png") from error
     finally:
         with suppress(FileNotFoundError):
             part.unlink()
