@@ -35,6 +35,7 @@ class FakeAdapter:
     loaded_from = ""
 
     def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "adapter_config.json").write_text("{}")
         (Path(folder) / "adapter_model.safetensors").write_bytes(b"0" * 8)
 

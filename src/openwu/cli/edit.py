@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openwu.cli.console import UsageError, complain, note, say
 from openwu.cli.plan import Job, check, plan
-from openwu.errors import InstructionError, OpenwuError, PictureError
+from openwu.errors import InstructionError, OpenwuError
 from openwu.instructions import check_instruction
 from openwu.pictures import read_picture, side_by_side, write_picture
 
@@ -92,22 +90,8 @@ def _edit(
     if job.comparison:
         write_picture(side_by_side(read_picture(job.photo), read_picture(result.image)), job.comparison)
     if job.adapter_folder:
-        _save_adapter(result.adapter, job.adapter_folder)
+        result.adapter.save_pretrained(job.adapter_folder)  # whole or not at all, as pictures are
     return {**result.timings, "write": time.perf_counter() - start}
-
-
-def _save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Each file of the adapter appears whole: written in a temporary folder on the same disk, then renamed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".openwu-", dir=folder) as part:
-            adapter.save_pretrained(part)
-            for file in Path(part).iterdir():
-                file.replace(folder / file.name)
-    except OSError as error:
-        raise PictureError(
-            f"{folder}: the adapter was not written: {error.strerror or error}; check the disk"
-        ) from error
 
 
 def _report(job: Job, times: Mapping[str, float], arguments: argparse.Namespace) -> None:
