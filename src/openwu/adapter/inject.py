@@ -138,7 +138,7 @@ class AdapterHandle:
 
 def resolve(model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None) -> list[Site]:
     """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     named = Counter(target.name for target in targets)
     problems = [f"{name}: named {count} times" for name, count in named.items() if count > 1]
     sites: list[Site] = []
