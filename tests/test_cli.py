@@ -425,12 +425,12 @@ def test_models_reads_its_facts_from_the_package(
     assert "2 kinds" in out
 
 
-def test_train_and_eval_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_and_eval_are_passed_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
 
-    def train(recipe: str, overrides: list[str], **options: Any) -> int:
+    def train(recipe: str, overrides: list[str], **options: Any) -> Path:
         asked.append((recipe, overrides, options))
-        return 3
+        return Path("runs/x")
 
     def evaluate(arguments: list[str]) -> int:
         asked.append(arguments)
@@ -438,10 +438,11 @@ def test_train_and_eval_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "openwu.training.command", types.SimpleNamespace(run=train))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "openwu.evaluation.command", types.SimpleNamespace(run=evaluate))  # type: ignore[arg-type]
-    assert cli.main(["train", "embedded", "steps=10", "lr=1e-3", "--output", "runs/x", "--quick"]) == 3
+    assert cli.main(["train", "a.py", "steps=10", "lr=1e-3", "--output", "runs/x", "--stage", "base"]) == 0
+    assert capsys.readouterr().out == f"a.py -> {Path('runs/x')}\n"
     assert cli.main(["eval", "--help", "photo.png", "--model", "x"]) == 4
-    options = {"output": "runs/x", "resume": False, "quick": True}
-    assert asked == [("embedded", ["steps=10", "lr=1e-3"], options), ["--help", "photo.png", "--model", "x"]]
+    options = {"output": "runs/x", "stages": ["base"]}
+    assert asked == [("a.py", ["steps=10", "lr=1e-3"], options), ["--help", "photo.png", "--model", "x"]]
 
 
 def test_an_unknown_verb_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from openwu import __version__
-from openwu.cli.console import UsageError, complain
+from openwu.cli.console import UsageError, complain, say
 from openwu.errors import InstructionError, OpenwuError
 
 FAILED, USAGE, STOPPED, PIPE_CLOSED = 1, 2, 130, 141
@@ -51,8 +51,9 @@ def _run(arguments: argparse.Namespace) -> int:
     module, _, function = arguments.run.partition(":")
     verb = getattr(importlib.import_module(module), function)
     if arguments.verb == "train":
-        options = {"output": arguments.output, "resume": arguments.resume, "quick": arguments.quick}
-        return int(verb(arguments.recipe, arguments.overrides, **options))
+        folder = verb(arguments.recipe, arguments.overrides, output=arguments.output, stages=arguments.stages)
+        say(f"{arguments.recipe} -> {folder}")
+        return 0
     if arguments.verb == "eval":
         return int(verb(arguments.arguments))
     return int(verb(arguments))
@@ -116,12 +117,20 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_train(verbs: argparse._SubParsersAction[_Parser]) -> None:
-    train = verbs.add_parser("train", help="train a model from a recipe", allow_abbrev=False)
-    train.add_argument("recipe", metavar="RECIPE", help="recipe to train, by name or file")
+    train = verbs.add_parser(
+        "train",
+        help="train a model from a recipe",
+        allow_abbrev=False,
+        description="Train a model from a recipe. Finished stages are skipped and begun ones go on where they stopped.",
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="recipe file, for example recipes/embedded.py")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe to change")
-    train.add_argument("--output", metavar="FOLDER", help="where to write the run")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    train.add_argument("--quick", action="store_true", help="a run of minutes that only shows that everything works")
+    train.add_argument(
+        "--output", metavar="FOLDER", help="where to write the run (default: runs/ and the recipe's name)"
+    )
+    train.add_argument(
+        "--stage", action="append", dest="stages", metavar="NAME", help="train only this stage; may be repeated"
+    )
     train.set_defaults(run="openwu.training.command:run")
 
 
