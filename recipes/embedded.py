@@ -1,0 +1,42 @@
+"""How the embedded model is made: sizes, stages, sub-tasks. `openwu train recipes/embedded.py` runs it."""
+
+from openwu.backbone.tiny import TinyEditorConfig
+from openwu.condition.embedded import EmbeddedConditionConfig
+from openwu.condition.instruction import InstructionConfig
+from openwu.config import GeneratorConfig
+from openwu.data.edits import BASE_EDITS, EDITS
+from openwu.data.phrases import OUT_OF_SCOPE
+from openwu.embedded import EmbeddedConfig, tiny_layer_groups
+from openwu.training.recipe import EmbeddedRecipe, StageConfig
+
+
+def model() -> EmbeddedConfig:
+    """About 12 million parameters in all, 24 MB in float16."""
+    backbone = TinyEditorConfig()
+    condition = EmbeddedConditionConfig()
+    generator = GeneratorConfig(
+        rank=8,
+        alpha=8,
+        token_dim=backbone.d_model,
+        input_dim=condition.width,
+        d_model=384,
+        head_dim=64,
+        dim_accumulation=4,
+        num_pg_layers=2,
+        groups=tiny_layer_groups(backbone),
+    )
+    return EmbeddedConfig(InstructionConfig(labels=(*EDITS, OUT_OF_SCOPE)), backbone, condition, generator)
+
+
+def recipe() -> EmbeddedRecipe:
+    return EmbeddedRecipe(
+        name="embedded",
+        model=model(),
+        instruction=StageConfig(steps=1200, shapes=((64, 0),), learning_rate=2e-3, weight_decay=0.1),
+        base=StageConfig(steps=2200, shapes=((32, 64), (32, 64), (8, 128)), learning_rate=2e-3),
+        generator=StageConfig(steps=2200, shapes=((16, 128),), learning_rate=1e-3, warmup=100),
+        shared=StageConfig(steps=2200, shapes=((16, 128),), learning_rate=3e-3),
+        base_edits=BASE_EDITS,
+        edits=tuple(EDITS),
+        export="src/openwu/weights",
+    )

@@ -1,0 +1,119 @@
+"""Photographs, split by picture.
+
+Enters: a folder of photographs with free licences (training), and those inside scikit-image and scikit-learn (test).
+Leaves: crops at several scales `[3, s, s]` in 0..1 for training, whole pictures `[3, h, w]` for tests, and the hashes
+that go into the provenance of trained weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from openwu.errors import DatasetError
+
+TRAINING_SIDES = (1024, 768, 512, 384)
+"""Longest sides at which a photograph is kept for training: the edits are defined in pixels, so scale is variety."""
+
+VALIDATION = ("kleiber_by_lukas_baubkus.jpg", "life_by_aitzol_berasategi.jpg")
+"""Files of the training folder that are kept back to watch a training and to tune it."""
+
+TEST_PHOTOGRAPHS = {
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "chelsea": ("skimage", "data/chelsea.png"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+}
+"""Never seen in any training: name -> (package that carries it, path inside the package)."""
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One photograph at several scales, `[h, w, 3]` uint8 each, largest first."""
+
+    name: str
+    scales: tuple[Tensor, ...]
+
+
+def load_folder(folder: Path, validation: bool = False) -> list[Photograph]:
+    """The training photographs of a folder, or with `validation` those kept back."""
+    files = sorted(file for file in folder.glob("*.jpg") if (file.name in VALIDATION) == validation)
+    if not files:
+        raise DatasetError(f"photographs: expected JPEG files in {folder}, found none; pass the folder that holds them")
+    return [Photograph(file.name, tuple(_read(file, side) for side in TRAINING_SIDES)) for file in files]
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of its bytes, for provenance."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.jpg"))}
+
+
+def load_test_photographs(side: int = 512) -> dict[str, Tensor]:
+    """Name -> `[3, h, w]` in 0..1, longest side at most `side`."""
+    found: dict[str, Tensor] = {}
+    for name, (package, path) in TEST_PHOTOGRAPHS.items():
+        try:
+            file = resources.files(package).joinpath(path)
+        except ModuleNotFoundError as error:
+            raise DatasetError(
+                f"test photographs: they come with the package {package!r}, which is not installed; "
+                "pip install 'openwu[evaluate]'"
+            ) from error
+        with resources.as_file(file) as local:
+            found[name] = to_unit(_read(local, side))
+    return found
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """`[h, w, 3]` uint8 -> `[3, h, w]` float32 in 0..1"""
+    return pixels.permute(2, 0, 1).float() / 255
+
+
+def random_crop(photographs: list[Photograph], size: int, generator: torch.Generator) -> Tensor:
+    """A square crop `[3, size, size]` in 0..1 at a random scale, mirrored and recoloured at random."""
+    photograph = photographs[_draw(generator, len(photographs))]
+    wide_enough = [scale for scale in photograph.scales if min(scale.shape[:2]) >= size]
+    if not wide_enough:
+        raise DatasetError(f"{photograph.name}: expected sides of at least {size} pixels at some scale")
+    pixels = wide_enough[_draw(generator, len(wide_enough))]
+    top, left = (_draw(generator, side - size + 1) for side in pixels.shape[:2])
+    crop = to_unit(pixels[top : top + size, left : left + size])
+    if _draw(generator, 2):
+        crop = crop.flip(-1)
+    if _draw(generator, 4) == 0:
+        crop = crop.transpose(-1, -2)
+    return recoloured(crop, generator)
+
+
+def recoloured(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Colour jitter against learning the palettes of a few scenes: channel order, gains, gamma, contrast."""
+    if _draw(generator, 2) == 0:
+        return x
+    amount = torch.rand(6, generator=generator) * 2 - 1  # six independent draws in -1..1
+    if _draw(generator, 3) == 0:
+        x = x[torch.randperm(3, generator=generator)]
+    x = x.clamp(min=1e-4) ** float(torch.exp(0.3 * amount[0]))
+    x = x * torch.exp(0.15 * amount[1:4]).view(3, 1, 1)
+    middle = x.mean()
+    return (middle + (x - middle) * float(1 + 0.2 * amount[4]) + 0.05 * float(amount[5])).clamp(0, 1)
+
+
+def _read(file: Path, side: int) -> Tensor:
+    with Image.open(file) as image:
+        picture = image.convert("RGB")
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture))
+
+
+def _draw(generator: torch.Generator, below: int) -> int:
+    return int(torch.randint(below, (), generator=generator))

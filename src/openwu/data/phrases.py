@@ -1,0 +1,76 @@
+"""The sentences that people use to ask for an edit, by sub-task, language and split.
+
+Enters: phrases.json beside this file. Leaves: training sentences with everyday variations (politeness, capitals, end
+marks, slips of the keyboard), and held-out sentences exactly as written.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+OUT_OF_SCOPE = "out_of_scope"
+"""The label of sentences that ask for something that no sub-task of the suite does."""
+
+LANGUAGES = ("en", "zh")
+
+Phrases = dict[str, dict[str, dict[str, list[str]]]]
+
+_BEFORE = {
+    "en": ("please ", "can you ", "could you please ", "hey, ", "i want you to ", "just "),
+    "zh": ("请", "帮我", "麻烦", "能不能", "请帮我", "我想"),
+}
+_AFTER = {
+    "en": (" please", ", thanks", " for me", "!", ".", "?"),
+    "zh": ("，谢谢", "吧", "！", "。", "？", "好吗"),
+}
+
+
+@cache
+def load_phrases() -> Phrases:
+    """Sub-task name (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out") -> sentences."""
+    stored = json.loads((Path(__file__).parent / "phrases.json").read_text(encoding="utf-8"))
+    return {**stored["edits"], OUT_OF_SCOPE: stored[OUT_OF_SCOPE]}
+
+
+def sample_phrase(name: str, generator: torch.Generator, language: str | None = None) -> str:
+    """A training sentence for the sub-task `name`, varied as people vary it."""
+    if language is None:
+        language = LANGUAGES[_draw(generator, len(LANGUAGES))]
+    sentences = load_phrases()[name][language]["train"]
+    return vary(sentences[_draw(generator, len(sentences))], language, generator)
+
+
+def vary(sentence: str, language: str, generator: torch.Generator) -> str:
+    """Sometimes polite, sometimes capitalised, sometimes mistyped."""
+    if _draw(generator, 3) == 0:
+        before = _BEFORE[language]
+        sentence = before[_draw(generator, len(before))] + sentence
+    if _draw(generator, 3) == 0:
+        after = _AFTER[language]
+        sentence = sentence.rstrip(".!?。！？") + after[_draw(generator, len(after))]
+    if language == "en" and _draw(generator, 4) == 0:
+        sentence = mistype(sentence, generator)
+    if _draw(generator, 4) == 0:
+        sentence = sentence.capitalize()
+    return sentence
+
+
+def mistype(sentence: str, generator: torch.Generator) -> str:
+    """One slip: two neighbouring letters swapped, one dropped, or one doubled."""
+    if len(sentence) < 4:
+        return sentence
+    at = 1 + _draw(generator, len(sentence) - 2)
+    slips = (
+        sentence[: at - 1] + sentence[at] + sentence[at - 1] + sentence[at + 1 :],
+        sentence[:at] + sentence[at + 1 :],
+        sentence[:at] + sentence[at] + sentence[at:],
+    )
+    return slips[_draw(generator, len(slips))]
+
+
+def _draw(generator: torch.Generator, below: int) -> int:
+    return int(torch.randint(below, (), generator=generator))

@@ -1,0 +1,180 @@
+"""The embedded model put together: instruction encoder, condition encoder, parameter generator and frozen base.
+
+Enters: a folder with `config.json` and one safetensors file per part (the one inside the package by default). Leaves:
+an `EmbeddedModel` whose steps are those of every edit: read the instruction, encode the condition, generate the
+adapter, apply it to the base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from openwu.adapter.inject import attach
+from openwu.backbone.tiny import TinyEditor, TinyEditorConfig
+from openwu.condition.embedded import EmbeddedConditionConfig, EmbeddedConditionEncoder
+from openwu.condition.instruction import InstructionConfig, InstructionEncoder
+from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
+from openwu.errors import CheckpointError
+from openwu.generator.model import ParameterGenerator
+from openwu.types import Adapter
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""The embedded model that comes with the package."""
+
+MODEL_TYPE = "openwu-embedded"
+_PARTS = ("instruction", "backbone", "condition", "generator")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedConfig:
+    """Sizes of all four parts."""
+
+    instruction: InstructionConfig
+    backbone: TinyEditorConfig
+    condition: EmbeddedConditionConfig
+    generator: GeneratorConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model_type": MODEL_TYPE,
+            "instruction": dataclasses.asdict(self.instruction),
+            "backbone": dataclasses.asdict(self.backbone),
+            "condition": dataclasses.asdict(self.condition),
+            "generator": self.generator.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EmbeddedConfig:
+        if data.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(f"model_type: expected {MODEL_TYPE!r}, got {data.get('model_type')!r}")
+        instruction = {**data["instruction"], "labels": tuple(data["instruction"]["labels"])}
+        return cls(
+            InstructionConfig(**instruction),
+            TinyEditorConfig(**data["backbone"]),
+            EmbeddedConditionConfig(**data["condition"]),
+            GeneratorConfig.from_dict(data["generator"]),
+        )
+
+
+def tiny_layer_groups(config: TinyEditorConfig) -> tuple[LayerGroup, LayerGroup]:
+    """What receives adapters in the embedded base: its identical blocks, and the layers of its full-resolution path."""
+    d, c = config.d_model, config.pixel_channels
+    blocks = LayerGroup(
+        prefix="blocks.",
+        num_layers=config.num_layers,
+        targets=(
+            PlainTarget("qkv", d, 3 * d),
+            PlainTarget("out", d, d),
+            PlainTarget("fc1", d, config.ffn_dim),
+            PlainTarget("fc2", config.ffn_dim, d),
+        ),
+        name="blocks",
+    )
+    mix = tuple(PlainTarget(f"mix.{index}", 9 * c, c) for index in range(config.pixel_layers))
+    pixels = LayerGroup(
+        prefix="pixels.",
+        num_layers=1,
+        targets=(
+            PlainTarget("stem", 9 * 4, c),
+            *mix,
+            PlainTarget("out", 9 * c, 3),
+        ),
+        name="pixels",
+        indexed=False,
+    )
+    return blocks, pixels
+
+
+class EmbeddedModel(nn.Module):
+    """All four parts. Adapters are applied through hooks that live as long as the model."""
+
+    def __init__(self, config: EmbeddedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.instruction = InstructionEncoder(config.instruction)
+        self.backbone = TinyEditor(config.backbone)
+        self.condition = EmbeddedConditionEncoder(config.condition)
+        self.generator = ParameterGenerator(config.generator)
+        self.handle = attach(self.backbone, self.generator.targets)
+
+    def adapt(self, pictures: Tensor, text: Tensor) -> Adapter:
+        """Whole pictures `[b, 3, h, w]` and instruction tokens `[b, K, text_dim]` -> one adapter per request."""
+        adapter: Adapter = self.generator(self.condition(pictures, text))
+        return adapter
+
+    def edit(self, picture: Tensor, noise: Tensor, text: Tensor, adapter: Adapter | None) -> Tensor:
+        """The base's answer `[b, 3, h, w]`, with one adapter per row, one for all rows, or none."""
+        with nullcontext() if adapter is None else self.handle.applied(adapter):
+            edited: Tensor = self.backbone(picture, noise, text)
+        return edited
+
+    @property
+    def num_parameters(self) -> dict[str, int]:
+        return {name: sum(p.numel() for p in getattr(self, name).parameters()) for name in _PARTS}
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write `config.json` and the four files of weights in `dtype`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _PARTS:
+            tensors = {key: value.to(dtype).contiguous() for key, value in getattr(self, name).state_dict().items()}
+            partial = folder / f".{name}.partial"
+            save_file(tensors, partial, metadata={"format": "pt"})
+            partial.replace(folder / f"{name}.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path = WEIGHTS, dtype: torch.dtype = torch.float32) -> EmbeddedModel:
+        """Read a folder that `save_pretrained` wrote. Raises CheckpointError with everything that does not fit."""
+        folder = Path(folder)
+        config = EmbeddedConfig.from_dict(_read_config(folder))
+        with torch.device("meta"):
+            model = cls(config)
+        problems: list[str] = []
+        for name in _PARTS:
+            problems += _load_part(getattr(model, name), folder / f"{name}.safetensors", dtype)
+        if problems:
+            raise CheckpointError(f"{folder} does not hold a whole embedded model:\n  " + "\n  ".join(problems))
+        return model.requires_grad_(False).eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected the JSON configuration of an embedded model ({error}); "
+            "pass the folder that `openwu train` wrote, or none for the model inside the package"
+        ) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _load_part(part: nn.Module, file: Path, dtype: torch.dtype) -> list[str]:
+    """Give a module on the meta device its weights; what does not fit comes back as a list."""
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        return [f"{file.name}: cannot be read ({error})"]
+    expected = part.state_dict()
+    problems = [f"{file.name}: missing {key}" for key in expected if key not in stored]
+    problems += [f"{file.name}: unexpected {key}" for key in stored if key not in expected]
+    problems += [
+        f"{file.name}: {key}: expected shape {list(expected[key].shape)}, got {list(stored[key].shape)}"
+        for key in expected
+        if key in stored and stored[key].shape != expected[key].shape
+    ]
+    if not problems:
+        part.load_state_dict({key: value.to(dtype) for key, value in stored.items()}, assign=True)
+    return problems

@@ -1,0 +1,1 @@
+"""Training: batch -> loss -> update, resumable at any step to the same weights."""

@@ -1,0 +1,142 @@
+"""`openwu train`: a recipe goes in, its stages are trained in order, a model with its provenance comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import openwu
+from openwu.data.photographs import folder_hashes, load_folder
+from openwu.embedded import EmbeddedModel
+from openwu.errors import OpenwuError
+from openwu.training.checkpoint import load_weights
+from openwu.training.loop import LoopConfig, Stage, train_stage
+from openwu.training.recipe import STAGES, EmbeddedRecipe, StageConfig, load_recipe
+from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
+
+PROVENANCE = "provenance.json"
+
+
+def run(recipe: str, overrides: list[str], *, output: str | None = None, stages: list[str] | None = None) -> Path:
+    """Train a recipe's stages in order; returns the run's folder. Finished stages are skipped, begun ones continued."""
+    config = load_recipe(Path(recipe), overrides)
+    folder = Path(output) if output else Path("runs") / config.name
+    unknown = sorted(set(stages or ()) - set(STAGES))
+    if unknown:
+        raise OpenwuError(f"stages: expected some of {list(STAGES)}, got {unknown}")
+    train(config, folder, tuple(stage for stage in STAGES if stages is None or stage in stages))
+    return folder
+
+
+def train(
+    recipe: EmbeddedRecipe, folder: Path, stages: tuple[str, ...] = STAGES, stop_after: int | None = None
+) -> None:
+    """`stop_after`: leave each stage after so many updates, for tests and trials."""
+    model = new_model(recipe)
+    photographs = Path(recipe.photographs)
+    pictures = (load_folder(photographs), load_folder(photographs, validation=True))
+    for name in STAGES:
+        if name == "shared":
+            # The baseline starts from the finished base and is no part of the model.
+            _export(recipe, model, folder)
+        if name in stages:
+            stage = _stage(name, recipe, model, pictures)
+            if not _train(stage, name, recipe, folder, stop_after):
+                return
+        elif name != "shared":
+            load_weights(folder / name, _trained(name, model))
+
+
+def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
+    """Initial weights from the recipe's seed, without touching the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return EmbeddedModel(recipe.model)
+
+
+def describe(recipe: EmbeddedRecipe) -> dict[str, Any]:
+    """Every number of a recipe, as JSON."""
+    plain: dict[str, Any] = {
+        field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe) if field.name != "model"
+    }
+    plain = {
+        key: dataclasses.asdict(value) if isinstance(value, StageConfig) else value for key, value in plain.items()
+    }
+    described: dict[str, Any] = json.loads(json.dumps({**plain, "model": recipe.model.to_dict()}))
+    return described
+
+
+def _stage(name: str, recipe: EmbeddedRecipe, model: EmbeddedModel, pictures: Any) -> Stage:
+    if name == "instruction":
+        return InstructionStage(recipe, model)
+    return {"base": base_stage, "generator": generator_stage, "shared": shared_stage}[name](recipe, model, pictures)
+
+
+def _trained(name: str, model: EmbeddedModel) -> torch.nn.Module:
+    parts = {"instruction": model.instruction, "base": model.backbone}
+    if name in parts:
+        return parts[name]
+    return torch.nn.ModuleDict({"condition": model.condition, "generator": model.generator})
+
+
+def _train(stage: Stage, name: str, recipe: EmbeddedRecipe, folder: Path, stop_after: int | None) -> bool:
+    loop = LoopConfig(
+        _fingerprint(name, recipe), recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every, stop_after
+    )
+    began = time.monotonic()
+    done = train_stage(stage, getattr(recipe, name), loop, folder / name)
+    with (folder / name / "seconds.txt").open("a") as file:
+        file.write(f"{time.monotonic() - began:.0f}\n")
+    return done
+
+
+def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
+    """What a stage's weights depend on: everything but later stages and how often something is written."""
+    described = describe(recipe)
+    later = STAGES[STAGES.index(name) + 1 :]
+    unimportant = {"name", "export", "checkpoint_every", "evaluate_every", "log_every", *later}
+    if name == "shared":
+        unimportant.add("generator")
+    return json.dumps({key: value for key, value in described.items() if key not in unimportant}, sort_keys=True)
+
+
+def _export(recipe: EmbeddedRecipe, model: EmbeddedModel, folder: Path) -> None:
+    for target in (folder / "model", *([Path(recipe.export)] if recipe.export else [])):
+        model.save_pretrained(target)
+        (target / PROVENANCE).write_text(json.dumps(provenance(recipe, folder), indent=1, ensure_ascii=False) + "\n")
+
+
+def provenance(recipe: EmbeddedRecipe, folder: Path) -> dict[str, Any]:
+    """Where weights come from: recipe, code version, data hashes, seeds, machine, seconds of every stage."""
+    seconds = {
+        name: sum(int(line) for line in (folder / name / "seconds.txt").read_text().split())
+        for name in STAGES
+        if (folder / name / "seconds.txt").exists()
+    }
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "openwu": openwu.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "recipe": describe(recipe),
+        "photographs": folder_hashes(Path(recipe.photographs)),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

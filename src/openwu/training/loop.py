@@ -1,0 +1,126 @@
+"""The training loop: a stage's loss goes in, an updated module and its curves come out.
+
+A stage says what is trained and what the loss of a step is; the loop knows nothing of pictures. Every random draw of a
+step depends on the seed and the step alone, so a training that was killed continues to the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from openwu.errors import OpenwuError
+from openwu.training.checkpoint import load_state, save_state
+from openwu.training.recipe import StageConfig
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a stage reports while it trains."""
+
+    scalars: Mapping[str, float]
+    picture: Tensor | None = field(default=None, repr=False)
+    """A contact sheet `[3, h, w]` in 0..1."""
+
+
+class Stage(Protocol):
+    """One training: what changes, and how wrong it is."""
+
+    name: str
+
+    @property
+    def trained(self) -> nn.Module: ...
+
+    def loss(self, step: int) -> Tensor: ...
+
+    def evaluate(self) -> Evaluation: ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the loop needs besides the stage's own optimisation."""
+
+    recipe: str
+    """JSON description that a checkpoint must match to be continued."""
+    checkpoint_every: int
+    evaluate_every: int
+    log_every: int
+    stop_after: int | None = None
+    """Stop early after so many updates in this process, leaving a checkpoint; for tests and trials."""
+
+
+def learning_rate(config: StageConfig, step: int) -> float:
+    """Linear warm-up, constant, linear decay to 0."""
+    rise = min(1.0, (step + 1) / max(1, config.warmup))
+    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
+    return config.learning_rate * min(rise, fall, 1.0)
+
+
+def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Path) -> bool:
+    """Train to the end, from the last checkpoint in `folder` if there is one. True when every step has been made."""
+    module = stage.trained
+    optimizer = _optimizer(module, config)
+    step = load_state(folder, module, optimizer, loop.recipe)
+    if step >= config.steps:
+        return True
+    stop = config.steps if loop.stop_after is None else min(config.steps, step + loop.stop_after)
+    with (
+        SummaryWriter(str(folder), purge_step=step) as curves,
+        tqdm(total=config.steps, initial=step, desc=stage.name, unit="step") as bar,
+    ):
+        while step < stop:
+            loss, norm = _update(stage, module, optimizer, config, step)
+            step += 1
+            bar.update()
+            if step % loop.log_every == 0:
+                bar.set_postfix(loss=f"{loss:.3f}")
+                curves.add_scalar("loss", loss, step)
+                curves.add_scalar("gradient_norm", norm, step)
+                curves.add_scalar("learning_rate", learning_rate(config, step - 1), step)
+            if step % loop.evaluate_every == 0 or step == config.steps:
+                _log_evaluation(curves, stage.evaluate(), step)
+            if step % loop.checkpoint_every == 0 or step == stop:
+                save_state(folder, module, optimizer, step, loop.recipe)
+    return step >= config.steps
+
+
+def _update(
+    stage: Stage, module: nn.Module, optimizer: torch.optim.Optimizer, config: StageConfig, step: int
+) -> tuple[float, float]:
+    """One update; returns the loss and the gradient's norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    loss = stage.loss(step)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise OpenwuError(
+            f"{stage.name}: the loss is {value} at step {step}; the last checkpoint is kept. "
+            "Lower learning_rate or clip, or look at this step's batch"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    norm = float(nn.utils.clip_grad_norm_(module.parameters(), config.clip))
+    optimizer.step()
+    return value, norm
+
+
+def _optimizer(module: nn.Module, config: StageConfig) -> torch.optim.Optimizer:
+    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def _log_evaluation(curves: SummaryWriter, evaluation: Evaluation, step: int) -> None:
+    for name, value in evaluation.scalars.items():
+        curves.add_scalar(name, value, step)
+    if evaluation.picture is not None:
+        curves.add_image("validation", evaluation.picture, step)

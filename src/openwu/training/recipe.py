@@ -1,0 +1,137 @@
+"""What a recipe returns: every number that decides which weights come out of a training.
+
+A recipe is a Python file with a function `recipe() -> EmbeddedRecipe`; a variant calls a base recipe and replaces
+fields. Command-line overrides (`key=value`, dots for nesting) replace fields in the same way.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openwu.embedded import EmbeddedConfig
+from openwu.errors import OpenwuError
+
+STAGES = ("instruction", "base", "generator", "shared")
+"""In the order in which they build on one another; "shared" is the baseline of equal length, not part of the model."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The optimisation of one stage."""
+
+    steps: int
+    """Optimiser steps."""
+    shapes: tuple[tuple[int, int], ...]
+    """Steps walk through these (requests, side of the base's crop in pixels) in turn; sentences have no side."""
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    warmup: int = 50
+    """Steps over which the learning rate rises from 0."""
+    decay: float = 0.6
+    """Fraction of the steps, at the end, over which the learning rate falls to 0."""
+    weight_decay: float = 0.02
+    """AdamW's weight decay, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not self.shapes or any(requests < 1 for requests, _ in self.shapes):
+            raise ValueError(f"shapes: expected at least one (requests, crop side), got {self.shapes}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay: expected a fraction from 0 to 1, got {self.decay}")
+
+
+@dataclass(frozen=True)
+class EmbeddedRecipe:
+    """How the embedded model is made from nothing."""
+
+    name: str
+    """Names the run's folder."""
+    model: EmbeddedConfig
+    """Sizes of the four parts."""
+    instruction: StageConfig
+    """Instruction encoder: tell the sub-tasks apart."""
+    base: StageConfig
+    """Frozen base: a few sub-tasks, read from the instruction."""
+    generator: StageConfig
+    """Condition encoder and generator, end to end through the frozen base, on every sub-task."""
+    shared: StageConfig
+    """The baseline: one adapter for all sub-tasks, on the same batches for as many steps."""
+    base_edits: tuple[str, ...]
+    """Sub-tasks that the base learns."""
+    edits: tuple[str, ...]
+    """Sub-tasks that adapters learn."""
+    photographs: str = "photos"
+    """Folder of training photographs, relative to the working directory."""
+    side: int = 192
+    """Side in pixels of the picture that the condition encoder sees in training."""
+    seed: int = 0
+    """Seed of initial weights and data."""
+    bf16: bool = True
+    """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    evaluate_every: int = 200
+    """Steps between evaluations on the validation photographs."""
+    log_every: int = 10
+    """Steps between points of the training curve."""
+    export: str | None = field(default=None)
+    """Where the finished model is written besides the run's folder."""
+
+
+def load_recipe(path: Path, overrides: list[str]) -> EmbeddedRecipe:
+    """The recipe of a file, with `key=value` overrides applied."""
+    spec = importlib.util.spec_from_file_location("openwu_recipe", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise OpenwuError(f"recipe: expected a Python file with a function recipe(), found none at {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    build = getattr(module, "recipe", None)
+    made = build() if callable(build) else None
+    if not isinstance(made, EmbeddedRecipe):
+        raise OpenwuError(f"recipe: expected {path} to define recipe() -> EmbeddedRecipe, got {type(made).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise OpenwuError(f"override: expected key=value, got {override!r}")
+        made = _replaced(made, key.split("."), value, key)
+    return made
+
+
+def _replaced(config: Any, path: list[str], value: str, whole: str) -> Any:
+    names = [each.name for each in dataclasses.fields(config)]
+    if path[0] not in names:
+        raise OpenwuError(f"override {whole}: expected one of {names}, got {path[0]!r}")
+    current = getattr(config, path[0])
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(current):
+            raise OpenwuError(f"override {whole}: {path[0]} has no fields")
+        return dataclasses.replace(config, **{path[0]: _replaced(current, path[1:], value, whole)})
+    return dataclasses.replace(config, **{path[0]: _parsed(value, current, whole)})
+
+
+def _parsed(text: str, current: Any, whole: str) -> Any:
+    """A value of the field's own type."""
+    if dataclasses.is_dataclass(current):
+        raise OpenwuError(
+            f"override {whole}: expected one of its fields, e.g. {whole}.{dataclasses.fields(current)[0].name}"
+        )
+    if isinstance(current, str) or current is None:
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(current, bool) else text)
+    except (ValueError, SyntaxError):
+        value = None
+    if isinstance(current, float) and isinstance(value, int):
+        value = float(value)
+    if type(value) is not type(current):
+        raise OpenwuError(f"override {whole}: expected {type(current).__name__} like {current!r}, got {text!r}")
+    return value

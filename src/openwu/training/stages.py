@@ -1,0 +1,181 @@
+"""The four stages of the embedded model: what each trains, and the loss of one step.
+
+Enters: a recipe, the model, photographs. Leaves: stages for `loop.train_stage`. The instruction encoder learns to tell
+the sub-tasks apart and is then frozen for everyone; the base learns a few sub-tasks and is then frozen; the condition
+encoder and the generator learn all sub-tasks end to end through it; a shared adapter learns from the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from openwu.condition.instruction import InstructionEncoder
+from openwu.data.batches import PairBatch, PairSampler
+from openwu.data.photographs import Photograph
+from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases, sample_phrase
+from openwu.embedded import EmbeddedModel
+from openwu.training.loop import Evaluation
+from openwu.training.loss import picture_loss, psnr
+from openwu.training.recipe import EmbeddedRecipe
+from openwu.training.shared import SharedAdapter
+from openwu.types import Adapter
+
+OUT_OF_SCOPE_SHARE = 0.2
+"""Share of the instruction encoder's sentences that no sub-task serves."""
+
+VALIDATION_BATCHES = 2
+SHEET_ROWS = 8
+
+
+class InstructionStage:
+    """Cross entropy over sub-tasks and "out of scope", from sentences alone."""
+
+    name = "instruction"
+
+    def __init__(self, recipe: EmbeddedRecipe, model: EmbeddedModel) -> None:
+        self.recipe, self.encoder = recipe, model.instruction
+        self.labels = model.config.instruction.labels
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.encoder
+
+    def loss(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.recipe.seed * 3_000_017 + step)
+        size = self.recipe.instruction.shapes[0][0]
+        wanted = torch.randint(len(self.labels) - 1, (size,), generator=generator)
+        outside = torch.rand(size, generator=generator) < OUT_OF_SCOPE_SHARE
+        wanted[outside] = self.labels.index(OUT_OF_SCOPE)
+        tokens = self.encoder([sample_phrase(self.labels[int(label)], generator) for label in wanted])
+        # Noise keeps sentences of one sub-task together: whoever reads the tokens meets a cloud, not points.
+        tokens = tokens + 0.1 * torch.randn(tokens.shape, generator=generator)
+        return F.nll_loss(self._smoothed(tokens), wanted)
+
+    def _smoothed(self, tokens: Tensor, amount: float = 0.1) -> Tensor:
+        """Log-probabilities that make `nll_loss` the cross entropy with label smoothing."""
+        logs = self.encoder.log_probabilities(tokens)
+        return (1 - amount) * logs + amount * logs.mean(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        return Evaluation({f"held_out/{language}": held_out_accuracy(self.encoder, language) for language in LANGUAGES})
+
+
+def held_out_accuracy(encoder: InstructionEncoder, language: str) -> float:
+    """Share of the held-out sentences of every label, "out of scope" included, that the encoder understands."""
+    labels = encoder.config.labels
+    pairs = [(label, sentence) for label in labels for sentence in load_phrases()[label][language]["held_out"]]
+    found = encoder.log_probabilities(encoder([sentence for _, sentence in pairs])).argmax(dim=1)
+    return sum(labels[int(i)] == label for i, (label, _) in zip(found, pairs, strict=True)) / len(pairs)
+
+
+class PictureStage:
+    """What the stages with pictures share: batches, precision, validation. `adapt` says which adapter a batch gets."""
+
+    def __init__(
+        self,
+        name: str,
+        recipe: EmbeddedRecipe,
+        model: EmbeddedModel,
+        trained: nn.Module,
+        adapt: Callable[[PairBatch, Tensor], Adapter] | None,
+        photographs: tuple[list[Photograph], list[Photograph]],
+    ) -> None:
+        """`photographs`: (training, validation)."""
+        self.name, self.recipe, self.model, self.adapt = name, recipe, model, adapt
+        self._trained = trained
+        tasks = recipe.base_edits if adapt is None else recipe.edits
+        # Generator and baseline have equal batches: their seed does not depend on the stage's name.
+        seed = recipe.seed + (0 if adapt is None else 1)
+        shapes = (recipe.base if adapt is None else recipe.generator).shapes
+        self.batches = PairSampler(photographs[0], tasks, shapes, recipe.side, seed)
+        self.validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
+        model.requires_grad_(False)
+        trained.requires_grad_(True)
+
+    @property
+    def trained(self) -> nn.Module:
+        return self._trained
+
+    def loss(self, step: int) -> Tensor:
+        batch = self.batches.batch(step)
+        # At these sizes the fused attention's backward pass is several times slower on a CPU than matrix products.
+        with sdpa_kernel(SDPBackend.MATH):
+            predicted, _ = self.predict(batch)
+        return picture_loss(predicted, batch.target)
+
+    def predict(self, batch: PairBatch) -> tuple[Tensor, Adapter | None]:
+        with torch.no_grad():
+            text = self.model.instruction(batch.sentences)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+            adapter = None if self.adapt is None else self.adapt(batch, text)
+            return self.model.edit(batch.picture, batch.noise, text, adapter), adapter
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        scalars: dict[str, list[float]] = {}
+        sheet = []
+        for step in range(VALIDATION_BATCHES):
+            batch = self.validation.batch(step)
+            predicted, adapter = self.predict(batch)
+            for name, value in zip(batch.names, psnr(predicted, batch.target).tolist(), strict=True):
+                scalars.setdefault(f"psnr/{name}", []).append(value)
+            if adapter is not None and adapter.batch > 1:
+                scalars.setdefault("adapter/spread", []).append(adapter_spread(adapter))
+            sheet += [
+                torch.cat(row, dim=-1) for row in zip(batch.picture, predicted.clamp(0, 1), batch.target, strict=True)
+            ]
+        means = {name: sum(values) / len(values) for name, values in scalars.items()}
+        tasks = [value for name, value in means.items() if name.startswith("psnr/")]
+        means["psnr_mean"] = sum(tasks) / len(tasks)
+        return Evaluation(means, torch.cat([row.float() for row in sheet[:SHEET_ROWS]], dim=-2))
+
+
+def adapter_spread(adapter: Adapter) -> float:
+    """How much generated B differ between samples: root mean variance over root mean square; 0 is collapse."""
+    variance = sum(float(b.float().var(dim=0, unbiased=False).sum()) for _, b in adapter.weights.values())
+    square = sum(float(b.float().square().mean(dim=0).sum()) for _, b in adapter.weights.values())
+    return float((variance / max(square, 1e-30)) ** 0.5)
+
+
+def base_stage(
+    recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: tuple[list[Photograph], list[Photograph]]
+) -> PictureStage:
+    """The base alone, on its own few sub-tasks."""
+    return PictureStage("base", recipe, model, model.backbone, None, photographs)
+
+
+def generator_stage(
+    recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: tuple[list[Photograph], list[Photograph]]
+) -> PictureStage:
+    """Condition encoder and generator, end to end through the frozen base."""
+    trained = nn.ModuleDict({"condition": model.condition, "generator": model.generator})
+
+    def adapt(batch: PairBatch, text: Tensor) -> Adapter:
+        return model.adapt(batch.whole, text)
+
+    return PictureStage("generator", recipe, model, trained, adapt, photographs)
+
+
+def shared_stage(
+    recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: tuple[list[Photograph], list[Photograph]]
+) -> PictureStage:
+    """One adapter for all sub-tasks, through the same frozen base on the same batches."""
+    shared = new_shared_adapter(recipe, model)
+
+    def adapt(_batch: PairBatch, _text: Tensor) -> Adapter:
+        adapter: Adapter = shared()
+        return adapter
+
+    return PictureStage("shared", recipe, model, shared, adapt, photographs)
+
+
+def new_shared_adapter(recipe: EmbeddedRecipe, model: EmbeddedModel) -> SharedAdapter:
+    """With the generator's rank and targets."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return SharedAdapter(model.generator.targets, recipe.model.generator.rank, model.generator.scale, generator)
