@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
-from adapter_cases import SMALL_TARGETS, Small, random_adapter, small_model
+from adapter_cases import SMALL_TARGETS, random_adapter, small_model
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -15,7 +18,7 @@ from openwu.types import Adapter
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def checkpointed(model: Small, x: Tensor) -> Tensor:
+def checkpointed(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The loss, with everything between x and the output recomputed in backward."""
     y: Tensor = checkpoint(model, x, use_reentrant=False)
     return y.square().sum()
@@ -33,6 +36,34 @@ def test_gradients_equal_those_without_checkpointing() -> None:
         came = gradients(checkpointed(model, X), adapter)
     for one, other in zip(came, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_recomputation_in_a_thread_of_autograd() -> None:
+    """On accelerators autograd recomputes in its own threads; here the whole backward pass runs in another one."""
+    model = small_model()
+    adapter = random_adapter(SMALL_TARGETS, 2, trained=True)
+    with attach(model, SMALL_TARGETS) as handle, handle.applied(adapter):
+        expected = gradients(model(X).square().sum(), adapter)
+        loss, came = checkpointed(model, X), []
+        thread = threading.Thread(target=lambda: came.extend(gradients(loss, adapter)))
+        thread.start()
+        thread.join()
+    for one, other in zip(came, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_compiled_blocks_may_be_recomputed() -> None:
+    model = small_model()
+    adapter = random_adapter(SMALL_TARGETS, 2, trained=True)
+    with attach(model, SMALL_TARGETS) as handle, handle.applied(adapter):
+        expected = gradients(model(X).square().sum(), adapter)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        loss, came = checkpointed(compiled, X), []
+        thread = threading.Thread(target=lambda: came.extend(gradients(loss, adapter)))
+        thread.start()
+        thread.join()
+    for one, other in zip(came, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_backward_after_the_scope_fails() -> None:

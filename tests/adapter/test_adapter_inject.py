@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -71,7 +72,7 @@ def test_everything_that_does_not_fit_is_listed_at_once() -> None:
     with pytest.raises(TargetError) as error:
         attach(model, targets)
     for line in (
-        "neer: no such module; the nearest names are near",
+        "neer: no such module; near it are near",
         "norm: expected an nn.Linear or nn.Conv2d, got LayerNorm",
         "grouped: expected an ungrouped convolution, got one of 2 groups",
         "conv: expected a convolution 3 -> 4, got 3 channels * 3 * 3 = 27 -> 4",
@@ -297,6 +298,17 @@ def test_a_module_called_by_keyword_is_adapted() -> None:
     x = torch.randn(2, 3)
     with attach(model, targets) as handle, handle.applied(random_adapter(targets, 1, dtype=torch.float32)):
         assert torch.equal(model[0](input=x), model[0](x))
+
+
+def test_a_copy_of_the_model_is_the_bare_model() -> None:
+    model, x = small_model(), image(2)
+    with attach(model, SMALL_TARGETS) as handle:
+        with handle.applied(random_adapter(SMALL_TARGETS, 2)):
+            y = model(x)
+        copied = copy.deepcopy(model)
+        torch.testing.assert_close(copied(x), model(x))
+        with attach(copied, SMALL_TARGETS) as other, other.applied(random_adapter(SMALL_TARGETS, 2)):
+            assert torch.equal(copied(x), y)
 
 
 def test_errors_are_openwu_errors() -> None:

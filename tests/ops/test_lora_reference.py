@@ -27,8 +27,10 @@ def check(came: Callable[[], Tensor], expected: Callable[[], Tensor], inputs: li
     one, other = came(), expected()
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     dy = torch.randn_like(other)
-    for grad, wanted in zip(torch.autograd.grad(one, inputs, dy), torch.autograd.grad(other, inputs, dy), strict=True):
-        torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-10)
+    came_grads, grads = (
+        torch.autograd.grad(output, inputs, dy, allow_unused=True, materialize_grads=True) for output in (one, other)
+    )
+    torch.testing.assert_close(came_grads, grads, rtol=1e-10, atol=1e-10)
 
 
 @few
@@ -101,7 +103,7 @@ def test_routed(sample: list[int], rank: int) -> None:
 
     def expected() -> Tensor:
         rows = [y[t] if s < 0 else y[t] + SCALE * b[s] @ (a[s] @ x[t]) for t, s in enumerate(sample)]
-        return torch.stack(rows) if rows else y + 0 * (x.sum() + a.sum() + b.sum())
+        return torch.stack(rows) if rows else y
 
     sample_t = torch.tensor(sample, dtype=torch.long)
     check(lambda: dispatch.add_routed(y, x, a, b, SCALE, sample_t), expected, [y, x, a, b])

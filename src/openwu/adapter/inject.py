@@ -36,6 +36,9 @@ from openwu.adapter.site import Active, Caller, Site
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 
+HINTS = 5
+"""How many missing modules get a hint: looking for near names takes long in a large model."""
+
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules that carry a hook of some handle."""
 
@@ -148,7 +151,7 @@ def resolve(model: nn.Module, targets: Sequence[Target], routing: ExpertRouting 
             containers.setdefault(target.name.rpartition(".")[0], []).append(target)
             continue
         try:
-            sites.append(_plain_site(modules, target))
+            sites.append(_plain_site(modules, target, hint=len(problems) < HINTS))
         except TargetError as problem:
             problems.append(str(problem))
     for container, grouped in containers.items():
@@ -163,11 +166,11 @@ def resolve(model: nn.Module, targets: Sequence[Target], routing: ExpertRouting 
     return sites
 
 
-def _plain_site(modules: Mapping[str, nn.Module], target: Target) -> Site:
+def _plain_site(modules: Mapping[str, nn.Module], target: Target, hint: bool) -> Site:
     module = modules.get(target.name)
     if module is None:
-        near = difflib.get_close_matches(target.name, modules, n=3)
-        raise TargetError(f"{target.name}: no such module; the nearest names are {', '.join(near) or 'none'}")
+        near = difflib.get_close_matches(target.name, modules, n=3) if hint else []
+        raise TargetError(f"{target.name}: no such module" + (f"; near it are {', '.join(near)}" if near else ""))
     if isinstance(module, nn.Linear):
         return LinearSite(target, module)
     if isinstance(module, nn.Conv2d):

@@ -86,7 +86,7 @@ class Site:
         self.reached = False
         self.scale = 1.0
         self._trained = False
-        self._caller = Caller()
+        self._caller: Caller | None = None
 
     def load(self, active: Active) -> None:
         """Activate an adapter."""
@@ -96,7 +96,8 @@ class Site:
 
     def clear(self) -> None:
         """Deactivate the adapter and let go of its tensors."""
-        self.active = False
+        # Without the thread-local, a model with hooks can be deep-copied and pickled outside of a scope.
+        self.active, self._caller = False, None
         self.drop()
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
@@ -137,7 +138,7 @@ class Site:
                     f"{self.path}: a backward pass recomputes a forward pass that ran outside of this `applied` scope; "
                     "keep the adapter applied until backward has run"
                 )
-        elif not self._caller.inside and not (compiling and self._trained):
+        elif not (self._caller is not None and self._caller.inside) and not (compiling and self._trained):
             raise TargetError(
                 f"{self.path}: another thread runs the model while an adapter is applied; an adapter belongs to the "
                 "thread that applied it: run the model there, batch the requests, or give each thread its own model"
