@@ -1,4 +1,4 @@
-"""The nouns of openwu, in the order in which a request meets them: EditRequest -> Condition -> Target -> Adapter -> EditResult.
+"""The nouns of openwu, as a request meets them: EditRequest -> Condition -> Target -> Adapter -> EditResult.
 
 Imports nothing else of ours. Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts,
 A_dim / B_dim the input and output width of one adapted weight.
@@ -81,7 +81,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A batch of generated LoRA adapters, one per sample: `y = W x + scale * B (A x)` with each sample's own A and B."""
+    """A batch of generated LoRA adapters: `y = W x + scale * B (A x)` with each sample's own A and B."""
 
     targets: tuple[Target, ...]
     weights: Mapping[str, tuple[Tensor, Tensor]] = field(repr=False)

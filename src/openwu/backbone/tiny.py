@@ -87,8 +87,8 @@ class TinyEditor(nn.Module):
         x = torch.cat([4 * (picture - 0.5), noise.to(picture)], dim=1).to(self.embed.weight.dtype)
         x = pad_mirrored(x, down, right).contiguous(memory_format=torch.channels_last)
         tokens, grid = self.read_scene(x, text.to(x.dtype))
-        change = self.pixels(x, tokens, grid)[:, :, :height, :width]
-        return picture + change.to(picture.dtype)
+        change: Tensor = self.pixels(x, tokens, grid)
+        return picture + change[:, :, :height, :width].to(picture.dtype)
 
     def read_scene(self, x: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """x `[b, 4, h, w]`, text `[b, K, text_dim]` -> what every patch shows `[b, n, d]`, and the grid of patches."""
@@ -118,7 +118,8 @@ class Block(nn.Module):
 
     def forward(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
         x_bnd = x_bnd + self.attend(self.norm1(x_bnd), text, grid)
-        return x_bnd + self.fc2(F.silu(self.fc1(self.norm2(x_bnd))))
+        out: Tensor = x_bnd + self.fc2(F.silu(self.fc1(self.norm2(x_bnd))))
+        return out
 
     def attend(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens enter and leave as `[b, n, d]`: every linear layer sees one row block per picture."""
@@ -155,8 +156,8 @@ class PixelPath(nn.Module):
         self.mix = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in range(config.pixel_layers))
         self.out = nn.Conv2d(c, PICTURE_CHANNELS, 3, padding=1)
         # The untrained editor changes nothing.
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """x `[b, 4, h, w]`, tokens `[b, n, d]` -> the change of every pixel `[b, 3, h, w]`."""

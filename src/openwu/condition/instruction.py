@@ -91,8 +91,8 @@ def hash_words(sentences: Sequence[str], config: InstructionConfig) -> Tensor:
     longest = max(len(words) for words in hashed)
     widest = max(len(grams) for words in hashed for grams in words)
     rows = torch.zeros(len(hashed), longest, widest, dtype=torch.long)
-    for b, words in enumerate(hashed):
-        for t, grams in enumerate(words):
+    for b, sentence_rows in enumerate(hashed):
+        for t, grams in enumerate(sentence_rows):
             rows[b, t, : len(grams)] = torch.tensor(grams)
     return rows
 

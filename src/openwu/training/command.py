@@ -20,9 +20,12 @@ from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_weights
 from openwu.training.loop import LoopConfig, Stage, train_stage
 from openwu.training.recipe import STAGES, EmbeddedRecipe, StageConfig, load_recipe
+from openwu.training.shared import SharedAdapter
 from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
 
 PROVENANCE = "provenance.json"
+SHARED = "shared"
+"""Folder of the shared-LoRA baseline, beside the weights."""
 
 
 def run(recipe: str, overrides: list[str], *, output: str | None = None, stages: list[str] | None = None) -> Path:
@@ -51,6 +54,8 @@ def train(
             stage = _stage(name, recipe, model, pictures)
             if not _train(stage, name, recipe, folder, stop_after):
                 return
+            if isinstance(stage.trained, SharedAdapter):
+                _export_shared(recipe, stage.trained, folder)
         elif name != "shared":
             load_weights(folder / name, _trained(name, model))
 
@@ -108,8 +113,18 @@ def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
     return json.dumps({key: value for key, value in described.items() if key not in unimportant}, sort_keys=True)
 
 
+def _export_folders(recipe: EmbeddedRecipe, folder: Path) -> list[Path]:
+    return [folder / "model", *([Path(recipe.export)] if recipe.export else [])]
+
+
+def _export_shared(recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path) -> None:
+    """The baseline stands beside the model, so that the table can be remade."""
+    for target in _export_folders(recipe, folder):
+        shared().detach().save_pretrained(target / SHARED)
+
+
 def _export(recipe: EmbeddedRecipe, model: EmbeddedModel, folder: Path) -> None:
-    for target in (folder / "model", *([Path(recipe.export)] if recipe.export else [])):
+    for target in _export_folders(recipe, folder):
         model.save_pretrained(target)
         (target / PROVENANCE).write_text(json.dumps(provenance(recipe, folder), indent=1, ensure_ascii=False) + "\n")
 

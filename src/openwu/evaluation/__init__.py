@@ -1,0 +1,1 @@
+"""Evaluation: what a model does on photographs that no training saw, in numbers and pictures."""
