@@ -16,7 +16,7 @@ def model() -> EmbeddedConfig:
     condition = EmbeddedConditionConfig()
     generator = GeneratorConfig(
         rank=8,
-        alpha=8,
+        alpha=1,
         token_dim=backbone.d_model,
         input_dim=condition.width,
         d_model=384,
@@ -33,9 +33,9 @@ def recipe() -> EmbeddedRecipe:
         name="embedded",
         model=model(),
         instruction=StageConfig(steps=1200, shapes=((64, 0),), learning_rate=2e-3, weight_decay=0.1),
-        base=StageConfig(steps=2200, shapes=((32, 64), (32, 64), (8, 128)), learning_rate=2e-3),
-        generator=StageConfig(steps=2200, shapes=((16, 128),), learning_rate=1e-3, warmup=100),
-        shared=StageConfig(steps=2200, shapes=((16, 128),), learning_rate=3e-3),
+        base=StageConfig(steps=2600, shapes=((32, 64), (32, 64), (8, 128)), learning_rate=2e-3),
+        generator=StageConfig(steps=3000, shapes=((22, 64), (22, 64), (11, 128)), learning_rate=8e-4, warmup=100),
+        shared=StageConfig(steps=3000, shapes=((22, 64), (22, 64), (11, 128)), learning_rate=1e-2, warmup=100),
         base_edits=BASE_EDITS,
         edits=tuple(EDITS),
         export="src/openwu/weights",

@@ -23,7 +23,7 @@ from PIL import Image
 import openwu
 from openwu import cli
 from openwu.cli import console, models
-from openwu.errors import CheckpointError, OpenwuError
+from openwu.errors import CheckpointError, InstructionError, OpenwuError
 from openwu.pictures import read_picture
 
 PYTHON = [sys.executable, "-m", "openwu"]
@@ -75,9 +75,12 @@ class FakeEditor:
         strength: float,
         seed: int,
         adapter: FakeAdapter | None,
+        anyway: bool,
         progress: Callable[[int, int], None],
     ) -> FakeResult:
         self.asked.append({"images": images, "instruction": instruction, "strength": strength, "seed": seed})
+        if "dragon" in instruction and not anyway:
+            raise InstructionError("instruction: the model does not know how to; try --anyway")
         progress(1, 2)
         if Path(images).name in self.fails:
             raise self.fails[Path(images).name]
@@ -528,3 +531,13 @@ def test_messages_survive_a_terminal_without_unicode(capfd: pytest.CaptureFixtur
     assert "\\u7167\\u7247.png: no such file" in run.stderr
     console.say("照片")
     assert capfd.readouterr().out == "照片\n"
+
+
+def test_anyway_tries_what_the_model_refuses(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edit("a.png", "--output", "out.png", instruction="add a dragon") == 1
+    assert "--anyway" in capsys.readouterr().err
+    assert not Path("out.png").exists()
+    assert edit("a.png", "--output", "out.png", "--anyway", instruction="add a dragon") == 0
+    assert Path("out.png").exists()

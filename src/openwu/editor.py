@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from openwu.embedded import WEIGHTS, EmbeddedModel
-from openwu.errors import OpenwuError, PictureError
+from openwu.errors import OpenwuError, PictureError, TargetError
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.pictures.photo import Pixels
@@ -67,6 +67,8 @@ class Editor:
         progress: Progress | None = None,
     ) -> EditResult:
         """Edit one picture. `adapter` reuses one of an earlier result; `anyway` tries out-of-scope instructions too."""
+        if adapter is not None and adapter.batch != 1:
+            raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
         request = EditRequest(_listed(images), instruction, strength, seed)
         return self._edited([request], adapter, anyway, progress)[0]
 

@@ -82,6 +82,7 @@ def _edit(
             strength=arguments.strength,
             seed=arguments.seed,
             adapter=adapter,
+            anyway=arguments.anyway,
             progress=progress,
         )
     start = time.perf_counter()

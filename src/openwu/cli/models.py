@@ -20,7 +20,7 @@ CARD = "docs/model-card.md"
 
 def run(_: argparse.Namespace) -> int:
     weights = PACKAGE / "weights"
-    files = sorted(weights.rglob("*.safetensors"))
+    files = sorted(weights.glob("*.safetensors"))
     if not (weights / "config.json").is_file() or not files:
         say(f"embedded: not in this installation (no weights in {weights}); install openwu from a release, or train it")
         return 0

@@ -64,7 +64,9 @@ def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
     """Initial weights from the recipe's seed, without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return EmbeddedModel(recipe.model)
+        model = EmbeddedModel(recipe.model)
+        model.generator.init_weights(recipe.b_init_std)
+        return model
 
 
 def describe(recipe: EmbeddedRecipe) -> dict[str, Any]:
@@ -104,13 +106,15 @@ def _train(stage: Stage, name: str, recipe: EmbeddedRecipe, folder: Path, stop_a
 
 
 def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
-    """What a stage's weights depend on: everything but later stages and how often something is written."""
+    """What a stage's weights depend on: neither later stages and parts nor how often something is written."""
     described = describe(recipe)
-    later = STAGES[STAGES.index(name) + 1 :]
-    unimportant = {"name", "export", "checkpoint_every", "evaluate_every", "log_every", *later}
-    if name == "shared":
-        unimportant.add("generator")
-    return json.dumps({key: value for key, value in described.items() if key not in unimportant}, sort_keys=True)
+    unimportant = {"name", "export", "checkpoint_every", "evaluate_every", "log_every"}
+    unimportant |= {*STAGES[STAGES.index(name) + 1 :], *({"generator"} if name == "shared" else ())}
+    unimportant |= {"b_init_std"} if name != "generator" else set()
+    later_parts = {"instruction": ("backbone", "condition", "generator"), "base": ("condition", "generator")}
+    model = {key: value for key, value in described.pop("model").items() if key not in later_parts.get(name, ())}
+    kept = {key: value for key, value in described.items() if key not in unimportant}
+    return json.dumps({**kept, "model": model}, sort_keys=True)
 
 
 def _export_folders(recipe: EmbeddedRecipe, folder: Path) -> list[Path]:

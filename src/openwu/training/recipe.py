@@ -75,6 +75,8 @@ class EmbeddedRecipe:
     """Side in pixels of the picture that the condition encoder sees in training."""
     seed: int = 0
     """Seed of initial weights and data."""
+    b_init_std: float = 1e-2
+    """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     checkpoint_every: int = 50

@@ -176,6 +176,6 @@ def shared_stage(
 
 
 def new_shared_adapter(recipe: EmbeddedRecipe, model: EmbeddedModel) -> SharedAdapter:
-    """With the generator's rank and targets."""
+    """With the generator's rank and targets. Its scale is 1, as usual for a LoRA that is learned itself."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    return SharedAdapter(model.generator.targets, recipe.model.generator.rank, model.generator.scale, generator)
+    return SharedAdapter(model.generator.targets, recipe.model.generator.rank, 1.0, generator)
