@@ -34,7 +34,7 @@ def recipe() -> EmbeddedRecipe:
         model=model(),
         instruction=StageConfig(steps=1200, shapes=((64, 0),), learning_rate=2e-3, weight_decay=0.1),
         base=StageConfig(steps=2600, shapes=((32, 64), (32, 64), (8, 128)), learning_rate=2e-3),
-        generator=StageConfig(steps=2600, shapes=((22, 64), (22, 64), (11, 128)), learning_rate=8e-4, warmup=100),
+        generator=StageConfig(steps=2600, shapes=((22, 64), (22, 64), (11, 128)), learning_rate=1e-3, warmup=100),
         shared=StageConfig(steps=2600, shapes=((22, 64), (22, 64), (11, 128)), learning_rate=1e-2, warmup=100),
         base_edits=BASE_EDITS,
         edits=tuple(EDITS),
