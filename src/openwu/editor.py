@@ -13,12 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openwu.adapter.export import with_kernels
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError, PictureError, TargetError
 from openwu.instructions import check_instruction
@@ -66,7 +68,11 @@ class Editor:
         anyway: bool = False,
         progress: Progress | None = None,
     ) -> EditResult:
-        """Edit one picture. `adapter` reuses one of an earlier result; `anyway` tries out-of-scope instructions too."""
+        """Edit one picture.
+
+        `adapter` reuses an adapter instead of generating one; without an instruction the base then reads the one that
+        the adapter was generated for. `anyway` tries instructions that the model does not know.
+        """
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
         request = EditRequest(_listed(images), instruction, strength, seed)
@@ -83,7 +89,7 @@ class Editor:
         photo = _read(EditRequest(_listed(images), instruction))
         with torch.inference_mode():
             text = self._understand([instruction], anyway)
-            return self._generate([photo], text)
+            return self._generate([photo], text, [instruction])
 
     @torch.inference_mode()
     def _edited(
@@ -92,10 +98,13 @@ class Editor:
         timings: dict[str, float] = {}
         with _timed(timings, "read"):
             photos = [_read(request) for request in requests]
+        instructions = [request.instruction for request in requests]
+        if given is not None and given.instructions and not instructions[0]:
+            instructions = list(given.instructions)
         with _timed(timings, "condition"):
-            text = self._understand([request.instruction for request in requests], anyway or given is not None)
+            text = self._understand(instructions, anyway or given is not None)
         with _timed(timings, "generate"):
-            adapter = self._generate(photos, text) if given is None else given.to(self.dtype)
+            adapter = self._generate(photos, text, instructions) if given is None else given.to(self.dtype)
             applied = adapter.scaled([request.strength for request in requests])
         with _timed(timings, "edit"):
             seeds = [request.seed for request in requests]
@@ -113,11 +122,11 @@ class Editor:
             check_scope(checked, self.model.instruction.log_probabilities(tokens), self.model.config.instruction.labels)
         return tokens
 
-    def _generate(self, photos: Sequence[Photo], text: Tensor) -> Adapter:
+    def _generate(self, photos: Sequence[Photo], text: Tensor, instructions: Sequence[str]) -> Adapter:
         """One adapter per photo, each read whole."""
         conditions = [self.model.condition(condition_view(p), text[i : i + 1]).tokens for i, p in enumerate(photos)]
         adapter: Adapter = self.model.generator(torch.cat(conditions))
-        return adapter
+        return replace(with_kernels(adapter, self.model.backbone), instructions=tuple(instructions))
 
     def _apply(
         self, photos: Sequence[Photo], seeds: Sequence[int], text: Tensor, adapter: Adapter, progress: Progress | None
@@ -127,7 +136,7 @@ class Editor:
         for index, photo in enumerate(photos):
             groups.setdefault(photo.size, []).append(index)
         chunks = [chunk for (w, h), members in groups.items() for chunk in _chunks(members, max(1, WHOLE // (w * h)))]
-        grids = [_tiles(*photos[chunk[0]].size) for chunk in chunks]
+        grids = [tiles_of(*photos[chunk[0]].size) for chunk in chunks]
         done, total = 0, sum(len(grid) for grid in grids)
         edited: dict[int, Photo] = {}
         for chunk, grid in zip(chunks, grids, strict=True):
@@ -178,6 +187,8 @@ class _Canvas:
 
     def _write(self, top: int, rows: Tensor) -> None:
         for photo, output, picture in zip(self.sources, self.outputs, rows, strict=True):
+            if not bool(picture.isfinite().all()):
+                raise OpenwuError("edit: the result holds numbers that are not finite; ask for a smaller strength")
             peak = np.iinfo(photo.pixels.dtype).max
             whole = picture.float().clamp(0, 1).mul(peak).round().permute(1, 2, 0)
             output[top : top + whole.shape[0]] = whole.numpy().astype(photo.pixels.dtype)
@@ -219,7 +230,8 @@ def _unit(pixels: Pixels) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / peak
 
 
-def _tiles(width: int, height: int) -> list[Tile]:
+def tiles_of(width: int, height: int) -> list[Tile]:
+    """How a picture of this size goes through the base: in one piece or in overlapping tiles."""
     if height * width <= WHOLE:
         return [Tile(0, 0, height, width)]
     return tile_grid(height, width, CORE, MARGIN, align=64)

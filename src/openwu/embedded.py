@@ -22,8 +22,8 @@ from openwu.adapter.inject import attach
 from openwu.backbone.tiny import TinyEditor, TinyEditorConfig
 from openwu.condition.embedded import EmbeddedConditionConfig, EmbeddedConditionEncoder
 from openwu.condition.instruction import InstructionConfig, InstructionEncoder
-from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
-from openwu.errors import CheckpointError
+from openwu.config import ConfigError, GeneratorConfig, LayerGroup, PlainTarget
+from openwu.errors import CheckpointError, TargetError
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter
 
@@ -43,6 +43,17 @@ class EmbeddedConfig:
     condition: EmbeddedConditionConfig
     generator: GeneratorConfig
 
+    def __post_init__(self) -> None:
+        width, tokens = self.instruction.width, self.instruction.num_tokens
+        for name, value, meant in (
+            ("backbone.text_dim", self.backbone.text_dim, width),
+            ("condition.text_dim", self.condition.text_dim, width),
+            ("condition.num_text_tokens", self.condition.num_text_tokens, tokens),
+            ("generator.input_dim", self.generator.input_dim, self.condition.width),
+        ):
+            if value != meant:
+                raise ValueError(f"{name}: expected {meant}, what the part before it writes, got {value}")
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "model_type": MODEL_TYPE,
@@ -54,15 +65,58 @@ class EmbeddedConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> EmbeddedConfig:
+        """Read what `to_dict` wrote; one CheckpointError names every field that is not as it should be."""
         if data.get("model_type") != MODEL_TYPE:
             raise CheckpointError(f"model_type: expected {MODEL_TYPE!r}, got {data.get('model_type')!r}")
-        instruction = {**data["instruction"], "labels": tuple(data["instruction"]["labels"])}
-        return cls(
-            InstructionConfig(**instruction),
-            TinyEditorConfig(**data["backbone"]),
-            EmbeddedConditionConfig(**data["condition"]),
-            GeneratorConfig.from_dict(data["generator"]),
-        )
+        parts: dict[str, Any] = {}
+        problems: list[str] = []
+        for name, kind in _CONFIGS.items():
+            problems += _field_problems(name, kind, data.get(name))
+        if not problems:
+            for name, kind in _CONFIGS.items():
+                tuples = {key: tuple(value) for key, value in data[name].items() if isinstance(value, list)}
+                try:
+                    parts[name] = kind(**{**data[name], **tuples})
+                except ValueError as error:
+                    problems.append(f"{name}.{error}")
+        try:
+            parts["generator"] = GeneratorConfig.from_dict(data.get("generator", {}))
+        except ConfigError as error:
+            problems += [f"generator.{problem}" for problem in error.problems]
+        if problems:
+            raise CheckpointError("embedded config: " + "; ".join(problems))
+        try:
+            return cls(**parts)
+        except ValueError as error:
+            raise CheckpointError(f"embedded config: {error}") from error
+
+
+_CONFIGS: dict[str, type[InstructionConfig | TinyEditorConfig | EmbeddedConditionConfig]] = {
+    "instruction": InstructionConfig,
+    "backbone": TinyEditorConfig,
+    "condition": EmbeddedConditionConfig,
+}
+
+
+def _field_problems(part: str, kind: type[Any], values: Any) -> list[str]:
+    """What is wrong with one part's fields: all are positive whole numbers, except for the labels."""
+    if not isinstance(values, dict):
+        return [f"{part}: expected an object with fields, got {values!r}"]
+    known = {each.name: each for each in dataclasses.fields(kind)}
+    problems = [f"{part}.{key}: unknown field" for key in values if key not in known]
+    problems += [
+        f"{part}.{key}: missing"
+        for key, each in known.items()
+        if key not in values and each.default is dataclasses.MISSING
+    ]
+    for key in [key for key in values if key in known]:
+        value = values[key]
+        if key == "labels":
+            if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+                problems.append(f"{part}.{key}: expected a list of names, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            problems.append(f"{part}.{key}: expected a positive whole number, got {value!r}")
+    return problems
 
 
 def tiny_layer_groups(config: TinyEditorConfig) -> tuple[LayerGroup, LayerGroup]:
@@ -137,8 +191,11 @@ class EmbeddedModel(nn.Module):
         """Read a folder that `save_pretrained` wrote. Raises CheckpointError with everything that does not fit."""
         folder = Path(folder)
         config = EmbeddedConfig.from_dict(_read_config(folder))
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except TargetError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: generator and backbone do not fit: {error}") from error
         problems: list[str] = []
         for name in _PARTS:
             problems += _load_part(getattr(model, name), folder / f"{name}.safetensors", dtype)

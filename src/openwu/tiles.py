@@ -32,6 +32,8 @@ def tile_grid(height: int, width: int, core: int, margin: int, align: int) -> li
     """Tiles of at most `core + 2 * margin` pixels a side; core and margin must be multiples of `align`."""
     if core <= 0 or core % align or margin % align:
         raise ValueError(f"core, margin: expected multiples of align={align}, got {core} and {margin}")
+    if not 0 <= 2 * margin <= core:  # Otherwise more than two tiles would overlap, and their ramps not add up to 1.
+        raise ValueError(f"margin: expected from 0 to half of core={core}, got {margin}")
     rows, columns = (list(_spans(side, core, margin)) for side in (height, width))
     return [Tile(top, left, bottom - top, right - left) for top, bottom in rows for left, right in columns]
 

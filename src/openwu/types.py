@@ -41,7 +41,7 @@ class EditRequest:
     strength: float = 1.0
     """Factor on the adapter: 0 leaves the base alone, negative values reverse, values above 1 exaggerate."""
     seed: int = 0
-    """Seed of everything random in this edit (the embedded model draws nothing; sampling base models do)."""
+    """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Adapter:
     """Target name -> (A `[b, (E,) r, A_dim]`, B `[b, (E,) B_dim, r]`)."""
     scale: float
     """alpha / rank"""
+    instructions: tuple[str, ...] = ()
+    """What each sample's adapter was generated for, so that a reused one can ask for the same; empty if not known."""
 
     def __post_init__(self) -> None:
         names = [target.name for target in self.targets]
@@ -95,6 +97,8 @@ class Adapter:
         if missing or unexpected or not names:
             raise TargetError(f"adapter: weights do not fit targets; missing {missing}, unexpected {unexpected}")
         batch, rank = self.batch, self.rank
+        if self.instructions and len(self.instructions) != batch:
+            raise ValueError(f"instructions: expected none or {batch}, one per sample, got {len(self.instructions)}")
         for target in self.targets:
             came = tuple(tuple(part.shape) for part in self.weights[target.name])
             expected = target.shapes(batch, rank)
@@ -135,7 +139,8 @@ class Adapter:
         """The adapters of some samples, in the order given (repeats allowed)."""
         index = torch.as_tensor(samples, dtype=torch.long)
         pick = {name: (a[index.to(a.device)], b[index.to(b.device)]) for name, (a, b) in self.weights.items()}
-        return replace(self, weights=pick)
+        instructions = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
+        return replace(self, weights=pick, instructions=instructions)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """Move or cast every tensor, as `torch.Tensor.to` does."""
@@ -174,7 +179,9 @@ class Adapter:
             )
             for name in first.weights
         }
-        return replace(first, weights=joined)
+        known = all(adapter.instructions for adapter in adapters)
+        instructions = tuple(text for adapter in adapters for text in adapter.instructions) if known else ()
+        return replace(first, weights=joined, instructions=instructions)
 
     def _map_b(self, change: Any) -> Adapter:
         return replace(self, weights={name: (a, change(b)) for name, (a, b) in self.weights.items()})

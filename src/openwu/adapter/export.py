@@ -1,9 +1,9 @@
 """Folders of adapters: an `Adapter` enters and a folder is written, or a folder is read and an `Adapter` leaves.
 
 Both formats hold `adapter_config.json` and `adapter_model.safetensors`. The native one keeps a batch of samples bit
-for bit, experts too; its config has `format`, `version`, `batch`, `rank`, `scale` and `targets`. PEFT's holds one
-sample, of linear modules and convolutions. A folder appears whole or not at all; one that exists is replaced only if
-it is an adapter folder.
+for bit, experts too; its config has `format`, `version`, `batch`, `rank`, `scale`, `instructions` and `targets`.
+PEFT's holds one sample, of linear modules and convolutions. A folder appears whole or not at all; one that exists is
+replaced only if it is an adapter folder.
 
 Shapes: b samples, E experts, r rank, kh and kw height and width of a convolution's kernel.
 """
@@ -51,7 +51,8 @@ def save_native(adapter: Adapter, folder: Path) -> None:
         for t in adapter.targets
     ]
     sizes = {"batch": adapter.batch, "rank": adapter.rank, "scale": adapter.scale}
-    _write(folder, {"format": FORMAT, "version": VERSION, **sizes, "targets": targets}, adapter.state_dict())
+    config = {"format": FORMAT, "version": VERSION, **sizes, "instructions": list(adapter.instructions)}
+    _write(folder, {**config, "targets": targets}, adapter.state_dict())
 
 
 def save_peft(adapter: Adapter, folder: Path) -> None:
@@ -122,10 +123,11 @@ def _native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter
     try:
         targets = tuple(_target(entry) for entry in config["targets"])
         scale, sizes = float(config["scale"]), (int(config["batch"]), int(config["rank"]))
+        instructions = tuple(str(text) for text in config.get("instructions", ()))
+        weights = _pairs(tensors, [target.name for target in targets], "{name}.lora_{part}")
+        adapter = Adapter(targets, weights, scale, instructions)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{CONFIG}: expected batch, rank, scale and targets, got {error!r}") from error
-    weights = _pairs(tensors, [target.name for target in targets], "{name}.lora_{part}")
-    adapter = Adapter(targets, weights, scale)
     if (adapter.batch, adapter.rank) != sizes:
         raise CheckpointError(f"expected batch and rank {sizes}, got tensors of {(adapter.batch, adapter.rank)}")
     return adapter

@@ -2,9 +2,9 @@
 
 Enters: the embedded model, the shared-LoRA baseline, test photographs. Leaves: rows of numbers and a picture grid.
 
-Methods: `input` copies the input; `base` is the frozen base, which reads the instruction itself; `shared` is one LoRA for
-all sub-tasks, trained as long on the same batches; `generated` is the adapter written for this request; `shuffled` is an
-adapter written for another sub-task's request on the same photograph.
+Methods: `input` copies the input; `base` is the frozen base, which reads the instruction itself; `shared` is one LoRA
+for all sub-tasks, trained as long on the same batches; `generated` is the adapter written for this request; `shuffled`
+is an adapter written for another sub-task's request on the same photograph.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS
+from openwu.data.photographs import TEST_PHOTOGRAPHS
 from openwu.data.phrases import LANGUAGES, load_phrases
 from openwu.embedded import EmbeddedModel
+from openwu.errors import OpenwuError
 from openwu.types import Adapter
 
 METHODS = ("input", "base", "shared", "generated", "shuffled")
@@ -105,6 +107,8 @@ def evaluate_suite(
     model: EmbeddedModel, shared: Adapter, photographs: dict[str, Tensor], seeds: Sequence[int], edits: Sequence[str]
 ) -> Report:
     """Every sub-task on every photograph, once per seed; the seed draws sentences, noise and degradations."""
+    if len(edits) < 2:
+        raise OpenwuError(f"suite: expected at least two sub-tasks, to swap their adapters, got {list(edits)}")
     report = Report()
     rounds = [(name, seed) for seed in seeds for name in photographs]
     for name, seed in tqdm(rounds, desc="suite", unit="photograph"):
@@ -137,8 +141,6 @@ def draw_cases(name: str, source: Tensor, seed: int, edits: Sequence[str]) -> Ca
 
 def sorted_position(name: str) -> int:
     """A photograph's fixed place, whatever other photographs are evaluated with it."""
-    from openwu.data.photographs import TEST_PHOTOGRAPHS
-
     return sorted(TEST_PHOTOGRAPHS).index(name) if name in TEST_PHOTOGRAPHS else 0
 
 

@@ -69,11 +69,14 @@ def read_state_header(path: Path) -> tuple[int, str]:
         ) from error
 
 
-def load_weights(folder: Path, module: nn.Module) -> None:
-    """Only the weights of a finished stage."""
+def load_weights(folder: Path, module: nn.Module, steps: int) -> None:
+    """Only the weights of a stage that is finished after so many steps."""
     path = folder / STATE
     if not path.exists():
         raise CheckpointError(f"{path}: expected the state of an earlier stage; run the recipe's stages in order")
+    made, _ = read_state_header(path)
+    if made < steps:
+        raise CheckpointError(f"{path}: expected a finished stage of {steps} steps, got {made}; train it to the end")
     module.load_state_dict(
         {k.removeprefix("weight/"): v for k, v in load_file(path).items() if k.startswith("weight/")}
     )

@@ -46,18 +46,18 @@ def train(
     model = new_model(recipe)
     photographs = Path(recipe.photographs)
     pictures = (load_folder(photographs), load_folder(photographs, validation=True))
-    for name in STAGES:
-        if name == "shared":
-            # The baseline starts from the finished base and is no part of the model.
-            _export(recipe, model, folder)
-        if name in stages:
+    last = max((STAGES.index(name) for name in stages), default=-1)
+    for name in STAGES[: last + 1]:
+        if name not in stages:
+            load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
+        else:
             stage = _stage(name, recipe, model, pictures)
             if not _train(stage, name, recipe, folder, stop_after):
                 return
             if isinstance(stage.trained, SharedAdapter):
                 _export_shared(recipe, stage.trained, folder)
-        elif name != "shared":
-            load_weights(folder / name, _trained(name, model))
+        if name == "generator":  # The model is whole; the baseline is no part of it.
+            _export(recipe, model, folder)
 
 
 def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:

@@ -104,7 +104,10 @@ def load_recipe(path: Path, overrides: list[str]) -> EmbeddedRecipe:
         key, equals, value = override.partition("=")
         if not equals:
             raise OpenwuError(f"override: expected key=value, got {override!r}")
-        made = _replaced(made, key.split("."), value, key)
+        try:
+            made = _replaced(made, key.split("."), value, key)
+        except (TypeError, ValueError) as error:
+            raise OpenwuError(f"override {key}: {error}") from error
     return made
 
 
