@@ -1,0 +1,337 @@
+"""The whole path from a picture and a sentence to a picture, with an untrained model: plumbing, not quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+from torch import nn
+
+from openwu import editor as editor_module
+from openwu.editor import Editor, condition_view, noise_plane
+from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
+from openwu.pictures import read_picture
+from openwu.types import Adapter, EditRequest
+
+Scene = Callable[..., NDArray[np.uint8]]
+
+
+def pixels(image: Image.Image) -> NDArray[np.int64]:
+    return np.asarray(image).astype(np.int64)
+
+
+def differ(one: Image.Image, other: Image.Image) -> int:
+    """Largest difference, in 8-bit steps."""
+    return int(np.abs(pixels(one) - pixels(other)).max())
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything above one pixel goes in tiles of 128 + 2 * 64 pixels."""
+    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
+        monkeypatch.setattr(editor_module, name, value)
+
+
+# What may be passed
+
+
+def test_paths_images_and_lists_are_alike(editor: Editor, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    expected = editor.edit(photo, "brighter").image
+    assert differ(expected, photo) > 3
+    for images in (str(tmp_path / "photo.png"), tmp_path / "photo.png", [photo], (tmp_path / "photo.png",)):
+        assert differ(editor.edit(images, "brighter").image, expected) == 0
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_one_picture_per_request(editor: Editor, photo: Image.Image, count: int) -> None:
+    with pytest.raises(PictureError, match=f"one picture per request.*got {count}"):
+        editor.edit([photo] * count, "brighter")
+    with pytest.raises(PictureError, match=f"got {count}"):
+        editor.adapt([photo] * count, "brighter")
+
+
+def test_a_picture_that_is_not_there(editor: Editor) -> None:
+    with pytest.raises(PictureError, match="no such file"):
+        editor.edit("nowhere.png", "brighter")
+
+
+@pytest.mark.parametrize("instruction", ["", "  ", "123"])
+def test_an_empty_instruction_is_refused_even_anyway(editor: Editor, photo: Image.Image, instruction: str) -> None:
+    with pytest.raises(InstructionError, match="expected"):
+        editor.edit(photo, instruction)
+
+
+def test_out_of_scope_is_refused_and_anyway_overrides(editor: Editor, photo: Image.Image) -> None:
+    expected = editor.edit(photo, "brighter").image
+    outside = editor.model.config.instruction.labels.index("out_of_scope")
+    with torch.no_grad():
+        editor.model.instruction.classify.bias[outside] = 100
+    for refused in (
+        lambda: editor.edit(photo, "brighter"),
+        lambda: editor.adapt(photo, "brighter"),
+        lambda: editor.edit_batch([EditRequest([photo], "brighter")]),
+    ):
+        with pytest.raises(InstructionError, match="does not know how to 'brighter'"):
+            refused()
+    assert differ(editor.edit(photo, "brighter", anyway=True).image, expected) == 0
+    assert differ(editor.edit_batch([EditRequest([photo], "brighter")], anyway=True)[0].image, expected) == 0
+    adapter = editor.adapt(photo, "brighter", anyway=True)
+    assert differ(editor.edit(photo, "brighter", adapter=adapter).image, expected) == 0
+
+
+@pytest.mark.parametrize("model", ["nowhere", "file"])
+def test_a_model_that_is_no_folder(tmp_path: Path, model: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OpenwuError, match="model: expected a folder"):
+        Editor.from_pretrained(tmp_path / model)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Editor.from_pretrained(tmp_path)
+
+
+# Adapters, strength, seed
+
+
+def test_an_adapter_can_be_made_first_kept_and_used_again(editor: Editor, photo: Image.Image, tmp_path: Path) -> None:
+    direct = editor.edit(photo, "brighter", strength=1.5)
+    adapter = editor.adapt(photo, "brighter")
+    adapter.save_pretrained(tmp_path / "adapter")
+    loaded = Adapter.from_pretrained(tmp_path / "adapter")
+    for again in (direct.adapter, adapter, loaded):
+        assert again.batch == 1
+        assert differ(editor.edit(photo, "brighter", strength=1.5, adapter=again).image, direct.image) == 0
+
+
+def test_an_adapter_needs_no_instruction(editor: Editor, photo: Image.Image) -> None:
+    adapter = editor.adapt(photo, "brighter")
+    assert differ(editor.edit(photo, adapter=adapter).image, editor.edit(photo, adapter=adapter.scaled(0)).image) > 1
+
+
+def test_the_adapter_of_a_batch_is_refused(editor: Editor, photo: Image.Image) -> None:
+    adapter = editor.adapt(photo, "brighter")
+    with pytest.raises(TargetError, match="expected one sample, got 2"):
+        editor.edit(photo, "brighter", adapter=Adapter.stack([adapter, adapter]))
+
+
+def test_strength(editor: Editor, photo: Image.Image) -> None:
+    unit = read_picture(photo)
+    picture = torch.from_numpy(unit.floats()).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        text = editor.model.instruction(["brighter"])
+        base = editor.model.backbone(picture, noise_plane(*photo.size, 0)[None].float(), text)
+    expected = base[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+    images = {strength: editor.edit(photo, "brighter", strength=strength).image for strength in (0.0, 1.0, -1.0, 2.0)}
+    assert np.array_equal(pixels(images[0.0]), expected)
+    for one, other in ((0.0, 1.0), (1.0, -1.0), (1.0, 2.0), (0.0, -1.0)):
+        assert differ(images[one], images[other]) > 1
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(editor: Editor, photo: Image.Image, strength: float) -> None:
+    with pytest.raises(ValueError, match="strength: expected finite"):
+        editor.edit(photo, "brighter", strength=strength)
+
+
+def test_a_result_without_numbers_is_an_error_and_no_picture(editor: Editor, photo: Image.Image) -> None:
+    with pytest.raises(OpenwuError, match="smaller strength"):
+        editor.edit(photo, "brighter", strength=1e38)
+
+
+def test_the_seed_changes_what_uses_noise_and_nothing_else(editor: Editor, photo: Image.Image) -> None:
+    first, same, other = (editor.edit(photo, "brighter", seed=seed).image for seed in (5, 5, 6))
+    assert differ(first, same) == 0
+    assert differ(first, other) > 0
+    with torch.no_grad():
+        editor.model.backbone.embed.weight[:, 3] = 0
+        editor.model.backbone.pixels.stem.weight[:, 3] = 0
+    # Adapters of the stem would read the noise, too.
+    quiet = [editor.edit(photo, "brighter", strength=0, seed=seed).image for seed in (5, 6)]
+    assert differ(*quiet) == 0
+
+
+def test_noise_is_standard_normal_and_depends_on_seed_and_size_alone() -> None:
+    plane = noise_plane(300, 200, 1).float()
+    assert plane.shape == (1, 200, 300)
+    assert abs(float(plane.mean())) < 0.02
+    assert abs(float(plane.std()) - 1) < 0.02
+    assert torch.equal(plane, noise_plane(300, 200, 1).float())
+    assert not torch.equal(plane, noise_plane(300, 200, 2).float())
+
+
+# Batches
+
+
+def test_a_batch_equals_its_edits(editor: Editor, scene: Scene) -> None:
+    """One size shares a forward pass. One 8-bit step is allowed: sums are ordered differently in a batch."""
+    images = [Image.fromarray(scene(w, h, i)) for i, (w, h) in enumerate(((40, 28), (33, 47), (40, 28), (40, 28)))]
+    requests = [
+        EditRequest([image], instruction, strength, seed)
+        for image, instruction, strength, seed in zip(
+            images, ("brighter", "blur it", "darker", "brighter"), (1.0, 2.0, -1.0, 0.5), (0, 3, 4, 0), strict=True
+        )
+    ]
+    results = editor.edit_batch(requests)
+    assert len(results) == len(requests)
+    for image, request, result in zip(images, requests, results, strict=True):
+        alone = editor.edit(image, request.instruction, strength=request.strength, seed=request.seed)
+        assert result.image.size == image.size
+        assert differ(result.image, alone.image) <= 1
+        assert result.adapter.batch == 1
+        for name, (a, b) in result.adapter.weights.items():
+            torch.testing.assert_close(a, alone.adapter.weights[name][0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(b, alone.adapter.weights[name][1], atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_of_a_batch_keep_their_order(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pictures fit into a pass, three come."""
+    images = [Image.fromarray(scene(20, 20, seed)) for seed in range(3)]
+    expected = [editor.edit(image, "brighter").image for image in images]
+    monkeypatch.setattr(editor_module, "WHOLE", 2 * 20 * 20)
+    for result, alone in zip(editor.edit_batch([EditRequest([i], "brighter") for i in images]), expected, strict=True):
+        assert differ(result.image, alone) <= 1
+
+
+def test_an_empty_batch(editor: Editor) -> None:
+    assert editor.edit_batch([]) == []
+
+
+def test_progress_and_timings(editor: Editor, scene: Scene, small_tiles: None) -> None:
+    calls: list[tuple[int, int]] = []
+    images = [Image.fromarray(scene(*size)) for size in ((200, 30), (20, 20))]
+    results = editor.edit_batch(
+        [EditRequest([image], "brighter") for image in images], progress=lambda *call: calls.append(call)
+    )
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert list(results[0].timings) == ["read", "condition", "generate", "edit"]
+    assert all(seconds >= 0 for seconds in results[0].timings.values())
+
+
+# Nothing stays behind
+
+
+def test_an_error_leaves_no_adapter_behind(editor: Editor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = editor.edit(photo, "brighter").image
+    before = editor.edit(photo, "brighter", strength=0).image
+    with monkeypatch.context() as patched:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of luck")
+
+        patched.setattr(editor.model.backbone.pixels, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            editor.edit(photo, "brighter")
+    assert not any(site.active for site in editor.model.handle._sites)
+    assert differ(editor.edit(photo, "brighter").image, expected) == 0
+    assert differ(editor.edit(photo, "brighter", strength=0).image, before) == 0
+
+
+def test_editing_leaves_the_weights_alone(editor: Editor, photo: Image.Image) -> None:
+    before = {name: value.clone() for name, value in editor.model.state_dict().items()}
+    editor.edit(photo, "brighter", strength=3)
+    assert all(torch.equal(value, before[name]) for name, value in editor.model.state_dict().items())
+    assert editor.model.state_dict().keys() == before.keys()
+
+
+# Pictures as people have them
+
+
+def test_alpha_profile_and_size_survive(editor: Editor, scene: Scene) -> None:
+    image = Image.fromarray(scene(21, 13))
+    alpha = Image.fromarray(np.arange(13 * 21, dtype=np.uint16).reshape(13, 21).astype(np.uint8))
+    image.putalpha(alpha)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.info["icc_profile"] = profile
+    edited = editor.edit(image, "brighter").image
+    assert (edited.mode, edited.size) == ("RGBA", (21, 13))
+    assert np.array_equal(pixels(edited.getchannel("A")), pixels(alpha))
+    assert edited.info["icc_profile"] == profile
+    assert differ(edited.convert("RGB"), image.convert("RGB")) > 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (500, 1), (1, 500), (3, 7), (65, 63)])
+def test_any_size_comes_back(editor: Editor, scene: Scene, size: tuple[int, int]) -> None:
+    image = Image.fromarray(scene(*size))
+    edited = editor.edit(image, "brighter").image
+    assert edited.size == size
+    assert differ(edited, image) > 0
+
+
+def test_thin_pictures_in_tiles(editor: Editor, scene: Scene, small_tiles: None) -> None:
+    for size in ((1, 300), (300, 1), (193, 2)):
+        assert editor.edit(Image.fromarray(scene(*size)), "brighter").image.size == size
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_16_bit_grey_keeps_its_bits(editor: Editor, tiled: bool, request: pytest.FixtureRequest) -> None:
+    if tiled:
+        request.getfixturevalue("small_tiles")
+    nn.init.zeros_(editor.model.backbone.pixels.out.weight)  # a base that changes nothing
+    values = (np.arange(150 * 200, dtype=np.uint32).reshape(150, 200) * 2).astype(np.uint16)
+    edited = editor.edit(Image.fromarray(values), "brighter", strength=0).image
+    assert edited.mode == "I;16"
+    assert np.abs(pixels(edited) - values).max() <= (1 if tiled else 0)
+
+
+def test_the_condition_sees_single_pixels_of_the_whole_picture() -> None:
+    wide = read_picture(Image.fromarray(np.random.default_rng(0).integers(0, 255, (3, 4000, 3), dtype=np.uint8)))
+    view = condition_view(wide)
+    assert view.shape == (1, 3, 1, 1000)
+    assert torch.equal(view[0, :, 0, 7] * 255, torch.from_numpy(wide.pixels[0, 28]).float())
+    assert condition_view(read_picture(Image.new("RGB", (9, 5)))).shape == (1, 3, 5, 9)
+
+
+# Tiles
+
+
+class LocalBase(nn.Module):
+    """Edits every pixel from its neighbourhood of 9 x 9, as the picture and the noise are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blur = nn.Conv2d(4, 3, 9, padding=4, padding_mode="replicate")
+        nn.init.normal_(self.blur.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, picture: torch.Tensor, noise: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.blur(torch.cat([picture, noise], 1)).mul(0.5).add(0.5)
+        return out
+
+
+def test_tiles_of_a_local_base_equal_the_whole(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = LocalBase()
+    monkeypatch.setattr(editor.model, "edit", lambda picture, noise, text, _: base(picture, noise, text))
+    image = Image.fromarray(scene(331, 290))
+    whole = editor.edit(image, "brighter").image
+    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
+        monkeypatch.setattr(editor_module, name, value)
+    # Only a tile's outermost 4 pixels differ, and they have a weight of at most 4 / 128.
+    tiled = editor.edit(image, "brighter").image
+    assert differ(tiled, whole) <= 6
+    assert np.abs(pixels(tiled) - pixels(whole)).mean() < 0.2
+    requests = [EditRequest([image], "brighter"), EditRequest([image.rotate(180)], "brighter", seed=1)]
+    first, second = (result.image for result in editor.edit_batch(requests))
+    assert differ(first, tiled) <= 1
+    assert differ(second, whole) > 20
+
+
+def test_no_seam_shows_where_tiles_meet(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the result in one piece, steps between pixels are no larger at borders of tiles than elsewhere."""
+    image = Image.fromarray(scene(331, 290))
+    whole = pixels(editor.edit(image, "brighter").image)
+    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
+        monkeypatch.setattr(editor_module, name, value)
+    tiled = pixels(editor.edit(image, "brighter").image)
+    change = np.abs(tiled - np.asarray(image)).max()
+    assert change > 10
+    assert np.abs(tiled - whole).mean() < 0.05 * change
+    borders = [64, 128, 192, 256]  # every place where a tile or a core begins or ends
+    for axis in (0, 1):
+        step = np.abs(np.diff(tiled - whole, axis=axis)).mean(axis=(1 - axis, 2))
+        at = np.array([border - 1 for border in borders if border < tiled.shape[axis]])
+        elsewhere = np.delete(step, at)
+        assert step[at].mean() <= 1.5 * elsewhere.mean() + 0.05
