@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: venv
 	mkdir -p demo-output
-	$(BIN)/openwu edit examples/photo.jpg --instruction "make it look like an old photograph" \
+	$(BIN)/openwu edit photos/life_by_aitzol_berasategi.jpg --instruction "make it look like an old photograph" \
 		--output demo-output/demo.png --compare --overwrite
 
 lint: venv

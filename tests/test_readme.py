@@ -1,0 +1,66 @@
+"""The README's commands and Python lines, run word for word on a small photograph with the model inside the package."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from openwu import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split(" #")[0].strip() for block in blocks("") for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("openwu edit", "openwu models"))]
+
+
+def expanded(word: str) -> list[str]:
+    """As a shell expands it."""
+    return sorted(path.name for path in Path().glob(word)) if "*" in word else [word]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    source = ROOT / "photos" / "life_by_aitzol_berasategi.jpg"
+    with Image.open(source) as image:
+        small = image.resize((96, 64))
+    small.save(tmp_path / "photo.jpg")
+    small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_work_in_their_order(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = commands()
+    assert len(found) >= 6
+    for command in found:
+        words = [word for part in shlex.split(command)[1:] for word in expanded(part)]
+        assert cli.main(words) == 0, (command, capsys.readouterr().err)
+    for name in ("clean.png", "photo.edited.jpg", "photo.edited.compare.png", "edited/photo.jpg", "also-foggy.png"):
+        assert (photos / name).exists(), name
+
+
+def test_the_python_lines_work(photos: Path) -> None:
+    code = next(block for block in blocks("python") if "Editor.from_pretrained" in block)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (photos / "out.png").exists()
+    assert (photos / "fog" / "adapter_model.safetensors").exists()
+    results = names["results"]
+    assert isinstance(results, list)
+    assert len(results) == 2
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
