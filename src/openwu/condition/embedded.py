@@ -61,6 +61,7 @@ class EmbeddedConditionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.from_text = nn.Linear(config.text_dim, config.width)
+        self.from_sentence = nn.Linear(config.num_text_tokens * config.text_dim, config.width)
         self.from_patch = nn.Linear(3 * config.patch**2, config.width)
         self.from_detail = nn.Linear(3 * config.detail**2, config.width)
         self.place = nn.Parameter(torch.randn(config.num_tokens, config.width) * 0.1)
@@ -75,7 +76,10 @@ class EmbeddedConditionEncoder(nn.Module):
             self.from_patch(small.to(dtype)),
             self.from_detail(details.to(dtype)),
         )
-        x = torch.cat(parts, dim=1)
+        # Every token carries the whole instruction. Attention that has not learned where to look yet is an average, and
+        # in the average over all tokens the few of the instruction would drown: the generator then ignores it.
+        sentence = self.from_sentence(text.to(dtype).flatten(1))[:, None]
+        x = torch.cat(parts, dim=1) + sentence
         x = x + self.place.to(x.dtype)
         for layer in self.layers:
             x = layer(x)

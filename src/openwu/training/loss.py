@@ -10,6 +10,8 @@ from torch import Tensor
 
 FLOOR = 1e-4
 """Mean squared error (40 dB) below which a picture asks for little more."""
+FLOOR_FALLS = 0.6
+"""Part of a training over which the floor falls from where it starts to FLOOR."""
 
 
 def squared_errors(predicted: Tensor, target: Tensor) -> Tensor:
@@ -17,13 +19,24 @@ def squared_errors(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted.float() - target).square().mean(dim=(1, 2, 3))
 
 
-def picture_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over the pictures of log(mse + FLOOR): minus the mean PSNR up to a factor, soft above 40 dB.
+def picture_loss(predicted: Tensor, target: Tensor, floor: float = FLOOR) -> Tensor:
+    """Mean over the pictures of log(mse + floor): minus the mean PSNR up to a factor, soft below the floor.
 
     Sub-tasks differ a hundredfold in the error that can be reached (a tone curve against a restoration). The logarithm
-    weighs a relative improvement of each of them alike.
+    weighs a relative improvement of each of them alike. A high floor makes it nearly linear: then what is worst counts
+    most.
     """
-    return (squared_errors(predicted, target) + FLOOR).log().mean()
+    return (squared_errors(predicted, target) + floor).log().mean()
+
+
+def falling_floor(first: float, progress: float) -> float:
+    """The floor after this part (0 to 1) of a training: from `first` to FLOOR along a geometric line, then constant.
+
+    With a low floor from the beginning, sub-tasks that the base does already hold an adapter near nothing: their
+    gradients are the largest, and the sub-tasks that are furthest off hardly move.
+    """
+    remaining = max(0.0, 1 - progress / FLOOR_FALLS)
+    return float(FLOOR * (first / FLOOR) ** remaining)
 
 
 def psnr(predicted: Tensor, target: Tensor) -> Tensor:

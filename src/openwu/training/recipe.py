@@ -15,6 +15,7 @@ from typing import Any
 
 from openwu.embedded import EmbeddedConfig
 from openwu.errors import OpenwuError
+from openwu.training.loss import FLOOR
 
 STAGES = ("instruction", "base", "generator", "shared")
 """In the order in which they build on one another; "shared" is the baseline of equal length, not part of the model."""
@@ -36,6 +37,8 @@ class StageConfig:
     """Fraction of the steps, at the end, over which the learning rate falls to 0."""
     weight_decay: float = 0.02
     """AdamW's weight decay, on matrices only."""
+    first_floor: float = FLOOR
+    """Where the loss's floor starts; see `loss.falling_floor`."""
     clip: float = 1.0
     """Largest norm of the gradient."""
 
@@ -87,6 +90,14 @@ class EmbeddedRecipe:
     """Steps between points of the training curve."""
     export: str | None = field(default=None)
     """Where the finished model is written besides the run's folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "shapes", "first_floor"):
+            ours, theirs = getattr(self.shared, name), getattr(self.generator, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"shared.{name}: expected the generator's {theirs}, so that the baseline is fair, got {ours}"
+                )
 
 
 def load_recipe(path: Path, overrides: list[str]) -> EmbeddedRecipe:

@@ -20,8 +20,8 @@ from openwu.data.photographs import Photograph
 from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases, sample_phrase
 from openwu.embedded import EmbeddedModel
 from openwu.training.loop import Evaluation
-from openwu.training.loss import picture_loss, psnr
-from openwu.training.recipe import EmbeddedRecipe
+from openwu.training.loss import falling_floor, picture_loss, psnr
+from openwu.training.recipe import EmbeddedRecipe, StageConfig
 from openwu.training.shared import SharedAdapter
 from openwu.types import Adapter
 
@@ -92,8 +92,8 @@ class PictureStage:
         tasks = recipe.base_edits if adapt is None else recipe.edits
         # Generator and baseline have equal batches: their seed does not depend on the stage's name.
         seed = recipe.seed + (0 if adapt is None else 1)
-        shapes = (recipe.base if adapt is None else recipe.generator).shapes
-        self.batches = PairSampler(photographs[0], tasks, shapes, recipe.side, seed)
+        self.config: StageConfig = getattr(recipe, name)
+        self.batches = PairSampler(photographs[0], tasks, self.config.shapes, recipe.side, seed)
         self.validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
         model.requires_grad_(False)
         trained.requires_grad_(True)
@@ -107,7 +107,8 @@ class PictureStage:
         # At these sizes the fused attention's backward pass is several times slower on a CPU than matrix products.
         with sdpa_kernel(SDPBackend.MATH):
             predicted, _ = self.predict(batch)
-        return picture_loss(predicted, batch.target)
+        floor = falling_floor(self.config.first_floor, step / self.config.steps)
+        return picture_loss(predicted, batch.target, floor)
 
     def predict(self, batch: PairBatch) -> tuple[Tensor, Adapter | None]:
         with torch.no_grad():
