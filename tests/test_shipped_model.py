@@ -14,7 +14,7 @@ from PIL import Image
 from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
-from openwu.editor import Editor
+from openwu.editor import Editor, native_dtype
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError
 from openwu.evaluation.suite import Report, evaluate_suite
@@ -33,7 +33,7 @@ def report() -> Report:
     """Every paired sub-task on two small test photographs."""
     photographs = {name: picture for name, picture in load_test_photographs(192).items() if name in ("coffee", "china")}
     shared = Adapter.from_pretrained(WEIGHTS / "shared")
-    return evaluate_suite(EmbeddedModel.from_pretrained(), shared, photographs, [0], PAIRED)
+    return evaluate_suite(EmbeddedModel.from_pretrained(dtype=native_dtype()), shared, photographs, [0], PAIRED)
 
 
 @pytest.fixture(scope="module")

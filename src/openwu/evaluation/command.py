@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 import openwu
 from openwu.data.edits import EDITS
 from openwu.data.photographs import load_test_photographs
+from openwu.editor import native_dtype
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.evaluation.suite import GRID_SIDE, METHODS, Report, evaluate_suite
@@ -31,7 +32,7 @@ def run(arguments: list[str]) -> int:
     """Entry of the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     folder = Path(options.model) if options.model else WEIGHTS
-    model = EmbeddedModel.from_pretrained(folder)
+    model = EmbeddedModel.from_pretrained(folder, dtype=native_dtype())  # as the editor computes
     shared = Adapter.from_pretrained(folder / SHARED)
     photographs = load_test_photographs(options.side)
     if options.photographs:
@@ -61,6 +62,7 @@ def as_json(report: Report, seeds: list[int], side: int) -> dict[str, object]:
         "torch": torch.__version__,
         "seeds": seeds,
         "side": side,
+        "dtype": str(native_dtype()),
         "summary": report.summary(),
         "scores": [dataclasses.asdict(score) for score in report.scores],
     }
