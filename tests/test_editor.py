@@ -95,6 +95,24 @@ def test_a_model_that_is_no_folder(tmp_path: Path, model: str) -> None:
         Editor.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(editor: Editor, model_folder: Path, photo: Image.Image, dtype: torch.dtype) -> None:
+    """What the editor does by default on processors that compute in bfloat16."""
+    rough = Editor.from_pretrained(model_folder, dtype=dtype)
+    exact, image = editor.edit(photo, "brighter").image, rough.edit(photo, "brighter").image
+    assert np.abs(pixels(image) - pixels(exact)).mean() < 0.1 * np.abs(pixels(exact) - pixels(photo)).mean()
+    requests = [EditRequest([photo], "brighter"), EditRequest([photo], "把照片调亮一点", 2.0, 1)]
+    assert differ(rough.edit_batch(requests)[0].image, image) <= 6
+
+
+def test_the_default_dtype_is_the_processors(
+    model_folder: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for capabilities, dtype in (({"amx_bf16": True}, torch.bfloat16), ({}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert Editor.from_pretrained(model_folder).dtype == dtype
+
+
 # Adapters, strength, seed
 
 

@@ -117,7 +117,8 @@ class InstructionEncoder(nn.Module):
         """-> `[b, K, width]`"""
         rows = hash_words(sentences, self.config).to(self.query.device)
         present = rows > 0
-        words = self.table(rows).sum(2) / present.sum(2, keepdim=True).clamp(min=1).sqrt()
+        grams = self.table(rows).sum(2)
+        words = grams / present.sum(2, keepdim=True).clamp(min=1).sqrt().to(grams.dtype)
         real = present.any(2)  # [b, t]
         x = words + self.place[: rows.shape[1]]
         for layer in self.layers:

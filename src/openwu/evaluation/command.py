@@ -105,10 +105,11 @@ def as_picture(report: Report) -> Image.Image:
 
 def _replace_between_marks(card: Path, table: str) -> None:
     text = card.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise OpenwuError(f"{card}: expected the marks {BEGIN} and {END} around the table, found none")
-    before, rest = text.split(BEGIN, 1)
-    card.write_text(f"{before}{BEGIN}\n{table}{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise OpenwuError(f"{card}: expected the marks {BEGIN} and {END} around the table, in this order")
+    card.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -43,6 +43,7 @@ def train(
     recipe: EmbeddedRecipe, folder: Path, stages: tuple[str, ...] = STAGES, stop_after: int | None = None
 ) -> None:
     """`stop_after`: leave each stage after so many updates, for tests and trials."""
+    recipe.check_baseline()
     model = new_model(recipe)
     photographs = Path(recipe.photographs)
     pictures = (load_folder(photographs), load_folder(photographs, validation=True))
@@ -125,12 +126,18 @@ def _export_shared(recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path) 
     """The baseline stands beside the model, so that the table can be remade."""
     for target in _export_folders(recipe, folder):
         shared().detach().save_pretrained(target / SHARED)
+        _export_provenance(recipe, target, folder)
 
 
 def _export(recipe: EmbeddedRecipe, model: EmbeddedModel, folder: Path) -> None:
     for target in _export_folders(recipe, folder):
         model.save_pretrained(target)
-        (target / PROVENANCE).write_text(json.dumps(provenance(recipe, folder), indent=1, ensure_ascii=False) + "\n")
+        _export_provenance(recipe, target, folder)
+
+
+def _export_provenance(recipe: EmbeddedRecipe, target: Path, folder: Path) -> None:
+    written = json.dumps(provenance(recipe, folder), indent=1, ensure_ascii=False) + "\n"
+    (target / PROVENANCE).write_text(written, encoding="utf-8")
 
 
 def provenance(recipe: EmbeddedRecipe, folder: Path) -> dict[str, Any]:

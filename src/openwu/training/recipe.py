@@ -91,11 +91,12 @@ class EmbeddedRecipe:
     export: str | None = field(default=None)
     """Where the finished model is written besides the run's folder."""
 
-    def __post_init__(self) -> None:
+    def check_baseline(self) -> None:
+        """Refuse an unfair baseline. Not at construction: overrides change one of the two stages at a time."""
         for name in ("steps", "shapes", "first_floor"):
             ours, theirs = getattr(self.shared, name), getattr(self.generator, name)
             if ours != theirs:
-                raise ValueError(
+                raise OpenwuError(
                     f"shared.{name}: expected the generator's {theirs}, so that the baseline is fair, got {ours}"
                 )
 
