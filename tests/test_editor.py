@@ -337,6 +337,18 @@ def test_tiles_of_a_local_base_equal_the_whole(editor: Editor, scene: Scene, mon
     assert differ(second, whole) > 20
 
 
+def test_tiles_that_disagree_meet_in_a_slope(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch, small_tiles: None
+) -> None:
+    """Every tile comes out darker by 20 steps of 255 than the one before it."""
+    calls = iter(range(100))
+    monkeypatch.setattr(editor.model, "edit", lambda picture, *_: picture - next(calls) * 20 / 255)
+    edited = pixels(editor.edit(Image.new("RGB", (331, 290), (250, 250, 250)), "brighter").image)
+    assert edited.max() - edited.min() > 100
+    slope = 20 * 3 / 128  # from row to row of tiles: three tiles later
+    assert max(np.abs(np.diff(edited, axis=axis)).max() for axis in (0, 1)) <= np.ceil(slope) + 1
+
+
 def test_no_seam_shows_where_tiles_meet(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the result in one piece, steps between pixels are no larger at borders of tiles than elsewhere."""
     image = Image.fromarray(scene(331, 290))

@@ -37,6 +37,8 @@ def test_a_batch_depends_on_seed_and_step_alone(sampler: PairSampler) -> None:
     assert not same(sampler.batch(8), expected)
     assert not same(sampler.batch(9), expected)
     assert not same(replace(sampler, seed=5).batch(7), expected)
+    for other in (sampler.batch(9), replace(sampler, seed=5).batch(7)):  # of the same shape
+        assert not torch.equal(other.noise[0], expected.noise[0])
 
 
 def test_drawing_leaves_the_global_random_state_alone(sampler: PairSampler) -> None:
