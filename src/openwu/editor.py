@@ -87,11 +87,11 @@ class Editor:
     def adapt(self, images: Picture | Sequence[Picture], instruction: str, *, anyway: bool = False) -> Adapter:
         """Only generate: the adapter (b = 1) of a request."""
         photo = _read(EditRequest(_listed(images), instruction))
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: a caller may train on what comes back
             text = self._understand([instruction], anyway)
             return self._generate([photo], text, [instruction])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _edited(
         self, requests: list[EditRequest], given: Adapter | None, anyway: bool, progress: Progress | None
     ) -> list[EditResult]:

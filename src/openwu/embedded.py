@@ -176,15 +176,22 @@ class EmbeddedModel(nn.Module):
         return {name: sum(p.numel() for p in getattr(self, name).parameters()) for name in _PARTS}
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write `config.json` and the four files of weights in `dtype`."""
+        """Write `config.json` and the four files of weights in `dtype`.
+
+        All of it is written beside the old files first; `config.json` goes first and comes back last, so that a folder
+        never shows a mixture of two models.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in _PARTS:
             tensors = {key: value.to(dtype).contiguous() for key, value in getattr(self, name).state_dict().items()}
-            partial = folder / f".{name}.partial"
-            save_file(tensors, partial, metadata={"format": "pt"})
-            partial.replace(folder / f"{name}.safetensors")
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1, ensure_ascii=False) + "\n")
+            save_file(tensors, folder / f".{name}.partial", metadata={"format": "pt"})
+        config = folder / ".config.partial"
+        config.write_text(json.dumps(self.config.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "config.json").unlink(missing_ok=True)
+        for name in _PARTS:
+            (folder / f".{name}.partial").replace(folder / f"{name}.safetensors")
+        config.replace(folder / "config.json")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path = WEIGHTS, dtype: torch.dtype = torch.float32) -> EmbeddedModel:

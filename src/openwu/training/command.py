@@ -7,7 +7,6 @@ import datetime
 import json
 import platform
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from openwu.data.photographs import folder_hashes, load_folder
 from openwu.embedded import EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_weights
-from openwu.training.loop import LoopConfig, Stage, train_stage
+from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
 from openwu.training.recipe import STAGES, EmbeddedRecipe, StageConfig, load_recipe
 from openwu.training.shared import SharedAdapter
 from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
@@ -99,11 +98,7 @@ def _train(stage: Stage, name: str, recipe: EmbeddedRecipe, folder: Path, stop_a
     loop = LoopConfig(
         _fingerprint(name, recipe), recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every, stop_after
     )
-    began = time.monotonic()
-    done = train_stage(stage, getattr(recipe, name), loop, folder / name)
-    with (folder / name / "seconds.txt").open("a") as file:
-        file.write(f"{time.monotonic() - began:.0f}\n")
-    return done
+    return train_stage(stage, getattr(recipe, name), loop, folder / name)
 
 
 def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
@@ -143,9 +138,9 @@ def _export_provenance(recipe: EmbeddedRecipe, target: Path, folder: Path) -> No
 def provenance(recipe: EmbeddedRecipe, folder: Path) -> dict[str, Any]:
     """Where weights come from: recipe, code version, data hashes, seeds, machine, seconds of every stage."""
     seconds = {
-        name: sum(int(line) for line in (folder / name / "seconds.txt").read_text().split())
+        name: round(sum(float(line) for line in (folder / name / SECONDS).read_text(encoding="utf-8").split()))
         for name in STAGES
-        if (folder / name / "seconds.txt").exists()
+        if (folder / name / SECONDS).exists()
     }
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -7,6 +7,7 @@ step depends on the seed and the step alone, so a training that was killed conti
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from tqdm import tqdm
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_state, save_state
 from openwu.training.recipe import StageConfig
+
+SECONDS = "seconds.txt"
+"""File in a stage's folder: seconds between checkpoints, whatever process they passed in."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Pat
         SummaryWriter(str(folder), purge_step=step) as curves,
         tqdm(total=config.steps, initial=step, desc=stage.name, unit="step") as bar,
     ):
+        began = time.monotonic()
         while step < stop:
             loss, norm = _update(stage, module, optimizer, config, step)
             step += 1
@@ -89,6 +94,7 @@ def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Pat
                 _log_evaluation(curves, stage.evaluate(), step)
             if step % loop.checkpoint_every == 0 or step == stop:
                 save_state(folder, module, optimizer, step, loop.recipe)
+                began = _note_seconds(folder, began)
     return step >= config.steps
 
 
@@ -110,6 +116,14 @@ def _update(
     norm = float(nn.utils.clip_grad_norm_(module.parameters(), config.clip))
     optimizer.step()
     return value, norm
+
+
+def _note_seconds(folder: Path, began: float) -> float:
+    """Add the seconds since `began` to the stage's record, a line for each checkpoint; returns the time now."""
+    now = time.monotonic()
+    with (folder / SECONDS).open("a", encoding="utf-8") as file:
+        file.write(f"{now - began:.1f}\n")
+    return now
 
 
 def _optimizer(module: nn.Module, config: StageConfig) -> torch.optim.Optimizer:
