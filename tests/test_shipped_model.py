@@ -17,9 +17,10 @@ from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.editor import Editor, native_dtype
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError
-from openwu.evaluation.suite import Report, evaluate_suite
+from openwu.evaluation.suite import Report, Score, evaluate_suite
 from openwu.types import Adapter, EditRequest
 
+ROOT = Path(__file__).parents[1]
 PAIRED = [name for pair in CONTRADICTORY_PAIRS for name in pair]
 
 
@@ -30,10 +31,14 @@ def editor() -> Editor:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """Every paired sub-task on two small test photographs."""
-    photographs = {name: picture for name, picture in load_test_photographs(192).items() if name in ("coffee", "china")}
+    """Every paired sub-task on every test photograph, small."""
+    return measured(192, [0])
+
+
+def measured(side: int, seeds: list[int]) -> Report:
     shared = Adapter.from_pretrained(WEIGHTS / "shared")
-    return evaluate_suite(EmbeddedModel.from_pretrained(dtype=native_dtype()), shared, photographs, [0], PAIRED)
+    model = EmbeddedModel.from_pretrained(dtype=native_dtype())
+    return evaluate_suite(model, shared, load_test_photographs(side), seeds, PAIRED)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +47,24 @@ def photograph() -> Image.Image:
     return Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
-def test_generated_adapters_beat_a_shared_one_by_two_decibels(report: Report) -> None:
+@pytest.mark.slow
+def test_generated_adapters_beat_a_shared_one_by_two_decibels() -> None:
+    """The model card's setting, paired sub-tasks."""
+    report = measured(512, [0, 1])
     assert report.mean("psnr", "generated") >= report.mean("psnr", "shared") + 2
+
+
+def test_generated_adapters_beat_a_shared_one_on_small_pictures_too(report: Report) -> None:
+    assert report.mean("psnr", "generated") >= report.mean("psnr", "shared") + 1
+
+
+def test_the_stored_results_are_those_that_the_card_claims() -> None:
+    stored = json.loads((ROOT / "docs" / "results" / "suite.json").read_text(encoding="utf-8"))
+    again = Report([Score(**score) for score in stored["scores"]])
+    assert again.summary() == pytest.approx(stored["summary"])
+    assert again.summary()["generated_minus_shared"] >= 2
+    card = (ROOT / "docs" / "model-card.md").read_text(encoding="utf-8")
+    assert f"| generated minus shared | {stored['summary']['generated_minus_shared']:.2f} |" in card
 
 
 def test_adapters_of_other_requests_lose_the_gain(report: Report) -> None:
@@ -72,7 +93,7 @@ def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
     from openwu.training.command import describe
     from openwu.training.recipe import load_recipe
 
-    recipe = describe(load_recipe(Path(__file__).parents[1] / "recipes" / "embedded.py", []))
+    recipe = describe(load_recipe(ROOT / "recipes" / "embedded.py", []))
     stored = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]
     assert recipe == stored
 
@@ -93,7 +114,8 @@ def test_each_request_of_a_batch_has_its_own_adapter(editor: Editor, photograph:
     results = editor.edit_batch([EditRequest(images=[photograph], instruction=text) for text in wanted])
     bright, dark, grey = (np.asarray(result.image.convert("RGB")).astype(float) for result in results)
     assert bright.mean() > np.asarray(photograph).mean() + 10 > dark.mean() + 20
-    assert np.abs(grey[..., 0] - grey[..., 1]).mean() < 4
+    before = np.asarray(photograph).astype(float)
+    assert np.abs(grey[..., 0] - grey[..., 2]).mean() < np.abs(before[..., 0] - before[..., 2]).mean() / 4
 
 
 def test_strength_scales_the_edit(editor: Editor, photograph: Image.Image) -> None:
