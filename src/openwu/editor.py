@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from openwu.adapter.export import with_kernels
+from openwu.canvas import Canvas
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError, PictureError, TargetError
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.pictures.photo import Pixels
 from openwu.scope import check_scope
-from openwu.tiles import Tile, blend_weights, tile_grid
+from openwu.tiles import Tile, tile_grid
 from openwu.types import Adapter, EditRequest, EditResult, Picture
 
 CORE, MARGIN = 768, 128
@@ -140,7 +141,7 @@ class Editor:
         done, total = 0, sum(len(grid) for grid in grids)
         edited: dict[int, Photo] = {}
         for chunk, grid in zip(chunks, grids, strict=True):
-            canvas = _Canvas([photos[i] for i in chunk], grid)
+            canvas = Canvas([photos[i] for i in chunk], grid, MARGIN)
             noises = [noise_plane(*photos[i].size, seeds[i]) for i in chunk]
             own = adapter.select(chunk) if adapter.batch > 1 else adapter
             for tile in grid:
@@ -152,46 +153,6 @@ class Editor:
                     progress(done, total)
             edited |= dict(zip(chunk, canvas.photos(), strict=True))
         return [edited[index] for index in range(len(photos))]
-
-
-class _Canvas:
-    """Collects edited tiles of equally large photos; holds floats only for the rows that are still being blended."""
-
-    def __init__(self, photos: Sequence[Photo], grid: Sequence[Tile]) -> None:
-        self.sources = photos
-        self.height, self.width = photos[0].pixels.shape[:2]
-        self.single = len(grid) == 1
-        self.outputs = [np.empty_like(photo.pixels) for photo in photos]
-        self.top = 0
-        self.rows = torch.zeros(len(photos), 3, 0, self.width)
-
-    def add(self, tile: Tile, edited: Tensor) -> None:
-        """edited `[b, 3, h, w]`; tiles come row by row, from the top left."""
-        if self.single:
-            self._write(0, edited)
-            return
-        if tile.left == 0 and tile.top > self.top:
-            self._write(self.top, self.rows[:, :, : tile.top - self.top])
-            self.rows = self.rows[:, :, tile.top - self.top :]
-            self.top = tile.top
-        missing = tile.height - self.rows.shape[2]
-        if missing > 0:
-            self.rows = torch.cat([self.rows, torch.zeros(*self.rows.shape[:2], missing, self.width)], dim=2)
-        weights = blend_weights(tile, self.height, self.width, MARGIN)
-        self.rows[:, :, : tile.height, tile.left : tile.left + tile.width] += weights * edited.float()
-
-    def photos(self) -> list[Photo]:
-        if not self.single:
-            self._write(self.top, self.rows)
-        return [photo.with_pixels(pixels) for photo, pixels in zip(self.sources, self.outputs, strict=True)]
-
-    def _write(self, top: int, rows: Tensor) -> None:
-        for photo, output, picture in zip(self.sources, self.outputs, rows, strict=True):
-            if not bool(picture.isfinite().all()):
-                raise OpenwuError("edit: the result holds numbers that are not finite; ask for a smaller strength")
-            peak = np.iinfo(photo.pixels.dtype).max
-            whole = picture.float().clamp(0, 1).mul(peak).round().permute(1, 2, 0)
-            output[top : top + whole.shape[0]] = whole.numpy().astype(photo.pixels.dtype)
 
 
 def native_dtype() -> torch.dtype:
