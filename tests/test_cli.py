@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -541,3 +542,17 @@ def test_anyway_tries_what_the_model_refuses(
     assert not Path("out.png").exists()
     assert edit("a.png", "--output", "out.png", "--anyway", instruction="add a dragon") == 0
     assert Path("out.png").exists()
+
+
+def test_a_full_disk_ends_the_command_with_nothing_left_behind(
+    here: Path, editor: FakeEditor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(here)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    assert edit("a.png", "--output", "out.png", "--compare") == 1
+    assert "the disk is full" in capsys.readouterr().err
+    assert names(here) == before
