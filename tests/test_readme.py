@@ -10,13 +10,16 @@ import pytest
 from PIL import Image
 
 from openwu import cli
+from openwu.training.recipe import EmbeddedRecipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    """What stands between fences of this language; every fence is matched, so that none is taken for another's end."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
 
 
 def commands() -> list[str]:
@@ -59,6 +62,21 @@ def test_the_python_lines_work(photos: Path) -> None:
     results = names["results"]
     assert isinstance(results, list)
     assert len(results) == 2
+
+
+def test_the_training_commands_name_a_fair_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed and checked as `openwu train` does, without the hours of training."""
+    lines = [line.split(" #")[0] for block in blocks("") for line in block.splitlines()]
+    trainings = [shlex.split(line)[1:] for line in lines if line.startswith("openwu train")]
+    assert len(trainings) == 2
+    for words in trainings:
+        asked: dict[str, object] = {}
+        monkeypatch.setattr("openwu.training.command.train", lambda recipe, *_, into=asked: into.update(recipe=recipe))
+        monkeypatch.chdir(ROOT)
+        assert cli.main(words) == 0
+        recipe = asked["recipe"]
+        assert isinstance(recipe, EmbeddedRecipe)
+        recipe.check_baseline()
 
 
 def test_every_file_that_the_readme_names_exists() -> None:

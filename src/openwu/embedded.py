@@ -30,6 +30,9 @@ from openwu.types import Adapter
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded model that comes with the package."""
 
+SHARED = "shared"
+"""Folder beside the weights that holds the shared-LoRA baseline, so that the table can be remade."""
+
 MODEL_TYPE = "openwu-embedded"
 _PARTS = ("instruction", "backbone", "condition", "generator")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from openwu.data.phrases import OUT_OF_SCOPE
 from openwu.errors import InstructionError
 
-OUT_OF_SCOPE = "out_of_scope"
 NEAREST = 3
 """How many known edits a refusal names."""
 

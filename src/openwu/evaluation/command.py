@@ -17,13 +17,11 @@ import openwu
 from openwu.data.edits import EDITS
 from openwu.data.photographs import load_test_photographs
 from openwu.editor import native_dtype
-from openwu.embedded import WEIGHTS, EmbeddedModel
+from openwu.embedded import SHARED, WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.evaluation.suite import GRID_SIDE, METHODS, Report, evaluate_suite
 from openwu.types import Adapter
 
-SHARED = "shared"
-"""Folder beside the weights that holds the shared-LoRA baseline."""
 BEGIN, END = "<!-- suite: begin -->", "<!-- suite: end -->"
 """What stands between these marks in a model card is replaced."""
 

@@ -14,7 +14,7 @@ import torch
 
 import openwu
 from openwu.data.photographs import folder_hashes, load_folder
-from openwu.embedded import EmbeddedModel
+from openwu.embedded import SHARED, EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_weights
 from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
@@ -23,8 +23,6 @@ from openwu.training.shared import SharedAdapter
 from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
 
 PROVENANCE = "provenance.json"
-SHARED = "shared"
-"""Folder of the shared-LoRA baseline, beside the weights."""
 
 
 def run(recipe: str, overrides: list[str], *, output: str | None = None, stages: list[str] | None = None) -> Path:

@@ -97,7 +97,7 @@ class EmbeddedRecipe:
             ours, theirs = getattr(self.shared, name), getattr(self.generator, name)
             if ours != theirs:
                 raise OpenwuError(
-                    f"shared.{name}: expected the generator's {theirs}, so that the baseline is fair, got {ours}"
+                    f"shared.{name}: expected the generator's {theirs} for a fair baseline, got {ours}; set both"
                 )
 
 
