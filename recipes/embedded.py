@@ -9,8 +9,8 @@ from openwu.data.phrases import OUT_OF_SCOPE
 from openwu.embedded import EmbeddedConfig, tiny_layer_groups
 from openwu.training.recipe import EmbeddedRecipe, StageConfig
 
-MIXED = ((22, 64), (22, 64), (11, 128))
-"""Every sub-task once in a step of small crops; every third step has larger ones, for context."""
+MIXED = ((24, 64), (24, 64), (10, 128))
+"""Small crops for variety; every third step has larger ones, for context."""
 
 
 def model() -> EmbeddedConfig:
@@ -35,10 +35,10 @@ def recipe() -> EmbeddedRecipe:
     return EmbeddedRecipe(
         name="embedded",
         model=model(),
-        instruction=StageConfig(steps=1200, shapes=((64, 0),), learning_rate=2e-3, weight_decay=0.1),
-        base=StageConfig(steps=2600, shapes=((32, 64), (32, 64), (8, 128)), learning_rate=2e-3),
-        generator=StageConfig(steps=1600, shapes=MIXED, learning_rate=6e-4, warmup=100, first_floor=3e-2),
-        shared=StageConfig(steps=1600, shapes=MIXED, learning_rate=1e-2, warmup=100, first_floor=3e-2),
+        instruction=StageConfig(steps=3000, shapes=((64, 0),), learning_rate=2e-3, weight_decay=0.1),
+        base=StageConfig(steps=3600, shapes=((32, 64), (32, 64), (8, 128)), learning_rate=2.5e-3, first_floor=1e-2),
+        generator=StageConfig(steps=4200, shapes=MIXED, learning_rate=6e-4, warmup=100, first_floor=3e-2),
+        shared=StageConfig(steps=4200, shapes=MIXED, learning_rate=1e-2, warmup=100, first_floor=3e-2),
         base_edits=BASE_EDITS,
         edits=tuple(EDITS),
         export="src/openwu/weights",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openwu.adapter.inject import attach
-from openwu.backbone.tiny import TinyEditor, TinyEditorConfig
+from openwu.backbone.tiny import INPUT_CHANNELS, OUTPUT_CHANNELS, TinyEditor, TinyEditorConfig
 from openwu.condition.embedded import EmbeddedConditionConfig, EmbeddedConditionEncoder
 from openwu.condition.instruction import InstructionConfig, InstructionEncoder
 from openwu.config import ConfigError, GeneratorConfig, LayerGroup, PlainTarget
@@ -141,9 +141,9 @@ def tiny_layer_groups(config: TinyEditorConfig) -> tuple[LayerGroup, LayerGroup]
         prefix="pixels.",
         num_layers=1,
         targets=(
-            PlainTarget("stem", 9 * 4, c),
+            PlainTarget("stem", 9 * INPUT_CHANNELS, c),
             *mix,
-            PlainTarget("out", 9 * c, 3),
+            PlainTarget("out", 9 * c, OUTPUT_CHANNELS),
         ),
         name="pixels",
         indexed=False,
@@ -163,15 +163,23 @@ class EmbeddedModel(nn.Module):
         self.generator = ParameterGenerator(config.generator)
         self.handle = attach(self.backbone, self.generator.targets)
 
-    def adapt(self, pictures: Tensor, text: Tensor) -> Adapter:
-        """Whole pictures `[b, 3, h, w]` and instruction tokens `[b, K, text_dim]` -> one adapter per request."""
-        adapter: Adapter = self.generator(self.condition(pictures, text))
+    def adapt(
+        self, pictures: Tensor, text: Tensor, references: Tensor | None = None, present: Tensor | None = None
+    ) -> Adapter:
+        """Whole pictures `[b, 3, h, w]` and instruction tokens `[b, K, text_dim]` -> one adapter per request.
+
+        `references` and `present`: second pictures, see `EmbeddedConditionEncoder`. Only the adapter knows of them.
+        """
+        adapter: Adapter = self.generator(self.condition(pictures, text, references, present))
         return adapter
 
-    def edit(self, picture: Tensor, noise: Tensor, text: Tensor, adapter: Adapter | None) -> Tensor:
-        """The base's answer `[b, 3, h, w]`, with one adapter per row, one for all rows, or none."""
+    def edit(self, picture: Tensor, planes: Tensor, text: Tensor, adapter: Adapter | None) -> Tensor:
+        """The base's answer `[b, 3, h, w]`, with one adapter per row, one for all rows, or none.
+
+        `planes` `[b, 3, h, w]`: noise, y and x of every pixel, see `openwu.planes`.
+        """
         with nullcontext() if adapter is None else self.handle.applied(adapter):
-            edited: Tensor = self.backbone(picture, noise, text)
+            edited: Tensor = self.backbone(picture, planes, text)
         return edited
 
     @property

@@ -1,10 +1,12 @@
 """The embedded base model: a small, frozen, instruction-conditioned editor.
 
-Enters: a picture `[b, 3, h, w]` in 0..1, a plane of noise `[b, 1, h, w]` (the only source of randomness), and the
-instruction's tokens `[b, K, text_dim]`. Leaves: the edited picture `[b, 3, h, w]`.
+Enters: a picture `[b, 3, h, w]` in 0..1, three planes `[b, 3, h, w]` (noise, the only source of randomness, and every
+pixel's y and x in the whole picture), and the instruction's tokens `[b, K, text_dim]`. Leaves: the edited picture
+`[b, 3, h, w]`.
 
 A stack of identical blocks on 8 x 8 pixel patches reads the scene and the instruction; a shallow convolutional path at
-full resolution keeps the pixels. Almost all of the work is dense products, which is what two CPU cores do well.
+full resolution keeps the pixels and ends in an affine map of every pixel's colour. Almost all of the work is dense
+products, which is what two CPU cores do well.
 
 Shapes: b pictures, n patches, d width, K instruction tokens, w windows, s patches in a window, c pixel channels.
 """
@@ -20,8 +22,10 @@ from torch.nn import functional as F
 from openwu.norm import RMSNorm
 
 PICTURE_CHANNELS = 3
-INPUT_CHANNELS = 4
-"""The picture's three channels and the noise plane."""
+INPUT_CHANNELS = 6
+"""The picture's three channels and three planes: noise, y, x."""
+OUTPUT_CHANNELS = 12
+"""What the network says of a pixel: a 3 x 3 matrix for its colour and an offset, both added to the identity."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,24 @@ class TinyEditor(nn.Module):
         self.norm = RMSNorm(d)
         self.pixels = PixelPath(config)
 
-    def forward(self, picture: Tensor, noise: Tensor, text: Tensor) -> Tensor:
+    def forward(self, picture: Tensor, planes: Tensor, text: Tensor) -> Tensor:
         height, width = picture.shape[-2:]
         cell = self.config.cell
         down, right = -height % cell, -width % cell
-        x = torch.cat([4 * (picture - 0.5), noise.to(picture)], dim=1).to(self.embed.weight.dtype)
+        x = torch.cat([4 * (picture - 0.5), planes.to(picture)], dim=1).to(self.embed.weight.dtype)
         x = pad_mirrored(x, down, right).contiguous(memory_format=torch.channels_last)
         tokens, grid = self.read_scene(x, text.to(x.dtype))
-        change: Tensor = self.pixels(x, tokens, grid)
-        return picture + change[:, :, :height, :width].to(picture.dtype)
+        affine: Tensor = self.pixels(x, tokens, grid)[:, :, :height, :width]
+        return recolour(picture, affine)
 
     def read_scene(self, x: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """x `[b, 4, h, w]`, text `[b, K, text_dim]` -> what every patch shows `[b, n, d]`, and the grid of patches."""
+        """x `[b, 6, h, w]`, text `[b, K, text_dim]` -> what every patch shows `[b, n, d]`, and the grid of patches."""
         h, w = x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
         tokens = self.embed(x).permute(0, 2, 3, 1).flatten(1, 2)  # [b, n, d]
         text = self.text_norm(text)
+        seen = visible((h, w), self.config.window, text.shape[1]).to(x.device)
         for block in self.blocks:
-            tokens = block(tokens, text, (h, w))
+            tokens = block(tokens, text, (h, w), seen if block.shift else None)
         return self.norm(tokens), (h, w)
 
 
@@ -116,12 +121,13 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(d, config.ffn_dim)
         self.fc2 = nn.Linear(config.ffn_dim, d)
 
-    def forward(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
-        x_bnd = x_bnd + self.attend(self.norm1(x_bnd), text, grid)
+    def forward(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int], seen: Tensor | None) -> Tensor:
+        """x `[b, n, d]`, text `[b, K, text_dim]`, seen as `visible` makes it where windows are shifted -> `[b, n, d]`"""
+        x_bnd = x_bnd + self.attend(self.norm1(x_bnd), text, grid, seen)
         out: Tensor = x_bnd + self.fc2(F.silu(self.fc1(self.norm2(x_bnd))))
         return out
 
-    def attend(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int], seen: Tensor | None) -> Tensor:
         """Tokens enter and leave as `[b, n, d]`: every linear layer sees one row block per picture."""
         b, n, d = x_bnd.shape
         place = self.place.view(self.window, self.window, d)
@@ -134,7 +140,9 @@ class Block(nn.Module):
         q, k, v = qkv.view(b * w, s, 3, heads, self.head_dim).permute(2, 0, 3, 1, 4)
         text_kv = self.text_kv(text).view(b, 1, -1, 2, heads, self.head_dim).expand(b, w, -1, -1, -1, -1)
         text_k, text_v = text_kv.flatten(0, 1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2))
+        mask = None if seen is None else seen.repeat(b, 1, 1, 1)
+        k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         mixed = mixed.transpose(1, 2).reshape(b, w, s, d)
         out: Tensor = self.out(from_windows(mixed, grid, self.window, self.shift).view(b, n, d))
         return out
@@ -154,20 +162,49 @@ class PixelPath(nn.Module):
         self.scene = nn.Linear(config.d_model, c * config.patch**2)
         self.stem = nn.Conv2d(INPUT_CHANNELS, c, 3, padding=1)
         self.mix = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in range(config.pixel_layers))
-        self.out = nn.Conv2d(c, PICTURE_CHANNELS, 3, padding=1)
+        self.out = nn.Conv2d(c, OUTPUT_CHANNELS, 3, padding=1)
         # The untrained editor changes nothing.
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """x `[b, 4, h, w]`, tokens `[b, n, d]` -> the change of every pixel `[b, 3, h, w]`."""
+        """x `[b, 6, h, w]`, tokens `[b, n, d]` -> what to do with every pixel `[b, 12, h, w]`, see `recolour`."""
         gate, offset = unpatchify(self.scene(tokens), grid, self.patch).chunk(2, dim=1)
         gated, added = self.stem(x).chunk(2, dim=1)
         features = torch.cat([gated * (1 + gate), added + offset], dim=1)
         for convolution in self.mix:
             features = features + convolution(F.silu(features))
-        change: Tensor = self.out(F.silu(features))
-        return change
+        affine: Tensor = self.out(F.silu(features))
+        return affine
+
+
+def recolour(picture: Tensor, affine: Tensor) -> Tensor:
+    """Every pixel's colour c (about middle grey) becomes c + M c + o: picture `[b, 3, h, w]`, affine `[b, 12, h, w]`.
+
+    Tone and colour edits are products of colours: a sum alone would have to imitate them (as in bilateral learning,
+    Gharbi et al. 2017).
+    """
+    affine = affine.to(picture.dtype)
+    centred = picture - 0.5
+    matrix, offset = affine.split((9, 3), dim=1)
+    rows = [(matrix[:, i : i + 3] * centred).sum(1) for i in (0, 3, 6)]
+    return picture + torch.stack(rows, dim=1) + offset
+
+
+def visible(grid: tuple[int, int], window: int, num_text: int) -> Tensor:
+    """Which keys the queries of shifted windows may see: `[windows, 1, s, s + K]` bool.
+
+    Rolling the grid brings opposite borders of the picture into one window; they are no neighbours. The instruction's
+    tokens are seen by all.
+    """
+    h, w = grid
+    shift = window // 2
+    side = torch.zeros(1, h, w, 1, dtype=torch.int32)
+    side[:, :shift] += 1
+    side[:, :, :shift] += 2
+    part = to_windows(side, window, shift)[0, :, :, 0]  # [windows, s]
+    near = part[:, :, None] == part[:, None, :]
+    return F.pad(near, (0, num_text), value=True)[:, None]
 
 
 def pad_mirrored(x: Tensor, down: int, right: int) -> Tensor:

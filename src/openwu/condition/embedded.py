@@ -1,10 +1,11 @@
 """The embedded condition encoder: one request's picture and instruction -> what the parameter generator reads.
 
-Enters: whole pictures `[b, 3, h, w]` in 0..1 of any size, and instruction tokens `[b, K, text_dim]`. Leaves: a
-Condition whose tokens `[b, L, width]` are the instruction's, a thumbnail's patches (what the scene is, its light and
-palette) and small details at full resolution (its noise, blur and blocks, which a thumbnail loses).
+Enters: whole pictures `[b, 3, h, w]` in 0..1 of any size, instruction tokens `[b, K, text_dim]`, and where a request
+has one, its reference picture. Leaves: a Condition whose tokens `[b, L, width]` are the instruction's, and for either
+picture its statistics, a thumbnail's patches (what the scene is, its light and palette) and small details at full
+resolution (its noise, blur and blocks, which a thumbnail loses).
 
-Shapes: b requests, K instruction tokens, L = K + thumbnail patches + details.
+Shapes: b requests, K instruction tokens, V = 1 + thumbnail patches + details tokens of a picture, L = K + 2 V.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class EmbeddedConditionConfig:
     """Attention heads of each layer."""
     thumbnail: int = 64
     """Side of the thumbnail in pixels."""
-    patch: int = 8
+    patch: int = 16
     """Side of a thumbnail patch in pixels."""
     detail_grid: int = 4
     """Details are taken at the crossings of a grid with so many lines each way."""
@@ -49,9 +50,14 @@ class EmbeddedConditionConfig:
             raise ValueError(f"thumbnail: expected a multiple of patch={self.patch}, got {self.thumbnail}")
 
     @property
+    def num_picture_tokens(self) -> int:
+        """V"""
+        return 1 + (self.thumbnail // self.patch) ** 2 + self.detail_grid**2
+
+    @property
     def num_tokens(self) -> int:
         """L"""
-        return self.num_text_tokens + (self.thumbnail // self.patch) ** 2 + self.detail_grid**2
+        return self.num_text_tokens + 2 * self.num_picture_tokens
 
 
 class EmbeddedConditionEncoder(nn.Module):
@@ -64,42 +70,96 @@ class EmbeddedConditionEncoder(nn.Module):
         self.from_sentence = nn.Linear(config.num_text_tokens * config.text_dim, config.width)
         self.from_patch = nn.Linear(3 * config.patch**2, config.width)
         self.from_detail = nn.Linear(3 * config.detail**2, config.width)
+        self.from_energy = nn.Linear(len(DIFFERENCES), config.width)
+        self.from_statistics = nn.Linear(NUM_STATISTICS, config.width)
+        self.absent = nn.Parameter(torch.randn(config.num_picture_tokens, config.width) * 0.1)
         self.place = nn.Parameter(torch.randn(config.num_tokens, config.width) * 0.1)
         self.layers = nn.ModuleList(JointLayer(config.width, config.heads) for _ in range(config.num_layers))
 
-    def forward(self, pictures: Tensor, text: Tensor) -> Condition:
-        """pictures `[b, 3, h, w]`, text `[b, K, text_dim]` -> Condition with tokens `[b, L, width]`"""
+    def forward(
+        self, pictures: Tensor, text: Tensor, references: Tensor | None = None, present: Tensor | None = None
+    ) -> Condition:
+        """The condition `[b, L, width]` of pictures `[b, 3, h, w]` and text `[b, K, text_dim]`.
+
+        `references` `[b, 3, p, q]` are second pictures; `present` `[b]` bool says which requests have one (None: all).
+        """
         dtype = self.from_patch.weight.dtype
-        small, details = self.look(pictures)
-        parts = (
-            self.from_text(text.to(dtype)),
-            self.from_patch(small.to(dtype)),
-            self.from_detail(details.to(dtype)),
-        )
+        second = self.absent.to(dtype).expand(len(text), -1, -1)
+        if references is not None:
+            seen = self.see(references)
+            second = seen if present is None else torch.where(present[:, None, None], seen, second)
         # Every token carries the whole instruction. Attention that has not learned where to look yet is an average, and
         # in the average over all tokens the few of the instruction would drown: the generator then ignores it.
         sentence = self.from_sentence(text.to(dtype).flatten(1))[:, None]
-        x = torch.cat(parts, dim=1) + sentence
+        x = torch.cat([self.from_text(text.to(dtype)), self.see(pictures), second], dim=1) + sentence
         x = x + self.place.to(x.dtype)
         for layer in self.layers:
             x = layer(x)
         return Condition(x)
 
-    def look(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures -> thumbnail patches `[b, patches, 3 p p]` and contrast-scaled details `[b, details, 3 k k]`."""
-        side, patch, k = self.config.thumbnail, self.config.patch, self.config.detail
-        small = F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
-        patches = F.unfold(4 * (small - 0.5), patch, stride=patch).transpose(1, 2)
-        height, width = pictures.shape[-2:]
-        if min(height, width) < k:
-            pictures = F.interpolate(pictures, (max(height, k), max(width, k)), mode="bilinear", align_corners=False)
-            height, width = pictures.shape[-2:]
-        tops = torch.linspace(0, height - k, self.config.detail_grid).round().int().tolist()
-        lefts = torch.linspace(0, width - k, self.config.detail_grid).round().int().tolist()
-        cut = torch.stack([pictures[:, :, t : t + k, left : left + k] for t in tops for left in lefts], dim=1).float()
+    def see(self, pictures: Tensor) -> Tensor:
+        """Pictures `[b, 3, h, w]` -> `[b, V, width]`"""
+        dtype = self.from_patch.weight.dtype
+        config = self.config
+        small = F.interpolate(
+            pictures.float(), (config.thumbnail,) * 2, mode="bilinear", antialias=True, align_corners=False
+        )
+        patches = F.unfold(4 * (small - 0.5), config.patch, stride=config.patch).transpose(1, 2)
+        details = cut_details(pictures, config.detail_grid, config.detail)
         # Structure matters here, not brightness: the mean is in the thumbnail already.
-        cut = 8 * (cut - cut.mean((-1, -2), keepdim=True))
-        return patches, cut.flatten(2)
+        structure = 8 * (details - details.mean((-1, -2), keepdim=True)).flatten(2)
+        parts = (
+            self.from_statistics(colour_statistics(small).to(dtype))[:, None],
+            self.from_patch(patches.to(dtype)),
+            self.from_detail(structure.to(dtype)) + self.from_energy(detail_energy(details).to(dtype)),
+        )
+        return torch.cat(parts, dim=1)
+
+
+def cut_details(pictures: Tensor, grid: int, side: int) -> Tensor:
+    """Squares at the crossings of a grid: `[b, 3, h, w]` -> `[b, grid * grid, 3, side, side]` float32."""
+    height, width = pictures.shape[-2:]
+    if min(height, width) < side:
+        pictures = F.interpolate(pictures, (max(height, side), max(width, side)), mode="bilinear", align_corners=False)
+        height, width = pictures.shape[-2:]
+    # Where JPEG's blocks begin is the same in every detail: corners lie on multiples of 8.
+    tops = (torch.linspace(0, height - side, grid) / 8).floor().int().mul(8).tolist()
+    lefts = (torch.linspace(0, width - side, grid) / 8).floor().int().mul(8).tolist()
+    cut = [pictures[:, :, top : top + side, left : left + side] for top in tops for left in lefts]
+    return torch.stack(cut, dim=1).float()
+
+
+QUANTILES = 16
+NUM_STATISTICS = 4 * QUANTILES + 3 + 6
+"""Quantiles of red, green, blue and luma; means and covariances of the channels."""
+
+
+def colour_statistics(small: Tensor) -> Tensor:
+    """What the colours of thumbnails `[b, 3, s, s]` are, wherever they are: `[b, NUM_STATISTICS]`, of size about 1."""
+    colours = small.flatten(2)  # [b, 3, n]
+    luma = (colours * colours.new_tensor((0.299, 0.587, 0.114))[:, None]).sum(1, keepdim=True)
+    ordered = torch.cat([colours, luma], dim=1).sort(dim=-1).values
+    at = torch.linspace(0, ordered.shape[-1] - 1, QUANTILES, device=small.device).round().long()
+    mean = colours.mean(-1, keepdim=True)
+    covariance = (colours - mean) @ (colours - mean).transpose(1, 2) / colours.shape[-1]
+    row, column = torch.triu_indices(3, 3)
+    spread = covariance[:, row, column]
+    spread = spread.sign() * spread.abs().clamp(min=1e-6).sqrt()
+    return torch.cat([4 * (ordered[..., at].flatten(1) - 0.5), 4 * (mean[..., 0] - 0.5), 8 * spread], dim=1)
+
+
+DIFFERENCES = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 4), (4, 0), (0, 8), (8, 0))
+"""Steps down and to the right, in pixels: noise differs at every distance, blur only at larger ones."""
+
+
+def detail_energy(details: Tensor) -> Tensor:
+    """How much details `[b, n, 3, k, k]` vary over each of DIFFERENCES: `[b, n, len(DIFFERENCES)]`, a logarithm."""
+    side = details.shape[-1]
+    energies = [
+        (details[..., down:, right:] - details[..., : side - down, : side - right]).square().mean((-1, -2, -3))
+        for down, right in DIFFERENCES
+    ]
+    return 0.5 * torch.log10(torch.stack(energies, dim=-1) + 1e-6) + 1.5
 
 
 class JointLayer(nn.Module):

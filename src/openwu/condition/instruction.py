@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from openwu.norm import RMSNorm
 
 _WORD = re.compile(r"[a-z0-9]+|[一-鿿]|[^\sa-z0-9一-鿿]")
+NUM_DEGREES = 3
+"""Degrees that words of strength ask for: little, normal, strong."""
 _MARKS = re.compile(r"['’]")
 
 
@@ -112,10 +114,15 @@ class InstructionEncoder(nn.Module):
         self.read = WordLayer(width, config.heads)
         self.norm = RMSNorm(width)
         self.classify = nn.Linear(config.num_tokens * width, len(config.labels))
+        self.grade = nn.Linear(config.num_tokens * width, NUM_DEGREES)
 
-    def forward(self, sentences: Sequence[str]) -> Tensor:
-        """-> `[b, K, width]`"""
+    def forward(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """-> `[b, K, width]`. `dropped`: in training, the share of n-grams to leave out, and the draws' generator."""
         rows = hash_words(sentences, self.config).to(self.query.device)
+        if dropped is not None:
+            share, generator = dropped
+            rows = rows * (torch.rand(rows.shape, generator=generator) >= share)
+            rows[:, 0, 0].clamp_(min=1)  # At least something of every sentence stays.
         present = rows > 0
         grams = self.table(rows).sum(2)
         words = grams / present.sum(2, keepdim=True).clamp(min=1).sqrt().to(grams.dtype)
@@ -130,6 +137,10 @@ class InstructionEncoder(nn.Module):
     def log_probabilities(self, tokens: Tensor) -> Tensor:
         """Instruction tokens `[b, K, width]` -> log-probability of each label `[b, labels]`."""
         return F.log_softmax(self.classify(tokens.flatten(1)).float(), dim=-1)
+
+    def degree_log_probabilities(self, tokens: Tensor) -> Tensor:
+        """Instruction tokens -> log-probability of "a little", no word of strength, "strongly" `[b, 3]`."""
+        return F.log_softmax(self.grade(tokens.flatten(1)).float(), dim=-1)
 
 
 class WordLayer(nn.Module):

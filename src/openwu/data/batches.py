@@ -13,9 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openwu.data.edits import EDITS
+from openwu.data.edits import EDITS, Edit, Scene
 from openwu.data.photographs import Photograph, random_crop
-from openwu.data.phrases import sample_phrase
+from openwu.data.phrases import DEGREES, sample_phrase
+from openwu.planes import place_planes
+
+CORNERS = 64
+"""Crops begin at multiples of so many pixels."""
+DIALLED_SHARE = 0.25
+"""Share of the requests whose strength is set by the adapter's scale."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,16 @@ class PairBatch:
     """What the condition encoder sees: the whole input picture `[b, 3, s, s]`."""
     picture: Tensor
     """What the base edits: a crop of it `[b, 3, k, k]`."""
-    noise: Tensor
-    """The base's noise plane for the crop `[b, 1, k, k]`."""
+    planes: Tensor
+    """The base's noise, y and x for the crop `[b, 3, k, k]`."""
     target: Tensor
     """What should come out `[b, 3, k, k]`."""
+    reference: Tensor
+    """The request's second picture `[b, 3, s, s]`, zeros where it has none; the condition encoder alone sees it."""
+    present: Tensor
+    """Which requests have a second picture `[b]` bool."""
+    dial: Tensor
+    """By how much the adapter is to be scaled `[b]`: the target is an edit of that strength."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class PairSampler:
     side: int = 192
     """Side s of the picture that the condition sees."""
     seed: int = 0
+    dialled: bool = False
+    """Whether some requests ask for another strength by the adapter's scale, as a user does with `strength`."""
 
     def batch(self, step: int) -> PairBatch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -68,12 +82,36 @@ class PairSampler:
             names.append(self.tasks[int(torch.randperm(len(self.tasks), generator=order)[place])])
         return tuple(names)
 
-    def _pair(
-        self, name: str, crop: int, generator: torch.Generator
-    ) -> tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        source = random_crop(self.photographs, self.side, generator)
-        noise = torch.randn(1, self.side, self.side, generator=generator)
-        given, target = EDITS[name].make_pair(source, noise, generator)
-        top, left = torch.randint(self.side - crop + 1, (2,), generator=generator).tolist()
+    def _pair(self, name: str, crop: int, generator: torch.Generator) -> tuple[str, tuple[Tensor, ...]]:
+        edit, side = EDITS[name], self.side
+        degree, dial = self._strength(edit, generator)
+        source = random_crop(self.photographs, side, generator)
+        second = random_crop(self.photographs, side, generator) if edit.needs_reference else None
+        noise = torch.randn(1, side, side, generator=generator)
+        strength = min(DEGREES[degree], edit.limit) * dial
+        pair = edit.make_pair(Scene(source, noise, generator, strength, second))
+        # Corners lie where an attention window of the base may begin, and the pattern of a mosaic with it.
+        top, left = (torch.randint((side - crop) // CORNERS + 1, (2,), generator=generator) * CORNERS).tolist()
         window = (slice(None), slice(top, top + crop), slice(left, left + crop))
-        return sample_phrase(name, generator), (given, given[window], noise[window], target[window])
+        planes = torch.cat([noise, place_planes(side, side)])
+        tensors = (
+            pair.picture,
+            pair.picture[window],
+            planes[window],
+            pair.target[window],
+            torch.zeros_like(source) if pair.reference is None else pair.reference,
+            torch.tensor(pair.reference is not None),
+            torch.tensor(dial),
+        )
+        return sample_phrase(name, generator, degree=degree), tensors
+
+    def _strength(self, edit: Edit, generator: torch.Generator) -> tuple[str, float]:
+        """The degree that words ask for, and the scale of the adapter."""
+        draw = torch.rand(3, generator=generator).tolist()
+        if not edit.graded:
+            return "normal", 1.0
+        degree = "little" if draw[0] < 0.12 else "strong" if draw[0] < 0.24 else "normal"
+        if not self.dialled or draw[1] > DIALLED_SHARE:
+            return degree, 1.0
+        highest = edit.limit / min(DEGREES[degree], edit.limit)
+        return degree, min(highest, 0.25 + 1.25 * draw[2])

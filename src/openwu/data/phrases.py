@@ -1,7 +1,7 @@
 """The sentences that people use to ask for an edit, by sub-task, language and split.
 
 Enters: phrases.json beside this file. Leaves: training sentences with everyday variations (politeness, capitals, end
-marks, slips of the keyboard), and held-out sentences exactly as written.
+marks, slips of the keyboard, words of strength), and held-out sentences exactly as written.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from openwu.data.edits.core import LITTLE, NORMAL, STRONG
 
 OUT_OF_SCOPE = "out_of_scope"
 """The label of sentences that ask for something that no sub-task of the suite does."""
 
 LANGUAGES = ("en", "zh")
+
+DEGREES = {"little": LITTLE, "normal": NORMAL, "strong": STRONG}
+"""What words of strength ask for; "normal" is none of them."""
 
 Phrases = dict[str, dict[str, dict[str, list[str]]]]
 
@@ -32,16 +38,38 @@ _AFTER = {
 @cache
 def load_phrases() -> Phrases:
     """Sub-task name (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out") -> sentences."""
-    stored = json.loads((Path(__file__).parent / "phrases.json").read_text(encoding="utf-8"))
+    stored = _stored()
     return {**stored["edits"], OUT_OF_SCOPE: stored[OUT_OF_SCOPE]}
 
 
-def sample_phrase(name: str, generator: torch.Generator, language: str | None = None) -> str:
-    """A training sentence for the sub-task `name`, varied as people vary it."""
+@cache
+def load_strength_words() -> Phrases:
+    """Degree ("little", "strong") -> language -> split -> frames with {} where the sentence goes."""
+    frames: Phrases = _stored()["strength"]
+    return frames
+
+
+@cache
+def _stored() -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads((Path(__file__).parent / "phrases.json").read_text(encoding="utf-8"))
+    return stored
+
+
+def sample_phrase(name: str, generator: torch.Generator, language: str | None = None, degree: str = "normal") -> str:
+    """A training sentence for the sub-task `name`, varied as people vary it, asking for a degree (see `DEGREES`)."""
     if language is None:
         language = LANGUAGES[_draw(generator, len(LANGUAGES))]
     sentences = load_phrases()[name][language]["train"]
-    return vary(sentences[_draw(generator, len(sentences))], language, generator)
+    sentence = sentences[_draw(generator, len(sentences))]
+    if degree != "normal":
+        frames = load_strength_words()[degree][language]["train"]
+        sentence = frame(frames[_draw(generator, len(frames))], sentence)
+    return vary(sentence, language, generator)
+
+
+def frame(words: str, sentence: str) -> str:
+    """Put a sentence into words of strength; its own end mark goes."""
+    return words.format(sentence.rstrip(".!?。！？"))
 
 
 def vary(sentence: str, language: str, generator: torch.Generator) -> str:

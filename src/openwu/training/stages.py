@@ -17,7 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from openwu.condition.instruction import InstructionEncoder
 from openwu.data.batches import PairBatch, PairSampler
 from openwu.data.photographs import Photograph
-from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases, sample_phrase
+from openwu.data.phrases import (
+    DEGREES,
+    LANGUAGES,
+    OUT_OF_SCOPE,
+    frame,
+    load_phrases,
+    load_strength_words,
+    sample_phrase,
+)
 from openwu.embedded import EmbeddedModel
 from openwu.training.loop import Evaluation
 from openwu.training.loss import falling_floor, picture_loss, psnr
@@ -28,7 +36,16 @@ from openwu.types import Adapter
 OUT_OF_SCOPE_SHARE = 0.2
 """Share of the instruction encoder's sentences that no sub-task serves."""
 
-VALIDATION_BATCHES = 2
+STRONG_SHARE = 0.2
+"""Share of its sentences with words for "strongly", and again with words for "a little"."""
+
+DROPPED = 0.1
+"""Share of the n-grams that the instruction encoder does not see while it learns, so that no single one decides."""
+
+DEGREE_WEIGHT = 0.5
+"""Weight of the degree in the instruction encoder's loss."""
+
+VALIDATION_BATCHES = 1
 SHEET_ROWS = 8
 
 
@@ -51,19 +68,31 @@ class InstructionStage:
         wanted = torch.randint(len(self.labels) - 1, (size,), generator=generator)
         outside = torch.rand(size, generator=generator) < OUT_OF_SCOPE_SHARE
         wanted[outside] = self.labels.index(OUT_OF_SCOPE)
-        tokens = self.encoder([sample_phrase(self.labels[int(label)], generator) for label in wanted])
+        drawn = torch.rand(size, generator=generator)
+        degrees = torch.where(drawn < STRONG_SHARE, 2, torch.where(drawn > 1 - STRONG_SHARE, 0, 1))
+        names = list(DEGREES)
+        tokens = self.encoder(
+            [
+                sample_phrase(self.labels[label], generator, degree=names[degree])
+                for label, degree in zip(wanted.tolist(), degrees.tolist(), strict=True)
+            ],
+            dropped=(DROPPED, generator),
+        )
         # Noise keeps sentences of one sub-task together: whoever reads the tokens meets a cloud, not points.
         tokens = tokens + 0.1 * torch.randn(tokens.shape, generator=generator)
-        return F.nll_loss(self._smoothed(tokens), wanted)
-
-    def _smoothed(self, tokens: Tensor, amount: float = 0.1) -> Tensor:
-        """Log-probabilities that make `nll_loss` the cross entropy with label smoothing."""
-        logs = self.encoder.log_probabilities(tokens)
-        return (1 - amount) * logs + amount * logs.mean(dim=1, keepdim=True)
+        edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), wanted)
+        return edits + DEGREE_WEIGHT * F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        return Evaluation({f"held_out/{language}": held_out_accuracy(self.encoder, language) for language in LANGUAGES})
+        scalars = {f"held_out/{language}": held_out_accuracy(self.encoder, language) for language in LANGUAGES}
+        degrees = {f"degrees/{language}": degree_accuracy(self.encoder, language) for language in LANGUAGES}
+        return Evaluation({**scalars, **degrees})
+
+
+def smoothed(logs: Tensor, amount: float = 0.1) -> Tensor:
+    """Log-probabilities that make `nll_loss` the cross entropy with label smoothing."""
+    return (1 - amount) * logs + amount * logs.mean(dim=1, keepdim=True)
 
 
 def held_out_accuracy(encoder: InstructionEncoder, language: str) -> float:
@@ -72,6 +101,20 @@ def held_out_accuracy(encoder: InstructionEncoder, language: str) -> float:
     pairs = [(label, sentence) for label in labels for sentence in load_phrases()[label][language]["held_out"]]
     found = encoder.log_probabilities(encoder([sentence for _, sentence in pairs])).argmax(dim=1)
     return sum(labels[int(i)] == label for i, (label, _) in zip(found, pairs, strict=True)) / len(pairs)
+
+
+def degree_accuracy(encoder: InstructionEncoder, language: str) -> float:
+    """Share of held-out sentences in held-out words of strength, or in none, whose degree the encoder understands."""
+    names = list(DEGREES)
+    pairs = []
+    for label, phrases in load_phrases().items():
+        for i, sentence in enumerate(phrases[language]["held_out"][:4] if label in encoder.config.labels else ()):
+            pairs.append(("normal", sentence))
+            for degree, frames in load_strength_words().items():
+                held_out = frames[language]["held_out"]
+                pairs.append((degree, frame(held_out[i % len(held_out)], sentence)))
+    found = encoder.degree_log_probabilities(encoder([sentence for _, sentence in pairs])).argmax(dim=1)
+    return sum(names[int(i)] == degree for i, (degree, _) in zip(found, pairs, strict=True)) / len(pairs)
 
 
 class PictureStage:
@@ -93,7 +136,7 @@ class PictureStage:
         # Generator and baseline have equal batches: their seed does not depend on the stage's name.
         seed = recipe.seed + (0 if adapt is None else 1)
         self.config: StageConfig = getattr(recipe, name)
-        self.batches = PairSampler(photographs[0], tasks, self.config.shapes, recipe.side, seed)
+        self.batches = PairSampler(photographs[0], tasks, self.config.shapes, recipe.side, seed, name == "generator")
         self.validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
         model.requires_grad_(False)
         trained.requires_grad_(True)
@@ -115,7 +158,7 @@ class PictureStage:
             text = self.model.instruction(batch.sentences)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
             adapter = None if self.adapt is None else self.adapt(batch, text)
-            return self.model.edit(batch.picture, batch.noise, text, adapter), adapter
+            return self.model.edit(batch.picture, batch.planes, text, adapter), adapter
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -158,7 +201,8 @@ def generator_stage(
     trained = nn.ModuleDict({"condition": model.condition, "generator": model.generator})
 
     def adapt(batch: PairBatch, text: Tensor) -> Adapter:
-        return model.adapt(batch.whole, text)
+        references = batch.reference if bool(batch.present.any()) else None
+        return model.adapt(batch.whole, text, references, batch.present).scaled(batch.dial)
 
     return PictureStage("generator", recipe, model, trained, adapt, photographs)
 
