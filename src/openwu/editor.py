@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,14 @@ from torch import Tensor
 from openwu.adapter.export import with_kernels
 from openwu.canvas import Canvas
 from openwu.embedded import WEIGHTS, EmbeddedModel
-from openwu.errors import OpenwuError, PictureError, TargetError
+from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.pictures.photo import Pixels
+from openwu.planes import noise_plane, place_planes
 from openwu.scope import check_scope
 from openwu.tiles import Tile, tile_grid
-from openwu.types import Adapter, EditRequest, EditResult, Picture
+from openwu.types import THEN, Adapter, EditRequest, EditResult, Picture
 
 CORE, MARGIN = 768, 128
 """A tile's core and the margin around it, in pixels: what bounds the memory of large pictures."""
@@ -63,20 +64,25 @@ class Editor:
         images: Picture | Sequence[Picture],
         instruction: str = "",
         *,
+        then: str | Sequence[str] = (),
         strength: float = 1.0,
         seed: int = 0,
         adapter: Adapter | None = None,
         anyway: bool = False,
         progress: Progress | None = None,
     ) -> EditResult:
-        """Edit one picture.
+        """Edit one picture; a second one in `images` is the reference of instructions such as "take its colours".
 
-        `adapter` reuses an adapter instead of generating one; without an instruction the base then reads the one that
-        the adapter was generated for. `anyway` tries instructions that the model does not know.
+        `then` asks for more in the same pass: the low-rank updates of all instructions are added up. `adapter` reuses
+        an adapter instead of generating one; without an instruction the base then reads the one that the adapter was
+        generated for. `anyway` tries instructions that the model does not know.
         """
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
-        request = EditRequest(_listed(images), instruction, strength, seed)
+        then = (then,) if isinstance(then, str) else tuple(then)
+        if adapter is not None and then:
+            raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
+        request = EditRequest(_listed(images), instruction, strength, seed, then)
         return self._edited([request], adapter, anyway, progress)[0]
 
     def edit_batch(
@@ -87,10 +93,10 @@ class Editor:
 
     def adapt(self, images: Picture | Sequence[Picture], instruction: str, *, anyway: bool = False) -> Adapter:
         """Only generate: the adapter (b = 1) of a request."""
-        photo = _read(EditRequest(_listed(images), instruction))
+        photos = _read(EditRequest(_listed(images), instruction))
         with torch.no_grad():  # not inference mode: a caller may train on what comes back
-            text = self._understand([instruction], anyway)
-            return self._generate([photo], text, [instruction])
+            text = self._understand([instruction], [len(photos) > 1], anyway)
+            return self._generate([photos], text, [instruction])
 
     @torch.no_grad()
     def _edited(
@@ -99,60 +105,92 @@ class Editor:
         timings: dict[str, float] = {}
         with _timed(timings, "read"):
             photos = [_read(request) for request in requests]
-        instructions = [request.instruction for request in requests]
-        if given is not None and given.instructions and not instructions[0]:
-            instructions = list(given.instructions)
+        asked = [(request.instruction, *request.then) for request in requests]
+        if given is not None and given.instructions and not requests[0].instruction:
+            asked = [tuple(given.instructions[0].split(THEN))]
+        # One entry per instruction: a request that asks for two things stands here twice.
+        owner = [index for index, instructions in enumerate(asked) for _ in instructions]
+        flat = [instruction for instructions in asked for instruction in instructions]
         with _timed(timings, "condition"):
-            text = self._understand(instructions, anyway or given is not None)
+            text = self._understand(flat, [len(photos[i]) > 1 for i in owner], anyway or given is not None)
         with _timed(timings, "generate"):
-            adapter = self._generate(photos, text, instructions) if given is None else given.to(self.dtype)
-            applied = adapter.scaled([request.strength for request in requests])
+            if given is None:
+                each = self._generate([photos[i] for i in owner], text, flat)
+                adapters = [Adapter.sum([each.select([k]) for k in _of(owner, i)]) for i in range(len(requests))]
+            else:
+                adapters = [given.to(self.dtype)]
         with _timed(timings, "edit"):
-            seeds = [request.seed for request in requests]
-            edited = self._apply(photos, seeds, text, applied, progress)
-        return [
-            EditResult(photo.to_image(), adapter.select([i]) if adapter.batch > 1 else adapter, timings)
-            for i, photo in enumerate(edited)
-        ]
+            jobs = [
+                _Job(
+                    photos[i][0], request.seed, text[_of(owner, i)].flatten(0, 1), adapters[i].scaled(request.strength)
+                )
+                for i, request in enumerate(requests)
+            ]
+            edited = self._apply(jobs, progress)
+        return [EditResult(photo.to_image(), adapters[i], timings) for i, photo in enumerate(edited)]
 
-    def _understand(self, instructions: Sequence[str], anyway: bool) -> Tensor:
+    def _understand(self, instructions: Sequence[str], referenced: Sequence[bool], anyway: bool) -> Tensor:
         """-> instruction tokens `[b, K, text_dim]`; raises InstructionError out of scope unless `anyway`."""
         checked = [check_instruction(instruction) if instruction or not anyway else "" for instruction in instructions]
         tokens: Tensor = self.model.instruction(checked)
         if not anyway:
-            check_scope(checked, self.model.instruction.log_probabilities(tokens), self.model.config.instruction.labels)
+            logs = self.model.instruction.log_probabilities(tokens)
+            check_scope(checked, logs, self.model.config.instruction.labels, referenced)
         return tokens
 
-    def _generate(self, photos: Sequence[Photo], text: Tensor, instructions: Sequence[str]) -> Adapter:
-        """One adapter per photo, each read whole."""
-        conditions = [self.model.condition(condition_view(p), text[i : i + 1]).tokens for i, p in enumerate(photos)]
+    def _generate(self, photos: Sequence[Sequence[Photo]], text: Tensor, instructions: Sequence[str]) -> Adapter:
+        """One adapter per instruction, from whole photos: the one to edit, and a reference after it if there is one."""
+        conditions = []
+        for i, (photo, *reference) in enumerate(photos):
+            second = condition_view(reference[0]) if reference else None
+            conditions.append(self.model.condition(condition_view(photo), text[i : i + 1], second).tokens)
         adapter: Adapter = self.model.generator(torch.cat(conditions))
         return replace(with_kernels(adapter, self.model.backbone), instructions=tuple(instructions))
 
-    def _apply(
-        self, photos: Sequence[Photo], seeds: Sequence[int], text: Tensor, adapter: Adapter, progress: Progress | None
-    ) -> list[Photo]:
+    def _apply(self, jobs: Sequence[_Job], progress: Progress | None) -> list[Photo]:
         """Photos of equal size go through the base together, in one piece if they fit, else tile by tile."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, photo in enumerate(photos):
-            groups.setdefault(photo.size, []).append(index)
-        chunks = [chunk for (w, h), members in groups.items() for chunk in _chunks(members, max(1, WHOLE // (w * h)))]
-        grids = [tiles_of(*photos[chunk[0]].size) for chunk in chunks]
+        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for index, job in enumerate(jobs):
+            groups.setdefault((job.photo.size, job.adapter.rank), []).append(index)
+        chunks = [chunk for ((w, h), _), members in groups.items() for chunk in _chunks(members, WHOLE // (w * h))]
+        grids = [self._tiles(*jobs[chunk[0]].photo.size) for chunk in chunks]
         done, total = 0, sum(len(grid) for grid in grids)
         edited: dict[int, Photo] = {}
         for chunk, grid in zip(chunks, grids, strict=True):
-            canvas = Canvas([photos[i] for i in chunk], grid, MARGIN)
-            noises = [noise_plane(*photos[i].size, seeds[i]) for i in chunk]
-            own = adapter.select(chunk) if adapter.batch > 1 else adapter
+            together = [jobs[i] for i in chunk]
+            width, height = together[0].photo.size
+            canvas = Canvas([job.photo for job in together], grid, MARGIN)
+            noises = [noise_plane(width, height, job.seed) for job in together]
+            text = torch.stack([job.text for job in together])
+            adapter = Adapter.stack([job.adapter for job in together])
             for tile in grid:
-                picture = torch.stack([_pixels(photos[i], tile) for i in chunk])
-                noise = torch.stack([plane[:, *tile.window].float() for plane in noises])
-                canvas.add(tile, self.model.edit(picture, noise, text[chunk], own))
+                picture = torch.stack([_unit(job.photo.pixels[tile.window]) for job in together])
+                place = place_planes(height, width, tile.window)
+                planes = torch.stack([torch.cat([noise[:, *tile.window].float(), place]) for noise in noises])
+                canvas.add(tile, self.model.edit(picture, planes, text, adapter))
                 done += 1
                 if progress:
                     progress(done, total)
             edited |= dict(zip(chunk, canvas.photos(), strict=True))
-        return [edited[index] for index in range(len(photos))]
+        return [edited[index] for index in range(len(jobs))]
+
+    def _tiles(self, width: int, height: int) -> list[Tile]:
+        """How a picture of this size goes through the base: in one piece or in overlapping tiles."""
+        if height * width <= WHOLE:
+            return [Tile(0, 0, height, width)]
+        return tile_grid(height, width, CORE, MARGIN, align=self.model.config.backbone.cell)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the base needs for one request."""
+
+    photo: Photo
+    seed: int
+    text: Tensor
+    """Instruction tokens `[K, text_dim]`, those of several instructions one after another."""
+    adapter: Adapter
+    """b = 1, strength included"""
 
 
 def native_dtype() -> torch.dtype:
@@ -160,16 +198,6 @@ def native_dtype() -> torch.dtype:
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
     return torch.bfloat16 if fast else torch.float32
-
-
-def noise_plane(width: int, height: int, seed: int) -> Tensor:
-    """The base's source of randomness: standard normal `[1, h, w]` in float16, the same for one seed and size."""
-    generator = torch.Generator().manual_seed(seed)
-    plane = torch.empty(1, height, width, dtype=torch.float16)
-    for top in range(0, height, MARGIN):
-        rows = plane[:, top : top + MARGIN]
-        rows.copy_(torch.randn(rows.shape, generator=generator))
-    return plane
 
 
 def condition_view(photo: Photo) -> Tensor:
@@ -181,38 +209,33 @@ def condition_view(photo: Photo) -> Tensor:
     return _unit(photo.pixels[::step, ::step])[None]
 
 
-def _pixels(photo: Photo, tile: Tile) -> Tensor:
-    return _unit(photo.pixels[tile.window])
-
-
 def _unit(pixels: Pixels) -> Tensor:
     """`[h, w, 3]` of 8 or 16 bits -> `[3, h, w]` float32 in 0..1"""
     peak = np.iinfo(pixels.dtype).max
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / peak
 
 
-def tiles_of(width: int, height: int) -> list[Tile]:
-    """How a picture of this size goes through the base: in one piece or in overlapping tiles."""
-    if height * width <= WHOLE:
-        return [Tile(0, 0, height, width)]
-    return tile_grid(height, width, CORE, MARGIN, align=64)
-
-
 def _chunks(members: list[int], size: int) -> list[list[int]]:
+    size = max(1, size)
     return [members[start : start + size] for start in range(0, len(members), size)]
+
+
+def _of(owner: Sequence[int], index: int) -> list[int]:
+    """Places of a request's instructions."""
+    return [place for place, each in enumerate(owner) if each == index]
 
 
 def _listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
     return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
 
 
-def _read(request: EditRequest) -> Photo:
-    if len(request.images) != 1:
+def _read(request: EditRequest) -> list[Photo]:
+    if not 1 <= len(request.images) <= 2:
         raise PictureError(
-            f"images: the embedded model edits one picture per request and reads no reference pictures yet, "
-            f"got {len(request.images)}; pass one picture"
+            f"images: the embedded model edits one picture and reads at most one reference picture after it, "
+            f"got {len(request.images)} pictures"
         )
-    return read_picture(request.images[0])
+    return [read_picture(image) for image in request.images]
 
 
 @contextmanager

@@ -21,6 +21,9 @@ from openwu.errors import OpenwuError, TargetError
 Picture = str | Path | Image.Image
 """What a user may pass as an image: a path or an opened PIL image."""
 
+THEN = "\n"
+"""Stands between the instructions of an adapter that is the sum of several; no instruction holds it."""
+
 ADAPTER_WRITERS: dict[str, str] = {
     "openwu": "openwu.adapter.export:save_native",
     "peft": "openwu.adapter.export:save_peft",
@@ -42,6 +45,8 @@ class EditRequest:
     """Factor on the adapter: 0 leaves the base alone, negative values reverse, values above 1 exaggerate."""
     seed: int = 0
     """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws."""
+    then: Sequence[str] = ()
+    """What else to do in the same pass: the low-rank updates of all instructions are added up."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Adapter:
     scale: float
     """alpha / rank"""
     instructions: tuple[str, ...] = ()
-    """What each sample's adapter was generated for, so that a reused one can ask for the same; empty if not known."""
+    """What each sample's adapter was generated for, so that a reused one can ask for the same; empty if not known.
+    A sum of adapters has their instructions with THEN between them."""
 
     def __post_init__(self) -> None:
         names = [target.name for target in self.targets]
@@ -182,6 +188,27 @@ class Adapter:
         known = all(adapter.instructions for adapter in adapters)
         instructions = tuple(text for adapter in adapters for text in adapter.instructions) if known else ()
         return replace(first, weights=joined, instructions=instructions)
+
+    @staticmethod
+    def sum(adapters: Sequence[Adapter]) -> Adapter:
+        """One adapter whose update is the sum of the updates of several (same targets and batch): ranks add up."""
+        if not adapters:
+            raise ValueError("adapters: expected at least one, got none")
+        first = adapters[0]
+        for other in adapters[1:]:
+            if (other.targets, other.batch) != (first.targets, first.batch):
+                raise TargetError("adapters: expected the same targets and as many samples in every adapter of a sum")
+        summed = {
+            name: (
+                torch.cat([adapter.weights[name][0] for adapter in adapters], dim=-2),
+                # One scale for all: the others' ratio to it goes into their B.
+                torch.cat([adapter.weights[name][1] * (adapter.scale / first.scale) for adapter in adapters], dim=-1),
+            )
+            for name in first.weights
+        }
+        known = all(adapter.instructions for adapter in adapters)
+        each = zip(*(adapter.instructions for adapter in adapters), strict=True) if known else ()
+        return replace(first, weights=summed, instructions=tuple(THEN.join(texts) for texts in each))
 
     def _map_b(self, change: Any) -> Adapter:
         return replace(self, weights={name: (a, change(b)) for name, (a, b) in self.weights.items()})

@@ -122,7 +122,7 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, d)
 
     def forward(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int], seen: Tensor | None) -> Tensor:
-        """x `[b, n, d]`, text `[b, K, text_dim]`, seen as `visible` makes it where windows are shifted -> `[b, n, d]`"""
+        """x `[b, n, d]`, text `[b, K, text_dim]`, seen: `visible` of shifted windows, else None -> `[b, n, d]`"""
         x_bnd = x_bnd + self.attend(self.norm1(x_bnd), text, grid, seen)
         out: Tensor = x_bnd + self.fc2(F.silu(self.fc1(self.norm2(x_bnd))))
         return out
@@ -186,9 +186,9 @@ def recolour(picture: Tensor, affine: Tensor) -> Tensor:
     """
     affine = affine.to(picture.dtype)
     centred = picture - 0.5
-    matrix, offset = affine.split((9, 3), dim=1)
-    rows = [(matrix[:, i : i + 3] * centred).sum(1) for i in (0, 3, 6)]
-    return picture + torch.stack(rows, dim=1) + offset
+    rows = torch.stack([(affine[:, i : i + 3] * centred).sum(1) for i in (0, 3, 6)], dim=1)
+    recoloured: Tensor = picture + rows + affine[:, 9:]
+    return recoloured
 
 
 def visible(grid: tuple[int, int], window: int, num_text: int) -> Tensor:

@@ -93,6 +93,14 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
     edit.add_argument("photos", nargs="+", metavar="PHOTO", help="picture to edit")
     edit.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")
     edit.add_argument(
+        "--then", action="append", default=[], metavar="TEXT", help="what else to do, in the same pass; may be repeated"
+    )
+    edit.add_argument(
+        "--reference",
+        metavar="FILE",
+        help='second picture, for instructions like "use the colours of the reference"',
+    )
+    edit.add_argument(
         "--output",
         metavar="FILE_OR_FOLDER",
         help="where to write: a file for one photo, a folder for several (default: PHOTO.edited beside each photo)",

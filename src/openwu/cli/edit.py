@@ -27,9 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything, load the model, then edit photo after photo; one that fails does not stop the others."""
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs about damaged files, our errors say
     instruction = _instruction(arguments)
+    then = [check_instruction(text) for text in arguments.then]
     where = {"compare": arguments.compare, "adapter_folder": arguments.save_adapter}
     jobs = plan(arguments.photos, arguments.output, **where)
-    notes, problems = check(jobs, arguments.output, overwrite=arguments.overwrite)
+    notes, problems = check(jobs, arguments.output, overwrite=arguments.overwrite, reference=arguments.reference)
     for problem in problems:
         complain(str(problem))
     if problems:
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     for number, job in enumerate(jobs, start=1):
         name = job.photo.name if len(jobs) == 1 else f"{number}/{len(jobs)} {job.photo.name}"
         try:
-            times = _edit(editor, job, instruction, adapter, arguments, name)
+            times = _edit(editor, job, (instruction, *then), adapter, arguments, name)
         except OpenwuError as error:
             complain(str(error))
             failed += 1
@@ -56,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _instruction(arguments: argparse.Namespace) -> str:
     if arguments.adapter and arguments.save_adapter:
         raise UsageError("--save-adapter: the adapter of --adapter is saved already; leave one of them out")
+    if arguments.adapter and arguments.then:
+        raise UsageError("--then: an adapter of --adapter is complete; generate with --instruction and --then instead")
     if arguments.instruction is not None:
         return check_instruction(arguments.instruction)
     if not arguments.adapter:
@@ -72,13 +75,19 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
 
 
 def _edit(
-    editor: Editor, job: Job, instruction: str, adapter: Adapter | None, arguments: argparse.Namespace, name: str
+    editor: Editor,
+    job: Job,
+    instructions: tuple[str, ...],
+    adapter: Adapter | None,
+    arguments: argparse.Namespace,
+    name: str,
 ) -> Mapping[str, float]:
     """Edit one photo and write all that was asked for. Returns stage -> seconds."""
     with _Progress(name, arguments.quiet) as progress:
         result = editor.edit(
-            str(job.photo),
-            instruction,
+            [str(job.photo), *([arguments.reference] if arguments.reference else [])],
+            instructions[0],
+            then=instructions[1:],
             strength=arguments.strength,
             seed=arguments.seed,
             adapter=adapter,

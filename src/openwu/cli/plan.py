@@ -48,13 +48,16 @@ def plan(photos: Sequence[str], output: str | None, *, compare: bool, adapter_fo
     return tuple(jobs)
 
 
-def check(jobs: Sequence[Job], output: str | None, *, overwrite: bool) -> tuple[list[str], list[OpenwuError]]:
+def check(
+    jobs: Sequence[Job], output: str | None, *, overwrite: bool, reference: str | None = None
+) -> tuple[list[str], list[OpenwuError]]:
     """Look at every input and output. Returns notes for the user, and what stands in the way of starting."""
     notes: list[str] = []
     problems: list[OpenwuError] = []
-    for job in jobs:
+    seconds = [Path(reference)] if reference else []
+    for photo in [*(job.photo for job in jobs), *seconds]:
         try:
-            notes += [f"{job.photo}: {text}" for text in check_picture(job.photo).notes]
+            notes += [f"{photo}: {text}" for text in check_picture(photo).notes]
         except PictureError as error:
             problems.append(error)
     if problems:  # leave no new folder behind for pictures that cannot be read
@@ -62,7 +65,7 @@ def check(jobs: Sequence[Job], output: str | None, *, overwrite: bool) -> tuple[
     folder = _output_folder(len(jobs), output)
     if folder:
         _make_folder(folder)
-    inputs = [job.photo for job in jobs]
+    inputs = [*(job.photo for job in jobs), *seconds]
     for job in jobs:
         problems += _output_problems(job, inputs, overwrite)
     return notes, problems

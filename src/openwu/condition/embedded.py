@@ -48,6 +48,9 @@ class EmbeddedConditionConfig:
             raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
         if self.thumbnail % self.patch:
             raise ValueError(f"thumbnail: expected a multiple of patch={self.patch}, got {self.thumbnail}")
+        farthest = max(max(steps) for steps in DIFFERENCES)
+        if self.detail <= farthest:
+            raise ValueError(f"detail: expected more than the {farthest} pixels it is compared over, got {self.detail}")
 
     @property
     def num_picture_tokens(self) -> int:

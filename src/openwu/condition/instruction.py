@@ -121,7 +121,7 @@ class InstructionEncoder(nn.Module):
         rows = hash_words(sentences, self.config).to(self.query.device)
         if dropped is not None:
             share, generator = dropped
-            rows = rows * (torch.rand(rows.shape, generator=generator) >= share)
+            rows = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
             rows[:, 0, 0].clamp_(min=1)  # At least something of every sentence stays.
         present = rows > 0
         grams = self.table(rows).sum(2)

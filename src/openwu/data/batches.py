@@ -21,7 +21,9 @@ from openwu.planes import place_planes
 CORNERS = 64
 """Crops begin at multiples of so many pixels."""
 DIALLED_SHARE = 0.25
-"""Share of the requests whose strength is set by the adapter's scale."""
+"""Share of the requests whose strength is set by the adapter's scale, where adapters learn to be scaled."""
+NEEDLESS_SHARE = 0.05
+"""Share of the requests, there, with a second picture that they do not need."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class PairSampler:
         edit, side = EDITS[name], self.side
         degree, dial = self._strength(edit, generator)
         source = random_crop(self.photographs, side, generator)
-        second = random_crop(self.photographs, side, generator) if edit.needs_reference else None
+        # Some users pass a second picture that their instruction says nothing of.
+        needless = self.dialled and float(torch.rand((), generator=generator)) < NEEDLESS_SHARE
+        second = random_crop(self.photographs, side, generator) if edit.needs_reference or needless else None
         noise = torch.randn(1, side, side, generator=generator)
         strength = min(DEGREES[degree], edit.limit) * dial
         pair = edit.make_pair(Scene(source, noise, generator, strength, second))
@@ -94,13 +98,14 @@ class PairSampler:
         top, left = (torch.randint((side - crop) // CORNERS + 1, (2,), generator=generator) * CORNERS).tolist()
         window = (slice(None), slice(top, top + crop), slice(left, left + crop))
         planes = torch.cat([noise, place_planes(side, side)])
+        reference = second if pair.reference is None else pair.reference
         tensors = (
             pair.picture,
             pair.picture[window],
             planes[window],
             pair.target[window],
-            torch.zeros_like(source) if pair.reference is None else pair.reference,
-            torch.tensor(pair.reference is not None),
+            torch.zeros_like(source) if reference is None else reference,
+            torch.tensor(reference is not None),
             torch.tensor(dial),
         )
         return sample_phrase(name, generator, degree=degree), tensors

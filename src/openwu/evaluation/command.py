@@ -1,4 +1,7 @@
-"""`openwu eval suite`: the table of sub-tasks on unseen photographs, as JSON, Markdown and a picture grid."""
+"""`openwu eval`: everything that the model card says, measured by one command; `gallery` makes the page of all edits.
+
+Enters: a model folder. Leaves: JSON with every number, Markdown tables, pictures, and tables between marks of a card.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ import dataclasses
 import datetime
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from torch import Tensor
 
 import openwu
 from openwu.data.edits import EDITS
@@ -19,11 +23,38 @@ from openwu.data.photographs import load_test_photographs
 from openwu.editor import native_dtype
 from openwu.embedded import SHARED, WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
-from openwu.evaluation.suite import GRID_SIDE, METHODS, Report, evaluate_suite
+from openwu.evaluation import tables
+from openwu.evaluation.composition import Composed, evaluate_composition
+from openwu.evaluation.gallery import write_gallery
+from openwu.evaluation.goals import Goal, goals, repair_gains
+from openwu.evaluation.pictures import grid, middle
+from openwu.evaluation.strength import Graded, evaluate_strength
+from openwu.evaluation.suite import METHODS, Report, evaluate_suite, following
+from openwu.evaluation.wording import Wording, evaluate_wording
 from openwu.types import Adapter
+from openwu.understanding import understanding
 
-BEGIN, END = "<!-- suite: begin -->", "<!-- suite: end -->"
-"""What stands between these marks in a model card is replaced."""
+SMALL = 256
+"""Longest side in pixels where many requests are compared with one another."""
+CELL = 192
+"""Side in pixels of a cell in the pictures of compositions."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that one run of the suite measured."""
+
+    report: Report
+    wordings: list[Wording]
+    shares: dict[str, float]
+    gains: dict[str, float]
+    graded: list[Graded]
+    composed: list[Composed]
+    composed_cells: dict[str, list[Tensor]]
+
+    @property
+    def goals(self) -> list[Goal]:
+        return goals(self.report, self.wordings, self.shares, self.gains)
 
 
 def run(arguments: list[str]) -> int:
@@ -31,94 +62,122 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     folder = Path(options.model) if options.model else WEIGHTS
     model = EmbeddedModel.from_pretrained(folder, dtype=native_dtype())  # as the editor computes
-    shared = Adapter.from_pretrained(folder / SHARED)
     photographs = load_test_photographs(options.side)
     if options.photographs:
         unknown = sorted(set(options.photographs) - set(photographs))
         if unknown:
             raise OpenwuError(f"--photograph: expected some of {sorted(photographs)}, got {unknown}")
         photographs = {name: photographs[name] for name in options.photographs}
-    edits = [label for label in model.config.instruction.labels if label in EDITS]
-    report = evaluate_suite(model, shared, photographs, options.seeds, edits)
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "suite.json").write_text(json.dumps(as_json(report, options.seeds, options.side), indent=1) + "\n")
-    table = as_markdown(report, options.seeds, sorted(photographs))
-    (output / "suite.md").write_text(table)
-    as_picture(report).save(output / "suite.jpg", quality=88)
+    if options.what == "gallery":
+        page = write_gallery(model, photographs, output)
+        sys.stdout.write(f"{page}\n")
+        return 0
+    shared = Adapter.from_pretrained(folder / SHARED)
+    found = measure(model, shared, photographs, options.seeds)
+    sections = as_markdown(found, options.seeds, sorted(photographs))
     if options.card:
-        _replace_between_marks(Path(options.card), table)
-    sys.stdout.write(table)
+        _replace_between_marks(Path(options.card), sections)
+    _write(found, sections, options.seeds, options.side, output)
+    sys.stdout.write("".join(sections.values()))
     return 0
 
 
-def as_json(report: Report, seeds: list[int], side: int) -> dict[str, object]:
+def measure(model: EmbeddedModel, shared: Adapter, photographs: dict[str, Tensor], seeds: Sequence[int]) -> Findings:
+    """Run every part of the suite."""
+    edits = [label for label in model.config.instruction.labels if label in EDITS]
+    small = {name: middle(picture, SMALL) for name, picture in photographs.items()}
+    first = sorted(small)[0]
+    wordings = evaluate_wording(model, small[first], following(first, small), edits)
+    graded = evaluate_strength(model, small, edits)
+    composed, cells = evaluate_composition(model, small)
+    gains = repair_gains(model, photographs)
+    report = evaluate_suite(model, shared, photographs, seeds, edits)
+    return Findings(report, wordings, understanding(model.instruction), gains, graded, composed, cells)
+
+
+def as_markdown(found: Findings, seeds: Sequence[int], photographs: Sequence[str]) -> dict[str, str]:
+    """Section -> text; a card has marks of the same names."""
+    return {
+        "goals": tables.goals_table(found.goals) + tables.missed_list(found.report),
+        "families": tables.families_table(found.report),
+        "wording": tables.wording_table(found.wordings, found.shares),
+        "strength": tables.strength_table(found.graded),
+        "composition": tables.composition_table(found.composed),
+        "suite": tables.suite_table(found.report, seeds, photographs),
+    }
+
+
+def as_json(found: Findings, seeds: Sequence[int], side: int) -> dict[str, object]:
     """Every number, with what made it."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "openwu": openwu.__version__,
         "torch": torch.__version__,
-        "seeds": seeds,
+        "seeds": list(seeds),
         "side": side,
         "dtype": str(native_dtype()),
-        "summary": report.summary(),
-        "scores": [dataclasses.asdict(score) for score in report.scores],
+        "goals": [{**dataclasses.asdict(goal), "met": goal.met} for goal in found.goals],
+        "missed": found.report.missed(),
+        "summary": found.report.summary(),
+        "understanding": found.shares,
+        "repairs": found.gains,
+        "composition": [dataclasses.asdict(each) for each in found.composed],
+        "strength": [dataclasses.asdict(each) for each in found.graded],
+        "wording": [dataclasses.asdict(each) for each in found.wordings],
+        "scores": [dataclasses.asdict(score) for score in found.report.scores],
     }
 
 
-def as_markdown(report: Report, seeds: list[int], photographs: list[str]) -> str:
-    """The table of the model card: mean PSNR (dB) / SSIM of every sub-task under every method."""
-    lines = [
-        f"Mean PSNR in dB / SSIM over {len(photographs)} test photographs ({', '.join(photographs)}) and seeds "
-        f"{', '.join(map(str, seeds))}; half of the requests in Chinese, half with held-out phrasings.",
-        "",
-        f"| sub-task | {' | '.join(METHODS)} |",
-        f"|---|{'---|' * len(METHODS)}",
-    ]
-    for edit in report.grid:
-        cells = [f"{report.mean('psnr', m, [edit]):.1f} / {report.mean('ssim', m, [edit]):.3f}" for m in METHODS]
-        lines.append(f"| {edit} | {' | '.join(cells)} |")
-    lines += ["", "| summary | dB |", "|---|---|"]
-    lines += [f"| {name.replace('_', ' ')} | {value:.2f} |" for name, value in report.summary().items()]
-    return "\n".join(lines) + "\n"
-
-
-def as_picture(report: Report) -> Image.Image:
-    """A row per sub-task: input, the methods, target."""
+def _write(found: Findings, sections: dict[str, str], seeds: Sequence[int], side: int, output: Path) -> None:
+    numbers = as_json(found, seeds, side)
+    # One line per entry of the long lists: a diff of two runs stays readable.
+    lines = [f" {json.dumps(key)}: {_entries(value)}" for key, value in numbers.items()]
+    (output / "suite.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    text = "".join(f"## {name.capitalize()}\n\n{section}" for name, section in sections.items())
+    (output / "suite.md").write_text(text, encoding="utf-8")
     titles = [*METHODS, "target"]
-    label, head = 120, 18
-    sheet = Image.new("RGB", (label + len(titles) * GRID_SIDE, head + len(report.grid) * GRID_SIDE), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((label + column * GRID_SIDE + 4, 3), title, fill="black")
-    for row, (edit, cells) in enumerate(report.grid.items()):
-        draw.text((4, head + row * GRID_SIDE + GRID_SIDE // 2), edit, fill="black")
-        for column, cell in enumerate(cells):
-            pixels = (cell.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            sheet.paste(
-                Image.fromarray(np.ascontiguousarray(pixels)), (label + column * GRID_SIDE, head + row * GRID_SIDE)
-            )
-    return sheet
+    grid(found.report.grid, titles).save(output / "suite.jpg", quality=85)
+    cells = {name: [middle(cell, CELL) for cell in row] for name, row in found.composed_cells.items()}
+    grid(cells, ["input", "one pass", "two passes", "target"]).save(output / "composition.jpg", quality=85)
+    worst = sorted(found.report.edits, key=lambda edit: found.report.mean("psnr", "generated", [edit]))[:8]
+    shown = {name: found.report.grid[name] for name in dict.fromkeys([*found.report.missed(), *worst])}
+    grid(shown, titles).save(output / "worst.jpg", quality=85)
 
 
-def _replace_between_marks(card: Path, table: str) -> None:
+def _entries(value: object) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n  " + ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in value) + "\n ]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _replace_between_marks(card: Path, sections: dict[str, str]) -> None:
+    """Replace what stands between `<!-- name: begin -->` and `<!-- name: end -->`, for every section or for none."""
     text = card.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise OpenwuError(f"{card}: expected the marks {BEGIN} and {END} around the table, in this order")
-    card.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
+    for name, section in sections.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise OpenwuError(f"{card}: expected the marks {begin} and {end} around the table, in this order")
+        text = f"{before}{begin}\n{section.strip()}\n{end}{after}"
+    card.write_text(text, encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="openwu eval", description="Measure a model on photographs never seen.")
-    parser.add_argument("what", choices=["suite"], help="suite: every sub-task of the edit suite, every method")
+    parser.add_argument(
+        "what",
+        choices=["suite", "gallery"],
+        help="suite: every number of the model card; gallery: a page that shows every edit",
+    )
     parser.add_argument("--model", metavar="FOLDER", help="folder of a model (default: the one inside the package)")
     parser.add_argument("--output", default="runs/eval", metavar="FOLDER", help="where results go (default: runs/eval)")
-    parser.add_argument("--card", metavar="FILE", help="model card whose table is replaced")
+    parser.add_argument("--card", metavar="FILE", help="model card whose tables are replaced")
     parser.add_argument(
         "--side", type=int, default=512, metavar="N", help="longest side of a photograph (default: 512)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="default: 0 1")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     parser.add_argument("--photograph", action="append", dest="photographs", metavar="NAME", help="only this one")
     return parser

@@ -1,10 +1,12 @@
 """The edit suite on test photographs: for every sub-task, how close each method comes to what should have come out.
 
-Enters: the embedded model, the shared-LoRA baseline, test photographs. Leaves: rows of numbers and a picture grid.
+Enters: the embedded model, the shared-LoRA baseline, test photographs. Leaves: scores and a picture grid.
 
 Methods: `input` copies the input; `base` is the frozen base, which reads the instruction itself; `shared` is one LoRA
 for all sub-tasks, trained as long on the same batches; `generated` is the adapter written for this request; `shuffled`
 is an adapter written for another sub-task's request on the same photograph.
+
+Shapes: t sub-tasks, h and w sides of a photograph, p and q sides of the reference picture.
 """
 
 from __future__ import annotations
@@ -18,18 +20,19 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS
+from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS, Pair, Scene
 from openwu.data.photographs import TEST_PHOTOGRAPHS
 from openwu.data.phrases import LANGUAGES, load_phrases
 from openwu.embedded import EmbeddedModel
 from openwu.errors import OpenwuError
+from openwu.planes import place_planes
 from openwu.types import Adapter
 
 METHODS = ("input", "base", "shared", "generated", "shuffled")
-ROWS_AT_ONCE = 6
+ROWS_AT_ONCE = 5
 """Requests in one forward pass."""
 GRID_SIDE = 160
-"""Side in pixels of a cell of the picture grid."""
+"""Side in pixels of a cell of a picture grid."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Cases:
-    """All sub-tasks on one photograph: t sub-tasks, each with a sentence."""
+    """t requests on one photograph, each with a sentence."""
 
     photograph: str
     edits: tuple[str, ...]
@@ -59,10 +62,18 @@ class Cases:
     split: str
     picture: Tensor
     """[t, 3, h, w]"""
-    noise: Tensor
-    """[t, 1, h, w]"""
+    planes: Tensor
+    """[t, 3, h, w]: noise, y, x"""
     target: Tensor
     """[t, 3, h, w]"""
+    reference: Tensor
+    """[t, 3, p, q], zeros where a request has no second picture"""
+    present: Tensor
+    """[t] bool: which requests have a second picture"""
+
+    def rows(self) -> list[slice]:
+        """Blocks of requests for one forward pass each."""
+        return [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(self.edits), ROWS_AT_ONCE)]
 
 
 @dataclass
@@ -84,22 +95,37 @@ class Report:
         ]
         return sum(values) / len(values) if values else float("nan")
 
+    @property
+    def edits(self) -> list[str]:
+        """Sub-tasks in the suite's order."""
+        found = {score.edit for score in self.scores}
+        return [name for name in EDITS if name in found]
+
+    @property
+    def paired(self) -> list[str]:
+        """Sub-tasks that stand in a contradictory pair, each once."""
+        members = {name for pair in CONTRADICTORY_PAIRS for name in pair}
+        return [name for name in self.edits if name in members]
+
     def summary(self) -> dict[str, float]:
         """The numbers that the claims are about, in dB."""
-        paired = [
-            name for pair in CONTRADICTORY_PAIRS for name in pair if name in {score.edit for score in self.scores}
-        ]
-        pairs = {method: self.mean("psnr", method, paired) for method in METHODS}
+        pairs = {method: self.mean("psnr", method, self.paired) for method in METHODS}
+        every = {method: self.mean("psnr", method) for method in METHODS}
         return {
             **{f"pairs_psnr_{method}": value for method, value in pairs.items()},
-            "pairs_ssim_generated": self.mean("ssim", "generated", paired),
+            "pairs_ssim_generated": self.mean("ssim", "generated", self.paired),
+            **{f"all_psnr_{method}": value for method, value in every.items()},
             "generated_minus_shared": pairs["generated"] - pairs["shared"],
             "generated_minus_shuffled": pairs["generated"] - pairs["shuffled"],
-            "held_out_minus_train": self.mean("psnr", "generated", split="held_out")
-            - self.mean("psnr", "generated", split="train"),
-            "zh_minus_en": self.mean("psnr", "generated", language="zh")
-            - self.mean("psnr", "generated", language="en"),
         }
+
+    def missed(self) -> list[str]:
+        """Sub-tasks that do not beat copying their input."""
+        return [
+            name
+            for name in self.edits
+            if not self.mean("psnr", "generated", [name]) > self.mean("psnr", "input", [name])
+        ]
 
 
 @torch.inference_mode()
@@ -112,31 +138,64 @@ def evaluate_suite(
     report = Report()
     rounds = [(name, seed) for seed in seeds for name in photographs]
     for name, seed in tqdm(rounds, desc="suite", unit="photograph"):
-        cases = draw_cases(name, photographs[name], seed, edits)
+        cases = draw_cases(name, photographs[name], seed, edits, following(name, photographs))
         outputs = {"input": cases.picture, **dict(run_methods(model, shared, cases))}
         for method in METHODS:
             report.scores += list(_scores(cases, method, seed, outputs[method]))
         if not report.grid:
             for i, edit in enumerate(cases.edits):
                 cells = [*(outputs[method][i] for method in METHODS), cases.target[i]]
-                report.grid[edit] = [cell[:, :GRID_SIDE, :GRID_SIDE] for cell in cells]
+                report.grid[edit] = [cell[:, :GRID_SIDE, :GRID_SIDE].float() for cell in cells]
     return report
 
 
-def draw_cases(name: str, source: Tensor, seed: int, edits: Sequence[str]) -> Cases:
+def following(name: str, photographs: dict[str, Tensor]) -> Tensor:
+    """The second photograph of reference edits: the next one."""
+    names = sorted(photographs)
+    return photographs[names[(names.index(name) + 1) % len(names)]]
+
+
+def draw_cases(name: str, source: Tensor, seed: int, edits: Sequence[str], second: Tensor) -> Cases:
     """Each photograph is asked in one language and with phrasings of one split; they alternate over photographs."""
     turn = seed + sorted_position(name)
     language, split = LANGUAGES[turn % 2], ("train", "held_out")[turn // 2 % 2]
-    sentences, parts = [], []
+    sentences, scenes = [], []
     for edit in edits:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{edit}/{seed}".encode()))
         phrases = load_phrases()[edit][language][split]
         sentences.append(phrases[int(torch.randint(len(phrases), (), generator=generator))])
         noise = torch.randn(1, *source.shape[1:], generator=generator)
-        given, target = EDITS[edit].make_pair(source, noise, generator)
-        parts.append((given, noise, target))
-    picture, noise, target = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-    return Cases(name, tuple(edits), tuple(sentences), language, split, picture, noise, target)
+        scenes.append(Scene(source, noise, generator, second=second))
+    return make_cases(name, edits, sentences, scenes, language, split)
+
+
+def make_cases(
+    name: str,
+    edits: Sequence[str],
+    sentences: Sequence[str],
+    scenes: Sequence[Scene],
+    language: str,
+    split: str,
+    pairs: Sequence[Pair] | None = None,
+) -> Cases:
+    """One request for each of equally large scenes; `pairs` are made by the edits unless they are given."""
+    if pairs is None:
+        pairs = [EDITS[edit].make_pair(scene) for edit, scene in zip(edits, scenes, strict=True)]
+    second = scenes[0].second
+    empty = torch.zeros_like(scenes[0].source if second is None else second)
+    place = place_planes(*scenes[0].source.shape[-2:])
+    return Cases(
+        name,
+        tuple(edits),
+        tuple(sentences),
+        language,
+        split,
+        torch.stack([pair.picture for pair in pairs]),
+        torch.stack([torch.cat([scene.noise, place]) for scene in scenes]),
+        torch.stack([pair.target for pair in pairs]),
+        torch.stack([empty if pair.reference is None else pair.reference for pair in pairs]),
+        torch.tensor([pair.reference is not None for pair in pairs]),
+    )
 
 
 def sorted_position(name: str) -> int:
@@ -144,29 +203,45 @@ def sorted_position(name: str) -> int:
     return sorted(TEST_PHOTOGRAPHS).index(name) if name in TEST_PHOTOGRAPHS else 0
 
 
+def generate(model: EmbeddedModel, cases: Cases) -> tuple[Tensor, Adapter]:
+    """Instruction tokens `[t, K, text_dim]` and adapters (b = t) of all requests."""
+    text = model.instruction(cases.sentences)
+    adapters = [
+        model.adapt(cases.picture[rows], text[rows], cases.reference[rows], cases.present[rows])
+        for rows in cases.rows()
+    ]
+    return text, Adapter.stack(adapters)
+
+
+def apply(model: EmbeddedModel, cases: Cases, text: Tensor, adapter: Adapter | None) -> Tensor:
+    """The base's answers `[t, 3, h, w]` under an adapter per request, one for all, or none."""
+    pieces = []
+    for rows in cases.rows():
+        one_for_all = adapter is None or adapter.batch == 1
+        own = adapter if one_for_all or adapter is None else adapter.select(range(*rows.indices(len(cases.edits))))
+        pieces.append(model.edit(cases.picture[rows], cases.planes[rows], text[rows], own))
+    return torch.cat(pieces)
+
+
 def run_methods(model: EmbeddedModel, shared: Adapter, cases: Cases) -> Iterator[tuple[str, Tensor]]:
     """(method, `[t, 3, h, w]`) for every method that computes something."""
-    text = model.instruction(cases.sentences)
-    adapters = [model.adapt(cases.picture[rows], text[rows]) for rows in _row_blocks(len(cases.edits))]
-    generated = Adapter.stack(adapters)
+    text, generated = generate(model, cases)
     # Half the list away: never the same sub-task, and rarely its opposite, which stands beside it.
     shuffled = generated.select([(i + len(cases.edits) // 2) % len(cases.edits) for i in range(len(cases.edits))])
     for method, adapter in (("base", None), ("shared", shared), ("generated", generated), ("shuffled", shuffled)):
-        pieces = []
-        for rows in _row_blocks(len(cases.edits)):
-            own = adapter if adapter is None or adapter.batch == 1 else adapter.select(range(*rows.indices(10**6)))
-            pieces.append(model.edit(cases.picture[rows], cases.noise[rows], text[rows], own))
-        yield method, torch.cat(pieces)
+        yield method, apply(model, cases, text, adapter)
 
 
-def _row_blocks(rows: int) -> list[slice]:
-    return [slice(start, min(rows, start + ROWS_AT_ONCE)) for start in range(0, rows, ROWS_AT_ONCE)]
+def psnr_of(output: Tensor, target: Tensor) -> float:
+    """dB of a picture `[3, h, w]` as its 8-bit file shows it."""
+    shown = (output.float().clamp(0, 1) * 255).round() / 255
+    error = float((shown - target).square().mean())
+    return float(-10 * torch.log10(torch.tensor(max(error, 1e-10))))
 
 
 def _scores(cases: Cases, method: str, seed: int, output: Tensor) -> Iterator[Score]:
     shown = (output.float().clamp(0, 1) * 255).round() / 255
     for i, edit in enumerate(cases.edits):
-        error = float((shown[i] - cases.target[i]).square().mean())
-        psnr = float(-10 * torch.log10(torch.tensor(max(error, 1e-10))))
+        psnr = psnr_of(output[i], cases.target[i])
         ssim = float(structural_similarity(shown[i].numpy(), cases.target[i].numpy(), channel_axis=0, data_range=1.0))
         yield Score(edit, cases.photograph, method, seed, cases.language, cases.split, psnr, ssim)

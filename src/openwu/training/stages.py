@@ -14,24 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from openwu.condition.instruction import InstructionEncoder
 from openwu.data.batches import PairBatch, PairSampler
 from openwu.data.photographs import Photograph
-from openwu.data.phrases import (
-    DEGREES,
-    LANGUAGES,
-    OUT_OF_SCOPE,
-    frame,
-    load_phrases,
-    load_strength_words,
-    sample_phrase,
-)
+from openwu.data.phrases import DEGREES, OUT_OF_SCOPE, sample_phrase
 from openwu.embedded import EmbeddedModel
 from openwu.training.loop import Evaluation
 from openwu.training.loss import falling_floor, picture_loss, psnr
 from openwu.training.recipe import EmbeddedRecipe, StageConfig
 from openwu.training.shared import SharedAdapter
 from openwu.types import Adapter
+from openwu.understanding import understanding
 
 OUT_OF_SCOPE_SHARE = 0.2
 """Share of the instruction encoder's sentences that no sub-task serves."""
@@ -85,36 +77,12 @@ class InstructionStage:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        scalars = {f"held_out/{language}": held_out_accuracy(self.encoder, language) for language in LANGUAGES}
-        degrees = {f"degrees/{language}": degree_accuracy(self.encoder, language) for language in LANGUAGES}
-        return Evaluation({**scalars, **degrees})
+        return Evaluation({f"held_out/{name}": share for name, share in understanding(self.encoder).items()})
 
 
 def smoothed(logs: Tensor, amount: float = 0.1) -> Tensor:
     """Log-probabilities that make `nll_loss` the cross entropy with label smoothing."""
     return (1 - amount) * logs + amount * logs.mean(dim=1, keepdim=True)
-
-
-def held_out_accuracy(encoder: InstructionEncoder, language: str) -> float:
-    """Share of the held-out sentences of every label, "out of scope" included, that the encoder understands."""
-    labels = encoder.config.labels
-    pairs = [(label, sentence) for label in labels for sentence in load_phrases()[label][language]["held_out"]]
-    found = encoder.log_probabilities(encoder([sentence for _, sentence in pairs])).argmax(dim=1)
-    return sum(labels[int(i)] == label for i, (label, _) in zip(found, pairs, strict=True)) / len(pairs)
-
-
-def degree_accuracy(encoder: InstructionEncoder, language: str) -> float:
-    """Share of held-out sentences in held-out words of strength, or in none, whose degree the encoder understands."""
-    names = list(DEGREES)
-    pairs = []
-    for label, phrases in load_phrases().items():
-        for i, sentence in enumerate(phrases[language]["held_out"][:4] if label in encoder.config.labels else ()):
-            pairs.append(("normal", sentence))
-            for degree, frames in load_strength_words().items():
-                held_out = frames[language]["held_out"]
-                pairs.append((degree, frame(held_out[i % len(held_out)], sentence)))
-    found = encoder.degree_log_probabilities(encoder([sentence for _, sentence in pairs])).argmax(dim=1)
-    return sum(names[int(i)] == degree for i, (degree, _) in zip(found, pairs, strict=True)) / len(pairs)
 
 
 class PictureStage:

@@ -54,4 +54,15 @@ CONTRADICTORY_PAIRS: tuple[tuple[str, str], ...] = tuple(
     if edit.opposite is not None and list(EDITS).index(edit.name) < list(EDITS).index(edit.opposite)
 )
 
-__all__ = ["BASE_EDITS", "CONTRADICTORY_PAIRS", "EDITS", "FAMILIES", "LITTLE", "NORMAL", "STRONG", "Edit", "Pair", "Scene"]
+__all__ = [
+    "BASE_EDITS",
+    "CONTRADICTORY_PAIRS",
+    "EDITS",
+    "FAMILIES",
+    "LITTLE",
+    "NORMAL",
+    "STRONG",
+    "Edit",
+    "Pair",
+    "Scene",
+]

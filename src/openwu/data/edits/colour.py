@@ -64,9 +64,9 @@ EDITS = (
     Edit("colourise", "colour", _colourise, opposite="black_and_white", limit=1.0),
     Edit("invert", "colour", whole(lambda x: 1 - x), graded=False, exact=True),
     Edit("hue_shift", "colour", forward(lambda x, s: rotate_hues(x, 100 * s)), exact=True),
-    Edit("tint_red", "colour", forward(_tint(1.5, 0.6, 0.6)), opposite="tint_green", exact=True),
-    Edit("tint_green", "colour", forward(_tint(0.6, 1.4, 0.6)), opposite="tint_red", exact=True),
-    Edit("tint_blue", "colour", forward(_tint(0.5, 0.8, 1.7)), opposite="tint_purple", exact=True),
-    Edit("tint_purple", "colour", forward(_tint(1.3, 0.6, 1.5)), opposite="tint_blue", exact=True),
+    Edit("tint_red", "colour", forward(_tint(1.5, 0.6, 0.6)), opposite="tint_blue", exact=True),
+    Edit("tint_green", "colour", forward(_tint(0.6, 1.4, 0.6)), opposite="tint_purple", exact=True),
+    Edit("tint_blue", "colour", forward(_tint(0.5, 0.8, 1.7)), opposite="tint_red", exact=True),
+    Edit("tint_purple", "colour", forward(_tint(1.3, 0.6, 1.5)), opposite="tint_green", exact=True),
     Edit("white_balance", "colour", repair(_cast), limit=1.0),
 )

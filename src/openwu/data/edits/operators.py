@@ -29,20 +29,33 @@ def saturation(x: Tensor, factor: float) -> Tensor:
     return grey + factor * (x - grey)
 
 
+def mirrored(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Pad on every side by mirroring, again and again where the picture is smaller than the padding."""
+    height, width = x.shape[-2:]
+    return x[:, _mirror(height, rows)][:, :, _mirror(width, columns)]
+
+
+def _mirror(side: int, padding: int) -> Tensor:
+    """Where the pixels of a padded side come from."""
+    period = max(1, 2 * (side - 1))
+    places = torch.arange(-padding, side + padding) % period
+    return torch.minimum(places, period - places)
+
+
 def gaussian(x: Tensor, sigma: float) -> Tensor:
     """Separable Gaussian blur, mirrored at the borders."""
-    radius = min(max(1, round(3 * sigma)), x.shape[-1] - 1, x.shape[-2] - 1)
+    radius = max(1, round(3 * sigma))
     steps = torch.arange(-radius, radius + 1, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, -1)
-    padded = F.pad(x[:, None], (radius, radius, radius, radius), mode="reflect")
+    padded = mirrored(x, radius, radius)[:, None]
     return F.conv2d(F.conv2d(padded, kernel[..., None, :]), kernel[..., :, None])[:, 0]
 
 
 def box(x: Tensor, height: int, width: int) -> Tensor:
     """Mean over a rectangle of odd sides, mirrored at the borders."""
-    padded = F.pad(x[None], (width // 2, width // 2, height // 2, height // 2), mode="reflect")
-    return F.avg_pool2d(padded, (height, width), stride=1)[0]
+    padded = mirrored(x, height // 2, width // 2)
+    return F.avg_pool2d(padded[None], (height, width), stride=1)[0]
 
 
 def widest(x: Tensor, height: int, width: int) -> Tensor:
@@ -62,8 +75,8 @@ def kuwahara(x: Tensor, radius: int) -> Tensor:
     """Every pixel becomes the mean of the least varied of the four squares that it is a corner of: strokes of paint."""
     side = radius + 1
     grey = luma(x)
-    padded = F.pad(torch.cat([x, grey.square(), grey])[None], (radius,) * 4, mode="reflect")
-    means = F.avg_pool2d(padded, side, stride=1)[0]  # [5, h + radius, w + radius]
+    padded = mirrored(torch.cat([x, grey.square(), grey]), radius, radius)
+    means = F.avg_pool2d(padded[None], side, stride=1)[0]  # [5, h + radius, w + radius]
     height, width = x.shape[-2:]
     corners = [means[:, i : i + height, j : j + width] for i in (0, radius) for j in (0, radius)]
     stacked = torch.stack(corners)  # [4, 5, h, w]
@@ -80,8 +93,9 @@ def cells(x: Tensor, side: int) -> Tensor:
     return means.repeat_interleave(side, 2).repeat_interleave(side, 3)[0, :, :height, :width]
 
 
-def in_cell(height: int, width: int, side: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every pixel inside its square of the grid, `[h, w]` each."""
+def in_cell(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every pixel of x inside its square of the grid, `[h, w]` each."""
+    height, width = x.shape[-2:]
     rows, columns = torch.arange(height) % side, torch.arange(width) % side
     return rows[:, None].expand(-1, width), columns[None, :].expand(height, -1)
 

@@ -26,22 +26,33 @@ def _pair(scene: Scene, target: Tensor, reference: Tensor) -> Pair:
 def with_palette(x: Tensor, reference: Tensor) -> Tensor:
     """Mean and covariance of the colours become the reference's (the linear map closest to the identity)."""
     mean, theirs = x.mean((1, 2)), reference.mean((1, 2))
-    ours = torch.cov(x.flatten(1)) + 1e-3 * torch.eye(3)
-    wanted = torch.cov(reference.flatten(1)) + 1e-3 * torch.eye(3)
+    ours, wanted = (_covariance(each) + 1e-3 * torch.eye(3) for each in (x, reference))
     root = _power(ours, 0.5)
     transfer = _power(ours, -0.5) @ _power(root @ wanted @ root, 0.5) @ _power(ours, -0.5)
     return torch.einsum("ij,jhw->ihw", transfer, x - mean.view(3, 1, 1)) + theirs.view(3, 1, 1)
 
 
+def _covariance(x: Tensor) -> Tensor:
+    colours = x.flatten(1)
+    return torch.cov(colours, correction=_correction(colours))
+
+
+def _correction(values: Tensor) -> int:
+    """What a variance over the last dimension leaves out of the count: one, but a single pixel varies by nothing."""
+    return min(1, values.shape[-1] - 1)
+
+
 def _power(symmetric: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(symmetric)
-    return vectors @ torch.diag(values.clamp(min=1e-6) ** exponent) @ vectors.t()
+    powered: Tensor = vectors @ torch.diag(values.clamp(min=1e-6) ** exponent) @ vectors.t()
+    return powered
 
 
 def with_tone(x: Tensor, reference: Tensor) -> Tensor:
     """Mean and spread of the luma become the reference's; colours move along."""
     grey, theirs = luma(x), luma(reference)
-    gain = ((theirs.std() + 0.02) / (grey.std() + 0.02)).clamp(0.4, 2.5)
+    spread, wanted = (each.std(correction=_correction(each.flatten())) for each in (grey, theirs))
+    gain = ((wanted + 0.02) / (spread + 0.02)).clamp(0.4, 2.5)
     return (x - grey.mean()) * gain + theirs.mean()
 
 

@@ -64,7 +64,7 @@ def poster(x: Tensor) -> Tensor:
 def halftone(x: Tensor) -> Tensor:
     """Black dots on white, on a grid; the darker the picture, the larger."""
     grey = gaussian(luma(x), 1.5)
-    rows, columns = (2 * torch.pi * (index + 0.5) / CELL for index in in_cell(*x.shape[-2:], CELL))
+    rows, columns = (2 * torch.pi * (index + 0.5) / CELL for index in in_cell(x, CELL))
     screen = 0.5 - 0.25 * (rows.cos() + columns.cos())
     return ((grey - screen) * 6 + 0.5).clamp(0, 1).expand_as(x)
 
@@ -93,7 +93,9 @@ def stained_glass(x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     piece, lead = glass_pieces()
     tiles = -(-height // GLASS_TURN), -(-width // GLASS_TURN)
-    turn = torch.arange(tiles[0] * tiles[1]).view(tiles).repeat_interleave(GLASS_TURN, 0).repeat_interleave(GLASS_TURN, 1)
+    turn = (
+        torch.arange(tiles[0] * tiles[1]).view(tiles).repeat_interleave(GLASS_TURN, 0).repeat_interleave(GLASS_TURN, 1)
+    )
     label = (piece.repeat(tiles) + turn * (int(piece.max()) + 1))[:height, :width].flatten()
     sums = x.new_zeros(3, int(label.max()) + 1).index_add_(1, label, x.flatten(1))
     counts = torch.bincount(label, minlength=sums.shape[1]).clamp(min=1)
@@ -103,7 +105,7 @@ def stained_glass(x: Tensor) -> Tensor:
 
 def cross_stitch(x: Tensor) -> Tensor:
     """A cross of thread in every cell, on pale cloth."""
-    rows, columns = in_cell(*x.shape[-2:], CELL)
+    rows, columns = in_cell(x, CELL)
     thread = ((rows - columns).abs() <= 1) | ((rows + columns - (CELL - 1)).abs() <= 1)
     return torch.where(thread, cells(x, CELL), colour(x, 0.93, 0.9, 0.84))
 
