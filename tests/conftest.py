@@ -36,7 +36,7 @@ def embedded_config() -> EmbeddedConfig:
         pixel_layers=2,
     )
     condition = EmbeddedConditionConfig(
-        width=24, text_dim=32, num_text_tokens=4, num_layers=1, heads=2, thumbnail=16, patch=8, detail_grid=2, detail=8
+        width=24, text_dim=32, num_text_tokens=4, num_layers=1, heads=2, thumbnail=16, patch=8, detail_grid=2, detail=12
     )
     generator = GeneratorConfig(
         rank=4,

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from openwu.condition.instruction import InstructionConfig, InstructionEncoder, hash_words, split_words, word_grams
+from openwu.condition.instruction import (
+    NUM_DEGREES,
+    InstructionConfig,
+    InstructionEncoder,
+    hash_words,
+    split_words,
+    word_grams,
+)
+from openwu.data.phrases import DEGREES
 
 LABELS = ("one", "two")
 
@@ -62,9 +70,13 @@ def test_order_matters(encoder: InstructionEncoder) -> None:
     assert (encoder(["sharp not soft"]) - encoder(["soft not sharp"])).abs().max() > 0.01
 
 
-def test_a_mistyped_word_stays_closer_than_another_one(encoder: InstructionEncoder) -> None:
-    right, mistyped, other = encoder(["brighten the photo", "brihgten the photo", "sharpen the photo"])
-    assert (right - mistyped).norm() < 0.9 * (right - other).norm()
+def test_mistyped_words_stay_closer_than_other_ones(encoder: InstructionEncoder) -> None:
+    """On the average over words: the vectors of letters are random here."""
+    words = ["brighten", "colourise", "saturation", "watercolour", "restore", "vignette"]
+    slips = ["brighetn", "colourrise", "saturtion", "waterclour", "rstore", "vignete"]
+    right, mistyped = (encoder([f"{word} the photo" for word in each]) for each in (words, slips))
+    apart = (right - mistyped).flatten(1).norm(dim=1).mean()
+    assert apart < 0.85 * (right - right.roll(1, 0)).flatten(1).norm(dim=1).mean()
 
 
 def test_unknown_words_add_nothing_from_untouched_rows(encoder: InstructionEncoder) -> None:
@@ -101,6 +113,51 @@ def test_probabilities_sum_to_one(encoder: InstructionEncoder) -> None:
     logs = encoder.log_probabilities(encoder(["blur", "sharpen"]))
     assert logs.shape == (2, 2)
     torch.testing.assert_close(logs.exp().sum(1), torch.ones(2))
+
+
+def test_degrees_are_read_from_the_same_tokens(encoder: InstructionEncoder) -> None:
+    assert list(DEGREES) == ["little", "normal", "strong"]  # in the order of the head's outputs
+    assert len(DEGREES) == NUM_DEGREES
+    tokens = encoder(["blur it a little", "blur it", "blur it strongly"])
+    logs = encoder.degree_log_probabilities(tokens)
+    assert logs.shape == (3, NUM_DEGREES)
+    torch.testing.assert_close(logs.exp().sum(1), torch.ones(3))
+    labels = encoder.log_probabilities(tokens)
+    with torch.no_grad():
+        encoder.grade.bias += torch.tensor([0.0, 0.0, 5.0])
+    assert (encoder.degree_log_probabilities(tokens).argmax(1) == 2).all()
+    assert torch.equal(encoder.log_probabilities(tokens), labels)
+
+
+SENTENCES = ["brighten the photo", "把照片调亮一点", "!"]
+
+
+def test_dropping_nothing_changes_nothing(encoder: InstructionEncoder) -> None:
+    assert torch.equal(encoder(SENTENCES, dropped=(0.0, torch.Generator())), encoder(SENTENCES))
+
+
+def test_dropped_grams_depend_on_the_generator_alone(encoder: InstructionEncoder) -> None:
+    torch.manual_seed(0)
+    first, same, other = (encoder(SENTENCES, dropped=(0.3, torch.Generator().manual_seed(s))) for s in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, encoder(SENTENCES))
+
+
+def test_a_sentence_stays_itself_when_some_grams_are_dropped(encoder: InstructionEncoder) -> None:
+    whole, other = encoder(["brighten the photo", "sharpen the photo"])
+    generator = torch.Generator().manual_seed(0)
+    closer = [
+        bool((encoder(["brighten the photo"], dropped=(0.1, generator))[0] - whole).norm() < (other - whole).norm())
+        for _ in range(40)
+    ]
+    assert sum(closer) >= 36
+
+
+def test_something_stays_of_every_sentence(encoder: InstructionEncoder) -> None:
+    tokens = encoder([*SENTENCES, ""], dropped=(1.0, torch.Generator().manual_seed(0)))
+    assert tokens.shape == (4, 3, 32)
+    assert bool(tokens.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,24 @@ import pytest
 import torch
 
 from openwu.data.edits import EDITS
-from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases, mistype, sample_phrase, vary
+from openwu.data.phrases import (
+    DEGREES,
+    LANGUAGES,
+    OUT_OF_SCOPE,
+    frame,
+    load_phrases,
+    load_strength_words,
+    mistype,
+    sample_phrase,
+    vary,
+)
 
 CHINESE = re.compile(r"[一-鿿]")
+STRENGTH = re.compile(
+    r"\b(a little|a bit|slightly|gently|subtle|somewhat|strongly|a lot|very much|heavily|extremely)\b"
+    "|一点|稍微|略微|轻微|强烈|大幅|非常|尽量强"
+)
+"""Words of strength of both languages."""
 
 
 def everything() -> list[tuple[str, str, str, str]]:
@@ -44,8 +59,30 @@ def test_there_are_enough_in_every_language_and_split(name: str) -> None:
 
 
 def test_no_sentence_stands_in_two_places() -> None:
-    counts = Counter(plain(sentence) for *_, sentence in everything())
+    places: dict[str, set[tuple[str, str, str]]] = {}
+    for name, language, split, sentence in everything():
+        places.setdefault(plain(sentence), set()).add((name, language, split))
+    assert {sentence: where for sentence, where in places.items() if len(where) > 1} == {}
+    counts = Counter(sentence for *_, sentence in everything())
     assert [sentence for sentence, count in counts.items() if count > 1] == []
+
+
+def test_held_out_sentences_are_no_training_sentences_with_words_of_strength() -> None:
+    framed = {
+        plain(frame(words, sentence))
+        for name in EDITS
+        for language, splits in load_phrases()[name].items()
+        for sentence in splits["train"]
+        for frames in load_strength_words().values()
+        for words in frames[language]["train"]
+    }
+    assert [s for _, _, split, s in everything() if split == "held_out" and plain(s) in framed] == []
+
+
+def test_sentences_ask_for_no_strength_of_their_own() -> None:
+    """Else "normal" would be taught by sentences that say otherwise."""
+    found = [sentence for name, *_, sentence in everything() if name in EDITS and STRENGTH.search(sentence.lower())]
+    assert found == []
 
 
 def test_languages_are_what_they_say() -> None:
@@ -87,3 +124,45 @@ def test_a_slip_is_small() -> None:
     assert all(abs(len(slip) - 6) <= 1 and not Counter(slip) - Counter("warmer" * 2) for slip in slips)
     assert {"wamrer", "wrmer", "warrmer"} <= slips
     assert mistype("fog", generator) == "fog"
+
+
+def test_words_of_strength_have_one_place_for_the_sentence() -> None:
+    assert set(load_strength_words()) == set(DEGREES) - {"normal"}
+    for degree, languages in load_strength_words().items():
+        assert set(languages) == set(LANGUAGES)
+        for language, splits in languages.items():
+            assert len(splits["train"]) >= 12
+            assert len(splits["held_out"]) >= 4
+            for words in (*splits["train"], *splits["held_out"]):
+                assert words.count("{}") == words.count("{") == words.count("}") == 1, (degree, words)
+                assert bool(CHINESE.search(words)) == (language == "zh"), (degree, words)
+
+
+def test_words_of_strength_stand_in_one_place() -> None:
+    counts = Counter(
+        plain(words.format("X"))
+        for languages in load_strength_words().values()
+        for splits in languages.values()
+        for frames in splits.values()
+        for words in frames
+    )
+    assert [words for words, count in counts.items() if count > 1] == []
+
+
+def test_a_frame_takes_the_end_mark_away() -> None:
+    assert frame("{}, just a little", "make it brighter!") == "make it brighter, just a little"
+    assert frame("稍微{}", "调亮。") == "稍微调亮"
+    assert frame("{} a bit", "use {curly} marks?") == "use {curly} marks a bit"
+
+
+@pytest.mark.parametrize("degree", ["little", "strong"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_degree_is_asked_for_in_training_words(degree: str, language: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openwu.data.phrases.vary", lambda sentence, _language, _generator: sentence)
+    generator = torch.Generator().manual_seed(0)
+    sentences = load_phrases()["blur"][language]["train"]
+    frames = load_strength_words()[degree][language]
+    possible = {frame(words, sentence): words for words in frames["train"] for sentence in sentences}
+    drawn = [sample_phrase("blur", generator, language, degree) for _ in range(300)]
+    assert {possible[sentence] for sentence in drawn} == set(frames["train"])
+    assert {sample_phrase("blur", generator, language) for _ in range(100)} <= set(sentences)

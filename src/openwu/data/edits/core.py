@@ -10,7 +10,7 @@ Shapes: h, w sides of the photograph; p, q sides of the reference picture.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,11 +81,12 @@ class Edit:
     """Whether the request has a second picture."""
 
     def make_pair(self, scene: Scene) -> Pair:
-        """The pair of a scene, in 0..1."""
+        """The pair of a scene, in 0..1. At strength 0, where some operators are undefined, the target is the input."""
         if self.needs_reference and scene.second is None:
             raise ValueError(f"{self.name}: expected a scene with a second photograph, got none")
-        pair = self.make(scene)
-        return Pair(pair.picture.clamp(0, 1), pair.target.clamp(0, 1), pair.reference)
+        pair = self.make(replace(scene, strength=scene.strength or NORMAL))
+        picture = pair.picture.clamp(0, 1)
+        return Pair(picture, pair.target.clamp(0, 1) if scene.strength else picture, pair.reference)
 
 
 Change = Callable[[Tensor, float], Tensor]

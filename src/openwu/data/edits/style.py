@@ -111,7 +111,7 @@ def cross_stitch(x: Tensor) -> Tensor:
 
 
 def emboss(x: Tensor) -> Tensor:
-    """Grey relief, lit from the top left."""
+    """Grey relief in which light areas stand out, lit from the bottom right."""
     grey = luma(x)
     return (0.5 + 1.2 * (grey - grey.roll((-2, -2), (1, 2)))).clamp(0, 1).expand_as(x)
 
