@@ -19,7 +19,7 @@ def _lift_shadows(x: Tensor, strength: float) -> Tensor:
 
 
 def _recover_highlights(x: Tensor, strength: float) -> Tensor:
-    return x - 0.35 * strength * x**3
+    return x - 0.22 * strength * x**3
 
 
 def corners(scene: Scene) -> Tensor:

@@ -28,12 +28,12 @@ def rained(x: Tensor, noise: Tensor, share: float, light: float) -> Tensor:
     return blend(0.9 * x, torch.full_like(x, light), 0.6 * streaks)
 
 
-def snowed(x: Tensor, noise: Tensor, share: float) -> Tensor:
+def snowed(x: Tensor, noise: Tensor, amount: float) -> Tensor:
     """White flakes around the highest values of a plane of standard normal noise `[1, h, w]`, in cold light."""
-    threshold = float(torch.special.ndtri(torch.tensor(1 - share / 9)))
+    threshold = float(torch.special.ndtri(torch.tensor(1 - 0.08 * amount / 9)))
     flakes = gaussian(widest((noise > threshold).float(), 3, 3), 0.7)
     cold = saturation(x, 0.75) * colour(x, 0.95, 1.0, 1.06)
-    return blend(cold, torch.ones_like(x), 0.95 * flakes)
+    return blend(blend(x, cold, amount), torch.ones_like(x), 0.95 * flakes)
 
 
 def _sunset(scene: Scene) -> Pair:
@@ -69,7 +69,7 @@ EDITS = (
         opposite="remove_rain",
     ),
     Edit("remove_rain", "weather", repair(_wet), opposite="rain", limit=1.0),
-    Edit("snow", "weather", lambda scene: Pair(scene.source, snowed(scene.source, scene.noise, 0.08 * scene.strength))),
+    Edit("snow", "weather", lambda scene: Pair(scene.source, snowed(scene.source, scene.noise, scene.strength))),
     Edit("sunset", "weather", _sunset, limit=1.2),
     Edit("night", "weather", forward(night), opposite="day", limit=1.2),
     Edit("day", "weather", repair(_dark), opposite="night", limit=1.0),
