@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from PIL import Image, ImageCms
 from torch import nn
 
 from openwu import editor as editor_module
-from openwu.editor import Editor, condition_view, noise_plane
+from openwu.editor import Editor, condition_view
 from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
 from openwu.pictures import read_picture
-from openwu.types import Adapter, EditRequest
+from openwu.planes import noise_plane, place_planes
+from openwu.types import THEN, Adapter, EditRequest
 
 Scene = Callable[..., NDArray[np.uint8]]
 
@@ -29,6 +31,17 @@ def pixels(image: Image.Image) -> NDArray[np.int64]:
 def differ(one: Image.Image, other: Image.Image) -> int:
     """Largest difference, in 8-bit steps."""
     return int(np.abs(pixels(one) - pixels(other)).max())
+
+
+@pytest.fixture
+def referring(editor: Editor) -> Editor:
+    """An editor that takes every instruction for "make its colours those of the reference"."""
+    labels = ("take_palette", "brighten", "blur", "out_of_scope")
+    config = editor.model.config
+    editor.model.config = replace(config, instruction=replace(config.instruction, labels=labels))
+    with torch.no_grad():
+        editor.model.instruction.classify.bias[0] = 100
+    return editor
 
 
 @pytest.fixture
@@ -49,12 +62,15 @@ def test_paths_images_and_lists_are_alike(editor: Editor, photo: Image.Image, tm
         assert differ(editor.edit(images, "brighter").image, expected) == 0
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_one_picture_per_request(editor: Editor, photo: Image.Image, count: int) -> None:
-    with pytest.raises(PictureError, match=f"one picture per request.*got {count}"):
-        editor.edit([photo] * count, "brighter")
-    with pytest.raises(PictureError, match=f"got {count}"):
-        editor.adapt([photo] * count, "brighter")
+@pytest.mark.parametrize("count", [0, 3])
+def test_one_picture_or_two_per_request(editor: Editor, photo: Image.Image, count: int) -> None:
+    for refused in (
+        lambda: editor.edit([photo] * count, "brighter"),
+        lambda: editor.adapt([photo] * count, "brighter"),
+        lambda: editor.edit_batch([EditRequest([photo], "brighter"), EditRequest([photo] * count, "brighter")]),
+    ):
+        with pytest.raises(PictureError, match=f"one picture and .*at most one reference picture.*got {count}"):
+            refused()
 
 
 def test_a_picture_that_is_not_there(editor: Editor) -> None:
@@ -64,8 +80,15 @@ def test_a_picture_that_is_not_there(editor: Editor) -> None:
 
 @pytest.mark.parametrize("instruction", ["", "  ", "123"])
 def test_an_empty_instruction_is_refused_even_anyway(editor: Editor, photo: Image.Image, instruction: str) -> None:
-    with pytest.raises(InstructionError, match="expected"):
-        editor.edit(photo, instruction)
+    for refused in (
+        lambda anyway: editor.edit(photo, instruction, anyway=anyway),
+        lambda anyway: editor.edit(photo, "brighter", then=instruction, anyway=anyway),
+        lambda anyway: editor.adapt(photo, instruction, anyway=anyway),
+        lambda anyway: editor.edit_batch([EditRequest([photo], instruction)], anyway=anyway),
+    ):
+        for anyway in (False, True):
+            with pytest.raises(InstructionError, match="expected"):
+                refused(anyway)
 
 
 def test_out_of_scope_is_refused_and_anyway_overrides(editor: Editor, photo: Image.Image) -> None:
@@ -142,7 +165,8 @@ def test_strength(editor: Editor, photo: Image.Image) -> None:
     picture = torch.from_numpy(unit.floats()).permute(2, 0, 1)[None]
     with torch.inference_mode():
         text = editor.model.instruction(["brighter"])
-        base = editor.model.backbone(picture, noise_plane(*photo.size, 0)[None].float(), text)
+        planes = torch.cat([noise_plane(*photo.size, 0).float(), place_planes(photo.height, photo.width)])[None]
+        base = editor.model.backbone(picture, planes, text)
     expected = base[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
     images = {strength: editor.edit(photo, "brighter", strength=strength).image for strength in (0.0, 1.0, -1.0, 2.0)}
     assert np.array_equal(pixels(images[0.0]), expected)
@@ -173,13 +197,195 @@ def test_the_seed_changes_what_uses_noise_and_nothing_else(editor: Editor, photo
     assert differ(*quiet) == 0
 
 
-def test_noise_is_standard_normal_and_depends_on_seed_and_size_alone() -> None:
-    plane = noise_plane(300, 200, 1).float()
-    assert plane.shape == (1, 200, 300)
-    assert abs(float(plane.mean())) < 0.02
-    assert abs(float(plane.std()) - 1) < 0.02
-    assert torch.equal(plane, noise_plane(300, 200, 1).float())
-    assert not torch.equal(plane, noise_plane(300, 200, 2).float())
+def weights_differ(one: Adapter, other: Adapter) -> float:
+    return max(
+        float((one.weights[name][i] - other.weights[name][i]).abs().max()) for name in one.weights for i in (0, 1)
+    )
+
+
+# A second picture
+
+
+def test_the_base_never_sees_the_reference(referring: Editor, scene: Scene, photo: Image.Image) -> None:
+    """Everything in the base up to the first adapted product is bit-equal whatever the reference shows."""
+    references = [Image.fromarray(scene(30, 50, seed)) for seed in (1, 2)]
+    base = referring.model.backbone
+    adapted = {target.name for target in referring.model.generator.targets}
+    assert {name.partition(".")[0] for name in adapted} == {"blocks", "pixels"}
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], out: Any = None) -> None:
+            parts = args if out is None else (*args, out)
+            seen.update({f"{name}/{i}": part.clone() for i, part in enumerate(parts)})
+
+        return hook
+
+    # What the base is called with, what no adapter has touched yet, and what goes into the first adapted modules.
+    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in (("base", base), ("embed", base.embed))]
+    hooks += [getattr(base, name).register_forward_hook(keep(f"{name}_out")) for name in ("embed", "text_norm")]
+    for name in ("blocks.0.qkv", "blocks.0.text_kv", "pixels.stem"):
+        hooks.append(base.get_submodule(name).register_forward_pre_hook(keep(name)))
+    results, activations = [], []
+    for reference in references:
+        results.append(referring.edit([photo, reference], "use the colours of the reference"))
+        activations.append(dict(seen))
+        seen.clear()
+    for hook in hooks:
+        hook.remove()
+    assert len(activations[0]) == 11
+    assert activations[0].keys() == activations[1].keys()
+    for name, value in activations[0].items():
+        assert torch.equal(value, activations[1][name]), name
+    assert weights_differ(results[0].adapter, results[1].adapter) > 1e-3
+    assert differ(results[0].image, results[1].image) > 1
+    silent = [referring.edit([photo, each], "use its colours", strength=0).image for each in references]
+    assert differ(*silent) == 0
+
+
+def test_a_reference_is_asked_for_by_name_where_it_is_missing(referring: Editor, photo: Image.Image) -> None:
+    asked = "use the colours of the reference"
+    pair = EditRequest([photo, photo], asked)
+    for refused in (
+        lambda: referring.edit(photo, asked),
+        lambda: referring.edit(photo, "brighter", then=asked),
+        lambda: referring.adapt(photo, asked),
+        lambda: referring.edit_batch([pair, EditRequest([photo], asked)]),
+    ):
+        with pytest.raises(InstructionError, match=r"second picture, but only one came; .*--reference FILE"):
+            refused()
+    assert referring.edit(photo, asked, anyway=True).image.size == photo.size
+
+
+def test_a_second_picture_that_nobody_asked_for_does_no_harm(editor: Editor, photo: Image.Image, scene: Scene) -> None:
+    second = Image.fromarray(scene(300, 9, 4))
+    result = editor.edit([photo, second], "brighter")
+    assert result.image.size == photo.size
+    adapter = editor.adapt([photo, second], "brighter")
+    assert weights_differ(adapter, result.adapter) == 0
+
+
+def test_references_of_a_batch_stay_with_their_requests(editor: Editor, scene: Scene) -> None:
+    """With and without references, of several sizes."""
+    pictures = [Image.fromarray(scene(24, 20, seed)) for seed in range(3)]
+    seconds = [Image.fromarray(scene(*size, 7)) for size in ((9, 31), (40, 16))]
+    requests = [EditRequest([pictures[0], seconds[0]], "brighter"), EditRequest([pictures[1]], "brighter")]
+    requests.append(EditRequest([pictures[2], seconds[1]], "brighter"))
+    for request, result in zip(requests, editor.edit_batch(requests), strict=True):
+        alone = editor.edit(request.images, "brighter")
+        assert differ(result.image, alone.image) <= 1
+        assert weights_differ(result.adapter, alone.adapter) < 1e-4
+    swapped = editor.adapt([pictures[0], seconds[1]], "brighter")
+    assert weights_differ(swapped, editor.adapt(requests[0].images, "brighter")) > 1e-3
+
+
+# Several instructions in one pass
+
+
+def test_then_adds_up_the_adapters_and_shows_all_tokens(editor: Editor, photo: Image.Image) -> None:
+    both = editor.edit(photo, "brighter", then="blur it", strength=0.5, seed=3)
+    adapters = [editor.adapt(photo, text) for text in ("brighter", "blur it")]
+    summed = Adapter.sum(adapters)
+    assert (both.adapter.rank, summed.rank) == (8, 8)
+    assert weights_differ(both.adapter, summed) < 1e-6
+    assert both.adapter.instructions == (f"brighter{THEN}blur it",)
+    picture = torch.from_numpy(read_picture(photo).floats()).permute(2, 0, 1)[None]
+    planes = torch.cat([noise_plane(*photo.size, 3).float(), place_planes(photo.height, photo.width)])[None]
+    with torch.inference_mode():
+        text = torch.cat([editor.model.instruction([text]) for text in ("brighter", "blur it")], dim=1)
+        out = editor.model.edit(picture, planes, text, summed.scaled(0.5))
+    expected = out[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+    assert np.abs(pixels(both.image) - expected).max() <= 1
+    for other in (
+        editor.edit(photo, "brighter", strength=0.5, seed=3),
+        editor.edit(photo, "blur it", strength=0.5, seed=3),
+        editor.edit(photo, "brighter", then="brighter", strength=0.5, seed=3),
+    ):
+        assert differ(other.image, both.image) > 1
+
+
+@pytest.mark.parametrize("then", ["blur it", ["blur it"], ("blur it",)])
+def test_then_may_be_one_text_or_several(editor: Editor, photo: Image.Image, then: Any) -> None:
+    expected = editor.edit(photo, "brighter", then=["blur it"])
+    assert differ(editor.edit(photo, "brighter", then=then).image, expected.image) == 0
+    batch = editor.edit_batch([EditRequest([photo], "brighter", then=then)])
+    assert differ(batch[0].image, expected.image) == 0
+    three = editor.edit(photo, "brighter", then=["blur it", "darker"])
+    assert three.adapter.rank == 12
+
+
+def test_the_sum_is_the_same_in_either_order(editor: Editor, photo: Image.Image) -> None:
+    one, other = (
+        Adapter.sum([editor.adapt(photo, text) for text in texts]) for texts in (("brighter", "blur it"),) * 2
+    )
+    reversed_ = Adapter.sum([editor.adapt(photo, text) for text in ("blur it", "brighter")])
+    assert weights_differ(one, other) == 0
+    for name, (a, b) in one.weights.items():
+        theirs = reversed_.weights[name]
+        torch.testing.assert_close(b @ a, theirs[1] @ theirs[0])
+        assert torch.equal(a[:, :4], theirs[0][:, 4:])
+        assert torch.equal(b[..., 4:], theirs[1][..., :4])
+    images = [editor.edit(photo, "brighter", adapter=adapter).image for adapter in (one, reversed_)]
+    assert differ(*images) <= 1
+
+
+def test_a_batch_may_mix_one_instruction_and_several(editor: Editor, scene: Scene) -> None:
+    asked = (
+        ((24, 20), "brighter", ("blur it",), 1.0),
+        ((24, 20), "darker", (), 1.0),
+        ((33, 18), "blur it", ("brighter",), -0.5),
+        ((24, 20), "blur it", ("darker",), 2.0),
+        ((24, 20), "brighter", ("blur it", "darker"), 1.0),
+        ((24, 20), "brighter", (), 0.5),
+    )
+    requests = [
+        EditRequest([Image.fromarray(scene(*size, seed))], text, strength, seed, then)
+        for seed, (size, text, then, strength) in enumerate(asked)
+    ]
+    results = editor.edit_batch(requests)
+    assert [result.adapter.rank for result in results] == [8, 4, 8, 8, 12, 4]
+    for request, result in zip(requests, results, strict=True):
+        alone = editor.edit(
+            request.images, request.instruction, then=request.then, strength=request.strength, seed=request.seed
+        )
+        assert differ(result.image, alone.image) <= 1
+        assert weights_differ(result.adapter, alone.adapter) < 1e-4
+        assert result.adapter.instructions == alone.adapter.instructions
+    assert differ(results[0].image, editor.edit(requests[0].images, "brighter").image) > 1
+
+
+def test_a_saved_sum_is_used_again_without_words(editor: Editor, photo: Image.Image, tmp_path: Path) -> None:
+    first = editor.edit(photo, " brighter\nplease ", then=["blur it", "darker"])
+    first.adapter.save_pretrained(tmp_path / "sum")
+    loaded = Adapter.from_pretrained(tmp_path / "sum")
+    assert loaded.instructions == ("brighter please\nblur it\ndarker",)
+    assert differ(editor.edit(photo, adapter=loaded).image, first.image) == 0
+    # Other words reach the base, which reads them itself, under the same adapter.
+    other = editor.edit(photo, "brighter", adapter=loaded)
+    assert weights_differ(other.adapter, first.adapter) == 0
+    assert differ(other.image, first.image) > 0
+
+
+def test_then_beside_a_given_adapter_is_refused(editor: Editor, photo: Image.Image) -> None:
+    adapter = editor.adapt(photo, "brighter")
+    with pytest.raises(InstructionError, match=r"then: expected nothing beside a given adapter.*Adapter\.sum"):
+        editor.edit(photo, "brighter", then="blur it", adapter=adapter)
+
+
+def test_every_instruction_is_checked_for_scope(editor: Editor, photo: Image.Image) -> None:
+    labels = editor.model.config.instruction.labels
+    with torch.no_grad():
+        tokens = editor.model.instruction(["brighter", "add a dragon"]).flatten(1)
+        # Out of scope is what lies nearer to the second sentence.
+        across = tokens[1] - tokens[0]
+        editor.model.instruction.classify.weight.zero_()
+        editor.model.instruction.classify.bias.zero_()
+        editor.model.instruction.classify.weight[labels.index("out_of_scope")] = across
+        editor.model.instruction.classify.bias[labels.index("out_of_scope")] = -across @ (tokens.sum(0) / 2)
+    assert editor.edit(photo, "brighter").image.size == photo.size
+    with pytest.raises(InstructionError, match="'add a dragon'"):
+        editor.edit(photo, "brighter", then="add a dragon")
+    assert editor.edit(photo, "brighter", then="add a dragon", anyway=True).adapter.rank == 8
 
 
 # Batches
@@ -308,21 +514,21 @@ def test_the_condition_sees_single_pixels_of_the_whole_picture() -> None:
 
 
 class LocalBase(nn.Module):
-    """Edits every pixel from its neighbourhood of 9 x 9, as the picture and the noise are there."""
+    """Edits every pixel from its neighbourhood of 9 x 9, as the picture, the noise and the places are there."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blur = nn.Conv2d(4, 3, 9, padding=4, padding_mode="replicate")
+        self.blur = nn.Conv2d(6, 3, 9, padding=4, padding_mode="replicate")
         nn.init.normal_(self.blur.weight, std=0.05, generator=torch.Generator().manual_seed(0))
 
-    def forward(self, picture: torch.Tensor, noise: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.blur(torch.cat([picture, noise], 1)).mul(0.5).add(0.5)
+    def forward(self, picture: torch.Tensor, planes: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.blur(torch.cat([picture, planes], 1)).mul(0.5).add(0.5)
         return out
 
 
 def test_tiles_of_a_local_base_equal_the_whole(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     base = LocalBase()
-    monkeypatch.setattr(editor.model, "edit", lambda picture, noise, text, _: base(picture, noise, text))
+    monkeypatch.setattr(editor.model, "edit", lambda picture, planes, text, _: base(picture, planes, text))
     image = Image.fromarray(scene(331, 290))
     whole = editor.edit(image, "brighter").image
     for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
@@ -365,3 +571,48 @@ def test_no_seam_shows_where_tiles_meet(editor: Editor, scene: Scene, monkeypatc
         at = np.array([border - 1 for border in borders if border < tiled.shape[axis]])
         elsewhere = np.delete(step, at)
         assert step[at].mean() <= 1.5 * elsewhere.mean() + 0.05
+
+
+def test_tiles_equal_the_whole_wherever_no_cut_is_near(
+    editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real base: its windows, shifts and convolutions reach less than 48 pixels here."""
+    image = Image.fromarray(scene(410, 330))
+    whole = pixels(editor.edit(image, "brighter", strength=1.5).image)
+    for name, value in (("CORE", 192), ("MARGIN", 64), ("WHOLE", 1)):
+        monkeypatch.setattr(editor_module, name, value)
+    tiled = pixels(editor.edit(image, "brighter", strength=1.5).image)
+    error = np.abs(tiled - whole).max(-1)
+    near = np.zeros(error.shape, bool)
+    for cut in (128, 256):  # where a tile begins or ends inside the picture
+        near[cut - 48 : cut + 48] = True
+        near[:, cut - 48 : cut + 48] = True
+    assert near.mean() < 0.85
+    assert np.abs(tiled - np.asarray(image)).max() > 10
+    assert error[~near].max() <= 1
+    assert error.mean() < 0.5
+
+
+def test_tiles_get_windows_of_the_whole_pictures_planes(
+    editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch, small_tiles: None
+) -> None:
+    """A vignette must be the picture's, not each tile's: noise and places are cut from those of the whole."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(picture: torch.Tensor, planes: torch.Tensor, *_: Any) -> torch.Tensor:
+        calls.append((picture, planes))
+        return picture * (1 - planes[:, 1:].square().mean(1, keepdim=True))
+
+    monkeypatch.setattr(editor.model, "edit", record)
+    image = Image.fromarray(scene(331, 290))
+    tiled = editor.edit(image, "brighter", seed=9).image
+    planes = torch.cat([noise_plane(331, 290, 9).float(), place_planes(290, 331)])
+    unit = torch.from_numpy(read_picture(image).floats()).permute(2, 0, 1)
+    grid = editor._tiles(331, 290)
+    assert len(grid) == len(calls) == 6
+    for tile, (picture, own) in zip(grid, calls, strict=True):
+        assert torch.equal(own[0], planes[:, *tile.window])
+        torch.testing.assert_close(picture[0], unit[:, *tile.window])
+    assert planes[1:, 0, 0].tolist() == pytest.approx([1 / 290 - 1, 1 / 331 - 1])
+    whole = (unit * (1 - planes[1:].square().mean(0))).mul(255).round().permute(1, 2, 0).numpy()
+    assert np.abs(pixels(tiled) - whole).max() <= 1

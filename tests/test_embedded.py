@@ -23,11 +23,11 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 
 
 def batch(b: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures, noise planes and whole pictures of another size."""
+    """Pictures, their planes and whole pictures of another size."""
     generator = torch.Generator().manual_seed(0)
     return (
         torch.rand(b, 3, 16, 32, generator=generator),
-        torch.randn(b, 1, 16, 32, generator=generator),
+        torch.randn(b, 3, 16, 32, generator=generator),
         torch.rand(b, 3, 40, 24, generator=generator),
     )
 
@@ -156,7 +156,7 @@ def test_a_config_survives_json(embedded_config: EmbeddedConfig) -> None:
 
 
 def test_every_target_and_parameter_receives_a_gradient_from_the_picture(embedded_model: EmbeddedModel) -> None:
-    picture, noise, whole = batch()
+    picture, planes, whole = batch()
     embedded_model.requires_grad_(False)
     for part in (embedded_model.condition, embedded_model.generator):
         part.requires_grad_(True)
@@ -165,7 +165,7 @@ def test_every_target_and_parameter_receives_a_gradient_from_the_picture(embedde
     for a, b in adapter.weights.values():
         a.retain_grad()
         b.retain_grad()
-    embedded_model.edit(picture, noise, text, adapter).square().mean().backward()
+    embedded_model.edit(picture, planes, text, adapter).square().mean().backward()
     for name, pair in adapter.weights.items():
         for factor in pair:
             assert factor.grad is not None, name
@@ -179,37 +179,37 @@ def test_every_target_and_parameter_receives_a_gradient_from_the_picture(embedde
 
 @torch.no_grad()
 def test_every_sample_of_a_batch_has_its_own_adapter(embedded_model: EmbeddedModel) -> None:
-    picture, noise, whole = batch()
+    picture, planes, whole = batch()
     text = embedded_model.instruction(["brighter", "blur it", "brighter"])
     adapter = embedded_model.adapt(whole, text)
-    together = embedded_model.edit(picture, noise, text, adapter)
+    together = embedded_model.edit(picture, planes, text, adapter)
     for i in range(3):
         row = slice(i, i + 1)
         own = embedded_model.adapt(whole[row], text[row])
-        alone = embedded_model.edit(picture[row], noise[row], text[row], own)
+        alone = embedded_model.edit(picture[row], planes[row], text[row], own)
         torch.testing.assert_close(together[row], alone, atol=2e-5, rtol=1e-5)
-        other = embedded_model.edit(picture[row], noise[row], text[row], adapter.select([(i + 1) % 3]))
+        other = embedded_model.edit(picture[row], planes[row], text[row], adapter.select([(i + 1) % 3]))
         assert (other - alone).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_without_an_adapter_the_base_answers(embedded_model: EmbeddedModel) -> None:
-    picture, noise, whole = batch()
+    picture, planes, whole = batch()
     text = embedded_model.instruction(["brighter"] * 3)
     adapter = embedded_model.adapt(whole, text)
-    base = embedded_model.backbone(picture, noise, text)
-    assert torch.equal(embedded_model.edit(picture, noise, text, None), base)
-    assert torch.equal(embedded_model.edit(picture, noise, text, adapter.scaled(0)), base)
-    assert (embedded_model.edit(picture, noise, text, adapter) - base).abs().max() > 1e-3
-    assert torch.equal(embedded_model.backbone(picture, noise, text), base)
+    base = embedded_model.backbone(picture, planes, text)
+    assert torch.equal(embedded_model.edit(picture, planes, text, None), base)
+    assert torch.equal(embedded_model.edit(picture, planes, text, adapter.scaled(0)), base)
+    assert (embedded_model.edit(picture, planes, text, adapter) - base).abs().max() > 1e-3
+    assert torch.equal(embedded_model.backbone(picture, planes, text), base)
 
 
 def test_an_adapter_of_another_batch_or_model_is_refused(embedded_model: EmbeddedModel) -> None:
-    picture, noise, whole = batch()
+    picture, planes, whole = batch()
     text = embedded_model.instruction(["brighter"] * 3)
     adapter = embedded_model.adapt(whole, text)
     with pytest.raises(TargetError, match="3 rows"):
-        embedded_model.edit(picture[:2], noise[:2], text[:2], adapter)
+        embedded_model.edit(picture[:2], planes[:2], text[:2], adapter)
     fewer = Adapter(adapter.targets[1:], {t.name: adapter.weights[t.name] for t in adapter.targets[1:]}, adapter.scale)
     with pytest.raises(TargetError, match="missing from the adapter"):
-        embedded_model.edit(picture, noise, text, fewer)
+        embedded_model.edit(picture, planes, text, fewer)

@@ -79,7 +79,6 @@ class Editor:
         """
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
-        then = (then,) if isinstance(then, str) else tuple(then)
         if adapter is not None and then:
             raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
         request = EditRequest(_listed(images), instruction, strength, seed, then)
@@ -95,8 +94,8 @@ class Editor:
         """Only generate: the adapter (b = 1) of a request."""
         photos = _read(EditRequest(_listed(images), instruction))
         with torch.no_grad():  # not inference mode: a caller may train on what comes back
-            text = self._understand([instruction], [len(photos) > 1], anyway)
-            return self._generate([photos], text, [instruction])
+            asked = [check_instruction(instruction)]
+            return self._generate([photos], self._understand(asked, [len(photos) > 1], anyway), asked)
 
     @torch.no_grad()
     def _edited(
@@ -105,9 +104,7 @@ class Editor:
         timings: dict[str, float] = {}
         with _timed(timings, "read"):
             photos = [_read(request) for request in requests]
-        asked = [(request.instruction, *request.then) for request in requests]
-        if given is not None and given.instructions and not requests[0].instruction:
-            asked = [tuple(given.instructions[0].split(THEN))]
+        asked = [_asked(request, given) for request in requests]
         # One entry per instruction: a request that asks for two things stands here twice.
         owner = [index for index, instructions in enumerate(asked) for _ in instructions]
         flat = [instruction for instructions in asked for instruction in instructions]
@@ -131,11 +128,10 @@ class Editor:
 
     def _understand(self, instructions: Sequence[str], referenced: Sequence[bool], anyway: bool) -> Tensor:
         """-> instruction tokens `[b, K, text_dim]`; raises InstructionError out of scope unless `anyway`."""
-        checked = [check_instruction(instruction) if instruction or not anyway else "" for instruction in instructions]
-        tokens: Tensor = self.model.instruction(checked)
+        tokens: Tensor = self.model.instruction(instructions)
         if not anyway:
             logs = self.model.instruction.log_probabilities(tokens)
-            check_scope(checked, logs, self.model.config.instruction.labels, referenced)
+            check_scope(instructions, logs, self.model.config.instruction.labels, referenced)
         return tokens
 
     def _generate(self, photos: Sequence[Sequence[Photo]], text: Tensor, instructions: Sequence[str]) -> Adapter:
@@ -153,7 +149,7 @@ class Editor:
         for index, job in enumerate(jobs):
             groups.setdefault((job.photo.size, job.adapter.rank), []).append(index)
         chunks = [chunk for ((w, h), _), members in groups.items() for chunk in _chunks(members, WHOLE // (w * h))]
-        grids = [self._tiles(*jobs[chunk[0]].photo.size) for chunk in chunks]
+        grids = [self.tiles(*jobs[chunk[0]].photo.size) for chunk in chunks]
         done, total = 0, sum(len(grid) for grid in grids)
         edited: dict[int, Photo] = {}
         for chunk, grid in zip(chunks, grids, strict=True):
@@ -174,7 +170,7 @@ class Editor:
             edited |= dict(zip(chunk, canvas.photos(), strict=True))
         return [edited[index] for index in range(len(jobs))]
 
-    def _tiles(self, width: int, height: int) -> list[Tile]:
+    def tiles(self, width: int, height: int) -> list[Tile]:
         """How a picture of this size goes through the base: in one piece or in overlapping tiles."""
         if height * width <= WHOLE:
             return [Tile(0, 0, height, width)]
@@ -218,6 +214,14 @@ def _unit(pixels: Pixels) -> Tensor:
 def _chunks(members: list[int], size: int) -> list[list[int]]:
     size = max(1, size)
     return [members[start : start + size] for start in range(0, len(members), size)]
+
+
+def _asked(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:
+    """A request's instructions, checked; where it has none, those that a given adapter was generated for."""
+    if given is not None and not request.instruction:
+        return tuple(given.instructions[0].split(THEN)) if given.instructions else ("",)
+    then = (request.then,) if isinstance(request.then, str) else request.then
+    return tuple(check_instruction(text) for text in (request.instruction, *then))
 
 
 def _of(owner: Sequence[int], index: int) -> list[int]:

@@ -41,6 +41,6 @@ def check_scope(
 
 def shown(name: str, instruction: str) -> str:
     """A sub-task with an example of how to ask for it, in the instruction's language."""
-    language = "en" if instruction.isascii() else "zh"
+    language = "zh" if any("一" <= character <= "鿿" for character in instruction) else "en"
     plain = name.replace("_", " ")
     return f"{plain} ({load_phrases()[name][language]['train'][0]!r})" if name in EDITS else plain
