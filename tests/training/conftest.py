@@ -21,7 +21,7 @@ def recipe(embedded_config: EmbeddedConfig, photo_folder: Path) -> EmbeddedRecip
         generator=pictures,
         shared=pictures,
         base_edits=("brighten", "blur"),
-        edits=("brighten", "darken", "blur"),
+        edits=("brighten", "darken", "blur", "take_palette"),
         photographs=str(photo_folder),
         side=32,
         bf16=False,

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from openwu.data.edits import EDITS
+from openwu.data.phrases import OUT_OF_SCOPE
 from openwu.errors import OpenwuError
 from openwu.training.command import train
 from openwu.training.recipe import EmbeddedRecipe, StageConfig, load_recipe
@@ -19,7 +21,8 @@ def test_the_shipped_recipe_is_sound() -> None:
     recipe = load_recipe(SHIPPED, [])
     recipe.check_baseline()
     assert set(recipe.base_edits) < set(recipe.edits)
-    assert set(recipe.edits) < set(recipe.model.instruction.labels)
+    assert set(recipe.edits) == set(EDITS)
+    assert recipe.model.instruction.labels == (*EDITS, OUT_OF_SCOPE)
     assert load_recipe(SHIPPED, []) == recipe
 
 
