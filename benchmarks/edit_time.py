@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openwu.editor import Editor, tiles_of
+from openwu.editor import Editor
+from openwu.planes import place_planes
 
 INSTRUCTION = "make it look like an old photograph"
 
@@ -85,12 +86,13 @@ def gate(editor: Editor, picture: Image.Image) -> None:
 def base_alone(editor: Editor, picture: Image.Image) -> float:
     """Seconds of the base's own forward passes over the same tiles, no adapter applied."""
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
-    noise = torch.zeros_like(pixels[:, :1])
+    place = place_planes(*pixels.shape[-2:])[None]
+    planes = torch.cat([torch.zeros_like(place[:, :1]), place], dim=1)
     with torch.inference_mode():
         text = editor.model.instruction([INSTRUCTION])
         start = time.perf_counter()
-        for tile in tiles_of(*picture.size):
-            editor.model.edit(pixels[:, :, *tile.window], noise[:, :, *tile.window], text, None)
+        for tile in editor.tiles(*picture.size):
+            editor.model.edit(pixels[:, :, *tile.window], planes[:, :, *tile.window], text, None)
     return time.perf_counter() - start
 
 

@@ -118,7 +118,7 @@ def _export_folders(recipe: EmbeddedRecipe, folder: Path) -> list[Path]:
 def _export_shared(recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path) -> None:
     """The baseline stands beside the model, so that the table can be remade."""
     for target in _export_folders(recipe, folder):
-        shared().detach().save_pretrained(target / SHARED)
+        shared().detach().to(torch.float16).save_pretrained(target / SHARED)
         _export_provenance(recipe, target, folder)
 
 

@@ -1,0 +1,69 @@
+"""Training curves against compute: a run's folder enters, a picture and the points behind it leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from openwu.errors import OpenwuError
+from openwu.training.loop import SECONDS
+from openwu.training.recipe import STAGES
+
+SHOWN = {"instruction": "held_out/right_edit_", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}
+"""Stage -> the beginning of the curves that are drawn."""
+
+Curve = list[tuple[float, float]]
+"""(minutes of training, value)"""
+
+
+def read_curves(run: Path) -> dict[str, dict[str, Curve]]:
+    """Stage -> name of the curve -> points, from a run's TensorBoard files and its record of seconds."""
+    stages = {}
+    for stage in STAGES:
+        folder = run / stage
+        if not (folder / SECONDS).exists():
+            continue
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        minutes = sum(map(float, (folder / SECONDS).read_text(encoding="utf-8").split())) / 60
+        points = {
+            tag: [(each.step, each.value) for each in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if tag.startswith(SHOWN[stage])
+        }
+        last = max((step for curve in points.values() for step, _ in curve), default=1)
+        stages[stage] = {
+            tag: [(round(minutes * step / last, 2), round(value, 3)) for step, value in curve]
+            for tag, curve in points.items()
+        }
+    if not stages:
+        raise OpenwuError(f"{run}: expected the folder of a training run, with folders {list(STAGES)}; found none")
+    return stages
+
+
+def write_curves(run: Path, output: Path) -> Path:
+    """Write `curves.json` and `curves.png`; returns the picture."""
+    curves = read_curves(run)
+    (output / "curves.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    return draw_curves(curves, output / "curves.png")
+
+
+def draw_curves(curves: Mapping[str, Mapping[str, Curve]], path: Path) -> Path:
+    """One panel per stage; minutes of training to the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")
+    for panel, (stage, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for name, curve in lines.items():
+            panel.plot(*zip(*curve, strict=True), label=name.removeprefix("held_out/"))
+        panel.set_title(stage)
+        panel.set_xlabel("minutes of training")
+        if len(lines) > 1:
+            panel.legend(fontsize="x-small")
+        panel.set_ylabel("share of held-out sentences" if stage == "instruction" else "validation PSNR (dB)")
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return path
