@@ -88,7 +88,8 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
         help="edit photographs",
         allow_abbrev=False,
         description="Edit photographs as an instruction says. Each photograph gets an adapter of its own.",
-        epilog="Output formats: .jpg .png .webp .tif .avif. Size, transparency, colour profile, EXIF and DPI are kept.",
+        epilog="Output formats: .jpg .png .webp .tif .avif, and .heic with pip install 'openwu[formats]'. "
+        "Size, transparency, colour profile, EXIF and DPI are kept.",
     )
     edit.add_argument("photos", nargs="+", metavar="PHOTO", help="picture to edit")
     edit.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")

@@ -1,7 +1,7 @@
 """Pictures as people have them: a path or PIL image enters as a `Photo`, a `Photo` with new pixels leaves as a file.
 
-read.py: file -> Photo. photo.py: what a Photo keeps. write.py: Photo -> file, whole or not at all. compare.py: two
-Photos -> one before / after picture.
+read.py: file -> Photo. photo.py: what a Photo keeps. write.py: Photo -> file, whole or not at all. formats.py: HEIC and
+16-bit colour, with the extra `formats`. compare.py: two Photos -> one before / after picture.
 """
 
 from __future__ import annotations

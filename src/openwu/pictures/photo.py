@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,9 @@ class Photo:
     """Upright RGB pixels, and everything else that must survive an edit."""
 
     pixels: Pixels = field(repr=False)
-    """`[h, w, 3]`, uint8, or uint16 from 16-bit greyscale; greyscale repeats one channel three times."""
-    alpha: NDArray[np.uint8] | None = field(default=None, repr=False)
-    """`[h, w]`, as read; None for a picture without transparency."""
+    """`[h, w, 3]`, uint8, or uint16 from 16 bits per channel; greyscale repeats one channel three times."""
+    alpha: Pixels | None = field(default=None, repr=False)
+    """`[h, w]`, as read, of 8 or 16 bits whatever the pixels have; None for a picture without transparency."""
     grey: bool = False
     """True when the file was greyscale (1, 8 or 16 bits): it is written so again while the pixels stay grey."""
     icc: bytes | None = field(default=None, repr=False)
@@ -58,7 +58,12 @@ class Photo:
     @property
     def transparent(self) -> bool:
         """True when some pixel is not fully opaque."""
-        return self.alpha is not None and bool((self.alpha < 255).any())
+        return self.alpha is not None and bool((self.alpha < np.iinfo(self.alpha.dtype).max).any())
+
+    @property
+    def stayed_grey(self) -> bool:
+        """True when the file was greyscale and an edit has not coloured it."""
+        return self.grey and _is_grey(self.pixels)
 
     def floats(self) -> Floats:
         """The pixels as float32 `[h, w, 3]` between 0 and 1."""
@@ -74,27 +79,44 @@ class Photo:
 
     def eight_bit(self) -> Photo:
         """The same photo with 8 bits per channel, rounded."""
+        alpha = None if self.alpha is None else _to_depth(self.alpha, np.dtype(np.uint8))
         if self.pixels.dtype == np.uint8:
+            return replace(self, alpha=alpha)
+        return replace(self, pixels=_quantise(self.floats(), np.dtype(np.uint8)), alpha=alpha)
+
+    def in_colour(self) -> Photo:
+        """The same photo for a file of three channels: a greyscale profile cannot describe them, so it is applied."""
+        if not self.icc or profile_space(self.icc) != "GRAY":
             return self
-        return replace(self, pixels=_quantise(self.floats(), np.dtype(np.uint8)))
+        return replace(self, pixels=_grey_profile_to_srgb(self.pixels, self.icc), icc=None)
 
     def to_image(self) -> Image.Image:
         """A PIL image: L, LA or I;16 for greyscale that stayed grey, RGB or RGBA otherwise; profile, EXIF and DPI in
         `info`, where `read_picture` and `write_picture` find them. Pillow has no 16-bit colour, so that becomes 8-bit.
         """
-        stayed_grey = self.grey and _is_grey(self.pixels)
-        keeps_16_bits = stayed_grey and self.alpha is None
-        pixels = self.pixels if keeps_16_bits else self.eight_bit().pixels
-        image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]) if stayed_grey else pixels)
-        icc = self.icc
-        if icc and not stayed_grey and profile_space(icc) == "GRAY":
-            image, icc = _grey_profile_to_srgb(image, icc), None
-        if self.alpha is not None:
-            image.putalpha(Image.fromarray(self.alpha))
-        for name, value in (("icc_profile", icc), ("exif", self.exif), ("dpi", self.dpi)):
-            if value:
-                image.info[name] = value
+        stayed_grey = self.stayed_grey
+        photo = self if stayed_grey and self.alpha is None else self.eight_bit()
+        if not stayed_grey:
+            photo = photo.in_colour()
+        image = Image.fromarray(np.ascontiguousarray(photo.pixels[:, :, 0]) if stayed_grey else photo.pixels)
+        if photo.alpha is not None:
+            image.putalpha(Image.fromarray(photo.alpha))
+        for name, value in photo.metadata.items():
+            image.info[name] = value
         return image
+
+    def deep_channels(self, *, grey: bool) -> NDArray[np.uint16]:
+        """16 bits per channel `[h, w, c]`: one channel of grey or three of colour, then the alpha."""
+        pixels = _to_depth(self.pixels[:, :, :1] if grey else self.pixels, np.dtype(np.uint16))
+        if self.alpha is None:
+            return pixels
+        return np.dstack((pixels, _to_depth(self.alpha, np.dtype(np.uint16))))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What goes into a file beside the pixels, by Pillow's names."""
+        named = (("icc_profile", self.icc), ("exif", self.exif), ("dpi", self.dpi))
+        return {name: value for name, value in named if value}
 
 
 def profile_space(icc: bytes) -> str:
@@ -119,17 +141,25 @@ def _quantise(pixels: Floats, dtype: np.dtype[np.uint8] | np.dtype[np.uint16]) -
     return whole
 
 
-def _grey_profile_to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
-    """An RGB image whose three channels each follow a greyscale profile's tone curve -> sRGB.
+def _to_depth(values: Pixels, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """8 or 16 bits -> 8 or 16 bits, rounded."""
+    if values.dtype == dtype:
+        return values
+    if dtype == np.uint16:
+        return values.astype(np.uint16) * np.uint16(257)
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
-    A greyscale profile cannot describe a picture that an edit has coloured, so its curve is applied and it is dropped.
-    """
+
+def _grey_profile_to_srgb(pixels: Pixels, icc: bytes) -> Pixels:
+    """Pixels whose three channels each follow a greyscale profile's tone curve -> sRGB."""
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         srgb = ImageCms.createProfile("sRGB")
-        curve = ImageCms.profileToProfile(ramp, profile, srgb, outputMode="RGB")
+        image = ImageCms.profileToProfile(ramp, profile, srgb, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
-        return image
-    assert curve is not None
-    return image.point(np.asarray(curve)[0, :, 0].tolist() * 3)
+        return pixels
+    curve, top = np.asarray(image)[0, :, 0], np.iinfo(pixels.dtype).max
+    table = np.interp(np.linspace(0, 255, top + 1), np.arange(256), curve) * (top / 255)
+    whole: Pixels = np.rint(table).astype(pixels.dtype)[pixels]
+    return whole

@@ -9,11 +9,13 @@ import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 from PIL import Image, features
 
 from openwu.errors import PictureError
+from openwu.pictures.formats import INSTALL, encode_deep, has_deep_colour, has_heif
 from openwu.pictures.photo import Photo
 from openwu.pictures.read import read_picture
 
@@ -25,11 +27,16 @@ SUFFIXES = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
 }
 """Suffix of an output file -> Pillow's name of its format."""
 
 MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_536}
 """Longest side that a format can hold, where it has a limit."""
+
+DEEP = ("PNG", "TIFF")
+"""Formats that hold 16 bits per channel."""
 
 MAX_JPEG_EXIF = 65_533
 """Bytes of EXIF that fit into a JPEG file."""
@@ -49,8 +56,7 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = (), *, overwri
     """Refuse an output that cannot be written or that would replace an input, before any work is done."""
     path = Path(path)
     if not is_picture_suffix(path):
-        known = ", ".join(sorted(SUFFIXES))
-        raise PictureError(f"{path}: expected a name that ends in one of {known}, got {path.suffix or 'no suffix'!r}")
+        _explain_suffix(path)
     try:
         _check_place(path)
         if not path.exists():
@@ -89,6 +95,9 @@ def write_picture(picture: Photo | Image.Image, path: str | Path) -> tuple[str, 
     photo = picture if isinstance(picture, Photo) else read_picture(picture)
     check_fits(path, photo.size, photo.transparent)
     kind = SUFFIXES[path.suffix.lower()]
+    if _stays_deep_colour(photo, kind):
+        _write_whole(_encode_deep(photo, path, kind), path.resolve())
+        return ()
     image, notes = _fit(photo, kind)
     _write_whole(_encode(image, path, kind, _options(image, kind, notes)), path.resolve())
     return tuple(notes)
@@ -98,7 +107,17 @@ def _format_of(path: Path) -> str | None:
     kind = SUFFIXES.get(path.suffix.lower())
     if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
         return None
-    return kind
+    return None if kind == "HEIF" and not has_heif() else kind
+
+
+def _explain_suffix(path: Path) -> NoReturn:
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind == "HEIF":
+        raise PictureError(f"{path}: writing HEIC needs pillow-heif: {INSTALL}; or use .jpg or .png")
+    if kind:
+        raise PictureError(f"{path}: this Pillow cannot write {kind}: pip install -U pillow; or use .jpg or .png")
+    known = ", ".join(sorted(SUFFIXES))
+    raise PictureError(f"{path}: expected a name that ends in one of {known}, got {path.suffix or 'no suffix'!r}")
 
 
 def _check_place(path: Path) -> None:
@@ -117,10 +136,27 @@ def _fit(photo: Photo, format: str) -> tuple[Image.Image, list[str]]:
     if image.mode == "I;16" and format not in ("PNG", "TIFF"):
         image = photo.eight_bit().to_image()
     if photo.pixels.dtype.itemsize == 2 and image.mode != "I;16":
-        notes.append("16 bits are written as 8; greyscale PNG and TIFF keep 16")
+        cure = INSTALL if format in DEEP else "use .png or .tif"
+        notes.append(f"16 bits are written as 8; to keep 16: {cure}")
     if format == "JPEG" and photo.alpha is not None:  # opaque everywhere, or check_fits would have refused
         image = _without_alpha(image)
     return image, notes
+
+
+def _stays_deep_colour(photo: Photo, format: str) -> bool:
+    """Whether 16 bits are to be written that Pillow cannot: it has 16-bit grey, but no colour and no alpha."""
+    if photo.pixels.dtype != np.uint16 or format not in DEEP or not has_deep_colour():
+        return False
+    return photo.alpha is not None or not photo.stayed_grey
+
+
+def _encode_deep(photo: Photo, path: Path, format: str) -> bytes:
+    grey = photo.stayed_grey and format == "PNG"  # Pillow would not read 16-bit grey with alpha from TIFF
+    photo = photo if grey else photo.in_colour()
+    try:
+        return encode_deep(photo.deep_channels(grey=grey), format, photo.metadata)
+    except Exception as error:  # the encoders raise anything at all
+        raise PictureError(f"{path}: {format} could not encode the picture: {error}; try .jpg") from error
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
@@ -145,6 +181,8 @@ def _options(image: Image.Image, format: str, notes: list[str]) -> dict[str, Any
         options |= {"quality": 95, "exact": True}  # exact: colours under full transparency stay
     elif format == "AVIF":
         options |= {"quality": 100 if image.mode.endswith("A") else 90, "subsampling": "4:4:4"}  # 100 keeps alpha exact
+    elif format == "HEIF":  # 4:2:0 as cameras write it, which opens everywhere; lossless keeps alpha exact
+        options |= {"quality": -1 if image.mode.endswith("A") else 95, "enc_params": {"preset": "fast"}}
     elif format == "TIFF" and "exif" not in options:  # Pillow can write compression or EXIF blocks, not both
         options |= {"compression": "tiff_adobe_deflate"}
     return options
