@@ -1,48 +1,42 @@
-"""The table of the edit suite: means, cases, methods, marks of a card, and the command from end to end."""
+"""The edit suite's scores: means, cases, methods."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from openwu import cli
+from openwu.data.edits import EDITS
+from openwu.data.edits.core import Scene
 from openwu.data.phrases import load_phrases
+from openwu.editor import Editor
 from openwu.embedded import EmbeddedModel
-from openwu.errors import CheckpointError, OpenwuError
-from openwu.evaluation import command
-from openwu.evaluation.suite import METHODS, Report, Score, draw_cases, evaluate_suite, run_methods, sorted_position
-from openwu.training.shared import SharedAdapter
+from openwu.errors import OpenwuError
+from openwu.evaluation.pictures import to_image
+from openwu.evaluation.suite import (
+    METHODS,
+    Report,
+    Score,
+    apply,
+    draw_cases,
+    evaluate_suite,
+    following,
+    generate,
+    make_cases,
+    psnr_of,
+    run_methods,
+    sorted_position,
+)
+from openwu.planes import noise_plane, place_planes
 from openwu.types import Adapter
 
-EDITS = ("brighten", "darken", "blur")
+FEW = ("brighten", "darken", "blur")
 
 
 def score(edit: str, method: str, psnr: float, language: str = "en", split: str = "train") -> Score:
     return Score(edit, "coffee", method, 0, language, split, psnr, psnr / 100)
-
-
-@pytest.fixture
-def source() -> torch.Tensor:
-    return torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def shared(embedded_model: EmbeddedModel) -> Adapter:
-    generator = torch.Generator().manual_seed(0)
-    return SharedAdapter(embedded_model.generator.targets, 4, 1.0, generator)().detach()
-
-
-@pytest.fixture
-def model_with_baseline(model_folder: Path, shared: Adapter, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    shared.save_pretrained(folder / "shared")
-    return folder
 
 
 def test_means_are_over_what_was_asked_for() -> None:
@@ -51,33 +45,71 @@ def test_means_are_over_what_was_asked_for() -> None:
     assert report.mean("psnr", "base", ["fog"]) == 20
     assert report.mean("ssim", "generated", ["blur"], language="en") == pytest.approx(0.4)
     assert math.isnan(report.mean("psnr", "generated", language="zh"))
+    assert report.methods == ["base", "generated"]
+    assert report.edits == ["blur", "fog"]
 
 
 def test_the_summary_is_about_pairs_and_differences() -> None:
     scores = [score(edit, method, 10) for edit in ("blur", "deblur", "pencil") for method in METHODS]
     scores += [score("blur", "generated", 40, "zh"), score("blur", "generated", 25, split="held_out")]
     scores += [score("pencil", "shuffled", 90)]  # no pair: must not count
-    summary = Report(scores).summary()
-    assert summary["pairs_psnr_input"] == 10
-    assert summary["pairs_psnr_generated"] == pytest.approx((10 + 10 + 40 + 25) / 4)
-    assert summary["generated_minus_shared"] == pytest.approx(summary["pairs_psnr_generated"] - 10)
-    assert summary["generated_minus_shuffled"] == pytest.approx(summary["pairs_psnr_generated"] - 10)
-    assert summary["held_out_minus_train"] == pytest.approx(25 - (10 + 10 + 10 + 40) / 4)
-    assert summary["zh_minus_en"] == pytest.approx(40 - (10 + 10 + 10 + 25) / 4)
+    report = Report(scores)
+    assert report.paired == ["blur", "deblur"]
+    summary = report.summary()
+    generated = (10 + 10 + 40 + 25) / 4
+    for method in set(METHODS) - {"generated"}:
+        assert summary[f"pairs_psnr_{method}"] == 10
+        assert summary[f"generated_minus_{method}"] == pytest.approx(generated - 10)
+    assert summary["pairs_psnr_generated"] == pytest.approx(generated)
+    assert summary["pairs_ssim_generated"] == pytest.approx(generated / 100)
+    assert summary["all_psnr_shuffled"] == pytest.approx((10 + 10 + 10 + 90) / 4)
+
+
+def test_a_summary_without_the_baseline_leaves_it_out() -> None:
+    scores = [score(edit, method, 10) for edit in ("blur", "deblur") for method in METHODS if method != "shared"]
+    assert not any("shared" in name for name in Report(scores).summary())
+
+
+def test_missed_is_what_does_not_beat_its_input() -> None:
+    scores = [score(edit, "input", 20) for edit in ("blur", "fog", "rain", "sepia")]
+    scores += [score("blur", "generated", 20.1), score("fog", "generated", 20), score("rain", "generated", 10)]
+    scores += [score("sepia", "generated", math.nan)]
+    assert Report(scores).missed() == [name for name in EDITS if name in {"fog", "rain", "sepia"}]
 
 
 def test_cases_depend_on_their_names_alone(source: torch.Tensor) -> None:
-    some = draw_cases("coffee", source, 1, ("darken", "denoise"))
-    more = draw_cases("coffee", source, 1, ("brighten", "darken", "denoise"))
+    second = source.flip(0)
+    some = draw_cases("coffee", source, 1, ("darken", "denoise", "take_palette"), second)
+    more = draw_cases("coffee", source, 1, ("brighten", "darken", "denoise", "take_palette"), second)
     assert some.sentences == more.sentences[1:]
-    for name in ("picture", "noise", "target"):
+    for name in ("picture", "planes", "target", "reference", "present"):
         assert torch.equal(getattr(some, name), getattr(more, name)[1:])
-    again = draw_cases("coffee", source, 5, ("darken", "denoise"))
+    again = draw_cases("coffee", source, 5, ("darken", "denoise", "take_palette"), second)
     assert not torch.equal(again.picture, some.picture)
 
 
+def test_only_reference_edits_have_a_second_picture(source: torch.Tensor) -> None:
+    second = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(1))
+    cases = draw_cases("coffee", source, 0, ("brighten", "take_light", "take_grain"), second)
+    assert cases.present.tolist() == [False, True, True]
+    assert cases.reference.shape == (3, 3, 20, 20)
+    assert not cases.reference[0].any()
+    assert not torch.equal(cases.reference[1], cases.reference[2])
+    for row in (1, 2):  # made from the second photograph, not from the first
+        assert float(torch.corrcoef(torch.stack([cases.reference[row].flatten(), second.flatten()]))[0, 1]) > 0.7
+
+
+def test_the_model_sees_the_noise_of_the_scene_and_every_pixels_place(source: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 24, 32, generator=generator)
+    cases = make_cases("x", ["add_noise"], ["add grain"], [Scene(source, noise, generator)], "en", "train")
+    assert torch.equal(cases.planes[0, :1], noise)
+    assert torch.equal(cases.planes[0, 1:], place_planes(24, 32))
+    assert torch.equal(cases.target[0], (source + 0.1 * noise).clamp(0, 1))
+
+
 def test_languages_and_splits_take_turns(source: torch.Tensor) -> None:
-    cases = [draw_cases("astronaut", source, seed, EDITS) for seed in range(4)]
+    cases = [draw_cases("astronaut", source, seed, FEW, source) for seed in range(4)]
     assert [(each.language, each.split) for each in cases] == [
         ("en", "train"),
         ("zh", "train"),
@@ -91,21 +123,33 @@ def test_languages_and_splits_take_turns(source: torch.Tensor) -> None:
     assert sorted_position("elsewhere") == 0
 
 
+def test_the_second_photograph_is_the_next_one(photographs: dict[str, torch.Tensor]) -> None:
+    assert following("astronaut", photographs) is photographs["coffee"]
+    assert following("rocket", photographs) is photographs["astronaut"]
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("edits", [("brighten", "blur"), EDITS, (*EDITS, *("fog", "age", "sepia", "warm", "cool"))])
+@pytest.mark.parametrize(
+    "edits", [("brighten", "blur"), FEW, (*FEW, "fog", "age", "take_palette", "warm", "take_style", "cool")]
+)
 def test_methods_are_what_they_say(
     embedded_model: EmbeddedModel, shared: Adapter, source: torch.Tensor, edits: tuple[str, ...]
 ) -> None:
     """Shuffled above all: never the adapter of the same sub-task, also where rows go in blocks."""
-    cases = draw_cases("coffee", source, 0, edits)
+    cases = draw_cases("coffee", source, 0, edits, source.flip(2))
     outputs = dict(run_methods(embedded_model, shared, cases))
     assert set(outputs) == set(METHODS) - {"input"}
     text = embedded_model.instruction(cases.sentences)
-    own = [embedded_model.adapt(cases.picture[i : i + 1], text[i : i + 1]) for i in range(len(edits))]
+    own = [
+        embedded_model.adapt(
+            cases.picture[i : i + 1], text[i : i + 1], cases.reference[i : i + 1] if cases.present[i] else None
+        )
+        for i in range(len(edits))
+    ]
 
     def alone(i: int, adapter: Adapter | None) -> torch.Tensor:
         row = slice(i, i + 1)
-        return embedded_model.edit(cases.picture[row], cases.noise[row], text[row], adapter)[0]
+        return embedded_model.edit(cases.picture[row], cases.planes[row], text[row], adapter)[0]
 
     for i in range(len(edits)):
         torch.testing.assert_close(outputs["base"][i], alone(i, None), atol=1e-4, rtol=0)
@@ -115,73 +159,54 @@ def test_methods_are_what_they_say(
         assert min(distances) < 1e-4
         assert distances.index(min(distances)) != i
         assert distances[i] > 1e-3
+    assert set(dict(run_methods(embedded_model, None, cases))) == {"base", "generated", "shuffled"}
 
 
 def test_scores_are_those_of_the_8_bit_picture(
-    embedded_model: EmbeddedModel, shared: Adapter, source: torch.Tensor
+    embedded_model: EmbeddedModel, shared: Adapter, photographs: dict[str, torch.Tensor]
 ) -> None:
-    report = evaluate_suite(embedded_model, shared, {"coffee": source}, [0, 1], EDITS)
-    assert len(report.scores) == len(EDITS) * len(METHODS) * 2
-    cases = draw_cases("coffee", source, 1, EDITS)
+    two = {name: photographs[name] for name in ("coffee", "rocket")}
+    report = evaluate_suite(embedded_model, shared, two, [0, 1], FEW)
+    assert len(report.scores) == len(FEW) * len(METHODS) * 2 * 2
+    cases = draw_cases("coffee", two["coffee"], 1, FEW, two["rocket"])
     eight_bit = (cases.picture[1] * 255).round() / 255
     expected = float(-10 * (eight_bit - cases.target[1]).square().mean().log10())
-    copied = [each for each in report.scores if (each.edit, each.method, each.seed) == ("darken", "input", 1)]
-    assert [each.psnr for each in copied] == pytest.approx([expected], abs=1e-3)
-    assert 0 < copied[0].ssim < 1
-    assert list(report.grid) == list(EDITS)
+    copied = [
+        each.psnr
+        for each in report.scores
+        if (each.edit, each.photograph, each.method, each.seed) == ("darken", "coffee", "input", 1)
+    ]
+    assert copied == pytest.approx([expected], abs=1e-3)
+    assert all(-1 < each.ssim <= 1 for each in report.scores)
+    assert list(report.grid) == list(FEW)
     assert all(len(cells) == len(METHODS) + 1 for cells in report.grid.values())
     with pytest.raises(OpenwuError, match="at least two sub-tasks"):
-        evaluate_suite(embedded_model, shared, {"coffee": source}, [0], ["blur"])
+        evaluate_suite(embedded_model, shared, two, [0], ["blur"])
 
 
-def test_the_table_has_a_row_per_sub_task() -> None:
-    scores = [score(edit, method, 20 + i) for edit in ("blur", "fog") for i, method in enumerate(METHODS)]
-    cell = torch.zeros(3, 4, 4)
-    table = command.as_markdown(Report(scores, {"blur": [cell], "fog": [cell]}), [0, 1], ["coffee"])
-    rows = table.splitlines()
-    assert "| sub-task | input | base | shared | generated | shuffled |" in rows
-    assert "| blur | 20.0 / 0.200 | 21.0 / 0.210 | 22.0 / 0.220 | 23.0 / 0.230 | 24.0 / 0.240 |" in rows
-    assert any(row.startswith("| fog | ") for row in rows)
-    assert "| generated minus shared | 1.00 |" in rows
-
-
-def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
-    card = tmp_path / "card.md"
-    card.write_text(f"# Card\n{command.BEGIN}\nold\n{command.END}\nrest\n", encoding="utf-8")
-    for _ in range(2):
-        command._replace_between_marks(card, "| 新 |\n")
-        assert card.read_text(encoding="utf-8") == f"# Card\n{command.BEGIN}\n| 新 |\n{command.END}\nrest\n"
-    for text in ("no marks", command.BEGIN, f"{command.END} {command.BEGIN}"):
-        card.write_text(text)
-        with pytest.raises(OpenwuError, match="expected the marks"):
-            command._replace_between_marks(card, "table\n")
-        assert card.read_text() == text
-
-
-def test_the_command_writes_table_numbers_and_pictures(
-    model_with_baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@torch.inference_mode()
+@pytest.mark.parametrize("edit", ["brighten", "take_palette"])
+def test_the_suite_measures_what_the_editor_makes(
+    editor: Editor, photographs: dict[str, torch.Tensor], edit: str
 ) -> None:
-    card = tmp_path / "card.md"
-    card.write_text(f"{command.BEGIN}{command.END}")
-    options = ["--side", "40", "--seeds", "3", "--photograph", "coffee", "--card", str(card)]
-    output = tmp_path / "out"
-    assert cli.main(["eval", "suite", "--model", str(model_with_baseline), "--output", str(output), *options]) == 0
-    table = (output / "suite.md").read_text()
-    assert table == capsys.readouterr().out
-    assert table in card.read_text()
-    numbers = json.loads((output / "suite.json").read_text())
-    assert (numbers["seeds"], numbers["side"]) == ([3], 40)
-    assert {each["edit"] for each in numbers["scores"]} == set(EDITS)
-    assert {each["photograph"] for each in numbers["scores"]} == {"coffee"}
-    assert {each["method"] for each in numbers["scores"]} == set(METHODS)
-    with Image.open(output / "suite.jpg") as sheet:
-        assert sheet.size[0] > 6 * 40
+    """They go different ways through the same model."""
+    source, second = photographs["coffee"], photographs["rocket"]
+    height, width = source.shape[1:]
+    scene = Scene(source, noise_plane(width, height, 5).float(), torch.Generator(), second=second)
+    cases = make_cases("coffee", [edit], ["do something"], [scene], "en", "train")
+    measured = apply(editor.model, cases, *generate(editor.model, cases))[0]
+    pictures = [to_image(source)]
+    if cases.present[0]:
+        pictures.append(to_image(cases.reference[0]))
+    edited = editor.edit(pictures, "do something", seed=5).image
+    difference = np.abs(np.asarray(edited).astype(int) - np.asarray(to_image(measured)))
+    assert difference.max() <= 2  # the editor's reference has 8 bits
+    assert np.abs(np.asarray(edited).astype(int) - np.asarray(pictures[0])).max() > 3
 
 
-def test_what_cannot_be_evaluated_is_refused(model_with_baseline: Path, model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OpenwuError, match=r"--photograph: expected some of .*, got \['lena'\]"):
-        command.run(["suite", "--model", str(model_with_baseline), "--side", "32", "--photograph", "lena"])
-    with pytest.raises(CheckpointError, match="shared"):
-        command.run(["suite", "--model", str(model_folder)])
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        command.run(["suite", "--model", str(tmp_path / "nowhere")])
+def test_psnr_is_of_what_a_file_shows() -> None:
+    target = torch.full((3, 4, 4), 0.5)
+    assert psnr_of(target + 0.1, (target + 0.1) * 0 + 153 / 255) == pytest.approx(100)
+    assert psnr_of(torch.full((3, 4, 4), 9.0), torch.ones(3, 4, 4)) == pytest.approx(100)
+    assert psnr_of(torch.zeros(3, 4, 4), torch.ones(3, 4, 4)) == pytest.approx(0, abs=1e-5)
+    assert math.isnan(psnr_of(target * math.nan, target))

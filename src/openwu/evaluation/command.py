@@ -28,8 +28,8 @@ from openwu.evaluation.composition import Composed, evaluate_composition
 from openwu.evaluation.gallery import write_gallery
 from openwu.evaluation.goals import Goal, goals, repair_gains
 from openwu.evaluation.pictures import grid, middle
-from openwu.evaluation.strength import Graded, evaluate_strength
-from openwu.evaluation.suite import METHODS, Report, evaluate_suite, following
+from openwu.evaluation.strength import SCALES, Graded, evaluate_strength, strength_cells
+from openwu.evaluation.suite import Report, evaluate_suite, following
 from openwu.evaluation.wording import Wording, evaluate_wording
 from openwu.types import Adapter
 from openwu.understanding import understanding
@@ -38,6 +38,10 @@ SMALL = 256
 """Longest side in pixels where many requests are compared with one another."""
 CELL = 192
 """Side in pixels of a cell in the pictures of compositions."""
+
+
+SECTIONS = ("goals", "families", "wording", "strength", "composition", "suite")
+"""What a run writes; a card has marks of these names."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Findings:
     graded: list[Graded]
     composed: list[Composed]
     composed_cells: dict[str, list[Tensor]]
+    strength_cells: dict[str, list[Tensor]]
 
     @property
     def goals(self) -> list[Goal]:
@@ -60,6 +65,13 @@ class Findings:
 def run(arguments: list[str]) -> int:
     """Entry of the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
+    output = Path(options.output)
+    if options.what == "curves":
+        from openwu.evaluation.curves import write_curves  # reads TensorBoard's files: needs more than the suite
+
+        output.mkdir(parents=True, exist_ok=True)
+        sys.stdout.write(f"{write_curves(Path(options.run), output)}\n")
+        return 0
     folder = Path(options.model) if options.model else WEIGHTS
     model = EmbeddedModel.from_pretrained(folder, dtype=native_dtype())  # as the editor computes
     photographs = load_test_photographs(options.side)
@@ -68,45 +80,51 @@ def run(arguments: list[str]) -> int:
         if unknown:
             raise OpenwuError(f"--photograph: expected some of {sorted(photographs)}, got {unknown}")
         photographs = {name: photographs[name] for name in options.photographs}
-    output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     if options.what == "gallery":
         page = write_gallery(model, photographs, output)
         sys.stdout.write(f"{page}\n")
         return 0
-    shared = Adapter.from_pretrained(folder / SHARED)
+    card = Path(options.card) if options.card else None
+    if card:  # A card that cannot take the tables is refused before the long work.
+        _filled(card, dict.fromkeys(SECTIONS, ""))
+    shared = Adapter.from_pretrained(folder / SHARED) if (folder / SHARED).is_dir() else None
     found = measure(model, shared, photographs, options.seeds)
     sections = as_markdown(found, options.seeds, sorted(photographs))
-    if options.card:
-        _replace_between_marks(Path(options.card), sections)
     _write(found, sections, options.seeds, options.side, output)
+    if card:
+        card.write_text(_filled(card, sections), encoding="utf-8")
     sys.stdout.write("".join(sections.values()))
     return 0
 
 
-def measure(model: EmbeddedModel, shared: Adapter, photographs: dict[str, Tensor], seeds: Sequence[int]) -> Findings:
+def measure(
+    model: EmbeddedModel, shared: Adapter | None, photographs: dict[str, Tensor], seeds: Sequence[int]
+) -> Findings:
     """Run every part of the suite."""
     edits = [label for label in model.config.instruction.labels if label in EDITS]
     small = {name: middle(picture, SMALL) for name, picture in photographs.items()}
     first = sorted(small)[0]
     wordings = evaluate_wording(model, small[first], following(first, small), edits)
     graded = evaluate_strength(model, small, edits)
-    composed, cells = evaluate_composition(model, small)
-    gains = repair_gains(model, photographs)
+    composed, cells = evaluate_composition(model, small, edits)
+    gains = repair_gains(model, photographs, edits)
     report = evaluate_suite(model, shared, photographs, seeds, edits)
-    return Findings(report, wordings, understanding(model.instruction), gains, graded, composed, cells)
+    scaled = strength_cells(model, small[first], edits)
+    return Findings(report, wordings, understanding(model.instruction), gains, graded, composed, cells, scaled)
 
 
 def as_markdown(found: Findings, seeds: Sequence[int], photographs: Sequence[str]) -> dict[str, str]:
-    """Section -> text; a card has marks of the same names."""
-    return {
-        "goals": tables.goals_table(found.goals) + tables.missed_list(found.report),
-        "families": tables.families_table(found.report),
-        "wording": tables.wording_table(found.wordings, found.shares),
-        "strength": tables.strength_table(found.graded),
-        "composition": tables.composition_table(found.composed),
-        "suite": tables.suite_table(found.report, seeds, photographs),
-    }
+    """Section -> text, for each of SECTIONS."""
+    texts = (
+        tables.goals_table(found.goals) + tables.missed_list(found.report),
+        tables.families_table(found.report),
+        tables.wording_table(found.wordings, found.shares),
+        tables.strength_table(found.graded),
+        tables.composition_table(found.composed),
+        tables.suite_table(found.report, seeds, photographs),
+    )
+    return dict(zip(SECTIONS, texts, strict=True))
 
 
 def as_json(found: Findings, seeds: Sequence[int], side: int) -> dict[str, object]:
@@ -137,10 +155,14 @@ def _write(found: Findings, sections: dict[str, str], seeds: Sequence[int], side
     (output / "suite.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     text = "".join(f"## {name.capitalize()}\n\n{section}" for name, section in sections.items())
     (output / "suite.md").write_text(text, encoding="utf-8")
-    titles = [*METHODS, "target"]
+    titles = [*found.report.methods, "target"]
     grid(found.report.grid, titles).save(output / "suite.jpg", quality=85)
     cells = {name: [middle(cell, CELL) for cell in row] for name, row in found.composed_cells.items()}
-    grid(cells, ["input", "one pass", "two passes", "target"]).save(output / "composition.jpg", quality=85)
+    if cells:
+        grid(cells, ["input", "one pass", "two passes", "target"]).save(output / "composition.jpg", quality=85)
+    if found.strength_cells:
+        scaled = {name: [middle(cell, CELL) for cell in row] for name, row in found.strength_cells.items()}
+        grid(scaled, [f"strength {scale:g}" for scale in SCALES]).save(output / "strength.jpg", quality=85)
     worst = sorted(found.report.edits, key=lambda edit: found.report.mean("psnr", "generated", [edit]))[:8]
     shown = {name: found.report.grid[name] for name in dict.fromkeys([*found.report.missed(), *worst])}
     grid(shown, titles).save(output / "worst.jpg", quality=85)
@@ -152,9 +174,12 @@ def _entries(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _replace_between_marks(card: Path, sections: dict[str, str]) -> None:
-    """Replace what stands between `<!-- name: begin -->` and `<!-- name: end -->`, for every section or for none."""
-    text = card.read_text(encoding="utf-8")
+def _filled(card: Path, sections: dict[str, str]) -> str:
+    """The card with each section between its marks, `<!-- name: begin -->` and `<!-- name: end -->`."""
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OpenwuError(f"--card: expected a Markdown file, got {card} ({error})") from error
     for name, section in sections.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, found, rest = text.partition(begin)
@@ -162,18 +187,19 @@ def _replace_between_marks(card: Path, sections: dict[str, str]) -> None:
         if not found or not closed:
             raise OpenwuError(f"{card}: expected the marks {begin} and {end} around the table, in this order")
         text = f"{before}{begin}\n{section.strip()}\n{end}{after}"
-    card.write_text(text, encoding="utf-8")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="openwu eval", description="Measure a model on photographs never seen.")
     parser.add_argument(
         "what",
-        choices=["suite", "gallery"],
-        help="suite: every number of the model card; gallery: a page that shows every edit",
+        choices=["suite", "gallery", "curves"],
+        help="suite: every number of the model card; gallery: a page of all edits; curves: of a training run",
     )
     parser.add_argument("--model", metavar="FOLDER", help="folder of a model (default: the one inside the package)")
     parser.add_argument("--output", default="runs/eval", metavar="FOLDER", help="where results go (default: runs/eval)")
+    parser.add_argument("--run", default="runs/embedded", metavar="FOLDER", help="training run whose curves are drawn")
     parser.add_argument("--card", metavar="FILE", help="model card whose tables are replaced")
     parser.add_argument(
         "--side", type=int, default=512, metavar="N", help="longest side of a photograph (default: 512)"

@@ -58,12 +58,13 @@ class Composed:
 
 @torch.inference_mode()
 def evaluate_composition(
-    model: EmbeddedModel, photographs: dict[str, Tensor]
+    model: EmbeddedModel, photographs: dict[str, Tensor], edits: Sequence[str]
 ) -> tuple[list[Composed], dict[str, list[Tensor]]]:
-    """Scores, and for each combination the cells `[3, h, w]` input, one pass, two passes, target."""
+    """For each combination of `edits`: scores, and the cells `[3, h, w]` input, one pass, two passes, target."""
     found, cells = [], {}
     names = sorted(photographs)
-    for i, (first, second) in enumerate(tqdm(COMBINATIONS, desc="composition", unit="pair")):
+    known = [pair for pair in COMBINATIONS if set(pair) <= set(edits)]
+    for i, (first, second) in enumerate(tqdm(known, desc="composition", unit="pair")):
         source = photographs[names[i % len(names)]]
         one = _cases(source, first, i)
         # The second edit's target is made from the first edit's, with the same noise.

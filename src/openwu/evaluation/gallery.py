@@ -1,6 +1,6 @@
 """The page that shows every edit: a picture grid per family, made by the model itself.
 
-Enters: the embedded model and test photographs. Leaves: `edits.md` and a JPEG per family in a folder.
+Enters: the embedded model and test photographs. Leaves: `README.md` and a JPEG per family in a folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from openwu.data.edits import FAMILIES, Edit, Scene
 from openwu.data.phrases import load_phrases
 from openwu.embedded import EmbeddedModel
+from openwu.errors import OpenwuError
 from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.suite import apply, following, generate, make_cases
 from openwu.evaluation.tables import table
@@ -40,6 +41,10 @@ def write_gallery(model: EmbeddedModel, photographs: dict[str, Tensor], folder: 
     text = INTRODUCTION
     small = {name: middle(picture, SIDE) for name, picture in photographs.items()}
     usable = {name: picture for name, picture in small.items() if picture.shape[1:] == (SIDE, SIDE)}
+    if not usable:
+        raise OpenwuError(
+            f"gallery: expected photographs of at least {SIDE} x {SIDE} pixels, got none; ask for a larger --side"
+        )
     known = set(model.config.instruction.labels)
     for family, members in tqdm(FAMILIES.items(), desc="gallery", unit="family"):
         shown = [edit for edit in members if edit.name in known]

@@ -13,9 +13,8 @@ LABEL, HEAD = 130, 18
 
 
 def grid(rows: Mapping[str, Sequence[Tensor]], titles: Sequence[str]) -> Image.Image:
-    """A row per name with a cell `[3, s, s]` per title; missing cells stay white."""
-    side = next(iter(rows.values()))[0].shape[-1]
-    height = next(iter(rows.values()))[0].shape[-2]
+    """A row per name with a cell `[3, h, w]` per title, where the largest cell fits; missing cells stay white."""
+    height, side = (max(cell.shape[axis] for cells in rows.values() for cell in cells) for axis in (-2, -1))
     sheet = Image.new("RGB", (LABEL + len(titles) * side, HEAD + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):

@@ -71,6 +71,22 @@ def evaluate_strength(model: EmbeddedModel, photographs: dict[str, Tensor], edit
     return found
 
 
+SHOWN = ("darken", "warm", "tint_red", "blur", "fade", "fog")
+"""Edits whose pictures at every scale are shown."""
+
+
+@torch.inference_mode()
+def strength_cells(model: EmbeddedModel, source: Tensor, edits: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Edit -> the picture `[3, h, w]` at each of SCALES; one request, one adapter, scaled."""
+    cells = {}
+    for edit in (name for name in SHOWN if name in edits):
+        sentence = load_phrases()[edit]["en"]["train"][0]
+        cases = make_cases("strength", [edit], [sentence], [_scene(source, edit, 1.0)], "en", "train")
+        text, adapter = generate(model, cases)
+        cells[edit] = [apply(model, cases, text, adapter.scaled(scale))[0].float() for scale in SCALES]
+    return cells
+
+
 def _scene(source: Tensor, edit: str, strength: float) -> Scene:
     generator = torch.Generator().manual_seed(zlib.crc32(f"strength/{edit}".encode()))
     noise = torch.randn(1, *source.shape[1:], generator=generator)

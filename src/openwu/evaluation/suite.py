@@ -1,6 +1,6 @@
 """The edit suite on test photographs: for every sub-task, how close each method comes to what should have come out.
 
-Enters: the embedded model, the shared-LoRA baseline, test photographs. Leaves: scores and a picture grid.
+Enters: the embedded model, the shared-LoRA baseline if there is one, test photographs. Leaves: scores, a picture grid.
 
 Methods: `input` copies the input; `base` is the frozen base, which reads the instruction itself; `shared` is one LoRA
 for all sub-tasks, trained as long on the same batches; `generated` is the adapter written for this request; `shuffled`
@@ -25,13 +25,14 @@ from openwu.data.photographs import TEST_PHOTOGRAPHS
 from openwu.data.phrases import LANGUAGES, load_phrases
 from openwu.embedded import EmbeddedModel
 from openwu.errors import OpenwuError
+from openwu.evaluation.pictures import middle
 from openwu.planes import place_planes
 from openwu.types import Adapter
 
 METHODS = ("input", "base", "shared", "generated", "shuffled")
 ROWS_AT_ONCE = 5
 """Requests in one forward pass."""
-GRID_SIDE = 160
+GRID_SIDE = 112
 """Side in pixels of a cell of a picture grid."""
 
 
@@ -96,6 +97,12 @@ class Report:
         return sum(values) / len(values) if values else float("nan")
 
     @property
+    def methods(self) -> list[str]:
+        """Methods in the order of METHODS."""
+        found = {score.method for score in self.scores}
+        return [method for method in METHODS if method in found]
+
+    @property
     def edits(self) -> list[str]:
         """Sub-tasks in the suite's order."""
         found = {score.edit for score in self.scores}
@@ -109,14 +116,13 @@ class Report:
 
     def summary(self) -> dict[str, float]:
         """The numbers that the claims are about, in dB."""
-        pairs = {method: self.mean("psnr", method, self.paired) for method in METHODS}
-        every = {method: self.mean("psnr", method) for method in METHODS}
+        pairs = {method: self.mean("psnr", method, self.paired) for method in self.methods}
+        every = {method: self.mean("psnr", method) for method in self.methods}
         return {
             **{f"pairs_psnr_{method}": value for method, value in pairs.items()},
             "pairs_ssim_generated": self.mean("ssim", "generated", self.paired),
             **{f"all_psnr_{method}": value for method, value in every.items()},
-            "generated_minus_shared": pairs["generated"] - pairs["shared"],
-            "generated_minus_shuffled": pairs["generated"] - pairs["shuffled"],
+            **{f"generated_minus_{name}": pairs["generated"] - pairs[name] for name in pairs if name != "generated"},
         }
 
     def missed(self) -> list[str]:
@@ -130,9 +136,16 @@ class Report:
 
 @torch.inference_mode()
 def evaluate_suite(
-    model: EmbeddedModel, shared: Adapter, photographs: dict[str, Tensor], seeds: Sequence[int], edits: Sequence[str]
+    model: EmbeddedModel,
+    shared: Adapter | None,
+    photographs: dict[str, Tensor],
+    seeds: Sequence[int],
+    edits: Sequence[str],
 ) -> Report:
-    """Every sub-task on every photograph, once per seed; the seed draws sentences, noise and degradations."""
+    """Every sub-task on every photograph, once per seed; the seed draws sentences, noise and degradations.
+
+    `shared`: None leaves that method out.
+    """
     if len(edits) < 2:
         raise OpenwuError(f"suite: expected at least two sub-tasks, to swap their adapters, got {list(edits)}")
     report = Report()
@@ -140,12 +153,12 @@ def evaluate_suite(
     for name, seed in tqdm(rounds, desc="suite", unit="photograph"):
         cases = draw_cases(name, photographs[name], seed, edits, following(name, photographs))
         outputs = {"input": cases.picture, **dict(run_methods(model, shared, cases))}
-        for method in METHODS:
-            report.scores += list(_scores(cases, method, seed, outputs[method]))
+        for method, output in outputs.items():
+            report.scores += list(_scores(cases, method, seed, output))
         if not report.grid:
             for i, edit in enumerate(cases.edits):
-                cells = [*(outputs[method][i] for method in METHODS), cases.target[i]]
-                report.grid[edit] = [cell[:, :GRID_SIDE, :GRID_SIDE].float() for cell in cells]
+                cells = [*(outputs[method][i] for method in report.methods), cases.target[i]]
+                report.grid[edit] = [middle(cell, GRID_SIDE).float() for cell in cells]
     return report
 
 
@@ -223,13 +236,16 @@ def apply(model: EmbeddedModel, cases: Cases, text: Tensor, adapter: Adapter | N
     return torch.cat(pieces)
 
 
-def run_methods(model: EmbeddedModel, shared: Adapter, cases: Cases) -> Iterator[tuple[str, Tensor]]:
+def run_methods(model: EmbeddedModel, shared: Adapter | None, cases: Cases) -> Iterator[tuple[str, Tensor]]:
     """(method, `[t, 3, h, w]`) for every method that computes something."""
     text, generated = generate(model, cases)
     # Half the list away: never the same sub-task, and rarely its opposite, which stands beside it.
     shuffled = generated.select([(i + len(cases.edits) // 2) % len(cases.edits) for i in range(len(cases.edits))])
-    for method, adapter in (("base", None), ("shared", shared), ("generated", generated), ("shuffled", shuffled)):
-        yield method, apply(model, cases, text, adapter)
+    yield "base", apply(model, cases, text, None)
+    if shared is not None:
+        yield "shared", apply(model, cases, text, shared)
+    yield "generated", apply(model, cases, text, generated)
+    yield "shuffled", apply(model, cases, text, shuffled)
 
 
 def psnr_of(output: Tensor, target: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from openwu.data.edits import FAMILIES
@@ -9,7 +10,7 @@ from openwu.data.phrases import LANGUAGES
 from openwu.evaluation.composition import Composed, mean_gap
 from openwu.evaluation.goals import Goal
 from openwu.evaluation.strength import Graded, by_strength
-from openwu.evaluation.suite import METHODS, Report
+from openwu.evaluation.suite import Report
 from openwu.evaluation.wording import SPLITS, Wording, mean_psnr
 
 
@@ -35,9 +36,10 @@ def suite_table(report: Report, seeds: Sequence[int], photographs: Sequence[str]
     rows = []
     for family, members in FAMILIES.items():
         for edit in (member.name for member in members if member.name in report.edits):
-            cells = [f"{report.mean('psnr', m, [edit]):.1f} / {report.mean('ssim', m, [edit]):.3f}" for m in METHODS]
+            means = [(report.mean("psnr", m, [edit]), report.mean("ssim", m, [edit])) for m in report.methods]
+            cells = [f"{psnr:.1f} / {ssim:.3f}" for psnr, ssim in means]
             rows.append((family, edit, *cells))
-    text += table(("family", "sub-task", *METHODS), rows)
+    text += table(("family", "sub-task", *report.methods), rows)
     return text + table(
         ("summary", "dB"), [(name.replace("_", " "), f"{v:.2f}") for name, v in report.summary().items()]
     )
@@ -49,8 +51,8 @@ def families_table(report: Report) -> str:
     for family, members in FAMILIES.items():
         names = [member.name for member in members if member.name in report.edits]
         if names:
-            rows.append((family, str(len(names)), *(f"{report.mean('psnr', m, names):.1f}" for m in METHODS)))
-    return table(("family", "sub-tasks", *METHODS), rows)
+            rows.append((family, str(len(names)), *(f"{report.mean('psnr', m, names):.1f}" for m in report.methods)))
+    return table(("family", "sub-tasks", *report.methods), rows)
 
 
 def wording_table(wordings: Sequence[Wording], shares: Mapping[str, float]) -> str:
@@ -65,13 +67,18 @@ def wording_table(wordings: Sequence[Wording], shares: Mapping[str, float]) -> s
 
 
 def strength_table(found: Sequence[Graded]) -> str:
-    rows = [(by, f"{s:g}", f"{psnr:.1f}", f"{share:.2f}") for by, s, psnr, share in by_strength(found)]
+    rows = [
+        (by, f"{s:g}", f"{psnr:.1f}", "-" if math.isnan(share) else f"{share:.2f}")  # at 0, no change is wanted
+        for by, s, psnr, share in by_strength(found)
+    ]
     text = table(("by", "strength", "PSNR against the edit of this strength (dB)", "change made / change wanted"), rows)
     edits = len({each.edit for each in found})
     return f"{edits} graded sub-tasks, one photograph each.\n\n{text}"
 
 
 def composition_table(found: Sequence[Composed]) -> str:
+    if not found:
+        return "The model knows both edits of none of the combinations.\n\n"
     rows = [
         (f"{c.first}, then {c.second}", *(f"{v:.1f}" for v in (c.input, c.first_only, c.one_pass, c.two_passes)))
         for c in found
@@ -79,8 +86,8 @@ def composition_table(found: Sequence[Composed]) -> str:
     text = table(("combination", "input", "first edit only", "one pass", "two passes"), rows)
     better = sum(c.one_pass >= max(c.input, c.first_only) for c in found)
     return (
-        f"{text}One pass comes closer than the input and the first edit alone in {better} of {len(found)} combinations; "
-        f"on average it is {mean_gap(found):+.1f} dB against two passes.\n\n"
+        f"{text}One pass comes closer than the input and than the first edit alone in {better} of {len(found)} "
+        f"combinations; on average it is {mean_gap(found):+.1f} dB against two passes.\n\n"
     )
 
 

@@ -1,0 +1,97 @@
+"""Strength by words and by scale, for a model that does exactly what is asked and for the untrained one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from openwu.data.edits import EDITS
+from openwu.data.phrases import DEGREES, load_phrases, load_strength_words
+from openwu.embedded import EmbeddedModel
+from openwu.evaluation import strength as strength_module
+from openwu.evaluation.strength import SCALES, SHOWN, Graded, by_strength, evaluate_strength, strength_cells
+from openwu.evaluation.suite import Cases, generate
+from openwu.evaluation.tables import strength_table
+from openwu.types import Adapter
+
+ASKED = ("brighten", "denoise", "invert", "take_tone")
+
+
+def test_every_strength_is_asked_for_by_scale_and_by_words(
+    embedded_model: EmbeddedModel, photographs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a model that always gives the target. Edits without degrees are left out; repairs end at 1."""
+    assert [EDITS[name].graded for name in ASKED] == [True, True, False, False]
+    seen: dict[str, tuple[Cases, Adapter]] = {}
+
+    def obey(_: EmbeddedModel, cases: Cases, __: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+        seen[cases.edits[0]] = cases, adapter
+        return cases.target
+
+    monkeypatch.setattr(strength_module, "apply", obey)
+    found = evaluate_strength(embedded_model, photographs, ASKED)
+    assert {each.edit for each in found} == {"brighten", "denoise"}
+    for edit in ("brighten", "denoise"):
+        own = [each for each in found if each.edit == edit]
+        limit = EDITS[edit].limit
+        scales = [scale for scale in SCALES if scale <= limit]
+        assert [each.strength for each in own if each.by == "scale"] == scales
+        words = [min(DEGREES[degree], limit) for degree in load_strength_words()]
+        assert [each.strength for each in own if each.by == "words"] == words
+        # Up to the rounding of 8 bits the target is met, and all of the wanted change is made.
+        assert all(each.psnr > 48 for each in own)
+        assert all(each.moved == pytest.approx(each.wanted) for each in own)
+        wanted = [each.wanted for each in own if each.by == "scale"]
+        assert wanted == sorted(wanted)
+        assert wanted[0] == 0
+        cases, adapter = seen[edit]
+        assert torch.equal(cases.picture, cases.picture[:1].expand_as(cases.picture))  # one damage for all strengths
+        with torch.inference_mode():
+            _, plain = generate(embedded_model, cases)
+        factors = torch.tensor([*scales, *[1.0] * len(words)])
+        for name, (_, b) in adapter.weights.items():
+            torch.testing.assert_close(b, plain.weights[name][1] * factors[:, None, None])
+        sentences = [load_phrases()[edit][cases.language]["train"][0].rstrip(".。")] * len(cases.edits)
+        assert all(plain in asked for plain, asked in zip(sentences, cases.sentences, strict=True))
+        assert len(set(cases.sentences)) == 1 + len(words)
+
+
+def test_the_untrained_model_moves_more_at_a_larger_scale(
+    embedded_model: EmbeddedModel, photographs: dict[str, torch.Tensor]
+) -> None:
+    found = evaluate_strength(embedded_model, photographs, ("brighten",))
+    assert all(math.isfinite(each.psnr) and each.moved >= 0 for each in found)
+    assert len({each.moved for each in found if each.by == "scale"}) == len(SCALES)
+
+
+@torch.inference_mode()
+def test_pictures_are_of_one_adapter_at_every_scale(embedded_model: EmbeddedModel, source: torch.Tensor) -> None:
+    assert all(EDITS[name].graded and EDITS[name].limit >= max(SCALES) for name in SHOWN)
+    cells = strength_cells(embedded_model, source, ("blur", "darken", "brighten"))
+    assert list(cells) == ["darken", "blur"]  # of those shown
+    for row in cells.values():
+        assert len(row) == len(SCALES)
+        moved = [float((cell - row[0]).abs().mean()) for cell in row]
+        assert moved[0] == 0
+        assert all(each > 1e-4 for each in moved[1:])
+    assert strength_cells(embedded_model, source, ("brighten",)) == {}
+
+
+def test_rows_are_means_over_edits() -> None:
+    found = [
+        Graded("brighten", "scale", 0.0, 50.0, 0.02, 0.0),
+        Graded("brighten", "scale", 0.5, 30.0, 0.1, 0.2),
+        Graded("warm", "scale", 0.5, 20.0, 0.3, 0.2),
+        Graded("warm", "words", 0.5, 10.0, 0.4, 0.2),
+    ]
+    rows = by_strength(found)
+    assert [row[:3] for row in rows] == [("scale", 0.0, 50.0), ("scale", 0.5, 25.0), ("words", 0.5, 10.0)]
+    assert math.isnan(rows[0][3])  # nothing was wanted
+    assert [row[3] for row in rows[1:]] == pytest.approx([1.0, 2.0])
+    lines = strength_table(found).splitlines()
+    assert lines[0] == "2 graded sub-tasks, one photograph each."
+    assert "| scale | 0 | 50.0 | - |" in lines
+    assert "| scale | 0.5 | 25.0 | 1.00 |" in lines
+    assert "| words | 0.5 | 10.0 | 2.00 |" in lines

@@ -1,0 +1,61 @@
+"""Wordings: the same request in other words, and the means over them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from openwu.data.phrases import LANGUAGES, load_phrases
+from openwu.embedded import EmbeddedModel
+from openwu.evaluation import wording as wording_module
+from openwu.evaluation.suite import Cases, psnr_of
+from openwu.evaluation.tables import wording_table
+from openwu.evaluation.wording import SENTENCES, SPLITS, Wording, evaluate_wording, mean_psnr
+
+ASKED = ("denoise", "take_palette", "brighten")
+
+
+def test_sentences_differ_in_nothing_but_their_words(
+    embedded_model: EmbeddedModel, source: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where damage or the reference picture is drawn."""
+    seen: dict[str, Cases] = {}
+
+    def copy(_: EmbeddedModel, cases: Cases, *__: object) -> torch.Tensor:
+        seen[cases.edits[0]] = cases
+        return cases.picture
+
+    monkeypatch.setattr(wording_module, "apply", copy)
+    found = evaluate_wording(embedded_model, source, source.flip(1), ASKED)
+    assert len(found) == len(ASKED) * len(LANGUAGES) * len(SPLITS) * SENTENCES
+    for edit in ASKED:
+        own = [each for each in found if each.edit == edit]
+        assert len({each.psnr for each in own}) == 1
+        assert own[0].psnr == pytest.approx(psnr_of(seen[edit].picture[0], seen[edit].target[0]))
+        for name in ("picture", "planes", "target", "reference"):
+            parts = getattr(seen[edit], name)
+            assert torch.equal(parts, parts[:1].expand_as(parts)), name
+        assert len({each.sentence for each in own}) == len(own)
+        assert all(each.sentence in load_phrases()[edit][each.language][each.split] for each in own)
+    assert seen["take_palette"].present.all()
+
+
+def test_words_reach_the_model(embedded_model: EmbeddedModel, source: torch.Tensor) -> None:
+    found = evaluate_wording(embedded_model, source, source, ("brighten",))
+    assert len({each.psnr for each in found}) > SENTENCES
+    assert all(math.isfinite(each.psnr) for each in found)
+
+
+def test_means_and_their_table() -> None:
+    found = [Wording("blur", "en", "train", "a", 30.0), Wording("fog", "en", "train", "b", 20.0)]
+    found += [Wording("blur", "en", "held_out", "c", 21.0), Wording("blur", "zh", "train", "d", 22.0)]
+    assert mean_psnr(found, language="en", split="train") == 25
+    assert mean_psnr(found, split="train") == 24
+    assert math.isnan(mean_psnr(found, language="zh", split="held_out"))
+    names = ("accepted", "right_edit", "right_degree", "refused")
+    shares = {f"{name}_{lang}": 0.9 + 0.01 * i for lang in LANGUAGES for i, name in enumerate(names)}
+    rows = wording_table(found, shares).splitlines()
+    assert "| en | 25.00 | 21.00 |" in rows
+    assert "| zh | 90.0% | 91.0% | 92.0% | 93.0% |" in rows
