@@ -24,7 +24,7 @@ import openwu
 from openwu import cli
 from openwu.cli import console, models
 from openwu.errors import CheckpointError, InstructionError, OpenwuError
-from openwu.pictures import read_picture
+from openwu.pictures import Photo, read_picture
 
 PYTHON = [sys.executable, "-m", "openwu"]
 
@@ -50,7 +50,7 @@ class FakeAdapter:
 
 @dataclass
 class FakeResult:
-    image: Image.Image
+    photo: Photo
     adapter: FakeAdapter
     timings: dict[str, float]
 
@@ -89,9 +89,10 @@ class FakeEditor:
             raise self.fails[Path(images[0]).name]
         progress(2, 2)
         photo = read_picture(images[0])
-        image = photo.with_pixels(1 - photo.floats()).to_image()
         return FakeResult(
-            image, adapter or FakeAdapter(), {"read": 0.1, "condition": 0.2, "generate": 0.3, "edit": 0.4}
+            photo.with_pixels(1 - photo.floats()),
+            adapter or FakeAdapter(),
+            {"read": 0.1, "condition": 0.2, "generate": 0.3, "edit": 0.4},
         )
 
 

@@ -608,7 +608,7 @@ def test_tiles_get_windows_of_the_whole_pictures_planes(
     tiled = editor.edit(image, "brighter", seed=9).image
     planes = torch.cat([noise_plane(331, 290, 9).float(), place_planes(290, 331)])
     unit = torch.from_numpy(read_picture(image).floats()).permute(2, 0, 1)
-    grid = editor._tiles(331, 290)
+    grid = editor.tiles(331, 290)
     assert len(grid) == len(calls) == 6
     for tile, (picture, own) in zip(grid, calls, strict=True):
         assert torch.equal(own[0], planes[:, *tile.window])

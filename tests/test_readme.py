@@ -10,7 +10,10 @@ import pytest
 from PIL import Image
 
 from openwu import cli
+from openwu.data.edits import EDITS
+from openwu.evaluation.command import _parser
 from openwu.training.recipe import EmbeddedRecipe
+from openwu.types import EditResult
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +52,15 @@ def test_the_commands_work_in_their_order(photos: Path, capsys: pytest.CaptureFi
     for command in found:
         words = [word for part in shlex.split(command)[1:] for word in expanded(part)]
         assert cli.main(words) == 0, (command, capsys.readouterr().err)
-    for name in ("clean.png", "photo.edited.jpg", "photo.edited.compare.png", "edited/photo.jpg", "also-foggy.png"):
+    for name in (
+        "clean.png",
+        "photo.edited.jpg",
+        "photo.edited.compare.png",
+        "edited/photo.jpg",
+        "also-foggy.png",
+        "old.png",
+        "recoloured.png",
+    ):
         assert (photos / name).exists(), name
 
 
@@ -59,9 +70,12 @@ def test_the_python_lines_work(photos: Path) -> None:
     exec(compile(code, "README.md", "exec"), names)
     assert (photos / "out.png").exists()
     assert (photos / "fog" / "adapter_model.safetensors").exists()
-    results = names["results"]
+    results, both, toned = names["results"], names["both"], names["toned"]
     assert isinstance(results, list)
     assert len(results) == 2
+    assert isinstance(both, EditResult)
+    assert isinstance(toned, EditResult)
+    assert both.adapter.rank == 2 * toned.adapter.rank
 
 
 def test_the_training_commands_name_a_fair_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +91,18 @@ def test_the_training_commands_name_a_fair_recipe(monkeypatch: pytest.MonkeyPatc
         recipe = asked["recipe"]
         assert isinstance(recipe, EmbeddedRecipe)
         recipe.check_baseline()
+
+
+def test_the_evaluation_commands_are_understood() -> None:
+    lines = [line.split(" #")[0] for block in blocks("") for line in block.splitlines()]
+    evaluations = [shlex.split(line)[2:] for line in lines if line.startswith("openwu eval")]
+    assert {_parser().parse_args(words).what for words in evaluations} >= {"suite", "gallery"}
+
+
+def test_the_number_of_edits_is_right() -> None:
+    found = re.findall(r"(\d+) edits", README)
+    assert found
+    assert set(found) == {str(len(EDITS))}
 
 
 def test_every_file_that_the_readme_names_exists() -> None:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from openwu import editor as editor_module
 from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.editor import Editor, native_dtype
-from openwu.embedded import WEIGHTS, EmbeddedModel
+from openwu.embedded import SHARED, WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError
-from openwu.evaluation.suite import Report, Score, evaluate_suite
+from openwu.evaluation.command import Findings, as_markdown
+from openwu.evaluation.composition import COMBINATIONS, Composed
+from openwu.evaluation.goals import KNOWN_DAMAGE, goals
+from openwu.evaluation.strength import Graded
+from openwu.evaluation.suite import METHODS, Report, Score, evaluate_suite
+from openwu.evaluation.wording import Wording
 from openwu.types import Adapter, EditRequest
+from openwu.understanding import understanding
 
 ROOT = Path(__file__).parents[1]
-PAIRED = [name for pair in CONTRADICTORY_PAIRS for name in pair]
+PAIRED = [name for name in EDITS if any(name in pair for pair in CONTRADICTORY_PAIRS)]
+QUICK_SIDE = 192
+"""Longest side in pixels where a claim is checked in every run of the tests."""
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +44,41 @@ def editor() -> Editor:
 @pytest.fixture(scope="module")
 def report() -> Report:
     """Every paired sub-task on every test photograph, small."""
-    return measured(192, [0])
+    return measured(QUICK_SIDE, [0])
 
 
 def measured(side: int, seeds: list[int]) -> Report:
-    shared = Adapter.from_pretrained(WEIGHTS / "shared")
+    shared = Adapter.from_pretrained(WEIGHTS / SHARED)
     model = EmbeddedModel.from_pretrained(dtype=native_dtype())
     return evaluate_suite(model, shared, load_test_photographs(side), seeds, PAIRED)
 
 
 @pytest.fixture(scope="module")
 def photograph() -> Image.Image:
-    pixels = load_test_photographs(256)["coffee"]
+    return photographed("coffee")
+
+
+def photographed(name: str, side: int = 256) -> Image.Image:
+    pixels = load_test_photographs(side)[name]
     return Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+def floats(image: Image.Image) -> NDArray[np.float64]:
+    return np.asarray(image.convert("RGB")).astype(np.float64)
+
+
+# What is measured
 
 
 @pytest.mark.slow
 def test_generated_adapters_beat_a_shared_one_by_two_decibels() -> None:
     """The model card's setting, paired sub-tasks."""
-    report = measured(512, [0, 1])
+    report = measured(512, [0])
     assert report.mean("psnr", "generated") >= report.mean("psnr", "shared") + 2
 
 
 def test_generated_adapters_beat_a_shared_one_on_small_pictures_too(report: Report) -> None:
     assert report.mean("psnr", "generated") >= report.mean("psnr", "shared") + 1
-
-
-def test_the_stored_results_are_those_that_the_card_claims() -> None:
-    stored = json.loads((ROOT / "docs" / "results" / "suite.json").read_text(encoding="utf-8"))
-    again = Report([Score(**score) for score in stored["scores"]])
-    assert again.summary() == pytest.approx(stored["summary"])
-    assert again.summary()["generated_minus_shared"] >= 2
-    card = (ROOT / "docs" / "model-card.md").read_text(encoding="utf-8")
-    assert f"| generated minus shared | {stored['summary']['generated_minus_shared']:.2f} |" in card
 
 
 def test_adapters_of_other_requests_lose_the_gain(report: Report) -> None:
@@ -75,6 +89,90 @@ def test_adapters_of_other_requests_lose_the_gain(report: Report) -> None:
 def test_generated_adapters_beat_the_base_and_the_input(report: Report) -> None:
     assert report.mean("psnr", "generated") > report.mean("psnr", "base") + 2
     assert report.mean("psnr", "generated") > report.mean("psnr", "input") + 5
+
+
+# What is stored
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    numbers: dict[str, Any] = json.loads((ROOT / "docs" / "results" / "suite.json").read_text(encoding="utf-8"))
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def findings(stored: dict[str, Any]) -> Findings:
+    """The stored numbers as what they were before they were written."""
+    return Findings(
+        report=Report([Score(**each) for each in stored["scores"]]),
+        wordings=[Wording(**each) for each in stored["wording"]],
+        shares=stored["understanding"],
+        gains=stored["repairs"],
+        graded=[Graded(**each) for each in stored["strength"]],
+        composed=[Composed(**each) for each in stored["composition"]],
+        composed_cells={},
+        strength_cells={},
+    )
+
+
+def test_the_stored_results_are_of_everything_that_the_model_knows(
+    stored: dict[str, Any], findings: Findings, editor: Editor
+) -> None:
+    assert editor.model.config.instruction.labels == (*EDITS, OUT_OF_SCOPE)
+    report = findings.report
+    assert report.edits == list(EDITS)
+    assert report.methods == list(METHODS)
+    assert {score.photograph for score in report.scores} == set(TEST_PHOTOGRAPHS)
+    assert {score.seed for score in report.scores} == set(stored["seeds"])
+    assert len(report.scores) == len(EDITS) * len(METHODS) * len(TEST_PHOTOGRAPHS) * len(stored["seeds"])
+    assert {each.edit for each in findings.wordings} == set(EDITS)
+    assert {each.edit for each in findings.graded} == {name for name, edit in EDITS.items() if edit.graded}
+    assert [(each.first, each.second) for each in findings.composed] == list(COMBINATIONS)
+    assert set(findings.gains) == set(KNOWN_DAMAGE)
+    assert stored["side"] >= 512
+
+
+def test_summary_and_goals_follow_from_the_stored_scores(stored: dict[str, Any], findings: Findings) -> None:
+    summary = findings.report.summary()
+    assert summary == pytest.approx(stored["summary"])
+    assert findings.report.missed() == stored["missed"]
+    again = goals(findings.report, findings.wordings, findings.shares, findings.gains)
+    assert [goal.name for goal in again] == [goal["name"] for goal in stored["goals"]]
+    for goal, kept in zip(again, stored["goals"], strict=True):
+        assert dataclasses.asdict(goal) == pytest.approx({key: kept[key] for key in ("name", "wanted", "measured")})
+        assert goal.met == kept["met"]
+    assert summary["generated_minus_shared"] >= 2
+
+
+def test_the_card_shows_the_stored_results(stored: dict[str, Any], findings: Findings) -> None:
+    """Every table of the card, word for word."""
+    card = (ROOT / "docs" / "model-card.md").read_text(encoding="utf-8")
+    for name, section in as_markdown(findings, stored["seeds"], sorted(TEST_PHOTOGRAPHS)).items():
+        between = card.partition(f"<!-- {name}: begin -->")[2].partition(f"<!-- {name}: end -->")[0]
+        assert between.strip() == section.strip(), name
+
+
+def test_the_readme_shows_the_stored_results(stored: dict[str, Any], findings: Findings) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in METHODS:
+        assert f"{stored['summary'][f'pairs_psnr_{method}']:.1f}" in readme, method
+    assert f"{len(findings.report.paired)} sub-tasks" in readme
+
+
+def test_understanding_is_what_the_results_say(stored: dict[str, Any], editor: Editor) -> None:
+    shares = understanding(EmbeddedModel.from_pretrained(dtype=editor.dtype).instruction)
+    assert shares == pytest.approx(stored["understanding"], abs=0.005)  # sums differ from processor to processor
+    for language in LANGUAGES:
+        assert shares[f"accepted_{language}"] >= 0.98
+        assert shares[f"refused_{language}"] >= 0.9
+
+
+def test_a_second_instruction_mostly_brings_the_picture_closer(findings: Findings) -> None:
+    closer = [each.one_pass > max(each.input, each.first_only) for each in findings.composed]
+    assert sum(closer) >= len(closer) / 2
+
+
+# The files
 
 
 def test_test_photographs_were_not_trained_on() -> None:
@@ -98,15 +196,27 @@ def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
     assert recipe == stored
 
 
-def test_a_megapixel_takes_at_most_five_seconds(editor: Editor) -> None:
+def best_of_three(work: Callable[[], object]) -> float:
+    """Seconds; the machine may be busy with something else."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_a_megapixel_takes_at_most_three_seconds(editor: Editor) -> None:
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (1024, 1024, 3), dtype=np.uint8))
-    seconds = []
-    for _ in range(3):  # The best of three: the machine is shared.
-        start = time.perf_counter()
-        editor.edit(picture, "make it look like an old photograph")
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) <= 5
+    assert best_of_three(lambda: editor.edit(picture, "make it look like an old photograph")) <= 3
+
+
+def test_loading_takes_at_most_two_seconds() -> None:
+    assert best_of_three(Editor.from_pretrained) <= 2
+
+
+# What it does
 
 
 def test_each_request_of_a_batch_has_its_own_adapter(editor: Editor, photograph: Image.Image) -> None:
@@ -120,7 +230,7 @@ def test_each_request_of_a_batch_has_its_own_adapter(editor: Editor, photograph:
 
 def test_strength_scales_the_edit(editor: Editor, photograph: Image.Image) -> None:
     means = [
-        float(np.asarray(editor.edit(photograph, "make it darker", strength=strength).image).mean())
+        float(floats(editor.edit(photograph, "make it darker", strength=strength).image).mean())
         for strength in (0.0, 0.5, 1.0)
     ]
     assert means[0] > means[1] > means[2]
@@ -138,20 +248,76 @@ def test_a_saved_adapter_edits_another_photo_without_an_instruction(
     assert np.corrcoef(negative.ravel(), np.asarray(other).astype(float).ravel())[0, 1] < -0.8
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_scope_is_understood(editor: Editor, language: str) -> None:
-    model = editor.model
+def test_no_seams_show_where_tiles_of_a_large_picture_meet(
+    editor: Editor, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three megapixels, of an edit that depends on where in the picture a pixel lies: in tiles and in one piece."""
+    large = photograph.resize((2048, 1536), Image.Resampling.BICUBIC)
+    sentence = load_phrases()["vignette"]["en"]["train"][0]
+    assert len(editor.tiles(*large.size)) > 1
+    tiled = floats(editor.edit(large, sentence).image)
+    monkeypatch.setattr(editor_module, "WHOLE", 2048 * 1536)
+    assert len(editor.tiles(*large.size)) == 1
+    whole = floats(editor.edit(large, sentence).image)
+    change = whole - floats(large)
+    centre, corners = change[640:896, 896:1152].mean(), change[:128, :128].mean()
+    assert corners < centre - 20  # a vignette of the whole picture
+    difference = tiled - whole
+    assert np.abs(difference).mean() < 0.5
+    blocks = difference.reshape(1536 // 64, 64, 2048 // 64, 64, 3).mean((1, 3))
+    assert np.abs(blocks).max() < 1.5
+    for axis in (0, 1):
+        step = np.abs(np.diff(difference, axis=axis)).mean((1 - axis, 2))
+        # Where a tile begins or ends: CORE and MARGIN to either side of it.
+        side, core, margin = difference.shape[axis], editor_module.CORE, editor_module.MARGIN
+        borders = [cut + to for cut in range(core, side, core) for to in (-margin, 0, margin) if cut + to < side]
+        at = np.array(borders) - 1
+        assert step[at].max() <= 1.5 * np.delete(step, at).mean() + 0.1
 
-    def refused(label: str) -> list[bool]:
-        sentences = load_phrases()[label][language]["held_out"]
-        with torch.inference_mode():
-            found = model.instruction.log_probabilities(model.instruction(sentences)).argmax(dim=1)
-        return [model.config.instruction.labels[int(i)] == OUT_OF_SCOPE for i in found]
 
-    inside = [answer for name in EDITS for answer in refused(name)]
-    assert sum(inside) / len(inside) <= 0.02
-    outside = refused(OUT_OF_SCOPE)
-    assert sum(outside) / len(outside) >= 0.9
+def test_a_reference_gives_its_colours_and_only_through_the_adapter(editor: Editor, photograph: Image.Image) -> None:
+    sentence = load_phrases()["take_palette"]["en"]["train"][0]
+    before = floats(photograph).mean((0, 1))
+    colours = {"blue": (70, 95, 160), "brown": (150, 110, 70)}
+    edited: dict[str, Any] = {}
+    for name, colour in colours.items():
+        other = floats(photographed("chelsea"))
+        other += np.array(colour) - other.mean((0, 1))
+        reference = Image.fromarray(other.clip(0, 255).astype(np.uint8))
+        edited[name] = editor.edit([photograph, reference], sentence)
+        wanted = floats(reference).mean((0, 1))
+        after = floats(edited[name].image).mean((0, 1))
+        assert np.linalg.norm(after - wanted) < 0.6 * np.linalg.norm(before - wanted), name
+    # The base alone does not know which reference came.
+    silent = [editor.edit([photograph, photograph.rotate(90)], sentence, strength=0).image]
+    silent.append(editor.edit([photograph, photograph.convert("L")], sentence, strength=0).image)
+    assert np.array_equal(*(np.asarray(image) for image in silent))
+    # What it knows of blue and brown, it knows from the adapters alone: they can be swapped.
+    swapped = editor.edit(photograph, adapter=edited["brown"].adapter).image
+    assert np.array_equal(np.asarray(swapped), np.asarray(edited["brown"].image))
+
+
+def test_a_missing_reference_is_asked_for(editor: Editor, photograph: Image.Image) -> None:
+    for language in LANGUAGES:
+        with pytest.raises(InstructionError, match="--reference FILE"):
+            editor.edit(photograph, load_phrases()["take_palette"][language]["train"][0])
+
+
+def test_two_instructions_are_followed_in_one_pass(editor: Editor, photograph: Image.Image) -> None:
+    grey, dark = (load_phrases()[name]["en"]["train"][0] for name in ("black_and_white", "darken"))
+    both = editor.edit(photograph, grey, then=dark)
+    assert both.adapter.rank == 2 * editor.adapt(photograph, grey).rank
+    before, after = floats(photograph), floats(both.image)
+    assert np.abs(after[..., 0] - after[..., 2]).mean() < np.abs(before[..., 0] - before[..., 2]).mean() / 3
+    assert after.mean() < before.mean() - 10
+
+
+def test_words_of_strength_are_heard(editor: Editor, photograph: Image.Image) -> None:
+    """From a little to strongly, an edit with degrees moves the picture further."""
+    before = floats(photograph)
+    asked = ("make it a little darker", "make it darker", "make it much darker")
+    moved = [before.mean() - floats(editor.edit(photograph, text).image).mean() for text in asked]
+    assert 3 < moved[0] < moved[1] < moved[2]
 
 
 def test_an_impossible_instruction_is_refused_with_the_nearest_edits(editor: Editor, photograph: Image.Image) -> None:
