@@ -124,7 +124,7 @@ class Editor:
                 for i, request in enumerate(requests)
             ]
             edited = self._apply(jobs, progress)
-        return [EditResult(photo.to_image(), adapters[i], timings) for i, photo in enumerate(edited)]
+        return [EditResult(photo, adapters[i], timings) for i, photo in enumerate(edited)]
 
     def _understand(self, instructions: Sequence[str], referenced: Sequence[bool], anyway: bool) -> Tensor:
         """-> instruction tokens `[b, K, text_dim]`; raises InstructionError out of scope unless `anyway`."""

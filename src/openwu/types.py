@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from openwu.errors import OpenwuError, TargetError
+
+if TYPE_CHECKING:
+    from openwu.pictures import Photo
 
 Picture = str | Path | Image.Image
 """What a user may pass as an image: a path or an opened PIL image."""
@@ -218,11 +222,17 @@ class Adapter:
 class EditResult:
     """What comes back."""
 
-    image: Image.Image
+    photo: Photo
+    """The edited pixels in the depth in which they were read, and all else that survives; see `openwu.pictures`."""
     adapter: Adapter = field(repr=False)
     """The adapter of this request alone (b = 1), before `strength`."""
     timings: Mapping[str, float]
     """Stage -> seconds: read, condition, generate, edit."""
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The edited picture for Pillow, which has no 16-bit colour: that becomes 8-bit here, not in `photo`."""
+        return self.photo.to_image()
 
 
 def _resolve(path: str) -> Any:

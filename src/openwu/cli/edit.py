@@ -95,10 +95,10 @@ def _edit(
             progress=progress,
         )
     start = time.perf_counter()
-    for text in write_picture(result.image, job.output):
+    for text in write_picture(result.photo, job.output):
         _note(f"{job.output}: {text}", arguments)
     if job.comparison:
-        write_picture(side_by_side(read_picture(job.photo), read_picture(result.image)), job.comparison)
+        write_picture(side_by_side(read_picture(job.photo), result.photo), job.comparison)
     if job.adapter_folder:
         result.adapter.save_pretrained(job.adapter_folder)  # whole or not at all, as pictures are
     return {**result.timings, "write": time.perf_counter() - start}
