@@ -22,7 +22,7 @@ from openwu.editor import Editor, native_dtype
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError
 from openwu.evaluation.command import Findings, as_markdown
-from openwu.evaluation.composition import COMBINATIONS, Composed
+from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
 from openwu.evaluation.goals import KNOWN_DAMAGE, goals
 from openwu.evaluation.strength import Graded
 from openwu.evaluation.suite import Report, Score, evaluate_suite
@@ -36,7 +36,6 @@ STORED_METHODS = ["input", "base", "generated", "shuffled"]
 """What the stored table compares; no shared LoRA comes with these weights."""
 QUICK_SIDE = 192
 """Longest side in pixels where a claim is checked in every run of the tests."""
-CORNER = (slice(0, 128), slice(-128, None))
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +164,10 @@ def test_understanding_is_what_the_results_say(stored: dict[str, Any], editor: E
         assert shares[f"refused_{language}"] >= 0.9
 
 
-def test_a_second_instruction_mostly_brings_the_picture_closer(findings: Findings) -> None:
-    closer = [each.one_pass > max(each.input, each.first_only) for each in findings.composed]
-    assert sum(closer) >= len(closer) / 2
+def test_two_passes_follow_two_instructions_and_one_pass_falls_behind_as_the_card_says(findings: Findings) -> None:
+    closer = [each.two_passes > each.input for each in findings.composed]
+    assert sum(closer) >= 0.9 * len(closer)
+    assert mean_gap(findings.composed) < 0
 
 
 # The files
@@ -249,7 +249,7 @@ def test_a_saved_adapter_edits_another_photo_without_an_instruction(
 def test_no_seams_show_where_tiles_of_a_large_picture_meet(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three megapixels, of an edit that depends on where in the picture a pixel lies: in tiles and in one piece."""
     large = photographed("chelsea", 512).resize((2048, 1536), Image.Resampling.BICUBIC)
-    sentence = load_phrases()["vignette"]["en"]["train"][0]
+    sentence = load_phrases()["sunset"]["en"]["train"][0]
     assert len(editor.tiles(*large.size)) > 1
     tiled = floats(editor.edit(large, sentence).image)
     monkeypatch.setattr(editor_module, "WHOLE", 2048 * 1536)
@@ -266,15 +266,10 @@ def test_no_seams_show_where_tiles_of_a_large_picture_meet(editor: Editor, monke
             # A seam would stand out from the lines to either side of where a tile begins or ends.
             around = np.delete(step[cut - 17 : cut + 16], 16)
             assert step[cut - 1] <= 1.5 * around.mean() + 0.1
-    assert falloff(whole) < 0.9 * falloff(floats(large))
-
-
-def falloff(picture: NDArray[np.float64]) -> float:
-    """Brightness of the four corners over that of the middle."""
-    height, width = picture.shape[:2]
-    corners = [picture[rows, columns] for rows in CORNER for columns in CORNER]
-    middle = picture[height // 2 - 64 : height // 2 + 64, width // 2 - 64 : width // 2 + 64]
-    return float(np.mean(corners) / middle.mean())
+    # The glow comes from the top of the whole picture, not of every tile.
+    change = whole - floats(large)
+    red = change[..., 0] - change[..., 2]
+    assert red[:256].mean() > red[-256:].mean() + 5
 
 
 def test_a_reference_gives_its_colours_and_only_through_the_adapter(editor: Editor, photograph: Image.Image) -> None:
@@ -305,20 +300,23 @@ def test_a_missing_reference_is_asked_for(editor: Editor, photograph: Image.Imag
             editor.edit(photograph, load_phrases()["take_palette"][language]["train"][0])
 
 
-def test_two_instructions_are_followed_in_one_pass(editor: Editor, photograph: Image.Image) -> None:
-    grey, dark = (load_phrases()[name]["en"]["train"][0] for name in ("black_and_white", "darken"))
-    both = editor.edit(photograph, grey, then=dark)
-    assert both.adapter.rank == 2 * editor.adapt(photograph, grey).rank
+def test_two_instructions_share_one_pass(editor: Editor, photograph: Image.Image) -> None:
+    """Both leave their mark: soften, then black and white."""
+    soft, grey = (load_phrases()[name]["en"]["train"][0] for name in ("soften", "black_and_white"))
+    both = editor.edit(photograph, soft, then=grey)
+    assert both.adapter.rank == 2 * editor.adapt(photograph, soft).rank
     before, after = floats(photograph), floats(both.image)
-    assert np.abs(after[..., 0] - after[..., 2]).mean() < np.abs(before[..., 0] - before[..., 2]).mean() / 2
-    assert after.mean() < before.mean() - 10
+    colour_before, colour_after = (np.abs(x[..., 0] - x[..., 2]).mean() for x in (before, after))
+    assert colour_after < 0.8 * colour_before
+    one = floats(editor.edit(photograph, grey).image)
+    assert np.abs(after - one).mean() > 1
 
 
 def test_words_of_strength_are_heard(editor: Editor, photograph: Image.Image) -> None:
-    """From a little to strongly, an edit with degrees moves the picture further."""
+    """From a little to strongly, fog moves the picture further."""
     before = floats(photograph)
-    asked = ("make it a little darker", "make it darker", "make it much darker")
-    moved = [before.mean() - floats(editor.edit(photograph, text).image).mean() for text in asked]
+    asked = ("add fog, just a little", "add fog", "add fog, very strong")
+    moved = [np.abs(before - floats(editor.edit(photograph, text).image)).mean() for text in asked]
     assert 3 < moved[0] < moved[1] < moved[2]
 
 

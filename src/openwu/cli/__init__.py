@@ -94,7 +94,11 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
     edit.add_argument("photos", nargs="+", metavar="PHOTO", help="picture to edit")
     edit.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")
     edit.add_argument(
-        "--then", action="append", default=[], metavar="TEXT", help="what else to do, in the same pass; may be repeated"
+        "--then",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what else to do, in the same pass (two commands come closer); may be repeated",
     )
     edit.add_argument(
         "--reference",

@@ -12,7 +12,7 @@ from openwu.errors import OpenwuError
 from openwu.training.loop import SECONDS
 from openwu.training.recipe import STAGES
 
-SHOWN = {"instruction": "held_out/right_edit_", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}
+SHOWN = {"instruction": "held_out/", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}
 """Stage -> the beginning of the curves that are drawn."""
 
 Curve = list[tuple[float, float]]

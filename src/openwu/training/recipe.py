@@ -67,7 +67,7 @@ class EmbeddedRecipe:
     generator: StageConfig
     """Condition encoder and generator, end to end through the frozen base, on every sub-task."""
     shared: StageConfig
-    """The baseline: one adapter for all sub-tasks, on the same batches for as many steps."""
+    """The baseline: one adapter for all sub-tasks, for as many steps on batches drawn alike."""
     base_edits: tuple[str, ...]
     """Sub-tasks that the base learns."""
     edits: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The shared-LoRA baseline: one adapter for every request, trained like the generator on the same batches.
+"""The shared-LoRA baseline: one adapter for every request, trained like the generator.
 
 Enters: targets, rank and scale. Leaves: an `Adapter` of one sample that all rows of a batch use.
 """

@@ -2,7 +2,7 @@
 
 Enters: a recipe, the model, photographs. Leaves: stages for `loop.train_stage`. The instruction encoder learns to tell
 the sub-tasks apart and is then frozen for everyone; the base learns a few sub-tasks and is then frozen; the condition
-encoder and the generator learn all sub-tasks end to end through it; a shared adapter learns from the same batches.
+encoder and the generator learn all sub-tasks end to end through it; a shared adapter learns from batches drawn alike.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class PictureStage:
         self.name, self.recipe, self.model, self.adapt = name, recipe, model, adapt
         self._trained = trained
         tasks = recipe.base_edits if adapt is None else recipe.edits
-        # Generator and baseline have equal batches: their seed does not depend on the stage's name.
+        # Generator and baseline walk through the same sub-tasks; only the generator has dials and needless references.
         seed = recipe.seed + (0 if adapt is None else 1)
         self.config: StageConfig = getattr(recipe, name)
         self.batches = PairSampler(photographs[0], tasks, self.config.shapes, recipe.side, seed, name == "generator")
@@ -178,7 +178,7 @@ def generator_stage(
 def shared_stage(
     recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: tuple[list[Photograph], list[Photograph]]
 ) -> PictureStage:
-    """One adapter for all sub-tasks, through the same frozen base on the same batches."""
+    """One adapter for all sub-tasks, through the same frozen base, on batches drawn alike."""
     shared = new_shared_adapter(recipe, model)
 
     def adapt(_batch: PairBatch, _text: Tensor) -> Adapter:
