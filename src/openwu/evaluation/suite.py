@@ -3,8 +3,8 @@
 Enters: the embedded model, the shared-LoRA baseline if there is one, test photographs. Leaves: scores, a picture grid.
 
 Methods: `input` copies the input; `base` is the frozen base, which reads the instruction itself; `shared` is one LoRA
-for all sub-tasks, trained as long on batches drawn alike; `generated` is the adapter written for this request; `shuffled`
-is an adapter written for another sub-task's request on the same photograph.
+for all sub-tasks, trained as long on batches drawn alike; `generated` is the adapter written for this request;
+`shuffled` is an adapter written for another sub-task's request on the same photograph.
 
 Shapes: t sub-tasks, h and w sides of a photograph, p and q sides of the reference picture.
 """
