@@ -46,3 +46,5 @@ def test_the_command_writes_points_and_a_picture(run: Path, tmp_path: Path) -> N
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(OpenwuError, match="expected the folder of a training run"):
         read_curves(tmp_path)
+    assert cli.main(["eval", "curves", "--run", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()

@@ -69,7 +69,6 @@ def run(arguments: list[str]) -> int:
     if options.what == "curves":
         from openwu.evaluation.curves import write_curves  # reads TensorBoard's files: needs more than the suite
 
-        output.mkdir(parents=True, exist_ok=True)
         sys.stdout.write(f"{write_curves(Path(options.run), output)}\n")
         return 0
     folder = Path(options.model) if options.model else WEIGHTS

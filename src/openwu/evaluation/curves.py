@@ -47,6 +47,7 @@ def read_curves(run: Path) -> dict[str, dict[str, Curve]]:
 def write_curves(run: Path, output: Path) -> Path:
     """Write `curves.json` and `curves.png`; returns the picture."""
     curves = read_curves(run)
+    output.mkdir(parents=True, exist_ok=True)
     (output / "curves.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     return draw_curves(curves, output / "curves.png")
 

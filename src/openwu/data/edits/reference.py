@@ -5,6 +5,8 @@ The base model never sees the second picture: what it asks for reaches the base 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -85,24 +87,16 @@ def _ranged(scene: Scene) -> Tensor:
     return (0.5 + scene.uniform(0.4, 1.5) * (second - 0.5) + scene.uniform(-0.15, 0.15)).clamp(0, 1)
 
 
-def _take_palette(scene: Scene) -> Pair:
-    reference = _tinted(scene)
-    return _pair(scene, with_palette(scene.source, reference), reference)
+def _taking(
+    statistic: Callable[[Tensor, Tensor], Tensor], prepare: Callable[[Scene], Tensor]
+) -> Callable[[Scene], Pair]:
+    """The source gets the statistic of a reference that `prepare` makes of the second photograph."""
 
+    def make(scene: Scene) -> Pair:
+        reference = prepare(scene)
+        return _pair(scene, statistic(scene.source, reference), reference)
 
-def _take_tone(scene: Scene) -> Pair:
-    reference = _ranged(scene)
-    return _pair(scene, with_tone(scene.source, reference), reference)
-
-
-def _take_light(scene: Scene) -> Pair:
-    reference = _lit(scene)
-    return _pair(scene, with_light(scene.source, reference), reference)
-
-
-def _take_cast(scene: Scene) -> Pair:
-    reference = _tinted(scene)
-    return _pair(scene, with_cast(scene.source, reference), reference)
+    return make
 
 
 def _take_grain(scene: Scene) -> Pair:
@@ -133,12 +127,12 @@ def _take_style(scene: Scene) -> Pair:
 EDITS = tuple(
     Edit(name, "reference", make, graded=False, limit=1.0, needs_reference=True)
     for name, make in (
-        ("take_palette", _take_palette),
-        ("take_tone", _take_tone),
+        ("take_palette", _taking(with_palette, _tinted)),
+        ("take_tone", _taking(with_tone, _ranged)),
         ("take_grain", _take_grain),
         ("take_style", _take_style),
-        ("take_light", _take_light),
+        ("take_light", _taking(with_light, _lit)),
         ("take_sharpness", _take_sharpness),
-        ("take_cast", _take_cast),
+        ("take_cast", _taking(with_cast, _tinted)),
     )
 )
