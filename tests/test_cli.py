@@ -542,7 +542,9 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_a_real_interrupt_stops_with_130(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        # A test run started in the background inherits that interrupts are ignored; a person's terminal does not.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Editor:\n"
         "    from_pretrained = classmethod(lambda cls, model: cls())\n"
         "    def edit(self, *_, **__): print('working', flush=True); time.sleep(50)\n"
