@@ -58,7 +58,7 @@ def test_the_commands_work_in_their_order(photos: Path, capsys: pytest.CaptureFi
         "photo.edited.compare.png",
         "edited/photo.jpg",
         "also-foggy.png",
-        "old.png",
+        "film.png",
         "recoloured.png",
     ):
         assert (photos / name).exists(), name
