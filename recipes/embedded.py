@@ -9,6 +9,11 @@ from openwu.data.phrases import OUT_OF_SCOPE
 from openwu.embedded import EmbeddedConfig, tiny_layer_groups
 from openwu.training.recipe import EmbeddedRecipe, StageConfig
 
+HARD = ("deblur", "remove_motion_blur", "denoise", "remove_jpeg", "restore")
+"""What the base learns slowly: it meets these twice as often."""
+REST = tuple(name for name in EDITS if name not in BASE_EDITS)
+REFERENCES = tuple(name for name in EDITS if EDITS[name].needs_reference)
+
 MIXED = ((24, 64), (24, 64), (10, 128))
 """Small crops for variety; every third step has larger ones, for context."""
 
@@ -35,11 +40,25 @@ def recipe() -> EmbeddedRecipe:
     return EmbeddedRecipe(
         name="embedded",
         model=model(),
-        instruction=StageConfig(steps=3000, shapes=((64, 0),), learning_rate=2e-3, weight_decay=0.1),
-        base=StageConfig(steps=3600, shapes=((32, 64), (32, 64), (8, 128)), learning_rate=2.5e-3, first_floor=1e-2),
-        generator=StageConfig(steps=3600, shapes=MIXED, learning_rate=6e-4, warmup=100, first_floor=3e-2),
-        shared=StageConfig(steps=3600, shapes=MIXED, learning_rate=1e-2, warmup=100, first_floor=3e-2),
-        base_edits=BASE_EDITS,
-        edits=tuple(EDITS),
+        instruction=StageConfig(steps=3600, shapes=((64, 0),), learning_rate=2e-3, weight_decay=0.1),
+        base=StageConfig(
+            steps=6000,
+            shapes=((32, 64), (32, 64), (8, 128)),
+            learning_rate=2.5e-3,
+            matrix_learning_rate=1e-2,
+            first_floor=1e-2,
+        ),
+        generator=StageConfig(
+            steps=4000,
+            shapes=MIXED,
+            learning_rate=1e-3,
+            matrix_learning_rate=3e-3,
+            warmup=100,
+            first_floor=3e-2,
+        ),
+        shared=StageConfig(steps=4000, shapes=MIXED, learning_rate=1e-2, warmup=100, first_floor=3e-2),
+        base_edits=(*BASE_EDITS, *HARD),
+        # What the base does not know comes up twice as often, what needs a second picture three times.
+        edits=(*EDITS, *REST, *REFERENCES),
         export="src/openwu/weights",
     )

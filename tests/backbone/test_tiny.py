@@ -18,13 +18,16 @@ from openwu.backbone.tiny import (
     TinyEditor,
     TinyEditorConfig,
     from_windows,
+    overlapping_patches,
     pad_mirrored,
     recolour,
     to_windows,
     unpatchify,
     visible,
+    with_squares,
 )
 from openwu.embedded import EmbeddedConfig, EmbeddedModel
+from openwu.planes import place_planes
 
 
 def inputs(b: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,9 +93,20 @@ def test_every_plane_enters_through_its_channel_alone(base: TinyEditor, plane: i
     other[:, plane] *= -7
     assert not torch.equal(base(picture, planes, text), base(picture, other, text))
     with torch.no_grad():
-        base.embed.weight[:, 3 + plane] = 0
-        base.pixels.stem.weight[:, 3 + plane] = 0
+        for channel in (3 + plane, *([5 + plane] if plane else [])):  # y and x have a channel for their squares too
+            base.embed.weight[:, channel::INPUT_CHANNELS] = 0
+            base.pixels.stem.weight[:, channel] = 0
     assert torch.equal(base(picture, planes, text), base(picture, other, text))
+
+
+def test_squares_stand_behind_the_planes() -> None:
+    planes = torch.stack([torch.tensor([[0.3]]), torch.tensor([[-1.0]]), torch.tensor([[0.5]])])[None]
+    expected = torch.tensor([0.3, -2.0, 1.0, 2 - 2 / 3, 0.5 - 2 / 3]).view(1, 5, 1, 1)
+    torch.testing.assert_close(with_squares(planes), expected)
+    spread = with_squares(torch.cat([torch.zeros(1, 1, 64, 64), place_planes(64, 64)[None]], dim=1))[0, 1:]
+    assert bool((spread.mean((1, 2)).abs() < 1e-3).all())
+    assert bool((spread.std((1, 2)) > 0.5).all())
+    assert bool((spread.std((1, 2)) < 1.3).all())
 
 
 def test_bfloat16_is_close_and_keeps_the_picture_in_float32(base: TinyEditor) -> None:
@@ -132,6 +146,22 @@ def test_recolour_can_invert_and_swap_channels() -> None:
     torch.testing.assert_close(recolour(picture, matrix([[-1, 0, 0], [0, -1, 0], [0, 0, -1]])), 1 - picture)
     swapped = recolour(picture, matrix([[0, 0, 1], [1, 0, 0], [0, 1, 0]]))
     torch.testing.assert_close(swapped, picture[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("patch", "size"), [(4, (8, 12)), (8, (64, 64)), (8, (16, 40))])
+def test_embedded_patches_are_a_strided_convolution(patch: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Against the convolution in float32: in bfloat16 the convolution itself cannot be trusted."""
+    channels = INPUT_CHANNELS
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, *size, generator=generator).to(dtype)
+    weight = (torch.randn(5, channels, 2 * patch, 2 * patch, generator=generator) / (2 * patch)).to(dtype)
+    expected = torch.nn.functional.conv2d(x.float(), weight.float(), stride=patch, padding=patch // 2)
+    quarters = weight.view(5, channels, 2, patch, 2, patch).permute(0, 2, 4, 3, 5, 1).flatten(1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        patches = overlapping_patches(x.contiguous(memory_format=layout), patch)
+        got = (patches @ quarters.t()).float().transpose(1, 2).view_as(expected)
+        torch.testing.assert_close(got, expected, **({} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.02}))
 
 
 @pytest.mark.parametrize("shift", [0, 2])
@@ -262,7 +292,8 @@ def test_padding_mirrors_again_and_again() -> None:
 
 def test_the_shapes_of_what_is_trained(embedded_config: EmbeddedConfig) -> None:
     base = TinyEditor(embedded_config.backbone)
-    assert base.embed.in_channels == base.pixels.stem.in_channels == INPUT_CHANNELS == 6
+    assert base.pixels.stem.in_channels == INPUT_CHANNELS == 8
+    assert base.embed.in_features == 8 * 4 * 4 * 4  # channels, quarters, pixels of a patch
     assert base.pixels.out.out_channels == OUTPUT_CHANNELS == 12
     assert [block.shift for block in base.blocks] == [0, 2]
     assert embedded_config.backbone.cell == 16

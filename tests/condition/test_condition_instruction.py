@@ -9,6 +9,7 @@ import torch
 
 from openwu.condition.instruction import (
     NUM_DEGREES,
+    SETTLED,
     InstructionConfig,
     InstructionEncoder,
     hash_words,
@@ -155,9 +156,37 @@ def test_a_sentence_stays_itself_when_some_grams_are_dropped(encoder: Instructio
 
 
 def test_something_stays_of_every_sentence(encoder: InstructionEncoder) -> None:
+    """Where nothing would be left, everything is: another word would be a lie."""
     tokens = encoder([*SENTENCES, ""], dropped=(1.0, torch.Generator().manual_seed(0)))
-    assert tokens.shape == (4, 3, 32)
-    assert bool(tokens.isfinite().all())
+    assert torch.equal(tokens, encoder([*SENTENCES, ""]))
+
+
+def test_tokens_are_drawn_towards_what_is_typical(encoder: InstructionEncoder) -> None:
+    """A sentence that is surely taken for the second label, without strength, ends next to that label's centre."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        encoder.centres.normal_(generator=generator)
+        encoder.degree_centres.normal_(generator=generator)
+        encoder.classify.bias += torch.tensor([0.0, 100.0])
+        encoder.grade.bias += torch.tensor([0.0, 100.0, 0.0])
+    read, settled = encoder.read_words(SENTENCES), encoder(SENTENCES)
+    typical = (encoder.centres[1] + encoder.degree_centres[1]).expand_as(read)
+    torch.testing.assert_close(settled, (1 - SETTLED) * read + SETTLED * typical)
+    assert torch.equal(encoder.settled(read), settled)
+
+
+def test_centres_are_learned_without_moving_the_words(encoder: InstructionEncoder) -> None:
+    encoder.requires_grad_(True)
+    labels, degrees = torch.tensor([0, 0, 1]), torch.tensor([1, 1, 2])
+    optimizer = torch.optim.SGD([encoder.centres, encoder.degree_centres], lr=10.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.autograd.backward(encoder.off_centre(encoder.read_words(SENTENCES), labels, degrees))
+        optimizer.step()
+    assert encoder.table.weight.grad is None
+    read = encoder.read_words(SENTENCES)
+    torch.testing.assert_close(encoder.centres[0] + encoder.degree_centres[1], read[:2].mean(0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(encoder.centres[1] + encoder.degree_centres[2], read[2], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from openwu.data.photographs import Photograph, load_folder
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.training.checkpoint import STATE, load_state, load_weights, save_state
+from openwu.training.checkpoint import STATE, load_weights
 from openwu.training.command import new_model, train
-from openwu.training.loop import Evaluation, LoopConfig, learning_rate, train_stage
+from openwu.training.loop import Evaluation, LoopConfig, part_of_peak, train_stage
 from openwu.training.recipe import EmbeddedRecipe, StageConfig
 from openwu.training.stages import InstructionStage, base_stage, generator_stage
 
@@ -69,13 +69,13 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
     config = StageConfig(steps=100, shapes=((1, 1),), learning_rate=2.0, warmup=10, decay=0.4)
-    rates = [learning_rate(config, step) for step in range(100)]
-    assert rates[:3] == pytest.approx([0.2, 0.4, 0.6])
-    assert rates[9:61] == [2.0] * 52
-    assert rates[80] == pytest.approx(1.0)
-    assert rates[99] == pytest.approx(2 / 40)
+    rates = [part_of_peak(config, step) for step in range(100)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert rates[9:61] == [1.0] * 52
+    assert rates[80] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(1 / 40)
     flat = replace(config, warmup=0, decay=0.0)
-    assert {learning_rate(flat, step) for step in range(99)} == {2.0}
+    assert {part_of_peak(flat, step) for step in range(99)} == {1.0}
 
 
 # Writing and continuing
@@ -93,7 +93,7 @@ def test_curves_and_state_are_written(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("quality")] == [3, 6, 8]
     assert [event.step for event in events.Images("validation")] == [3, 6, 8]
     rates = [event.value for event in events.Scalars("learning_rate")]
-    assert rates == pytest.approx([learning_rate(CONFIG, step) for step in range(8)])
+    assert rates == pytest.approx([CONFIG.learning_rate * part_of_peak(CONFIG, step) for step in range(8)])
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
@@ -152,20 +152,6 @@ def test_only_a_finished_stage_is_built_on(tmp_path: Path) -> None:
         load_weights(tmp_path, module, 8)
     load_weights(tmp_path, module, 3)
     assert not same(weights(module), weights(_linear()))
-
-
-def test_the_state_holds_both_moments(tmp_path: Path) -> None:
-    module = _linear()
-    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
-    module(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    save_state(tmp_path, module, optimizer, 1, "{}")
-    fresh = _linear()
-    other = torch.optim.AdamW(fresh.parameters(), fused=True)
-    assert load_state(tmp_path, fresh, other, "{}") == 1
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            assert torch.equal(other.state[dict(fresh.named_parameters())[name]][key], value)
 
 
 # The real stages

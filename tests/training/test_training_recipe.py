@@ -93,7 +93,15 @@ def test_an_unfair_baseline_is_refused(recipe: EmbeddedRecipe, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("learning_rate", -1.0), ("clip", 0), ("shapes", ()), ("shapes", ((0, 8),)), ("decay", 1.5)],
+    [
+        ("steps", 0),
+        ("learning_rate", -1.0),
+        ("matrix_learning_rate", -1.0),
+        ("clip", 0),
+        ("shapes", ()),
+        ("shapes", ((0, 8),)),
+        ("decay", 1.5),
+    ],
 )
 def test_stage_errors_name_the_field(field: str, value: Any) -> None:
     fields: dict[str, Any] = {"steps": 1, "shapes": ((1, 8),), "learning_rate": 1e-3, field: value}

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from openwu.norm import RMSNorm
 
 PICTURE_CHANNELS = 3
-INPUT_CHANNELS = 6
-"""The picture's three channels and three planes: noise, y, x."""
+INPUT_CHANNELS = 8
+"""The picture's three channels, noise, y, x, and the squares of y and x."""
 OUTPUT_CHANNELS = 12
 """What the network says of a pixel: a 3 x 3 matrix for its colour and an offset, both added to the identity."""
 
@@ -76,7 +76,7 @@ class TinyEditor(nn.Module):
         self.config = config
         d, p = config.d_model, config.patch
         # Patches overlap by half a patch on every side, so that a token sees across the border of its own pixels.
-        self.embed = nn.Conv2d(INPUT_CHANNELS, d, kernel_size=2 * p, stride=p, padding=p // 2)
+        self.embed = nn.Linear(INPUT_CHANNELS * (2 * p) ** 2, d)
         self.text_norm = RMSNorm(config.text_dim)
         self.blocks = nn.ModuleList(
             Block(config, shift=(config.window // 2) * (index % 2)) for index in range(config.num_layers)
@@ -88,16 +88,16 @@ class TinyEditor(nn.Module):
         height, width = picture.shape[-2:]
         cell = self.config.cell
         down, right = -height % cell, -width % cell
-        x = torch.cat([4 * (picture - 0.5), planes.to(picture)], dim=1).to(self.embed.weight.dtype)
+        x = torch.cat([4 * (picture - 0.5), with_squares(planes.to(picture))], dim=1).to(self.embed.weight.dtype)
         x = pad_mirrored(x, down, right).contiguous(memory_format=torch.channels_last)
         tokens, grid = self.read_scene(x, text.to(x.dtype))
         affine: Tensor = self.pixels(x, tokens, grid)[:, :, :height, :width]
         return recolour(picture, affine)
 
     def read_scene(self, x: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """x `[b, 6, h, w]`, text `[b, K, text_dim]` -> what every patch shows `[b, n, d]`, and the grid of patches."""
+        """x `[b, 8, h, w]`, text `[b, K, text_dim]` -> what every patch shows `[b, n, d]`, and the grid of patches."""
         h, w = x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
-        tokens = self.embed(x).permute(0, 2, 3, 1).flatten(1, 2)  # [b, n, d]
+        tokens = self.embed(overlapping_patches(x, self.config.patch))  # [b, n, d]
         text = self.text_norm(text)
         seen = visible((h, w), self.config.window, text.shape[1]).to(x.device)
         for block in self.blocks:
@@ -168,7 +168,7 @@ class PixelPath(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """x `[b, 6, h, w]`, tokens `[b, n, d]` -> what to do with every pixel `[b, 12, h, w]`, see `recolour`."""
+        """x `[b, 8, h, w]`, tokens `[b, n, d]` -> what to do with every pixel `[b, 12, h, w]`, see `recolour`."""
         gate, offset = unpatchify(self.scene(tokens), grid, self.patch).chunk(2, dim=1)
         gated, added = self.stem(x).chunk(2, dim=1)
         features = torch.cat([gated * (1 + gate), added + offset], dim=1)
@@ -176,6 +176,15 @@ class PixelPath(nn.Module):
             features = features + convolution(F.silu(features))
         affine: Tensor = self.out(F.silu(features))
         return affine
+
+
+def with_squares(planes: Tensor) -> Tensor:
+    """Noise, y, x `[b, 3, h, w]` -> noise, y, x, squares of y and x `[b, 5, h, w]`, all of mean near 0 and size near 1.
+
+    What fades towards the borders depends on the distance from the middle, and that is a sum of the two squares.
+    """
+    noise, place = planes.split((1, 2), dim=1)
+    return torch.cat([noise, 2 * place, 2 * place.square() - 2 / 3], dim=1)
 
 
 def recolour(picture: Tensor, affine: Tensor) -> Tensor:
@@ -233,6 +242,21 @@ def from_windows(x: Tensor, grid: tuple[int, int], window: int, shift: int) -> T
     h, w = grid
     x = x.view(b, h // window, w // window, window, window, d).transpose(2, 3).reshape(b, h, w, d)
     return x.roll((shift, shift), (1, 2)) if shift else x
+
+
+def overlapping_patches(x: Tensor, patch: int) -> Tensor:
+    """Every patch with half a patch around it, zeros outside: `[b, c, h, w]` -> `[b, n, 4 * c * p * p]`.
+
+    Four quarters, each a whole patch of the picture moved by half a patch. Written as a product of matrices because
+    strided convolutions in bfloat16 are wrong in some shapes where the processor has AMX (oneDNN up to 3.13; pytorch
+    issue 169688): with 6 or 8 channels and patches of 8 pixels the result was noise.
+    """
+    b, c, h, w = x.shape
+    half = patch // 2
+    padded = F.pad(x, (half, patch - half, half, patch - half))
+    cells = padded.view(b, c, h // patch + 1, patch, w // patch + 1, patch).permute(0, 2, 4, 3, 5, 1).flatten(3)
+    quarters = [cells[:, i : i + h // patch, j : j + w // patch] for i in (0, 1) for j in (0, 1)]
+    return torch.cat(quarters, dim=-1).flatten(1, 2)
 
 
 def unpatchify(cells: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

@@ -8,6 +8,9 @@ n-grams, so that a mistyped word stays close to the right one; rows of the table
 zero, so that unknown letters add nothing. The encoder is trained to tell the sub-tasks apart and then frozen for
 everyone who reads it: the base model, the condition, and every baseline.
 
+Tokens are drawn most of the way towards what is typical of the sub-task and degree that the sentence is taken for, so
+that a wording that no training saw reads nearly like those that were seen, while what is new about it stays visible.
+
 Shapes: b sentences, t words, g n-grams of a word, K instruction tokens.
 """
 
@@ -27,6 +30,8 @@ from openwu.norm import RMSNorm
 _WORD = re.compile(r"[a-z0-9]+|[一-鿿]|[^\sa-z0-9一-鿿]")
 NUM_DEGREES = 3
 """Degrees that words of strength ask for: little, normal, strong."""
+SETTLED = 0.7
+"""How far tokens are drawn towards what is typical of the sub-task and degree that they are taken for, 0 to 1."""
 _MARKS = re.compile(r"['’]")
 
 
@@ -115,14 +120,31 @@ class InstructionEncoder(nn.Module):
         self.norm = RMSNorm(width)
         self.classify = nn.Linear(config.num_tokens * width, len(config.labels))
         self.grade = nn.Linear(config.num_tokens * width, NUM_DEGREES)
+        self.centres = nn.Parameter(torch.zeros(len(config.labels), config.num_tokens, width))
+        self.degree_centres = nn.Parameter(torch.zeros(NUM_DEGREES, config.num_tokens, width))
 
     def forward(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
         """-> `[b, K, width]`. `dropped`: in training, the share of n-grams to leave out, and the draws' generator."""
+        return self.settled(self.read_words(sentences, dropped))
+
+    def settled(self, tokens: Tensor) -> Tensor:
+        """Tokens as read `[b, K, width]` -> drawn towards what is typical of what they are taken for."""
+        edits, degrees = self.log_probabilities(tokens).exp(), self.degree_log_probabilities(tokens).exp()
+        typical = torch.einsum("bl,lkw->bkw", edits.to(tokens.dtype), self.centres)
+        typical = typical + torch.einsum("bd,dkw->bkw", degrees.to(tokens.dtype), self.degree_centres)
+        return torch.lerp(tokens, typical, SETTLED)
+
+    def off_centre(self, tokens: Tensor, labels: Tensor, degrees: Tensor) -> Tensor:
+        """Mean squared distance of the centres of labels and degrees `[b]` from the tokens; moves the centres alone."""
+        return (tokens.detach() - self.centres[labels] - self.degree_centres[degrees]).square().mean()
+
+    def read_words(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """The tokens as the words alone make them, before `settled`."""
         rows = hash_words(sentences, self.config).to(self.query.device)
         if dropped is not None:
             share, generator = dropped
-            rows = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
-            rows[:, 0, 0].clamp_(min=1)  # At least something of every sentence stays.
+            kept = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
+            rows = torch.where(kept.any(2).any(1)[:, None, None], kept, rows)  # Something of every sentence stays.
         present = rows > 0
         grams = self.table(rows).sum(2)
         words = grams / present.sum(2, keepdim=True).clamp(min=1).sqrt().to(grams.dtype)

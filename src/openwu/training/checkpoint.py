@@ -1,6 +1,6 @@
-"""The state of a training: weights, optimiser moments and the step, in one safetensors file.
+"""The state of a training: weights, what the optimiser remembers, and the step, in one safetensors file.
 
-Enters and leaves: a module, its AdamW optimiser, a step. Written beside the old file and renamed over it, so that a
+Enters and leaves: a module, its optimiser, a step. Written beside the old file and renamed over it, so that a
 training killed at any moment finds the last whole checkpoint. Nothing else has to be stored: data depend on the step.
 """
 
@@ -10,25 +10,22 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openwu.errors import CheckpointError
+from openwu.training.optimizer import StageOptimizer
 
 STATE = "state.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, recipe: str) -> None:
+def save_state(folder: Path, module: nn.Module, optimizer: StageOptimizer, step: int, recipe: str) -> None:
     """`step`: how many updates have been made. `recipe`: a description that a resumed training must match."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {f"weight/{name}": value for name, value in module.state_dict().items()}
     for name, parameter in module.named_parameters():
-        for moment in _MOMENTS:
-            if moment in optimizer.state[parameter]:
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state_of(parameter).items()}
     partial = folder / f".{STATE}.partial"
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, {"step": str(step), "recipe": recipe})
     with partial.open("rb") as file:
@@ -36,7 +33,7 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
     partial.replace(folder / STATE)
 
 
-def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, recipe: str) -> int:
+def load_state(folder: Path, module: nn.Module, optimizer: StageOptimizer, recipe: str) -> int:
     """Continue where `save_state` stopped: returns the number of updates made, 0 where there is no state."""
     path = folder / STATE
     if not path.exists():
@@ -50,10 +47,15 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
         )
     tensors = load_file(path)
     module.load_state_dict({k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")})
+    remembered: dict[str, dict[str, Tensor]] = {}
+    for stored, value in tensors.items():
+        kind, _, rest = stored.partition("/")
+        if kind == "optimizer":
+            key, _, name = rest.partition("/")
+            remembered.setdefault(name, {})[key] = value
     for name, parameter in module.named_parameters():
-        moments = {moment: tensors[f"{moment}/{name}"] for moment in _MOMENTS if f"{moment}/{name}" in tensors}
-        if moments:
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        if name in remembered:
+            optimizer.set_state_of(parameter, remembered[name])
     return step
 
 

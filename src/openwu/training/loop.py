@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_state, save_state
+from openwu.training.optimizer import StageOptimizer
 from openwu.training.recipe import StageConfig
 
 SECONDS = "seconds.txt"
@@ -61,17 +62,17 @@ class LoopConfig:
     """Stop early after so many updates in this process, leaving a checkpoint; for tests and trials."""
 
 
-def learning_rate(config: StageConfig, step: int) -> float:
-    """Linear warm-up, constant, linear decay to 0."""
+def part_of_peak(config: StageConfig, step: int) -> float:
+    """The learning rates of a step as part of their peaks: linear warm-up, constant, linear decay to 0."""
     rise = min(1.0, (step + 1) / max(1, config.warmup))
     fall = (config.steps - step) / max(1.0, config.decay * config.steps)
-    return config.learning_rate * min(rise, fall, 1.0)
+    return min(rise, fall, 1.0)
 
 
 def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Path) -> bool:
     """Train to the end, from the last checkpoint in `folder` if there is one. True when every step has been made."""
     module = stage.trained
-    optimizer = _optimizer(module, config)
+    optimizer = StageOptimizer(module, config)
     step = load_state(folder, module, optimizer, loop.recipe)
     if step >= config.steps:
         return True
@@ -89,7 +90,7 @@ def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Pat
                 bar.set_postfix(loss=f"{loss:.3f}")
                 curves.add_scalar("loss", loss, step)
                 curves.add_scalar("gradient_norm", norm, step)
-                curves.add_scalar("learning_rate", learning_rate(config, step - 1), step)
+                curves.add_scalar("learning_rate", config.learning_rate * part_of_peak(config, step - 1), step)
             if step % loop.evaluate_every == 0 or step == config.steps:
                 _log_evaluation(curves, stage.evaluate(), step)
             if step % loop.checkpoint_every == 0 or step == stop:
@@ -99,11 +100,9 @@ def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Pat
 
 
 def _update(
-    stage: Stage, module: nn.Module, optimizer: torch.optim.Optimizer, config: StageConfig, step: int
+    stage: Stage, module: nn.Module, optimizer: StageOptimizer, config: StageConfig, step: int
 ) -> tuple[float, float]:
     """One update; returns the loss and the gradient's norm before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
     loss = stage.loss(step)
     value = float(loss.detach())
     if not math.isfinite(value):
@@ -111,10 +110,10 @@ def _update(
             f"{stage.name}: the loss is {value} at step {step}; the last checkpoint is kept. "
             "Lower learning_rate or clip, or look at this step's batch"
         )
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     torch.autograd.backward(loss)
     norm = float(nn.utils.clip_grad_norm_(module.parameters(), config.clip))
-    optimizer.step()
+    optimizer.step(part_of_peak(config, step))
     return value, norm
 
 
@@ -124,13 +123,6 @@ def _note_seconds(folder: Path, began: float) -> float:
     with (folder / SECONDS).open("a", encoding="utf-8") as file:
         file.write(f"{now - began:.1f}\n")
     return now
-
-
-def _optimizer(module: nn.Module, config: StageConfig) -> torch.optim.Optimizer:
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def _log_evaluation(curves: SummaryWriter, evaluation: Evaluation, step: int) -> None:

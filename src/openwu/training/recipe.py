@@ -31,12 +31,14 @@ class StageConfig:
     """Steps walk through these (requests, side of the base's crop in pixels) in turn; sentences have no side."""
     learning_rate: float
     """Peak learning rate of AdamW."""
+    matrix_learning_rate: float = 0.0
+    """Peak learning rate of Muon, which then trains the weights of linear layers; 0: AdamW trains them too."""
     warmup: int = 50
     """Steps over which the learning rate rises from 0."""
     decay: float = 0.6
     """Fraction of the steps, at the end, over which the learning rate falls to 0."""
     weight_decay: float = 0.02
-    """AdamW's weight decay, on matrices only."""
+    """Weight decay, on matrices only."""
     first_floor: float = FLOOR
     """Where the loss's floor starts; see `loss.falling_floor`."""
     clip: float = 1.0
@@ -46,6 +48,8 @@ class StageConfig:
         for name in ("steps", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not self.matrix_learning_rate >= 0:
+            raise ValueError(f"matrix_learning_rate: expected 0 or more, got {self.matrix_learning_rate}")
         if not self.shapes or any(requests < 1 for requests, _ in self.shapes):
             raise ValueError(f"shapes: expected at least one (requests, crop side), got {self.shapes}")
         if not 0 <= self.decay <= 1:

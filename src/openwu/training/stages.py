@@ -32,7 +32,8 @@ STRONG_SHARE = 0.2
 """Share of its sentences with words for "strongly", and again with words for "a little"."""
 
 DROPPED = 0.1
-"""Share of the n-grams that the instruction encoder does not see while it learns, so that no single one decides."""
+"""Share of the n-grams that the instruction encoder does not see in training: no single one decides, and whoever reads
+its tokens meets more than the sentences of the suite."""
 
 DEGREE_WEIGHT = 0.5
 """Weight of the degree in the instruction encoder's loss."""
@@ -42,7 +43,7 @@ SHEET_ROWS = 8
 
 
 class InstructionStage:
-    """Cross entropy over sub-tasks and "out of scope", from sentences alone."""
+    """Cross entropy over sub-tasks and "out of scope", from sentences alone; their typical tokens are learned beside."""
 
     name = "instruction"
 
@@ -63,17 +64,19 @@ class InstructionStage:
         drawn = torch.rand(size, generator=generator)
         degrees = torch.where(drawn < STRONG_SHARE, 2, torch.where(drawn > 1 - STRONG_SHARE, 0, 1))
         names = list(DEGREES)
-        tokens = self.encoder(
+        tokens = self.encoder.read_words(
             [
                 sample_phrase(self.labels[label], generator, degree=names[degree])
                 for label, degree in zip(wanted.tolist(), degrees.tolist(), strict=True)
             ],
             dropped=(DROPPED, generator),
         )
+        off_centre = self.encoder.off_centre(tokens, wanted, degrees)
         # Noise keeps sentences of one sub-task together: whoever reads the tokens meets a cloud, not points.
         tokens = tokens + 0.1 * torch.randn(tokens.shape, generator=generator)
         edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), wanted)
-        return edits + DEGREE_WEIGHT * F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
+        graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
+        return edits + DEGREE_WEIGHT * graded + off_centre
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -116,14 +119,18 @@ class PictureStage:
     def loss(self, step: int) -> Tensor:
         batch = self.batches.batch(step)
         # At these sizes the fused attention's backward pass is several times slower on a CPU than matrix products.
+        words = torch.Generator().manual_seed(self.recipe.seed * 5_000_011 + step)
         with sdpa_kernel(SDPBackend.MATH):
-            predicted, _ = self.predict(batch)
+            predicted, _ = self.predict(batch, (DROPPED, words))
         floor = falling_floor(self.config.first_floor, step / self.config.steps)
         return picture_loss(predicted, batch.target, floor)
 
-    def predict(self, batch: PairBatch) -> tuple[Tensor, Adapter | None]:
+    def predict(
+        self, batch: PairBatch, dropped: tuple[float, torch.Generator] | None = None
+    ) -> tuple[Tensor, Adapter | None]:
+        """The base's answers and the adapters; `dropped`: see `InstructionEncoder.forward`."""
         with torch.no_grad():
-            text = self.model.instruction(batch.sentences)
+            text = self.model.instruction(batch.sentences, dropped)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
             adapter = None if self.adapt is None else self.adapt(batch, text)
             return self.model.edit(batch.picture, batch.planes, text, adapter), adapter

@@ -309,6 +309,12 @@ def test_rain_falls_where_the_noise_is_highest() -> None:
     assert columns[rows.argmax()] == 13
 
 
+def test_stronger_rain_dims_more() -> None:
+    source, noise = torch.full((3, 16, 16), 0.5), torch.zeros(1, 16, 16)
+    dry = [float(make("rain", source, noise=noise, strength=s).target.mean()) for s in (0.5, 1.0, 1.5)]
+    assert dry == pytest.approx([0.475, 0.45, 0.425])
+
+
 def test_snow_lies_where_the_noise_is_highest_in_cold_light() -> None:
     source, noise = torch.full((3, 31, 31), 0.4), torch.zeros(1, 31, 31)
     noise[0, 15, 15] = 5

@@ -58,6 +58,14 @@ def test_relief_is_lit_from_the_bottom_right() -> None:
     assert float(relief[22, 18]) == 0.5
 
 
+def test_relief_does_not_reach_around_the_picture() -> None:
+    """A picture that is bright at its top and left alone: nothing stands out at its bottom and right."""
+    lit = even(0.2)
+    lit[:, :4] = lit[:, :, :4] = 0.9
+    relief = style("emboss", lit)[0]
+    torch.testing.assert_close(relief[10:, 10:], torch.full_like(relief[10:, 10:], 0.5))
+
+
 def test_a_poster_has_four_levels(coffee: Tensor) -> None:
     assert torch.equal((style("poster", coffee) * 3).round().unique(), torch.arange(4.0))
     torch.testing.assert_close(style("poster", coffee) * 3, (style("poster", coffee) * 3).round())

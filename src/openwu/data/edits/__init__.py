@@ -39,12 +39,17 @@ BASE_EDITS = (
     "restore",
     "remove_scratches",
     "pencil",
+    "charcoal",
     "oil",
+    "cartoon",
     "halftone",
     "stained_glass",
+    "cross_stitch",
     "emboss",
+    "neon",
     "fog",
     "rain",
+    "snow",
 )
 """What the frozen base learns before any adapter exists: one side of some pairs, so that retention can be measured."""
 

@@ -16,6 +16,7 @@ from openwu.data.edits.operators import (
     in_cell,
     kuwahara,
     luma,
+    mirrored,
     saturation,
 )
 
@@ -113,7 +114,8 @@ def cross_stitch(x: Tensor) -> Tensor:
 def emboss(x: Tensor) -> Tensor:
     """Grey relief in which light areas stand out, lit from the bottom right."""
     grey = luma(x)
-    return (0.5 + 1.2 * (grey - grey.roll((-2, -2), (1, 2)))).clamp(0, 1).expand_as(x)
+    shifted = mirrored(grey, 2, 2)[:, 4:, 4:]  # what lies two pixels further down and to the right
+    return (0.5 + 1.2 * (grey - shifted)).clamp(0, 1).expand_as(x)
 
 
 def neon(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def fogged(x: Tensor, density: float) -> Tensor:
     return blend(x, colour(x, 0.84, 0.86, 0.88).expand_as(x), density)
 
 
-def rained(x: Tensor, noise: Tensor, share: float, light: float) -> Tensor:
+def rained(x: Tensor, noise: Tensor, share: float, light: float, dimmed: float = 0.1) -> Tensor:
     """Slanted streaks that start at the highest values of a plane of standard normal noise `[1, h, w]`."""
     threshold = float(torch.special.ndtri(torch.tensor(1 - share / RAIN_LENGTH)))
     kernel = torch.zeros(1, 1, RAIN_LENGTH, RAIN_LENGTH)
@@ -25,7 +25,7 @@ def rained(x: Tensor, noise: Tensor, share: float, light: float) -> Tensor:
     kernel[0, 0, rows, RAIN_LENGTH - 4 - rows // 3] = torch.linspace(0.4, 1.0, RAIN_LENGTH)
     drops = (noise > threshold).float()
     streaks = F.conv2d(drops[None], kernel, padding=RAIN_LENGTH // 2)[0].clamp(max=1)
-    return blend(0.9 * x, torch.full_like(x, light), 0.6 * streaks)
+    return blend((1 - dimmed) * x, torch.full_like(x, light), 0.6 * streaks)
 
 
 def snowed(x: Tensor, noise: Tensor, amount: float) -> Tensor:
@@ -65,7 +65,9 @@ EDITS = (
     Edit(
         "rain",
         "weather",
-        lambda scene: Pair(scene.source, rained(scene.source, scene.noise, 0.08 * scene.strength, 0.85)),
+        lambda scene: Pair(
+            scene.source, rained(scene.source, scene.noise, 0.08 * scene.strength, 0.85, 0.1 * scene.strength)
+        ),
         opposite="remove_rain",
     ),
     Edit("remove_rain", "weather", repair(_wet), opposite="rain", limit=1.0),

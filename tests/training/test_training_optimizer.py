@@ -1,0 +1,113 @@
+"""The optimiser of a stage: which part trains what, and that its memory survives a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openwu.training.checkpoint import load_state, save_state
+from openwu.training.optimizer import StageOptimizer
+from openwu.training.recipe import StageConfig
+
+ADAMW = StageConfig(steps=8, shapes=((1, 1),), learning_rate=1e-2, weight_decay=0.0)
+BOTH = replace(ADAMW, matrix_learning_rate=5e-2)
+
+
+class Small(nn.Module):
+    """One of everything: a table, a linear layer, a convolution, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 6)
+        self.linear = nn.Linear(6, 4)
+        self.convolution = nn.Conv2d(4, 3, 3, padding=1)
+        self.norm = nn.RMSNorm(3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        x = self.linear(self.table(rows))[:, :, None, None].expand(-1, -1, 4, 4)
+        out: Tensor = self.norm(self.convolution(x).mean((2, 3)))
+        return out
+
+
+def small() -> Small:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Small()
+
+
+def update(module: Small, optimizer: StageOptimizer, part: float = 1.0) -> None:
+    optimizer.zero_grad()
+    torch.autograd.backward((module(torch.arange(5)) - 1).square().sum())
+    optimizer.step(part)
+
+
+def test_muon_trains_the_weights_of_linear_layers_alone() -> None:
+    module = small()
+    optimizer = StageOptimizer(module, BOTH)
+    update(module, optimizer)
+    for name, parameter in module.named_parameters():
+        remembered = set(optimizer.state_of(parameter))
+        assert remembered == ({"momentum_buffer"} if name == "linear.weight" else {"step", "exp_avg", "exp_avg_sq"})
+
+
+def test_its_update_is_nearly_orthogonal() -> None:
+    """All singular values of the step are alike, whatever those of the gradient are."""
+    module = small()
+    before = module.linear.weight.detach().clone()
+    update(module, StageOptimizer(module, BOTH))
+    gradient = torch.linalg.svdvals(module.linear.weight.grad.float())  # type: ignore[union-attr]
+    step = torch.linalg.svdvals(module.linear.weight.detach() - before)
+    assert gradient[0] / gradient[-1] > 3
+    assert step[0] / step[-1] < 3
+
+
+def test_without_a_rate_for_matrices_everything_is_adamws() -> None:
+    module, reference = small(), small()
+    optimizer = StageOptimizer(module, ADAMW)
+    plain = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.0)
+    for _ in range(3):
+        update(module, optimizer)
+        plain.zero_grad()
+        torch.autograd.backward((reference(torch.arange(5)) - 1).square().sum())
+        plain.step()
+    for one, other in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_both_rates_follow_the_schedule(part: float) -> None:
+    whole, partly = small(), small()
+    update(whole, StageOptimizer(whole, BOTH))
+    update(partly, StageOptimizer(partly, BOTH), part)
+    start = small()
+    for at, full, some in zip(start.parameters(), whole.parameters(), partly.parameters(), strict=True):
+        torch.testing.assert_close(some - at, part * (full - at), atol=1e-6, rtol=1e-4)
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    module = small()
+    module.linear.weight.requires_grad_(False)
+    before = module.linear.weight.clone()
+    update(module, StageOptimizer(module, BOTH))
+    assert torch.equal(module.linear.weight, before)
+
+
+@pytest.mark.parametrize("config", [ADAMW, BOTH])
+def test_a_stored_state_continues_to_the_same_weights(tmp_path: Path, config: StageConfig) -> None:
+    module = small()
+    optimizer = StageOptimizer(module, config)
+    for _ in range(3):
+        update(module, optimizer)
+    save_state(tmp_path, module, optimizer, 3, "{}")
+    fresh = small()
+    other = StageOptimizer(fresh, config)
+    assert load_state(tmp_path, fresh, other, "{}") == 3
+    for each, continued in ((module, optimizer), (fresh, other)):
+        update(each, continued)
+    for one, same in zip(module.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, same)
+        assert optimizer.state_of(one).keys() == other.state_of(same).keys()
