@@ -49,14 +49,14 @@ def recipe() -> EmbeddedRecipe:
             first_floor=1e-2,
         ),
         generator=StageConfig(
-            steps=4000,
+            steps=3500,
             shapes=MIXED,
             learning_rate=1e-3,
             matrix_learning_rate=3e-3,
             warmup=100,
             first_floor=3e-2,
         ),
-        shared=StageConfig(steps=4000, shapes=MIXED, learning_rate=1e-2, warmup=100, first_floor=3e-2),
+        shared=StageConfig(steps=3500, shapes=MIXED, learning_rate=1e-2, warmup=100, first_floor=3e-2),
         base_edits=(*BASE_EDITS, *HARD),
         # What the base does not know comes up twice as often, what needs a second picture three times.
         edits=(*EDITS, *REST, *REFERENCES),

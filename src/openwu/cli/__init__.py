@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
         folder = verb(arguments.recipe, arguments.overrides, output=arguments.output, stages=arguments.stages)
         say(f"{arguments.recipe} -> {folder}")
         return 0
-    if arguments.verb == "eval":
+    if hasattr(arguments, "arguments"):
         return int(verb(arguments.arguments))
     return int(verb(arguments))
 
@@ -75,11 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     models = verbs.add_parser("models", help="list the models that can edit", allow_abbrev=False)
     models.set_defaults(run="openwu.cli.models:run")
     _add_train(verbs)
-    # No argument can hold a NUL, so nothing looks like an option here and all of it, --help too, goes to the verb.
-    evaluate = verbs.add_parser("eval", help="measure a model", add_help=False, prefix_chars="\0")
-    evaluate.add_argument("arguments", nargs="*")
-    evaluate.set_defaults(run="openwu.evaluation.command:run")
+    _add_handed_on(verbs, "eval", "measure a model", "openwu.evaluation.command:run")
+    _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.lab.command:run_audit")
+    _add_handed_on(verbs, "lab", "test a claim of functional memory", "openwu.lab.command:run_lab")
     return parser
+
+
+def _add_handed_on(verbs: argparse._SubParsersAction[_Parser], name: str, text: str, run: str) -> None:
+    """A verb that reads its own arguments."""
+    # No argument can hold a NUL, so nothing looks like an option here and all of it, --help too, goes to the verb.
+    verb = verbs.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+    verb.add_argument("arguments", nargs="*")
+    verb.set_defaults(run=run)
 
 
 def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:

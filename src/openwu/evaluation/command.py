@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-import openwu
 from openwu.data.edits import EDITS
 from openwu.data.photographs import load_test_photographs
 from openwu.editor import native_dtype
@@ -31,6 +28,7 @@ from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.strength import SCALES, Graded, evaluate_strength, strength_cells
 from openwu.evaluation.suite import Report, evaluate_suite, following
 from openwu.evaluation.wording import Wording, evaluate_wording
+from openwu.origin import origin
 from openwu.types import Adapter
 from openwu.understanding import understanding
 
@@ -129,9 +127,7 @@ def as_markdown(found: Findings, seeds: Sequence[int], photographs: Sequence[str
 def as_json(found: Findings, seeds: Sequence[int], side: int) -> dict[str, object]:
     """Every number, with what made it."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "openwu": openwu.__version__,
-        "torch": torch.__version__,
+        **origin(),
         "seeds": list(seeds),
         "side": side,
         "dtype": str(native_dtype()),

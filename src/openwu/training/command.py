@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import openwu
 from openwu.data.photographs import folder_hashes, load_folder
 from openwu.embedded import SHARED, EmbeddedModel
 from openwu.errors import OpenwuError
+from openwu.origin import origin
 from openwu.training.checkpoint import load_weights
 from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
 from openwu.training.recipe import STAGES, EmbeddedRecipe, StageConfig, load_recipe
@@ -141,21 +138,8 @@ def provenance(recipe: EmbeddedRecipe, folder: Path) -> dict[str, Any]:
         if (folder / name / SECONDS).exists()
     }
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "openwu": openwu.__version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
+        **origin(),
         "seconds": seconds,
         "recipe": describe(recipe),
         "photographs": folder_hashes(Path(recipe.photographs)),
     }
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -43,7 +43,7 @@ SHEET_ROWS = 8
 
 
 class InstructionStage:
-    """Cross entropy over sub-tasks and "out of scope", from sentences alone; their typical tokens are learned beside."""
+    """Cross entropy over sub-tasks and "out of scope", from sentences alone; typical tokens are learned beside it."""
 
     name = "instruction"
 

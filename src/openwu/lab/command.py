@@ -1,0 +1,152 @@
+"""`openwu audit` and `openwu lab`: an experiment on the embedded model, or on a folder with another one.
+
+Enters: arguments. Leaves: a table in the terminal, JSON with every number and its origin, a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS, FAMILIES
+from openwu.data.photographs import load_folder, load_test_photographs
+from openwu.editor import native_dtype
+from openwu.embedded import WEIGHTS, EmbeddedModel
+from openwu.errors import OpenwuError
+from openwu.lab.audit import Ladder, audit
+from openwu.lab.embedded import embedded_subject
+from openwu.lab.embedded_gradients import generator_conflict, shared_conflicts
+from openwu.lab.gradients import Conflict
+from openwu.lab.manifold import Manifold, manifold
+from openwu.lab.pictures import draw_conflicts, draw_ladder, draw_map
+from openwu.lab.report import columns, write_json
+
+QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
+QUICK_EDITS = tuple(name for pair in CONTRADICTORY_PAIRS[:8] for name in pair)
+STEPS, QUICK_STEPS = (0, 100, 400), (0, 40)
+"""After how many steps of its training the shared LoRA's gradients are compared."""
+
+
+def run_audit(arguments: list[str]) -> int:
+    """Entry of `openwu audit`; returns the exit code."""
+    options = _parser("openwu audit", "Does the condition matter? Adapters that know less and less.").parse_args(
+        arguments
+    )
+    ladder = audit(embedded_subject(_model(options), _photographs(options), _edits(options)), options.seeds)
+    write_json(Path(options.output) / "audit.json", _settings(options), ladder.to_json())
+    draw_ladder(ladder, Path(options.output) / "audit.png")
+    sys.stdout.write(ladder_table(ladder))
+    return 0
+
+
+def run_lab(arguments: list[str]) -> int:
+    """Entry of `openwu lab`; returns the exit code."""
+    parser = _parser("openwu lab", "Test a claim of functional memory.")
+    parser.add_argument("what", choices=sorted(EXPERIMENTS), help="the experiment")
+    parser.add_argument("--photos", default="photos", metavar="FOLDER", help="training photographs (default: photos)")
+    options = parser.parse_args(arguments)
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    sys.stdout.write(EXPERIMENTS[options.what](options))
+    return 0
+
+
+def _manifold(options: argparse.Namespace) -> str:
+    subject = embedded_subject(_model(options), _photographs(options), _edits(options))
+    found = manifold(subject, [case.photograph for case in subject.cases], options.seeds)
+    output = Path(options.output)
+    write_json(output / "manifold.json", _settings(options), found.to_json())
+    draw_map(found, {name: [edit.name for edit in edits] for name, edits in FAMILIES.items()}, output / "manifold.png")
+    return manifold_table(found)
+
+
+def _gradients(options: argparse.Namespace) -> str:
+    edits = _edits(options)
+    opposites = [pair for pair in CONTRADICTORY_PAIRS if set(pair) <= set(edits)]
+    if not opposites:
+        raise OpenwuError("--edit: expected both sides of at least one contradictory pair, such as warm and cool")
+    model = EmbeddedModel.from_pretrained(_folder(options))
+    photographs = load_folder(Path(options.photos))
+    steps = QUICK_STEPS if options.quick else STEPS
+    found = [
+        *shared_conflicts(model, photographs, edits, opposites, steps, options.seeds),
+        generator_conflict(model, photographs, edits, opposites, options.seeds),
+    ]
+    output = Path(options.output)
+    write_json(
+        output / "gradients.json",
+        {**_settings(options), "steps": steps},
+        {"tasks": list(edits), "opposites": opposites, "found": [each.to_json() for each in found]},
+    )
+    draw_conflicts(found, output / "gradients.png")
+    return gradients_table(found)
+
+
+EXPERIMENTS = {"manifold": _manifold, "gradients": _gradients}
+"""Name -> what runs it and returns its table. One line adds an experiment."""
+
+
+def ladder_table(ladder: Ladder) -> str:
+    rungs = sorted(ladder.scores, key=lambda rung: ladder.mean(rung).value, reverse=True)
+    rows = [
+        (rung, str(ladder.mean(rung)), "" if rung == "matched" else str(ladder.lead(rung)))
+        for rung in rungs
+    ]  # fmt: skip
+    return columns(("adapter", f"mean score, {ladder.unit}", "matched minus it"), rows) + f"\n{ladder.verdict}\n"
+
+
+def manifold_table(found: Manifold) -> str:
+    silhouette = sum(found.silhouette) / len(found.silhouette)
+    rows = [
+        ("nearest neighbour has the task", str(found.neighbours)),
+        ("the same by chance", f"{found.chance:.2f}"),
+        ("silhouette by task", f"{silhouette:.2f}"),
+        (f"a - b + c minus another sample's, {found.unit}", str(found.lead("a - b + c", "another sample's"))),
+        (f"a - b + c minus matched, {found.unit}", str(found.lead("a - b + c", "matched"))),
+    ]
+    return columns(("adapters of the test set", "mean [95% interval]"), rows)
+
+
+def gradients_table(found: Sequence[Conflict]) -> str:
+    rows = [(each.where, str(each.contradictory), str(each.all_pairs), str(each.same_task)) for each in found]
+    return columns(("cosine of gradients", "contradictory pairs", "all pairs", "within a task"), rows)
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    return Path(options.model) if options.model else WEIGHTS
+
+
+def _model(options: argparse.Namespace) -> EmbeddedModel:
+    return EmbeddedModel.from_pretrained(_folder(options), dtype=native_dtype())  # as the editor computes
+
+
+def _photographs(options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    found = load_test_photographs(options.side)
+    return {name: found[name] for name in QUICK_PHOTOGRAPHS} if options.quick else found
+
+
+def _edits(options: argparse.Namespace) -> tuple[str, ...]:
+    unknown = sorted(set(options.edits or ()) - set(EDITS))
+    if unknown:
+        raise OpenwuError(f"--edit: expected some of {list(EDITS)}, got {unknown}")
+    return tuple(options.edits) if options.edits else QUICK_EDITS if options.quick else tuple(EDITS)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, object]:
+    return {**vars(options), "model": options.model or "embedded", "edits": _edits(options)}
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer photographs and sub-tasks: minutes on two cores")
+    parser.add_argument("--model", metavar="FOLDER", help="folder of a model (default: the one inside the package)")
+    parser.add_argument("--output", default="runs/lab", metavar="FOLDER", help="where results go (default: runs/lab)")
+    parser.add_argument(
+        "--side", type=int, default=256, metavar="N", help="longest side of a photograph (default: 256)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    parser.add_argument("--edit", action="append", dest="edits", metavar="NAME", help="only this sub-task; repeatable")
+    return parser

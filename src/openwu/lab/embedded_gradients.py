@@ -1,0 +1,116 @@
+"""Gradients of the embedded model's sub-tasks: in one adapter that all share, and in the generator.
+
+Enters: the model, training photographs. Leaves: a `Conflict` for a shared LoRA before its training and along it, for
+its parts, and for the generator's own parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from openwu.data.batches import PairBatch, PairSampler
+from openwu.data.photographs import Photograph
+from openwu.embedded import EmbeddedModel
+from openwu.lab.gradients import Conflict, gradient, task_cosines
+from openwu.training.loss import picture_loss
+from openwu.training.shared import SharedAdapter
+from openwu.types import Adapter
+
+SIDE, CROP, REQUESTS = 192, 64, 8
+"""Sides of the picture that the condition sees and of the crop that the base edits; requests in a gradient."""
+FLOOR = 1e-2
+"""Floor of the loss: so high that every request of a task has a say, whatever error it has reached."""
+LEARNING_RATE = 1e-2
+SAMPLES = 2
+"""Independent gradients of a task for each seed."""
+
+Adapt = Callable[[PairBatch, Tensor], Adapter]
+
+
+def shared_conflicts(
+    model: EmbeddedModel,
+    photographs: list[Photograph],
+    tasks: Sequence[str],
+    opposites: Sequence[tuple[str, str]],
+    steps: Sequence[int],
+    seeds: Sequence[int],
+) -> list[Conflict]:
+    """One shared LoRA per seed, looked at after each number of training steps (rising, 0 first)."""
+    found: dict[int, list[Tensor]] = {step: [] for step in steps}
+    model.requires_grad_(False)
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        shared = SharedAdapter(model.generator.targets, model.generator.config.rank, 1.0, generator)
+        optimizer = torch.optim.AdamW(shared.parameters(), lr=LEARNING_RATE)
+        batches = PairSampler(photographs, tuple(tasks), ((3 * REQUESTS, CROP),), SIDE, seed)
+        made = 0
+
+        def adapt(_batch: PairBatch, _text: Tensor, own: SharedAdapter = shared) -> Adapter:
+            adapter: Adapter = own()
+            return adapter
+
+        for step in steps:
+            for at in tqdm(range(made, step), desc=f"shared LoRA, seed {seed}", unit="step"):
+                optimizer.zero_grad()
+                torch.autograd.backward(batch_loss(model, batches.batch(at), adapt))
+                optimizer.step()
+            made = max(made, step)
+            found[step].append(_cosines(f"after {step} steps", model, photographs, tasks, shared, adapt, seed))
+    return [
+        Conflict(f"shared LoRA after {step} steps", tuple(tasks), torch.stack(each), tuple(opposites))
+        for step, each in found.items()
+    ]
+
+
+def generator_conflict(
+    model: EmbeddedModel,
+    photographs: list[Photograph],
+    tasks: Sequence[str],
+    opposites: Sequence[tuple[str, str]],
+    seeds: Sequence[int],
+) -> Conflict:
+    """The trained generator's own parameters: one network for all tasks, whose output differs from task to task."""
+    model.requires_grad_(False)
+    trained = nn.ModuleList([model.condition, model.generator]).requires_grad_(True)
+
+    def adapt(batch: PairBatch, text: Tensor) -> Adapter:
+        references = batch.reference if bool(batch.present.any()) else None
+        return model.adapt(batch.whole, text, references, batch.present)
+
+    try:
+        each = [_cosines("generator", model, photographs, tasks, trained, adapt, seed) for seed in seeds]
+    finally:
+        model.requires_grad_(False)
+    return Conflict("generator, trained", tuple(tasks), torch.stack(each), tuple(opposites))
+
+
+def batch_loss(model: EmbeddedModel, batch: PairBatch, adapt: Adapt) -> Tensor:
+    """The loss of one batch, in the precision of the trainings."""
+    with torch.no_grad():
+        text = model.instruction(batch.sentences)
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        edited = model.edit(batch.picture, batch.planes, text, adapt(batch, text))
+    return picture_loss(edited, batch.target, FLOOR)
+
+
+def _cosines(
+    where: str,
+    model: EmbeddedModel,
+    photographs: list[Photograph],
+    tasks: Sequence[str],
+    trained: nn.Module,
+    adapt: Adapt,
+    seed: int,
+) -> Tensor:
+    """Cosines `[t, t]` of one set of parameters. A sample's pictures are the same for all tasks."""
+
+    def sample(task: str, which: int) -> Tensor:
+        batches = PairSampler(photographs, (task,), ((REQUESTS, CROP),), SIDE, 1000 + SAMPLES * seed + which)
+        return gradient(trained, lambda: batch_loss(model, batches.batch(0), adapt))
+
+    return task_cosines(f"{where}, seed {seed}", tasks, sample, SAMPLES)

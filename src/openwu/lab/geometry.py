@@ -1,0 +1,106 @@
+"""Adapters as points: what they do to the base's weights is compared, not the factors that say so.
+
+Enters: a batch of adapters. Leaves: inner products of their updates, the mean update, random updates of equal size,
+coordinates. B A stays the same when B and A are turned against one another, so raw factors of equal updates may look
+unlike; every quantity here is one of the updates scale * B A themselves, computed without ever forming them.
+
+Shapes: b samples, E experts, r LoRA rank, in / out widths of a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from openwu.types import Adapter
+
+
+def inner_products(first: Adapter, second: Adapter | None = None) -> Tensor:
+    """<update i, update j> over all targets: `[b1, b2]` float64.
+
+    <B1 A1, B2 A2> = sum over ranks of (B1^T B2) * (A1 A2^T).
+    """
+    second = first if second is None else second
+    total = torch.zeros(first.batch, second.batch, dtype=torch.float64)
+    for name, (a1, b1) in first.weights.items():
+        a2, b2 = second.weights[name]
+        across = _cross(a1, a2)  # [E, b1, r, b2, s]
+        down = _cross(b1.transpose(-1, -2), b2.transpose(-1, -2))
+        total += (across * down).sum(dim=(0, 2, 4)).to(total)
+    return total * (first.scale * second.scale)
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    """x `[b1, (E,) r, n]`, y `[b2, (E,) s, n]` -> products of all rows `[E or 1, b1, r, b2, s]`."""
+    x, y = (each if each.ndim == 4 else each[:, None] for each in (x.double(), y.double()))
+    experts = x.shape[1]
+    rows = [each.transpose(0, 1).reshape(experts, -1, each.shape[-1]) for each in (x, y)]
+    product = rows[0] @ rows[1].transpose(1, 2)
+    return product.view(experts, x.shape[0], x.shape[2], y.shape[0], y.shape[2])
+
+
+def cosines(adapter: Adapter) -> Tensor:
+    """Cosine similarity of the updates of all samples `[b, b]`."""
+    products = inner_products(adapter)
+    sizes = products.diagonal().clamp(min=1e-30).sqrt()
+    return products / sizes[:, None] / sizes[None, :]
+
+
+def coordinates(products: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+    """Principal components of points with these inner products: `[b, dimensions]`, and each one's share of variance.
+
+    Equal to PCA of the flattened updates, which would have millions of columns.
+    """
+    centred = products - products.mean(0, keepdim=True) - products.mean(1, keepdim=True) + products.mean()
+    values, vectors = torch.linalg.eigh(centred)
+    order = values.argsort(descending=True)[:dimensions]
+    kept = values[order].clamp(min=0)
+    return vectors[:, order] * kept.sqrt(), kept / values.clamp(min=0).sum().clamp(min=1e-30)
+
+
+def mean_update(adapter: Adapter) -> Adapter:
+    """One adapter (b = 1) whose update is the mean of all samples' updates, exactly: its rank grows as it must."""
+    rank = max(min(target.in_dim, target.out_dim, adapter.batch * adapter.rank) for target in adapter.targets)
+    weights = {}
+    for name, (a, b) in adapter.weights.items():
+        mean = torch.einsum("b...or,b...ri->...oi", b.float(), a.float()) / adapter.batch
+        u, s, v = torch.linalg.svd(mean, full_matrices=False)
+        kept = min(rank, s.shape[-1])
+        root = s[..., :kept].sqrt()
+        own_a = torch.zeros(*a.shape[1:-2], rank, a.shape[-1])
+        own_b = torch.zeros(*b.shape[1:-1], rank)
+        own_a[..., :kept, :] = root[..., :, None] * v[..., :kept, :]
+        own_b[..., :kept] = u[..., :kept] * root[..., None, :]
+        weights[name] = (own_a[None], own_b[None])
+    return replace(adapter, weights=weights, instructions=())
+
+
+def random_like(adapter: Adapter, generator: torch.Generator) -> Adapter:
+    """Normal factors, scaled so that every sample's update of every target is as large as the adapter's own."""
+    weights = {}
+    for name, (a, b) in adapter.weights.items():
+        drawn_a, drawn_b = (torch.randn(each.shape, generator=generator) for each in (a, b))
+        ratio = (_sizes(a, b) / _sizes(drawn_a, drawn_b).clamp(min=1e-30)).float()
+        weights[name] = (drawn_a, drawn_b * ratio[..., None, None])
+    return replace(adapter, weights=weights, instructions=())
+
+
+def _sizes(a: Tensor, b: Tensor) -> Tensor:
+    """Frobenius norm of B A: a `[b, (E,) r, in]`, b `[b, (E,) out, r]` -> `[b, (E)]`"""
+    a, b = a.double(), b.double()
+    return ((a @ a.transpose(-1, -2)) * (b.transpose(-1, -2) @ b)).sum((-1, -2)).clamp(min=0).sqrt()
+
+
+def nearest_same_task(similarity: Tensor, tasks: Sequence[str], groups: Sequence[str] | None = None) -> list[bool]:
+    """For every sample: whether the most similar other one has its task.
+
+    `groups`: samples of one group (say, of one photograph) are not compared with one another.
+    """
+    allowed = ~torch.eye(len(tasks), dtype=torch.bool)
+    if groups is not None:
+        allowed &= torch.tensor([[one != other for other in groups] for one in groups])
+    nearest = similarity.masked_fill(~allowed, -torch.inf).argmax(dim=1)
+    return [tasks[i] == tasks[int(j)] for i, j in enumerate(nearest)]

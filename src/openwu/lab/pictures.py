@@ -1,0 +1,65 @@
+"""Pictures of what experiments found: a ladder, a map, matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from openwu.lab.audit import Ladder
+from openwu.lab.gradients import Conflict
+from openwu.lab.manifold import Manifold
+
+
+def draw_ladder(ladder: Ladder, path: Path) -> Path:
+    """Mean score of every rung with its interval, worst at the bottom."""
+    means = sorted(((rung, ladder.mean(rung)) for rung in ladder.scores), key=lambda each: each[1].value)
+    figure = Figure(figsize=(6.4, 0.4 * len(means) + 1.1), layout="constrained")
+    panel = figure.subplots()
+    for place, (rung, mean) in enumerate(means):
+        panel.errorbar(
+            mean.value, place, xerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="o", capsize=3,
+            color="tab:orange" if rung == "matched" else "tab:blue",
+        )  # fmt: skip
+    panel.set_yticks(range(len(means)), [rung for rung, _ in means])
+    panel.set_xlabel(f"mean score ({ladder.unit}), 95% interval over tasks and cases")
+    panel.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_map(found: Manifold, families: Mapping[str, Sequence[str]], path: Path) -> Path:
+    """The first two principal components; a colour per family, a name per task."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    panel = figure.subplots()
+    for number, (family, tasks) in enumerate(families.items()):
+        own = [i for i, task in enumerate(found.tasks) if task in tasks]
+        if own:
+            panel.scatter(*found.points[own].t().tolist(), s=14, color=f"C{number}", label=family)
+    for task in dict.fromkeys(found.tasks):
+        own = [i for i, other in enumerate(found.tasks) if other == task]
+        x, y = found.points[own].mean(0).tolist()
+        panel.annotate(task, (x, y), fontsize=6)
+    panel.set_xlabel(f"first component ({found.shares[0]:.0%} of the variance)")
+    panel.set_ylabel(f"second component ({found.shares[1]:.0%})")
+    panel.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_conflicts(found: Sequence[Conflict], path: Path) -> Path:
+    """A matrix of cosines for each set of parameters, opposites beside one another."""
+    figure = Figure(figsize=(4.6 * len(found), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for panel, each in zip(panels, found, strict=True):
+        order = [task for pair in each.opposites for task in pair]
+        order += [task for task in each.tasks if task not in order]
+        index = [each.tasks.index(task) for task in order]
+        shown = panel.imshow(each.cosine.mean(0)[index][:, index].numpy(), vmin=-1, vmax=1, cmap="RdBu")
+        panel.set_title(f"{each.where}\nopposites {each.contradictory.value:.2f}", fontsize="small")
+        panel.set_xticks(range(len(order)), order, rotation=90, fontsize=4)
+        panel.set_yticks(range(len(order)), order, fontsize=4)
+    figure.colorbar(shown, ax=panels, shrink=0.7, label="cosine of gradients")
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,71 @@
+"""`openwu audit` and `openwu lab` on an untrained model: what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from openwu.cli import main
+
+EDITS = ["--edit", "warm", "--edit", "cool", "--edit", "fog"]
+SMALL = ["--quick", "--side", "48", "--seeds", "0", *EDITS]
+
+
+def run(*arguments: str) -> int:
+    return main(list(arguments))
+
+
+def test_audit_writes_numbers_and_a_picture(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("audit", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
+    printed = capsys.readouterr().out
+    stored = json.loads((tmp_path / "audit.json").read_text())
+    assert printed.strip().endswith(stored["verdict"])
+    assert {rung["rung"] for rung in stored["rungs"]} == {
+        *("none", "random", "average", "other task", "same task", "matched"),
+        *("random words", "other words", "other picture"),
+    }
+    assert {len(values) for values in stored["scores"].values()} == {9}  # three photographs, three edits
+    assert stored["settings"]["seeds"] == [0]
+    assert stored["torch"]
+    assert (tmp_path / "audit.png").stat().st_size > 5000
+
+
+def test_manifold(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("lab", "manifold", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
+    assert "nearest neighbour has the task" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "manifold.json").read_text())
+    assert len(stored["cases"]) == 9
+    assert stored["nearest_neighbour"]["chance"] == pytest.approx(1 / 3)
+    assert (tmp_path / "manifold.png").stat().st_size > 5000
+
+
+def test_gradients(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openwu.lab.command.QUICK_STEPS", (0, 2))
+    monkeypatch.setattr("openwu.lab.embedded_gradients.SIDE", 64)
+    monkeypatch.setattr("openwu.lab.embedded_gradients.REQUESTS", 1)
+    assert run("lab", "gradients", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
+    assert "contradictory pairs" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "gradients.json").read_text())
+    assert stored["opposites"] == [["warm", "cool"]]
+    assert [each["where"] for each in stored["found"]][-1] == "generator, trained"
+    assert (tmp_path / "gradients.png").stat().st_size > 5000
+
+
+def test_wrong_arguments(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", str(model_folder), "--output", str(tmp_path), "--quick", "--side", "48"]
+    assert run("audit", *common, "--edit", "warmer") == 1
+    assert "--edit: expected some of" in capsys.readouterr().err
+    assert run("audit", *common, "--edit", "warm") == 1
+    assert "cases: expected at least two of each of at least two tasks" in capsys.readouterr().err
+    assert run("lab", "gradients", *common, "--edit", "warm", "--edit", "fog") == 1
+    assert "expected both sides of at least one contradictory pair" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("lab", "phrenology")
+    assert "manifold" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
