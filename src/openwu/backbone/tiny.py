@@ -183,7 +183,7 @@ def with_squares(planes: Tensor) -> Tensor:
 
     What fades towards the borders depends on the distance from the middle, and that is a sum of the two squares.
     """
-    noise, place = planes.split((1, 2), dim=1)
+    noise, place = planes[:, :1], planes[:, 1:]
     return torch.cat([noise, 2 * place, 2 * place.square() - 2 / 3], dim=1)
 
 

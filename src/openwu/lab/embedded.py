@@ -122,8 +122,9 @@ def variants(
         return replace(case, picture=other.picture, reference=other.reference, present=other.present)
 
     found = {"random words": random_words, "other words": other_words}
-    several = len({case.photograph for case in cases}) > 1
-    return {**found, "other picture": other_picture} if several else found
+    if len({case.photograph for case in cases}) > 1:
+        found["other picture"] = other_picture
+    return found
 
 
 AT_ONCE = 6

@@ -36,7 +36,8 @@ def draw_map(found: Manifold, families: Mapping[str, Sequence[str]], path: Path)
     for number, (family, tasks) in enumerate(families.items()):
         own = [i for i, task in enumerate(found.tasks) if task in tasks]
         if own:
-            panel.scatter(*found.points[own].t().tolist(), s=14, color=f"C{number}", label=family)
+            x, y = found.points[own].t().tolist()
+            panel.scatter(x, y, s=14, color=f"C{number}", label=family)
     for task in dict.fromkeys(found.tasks):
         own = [i for i, other in enumerate(found.tasks) if other == task]
         x, y = found.points[own].mean(0).tolist()

@@ -61,4 +61,5 @@ class StageOptimizer:
 def _linear_weights(module: nn.Module) -> Iterator[nn.Parameter]:
     for each in module.modules():
         if isinstance(each, nn.Linear) and each.weight.requires_grad:
+            assert isinstance(each.weight, nn.Parameter)
             yield each.weight
