@@ -121,6 +121,7 @@ def variants(
         other = others[int(torch.randint(len(others), (), generator=generator))]
         return replace(case, picture=other.picture, reference=other.reference, present=other.present)
 
+    found: dict[str, Callable[[EmbeddedCase, torch.Generator], EmbeddedCase]]
     found = {"random words": random_words, "other words": other_words}
     if len({case.photograph for case in cases}) > 1:
         found["other picture"] = other_picture

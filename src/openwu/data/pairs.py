@@ -1,0 +1,267 @@
+"""Training pairs of one's own: pictures, an instruction, and what should come out.
+
+Enters: a JSONL file, a folder, or rows of a data set of Hugging Face's. Leaves: pairs that have all been looked at, and
+the pairs of any step of a training, balanced over tasks. A broken line, a missing picture or a target of another size
+is reported before the first step, with every line number; nothing is skipped in silence.
+
+A line of JSONL is `{"images": ["a.jpg"], "instruction": "...", "target": "b.jpg", "task": "..."}`: paths relative to
+the file, reference pictures behind the picture to edit; `task` may be missing, then all pairs are of one task. A folder
+holds `pairs.jsonl`, or a folder for each task with `instructions.txt` (one a line), `input/` and `target/`, in which
+equal names belong together.
+
+Shapes: h, w sides of a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from openwu.errors import DatasetError
+
+SHOWN = 20
+"""Problems that an error lists; of more it gives the number."""
+LISTING = "pairs.jsonl"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+ORIENTATION = 0x0112
+"""EXIF's tag of how a picture is turned."""
+
+File = Path | Image.Image
+"""Where a picture is, or the picture itself."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair, not yet loaded."""
+
+    images: tuple[File, ...]
+    """The picture to edit, then reference pictures."""
+    instructions: tuple[str, ...]
+    """Wordings of what to do; a training draws one."""
+    target: File
+    """What should come out; as large as the first picture."""
+    task: str
+    where: str
+    """For errors: file and line, or row."""
+
+    def load(self) -> tuple[list[Tensor], Tensor]:
+        """Pictures and target, `[3, h, w]` each, in 0..1; turned as EXIF says, transparency on white."""
+        return [load_picture(image) for image in self.images], load_picture(self.target)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs that can all be used."""
+
+    pairs: tuple[Pair, ...]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """Every task once, in the order in which they first come."""
+        return tuple(dict.fromkeys(pair.task for pair in self.pairs))
+
+    def step(self, step: int, count: int, seed: int = 0) -> list[tuple[Pair, str]]:
+        """The pairs of a training step with one of their wordings each: the same for one step and seed, always.
+
+        Tasks take turns in shuffled rounds, however many pairs they have; within a task, pairs do.
+        """
+        chosen = []
+        for position in range(step * count, (step + 1) * count):
+            turn, place = divmod(position, len(self.tasks))
+            task = self.tasks[_shuffled(len(self.tasks), seed * 7_000_003 + turn)[place]]
+            own = self._by_task[task]
+            again, which = divmod(turn, len(own))
+            pair = self.pairs[own[_shuffled(len(own), seed * 9_000_011 + again)[which]]]
+            draw = torch.Generator().manual_seed(seed * 1_000_003 + position)
+            chosen.append((pair, pair.instructions[int(torch.randint(len(pair.instructions), (), generator=draw))]))
+        return chosen
+
+    @cached_property
+    def _by_task(self) -> dict[str, list[int]]:
+        members: dict[str, list[int]] = {task: [] for task in self.tasks}
+        for i, pair in enumerate(self.pairs):
+            members[pair.task].append(i)
+        return members
+
+
+def read_pairs(source: str | Path) -> Pairs:
+    """All pairs of a JSONL file or a folder. Raises one DatasetError with every problem."""
+    source = Path(source)
+    if source.is_dir() and not (source / LISTING).is_file():
+        return _checked(*_from_folders(source))
+    return _checked(*_from_lines(source / LISTING if source.is_dir() else source))
+
+
+def pairs_of_dataset(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    images: str | Sequence[str],
+    instruction: str,
+    target: str,
+    task: str | None = None,
+) -> Pairs:
+    """Pairs of a `datasets.Dataset` or any rows that hold PIL pictures; the arguments name the columns."""
+    columns = [images] if isinstance(images, str) else list(images)
+    wanted = [*columns, instruction, target, *([task] if task else [])]
+    pairs, problems = [], []
+    for number, row in enumerate(rows):
+        where = f"row {number}"
+        missing = [name for name in wanted if row.get(name) is None]
+        if missing:
+            problems.append(f"{where}: expected columns {wanted}, got nothing in {missing} (it has {sorted(row)})")
+            continue
+        found = tuple(row[name] for name in columns)
+        if not all(isinstance(picture, Image.Image) for picture in (*found, row[target])):
+            kinds = [type(picture).__name__ for picture in (*found, row[target])]
+            problems.append(f"{where}: expected pictures in {[*columns, target]}, got {kinds}")
+            continue
+        pairs.append(Pair(found, (str(row[instruction]),), row[target], str(row[task]) if task else "", where))
+    return _checked(pairs, problems)
+
+
+def load_picture(file: File) -> Tensor:
+    """`[3, h, w]` in 0..1"""
+    if isinstance(file, Image.Image):
+        return _to_tensor(file)
+    with Image.open(file) as opened:
+        return _to_tensor(opened)
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    turned = ImageOps.exif_transpose(picture)
+    if turned.has_transparency_data:
+        turned = turned.convert("RGBA")
+        turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
+    return torch.from_numpy(np.array(turned.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def _from_lines(file: Path) -> tuple[list[Pair], list[str]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"pairs: expected a JSONL file or a folder, got {file} ({error})") from error
+    pairs, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file.name}:{number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{where}: expected a JSON object on one line ({error})")
+            continue
+        wrong = _wrong_fields(entry)
+        if wrong:
+            problems.append(f"{where}: {wrong}")
+            continue
+        images = tuple(file.parent / name for name in entry["images"])
+        target, task = file.parent / entry["target"], entry.get("task", "")
+        pairs.append(Pair(images, (entry["instruction"],), target, task, where))
+    return pairs, problems
+
+
+def _wrong_fields(entry: object) -> str | None:
+    """What is wrong with a line's object, None if nothing is."""
+    if not isinstance(entry, dict):
+        return f"expected an object with fields, got {type(entry).__name__}"
+    known = ("images", "instruction", "target", "task")
+    unknown = [name for name in entry if name not in known]
+    if unknown:
+        return f"expected fields {list(known)}, got {unknown}"
+    images = entry.get("images")
+    if not isinstance(images, list) or not images or not all(isinstance(name, str) and name for name in images):
+        return f"images: expected a list of at least one path, got {images!r}"
+    for name in ("instruction", "target"):
+        if not isinstance(entry.get(name), str) or not entry[name].strip():
+            return f"{name}: expected text, got {entry.get(name)!r}"
+    if not isinstance(entry.get("task", ""), str):
+        return f"task: expected text, got {entry['task']!r}"
+    return None
+
+
+def _from_folders(folder: Path) -> tuple[list[Pair], list[str]]:
+    """A task for each folder in this one."""
+    pairs, problems = [], []
+    tasks = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    if not tasks:
+        problems.append(f"{folder}: expected {LISTING}, or a folder for each task; found neither")
+    for task in tasks:
+        try:
+            text = (task / "instructions.txt").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            text = ""
+        wordings = tuple(line.strip() for line in text.splitlines() if line.strip())
+        if not wordings:
+            problems.append(f"{task.name}/instructions.txt: expected at least one instruction, one a line")
+            continue
+        inputs, targets = _pictures(task / "input"), _pictures(task / "target")
+        if not inputs and not targets:
+            problems.append(f"{task.name}: expected pictures in {task.name}/input and {task.name}/target")
+        problems += [f"{task.name}/input/{inputs[n].name}: no target of this name" for n in inputs if n not in targets]
+        problems += [f"{task.name}/target/{targets[n].name}: no input of this name" for n in targets if n not in inputs]
+        pairs += [
+            Pair((inputs[name],), wordings, targets[name], task.name, f"{task.name}/input/{inputs[name].name}")
+            for name in inputs
+            if name in targets
+        ]
+    return pairs, problems
+
+
+def _pictures(folder: Path) -> dict[str, Path]:
+    """Name without suffix -> file."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {file.stem: file for file in files if file.suffix.lower() in SUFFIXES}
+
+
+def _checked(pairs: list[Pair], problems: list[str]) -> Pairs:
+    """Look at every picture's header; all problems in one error."""
+    for pair in tqdm(pairs, desc="looking at pairs", unit="pair", disable=len(pairs) < 500):
+        sizes = []
+        for name, file in (*(("images", image) for image in pair.images), ("target", pair.target)):
+            try:
+                sizes.append(_size(file))
+            except FileNotFoundError:
+                problems.append(f"{pair.where}: {name}: expected a picture at {file}, found none")
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                problems.append(f"{pair.where}: {name}: expected a picture that Pillow reads, got {file} ({error})")
+        if len(sizes) == len(pair.images) + 1 and sizes[0] != sizes[-1]:
+            first, last = ("x".join(map(str, size)) for size in (sizes[0], sizes[-1]))
+            problems.append(f"{pair.where}: target: expected the first picture's size {first}, got {last}")
+    if problems:
+        more = len(problems) - SHOWN
+        listed = "\n  ".join(problems[:SHOWN]) + (f"\n  and {more} more" if more > 0 else "")
+        raise DatasetError(f"{len(problems)} problems with the training pairs; nothing was trained:\n  {listed}")
+    if not pairs:
+        raise DatasetError("pairs: expected at least one, got none")
+    return Pairs(tuple(pairs))
+
+
+def _size(file: File) -> tuple[int, int]:
+    """Width and height as a viewer shows the picture, from its header."""
+    if isinstance(file, Image.Image):
+        return _turned_size(file)
+    with Image.open(file) as opened:
+        return _turned_size(opened)
+
+
+def _turned_size(picture: Image.Image) -> tuple[int, int]:
+    width, height = picture.size
+    return (height, width) if picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (width, height)
