@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from openwu.cli import main
+from openwu.lab.conflict import Budget
 
 EDITS = ["--edit", "warm", "--edit", "cool", "--edit", "fog"]
 SMALL = ["--quick", "--side", "48", "--seeds", "0", *EDITS]
@@ -69,3 +70,20 @@ def test_wrong_arguments(model_folder: Path, tmp_path: Path, capsys: pytest.Capt
         run("lab", "phrenology")
     assert "manifold" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_conflict(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openwu.lab.command.QUICK_BUDGET", Budget(steps=1, requests=1, crop=32, wide_rank=5))
+    monkeypatch.setattr("openwu.lab.command.QUICK_OLD", 1)
+    monkeypatch.setattr("openwu.lab.conflict.SIDE", 64)
+    assert run("lab", "conflict", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
+    assert "generated minus it" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "conflict.json").read_text())
+    assert {each["method"] for each in stored["methods"]} >= {"base", "shared", "generated", "retrieval"}
+    assert stored["settings"]["budget"]["steps"] == 1
+    assert stored["settings"]["edits"] == ["warm", "cool", "fog"]
+    assert {each["old"] for each in stored["outcomes"]} == {True, False}
+    assert (tmp_path / "conflict.png").stat().st_size > 5000
+    assert (tmp_path / "conflict.jpg").stat().st_size > 3000

@@ -132,7 +132,7 @@ class InstructionEncoder(nn.Module):
         edits, degrees = self.log_probabilities(tokens).exp(), self.degree_log_probabilities(tokens).exp()
         typical = torch.einsum("bl,lkw->bkw", edits.to(tokens.dtype), self.centres)
         typical = typical + torch.einsum("bd,dkw->bkw", degrees.to(tokens.dtype), self.degree_centres)
-        return torch.lerp(tokens, typical, SETTLED)
+        return torch.lerp(tokens, typical.to(tokens.dtype), SETTLED)
 
     def off_centre(self, tokens: Tensor, labels: Tensor, degrees: Tensor) -> Tensor:
         """Mean squared distance of the centres of labels and degrees `[b]` from the tokens; moves the centres alone."""

@@ -12,23 +12,28 @@ from pathlib import Path
 
 import torch
 
-from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS, FAMILIES
+from openwu.data.edits import BASE_EDITS, CONTRADICTORY_PAIRS, EDITS, FAMILIES
 from openwu.data.photographs import load_folder, load_test_photographs
 from openwu.editor import native_dtype
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.lab.audit import Ladder, audit
+from openwu.lab.conflict import Budget, Contest, conflict
 from openwu.lab.embedded import embedded_subject
 from openwu.lab.embedded_gradients import generator_conflict, shared_conflicts
 from openwu.lab.gradients import Conflict
 from openwu.lab.manifold import Manifold, manifold
-from openwu.lab.pictures import draw_conflicts, draw_ladder, draw_map
+from openwu.lab.pictures import draw_cells, draw_conflicts, draw_contest, draw_ladder, draw_map
 from openwu.lab.report import columns, write_json
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
 QUICK_EDITS = tuple(name for pair in CONTRADICTORY_PAIRS[:8] for name in pair)
 STEPS, QUICK_STEPS = (0, 100, 400), (0, 40)
 """After how many steps of its training the shared LoRA's gradients are compared."""
+BUDGET = Budget(steps=1500, wide_rank=192, factors=(0.5, 1.0, 2.0), search_steps=150)
+QUICK_BUDGET = Budget(steps=60)
+QUICK_OLD = 4
+"""How many of the base's old tasks a quick run looks at."""
 
 
 def run_audit(arguments: list[str]) -> int:
@@ -85,7 +90,24 @@ def _gradients(options: argparse.Namespace) -> str:
     return gradients_table(found)
 
 
-EXPERIMENTS = {"manifold": _manifold, "gradients": _gradients}
+def _conflict(options: argparse.Namespace) -> str:
+    paired = [name for pair in CONTRADICTORY_PAIRS for name in pair]
+    tasks = _edits(options) if options.edits else paired[:8] if options.quick else paired
+    old = [name for name in BASE_EDITS if name not in paired and name not in tasks]
+    old = old[:QUICK_OLD] if options.quick else old
+    folder, budget = Path(options.photos), QUICK_BUDGET if options.quick else BUDGET
+    photographs = (load_folder(folder), load_folder(folder, validation=True))
+    model = EmbeddedModel.from_pretrained(_folder(options))
+    found = conflict(model, photographs, _photographs(options), tasks, old, budget, options.seeds)
+    output = Path(options.output)
+    settings = {**_settings(options), "edits": tasks, "old": old, "budget": vars(budget)}
+    write_json(output / "conflict.json", settings, found.to_json())
+    draw_contest(found, output / "conflict.png")
+    draw_cells(found, output / "conflict.jpg")
+    return conflict_table(found)
+
+
+EXPERIMENTS = {"conflict": _conflict, "manifold": _manifold, "gradients": _gradients}
 """Name -> what runs it and returns its table. One line adds an experiment."""
 
 
@@ -113,6 +135,25 @@ def manifold_table(found: Manifold) -> str:
 def gradients_table(found: Sequence[Conflict]) -> str:
     rows = [(each.where, str(each.contradictory), str(each.all_pairs), str(each.same_task)) for each in found]
     return columns(("cosine of gradients", "contradictory pairs", "all pairs", "within a task"), rows)
+
+
+def conflict_table(found: Contest) -> str:
+    cost = {each["method"]: each for each in found.costs}
+    old = any(each.old for each in found.outcomes)
+    rows = [
+        (
+            method,
+            str(found.mean(method)),
+            str(found.mean(method, "gain")),
+            f"{found.mean(method, 'progress').value:.2f}",
+            "" if method == "generated" else str(found.lead("generated", method)),
+            str(found.lead(method, "base", old=True)) if old else "",
+            f"{cost[method]['parameters']:,}" if method in cost else "",
+        )
+        for method in sorted(found.methods, key=lambda each: found.mean(each).value, reverse=True)
+    ]
+    head = ("method", "new tasks, dB", "over the input", "progress", "generated minus it", "old tasks", "trained")
+    return columns(head, rows)
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from openwu.evaluation.pictures import grid
 from openwu.lab.audit import Ladder
+from openwu.lab.conflict import Contest
 from openwu.lab.gradients import Conflict
 from openwu.lab.manifold import Manifold
 
@@ -63,4 +65,31 @@ def draw_conflicts(found: Sequence[Conflict], path: Path) -> Path:
         panel.set_yticks(range(len(order)), order, fontsize=4)
     figure.colorbar(shown, ax=panels, shrink=0.7, label="cosine of gradients")
     figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_contest(found: Contest, path: Path) -> Path:
+    """Every method on the new tasks and on what the base knew before."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for panel, old in zip(figure.subplots(1, 2), (False, True), strict=True):
+        names = [name for name in found.methods if any(o.method == name and o.old == old for o in found.outcomes)]
+        means = sorted(((name, found.mean(name, old=old)) for name in names), key=lambda each: each[1].value)
+        for place, (name, mean) in enumerate(means):
+            panel.errorbar(
+                mean.value, place, xerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="o", capsize=3,
+                color="tab:orange" if name == "generated" else "tab:blue",
+            )  # fmt: skip
+        panel.set_yticks(range(len(means)), [name for name, _ in means])
+        panel.set_title("the base's old tasks" if old else "contradictory tasks", fontsize="medium")
+        panel.set_xlabel("PSNR (dB), 95% interval")
+        panel.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_cells(found: Contest, path: Path) -> Path:
+    """A row per new task: input, every method, target."""
+    titles = ["input", *found.methods, "target"]
+    rows = {task: [cells[title] for title in titles] for task, cells in found.cells.items()}
+    grid(rows, titles).save(path, quality=85)
     return path
