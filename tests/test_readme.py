@@ -12,6 +12,7 @@ from PIL import Image
 from openwu import cli
 from openwu.data.edits import EDITS
 from openwu.evaluation.command import _parser
+from openwu.lab.command import EXPERIMENTS
 from openwu.training.recipe import EmbeddedRecipe
 from openwu.types import EditResult
 
@@ -97,6 +98,13 @@ def test_the_evaluation_commands_are_understood() -> None:
     lines = [line.split(" #")[0] for block in blocks("") for line in block.splitlines()]
     evaluations = [shlex.split(line)[2:] for line in lines if line.startswith("openwu eval")]
     assert {_parser().parse_args(words).what for words in evaluations} >= {"suite", "gallery"}
+
+
+def test_the_experiments_are_those_that_exist() -> None:
+    """Run on the shipped model by a slow test of the lab; here they are read as the commands read them."""
+    lines = [shlex.split(line.split(" #")[0]) for block in blocks("") for line in block.splitlines()]
+    named = {tuple(words[1:-1]) for words in lines if words[:2] in (["openwu", "audit"], ["openwu", "lab"])}
+    assert named == {("audit",), *(("lab", name) for name in EXPERIMENTS)}
 
 
 def test_the_number_of_edits_is_right() -> None:

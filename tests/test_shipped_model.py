@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -25,7 +26,7 @@ from openwu.evaluation.command import Findings, as_markdown
 from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
 from openwu.evaluation.goals import KNOWN_DAMAGE, goals
 from openwu.evaluation.strength import Graded
-from openwu.evaluation.suite import Report, Score, evaluate_suite
+from openwu.evaluation.suite import Report, Score, apply, draw_cases, evaluate_suite, generate, psnr_of
 from openwu.evaluation.wording import Wording
 from openwu.types import Adapter, EditRequest
 from openwu.understanding import understanding
@@ -85,6 +86,21 @@ def test_adapters_of_other_requests_lose_the_gain(report: Report) -> None:
 def test_generated_adapters_beat_the_base_and_the_input(report: Report) -> None:
     assert report.mean("psnr", "generated") > report.mean("psnr", "base") + 2
     assert report.mean("psnr", "generated") > report.mean("psnr", "input") + 5
+
+
+@pytest.mark.parametrize("edit", ["warm", "denoise", "age"])
+def test_bfloat16_and_float32_are_the_same_model(edit: str) -> None:
+    """Some kernels are wrong on some processors: then the two would have nothing in common."""
+    cases = draw_cases("coffee", load_test_photographs(QUICK_SIDE)["coffee"], 0, (edit,), torch.rand(3, 64, 64))
+    answers = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = EmbeddedModel.from_pretrained(dtype=dtype)
+        with torch.inference_mode():
+            text, adapter = generate(model, cases)
+            answers.append(apply(model, cases, text, adapter)[0].float().clamp(0, 1))
+    assert psnr_of(answers[1], answers[0]) > 33
+    scores = [psnr_of(answer, cases.target[0]) for answer in answers]
+    assert scores[1] == pytest.approx(scores[0], abs=0.5)
 
 
 # What is stored

@@ -87,3 +87,29 @@ def test_conflict(
     assert {each["old"] for each in stored["outcomes"]} == {True, False}
     assert (tmp_path / "conflict.png").stat().st_size > 5000
     assert (tmp_path / "conflict.jpg").stat().st_size > 3000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        (("audit",), "audit"),
+        (("lab", "manifold"), "manifold"),
+        (("lab", "gradients"), "gradients"),
+        (("lab", "conflict"), "conflict"),
+    ],
+)
+def test_the_quick_experiments_hold_on_the_shipped_model(words: tuple[str, ...], file: str, tmp_path: Path) -> None:
+    """Minutes each: the commands that docs/evidence.md was made with."""
+    assert run(*words, "--quick", "--output", str(tmp_path)) == 0
+    stored = json.loads((tmp_path / f"{file}.json").read_text())
+    if file == "audit":
+        assert stored["verdict"].startswith("conditional: ")
+    if file == "manifold":
+        assert stored["nearest_neighbour"]["low"] > 2 * stored["nearest_neighbour"]["chance"]
+    if file == "gradients":
+        first = stored["found"][0]
+        assert first["contradictory"]["value"] < first["all_pairs"]["value"]
+    if file == "conflict":
+        means = {each["method"]: each["new_psnr"]["value"] for each in stored["methods"]}
+        assert means["random"] < means["base"] < means["generated"]
