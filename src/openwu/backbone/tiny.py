@@ -247,9 +247,8 @@ def from_windows(x: Tensor, grid: tuple[int, int], window: int, shift: int) -> T
 def overlapping_patches(x: Tensor, patch: int) -> Tensor:
     """Every patch with half a patch around it, zeros outside: `[b, c, h, w]` -> `[b, n, 4 * c * p * p]`.
 
-    Four quarters, each a whole patch of the picture moved by half a patch. Written as a product of matrices because
-    strided convolutions in bfloat16 are wrong in some shapes where the processor has AMX (oneDNN up to 3.13; pytorch
-    issue 169688): with 6 or 8 channels and patches of 8 pixels the result was noise.
+    Four quarters, each as large as a patch of the picture moved by half a patch. This and a linear layer, not a strided
+    convolution: in bfloat16 those are wrong for some shapes on processors with AMX, this one among them (docs/log.md).
     """
     b, c, h, w = x.shape
     half = patch // 2

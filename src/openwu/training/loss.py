@@ -15,8 +15,10 @@ FLOOR_FALLS = 0.6
 
 
 def squared_errors(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every picture: `[b, 3, h, w]` twice -> `[b]`."""
-    return (predicted.float() - target).square().mean(dim=(1, 2, 3))
+    """Mean squared error of every sample in float32: `[b, ...]` twice -> `[b]`."""
+    if predicted.shape != target.shape:
+        raise ValueError(f"prediction: expected the target's shape {list(target.shape)}, got {list(predicted.shape)}")
+    return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
 def picture_loss(predicted: Tensor, target: Tensor, floor: float = FLOOR) -> Tensor:

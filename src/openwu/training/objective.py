@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openwu.training.loss import squared_errors
+
 IGNORED = -100
 """Token that no loss counts, as everywhere in torch."""
 
@@ -138,13 +140,6 @@ class NextToken:
         wanted = question.wanted[:, 1:]
         each = F.cross_entropy(said[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
         return each.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
-
-
-def squared_errors(said: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of every sample `[b]`, in float32; both `[b, ...]`."""
-    if said.shape != wanted.shape:
-        raise ValueError(f"prediction: expected the target's shape {list(wanted.shape)}, got {list(said.shape)}")
-    return (said.float() - wanted.float()).square().flatten(1).mean(1)
 
 
 def scaled_linear(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:

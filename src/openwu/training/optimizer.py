@@ -3,8 +3,8 @@
 Enters: a module and its stage's optimisation. Leaves: one object that the loop steps and the checkpoint stores.
 
 Muon (Jordan et al. 2024; `torch.optim.Muon`) makes the update of a matrix orthogonal, so that all of its directions
-move alike. On the embedded base it reached in 240 steps what AdamW reaches in many more (docs/log.md). It is meant for
-matrices between features: tables, positions, convolutions, norms and biases stay with AdamW.
+move alike. After 240 steps the embedded base was 2.4 dB further with it (docs/log.md). It is meant for matrices between
+features: tables, positions, convolutions, norms and biases stay with AdamW.
 """
 
 from __future__ import annotations
