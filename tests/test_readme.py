@@ -102,8 +102,9 @@ def test_the_evaluation_commands_are_understood() -> None:
 
 def test_the_experiments_are_those_that_exist() -> None:
     """Run on the shipped model by a slow test of the lab; here they are read as the commands read them."""
-    lines = [shlex.split(line.split(" #")[0]) for block in blocks("") for line in block.splitlines()]
-    named = {tuple(words[1:-1]) for words in lines if words[:2] in (["openwu", "audit"], ["openwu", "lab"])}
+    lines = [line.split(" #")[0] for block in blocks("") for line in block.splitlines()]
+    words = [shlex.split(line)[1:] for line in lines if line.startswith(("openwu audit", "openwu lab"))]
+    named = {tuple(each[:-1]) for each in words}
     assert named == {("audit",), *(("lab", name) for name in EXPERIMENTS)}
 
 

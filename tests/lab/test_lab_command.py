@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from openwu.cli import main
-from openwu.lab.conflict import Budget
+from openwu.lab.methods import Budget
 
 EDITS = ["--edit", "warm", "--edit", "cool", "--edit", "fog"]
 SMALL = ["--quick", "--side", "48", "--seeds", "0", *EDITS]
@@ -77,7 +77,7 @@ def test_conflict(
 ) -> None:
     monkeypatch.setattr("openwu.lab.command.QUICK_BUDGET", Budget(steps=1, requests=1, crop=32, wide_rank=5))
     monkeypatch.setattr("openwu.lab.command.QUICK_OLD", 1)
-    monkeypatch.setattr("openwu.lab.conflict.SIDE", 64)
+    monkeypatch.setattr("openwu.lab.methods.SIDE", 64)
     assert run("lab", "conflict", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
     assert "generated minus it" in capsys.readouterr().out
     stored = json.loads((tmp_path / "conflict.json").read_text())
@@ -89,6 +89,21 @@ def test_conflict(
     assert (tmp_path / "conflict.jpg").stat().st_size > 3000
 
 
+def test_continual(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openwu.lab.command.QUICK_GROUP_BUDGET", Budget(steps=1, requests=1, crop=32))
+    for place in ("methods", "continual"):
+        monkeypatch.setattr(f"openwu.lab.{place}.SIDE", 96)
+    assert run("lab", "continual", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
+    assert "forgotten, dB" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "continual.json").read_text())
+    assert stored["settings"]["groups"] == [["warm"], ["cool"], ["fog"]]
+    assert (tmp_path / "continual.png").stat().st_size > 5000
+    assert run("lab", "continual", "--model", str(model_folder), "--output", str(tmp_path), *SMALL[:-4]) == 1
+    assert "expected at least two sub-tasks" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "file"),
@@ -97,6 +112,7 @@ def test_conflict(
         (("lab", "manifold"), "manifold"),
         (("lab", "gradients"), "gradients"),
         (("lab", "conflict"), "conflict"),
+        (("lab", "continual"), "continual"),
     ],
 )
 def test_the_quick_experiments_hold_on_the_shipped_model(words: tuple[str, ...], file: str, tmp_path: Path) -> None:
@@ -113,3 +129,6 @@ def test_the_quick_experiments_hold_on_the_shipped_model(words: tuple[str, ...],
     if file == "conflict":
         means = {each["method"]: each["new_psnr"]["value"] for each in stored["methods"]}
         assert means["random"] < means["base"] < means["generated"]
+    if file == "continual":
+        forgotten = {each["way"]: each["forgetting"]["value"] for each in stored["ways"]}
+        assert abs(forgotten["retrieval"]) < abs(forgotten["shared"]) + 1

@@ -13,8 +13,10 @@ from torch import Tensor
 from openwu.data.batches import PairSampler
 from openwu.data.photographs import Photograph, load_folder
 from openwu.embedded import EmbeddedModel
-from openwu.lab import conflict as module
-from openwu.lab.conflict import AdapterBank, Budget, Contest, Outcome, conflict, copied, new_method, new_methods
+from openwu.lab import conflict as conflict_module
+from openwu.lab import methods as module
+from openwu.lab.conflict import Contest, Outcome, conflict
+from openwu.lab.methods import AdapterBank, Budget, copied, fit, method_loss, new_method, new_methods
 
 TASKS, OLD = ("darken", "fade"), ("warm",)
 BUDGET = Budget(steps=3, requests=2, crop=32, wide_rank=6)
@@ -23,7 +25,7 @@ BUDGET = Budget(steps=3, requests=2, crop=32, wide_rank=6)
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SIDE", 64)
-    monkeypatch.setattr(module, "CELL", 16)
+    monkeypatch.setattr(conflict_module, "CELL", 16)
 
 
 @pytest.fixture(scope="session")
@@ -71,13 +73,13 @@ def test_all_methods_begin_as_the_base_and_learn(
     embedded_model: EmbeddedModel, training: tuple[list[Photograph], list[Photograph]]
 ) -> None:
     batch = PairSampler(training[0], TASKS, ((4, 32),), 64, 3).batch(0)
-    alone = module._loss(replace(new_method(embedded_model, "sft", TASKS, BUDGET, 0)), batch, 1e-2)
+    alone = method_loss(new_method(embedded_model, "sft", TASKS, BUDGET, 0), batch, 1e-2)
     for method in new_methods(embedded_model, TASKS, replace(BUDGET, requests=4), 0):
-        began = module._loss(method, batch, 1e-2)
+        began = method_loss(method, batch, 1e-2)
         if method.name != "generated":  # its B is small, not zero
             torch.testing.assert_close(began, alone)
-        module._fit(method, training[0], TASKS, replace(BUDGET, requests=4), 25, method.rates, 0)
-        assert module._loss(method, batch, 1e-2).item() < began.item(), method.name
+        fit(method, training[0], TASKS, replace(BUDGET, requests=4), 25, method.rates, 0)
+        assert method_loss(method, batch, 1e-2).item() < began.item(), method.name
 
 
 def test_a_bank_gives_every_request_its_tasks_own_adapter(embedded_model: EmbeddedModel) -> None:

@@ -18,12 +18,14 @@ from openwu.editor import native_dtype
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.lab.audit import Ladder, audit
-from openwu.lab.conflict import Budget, Contest, conflict
+from openwu.lab.conflict import Contest, conflict
+from openwu.lab.continual import Course, continual
 from openwu.lab.embedded import embedded_subject
 from openwu.lab.embedded_gradients import generator_conflict, shared_conflicts
 from openwu.lab.gradients import Conflict
 from openwu.lab.manifold import Manifold, manifold
-from openwu.lab.pictures import draw_cells, draw_conflicts, draw_contest, draw_ladder, draw_map
+from openwu.lab.methods import Budget
+from openwu.lab.pictures import draw_cells, draw_conflicts, draw_contest, draw_course, draw_ladder, draw_map
 from openwu.lab.report import columns, write_json
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
@@ -32,6 +34,12 @@ STEPS, QUICK_STEPS = (0, 100, 400), (0, 40)
 """After how many steps of its training the shared LoRA's gradients are compared."""
 BUDGET = Budget(steps=1500, wide_rank=192, factors=(0.5, 1.0, 2.0), search_steps=150)
 QUICK_BUDGET = Budget(steps=60)
+GROUPS = tuple(
+    tuple(pair[side] for pair in CONTRADICTORY_PAIRS[start : start + 7]) for side in (0, 1) for start in (0, 7, 14)
+)
+"""Six groups of seven: opposites arrive three groups later."""
+QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for side in (0, 1))
+GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=400), Budget(steps=25)
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
 
@@ -107,7 +115,23 @@ def _conflict(options: argparse.Namespace) -> str:
     return conflict_table(found)
 
 
-EXPERIMENTS = {"conflict": _conflict, "manifold": _manifold, "gradients": _gradients}
+def _continual(options: argparse.Namespace) -> str:
+    groups = [(edit,) for edit in options.edits] if options.edits else QUICK_GROUPS if options.quick else GROUPS
+    budget = QUICK_GROUP_BUDGET if options.quick else GROUP_BUDGET
+    _edits(options)  # refuses unknown names
+    if len(groups) < 2:
+        raise OpenwuError(f"--edit: expected at least two sub-tasks, to be learned one after another, got {groups}")
+    model = EmbeddedModel.from_pretrained(_folder(options))
+    photographs = load_folder(Path(options.photos))
+    found = continual(model, photographs, _photographs(options), groups, budget, options.seeds)
+    output = Path(options.output)
+    settings = {**_settings(options), "edits": None, "groups": groups, "budget": vars(budget)}
+    write_json(output / "continual.json", settings, found.to_json())
+    draw_course(found, output / "continual.png")
+    return continual_table(found)
+
+
+EXPERIMENTS = {"conflict": _conflict, "continual": _continual, "manifold": _manifold, "gradients": _gradients}
 """Name -> what runs it and returns its table. One line adds an experiment."""
 
 
@@ -154,6 +178,20 @@ def conflict_table(found: Contest) -> str:
     ]
     head = ("method", "new tasks, dB", "over the input", "progress", "generated minus it", "old tasks", "trained")
     return columns(head, rows)
+
+
+def continual_table(found: Course) -> str:
+    rows = [
+        (
+            way,
+            str(found.final(way)),
+            str(found.forgetting(way)),
+            str(found.transfer(way)),
+            f"{found.stored_bytes[way] / 1e6:.1f} MB",
+        )
+        for way in sorted(found.ways, key=lambda way: found.final(way).value, reverse=True)
+    ]
+    return columns(("way", "all tasks at the end, dB", "forgotten, dB", "gained before learning, dB", "stored"), rows)
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -17,90 +17,28 @@ Shapes: b requests, t tasks, r LoRA rank, in / out widths of a target, h and w s
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from skimage.metrics import structural_similarity
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
+from torch import Tensor
 
-from openwu.data.batches import PairBatch, PairSampler
+from openwu.data.batches import PairSampler
 from openwu.data.photographs import Photograph
-from openwu.data.phrases import load_phrases
 from openwu.embedded import EmbeddedModel
 from openwu.evaluation.pictures import middle
 from openwu.evaluation.suite import psnr_of
-from openwu.lab.embedded import EmbeddedCase, adapt, answers, draw
+from openwu.lab.embedded import EmbeddedCase, answers, draw
 from openwu.lab.geometry import random_like
 from openwu.lab.intervals import Mean, mean_over
-from openwu.training.loop import part_of_peak
-from openwu.training.loss import falling_floor, picture_loss
-from openwu.training.optimizer import StageOptimizer
-from openwu.training.recipe import StageConfig
-from openwu.training.shared import SharedAdapter
-from openwu.types import Adapter, Target
+from openwu.lab.methods import FIRST_FLOOR, SIDE, Budget, Method, fit, method_loss, new_method, new_methods, retrieved
+from openwu.training.loss import falling_floor
 
-SIDE = 192
-"""Side in pixels of the picture that the condition encoder sees in training."""
-FIRST_FLOOR = 3e-2
-"""Where the floor of the loss starts; see `openwu.training.loss.falling_floor`."""
 CELL = 112
 """Side in pixels of a cell of the picture grid."""
-Adapt = Callable[[PairBatch, Tensor], Adapter | None]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to learn all tasks."""
-
-    name: str
-    trained: nn.Module
-    model: EmbeddedModel
-    """Whose base answers: the frozen one, or the copy that `sft` changes."""
-    adapt: Adapt
-    """The adapters of a training batch, from its instruction tokens."""
-    serve: Callable[[Sequence[EmbeddedCase]], Adapter | None]
-    """The adapters of test requests."""
-    rates: Mapping[str, float]
-    """Fields of StageConfig: the peak learning rates at factor 1 of the search."""
-
-
-class AdapterBank(nn.Module):
-    """One LoRA per task: A random, B zero, as LoRA starts."""
-
-    def __init__(self, targets: Sequence[Target], rank: int, tasks: Sequence[str], generator: torch.Generator) -> None:
-        super().__init__()
-        self.targets, self.tasks = tuple(targets), tuple(tasks)
-        shapes = [target.shapes(len(tasks), rank) for target in self.targets]
-        self.a = nn.ParameterList(
-            nn.Parameter(torch.randn(shape_a, generator=generator) * target.in_dim**-0.5)
-            for target, (shape_a, _) in zip(self.targets, shapes, strict=True)
-        )
-        self.b = nn.ParameterList(nn.Parameter(torch.zeros(shape_b)) for _, shape_b in shapes)
-
-    def of(self, tasks: Sequence[str]) -> Adapter:
-        """The adapters of these tasks, one sample each."""
-        index = torch.tensor([self.tasks.index(task) for task in tasks])
-        weights = {target.name: (self.a[i][index], self.b[i][index]) for i, target in enumerate(self.targets)}
-        return Adapter(self.targets, weights, 1.0)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long, and on what, every method learns."""
-
-    steps: int
-    requests: int = 24
-    crop: int = 64
-    wide_rank: int = 64
-    factors: tuple[float, ...] = (1.0,)
-    """Learning rates are tried at these multiples for `search_steps` each; what is best on validation is taken."""
-    search_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +130,7 @@ def conflict(
         for method in new_methods(model, tasks, budget, seed):
             began = time.monotonic()
             rates, search = _searched(model, method.name, tasks, budget, seed, photographs)
-            _fit(method, photographs[0], tasks, budget, budget.steps, rates, seed)
+            fit(method, photographs[0], tasks, budget, budget.steps, rates, seed)
             found.costs.append(
                 {
                     "method": method.name,
@@ -203,58 +141,8 @@ def conflict(
                     "search": search,
                 }
             )
-            _judge(method, cases, seed, found)
+            _judge(method, cases, tasks, seed, found)
     return found
-
-
-def new_methods(model: EmbeddedModel, tasks: Sequence[str], budget: Budget, seed: int) -> list[Method]:
-    """All methods that something is trained for, untrained; `base`, `retrieval` and `random` come with others."""
-    names = ("single", "shared", "shared, wide", "sft", "generated")
-    return [new_method(model, name, tasks, budget, seed) for name in names]
-
-
-def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Budget, seed: int) -> Method:
-    targets, rank = model.generator.targets, model.generator.config.rank
-    random = torch.Generator().manual_seed(seed)
-    if name == "single":
-        bank = AdapterBank(targets, rank, tasks, random)
-
-        def own(cases: Sequence[EmbeddedCase]) -> Adapter | None:
-            known = [case.edit in tasks for case in cases]
-            return bank.of([case.edit for case in cases]).detach() if all(known) else None
-
-        return Method(name, bank, model, lambda batch, _: bank.of(batch.names), own, {"learning_rate": 1e-2})
-    if name in ("shared", "shared, wide"):
-        shared = SharedAdapter(targets, rank if name == "shared" else budget.wide_rank, 1.0, random)
-        one = {"learning_rate": 1e-2 if name == "shared" else 3e-3}
-        return Method(name, shared, model, lambda *_: shared(), lambda _: shared().detach(), one)
-    changed = copied(model)
-    if name == "sft":
-        rates = {"learning_rate": 5e-4, "matrix_learning_rate": 2e-3}
-        return Method(name, changed.backbone.requires_grad_(True), changed, lambda *_: None, lambda _: None, rates)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = EmbeddedModel(model.config)
-    fresh.generator.init_weights(1e-2)
-    changed.condition.load_state_dict(fresh.condition.state_dict())
-    changed.generator.load_state_dict(fresh.generator.state_dict())
-    trained = nn.ModuleDict({"condition": changed.condition, "generator": changed.generator}).requires_grad_(True)
-
-    def write(batch: PairBatch, text: Tensor) -> Adapter:
-        return changed.adapt(batch.whole, text)
-
-    def generated(cases: Sequence[EmbeddedCase]) -> Adapter:
-        return adapt(changed, cases)
-
-    rates = {"learning_rate": 1e-3, "matrix_learning_rate": 3e-3}
-    return Method(name, trained, changed, write, generated, rates)
-
-
-def copied(model: EmbeddedModel) -> EmbeddedModel:
-    """The same weights in a model of its own: hooks belong to the module that they were made on."""
-    fresh = EmbeddedModel(model.config)
-    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
-    return fresh.requires_grad_(False)
 
 
 def _searched(
@@ -273,49 +161,26 @@ def _searched(
     for factor in budget.factors:
         method = new_method(model, name, tasks, budget, seed)
         rates = {key: value * factor for key, value in plain.items()}
-        _fit(method, photographs[0], tasks, budget, budget.search_steps, rates, seed)
+        fit(method, photographs[0], tasks, budget, budget.search_steps, rates, seed)
         loss = _validation_loss(method, photographs[1], tasks, budget)
         tried.append({"factor": factor, "validation_loss": loss})
     best = min(tried, key=lambda each: each["validation_loss"])["factor"]
     return {key: value * best for key, value in plain.items()}, tried
 
 
-def _fit(
-    method: Method,
-    photographs: list[Photograph],
-    tasks: Sequence[str],
-    budget: Budget,
-    steps: int,
-    rates: Mapping[str, float],
-    seed: int,
-) -> None:
-    config = StageConfig(steps=steps, shapes=((budget.requests, budget.crop),), warmup=min(50, steps // 5), **rates)
-    optimizer = StageOptimizer(method.trained, config)
-    batches = PairSampler(photographs, tuple(tasks), config.shapes, SIDE, seed)
-    for step in tqdm(range(steps), desc=f"{method.name}, seed {seed}", unit="step"):
-        optimizer.zero_grad()
-        torch.autograd.backward(_loss(method, batches.batch(step), falling_floor(FIRST_FLOOR, step / steps)))
-        nn.utils.clip_grad_norm_(method.trained.parameters(), config.clip)
-        optimizer.step(part_of_peak(config, step))
-
-
-def _loss(method: Method, batch: PairBatch, floor: float) -> Tensor:
-    with torch.no_grad():
-        text = method.model.instruction(batch.sentences)
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-        edited = method.model.edit(batch.picture, batch.planes, text, method.adapt(batch, text))
-    return picture_loss(edited, batch.target, floor)
-
-
 @torch.no_grad()
 def _validation_loss(method: Method, photographs: list[Photograph], tasks: Sequence[str], budget: Budget) -> float:
     """Over two batches of every task, at the floor that a training ends with."""
     batches = PairSampler(photographs, tuple(tasks), ((len(tasks), budget.crop),), SIDE, 99)
-    return sum(float(_loss(method, batches.batch(step), falling_floor(FIRST_FLOOR, 1.0))) for step in range(2)) / 2
+    return (
+        sum(float(method_loss(method, batches.batch(step), falling_floor(FIRST_FLOOR, 1.0))) for step in range(2)) / 2
+    )
 
 
 @torch.inference_mode()
-def _judge(method: Method, cases: Sequence[tuple[EmbeddedCase, bool]], seed: int, found: Contest) -> None:
+def _judge(
+    method: Method, cases: Sequence[tuple[EmbeddedCase, bool]], tasks: Sequence[str], seed: int, found: Contest
+) -> None:
     """The method on all requests, and the untrained methods that come with it."""
     for old in (False, True):
         some = [case for case, its in cases if its == old]
@@ -324,7 +189,7 @@ def _judge(method: Method, cases: Sequence[tuple[EmbeddedCase, bool]], seed: int
         served = method.serve(some)
         under = {method.name: served}
         if method.name == "single":
-            under |= {"base": None, "retrieval": _retrieved(method, some)}
+            under |= {"base": None, "retrieval": retrieved(method, some, tasks)}
         if method.name == "generated":
             assert served is not None
             under["random"] = random_like(served, torch.Generator().manual_seed(seed))
@@ -342,20 +207,6 @@ def _show(found: Contest, method: str, case: EmbeddedCase, edited: Tensor, old: 
     cells.setdefault("input", middle(case.picture, CELL))
     cells.setdefault(method, middle(edited.float(), CELL))
     cells.setdefault("target", middle(case.target, CELL))
-
-
-def _retrieved(method: Method, cases: Sequence[EmbeddedCase]) -> Adapter:
-    """The adapter of the task whose training sentences are nearest, by cosine of mean instruction tokens.
-
-    A memory without a key for "none of these": an old task gets the nearest new one's adapter.
-    """
-    bank, encoder = method.trained, method.model.instruction
-    assert isinstance(bank, AdapterBank)
-    sentences = [[text for split in load_phrases()[task].values() for text in split["train"]] for task in bank.tasks]
-    keys = torch.stack([encoder(some).flatten(1).mean(0) for some in sentences])
-    asked = encoder([case.sentence for case in cases]).flatten(1)
-    nearest = (nn.functional.normalize(asked) @ nn.functional.normalize(keys).t()).argmax(1)
-    return bank.of([bank.tasks[int(i)] for i in nearest]).detach()
 
 
 def _outcome(method: str, seed: int, case: EmbeddedCase, old: bool, edited: Tensor) -> Outcome:

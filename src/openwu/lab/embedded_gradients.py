@@ -6,30 +6,27 @@ its parts, and for the generator's own parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from openwu.data.batches import PairBatch, PairSampler
 from openwu.data.photographs import Photograph
 from openwu.embedded import EmbeddedModel
 from openwu.lab.gradients import Conflict, gradient, task_cosines
-from openwu.training.loss import picture_loss
+from openwu.lab.methods import SIDE, Adapt, batch_loss
 from openwu.training.shared import SharedAdapter
 from openwu.types import Adapter
 
-SIDE, CROP, REQUESTS = 192, 64, 8
-"""Sides of the picture that the condition sees and of the crop that the base edits; requests in a gradient."""
+CROP, REQUESTS = 64, 8
+"""Side of the crop that the base edits; requests in a gradient."""
 FLOOR = 1e-2
 """Floor of the loss: so high that every request of a task has a say, whatever error it has reached."""
 LEARNING_RATE = 1e-2
 SAMPLES = 2
 """Independent gradients of a task for each seed."""
-
-Adapt = Callable[[PairBatch, Tensor], Adapter]
 
 
 def shared_conflicts(
@@ -57,7 +54,7 @@ def shared_conflicts(
         for step in steps:
             for at in tqdm(range(made, step), desc=f"shared LoRA, seed {seed}", unit="step"):
                 optimizer.zero_grad()
-                torch.autograd.backward(batch_loss(model, batches.batch(at), adapt))
+                torch.autograd.backward(batch_loss(model, batches.batch(at), adapt, FLOOR))
                 optimizer.step()
             made = max(made, step)
             found[step].append(_cosines(f"after {step} steps", model, photographs, tasks, shared, adapt, seed))
@@ -89,15 +86,6 @@ def generator_conflict(
     return Conflict("generator, trained", tuple(tasks), torch.stack(each), tuple(opposites))
 
 
-def batch_loss(model: EmbeddedModel, batch: PairBatch, adapt: Adapt) -> Tensor:
-    """The loss of one batch, in the precision of the trainings."""
-    with torch.no_grad():
-        text = model.instruction(batch.sentences)
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
-        edited = model.edit(batch.picture, batch.planes, text, adapt(batch, text))
-    return picture_loss(edited, batch.target, FLOOR)
-
-
 def _cosines(
     where: str,
     model: EmbeddedModel,
@@ -111,6 +99,6 @@ def _cosines(
 
     def sample(task: str, which: int) -> Tensor:
         batches = PairSampler(photographs, (task,), ((REQUESTS, CROP),), SIDE, 1000 + SAMPLES * seed + which)
-        return gradient(trained, lambda: batch_loss(model, batches.batch(0), adapt))
+        return gradient(trained, lambda: batch_loss(model, batches.batch(0), adapt, FLOOR))
 
     return task_cosines(f"{where}, seed {seed}", tasks, sample, SAMPLES)

@@ -104,3 +104,21 @@ def nearest_same_task(similarity: Tensor, tasks: Sequence[str], groups: Sequence
         allowed &= torch.tensor([[one != other for other in groups] for one in groups])
     nearest = similarity.masked_fill(~allowed, -torch.inf).argmax(dim=1)
     return [tasks[i] == tasks[int(j)] for i, j in enumerate(nearest)]
+
+
+def update_distances(adapter: Adapter, stored: Adapter) -> Tensor:
+    """|update - stored update|^2 / |stored update|^2 of every sample `[b]`, differentiable in the adapter's factors."""
+    square, own = torch.zeros(adapter.batch), torch.zeros(adapter.batch)
+    for name, (a, b) in adapter.weights.items():
+        a, b = a.float(), b.float() * adapter.scale
+        other_a, other_b = (part.float() for part in stored.weights[name])
+        other_b = other_b * stored.scale
+        own = own + _pairwise(other_a, other_b, other_a, other_b)
+        square = square + _pairwise(a, b, a, b) - 2 * _pairwise(a, b, other_a, other_b)
+    return (square + own) / own.clamp(min=1e-12)
+
+
+def _pairwise(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    """<B1 A1, B2 A2> of every sample `[b]`."""
+    products = (b1.transpose(-1, -2) @ b2) * (a1 @ a2.transpose(-1, -2))
+    return products.flatten(1).sum(1)

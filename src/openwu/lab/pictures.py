@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from openwu.evaluation.pictures import grid
 from openwu.lab.audit import Ladder
 from openwu.lab.conflict import Contest
+from openwu.lab.continual import Course
 from openwu.lab.gradients import Conflict
 from openwu.lab.manifold import Manifold
 
@@ -92,4 +93,27 @@ def draw_cells(found: Contest, path: Path) -> Path:
     titles = ["input", *found.methods, "target"]
     rows = {task: [cells[title] for title in titles] for task, cells in found.cells.items()}
     grid(rows, titles).save(path, quality=85)
+    return path
+
+
+def draw_course(found: Course, path: Path) -> Path:
+    """Every way: mean over the tasks of the first group, and over all tasks learned so far, after each group."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    first, learned = figure.subplots(1, 2)
+    for way in found.ways:
+        seen = [each for each in found.seen if each.way == way]
+        steps = sorted({each.after for each in seen})
+        for panel, chosen in (
+            (first, {step: [s.psnr for s in seen if s.after == step and s.group == 1] for step in steps}),
+            (learned, {step: [s.psnr for s in seen if s.after == step and s.group <= step] for step in steps[1:]}),
+        ):
+            panel.plot(list(chosen), [sum(values) / len(values) for values in chosen.values()], "o-", label=way)
+    first.set_title("the first group's tasks", fontsize="medium")
+    learned.set_title("all tasks learned so far", fontsize="medium")
+    for panel in (first, learned):
+        panel.set_xlabel("groups learned")
+        panel.set_ylabel("PSNR (dB)")
+        panel.grid(alpha=0.3)
+    learned.legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
     return path

@@ -1,0 +1,272 @@
+"""Tasks that arrive one group after another: what is remembered, and at what price.
+
+Enters: a model whose base is frozen, groups of tasks in their order. Leaves: for every way to go on how good each task is
+after each group, and from that what has been forgotten.
+
+- `shared`: one LoRA that goes on with every group. `sft`: the whole base does.
+- `retrieval`: a new LoRA per task, chosen by the nearest training sentences among those seen so far.
+- `generator`: goes on with every group and nothing else, the control. `generator, replay`: half of every batch is of
+  earlier groups. `generator, distilled`: conditions and adapters of earlier groups are stored, and the generator shall
+  go on writing those adapters; no picture of them is shown to the base again.
+
+Shapes: b requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from openwu.data.batches import PairBatch, PairSampler
+from openwu.data.photographs import Photograph
+from openwu.embedded import EmbeddedModel
+from openwu.lab.embedded import EmbeddedCase, draw, score
+from openwu.lab.geometry import update_distances
+from openwu.lab.intervals import Mean, mean_over
+from openwu.lab.methods import (
+    FIRST_FLOOR,
+    SIDE,
+    AdapterBank,
+    Budget,
+    Method,
+    batch_loss,
+    new_method,
+    retrieved,
+)
+from openwu.training.loop import part_of_peak
+from openwu.training.loss import falling_floor
+from openwu.training.optimizer import StageOptimizer
+from openwu.training.recipe import StageConfig
+from openwu.types import Adapter
+
+WAYS: Mapping[str, str] = {
+    "shared": "shared",
+    "sft": "sft",
+    "retrieval": "single",
+    "generator": "generated",
+    "generator, replay": "generated",
+    "generator, distilled": "generated",
+}
+"""Way to go on -> the method of `methods.py` that it trains."""
+STORED = 4
+"""Requests of every earlier task whose condition and adapter are stored for distillation."""
+DISTILLED_AT_ONCE = 8
+DISTILLED_WEIGHT = 1.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is kept of earlier groups for distillation: conditions and what was written for them."""
+
+    pictures: Tensor
+    """[b, 3, s, s] uint8"""
+    sentences: tuple[str, ...]
+    adapter: Adapter
+    """float16, b samples"""
+
+    @property
+    def stored_bytes(self) -> int:
+        factors = sum(a.nbytes + b.nbytes for a, b in self.adapter.weights.values())
+        return self.pictures.nbytes + factors + sum(len(sentence.encode()) for sentence in self.sentences)
+
+    def join(self, other: Memory) -> Memory:
+        pictures = torch.cat([self.pictures, other.pictures])
+        return Memory(pictures, self.sentences + other.sentences, Adapter.stack([self.adapter, other.adapter]))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One task after one group: the mean PSNR in dB over the test photographs."""
+
+    way: str
+    seed: int
+    after: int
+    """Number of groups learned; 0 is before the first."""
+    task: str
+    group: int
+    """When the task is learned, from 1."""
+    psnr: float
+
+
+@dataclass
+class Course:
+    """All that was found."""
+
+    seen: list[Seen] = field(default_factory=list)
+    stored_bytes: dict[str, int] = field(default_factory=dict)
+    """What a way keeps besides the base and one generator: adapters, or conditions, or pictures to be shown again."""
+
+    @property
+    def ways(self) -> list[str]:
+        return list(dict.fromkeys(each.way for each in self.seen))
+
+    def _of(self, way: str) -> dict[tuple[int, str], dict[int, Seen]]:
+        """(seed, task) -> groups learned -> what was seen."""
+        found: dict[tuple[int, str], dict[int, Seen]] = {}
+        for each in self.seen:
+            if each.way == way:
+                found.setdefault((each.seed, each.task), {})[each.after] = each
+        return found
+
+    def final(self, way: str) -> Mean:
+        """Mean PSNR over all tasks after the last group."""
+        each = self._of(way)
+        return mean_over([after[max(after)].psnr for after in each.values()], [task for _, task in each])
+
+    def forgetting(self, way: str) -> Mean:
+        """dB lost since a task's own group, over tasks of all groups but the last (Chaudhry et al. 2018, with the
+        quality right after learning in place of the best)."""
+        lost = {
+            key: after[after[max(after)].group].psnr - after[max(after)].psnr
+            for key, after in self._of(way).items()
+            if after[max(after)].group < max(after)
+        }
+        return mean_over(list(lost.values()), [task for _, task in lost])
+
+    def transfer(self, way: str) -> Mean:
+        """dB that earlier groups bring to a task before it is learned, over tasks of all groups but the first."""
+        gained = {
+            key: after[after[0].group - 1].psnr - after[0].psnr
+            for key, after in self._of(way).items()
+            if after[0].group > 1
+        }
+        return mean_over(list(gained.values()), [task for _, task in gained])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ways": [
+                {
+                    "way": way,
+                    **{
+                        name: {"value": mean.value, "low": mean.low, "high": mean.high}
+                        for name, mean in (
+                            ("final", self.final(way)),
+                            ("forgetting", self.forgetting(way)),
+                            ("transfer", self.transfer(way)),
+                        )
+                    },
+                    "stored_bytes": self.stored_bytes[way],
+                }
+                for way in self.ways
+            ],
+            "seen": [vars(each) for each in self.seen],
+        }
+
+
+def continual(
+    model: EmbeddedModel,
+    photographs: list[Photograph],
+    test: dict[str, Tensor],
+    groups: Sequence[Sequence[str]],
+    budget: Budget,
+    seeds: Sequence[int],
+) -> Course:
+    """`groups`: tasks in the order in which they arrive, at least two groups; `budget.steps` for each."""
+    found, tasks = Course(), [task for group in groups for task in group]
+    for seed in seeds:
+        cases = draw(test, tasks, seed)
+        for way, kind in WAYS.items():
+            method = new_method(model, kind, tasks, budget, seed)
+            memory: Memory | None = None
+            _look(found, way, method, cases, groups, 0, seed)
+            for number, group in enumerate(groups, start=1):
+                earlier = [task for done in groups[: number - 1] for task in done]
+                replayed = earlier if way == "generator, replay" else []
+                _learn(method, photographs, group, replayed, memory, budget, (way, number, seed))
+                if way == "generator, distilled":
+                    fresh = _remember(method, photographs, group, seed)
+                    memory = fresh if memory is None else memory.join(fresh)
+                _look(found, way, method, cases, groups, number, seed)
+            found.stored_bytes[way] = _stored_bytes(way, method, memory, photographs)
+    return found
+
+
+def _learn(
+    method: Method,
+    photographs: list[Photograph],
+    group: Sequence[str],
+    replayed: Sequence[str],
+    memory: Memory | None,
+    budget: Budget,
+    which: tuple[str, int, int],
+) -> None:
+    """One group; `replayed`: earlier tasks that take up every other batch; `memory`: what shall stay as it was."""
+    way, number, seed = which
+    steps = budget.steps
+    config = StageConfig(
+        steps=steps, shapes=((budget.requests, budget.crop),), warmup=min(50, steps // 5), **method.rates
+    )
+    optimizer = StageOptimizer(method.trained, config)
+    new, old = (
+        PairSampler(photographs, tuple(tasks), config.shapes, SIDE, 100 * seed + number) if tasks else None
+        for tasks in (group, replayed)
+    )
+    assert new is not None
+    for step in tqdm(range(steps), desc=f"{way}, group {number}, seed {seed}", unit="step"):
+        batch = (old if old is not None and step % 2 else new).batch(step)
+        loss = batch_loss(method.model, batch, method.adapt, falling_floor(FIRST_FLOOR, step / steps))
+        if memory is not None:
+            loss = loss + DISTILLED_WEIGHT * _drift(method, memory, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(method.trained.parameters(), config.clip)
+        optimizer.step(part_of_peak(config, step))
+
+
+def _drift(method: Method, memory: Memory, generator: torch.Generator) -> Tensor:
+    """How far the generator's adapters for some stored conditions are from the stored ones."""
+    chosen = torch.randint(len(memory.sentences), (DISTILLED_AT_ONCE,), generator=generator).tolist()
+    with torch.no_grad():
+        text = method.model.instruction([memory.sentences[i] for i in chosen])
+    with torch.autocast("cpu", torch.bfloat16):
+        written = method.model.adapt(memory.pictures[chosen].float() / 255, text)
+    return update_distances(written, memory.adapter.select(chosen)).mean()
+
+
+@torch.no_grad()
+def _remember(method: Method, photographs: list[Photograph], group: Sequence[str], seed: int) -> Memory:
+    """Conditions of a group's tasks, and what the generator writes for them now."""
+    count = STORED * len(group)
+    batch: PairBatch = PairSampler(photographs, tuple(group), ((count, SIDE // 3),), SIDE, 500 + seed).batch(0)
+    pictures = (batch.whole * 255).round().byte()
+    text = method.model.instruction(batch.sentences)
+    adapter = method.model.adapt(pictures.float() / 255, text)
+    return Memory(pictures, batch.sentences, adapter.detach().to(torch.float16))
+
+
+@torch.inference_mode()
+def _look(
+    found: Course,
+    way: str,
+    method: Method,
+    cases: Sequence[EmbeddedCase],
+    groups: Sequence[Sequence[str]],
+    number: int,
+    seed: int,
+) -> None:
+    """Every task, learned already or not."""
+    known = [task for done in groups[:number] for task in done]
+    if way == "retrieval":
+        adapter = retrieved(method, cases, known) if known else None
+    else:
+        # Before the first group, an untrained generator is no more than noise: the base is where all ways begin.
+        adapter = method.serve(cases) if number else None
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = score(method.model, cases, adapter)
+    for at, group in enumerate(groups, start=1):
+        for task in group:
+            own = [value for case, value in zip(cases, scores, strict=True) if case.edit == task]
+            found.seen.append(Seen(way, seed, number, task, at, sum(own) / len(own)))
+
+
+def _stored_bytes(way: str, method: Method, memory: Memory | None, photographs: list[Photograph]) -> int:
+    if isinstance(method.trained, AdapterBank) or way == "shared":
+        return sum(parameter.nbytes for parameter in method.trained.parameters())
+    if way == "generator, replay":  # the photographs that pairs of earlier tasks are made of
+        return sum(scale.nbytes for photograph in photographs for scale in photograph.scales)
+    return memory.stored_bytes if memory is not None else 0
