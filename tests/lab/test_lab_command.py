@@ -104,6 +104,20 @@ def test_continual(
     assert "expected at least two sub-tasks" in capsys.readouterr().err
 
 
+def test_scaling(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openwu.lab.command.QUICK_SCALING", Budget(steps=1, requests=1, crop=32))
+    monkeypatch.setattr("openwu.lab.command.GENERATOR_SIZES", ((16, 1), (32, 1)))
+    monkeypatch.setattr("openwu.lab.command.BASE_WIDTHS", (16, 32))
+    monkeypatch.setattr("openwu.lab.methods.SIDE", 64)
+    assert run("lab", "scaling", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
+    assert "dB for ten times the parameters" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "scaling.json").read_text())
+    assert {each["axis"] for each in stored["sizes"]} == {"generator", "base"}
+    assert (tmp_path / "scaling.png").stat().st_size > 5000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "file"),
@@ -113,6 +127,7 @@ def test_continual(
         (("lab", "gradients"), "gradients"),
         (("lab", "conflict"), "conflict"),
         (("lab", "continual"), "continual"),
+        (("lab", "scaling"), "scaling"),
     ],
 )
 def test_the_quick_experiments_hold_on_the_shipped_model(words: tuple[str, ...], file: str, tmp_path: Path) -> None:
@@ -132,3 +147,5 @@ def test_the_quick_experiments_hold_on_the_shipped_model(words: tuple[str, ...],
     if file == "continual":
         forgotten = {each["way"]: each["forgetting"]["value"] for each in stored["ways"]}
         assert abs(forgotten["retrieval"]) < abs(forgotten["shared"]) + 1
+    if file == "scaling":
+        assert stored["lines"]["generator"]["residual"] < 3

@@ -25,8 +25,17 @@ from openwu.lab.embedded_gradients import generator_conflict, shared_conflicts
 from openwu.lab.gradients import Conflict
 from openwu.lab.manifold import Manifold, manifold
 from openwu.lab.methods import Budget
-from openwu.lab.pictures import draw_cells, draw_conflicts, draw_contest, draw_course, draw_ladder, draw_map
+from openwu.lab.pictures import (
+    draw_cells,
+    draw_conflicts,
+    draw_contest,
+    draw_course,
+    draw_ladder,
+    draw_map,
+    draw_scaling,
+)
 from openwu.lab.report import columns, write_json
+from openwu.lab.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
 QUICK_EDITS = tuple(name for pair in CONTRADICTORY_PAIRS[:8] for name in pair)
@@ -39,6 +48,7 @@ GROUPS = tuple(
 )
 """Six groups of seven: opposites arrive three groups later."""
 QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for side in (0, 1))
+SCALING, QUICK_SCALING = Budget(steps=1500), Budget(steps=30)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=400), Budget(steps=25)
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
@@ -131,7 +141,31 @@ def _continual(options: argparse.Namespace) -> str:
     return continual_table(found)
 
 
-EXPERIMENTS = {"conflict": _conflict, "continual": _continual, "manifold": _manifold, "gradients": _gradients}
+def _scaling(options: argparse.Namespace) -> str:
+    paired = [name for pair in CONTRADICTORY_PAIRS for name in pair]
+    tasks = _edits(options) if options.edits else paired[:8] if options.quick else paired
+    base_tasks = [name for name in BASE_EDITS if name not in tasks]
+    budget, base_steps = (QUICK_SCALING, 60) if options.quick else (SCALING, 3000)
+    sizes, widths = (GENERATOR_SIZES[:3], BASE_WIDTHS[:2]) if options.quick else (GENERATOR_SIZES, BASE_WIDTHS)
+    model = EmbeddedModel.from_pretrained(_folder(options))
+    photographs = load_folder(Path(options.photos))
+    found = scaling(
+        model, photographs, _photographs(options), tasks, base_tasks, budget, base_steps, options.seeds, sizes, widths
+    )
+    output = Path(options.output)
+    settings = {**_settings(options), "edits": tasks, "budget": vars(budget), "base_steps": base_steps}
+    write_json(output / "scaling.json", settings, found.to_json())
+    draw_scaling(found, output / "scaling.png")
+    return scaling_table(found)
+
+
+EXPERIMENTS = {
+    "conflict": _conflict,
+    "continual": _continual,
+    "gradients": _gradients,
+    "manifold": _manifold,
+    "scaling": _scaling,
+}
 """Name -> what runs it and returns its table. One line adds an experiment."""
 
 
@@ -178,6 +212,20 @@ def conflict_table(found: Contest) -> str:
     ]
     head = ("method", "new tasks, dB", "over the input", "progress", "generated minus it", "old tasks", "trained")
     return columns(head, rows)
+
+
+def scaling_table(found: Scaling) -> str:
+    rows = [
+        (axis, size, f"{parameters:,}", str(found.mean(axis, size)))
+        for axis in found.axes
+        for size, parameters in found.sizes(axis).items()
+    ]
+    fitted = {axis: found.line(axis) for axis in found.axes}
+    lines = [
+        f"{axis}: {line.slope:+.2f} dB for ten times the parameters, residual {line.residual:.2f}"
+        for axis, line in fitted.items()
+    ]
+    return columns(("what varies", "size", "parameters", "mean, dB"), rows) + "\n" + "\n".join(lines) + "\n"
 
 
 def continual_table(found: Course) -> str:

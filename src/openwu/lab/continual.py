@@ -1,7 +1,7 @@
 """Tasks that arrive one group after another: what is remembered, and at what price.
 
-Enters: a model whose base is frozen, groups of tasks in their order. Leaves: for every way to go on how good each task is
-after each group, and from that what has been forgotten.
+Enters: a model whose base is frozen, groups of tasks in their order. Leaves: for every way to go on how good each task
+is after each group, and from that what has been forgotten.
 
 - `shared`: one LoRA that goes on with every group. `sft`: the whole base does.
 - `retrieval`: a new LoRA per task, chosen by the nearest training sentences among those seen so far.

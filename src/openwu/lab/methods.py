@@ -114,22 +114,27 @@ def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Bu
     if name == "sft":
         rates = {"learning_rate": 5e-4, "matrix_learning_rate": 2e-3}
         return Method(name, changed.backbone.requires_grad_(True), changed, lambda *_: None, lambda _: None, rates)
+    return generated_on(changed, seed)
+
+
+def generated_on(model: EmbeddedModel, seed: int) -> Method:
+    """Condition encoder and generator of a model, from nothing, through its frozen base."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = EmbeddedModel(model.config)
     fresh.generator.init_weights(1e-2)
-    changed.condition.load_state_dict(fresh.condition.state_dict())
-    changed.generator.load_state_dict(fresh.generator.state_dict())
-    trained = nn.ModuleDict({"condition": changed.condition, "generator": changed.generator}).requires_grad_(True)
+    model.condition.load_state_dict(fresh.condition.state_dict())
+    model.generator.load_state_dict(fresh.generator.state_dict())
+    trained = nn.ModuleDict({"condition": model.condition, "generator": model.generator}).requires_grad_(True)
 
     def write(batch: PairBatch, text: Tensor) -> Adapter:
-        return changed.adapt(batch.whole, text)
+        return model.adapt(batch.whole, text)
 
     def generated(cases: Sequence[EmbeddedCase]) -> Adapter:
-        return adapt(changed, cases)
+        return adapt(model, cases)
 
     rates = {"learning_rate": 1e-3, "matrix_learning_rate": 3e-3}
-    return Method(name, trained, changed, write, generated, rates)
+    return Method("generated", trained, model, write, generated, rates)
 
 
 def copied(model: EmbeddedModel) -> EmbeddedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from openwu.lab.conflict import Contest
 from openwu.lab.continual import Course
 from openwu.lab.gradients import Conflict
 from openwu.lab.manifold import Manifold
+from openwu.lab.scaling import Scaling
 
 
 def draw_ladder(ladder: Ladder, path: Path) -> Path:
@@ -115,5 +117,27 @@ def draw_course(found: Course, path: Path) -> Path:
         panel.set_ylabel("PSNR (dB)")
         panel.grid(alpha=0.3)
     learned.legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_scaling(found: Scaling, path: Path) -> Path:
+    """Quality against parameters, a panel for each axis, with its fitted line."""
+    figure = Figure(figsize=(4 * len(found.axes), 3.2), layout="constrained")
+    for panel, axis in zip(figure.subplots(1, len(found.axes), squeeze=False)[0], found.axes, strict=True):
+        sizes, line = found.sizes(axis), found.line(axis)
+        for size, parameters in sizes.items():
+            mean = found.mean(axis, size)
+            panel.errorbar(
+                parameters, mean.value, yerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="o", capsize=3,
+                color="tab:blue",
+            )  # fmt: skip
+        ends = [min(sizes.values()), max(sizes.values())]
+        panel.plot(ends, [line.offset + line.slope * math.log10(n) for n in ends], "--", color="tab:gray")
+        panel.set_xscale("log")
+        panel.set_title(f"{axis}: {line.slope:+.2f} dB for ten times the parameters", fontsize="small")
+        panel.set_xlabel(f"parameters of the {axis}")
+        panel.set_ylabel("mean PSNR (dB)")
+        panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     return path
