@@ -46,6 +46,9 @@ class Regression:
         loss: Tensor = (self.trained(x) - x.sum(1, keepdim=True)).square().mean()
         return loss * math.nan if step == self.broken_at else loss
 
+    def not_finite(self, step: int) -> list[str]:
+        return ["the second", "the third"] if step == self.broken_at else []
+
     def evaluate(self) -> Evaluation:
         return Evaluation({"quality": 1.0}, torch.zeros(3, 4, 4))
 
@@ -116,14 +119,29 @@ def test_stopping_and_continuing_changes_nothing(tmp_path: Path, stop_after: int
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(OpenwuError, match="regression: the loss is nan at step 5; the last checkpoint is kept"):
+    with pytest.raises(OpenwuError, match="regression: the loss is nan at step 5; the last checkpoint is kept") as said:
         train_stage(Regression(broken_at=5), CONFIG, LOOP, tmp_path)
+    assert "Samples whose loss is not finite: the second, the third. " in str(said.value)
     mended = Regression()
     assert train_stage(mended, CONFIG, LOOP, tmp_path)
     assert mended.steps == [4, 5, 6, 7]
     whole = Regression()
     train_stage(whole, CONFIG, LOOP, tmp_path / "whole")
     assert same(weights(mended.trained), weights(whole.trained))
+
+
+def test_a_gradient_that_is_no_number_touches_no_weight(tmp_path: Path) -> None:
+    """The square root's derivative at 0: a finite loss without a finite gradient."""
+
+    class Rooted(Regression):
+        def loss(self, step: int) -> Tensor:
+            loss = super().loss(step)
+            return loss + (loss - loss).sqrt() if step == 5 else loss
+
+    stage = Rooted()
+    with pytest.raises(OpenwuError, match=r"gradient's norm is nan at step 5.* Every sample's loss is finite"):
+        train_stage(stage, CONFIG, LOOP, tmp_path)
+    assert all(bool(value.isfinite().all()) for value in weights(stage.trained).values())
 
 
 def test_another_recipe_is_refused_by_what_changed(tmp_path: Path) -> None:
@@ -241,3 +259,16 @@ def _steps_of(recipe: EmbeddedRecipe) -> EmbeddedRecipe:
     longer = replace(recipe.base, steps=100)
     sentences = replace(recipe.instruction, steps=4)
     return replace(recipe, instruction=sentences, base=longer, generator=longer, shared=longer, evaluate_every=1000)
+
+
+@pytest.mark.parametrize("name", ["base", "generator"])
+def test_broken_requests_are_named(recipe: EmbeddedRecipe, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture with a NaN is that of one sub-task and sentence."""
+    stages = {"base": base_stage, "generator": generator_stage}
+    stage = stages[name](recipe, new_model(recipe), pictures(recipe))
+    assert stage.not_finite(0) == []
+    sound = stage.batches.batch(0)
+    broken = sound.target.clone()
+    broken[1] = math.nan
+    monkeypatch.setattr(type(stage.batches), "batch", lambda *_: replace(sound, target=broken))
+    assert stage.not_finite(0) == [f"{sound.names[1]} ({sound.sentences[1]!r})"]

@@ -100,6 +100,13 @@ def test_validation_logs_the_loss_and_how_much_adapters_differ(base: nn.Module) 
     assert own.evaluate().scalars == {}
 
 
+def test_broken_samples_are_named(base: nn.Module) -> None:
+    own = stage(Writer(), base, openwu.attach(base, (TARGET,)))
+    assert own.not_finite(0) == []
+    own.target = lambda requests: requests[:, :1].expand(-1, 3) / torch.tensor([1.0, 1.0, 0.0, 1.0])[:, None]
+    assert own.not_finite(0) == ["number 2 of the batch"]
+
+
 def test_nothing_to_train_is_refused(base: nn.Module) -> None:
     with pytest.raises(OpenwuError, match="trained: expected a module with parameters that require gradients"):
         stage(Writer().requires_grad_(False), base, openwu.attach(base, (TARGET,)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -45,6 +45,10 @@ class Stage(Protocol):
     def trained(self) -> nn.Module: ...
 
     def loss(self, step: int) -> Tensor: ...
+
+    def not_finite(self, step: int) -> Sequence[str]:
+        """The samples of a step whose loss is not finite, in words that let a user find them."""
+        ...
 
     def evaluate(self) -> Evaluation: ...
 
@@ -106,15 +110,25 @@ def _update(
     loss = stage.loss(step)
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise OpenwuError(
-            f"{stage.name}: the loss is {value} at step {step}; the last checkpoint is kept. "
-            "Lower learning_rate or clip, or look at this step's batch"
-        )
+        raise _diverged(stage, step, f"the loss is {value}")
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     norm = float(nn.utils.clip_grad_norm_(module.parameters(), config.clip))
+    if not math.isfinite(norm):
+        raise _diverged(stage, step, f"the loss is {value:.4g}, but its gradient's norm is {norm}")
     optimizer.step(part_of_peak(config, step))
     return value, norm
+
+
+def _diverged(stage: Stage, step: int, what: str) -> OpenwuError:
+    """Before any weight was touched; names the samples."""
+    with torch.no_grad():
+        samples = list(stage.not_finite(step))
+    named = f"Samples whose loss is not finite: {', '.join(samples)}" if samples else "Every sample's loss is finite"
+    return OpenwuError(
+        f"{stage.name}: {what} at step {step}; the last checkpoint is kept. {named}. "
+        "Look at them, or lower learning_rate or clip"
+    )
 
 
 def _note_seconds(folder: Path, began: float) -> float:

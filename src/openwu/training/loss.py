@@ -22,13 +22,18 @@ def squared_errors(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def picture_loss(predicted: Tensor, target: Tensor, floor: float = FLOOR) -> Tensor:
-    """Mean over the pictures of log(mse + floor): minus the mean PSNR up to a factor, soft below the floor.
+    """Mean over the pictures of `picture_losses`."""
+    return picture_losses(predicted, target, floor).mean()
+
+
+def picture_losses(predicted: Tensor, target: Tensor, floor: float = FLOOR) -> Tensor:
+    """log(mse + floor) of every picture `[b]`: minus its PSNR up to a factor, soft below the floor.
 
     Sub-tasks differ a hundredfold in the error that can be reached (a tone curve against a restoration). The logarithm
     weighs a relative improvement of each of them alike. A high floor makes it nearly linear: then what is worst counts
     most.
     """
-    return (squared_errors(predicted, target) + floor).log().mean()
+    return (squared_errors(predicted, target) + floor).log()
 
 
 def falling_floor(first: float, progress: float) -> float:

@@ -57,8 +57,14 @@ class OwnStage(Generic[Batch]):
             raise OpenwuError("trained: expected a module with parameters that require gradients, got none")
 
     def loss(self, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return self.losses(self.batches(step), generator)[0].mean()
+        return self.losses(self.batches(step), self._draws(step))[0].mean()
+
+    def not_finite(self, step: int) -> list[str]:
+        losses, _ = self.losses(self.batches(step), self._draws(step))
+        return [f"number {i} of the batch" for i, fine in enumerate(losses.isfinite().tolist()) if not fine]
+
+    def _draws(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Adapter]:
         """The loss of every sample `[b]`, and the adapters."""

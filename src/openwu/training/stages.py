@@ -19,7 +19,7 @@ from openwu.data.photographs import Photograph
 from openwu.data.phrases import DEGREES, OUT_OF_SCOPE, sample_phrase
 from openwu.embedded import EmbeddedModel
 from openwu.training.loop import Evaluation
-from openwu.training.loss import falling_floor, picture_loss, psnr
+from openwu.training.loss import falling_floor, picture_losses, psnr
 from openwu.training.recipe import EmbeddedRecipe, StageConfig
 from openwu.training.shared import SharedAdapter
 from openwu.types import Adapter
@@ -78,6 +78,9 @@ class InstructionStage:
         graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
         return edits + DEGREE_WEIGHT * graded + off_centre
 
+    def not_finite(self, step: int) -> list[str]:
+        return [f"the sentences of step {step}"]
+
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         return Evaluation({f"held_out/{name}": share for name, share in understanding(self.encoder).items()})
@@ -117,13 +120,22 @@ class PictureStage:
         return self._trained
 
     def loss(self, step: int) -> Tensor:
+        return self.losses(step)[1].mean()
+
+    def not_finite(self, step: int) -> list[str]:
+        batch, losses = self.losses(step)
+        finite = losses.isfinite().tolist()
+        return [f"{n} ({s!r})" for n, s, fine in zip(batch.names, batch.sentences, finite, strict=True) if not fine]
+
+    def losses(self, step: int) -> tuple[PairBatch, Tensor]:
+        """The batch of a step and the loss of each of its requests `[b]`."""
         batch = self.batches.batch(step)
         # At these sizes the fused attention's backward pass is several times slower on a CPU than matrix products.
         words = torch.Generator().manual_seed(self.recipe.seed * 5_000_011 + step)
         with sdpa_kernel(SDPBackend.MATH):
             predicted, _ = self.predict(batch, (DROPPED, words))
         floor = falling_floor(self.config.first_floor, step / self.config.steps)
-        return picture_loss(predicted, batch.target, floor)
+        return batch, picture_losses(predicted, batch.target, floor)
 
     def predict(
         self, batch: PairBatch, dropped: tuple[float, torch.Generator] | None = None
