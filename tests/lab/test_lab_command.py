@@ -140,7 +140,8 @@ def test_the_quick_experiments_hold_on_the_shipped_model(words: tuple[str, ...],
         assert stored["nearest_neighbour"]["low"] > 2 * stored["nearest_neighbour"]["chance"]
     if file == "gradients":
         first = stored["found"][0]
-        assert first["contradictory"]["value"] < first["all_pairs"]["value"]
+        # That gradients of one task agree is what makes the cosines between tasks mean something.
+        assert first["same_task"]["low"] > max(0.05, first["all_pairs"]["high"])
     if file == "conflict":
         means = {each["method"]: each["new_psnr"]["value"] for each in stored["methods"]}
         assert means["random"] < means["base"] < means["generated"]
