@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 from torch import nn
 
 from openwu import editor as editor_module
+from openwu.backbone.tiny import INPUT_CHANNELS
 from openwu.editor import Editor, condition_view
 from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
 from openwu.pictures import read_picture
@@ -190,7 +191,7 @@ def test_the_seed_changes_what_uses_noise_and_nothing_else(editor: Editor, photo
     assert differ(first, same) == 0
     assert differ(first, other) > 0
     with torch.no_grad():
-        editor.model.backbone.embed.weight[:, 3] = 0
+        editor.model.backbone.embed.weight[:, 3::INPUT_CHANNELS] = 0
         editor.model.backbone.pixels.stem.weight[:, 3] = 0
     # Adapters of the stem would read the noise, too.
     quiet = [editor.edit(photo, "brighter", strength=0, seed=seed).image for seed in (5, 6)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from openwu.evaluation.pictures import grid
@@ -13,25 +14,31 @@ from openwu.lab.audit import Ladder
 from openwu.lab.conflict import Contest
 from openwu.lab.continual import Course
 from openwu.lab.gradients import Conflict
+from openwu.lab.intervals import Mean
 from openwu.lab.manifold import Manifold
 from openwu.lab.scaling import Scaling
 
 
 def draw_ladder(ladder: Ladder, path: Path) -> Path:
     """Mean score of every rung with its interval, worst at the bottom."""
-    means = sorted(((rung, ladder.mean(rung)) for rung in ladder.scores), key=lambda each: each[1].value)
+    means = {rung: ladder.mean(rung) for rung in ladder.scores}
     figure = Figure(figsize=(6.4, 0.4 * len(means) + 1.1), layout="constrained")
     panel = figure.subplots()
-    for place, (rung, mean) in enumerate(means):
-        panel.errorbar(
-            mean.value, place, xerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="o", capsize=3,
-            color="tab:orange" if rung == "matched" else "tab:blue",
-        )  # fmt: skip
-    panel.set_yticks(range(len(means)), [rung for rung, _ in means])
+    _draw_means(panel, means, "matched")
     panel.set_xlabel(f"mean score ({ladder.unit}), 95% interval over tasks and cases")
-    panel.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _draw_means(panel: Axes, means: Mapping[str, Mean], marked: str) -> None:
+    """A row for each mean with its interval, the largest on top."""
+    ordered = sorted(means.items(), key=lambda each: each[1].value)
+    for place, (name, mean) in enumerate(ordered):
+        ends = [[mean.value - mean.low], [mean.high - mean.value]]
+        colour = "tab:orange" if name == marked else "tab:blue"
+        panel.errorbar(mean.value, place, xerr=ends, fmt="o", capsize=3, color=colour)
+    panel.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+    panel.grid(axis="x", alpha=0.3)
 
 
 def draw_map(found: Manifold, families: Mapping[str, Sequence[str]], path: Path) -> Path:
@@ -76,16 +83,9 @@ def draw_contest(found: Contest, path: Path) -> Path:
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     for panel, old in zip(figure.subplots(1, 2), (False, True), strict=True):
         names = [name for name in found.methods if any(o.method == name and o.old == old for o in found.outcomes)]
-        means = sorted(((name, found.mean(name, old=old)) for name in names), key=lambda each: each[1].value)
-        for place, (name, mean) in enumerate(means):
-            panel.errorbar(
-                mean.value, place, xerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="o", capsize=3,
-                color="tab:orange" if name == "generated" else "tab:blue",
-            )  # fmt: skip
-        panel.set_yticks(range(len(means)), [name for name, _ in means])
+        _draw_means(panel, {name: found.mean(name, old=old) for name in names}, "generated")
         panel.set_title("the base's old tasks" if old else "contradictory tasks", fontsize="medium")
         panel.set_xlabel("PSNR (dB), 95% interval")
-        panel.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     return path
 
