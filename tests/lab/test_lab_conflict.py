@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from openwu.embedded import EmbeddedModel
 from openwu.lab import conflict as conflict_module
 from openwu.lab import methods as module
 from openwu.lab.conflict import Contest, Outcome, conflict
-from openwu.lab.methods import AdapterBank, Budget, copied, fit, method_loss, new_method, new_methods
+from openwu.lab.kept import Kept
+from openwu.lab.methods import AdapterBank, Budget, Method, copied, fit, method_loss, new_method, new_methods
 
 TASKS, OLD = ("darken", "fade"), ("warm",)
 BUDGET = Budget(steps=3, requests=2, crop=32, wide_rank=6)
@@ -103,6 +106,33 @@ def test_learning_rates_are_searched_and_recorded(
         best = min(cost["search"], key=lambda each: each["validation_loss"])["factor"]
         plain = new_method(embedded_model, cost["method"], TASKS, budget, 0).rates
         assert cost["rates"] == {key: value * best for key, value in plain.items()}
+
+
+def test_a_stopped_experiment_goes_on_with_the_first_part_that_is_missing(
+    embedded_model: EmbeddedModel,
+    training: tuple[list[Photograph], list[Photograph]],
+    test_pictures: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    budget, kept = replace(BUDGET, steps=1), Kept(tmp_path)
+    trained: list[str] = []
+
+    def counted(method: Method, *rest: Any) -> None:
+        if len(trained) == 7:
+            raise KeyboardInterrupt
+        trained.append(method.name)
+        fit(method, *rest)
+
+    monkeypatch.setattr(conflict_module, "fit", counted)
+    run = partial(conflict, embedded_model, training, test_pictures, TASKS, (), budget)
+    with pytest.raises(KeyboardInterrupt):
+        run((0, 1), kept)
+    continued = run((0,), kept)  # nothing of the first seed is trained again
+    monkeypatch.setattr(conflict_module, "fit", fit)
+    whole = run((0,))
+    assert continued.outcomes == whole.outcomes
+    torch.testing.assert_close(continued.cells, whole.cells)
 
 
 def test_a_copy_has_hooks_of_its_own(embedded_model: EmbeddedModel) -> None:

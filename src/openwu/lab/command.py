@@ -6,8 +6,9 @@ Enters: arguments. Leaves: a table in the terminal, JSON with every number and i
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from openwu.lab.continual import Course, continual
 from openwu.lab.embedded import embedded_subject
 from openwu.lab.embedded_gradients import generator_conflict, shared_conflicts
 from openwu.lab.gradients import Conflict
+from openwu.lab.kept import Kept, fingerprint
 from openwu.lab.manifold import Manifold, manifold
 from openwu.lab.methods import Budget
 from openwu.lab.pictures import (
@@ -71,6 +73,7 @@ def run_lab(arguments: list[str]) -> int:
     parser = _parser("openwu lab", "Test a claim of functional memory.")
     parser.add_argument("what", choices=sorted(EXPERIMENTS), help="the experiment")
     parser.add_argument("--photos", default="photos", metavar="FOLDER", help="training photographs (default: photos)")
+    parser.add_argument("--steps", type=int, metavar="N", help="length of every training, instead of the setting's")
     options = parser.parse_args(arguments)
     Path(options.output).mkdir(parents=True, exist_ok=True)
     sys.stdout.write(EXPERIMENTS[options.what](options))
@@ -116,9 +119,11 @@ def _conflict(options: argparse.Namespace) -> str:
     folder, budget = Path(options.photos), QUICK_BUDGET if options.quick else BUDGET
     photographs = (load_folder(folder), load_folder(folder, validation=True))
     model = EmbeddedModel.from_pretrained(_folder(options))
-    found = conflict(model, photographs, _photographs(options), tasks, old, budget, options.seeds)
+    budget = _shortened(budget, options)
     output = Path(options.output)
     settings = {**_settings(options), "edits": tasks, "old": old, "budget": vars(budget)}
+    keep = _kept("conflict", settings, model)
+    found = conflict(model, photographs, _photographs(options), tasks, old, budget, options.seeds, keep)
     write_json(output / "conflict.json", settings, found.to_json())
     draw_contest(found, output / "conflict.png")
     draw_cells(found, output / "conflict.jpg")
@@ -127,15 +132,16 @@ def _conflict(options: argparse.Namespace) -> str:
 
 def _continual(options: argparse.Namespace) -> str:
     groups = [(edit,) for edit in options.edits] if options.edits else QUICK_GROUPS if options.quick else GROUPS
-    budget = QUICK_GROUP_BUDGET if options.quick else GROUP_BUDGET
+    budget = _shortened(QUICK_GROUP_BUDGET if options.quick else GROUP_BUDGET, options)
     _edits(options)  # refuses unknown names
     if len(groups) < 2:
         raise OpenwuError(f"--edit: expected at least two sub-tasks, to be learned one after another, got {groups}")
     model = EmbeddedModel.from_pretrained(_folder(options))
     photographs = load_folder(Path(options.photos))
-    found = continual(model, photographs, _photographs(options), groups, budget, options.seeds)
     output = Path(options.output)
     settings = {**_settings(options), "edits": None, "groups": groups, "budget": vars(budget)}
+    keep = _kept("continual", settings, model)
+    found = continual(model, photographs, _photographs(options), groups, budget, options.seeds, keep)
     write_json(output / "continual.json", settings, found.to_json())
     draw_course(found, output / "continual.png")
     return continual_table(found)
@@ -146,14 +152,15 @@ def _scaling(options: argparse.Namespace) -> str:
     tasks = _edits(options) if options.edits else paired[:8] if options.quick else paired
     base_tasks = [name for name in BASE_EDITS if name not in tasks]
     budget, base_steps = (QUICK_SCALING, 60) if options.quick else (SCALING, 3000)
+    budget = _shortened(budget, options)
     sizes, widths = (GENERATOR_SIZES[:3], BASE_WIDTHS[:2]) if options.quick else (GENERATOR_SIZES, BASE_WIDTHS)
     model = EmbeddedModel.from_pretrained(_folder(options))
     photographs = load_folder(Path(options.photos))
-    found = scaling(
-        model, photographs, _photographs(options), tasks, base_tasks, budget, base_steps, options.seeds, sizes, widths
-    )
+    base_steps = base_steps if options.steps is None else 2 * options.steps
     output = Path(options.output)
     settings = {**_settings(options), "edits": tasks, "budget": vars(budget), "base_steps": base_steps}
+    keep, test = _kept("scaling", settings, model), _photographs(options)
+    found = scaling(model, photographs, test, tasks, base_tasks, budget, base_steps, options.seeds, sizes, widths, keep)
     write_json(output / "scaling.json", settings, found.to_json())
     draw_scaling(found, output / "scaling.png")
     return scaling_table(found)
@@ -260,6 +267,22 @@ def _edits(options: argparse.Namespace) -> tuple[str, ...]:
     if unknown:
         raise OpenwuError(f"--edit: expected some of {list(EDITS)}, got {unknown}")
     return tuple(options.edits) if options.edits else QUICK_EDITS if options.quick else tuple(EDITS)
+
+
+def _shortened(budget: Budget, options: argparse.Namespace) -> Budget:
+    if options.steps is None:
+        return budget
+    if options.steps < 1:
+        raise OpenwuError(f"--steps: expected a number above 0, got {options.steps}")
+    search_steps = min(budget.search_steps, max(1, options.steps // 5))
+    return dataclasses.replace(budget, steps=options.steps, search_steps=search_steps)
+
+
+def _kept(what: str, settings: Mapping[str, object], model: EmbeddedModel) -> Kept:
+    """Where finished parts stand: whatever they depend on is in the folder's name, all but their seed."""
+    meant = {key: value for key, value in settings.items() if key not in ("seeds", "output", "quick")}
+    digits = fingerprint(meant, model.instruction, model.backbone)
+    return Kept(Path(str(settings["output"])) / "parts" / f"{what}-{digits}")
 
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,11 +35,14 @@ from openwu.evaluation.suite import psnr_of
 from openwu.lab.embedded import EmbeddedCase, answers, draw
 from openwu.lab.geometry import random_like
 from openwu.lab.intervals import Mean, mean_over
-from openwu.lab.methods import FIRST_FLOOR, SIDE, Budget, Method, fit, method_loss, new_method, new_methods, retrieved
+from openwu.lab.kept import Keep, Part, keep_nothing
+from openwu.lab.methods import FIRST_FLOOR, METHODS, SIDE, Budget, Method, fit, method_loss, new_method, retrieved
 from openwu.training.loss import falling_floor
 
 CELL = 112
 """Side in pixels of a cell of the picture grid."""
+SEARCH_SEED = 1_000
+"""Seed of the trainings that learning rates are searched with."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,14 @@ class Contest:
         keys = sorted(ours)
         return mean_over([ours[key] - theirs[key] for key in keys], [key[1] for key in keys])
 
+    def add(self, part: Part) -> None:
+        """Take over what one method found with one seed; of the pictures, those of the first seed."""
+        self.outcomes += [Outcome(**each) for each in part.values["outcomes"]]
+        self.costs.append(part.values["cost"])
+        for name, picture in part.tensors.items():
+            task, _, shown = name.partition("/")
+            self.cells.setdefault(task, {}).setdefault(shown, picture)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "methods": [
@@ -121,27 +133,33 @@ def conflict(
     old_tasks: Sequence[str],
     budget: Budget,
     seeds: Sequence[int],
+    keep: Keep = keep_nothing,
 ) -> Contest:
-    """`photographs`: (training, validation). `old_tasks`: what the base learned and no method trains on."""
+    """`photographs`: (training, validation). `old_tasks`: what the base learned and no method trains on.
+
+    `keep`: where finished parts are found again; a part is one method's search, or one method with one seed.
+    """
     found = Contest()
-    for seed in seeds:
+
+    def trained(name: str, seed: int) -> Part:
+        search = partial(_searched, model, name, tasks, budget, photographs)
+        rates, began = keep(f"rates of {name}", search).values, time.monotonic()
+        method = new_method(model, name, tasks, budget, seed)
+        fit(method, photographs[0], tasks, budget, budget.steps, rates["rates"], seed)
+        cost = {
+            "method": name,
+            "seed": seed,
+            "parameters": sum(p.numel() for p in method.trained.parameters() if p.requires_grad),
+            "seconds": round(time.monotonic() - began, 1),
+            **rates,
+        }
         cases = [(case, False) for case in draw(test, tasks, seed)]
         cases += [(case, True) for case in draw(test, old_tasks, seed)] if old_tasks else []
-        for method in new_methods(model, tasks, budget, seed):
-            began = time.monotonic()
-            rates, search = _searched(model, method.name, tasks, budget, seed, photographs)
-            fit(method, photographs[0], tasks, budget, budget.steps, rates, seed)
-            found.costs.append(
-                {
-                    "method": method.name,
-                    "seed": seed,
-                    "parameters": sum(p.numel() for p in method.trained.parameters() if p.requires_grad),
-                    "seconds": round(time.monotonic() - began, 1),
-                    "rates": dict(rates),
-                    "search": search,
-                }
-            )
-            _judge(method, cases, tasks, seed, found)
+        return _judged(method, cases, tasks, seed, cost)
+
+    for seed in seeds:
+        for name in METHODS:
+            found.add(keep(f"{name}, seed {seed}", partial(trained, name, seed)))
     return found
 
 
@@ -150,22 +168,22 @@ def _searched(
     name: str,
     tasks: Sequence[str],
     budget: Budget,
-    seed: int,
     photographs: tuple[list[Photograph], list[Photograph]],
-) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Learning rates for a method: its own times the best factor; and what every factor reached on validation."""
-    plain = dict(new_method(model, name, tasks, budget, seed).rates)
-    if len(budget.factors) < 2:
-        return {key: value * budget.factors[0] for key, value in plain.items()}, []
+) -> Part:
+    """Learning rates for a method: its own times the best factor; and what every factor reached on validation.
+
+    Searched with a seed of its own, once for all seeds.
+    """
+    plain = dict(new_method(model, name, tasks, budget, SEARCH_SEED).rates)
     tried = []
-    for factor in budget.factors:
-        method = new_method(model, name, tasks, budget, seed)
+    for factor in budget.factors if len(budget.factors) > 1 else ():
+        method = new_method(model, name, tasks, budget, SEARCH_SEED)
         rates = {key: value * factor for key, value in plain.items()}
-        fit(method, photographs[0], tasks, budget, budget.search_steps, rates, seed)
+        fit(method, photographs[0], tasks, budget, budget.search_steps, rates, SEARCH_SEED)
         loss = _validation_loss(method, photographs[1], tasks, budget)
         tried.append({"factor": factor, "validation_loss": loss})
-    best = min(tried, key=lambda each: each["validation_loss"])["factor"]
-    return {key: value * best for key, value in plain.items()}, tried
+    best = min(tried, key=lambda each: each["validation_loss"])["factor"] if tried else budget.factors[0]
+    return Part({"rates": {key: value * best for key, value in plain.items()}, "search": tried})
 
 
 @torch.no_grad()
@@ -178,10 +196,16 @@ def _validation_loss(method: Method, photographs: list[Photograph], tasks: Seque
 
 
 @torch.inference_mode()
-def _judge(
-    method: Method, cases: Sequence[tuple[EmbeddedCase, bool]], tasks: Sequence[str], seed: int, found: Contest
-) -> None:
+def _judged(
+    method: Method,
+    cases: Sequence[tuple[EmbeddedCase, bool]],
+    tasks: Sequence[str],
+    seed: int,
+    cost: dict[str, Any],
+) -> Part:
     """The method on all requests, and the untrained methods that come with it."""
+    outcomes: list[Outcome] = []
+    cells: dict[str, Tensor] = {}
     for old in (False, True):
         some = [case for case, its in cases if its == old]
         if not some:
@@ -196,17 +220,12 @@ def _judge(
         for name, adapter in under.items():
             with torch.autocast("cpu", torch.bfloat16):
                 edited = answers(method.model, some, adapter)
+            outcomes += [_outcome(name, seed, case, old, said) for case, said in zip(some, edited, strict=True)]
             for case, said in zip(some, edited, strict=True):
-                found.outcomes.append(_outcome(name, seed, case, old, said))
-                _show(found, name, case, said, old)
-
-
-def _show(found: Contest, method: str, case: EmbeddedCase, edited: Tensor, old: bool) -> None:
-    """Keep the first answer to every new task under every method."""
-    cells = found.cells.setdefault(case.edit, {}) if not old else {}
-    cells.setdefault("input", middle(case.picture, CELL))
-    cells.setdefault(method, middle(edited.float(), CELL))
-    cells.setdefault("target", middle(case.target, CELL))
+                shown = {} if old else {"input": case.picture, name: said.float(), "target": case.target}
+                for key, picture in shown.items():
+                    cells.setdefault(f"{case.edit}/{key}", middle(picture, CELL).clamp(0, 1))
+    return Part({"outcomes": [vars(each) for each in outcomes], "cost": cost}, cells)
 
 
 def _outcome(method: str, seed: int, case: EmbeddedCase, old: bool, edited: Tensor) -> Outcome:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from openwu.embedded import EmbeddedModel
 from openwu.lab.embedded import EmbeddedCase, draw, score
 from openwu.lab.geometry import update_distances
 from openwu.lab.intervals import Mean, mean_over
+from openwu.lab.kept import Keep, Part, keep_nothing
 from openwu.lab.methods import (
     FIRST_FLOOR,
     SIDE,
@@ -165,24 +167,34 @@ def continual(
     groups: Sequence[Sequence[str]],
     budget: Budget,
     seeds: Sequence[int],
+    keep: Keep = keep_nothing,
 ) -> Course:
-    """`groups`: tasks in the order in which they arrive, at least two groups; `budget.steps` for each."""
+    """`groups`: tasks in the order in which they arrive, at least two groups; `budget.steps` for each.
+
+    `keep`: where finished parts are found again; a part is one way with one seed.
+    """
     found, tasks = Course(), [task for group in groups for task in group]
+
+    def gone(way: str, seed: int) -> Part:
+        method, cases = new_method(model, WAYS[way], tasks, budget, seed), draw(test, tasks, seed)
+        memory: Memory | None = None
+        seen = _look(way, method, cases, groups, 0, seed)
+        for number, group in enumerate(groups, start=1):
+            earlier = [task for done in groups[: number - 1] for task in done]
+            replayed = earlier if way == "generator, replay" else []
+            _learn(method, photographs, group, replayed, memory, budget, (way, number, seed))
+            if way == "generator, distilled":
+                fresh = _remember(method, photographs, group, seed)
+                memory = fresh if memory is None else memory.join(fresh)
+            seen += _look(way, method, cases, groups, number, seed)
+        stored = _stored_bytes(way, method, memory, photographs)
+        return Part({"seen": [vars(each) for each in seen], "stored_bytes": stored})
+
     for seed in seeds:
-        cases = draw(test, tasks, seed)
-        for way, kind in WAYS.items():
-            method = new_method(model, kind, tasks, budget, seed)
-            memory: Memory | None = None
-            _look(found, way, method, cases, groups, 0, seed)
-            for number, group in enumerate(groups, start=1):
-                earlier = [task for done in groups[: number - 1] for task in done]
-                replayed = earlier if way == "generator, replay" else []
-                _learn(method, photographs, group, replayed, memory, budget, (way, number, seed))
-                if way == "generator, distilled":
-                    fresh = _remember(method, photographs, group, seed)
-                    memory = fresh if memory is None else memory.join(fresh)
-                _look(found, way, method, cases, groups, number, seed)
-            found.stored_bytes[way] = _stored_bytes(way, method, memory, photographs)
+        for way in WAYS:
+            part = keep(f"{way}, seed {seed}", partial(gone, way, seed))
+            found.seen += [Seen(**each) for each in part.values["seen"]]
+            found.stored_bytes[way] = part.values["stored_bytes"]
     return found
 
 
@@ -241,14 +253,13 @@ def _remember(method: Method, photographs: list[Photograph], group: Sequence[str
 
 @torch.inference_mode()
 def _look(
-    found: Course,
     way: str,
     method: Method,
     cases: Sequence[EmbeddedCase],
     groups: Sequence[Sequence[str]],
     number: int,
     seed: int,
-) -> None:
+) -> list[Seen]:
     """Every task, learned already or not."""
     known = [task for done in groups[:number] for task in done]
     if way == "retrieval":
@@ -258,10 +269,12 @@ def _look(
         adapter = method.serve(cases) if number else None
     with torch.autocast("cpu", torch.bfloat16):
         scores = score(method.model, cases, adapter)
+    seen = []
     for at, group in enumerate(groups, start=1):
         for task in group:
             own = [value for case, value in zip(cases, scores, strict=True) if case.edit == task]
-            found.seen.append(Seen(way, seed, number, task, at, sum(own) / len(own)))
+            seen.append(Seen(way, seed, number, task, at, sum(own) / len(own)))
+    return seen
 
 
 def _stored_bytes(way: str, method: Method, memory: Memory | None, photographs: list[Photograph]) -> int:

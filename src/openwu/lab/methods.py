@@ -122,7 +122,7 @@ def generated_on(model: EmbeddedModel, seed: int) -> Method:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = EmbeddedModel(model.config)
-    fresh.generator.init_weights(1e-2)
+        fresh.generator.init_weights(1e-2)
     model.condition.load_state_dict(fresh.condition.state_dict())
     model.generator.load_state_dict(fresh.generator.state_dict())
     trained = nn.ModuleDict({"condition": model.condition, "generator": model.generator}).requires_grad_(True)

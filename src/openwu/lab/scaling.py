@@ -10,8 +10,9 @@ the base's own tasks first, with a generator of one size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from openwu.data.photographs import Photograph
 from openwu.embedded import EmbeddedConfig, EmbeddedModel, tiny_layer_groups
 from openwu.lab.embedded import draw, score
 from openwu.lab.intervals import Mean, mean_over
+from openwu.lab.kept import Keep, Part, keep_nothing
 from openwu.lab.methods import Budget, Method, fit, generated_on
 
 GENERATOR_SIZES = ((128, 1), (256, 1), (384, 2), (512, 3))
@@ -106,64 +108,68 @@ def scaling(
     seeds: Sequence[int],
     generator_sizes: Sequence[tuple[int, int]] = GENERATOR_SIZES,
     base_widths: Sequence[int] = BASE_WIDTHS,
+    keep: Keep = keep_nothing,
 ) -> Scaling:
-    """Generators on the model's own base; then bases of other widths, trained on `base_tasks` for `base_steps`."""
+    """Generators on the model's own base; then bases of other widths, trained on `base_tasks` for `base_steps`.
+
+    `keep`: where finished parts are found again; a part is one size with one seed.
+    """
     found = Scaling([])
+
+    def measured(axis: str, size: str, changed: Callable[[], EmbeddedModel], seed: int) -> Part:
+        resized, cases = changed(), draw(test, tasks, seed)
+        varies = resized.backbone if axis == "base" else resized.generator
+        method = generated_on(resized, seed)
+        fit(method, photographs, tasks, budget, budget.steps, method.rates, seed)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            values = score(resized, cases, method.serve(cases))
+        scores = {
+            task: float(np.mean([v for case, v in zip(cases, values, strict=True) if case.edit == task]))
+            for task in tasks
+        }
+        return Part(vars(Point(axis, size, sum(parameter.numel() for parameter in varies.parameters()), seed, scores)))
+
     for seed in seeds:
-        cases = draw(test, tasks, seed)
-        sized = [
-            *_generators(model, generator_sizes),
-            *_bases(model, base_widths, photographs, base_tasks, budget, base_steps, seed),
+        sized: list[tuple[str, str, Callable[[], EmbeddedModel]]] = [
+            ("generator", f"width {width}, {blocks} blocks", partial(_with_generator, model, width, blocks))
+            for width, blocks in generator_sizes
         ]
+        trained = partial(_with_base, model, photographs, base_tasks, budget, base_steps, seed)
+        sized += [("base", f"width {width}", partial(trained, width)) for width in base_widths]
         for axis, size, changed in sized:
-            varies = changed.backbone if axis == "base" else changed.generator
-            method = generated_on(changed, seed)
-            fit(method, photographs, tasks, budget, budget.steps, method.rates, seed)
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                values = score(changed, cases, method.serve(cases))
-            scores = {
-                task: float(np.mean([v for case, v in zip(cases, values, strict=True) if case.edit == task]))
-                for task in tasks
-            }
-            parameters = sum(parameter.numel() for parameter in varies.parameters())
-            found.points.append(Point(axis, size, parameters, seed, scores))
+            part = keep(f"{axis}, {size}, seed {seed}", partial(measured, axis, size, changed, seed))
+            found.points.append(Point(**part.values))
     return found
 
 
-def _generators(model: EmbeddedModel, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str, EmbeddedModel]]:
-    for width, blocks in sizes:
-        generator = dataclasses.replace(model.config.generator, d_model=width, num_pg_layers=blocks)
-        changed = EmbeddedModel(dataclasses.replace(model.config, generator=generator)).requires_grad_(False)
-        changed.instruction.load_state_dict(model.instruction.state_dict())
-        changed.backbone.load_state_dict(model.backbone.state_dict())
-        yield "generator", f"width {width}, {blocks} blocks", changed
+def _with_generator(model: EmbeddedModel, width: int, blocks: int) -> EmbeddedModel:
+    """A generator of another size on the model's base."""
+    generator = dataclasses.replace(model.config.generator, d_model=width, num_pg_layers=blocks)
+    changed = EmbeddedModel(dataclasses.replace(model.config, generator=generator)).requires_grad_(False)
+    changed.instruction.load_state_dict(model.instruction.state_dict())
+    changed.backbone.load_state_dict(model.backbone.state_dict())
+    return changed
 
 
-def _bases(
+def _with_base(
     model: EmbeddedModel,
-    widths: Sequence[int],
     photographs: list[Photograph],
     base_tasks: Sequence[str],
     budget: Budget,
     steps: int,
     seed: int,
-) -> Iterator[tuple[str, str, EmbeddedModel]]:
-    for width in widths:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            changed = EmbeddedModel(with_base_width(model.config, width)).requires_grad_(False)
-        changed.instruction.load_state_dict(model.instruction.state_dict())
-        method = Method(
-            f"base, width {width}",
-            changed.backbone.requires_grad_(True),
-            changed,
-            lambda *_: None,
-            lambda _: None,
-            BASE_RATES,
-        )
-        fit(method, photographs, base_tasks, budget, steps, method.rates, seed)
-        changed.backbone.requires_grad_(False)
-        yield "base", f"width {width}", changed
+    width: int,
+) -> EmbeddedModel:
+    """A base of another width, trained on its own tasks and frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed = EmbeddedModel(with_base_width(model.config, width)).requires_grad_(False)
+    changed.instruction.load_state_dict(model.instruction.state_dict())
+    base = changed.backbone.requires_grad_(True)
+    method = Method(f"base, width {width}", base, changed, lambda *_: None, lambda _: None, BASE_RATES)
+    fit(method, photographs, base_tasks, budget, steps, method.rates, seed)
+    changed.backbone.requires_grad_(False)
+    return changed
 
 
 def with_base_width(config: EmbeddedConfig, width: int) -> EmbeddedConfig:

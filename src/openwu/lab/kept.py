@@ -1,0 +1,91 @@
+"""Finished parts of a long experiment: a part enters under a name and is found again when the experiment goes on.
+
+An experiment of hours that was stopped goes on with the first part that is missing, and several processes may work on
+different seeds in one folder. Parts made with other settings, another model or another version of the experiments'
+code stand in other folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CODE = ("lab", "training", "data", "embedded.py", "backbone", "condition", "generator", "adapter", "ops")
+"""What the numbers of a part depend on, in the package's folder."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part found."""
+
+    values: Mapping[str, Any]
+    """Plain values for JSON."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Keep(Protocol):
+    """Makes a part, or finds it."""
+
+    def __call__(self, name: str, make: Callable[[], Part], /) -> Part: ...
+
+
+def keep_nothing(_: str, make: Callable[[], Part], /) -> Part:
+    """Every part is made."""
+    return make()
+
+
+class Kept:
+    """Parts in a folder: `NAME.json`, and `NAME.safetensors` beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, name: str, make: Callable[[], Part], /) -> Part:
+        found = self._read(name)
+        if found is None:
+            found = make()
+            self._write(name, found)
+        return found
+
+    def _read(self, name: str) -> Part | None:
+        """The part, or None where it is missing or broken: then it is made again."""
+        values, tensors = self._files(name)
+        try:
+            return Part(json.loads(values.read_text(encoding="utf-8")), load_file(tensors))
+        except (OSError, ValueError, SafetensorError):
+            return None
+
+    def _write(self, name: str, part: Part) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values, tensors = self._files(name)
+        partial = [file.with_name(f".{file.name}.partial") for file in (values, tensors)]
+        partial[0].write_text(json.dumps(part.values), encoding="utf-8")
+        save_file({key: value.contiguous() for key, value in part.tensors.items()}, partial[1])
+        partial[1].replace(tensors)
+        partial[0].replace(values)  # last: a part without its values is missing
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        plain = "".join(letter if letter.isalnum() else "-" for letter in name)
+        return self.folder / f"{plain}.json", self.folder / f"{plain}.safetensors"
+
+
+def fingerprint(settings: Mapping[str, Any], *frozen: nn.Module) -> str:
+    """Sixteen digits that differ where settings, the frozen modules' weights or the code do."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for module in frozen:
+        for name, value in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().float().numpy().tobytes())
+    package = Path(__file__).parents[1]
+    for part in CODE:
+        for file in sorted([package / part] if part.endswith(".py") else (package / part).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

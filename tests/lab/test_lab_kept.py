@@ -1,0 +1,55 @@
+"""Finished parts of long experiments: found again, made again where they are missing, broken or of other settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from openwu.lab.kept import Kept, Part, fingerprint
+
+PART = Part({"scores": [1.5, 2.0], "name": "雨"}, {"task/input": torch.rand(3, 2, 2)})
+
+
+def never() -> Part:
+    raise AssertionError("made again")
+
+
+def test_a_part_is_made_once_and_found_as_it_was(tmp_path: Path) -> None:
+    Kept(tmp_path / "new")("shared, wide, seed 0", lambda: PART)
+    found = Kept(tmp_path / "new")("shared, wide, seed 0", never)
+    assert found.values == PART.values
+    torch.testing.assert_close(dict(found.tensors), dict(PART.tensors))
+
+
+def test_a_part_that_fails_leaves_nothing_and_another_name_is_another_part(tmp_path: Path) -> None:
+    keep = Kept(tmp_path)
+    with pytest.raises(AssertionError, match="made again"):
+        keep("one", never)
+    assert list(tmp_path.iterdir()) == []
+    keep("one", lambda: PART)
+    with pytest.raises(AssertionError, match="made again"):
+        keep("two", never)
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_broken_part_is_made_again(tmp_path: Path, suffix: str) -> None:
+    keep = Kept(tmp_path)
+    keep("one", lambda: PART)
+    file = tmp_path / f"one.{suffix}"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert keep("one", lambda: Part({"new": 1})).values == {"new": 1}
+    assert keep("one", never).values == {"new": 1}
+
+
+def test_fingerprints_differ_with_settings_and_weights() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(2, 2)
+    plain = fingerprint({"steps": 1}, module)
+    assert plain == fingerprint({"steps": 1}, module)
+    assert plain != fingerprint({"steps": 2}, module)
+    with torch.no_grad():
+        module.bias[0] += 1
+    assert plain != fingerprint({"steps": 1}, module)
