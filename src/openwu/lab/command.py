@@ -43,15 +43,15 @@ QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
 QUICK_EDITS = tuple(name for pair in CONTRADICTORY_PAIRS[:8] for name in pair)
 STEPS, QUICK_STEPS = (0, 100, 400), (0, 40)
 """After how many steps of its training the shared LoRA's gradients are compared."""
-BUDGET = Budget(steps=1500, wide_rank=192, factors=(0.5, 1.0, 2.0), search_steps=150)
+BUDGET = Budget(steps=400, wide_rank=192, factors=(0.5, 1.0, 2.0), search_steps=80)
 QUICK_BUDGET = Budget(steps=60)
 GROUPS = tuple(
-    tuple(pair[side] for pair in CONTRADICTORY_PAIRS[start : start + 7]) for side in (0, 1) for start in (0, 7, 14)
+    tuple(pair[side] for pair in CONTRADICTORY_PAIRS[start : start + 4]) for side in (0, 1) for start in (0, 4)
 )
-"""Six groups of seven: opposites arrive three groups later."""
+"""Four groups of four: opposites arrive two groups later."""
 QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for side in (0, 1))
 SCALING, QUICK_SCALING = Budget(steps=1500), Budget(steps=30)
-GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=400), Budget(steps=25)
+GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
 
