@@ -45,8 +45,9 @@ STEPS, QUICK_STEPS = (0, 100, 400), (0, 40)
 """After how many steps of its training the shared LoRA's gradients are compared."""
 BUDGET = Budget(steps=400, wide_rank=192, factors=(0.5, 1.0, 2.0), search_steps=80)
 QUICK_BUDGET = Budget(steps=60)
+GROUPED = (("brighten", "warm", "blur", "add_noise"), ("fog", "age", "saturate", "vignette"))
 GROUPS = tuple(
-    tuple(pair[side] for pair in CONTRADICTORY_PAIRS[start : start + 4]) for side in (0, 1) for start in (0, 4)
+    tuple(pair[side] for pair in CONTRADICTORY_PAIRS if pair[0] in first) for side in (0, 1) for first in GROUPED
 )
 """Four groups of four: opposites arrive two groups later."""
 QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for side in (0, 1))
