@@ -1,9 +1,13 @@
-"""Benchmarks: two ways to do the same enter, their times side by side leave. `ROWS` lists them.
+"""Benchmarks: two ways to do the same enter, their times side by side leave. `ROWS` and `GROWTHS` list them.
 
-A row is a function `measure(quick: bool) -> Row` that first checks that both sides agree, then times them in turn.
+A row is a function `measure(quick: bool) -> Row` that first checks that both sides agree, then times them in turn. A
+growth is a function `measure(quick: bool) -> Growth`, or the plain data that `Growth.read` takes: cost against size.
 """
 
 from __future__ import annotations
 
 ROWS: dict[str, str] = {}
 """Name of a row -> "module:function" that measures it. One line adds a row."""
+
+GROWTHS: dict[str, str] = {}
+"""Name of a curve -> "module:function" that measures it. One line adds a curve."""
