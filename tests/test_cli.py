@@ -22,6 +22,7 @@ from PIL import Image
 
 import openwu
 from openwu import cli
+from openwu.adapter.cache import AdapterCache
 from openwu.cli import console, models
 from openwu.errors import CheckpointError, InstructionError, OpenwuError
 from openwu.pictures import Photo, read_picture
@@ -60,11 +61,13 @@ class FakeEditor:
     """Inverts pictures, remembers what it was asked, and fails for the names it is told."""
 
     model: str | None = None
+    cache: AdapterCache | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     fails: dict[str, BaseException] = field(default_factory=dict)
 
-    def from_pretrained(self, model: str | None = None) -> FakeEditor:
+    def from_pretrained(self, model: str | None = None, *, cache: str | None = None) -> FakeEditor:
         self.model = model
+        self.cache = None if cache is None else AdapterCache(cache)
         return self
 
     def edit(
@@ -222,6 +225,13 @@ def test_adapters_are_saved_and_used_again(here: Path, editor: FakeEditor, capsy
     assert "missing: no such folder" in capsys.readouterr().err
 
 
+def test_a_cache_is_reported(here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit("a.png", "--cache", "kept") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "kept: 0 of 0 adapters found, 0.0 MB held"
+    assert edit("a.png", "--cache", "kept", "--overwrite", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+
+
 # What is refused before any work
 
 
@@ -241,6 +251,8 @@ def test_adapters_are_saved_and_used_again(here: Path, editor: FakeEditor, capsy
         (["a.png", "--seed", str(2**63)], "warm", 2, "expected a whole number"),
         (["a.png", "--output", ""], "warm", 2, "--output: expected a file or folder, got nothing"),
         (["a.png", "--adapter", "x", "--save-adapter", "y"], "warm", 2, "leave one of them out"),
+        (["a.png", "--adapter", "x", "--cache", "y"], None, 2, "--cache: the adapter of --adapter needs no look-up"),
+        (["a.png", "--cache", "b.png"], "warm", 1, "cache: expected a folder, or a place to make one, got b.png"),
         (["a.png", "--adapter", "x", "--then", "blur it"], None, 2, "--then: an adapter of --adapter is complete"),
         (["a.png", "--adapter", "x", "--then", "blur it"], "warm", 2, "generate with --instruction and --then instead"),
         (["a.png", "--then", "blur it"], None, 2, "--instruction: expected what to do, got nothing"),
@@ -546,7 +558,7 @@ def test_a_real_interrupt_stops_with_130(tmp_path: Path) -> None:
         # A test run started in the background inherits that interrupts are ignored; a person's terminal does not.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Editor:\n"
-        "    from_pretrained = classmethod(lambda cls, model: cls())\n"
+        "    from_pretrained = classmethod(lambda cls, model, **_: cls())\n"
         "    def edit(self, *_, **__): print('working', flush=True); time.sleep(50)\n"
         "sys.modules['openwu.editor'] = types.SimpleNamespace(Editor=Editor)\n"
         "sys.modules['openwu.types'] = types.SimpleNamespace(Adapter=None)\n"

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from openwu.adapter.cache import AdapterCache
     from openwu.adapter.inject import AdapterHandle, attach
     from openwu.config import GeneratorConfig
     from openwu.editor import Editor
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Adapter": "openwu.types",
+    "AdapterCache": "openwu.adapter.cache",
     "AdapterHandle": "openwu.adapter.inject",
     "Condition": "openwu.types",
     "EditRequest": "openwu.types",
@@ -34,6 +36,7 @@ _WHERE = {
 
 __all__ = [
     "Adapter",
+    "AdapterCache",
     "AdapterHandle",
     "Condition",
     "EditRequest",

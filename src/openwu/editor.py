@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openwu.adapter.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.adapter.export import with_kernels
 from openwu.canvas import Canvas
 from openwu.embedded import WEIGHTS, EmbeddedModel
@@ -48,16 +49,29 @@ Progress = Callable[[int, int], None]
 class Editor:
     """Edits photographs with a frozen base and a generator that writes one adapter per request."""
 
-    def __init__(self, model: EmbeddedModel) -> None:
+    def __init__(self, model: EmbeddedModel, *, cache: AdapterCache | str | Path | None = None) -> None:
+        """`cache`: where adapters are looked up before they are generated; a folder for one with default sizes."""
         self.model = model
         self.dtype = next(model.backbone.parameters()).dtype
+        self.cache = AdapterCache(cache) if isinstance(cache, str | Path) else cache
+        writers = {name: getattr(model, name) for name in ("instruction", "condition", "generator")}
+        self.identity = GeneratorIdentity(writers, model.config.to_dict())
 
     @classmethod
-    def from_pretrained(cls, model: str | Path | None = None, *, dtype: torch.dtype | None = None) -> Editor:
-        """The embedded model, or a folder that training wrote. `dtype` None: bfloat16 where the CPU computes in it."""
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        cache: AdapterCache | str | Path | None = None,
+    ) -> Editor:
+        """The embedded model, or a folder that training wrote. `dtype` None: bfloat16 where the CPU computes in it.
+
+        `cache`: an AdapterCache, or a folder for one; adapters of requests that were seen before come from there.
+        """
         if model is not None and not Path(model).is_dir():
             raise OpenwuError(f"model: expected a folder with config.json and safetensors, got {str(model)!r}")
-        return cls(EmbeddedModel.from_pretrained(model or WEIGHTS, dtype=dtype or native_dtype()))
+        return cls(EmbeddedModel.from_pretrained(model or WEIGHTS, dtype=dtype or native_dtype()), cache=cache)
 
     def edit(
         self,
@@ -91,11 +105,14 @@ class Editor:
         return self._edited(list(requests), None, anyway, progress) if requests else []
 
     def adapt(self, images: Picture | Sequence[Picture], instruction: str, *, anyway: bool = False) -> Adapter:
-        """Only generate: the adapter (b = 1) of a request."""
-        photos = _read(EditRequest(_listed(images), instruction))
-        with torch.no_grad():  # not inference mode: a caller may train on what comes back
-            asked = [check_instruction(instruction)]
+        """Only generate, or take from the cache: the adapter (b = 1) of a request."""
+        photos, asked = _read(EditRequest(_listed(images), instruction)), [check_instruction(instruction)]
+
+        def generate(_: Sequence[int]) -> Adapter:
             return self._generate([photos], self._understand(asked, [len(photos) > 1], anyway), asked)
+
+        with torch.no_grad():  # not inference mode: a caller may train on what comes back
+            return self._cached([photos], asked, generate, anyway)[0]
 
     @torch.no_grad()
     def _edited(
@@ -112,8 +129,13 @@ class Editor:
             text = self._understand(flat, [len(photos[i]) > 1 for i in owner], anyway or given is not None)
         with _timed(timings, "generate"):
             if given is None:
-                each = self._generate([photos[i] for i in owner], text, flat)
-                adapters = [Adapter.sum([each.select([k]) for k in _of(owner, i)]) for i in range(len(requests))]
+                seen = [photos[i] for i in owner]
+
+                def generate(places: Sequence[int]) -> Adapter:
+                    return self._generate([seen[k] for k in places], text[list(places)], [flat[k] for k in places])
+
+                each = self._cached(seen, flat, generate, anyway)
+                adapters = [Adapter.sum([each[k] for k in _of(owner, i)]) for i in range(len(requests))]
             else:
                 adapters = [given.to(self.dtype)]
         with _timed(timings, "edit"):
@@ -133,6 +155,30 @@ class Editor:
             logs = self.model.instruction.log_probabilities(tokens)
             check_scope(instructions, logs, self.model.config.instruction.labels, referenced)
         return tokens
+
+    def _cached(
+        self,
+        photos: Sequence[Sequence[Photo]],
+        instructions: Sequence[str],
+        generate: Callable[[Sequence[int]], Adapter],
+        anyway: bool,
+    ) -> list[Adapter]:
+        """One adapter (b = 1) per instruction, from the cache where it has them; `generate` makes those at places."""
+        if self.cache is None:
+            each = generate(range(len(instructions)))
+            return [each.select([place]) for place in range(len(instructions))]
+        keys = [
+            request_key(
+                self.identity.digest,
+                [condition_pixels(photo) for photo in pictures],
+                self.model.instruction.as_read(instruction),
+                in_scope=not anyway,
+            )
+            for pictures, instruction in zip(photos, instructions, strict=True)
+        ]
+        found = self.cache.fetch(keys, generate)
+        # Another spelling may have been the first: a result names the one that was asked for.
+        return [replace(one, instructions=(text,)) for one, text in zip(found, instructions, strict=True)]
 
     def _generate(self, photos: Sequence[Sequence[Photo]], text: Tensor, instructions: Sequence[str]) -> Adapter:
         """One adapter per instruction, from whole photos: the one to edit, and a reference after it if there is one."""
@@ -201,8 +247,13 @@ def condition_view(photo: Photo) -> Tensor:
 
     Skipping keeps the noise and grain of single pixels, which averaging would remove.
     """
+    return _unit(condition_pixels(photo))[None]
+
+
+def condition_pixels(photo: Photo) -> Pixels:
+    """What the condition is read from, as integers `[h, w, 3]`; see `condition_view`."""
     step = max(1, round(max(photo.pixels.shape[:2]) / CONDITION_SIDE))
-    return _unit(photo.pixels[::step, ::step])[None]
+    return photo.pixels[::step, ::step]
 
 
 def _unit(pixels: Pixels) -> Tensor:

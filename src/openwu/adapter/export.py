@@ -46,13 +46,18 @@ PEFT_REFUSED = (
 
 def save_native(adapter: Adapter, folder: Path) -> None:
     """Write any adapter: `{target}.lora_A` `[b, (E,) r, A_dim]`, `{target}.lora_B` `[b, (E,) B_dim, r]`."""
+    _write(folder, native_config(adapter), adapter.state_dict())
+
+
+def native_config(adapter: Adapter) -> dict[str, Any]:
+    """All of an adapter but its tensors, as plain JSON values; `native_adapter` puts both together again."""
     targets = [
         {"name": t.name, "in_dim": t.in_dim, "out_dim": t.out_dim, "experts": t.experts, "kernel": t.kernel}
         for t in adapter.targets
     ]
     sizes = {"batch": adapter.batch, "rank": adapter.rank, "scale": adapter.scale}
     config = {"format": FORMAT, "version": VERSION, **sizes, "instructions": list(adapter.instructions)}
-    _write(folder, {**config, "targets": targets}, adapter.state_dict())
+    return {**config, "targets": targets}
 
 
 def save_peft(adapter: Adapter, folder: Path) -> None:
@@ -108,7 +113,7 @@ def load_adapter(folder: Path) -> Adapter:
     config, tensors = _read(folder)
     try:
         if config.get("format") == FORMAT:
-            return _native(config, tensors)
+            return native_adapter(config, tensors)
         if config.get("peft_type") == "LORA":
             return _peft(config, tensors)
         came = {key: config[key] for key in ("format", "peft_type") if key in config}
@@ -117,7 +122,8 @@ def load_adapter(folder: Path) -> Adapter:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def native_adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """What `native_config` and `Adapter.state_dict` gave -> the adapter; CheckpointError where they do not fit."""
     if config.get("version") != VERSION:
         raise CheckpointError(f"expected version {VERSION} of {FORMAT}, got {config.get('version')!r}; update openwu")
     try:

@@ -131,6 +131,9 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
         "--save-adapter", metavar="FOLDER", help="also write the generated adapter (per photo if several)"
     )
     edit.add_argument("--adapter", metavar="FOLDER", help="use this saved adapter instead of generating one")
+    edit.add_argument(
+        "--cache", metavar="FOLDER", help="look adapters up in this folder before generating them, and keep new ones"
+    )
     edit.add_argument("--anyway", action="store_true", help="try instructions that the model does not know, too")
     edit.add_argument("--overwrite", action="store_true", help="replace outputs that exist already")
     edit.add_argument("--quiet", action="store_true", help="print nothing but errors")

@@ -16,6 +16,7 @@ from openwu.instructions import check_instruction
 from openwu.pictures import read_picture, side_by_side, write_picture
 
 if TYPE_CHECKING:
+    from openwu.adapter.cache import CacheStatistics
     from openwu.editor import Editor
     from openwu.types import Adapter
 
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
             failed += 1
         else:
             _report(job, times, arguments)
+    if editor.cache is not None:
+        _report_cache(editor.cache.statistics, arguments)
     if failed and len(jobs) > 1:
         complain(f"{failed} of {len(jobs)} photos failed; the others are done")
     return 1 if failed else 0
@@ -57,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _instruction(arguments: argparse.Namespace) -> str:
     if arguments.adapter and arguments.save_adapter:
         raise UsageError("--save-adapter: the adapter of --adapter is saved already; leave one of them out")
+    if arguments.adapter and arguments.cache:
+        raise UsageError("--cache: the adapter of --adapter needs no look-up; leave one of them out")
     if arguments.adapter and arguments.then:
         raise UsageError("--then: an adapter of --adapter is complete; generate with --instruction and --then instead")
     if arguments.instruction is not None:
@@ -71,7 +76,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
     from openwu.types import Adapter
 
     adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None
-    return Editor.from_pretrained(arguments.model), adapter
+    return Editor.from_pretrained(arguments.model, cache=arguments.cache), adapter
 
 
 def _edit(
@@ -111,6 +116,14 @@ def _report(job: Job, times: Mapping[str, float], arguments: argparse.Namespace)
     say(f"{job.photo} -> {job.output}  {sum(times.values()):.2f} s ({split})")
     for path in job.writes[1:]:
         say(f"{job.photo} -> {path}")
+
+
+def _report_cache(found: CacheStatistics, arguments: argparse.Namespace) -> None:
+    if found.unwritten:
+        _note(f"{arguments.cache}: {found.unwritten} adapters could not be kept; check the disk", arguments)
+    if not arguments.quiet:
+        asked = found.hits + found.misses
+        say(f"{arguments.cache}: {found.hits} of {asked} adapters found, {found.disk_bytes / 1e6:.1f} MB held")
 
 
 def _note(text: str, arguments: argparse.Namespace) -> None:

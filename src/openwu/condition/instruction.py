@@ -123,6 +123,10 @@ class InstructionEncoder(nn.Module):
         self.centres = nn.Parameter(torch.zeros(len(config.labels), config.num_tokens, width))
         self.degree_centres = nn.Parameter(torch.zeros(NUM_DEGREES, config.num_tokens, width))
 
+    def as_read(self, sentence: str) -> str:
+        """The words that are read, and nothing else: sentences of which this is the same have the same tokens."""
+        return " ".join(split_words(sentence)[: self.config.max_words])
+
     def forward(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
         """-> `[b, K, width]`. `dropped`: in training, the share of n-grams to leave out, and the draws' generator."""
         return self.settled(self.read_words(sentences, dropped))

@@ -1,0 +1,239 @@
+"""Adapters that were generated before: a request's key enters, its adapter leaves, or None and it is generated.
+
+    key = request_key(identity.digest, [pixels], "make it warmer")
+    adapter = cache.get(key)
+
+A key is a hash of everything that an adapter depends on: the pixels and words that the generator reads, the weights and
+sizes of what reads them, and the code. Strength is applied later and is not part of it. Two levels: memory, and a
+folder that several processes may share and that survives them; both are bounded in bytes and forget what was used
+longest ago.
+
+Shapes: h, w the sides of a picture as the generator reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+import openwu
+from openwu.adapter.store import AdapterStore, add_tensor
+from openwu.errors import TargetError
+from openwu.types import Adapter
+
+MEMORY_BYTES = 256 * 2**20
+DISK_BYTES = 2 * 2**30
+KEY_VERSION = 1
+"""Changed when a key would mean something else than before."""
+_KEY = re.compile(r"[0-9a-f]{64}")
+_COUNTED = ("memory_hits", "disk_hits", "misses", "evictions", "dropped", "unwritten")
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """What a cache did since it was made, and what it holds now."""
+
+    memory_hits: int
+    disk_hits: int
+    misses: int
+    evictions: int
+    """Entries that made room for others, in memory or in the folder; those of other processes are not counted."""
+    dropped: int
+    """Damaged files that were found, and removed."""
+    unwritten: int
+    """Adapters that the folder's file system did not take, for example on a full disk."""
+    memory_bytes: int
+    disk_bytes: int
+    """Of the whole folder, other processes' entries included."""
+
+    @property
+    def hits(self) -> int:
+        return self.memory_hits + self.disk_hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of look-ups that found something; 0 where there were none."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0
+
+
+class AdapterCache:
+    """Adapters of single requests by key, in memory and, if a folder is given, on disk. Safe for threads."""
+
+    def __init__(
+        self, folder: str | Path | None = None, *, memory_bytes: int = MEMORY_BYTES, disk_bytes: int = DISK_BYTES
+    ) -> None:
+        """`memory_bytes` 0: nothing is kept in memory. `folder` None: nothing is kept on disk.
+
+        Raises OpenwuError where the folder cannot be made.
+        """
+        for name, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected a whole number of bytes, 0 or more, got {value!r}")
+        self._limit = memory_bytes
+        self._held: OrderedDict[str, tuple[Adapter, int]] = OrderedDict()
+        self._bytes = 0
+        self._store = None if folder is None else AdapterStore(folder, disk_bytes)
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def folder(self) -> Path | None:
+        return None if self._store is None else self._store.folder
+
+    def get(self, key: str) -> Adapter | None:
+        """A copy of one's own, on the CPU (b = 1); None where the cache has nothing."""
+        _check_key(key)
+        with self._lock:
+            held = self._held.get(key)
+            if held is not None:
+                self._held.move_to_end(key)
+                self._counts["memory_hits"] += 1
+        if held is not None:
+            return _copied(held[0])
+        found = None if self._store is None else self._store.get(key)
+        with self._lock:
+            self._counts["misses" if found is None else "disk_hits"] += 1
+        if found is not None:
+            self._hold(key, found)
+        return found
+
+    def put(self, key: str, adapter: Adapter) -> None:
+        """Keep a copy of a single request's adapter (b = 1)."""
+        _check_key(key)
+        if adapter.batch != 1:
+            raise TargetError(f"adapter: expected one sample, got {adapter.batch}; put each adapter.select([i])")
+        self._hold(key, adapter)
+        if self._store is not None:
+            self._store.put(key, adapter)
+
+    def fetch(self, keys: Sequence[str], generate: Callable[[list[int]], Adapter]) -> list[Adapter]:
+        """One adapter per key. `generate` is called at most once, with the places in `keys` of what is not there, and
+        returns a batch with a sample for each of them; equal keys are generated once.
+        """
+        found = {key: self.get(key) for key in dict.fromkeys(keys)}
+        places = [keys.index(key) for key, adapter in found.items() if adapter is None]
+        if places:
+            batch = generate(places)
+            for sample, place in enumerate(places):
+                fresh = batch.select([sample])
+                self.put(keys[place], fresh)
+                found[keys[place]] = fresh
+        return [adapter for key in keys if (adapter := found[key]) is not None]
+
+    @property
+    def statistics(self) -> CacheStatistics:
+        with self._lock:
+            counts, held = Counter(self._counts), self._bytes
+        if self._store is not None:
+            counts.update(self._store.counts)
+        named = {name: counts[name] for name in _COUNTED}
+        return CacheStatistics(**named, memory_bytes=held, disk_bytes=self._store.bytes if self._store else 0)
+
+    def _hold(self, key: str, adapter: Adapter) -> None:
+        """Into memory, as a copy: callers may train on what they have."""
+        size = sum(part.nbytes for part in adapter.state_dict().values())
+        if size > self._limit:
+            return
+        kept = _copied(adapter)
+        with self._lock:
+            if key in self._held:
+                self._bytes -= self._held.pop(key)[1]
+            self._held[key] = (kept, size)
+            self._bytes += size
+            while self._bytes > self._limit:
+                _, (_, freed) = self._held.popitem(last=False)
+                self._bytes -= freed
+                self._counts["evictions"] += 1
+
+
+class GeneratorIdentity:
+    """What makes one generator's adapters differ from another's: weights, sizes and code of all that takes part."""
+
+    def __init__(self, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> None:
+        """`parts`: name -> module, of everything between a request and its adapter. `config`: plain JSON values."""
+        self._parts = dict(parts)
+        self._config = json.dumps(config, sort_keys=True)
+        self._known: tuple[tuple[tuple[int, int], ...], str] | None = None
+
+    @property
+    def digest(self) -> str:
+        """64 hexadecimal digits; computed on first use, and again after a weight was replaced or changed in place.
+
+        Changes behind torch's back (through `.data` or NumPy) go unnoticed: make a new identity after those.
+        """
+        state = self._state()
+        if self._known is None or self._known[0] != state:
+            self._known = (state, self._compute())
+        return self._known[1]
+
+    def _state(self) -> tuple[tuple[int, int], ...]:
+        """Where every weight lies and how often it was changed in place."""
+        return tuple(
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for part in self._parts.values()
+            for tensor in chain(part.parameters(), part.buffers())
+        )
+
+    def _compute(self) -> str:
+        digest = hashlib.sha256(json.dumps([openwu.__version__, code_digest(), self._config]).encode())
+        for name, part in sorted(self._parts.items()):
+            for key, tensor in part.state_dict().items():
+                add_tensor(digest, f"{name}.{key}", tensor)
+        return digest.hexdigest()
+
+
+def request_key(
+    generator: str,
+    pictures: Sequence[NDArray[np.generic]],
+    instruction: str,
+    *,
+    seed: int | None = None,
+    in_scope: bool = True,
+) -> str:
+    """The key of one request, 64 hexadecimal digits.
+
+    `generator`: a GeneratorIdentity's digest. `pictures`: pixels `[h, w, 3]` as the condition encoder reads them, in
+    their order. `instruction`: as the encoder reads it, so that spellings that it does not tell apart share a key.
+    `seed`: only where the condition depends on it. `in_scope`: whether the instruction was found to be one that the
+    model serves; an adapter of one that was merely tried must not be found by those who did not ask to try.
+    """
+    shapes = [[picture.dtype.str, *picture.shape] for picture in pictures]
+    digest = hashlib.sha256(json.dumps([KEY_VERSION, generator, instruction, seed, in_scope, shapes]).encode())
+    for picture in pictures:
+        digest.update(np.ascontiguousarray(picture).data)
+    return digest.hexdigest()
+
+
+@functools.cache
+def code_digest() -> str:
+    """A hash of the package's source, so that changed code never finds what older code made."""
+    folder = Path(openwu.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(json.dumps(str(file.relative_to(folder).as_posix())).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _copied(adapter: Adapter) -> Adapter:
+    """On the CPU, with memory of its own, without gradients."""
+    return adapter.detach().to("cpu", copy=True)
+
+
+def _check_key(key: str) -> None:
+    # It becomes a file's name.
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"key: expected 64 hexadecimal digits, as request_key gives them, got {key[:80]!r}")
