@@ -26,8 +26,17 @@ def origin() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the working directory, None outside of a repository."""
+    found = _git("rev-parse", "HEAD")
+    return None if found is None else found.strip()
+
+
+def uncommitted() -> bool:
+    """Whether files that the repository knows differ from that commit, so that it does not say all about the code."""
+    return bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(*words: str) -> str | None:
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()

@@ -15,6 +15,7 @@ from openwu.errors import CheckpointError, OpenwuError
 from openwu.evaluation import command
 from openwu.evaluation.command import SECTIONS
 from openwu.evaluation.suite import METHODS, Report, Score
+from openwu.markdown import filled
 
 FEW = ("brighten", "darken", "blur")
 SMALL = ["--side", "40", "--seeds", "3", "--photograph", "coffee", "--photograph", "rocket"]
@@ -84,10 +85,10 @@ def test_the_command_writes_tables_numbers_and_pictures(
 def test_a_card_is_filled_for_every_section_or_not_at_all(tmp_path: Path, broken: str) -> None:
     card, sections = tmp_path / "card.md", {name: f"| new {name} |\n\n" for name in SECTIONS}
     card.write_text(blank_card(), encoding="utf-8")
-    filled = command._filled(card, sections)
-    assert filled == blank_card().replace("old", "{}").format(*(f"| new {name} |" for name in SECTIONS))
-    card.write_text(filled, encoding="utf-8")
-    assert command._filled(card, sections) == filled
+    page = filled(card, sections, "--card")
+    assert page == blank_card().replace("old", "{}").format(*(f"| new {name} |" for name in SECTIONS))
+    card.write_text(page, encoding="utf-8")
+    assert filled(card, sections, "--card") == page
     begin, end = f"<!-- {broken}: begin -->", f"<!-- {broken}: end -->"
     for text in (
         blank_card().replace(begin, ""),
@@ -96,7 +97,7 @@ def test_a_card_is_filled_for_every_section_or_not_at_all(tmp_path: Path, broken
     ):
         card.write_text(text, encoding="utf-8")
         with pytest.raises(OpenwuError, match=f"expected the marks {begin}"):
-            command._filled(card, sections)
+            filled(card, sections, "--card")
         assert card.read_text(encoding="utf-8") == text
 
 

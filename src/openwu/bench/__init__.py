@@ -6,8 +6,14 @@ growth is a function `measure(quick: bool) -> Growth`, or the plain data that `G
 
 from __future__ import annotations
 
-ROWS: dict[str, str] = {}
+ROWS: dict[str, str] = {
+    "C7": "openwu.bench.edit:measure",
+    "C8": "openwu.bench.cached:measure",
+}
 """Name of a row -> "module:function" that measures it. One line adds a row."""
 
-GROWTHS: dict[str, str] = {}
+GROWTHS: dict[str, str] = {
+    "edit-size": "openwu.bench.edit:measure_size",
+    "edit-batch": "openwu.bench.edit:measure_batch",
+}
 """Name of a curve -> "module:function" that measures it. One line adds a curve."""

@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_handed_on(verbs, "eval", "measure a model", "openwu.evaluation.command:run")
     _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.lab.command:run_audit")
+    _add_handed_on(verbs, "bench", "measure speed and memory against the alternatives", "openwu.bench.command:run")
     _add_handed_on(verbs, "lab", "test a claim of functional memory", "openwu.lab.command:run_lab")
     return parser
 

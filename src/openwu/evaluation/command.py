@@ -28,6 +28,7 @@ from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.strength import SCALES, Graded, evaluate_strength, strength_cells
 from openwu.evaluation.suite import Report, evaluate_suite, following
 from openwu.evaluation.wording import Wording, evaluate_wording
+from openwu.markdown import filled
 from openwu.origin import origin
 from openwu.types import Adapter
 from openwu.understanding import understanding
@@ -84,13 +85,13 @@ def run(arguments: list[str]) -> int:
         return 0
     card = Path(options.card) if options.card else None
     if card:  # A card that cannot take the tables is refused before the long work.
-        _filled(card, dict.fromkeys(SECTIONS, ""))
+        filled(card, dict.fromkeys(SECTIONS, ""), "--card")
     shared = Adapter.from_pretrained(folder / SHARED) if (folder / SHARED).is_dir() else None
     found = measure(model, shared, photographs, options.seeds)
     sections = as_markdown(found, options.seeds, sorted(photographs))
     _write(found, sections, options.seeds, options.side, output)
     if card:
-        card.write_text(_filled(card, sections), encoding="utf-8")
+        card.write_text(filled(card, sections, "--card"), encoding="utf-8")
     sys.stdout.write("".join(sections.values()))
     return 0
 
@@ -167,22 +168,6 @@ def _entries(value: object) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[\n  " + ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in value) + "\n ]"
     return json.dumps(value, ensure_ascii=False)
-
-
-def _filled(card: Path, sections: dict[str, str]) -> str:
-    """The card with each section between its marks, `<!-- name: begin -->` and `<!-- name: end -->`."""
-    try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OpenwuError(f"--card: expected a Markdown file, got {card} ({error})") from error
-    for name, section in sections.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise OpenwuError(f"{card}: expected the marks {begin} and {end} around the table, in this order")
-        text = f"{before}{begin}\n{section.strip()}\n{end}{after}"
-    return text
 
 
 def _parser() -> argparse.ArgumentParser:

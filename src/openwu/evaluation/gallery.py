@@ -19,7 +19,7 @@ from openwu.embedded import EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.suite import apply, following, generate, make_cases
-from openwu.evaluation.tables import table
+from openwu.markdown import table
 
 SIDE = 256
 """Side in pixels of a picture on the page."""

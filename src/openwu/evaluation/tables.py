@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from openwu.data.edits import FAMILIES
 from openwu.data.phrases import LANGUAGES
@@ -12,12 +12,7 @@ from openwu.evaluation.goals import Goal
 from openwu.evaluation.strength import Graded, by_strength
 from openwu.evaluation.suite import Report
 from openwu.evaluation.wording import SPLITS, Wording, mean_psnr
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with an empty line after it."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+from openwu.markdown import table
 
 
 def goals_table(goals: Sequence[Goal]) -> str:

@@ -1,0 +1,103 @@
+"""Pictures of benchmark results: rows and curves enter, PNG files leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from openwu.bench.growth import Growth
+from openwu.bench.result import judged
+from openwu.bench.row import Row
+
+FLOOR = "floor"
+"""Key in a row's details: seconds below which no implementation can come on that machine."""
+REACHED, MISSED, LAW = "tab:green", "tab:red", "0.5"
+PANELS = 3
+"""Panels beside one another."""
+
+
+def draw_rows(rows: Mapping[str, Row], path: Path) -> None:
+    """On top, every row's value as a share of its goal; below, a panel for each with the times of its sides."""
+    timed = {name: row for name, row in rows.items() if row.sides}
+    lines = math.ceil(len(timed) / PANELS)
+    height = 0.35 * len(rows) + 1.2
+    figure = Figure(figsize=(12, height + 2.3 * lines), layout="constrained")
+    if timed:
+        top, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, 2.3 * lines])[:, 0]
+        panels = list(below.subplots(lines, PANELS, squeeze=False).flat)
+        for panel, row in zip(panels, timed.values(), strict=False):
+            _draw_sides(panel, row)
+        for panel in panels[len(timed) :]:
+            panel.set_axis_off()
+        _draw_goals(top.subplots(), rows)
+    else:
+        _draw_goals(figure.subplots(), rows)
+    figure.savefig(path, dpi=100)
+
+
+def share(row: Row) -> float:
+    """How many times better than its goal a row is; below 1 it misses it."""
+    better, worse = (row.value, row.goal) if row.at_least else (row.goal, row.value)
+    # A cost may be nothing at all, or below it within the noise of two timings.
+    return max(better, 1e-3) / max(worse, 1e-3)
+
+
+def _draw_goals(panel: Axes, rows: Mapping[str, Row]) -> None:
+    for place, row in enumerate(list(rows.values())[::-1]):
+        panel.plot([1, share(row)], [place, place], color=REACHED if row.reached else MISSED, linewidth=3)
+        panel.plot(share(row), place, "o", color=REACHED if row.reached else MISSED)
+        value, goal, _ = judged(row)
+        panel.annotate(f" {value} ({goal})", (share(row), place), va="bottom", fontsize=8)
+    panel.axvline(1, color="black", linewidth=1)
+    panel.set_xscale("log")
+    panel.set_xlabel("times better than the goal (line: the goal)")
+    panel.set_yticks(range(len(rows)), list(rows)[::-1])
+    panel.margins(x=0.2, y=0.15)
+    panel.grid(axis="x", alpha=0.3)
+
+
+def _draw_sides(panel: Axes, row: Row) -> None:
+    for place, timing in enumerate(list(row.sides.values())[::-1]):
+        first, third = timing.quartiles
+        ends = [[timing.median - first], [third - timing.median]]
+        panel.errorbar(timing.median, place, xerr=ends, fmt="o", capsize=3, color="tab:blue")
+    floor = row.details.get(FLOOR)
+    if isinstance(floor, int | float) and floor > 0:
+        panel.axvline(floor, color="black", linestyle="--", linewidth=1, label="floor")
+        panel.legend(fontsize=7)
+    panel.set_xscale("log")
+    panel.set_yticks(range(len(row.sides)), list(row.sides)[::-1], fontsize=8)
+    panel.set_title(f"{row.name}: seconds, median and quartiles", fontsize=9)
+    panel.margins(x=0.15, y=0.25)
+    panel.grid(axis="x", alpha=0.3)
+
+
+def draw_growths(growths: Mapping[str, Growth], path: Path) -> None:
+    """A panel for each curve, both axes logarithmic: dots measured with quartiles, a line for the law."""
+    lines = math.ceil(len(growths) / PANELS)
+    figure = Figure(figsize=(12, 3.4 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, PANELS, squeeze=False).flat)
+    for panel, (name, growth) in zip(panels, growths.items(), strict=False):
+        sizes = [point.x for point in growth.points]
+        medians = [point.measured.median for point in growth.points]
+        quartiles = [point.measured.quartiles for point in growth.points]
+        ends = [
+            [median - first for median, (first, _) in zip(medians, quartiles, strict=True)],
+            [third - median for median, (_, third) in zip(medians, quartiles, strict=True)],
+        ]
+        panel.plot(sizes, [growth.factor * point.predicted for point in growth.points], color=LAW, label="law")
+        panel.errorbar(sizes, medians, yerr=ends, fmt="o", capsize=3, color="tab:blue", label="measured")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xlabel(growth.unit)
+        panel.set_ylabel("seconds")
+        panel.set_title(name, fontsize=9)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    for panel in panels[len(growths) :]:
+        panel.set_axis_off()
+    figure.savefig(path, dpi=100)
