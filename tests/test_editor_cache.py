@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,23 @@ def test_a_folder_outlives_the_editor(model_folder: Path, photo: Image.Image, tm
 def test_a_large_picture_is_known_by_what_the_condition_reads(scene: Scene) -> None:
     wide = read_picture(Image.fromarray(scene(2048, 4)))
     assert condition_pixels(wide).shape == (2, 1024, 3)
+
+
+def test_the_lines_of_the_documentation_work(
+    photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the model inside the package: an untrained one does not know what "add fog" means."""
+    text = (Path(__file__).parents[1] / "docs" / "cache.md").read_text(encoding="utf-8")
+    commands, lines = re.findall(r"^```\w*\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    photo.save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    for command in commands.splitlines():
+        assert cli.main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+    assert "1 of 1 adapters found" in capsys.readouterr().out
+    names: dict[str, Any] = {}
+    exec(compile("import openwu\n" + lines, "docs/cache.md", "exec"), names)
+    assert capsys.readouterr().out == "1.0\n"
+    assert names["editor"].cache is names["cache"]
 
 
 def test_the_command_finds_what_it_kept(

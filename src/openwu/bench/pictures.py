@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from openwu.bench.growth import Growth
-from openwu.bench.result import judged
+from openwu.bench.result import judged, seconds
 from openwu.bench.row import Row
 
 FLOOR = "floor"
@@ -54,6 +56,7 @@ def _draw_goals(panel: Axes, rows: Mapping[str, Row]) -> None:
         panel.annotate(f" {value} ({goal})", (share(row), place), va="bottom", fontsize=8)
     panel.axvline(1, color="black", linewidth=1)
     panel.set_xscale("log")
+    _readable(panel.xaxis, lambda value: f"{value:g}")
     panel.set_xlabel("times better than the goal (line: the goal)")
     panel.set_yticks(range(len(rows)), list(rows)[::-1])
     panel.margins(x=0.2, y=0.15)
@@ -70,8 +73,9 @@ def _draw_sides(panel: Axes, row: Row) -> None:
         panel.axvline(floor, color="black", linestyle="--", linewidth=1, label="floor")
         panel.legend(fontsize=7)
     panel.set_xscale("log")
+    _readable(panel.xaxis, seconds)
     panel.set_yticks(range(len(row.sides)), list(row.sides)[::-1], fontsize=8)
-    panel.set_title(f"{row.name}: seconds, median and quartiles", fontsize=9)
+    panel.set_title(f"{row.name}: median and quartiles", fontsize=9)
     panel.margins(x=0.15, y=0.25)
     panel.grid(axis="x", alpha=0.3)
 
@@ -92,12 +96,22 @@ def draw_growths(growths: Mapping[str, Growth], path: Path) -> None:
         panel.plot(sizes, [growth.factor * point.predicted for point in growth.points], color=LAW, label="law")
         panel.errorbar(sizes, medians, yerr=ends, fmt="o", capsize=3, color="tab:blue", label="measured")
         panel.set_xscale("log")
+        _readable(panel.xaxis, lambda value: f"{value:g}")
         panel.set_yscale("log")
+        _readable(panel.yaxis, seconds)
         panel.set_xlabel(growth.unit)
-        panel.set_ylabel("seconds")
         panel.set_title(name, fontsize=9)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     for panel in panels[len(growths) :]:
         panel.set_axis_off()
     figure.savefig(path, dpi=100)
+
+
+def _readable(axis: Axis, write: Callable[[float], str]) -> None:
+    """Few ticks on a logarithmic axis, in words; matplotlib's own overlap where a panel is small."""
+    first, last = axis.get_data_interval()
+    narrow = last < 300 * max(first, 1e-12)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+    axis.set_minor_formatter(NullFormatter())

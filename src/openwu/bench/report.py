@@ -46,7 +46,8 @@ def read_results(folder: Path) -> list[Result]:
     if not folder.is_dir():
         raise OpenwuError(f"--report: expected a folder of result files, got {folder}")
     results = [read_result(file) for file in sorted(folder.glob("*.json"))]
-    return sorted((result for result in results if not result.quick), key=lambda result: result.began)
+    counted = [result for result in results if result is not None and not result.quick]
+    return sorted(counted, key=lambda result: result.began)
 
 
 def newest_rows(results: Sequence[Result]) -> dict[str, Result]:
@@ -100,8 +101,9 @@ def _runs(used: Sequence[Result], page: Path) -> str:
         installed = ", ".join(
             f"{name} {result.versions[name]}" for name in ("python", "torch") if name in result.versions
         )
-        lines.append((f"[{_where(result)}]({link})", described(result.machine), installed, result.commit))
-    return table(("run", "machine", "versions", "code"), sorted(lines)) if lines else f"{NOTHING}\n\n"
+        threads = str(result.origin["threads"])
+        lines.append((f"[{_where(result)}]({link})", described(result.machine), threads, installed, result.commit))
+    return table(("run", "machine", "threads", "versions", "code"), sorted(lines)) if lines else f"{NOTHING}\n\n"
 
 
 def _where(result: Result) -> str:

@@ -97,10 +97,12 @@ class Result:
         return text.rstrip() + "\n"
 
 
-def read_result(file: Path) -> Result:
-    """Read what `Result.write` wrote."""
+def read_result(file: Path) -> Result | None:
+    """Read what `Result.write` wrote; None for JSON of another kind, which may lie in the same folder."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or "theme" not in data:
+            return None
         rows = [read_row(row) for row in data["rows"]]
         return Result(
             theme=data["theme"],

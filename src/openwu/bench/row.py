@@ -48,7 +48,8 @@ class Row:
     error: float = 0.0
     """Largest relative difference between what the sides return; the row is not measured where it is too large."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Sizes, dtypes, floor, further numbers: plain JSON values."""
+    """Sizes, dtypes, further numbers: plain JSON values. `floor`, if there, is drawn: the least seconds that the
+    machine's peak speed or bandwidth allows."""
 
     @property
     def reached(self) -> bool:
