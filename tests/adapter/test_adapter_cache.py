@@ -159,14 +159,17 @@ def test_memory_forgets_what_was_used_longest_ago() -> None:
     assert cache.statistics.memory_bytes == 3 * MEMORY
 
 
-def test_the_folder_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
-    cache = AdapterCache(tmp_path, memory_bytes=0, disk_bytes=3 * SIZE)
+@pytest.mark.parametrize("memory_bytes", [0, 10 * MEMORY])
+def test_the_folder_forgets_what_was_used_longest_ago(tmp_path: Path, memory_bytes: int) -> None:
+    """Whether what is used was found there or in memory."""
+    cache = AdapterCache(tmp_path, memory_bytes=memory_bytes, disk_bytes=3 * SIZE)
     for number in (1, 2, 3):
         cache.put(key(number), adapter(number))
         os.utime(file_of(tmp_path, number), (number, number))  # long ago, in this order
     assert cache.get(key(1)) is not None
     cache.put(key(4), adapter(4))
-    assert [cache.get(key(number)) is not None for number in (1, 2, 3, 4)] == [True, False, True, True]
+    later = AdapterCache(tmp_path, memory_bytes=0)
+    assert [later.get(key(number)) is not None for number in (1, 2, 3, 4)] == [True, False, True, True]
     held = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert cache.statistics.disk_bytes == held <= 3 * SIZE
     assert cache.statistics.evictions == 1

@@ -103,6 +103,8 @@ class AdapterCache:
                 self._held.move_to_end(key)
                 self._counts["memory_hits"] += 1
         if held is not None:
+            if self._store is not None:
+                self._store.touch(key)
             return _copied(held[0])
         found = None if self._store is None else self._store.get(key)
         with self._lock:

@@ -64,9 +64,13 @@ class AdapterStore:
             with suppress(OSError):
                 path.unlink()
             return None
-        with suppress(OSError):  # evicted meanwhile, or a folder that is only for reading
-            os.utime(path)
+        self.touch(key)
         return adapter
+
+    def touch(self, key: str) -> None:
+        """Mark an entry as used now; what is found in memory counts as well, or the busiest would go first."""
+        with suppress(OSError):  # evicted meanwhile, or a folder that is only for reading
+            os.utime(self._path(key))
 
     def put(self, key: str, adapter: Adapter) -> None:
         """Keep an adapter, and make room for it; one that is larger than the bound is not kept."""
