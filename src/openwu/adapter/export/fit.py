@@ -58,7 +58,9 @@ def transposed(model: nn.Module, target: Target) -> bool:
 def single(adapter: Adapter, format: str, model: nn.Module | None) -> Adapter:
     """The adapter for a format that holds one sample."""
     if adapter.batch != 1:
-        raise OpenwuError(f"{format}: a folder holds one sample, got {adapter.batch}; save each adapter.select([i])")
+        raise OpenwuError(
+            f"{format}: a folder holds one sample, got {adapter.batch}; save each adapter.select([i]) (--sample N)"
+        )
     return adapter if model is None else fitted(adapter, model)
 
 
