@@ -46,7 +46,7 @@ def test_the_page_works(
         with monkeypatch.context() as patch, warnings.catch_warnings():
             # PEFT warns of `proj_out`, which is also another module's last name.
             warnings.simplefilter("ignore")
-            patch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda path: build())
+            patch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda _: build())
             exec(compile(text, "exports.md", "exec"), names)
             if "kontext-lora" in text:
                 with torch.no_grad():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def _scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
     """Rank and scale of one module, as PEFT finds them: patterns fit whole names or their ends."""
     rank = _pattern(config, "rank_pattern", name, config.get("r"))
     alpha = _pattern(config, "alpha_pattern", name, config.get("lora_alpha"))
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not isfinite(alpha):
         raise CheckpointError(f"{CONFIG}: expected numbers r and lora_alpha, got {rank!r} and {alpha!r}")
     return rank, alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
