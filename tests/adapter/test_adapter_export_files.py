@@ -293,6 +293,17 @@ def test_paths_that_hold_no_adapter(tmp_path: Path) -> None:
         assert str(error.value).startswith(str(path))
 
 
+@pytest.mark.parametrize("kind", ["openwu", "peft", "diffusers", "comfyui"])
+def test_files_cut_anywhere_are_refused(tmp_path: Path, kind: str) -> None:
+    random_adapter(PLAIN, 1).save_pretrained(tmp_path / "a", format=kind)
+    file = next((tmp_path / "a").glob("*.safetensors"))
+    whole = file.read_bytes()
+    for end in range(0, len(whole), 37):
+        file.write_bytes(whole[:end])
+        with pytest.raises(CheckpointError, match="expected a whole safetensors file"):
+            Adapter.from_pretrained(tmp_path / "a")
+
+
 def test_formats_replace_one_another(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     for kind in ("diffusers", "peft", "comfyui", "openwu", "diffusers"):
