@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,3 +116,27 @@ def photo_folder(scene: Callable[..., NDArray[np.uint8]], tmp_path_factory: pyte
     for seed, name in enumerate(("a.jpg", "b.jpg", "c.jpg", "life_by_aitzol_berasategi.jpg")):
         Image.fromarray(scene(72, 56, seed)).save(folder / name, quality=95)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one tiny diffusers pipeline for each kind of denoiser; tests are skipped without the library."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("diffusers")
+        pytest.importorskip("peft")
+        from exporting_cases import PIPELINES
+
+        folder = tmp_path_factory.mktemp("pipelines")
+        for component, (build, _, _) in PIPELINES.items():
+            build().save_pretrained(folder / component)
+    return folder
+
+
+@pytest.fixture
+def embedded_adapter(model_folder: Path, tmp_path: Path) -> Path:
+    """A folder with a random adapter for the untrained model's base."""
+    from exporting_cases import random_adapter
+
+    random_adapter(EmbeddedModel.from_pretrained(model_folder).generator.targets).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"

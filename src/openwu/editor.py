@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from openwu.adapter.cache import AdapterCache, GeneratorIdentity, request_key
-from openwu.adapter.export import with_kernels
+from openwu.adapter.export.fit import with_kernels
 from openwu.canvas import Canvas
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError

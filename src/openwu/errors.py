@@ -26,5 +26,9 @@ class TargetError(OpenwuError):
     """An adapter's targets and a model's modules do not fit: missing, unexpected, unreached or of another shape."""
 
 
+class ExportError(OpenwuError):
+    """An exported adapter that its library does not read, or does not compute the same with."""
+
+
 class DatasetError(OpenwuError):
     """Training data with a broken line, a missing picture or a target of another size."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from openwu.errors import OpenwuError, TargetError
 
@@ -29,12 +29,14 @@ THEN = "\n"
 """Stands between the instructions of an adapter that is the sum of several; no instruction holds it."""
 
 ADAPTER_WRITERS: dict[str, str] = {
-    "openwu": "openwu.adapter.export:save_native",
-    "peft": "openwu.adapter.export:save_peft",
+    "openwu": "openwu.adapter.export.native:save_native",
+    "peft": "openwu.adapter.export.peft:save_peft",
+    "diffusers": "openwu.adapter.export.diffusers:save_diffusers",
+    "comfyui": "openwu.adapter.export.comfyui:save_comfyui",
 }
 """Format name -> "module:function" that writes an adapter folder. One line adds a format."""
 
-ADAPTER_READER = "openwu.adapter.export:load_adapter"
+ADAPTER_READER = "openwu.adapter.export.read:load_adapter"
 
 
 @dataclass(frozen=True)
@@ -160,16 +162,34 @@ class Adapter:
     def detach(self) -> Adapter:
         return replace(self, weights={name: (a.detach(), b.detach()) for name, (a, b) in self.weights.items()})
 
-    def save_pretrained(self, folder: str | Path, format: str = "openwu") -> None:
-        """Write an adapter folder. `format`: a key of `ADAPTER_WRITERS`; foreign formats hold one sample."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        format: str = "openwu",
+        *,
+        component: str | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Write an adapter folder. `format`: a key of `ADAPTER_WRITERS`; foreign formats hold one sample.
+
+        component: where the base's denoiser stands: for "diffusers" "transformer" (default) or "unet"; for "comfyui"
+        also "diffusion_model" (default), for targets with ComfyUI's own names. model: the base; its convolutions'
+        kernels and its experts' layout are then known, and targets that it has not raise a TargetError.
+        """
         if format not in ADAPTER_WRITERS:
             raise OpenwuError(f"format: expected one of {sorted(ADAPTER_WRITERS)}, got {format!r}")
-        _resolve(ADAPTER_WRITERS[format])(self, Path(folder))
+        _resolve(ADAPTER_WRITERS[format])(self, Path(folder), model, component)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Adapter:
-        """Read a folder that `save_pretrained` wrote, in any of its formats."""
-        adapter = _resolve(ADAPTER_READER)(Path(folder))
+    def from_pretrained(
+        cls, path: str | Path, *, model: nn.Module | None = None, skip_text_encoders: bool = False
+    ) -> Adapter:
+        """Read a folder that `save_pretrained` wrote, in any of its formats, or another tool's LoRA folder or file.
+
+        model: the base; it says what names with underscores mean, and must have every target.
+        skip_text_encoders: leave out what the file has for text encoders, instead of raising CheckpointError.
+        """
+        adapter = _resolve(ADAPTER_READER)(Path(path), model, skip_text_encoders)
         assert isinstance(adapter, cls)
         return adapter
 

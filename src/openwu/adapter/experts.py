@@ -10,7 +10,7 @@ Shapes: T tokens of a batch (rows * length), k experts per token, t tokens of on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +145,14 @@ class ExpertSite(Site):
             for target, width in zip(self._stacked, self._widths, strict=True)
         ]
         return torch.cat(parts)
+
+    def placed(self) -> Iterator[tuple[Target, int, slice]]:
+        """Every target that the module holds, which expert's, and its rows of the module's output."""
+        start = 0
+        for target, width in zip(self._stacked, self._widths, strict=True):
+            if target is not None:
+                yield target, self._expert, slice(start, start + width)
+            start += width
 
     def _pair(self, active: Active, target: Target) -> tuple[Tensor, Tensor]:
         """With routing all samples' A and B: the tokens choose."""

@@ -102,6 +102,11 @@ class AdapterHandle:
                 site.clear()
             self._busy.release()
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted modules."""
+        return self._sites
+
     def detach(self) -> None:
         """Remove the hooks; the model is as it was before `attach`."""
         if self._busy.locked():

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from openwu.adapter.export import native_adapter, native_config
+from openwu.adapter.export.native import native_config, read_native
 from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.types import Adapter
 
@@ -145,7 +145,7 @@ def decode(data: bytes, key: str) -> Adapter:
         metadata = header["__metadata__"]
         if metadata["sha256"] != _checksum(key, metadata["adapter"], tensors):
             raise CheckpointError("expected the checksum of the file's contents; it is damaged or of another key")
-        return native_adapter(json.loads(metadata["adapter"]), tensors)
+        return read_native(json.loads(metadata["adapter"]), tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, TargetError) as error:
         raise CheckpointError(f"expected a whole cached adapter: {error}") from error
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from openwu.adapter.cache import AdapterCache, request_key
-from openwu.adapter.export import with_kernels
+from openwu.adapter.export.fit import with_kernels
 from openwu.bench.edit import INSTRUCTION, sample_picture
 from openwu.bench.row import Row, interleaved
 from openwu.editor import Editor, condition_pixels, condition_view

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_edit(verbs)
     models = verbs.add_parser("models", help="list the models that can edit", allow_abbrev=False)
     models.set_defaults(run="openwu.cli.models:run")
+    _add_export(verbs)
     _add_train(verbs)
     _add_handed_on(verbs, "eval", "measure a model", "openwu.evaluation.command:run")
     _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.lab.command:run_audit")
@@ -139,6 +140,34 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
     edit.add_argument("--overwrite", action="store_true", help="replace outputs that exist already")
     edit.add_argument("--quiet", action="store_true", help="print nothing but errors")
     edit.set_defaults(run="openwu.cli.edit:run")
+
+
+def _add_export(verbs: argparse._SubParsersAction[_Parser]) -> None:
+    export = verbs.add_parser(
+        "export",
+        help="write an adapter for another library",
+        allow_abbrev=False,
+        description="Write an adapter as PEFT, diffusers or ComfyUI read it, and check that it does the same there. "
+        "See docs/exports.md.",
+    )
+    export.add_argument("adapter", metavar="ADAPTER", help="adapter folder, or another tool's LoRA folder or file")
+    export.add_argument("--format", required=True, choices=("peft", "diffusers", "comfyui", "openwu"), help="to what")
+    export.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
+    export.add_argument(
+        "--component",
+        choices=("transformer", "unet", "diffusion_model"),
+        help="whose module names the adapter has (default: --base's, else transformer, or diffusion_model for comfyui)",
+    )
+    export.add_argument(
+        "--base",
+        metavar="FOLDER",
+        help="the base model, to compare on: a diffusers pipeline or an embedded model (default: the embedded one)",
+    )
+    export.add_argument("--sample", type=_seed, metavar="N", help="which adapter of a batch to write, from 0")
+    export.add_argument("--skip-text-encoders", action="store_true", help="leave out what is for text encoders")
+    export.add_argument("--no-check", action="store_true", help="write only; load nothing to compare")
+    export.add_argument("--overwrite", action="store_true", help="replace an adapter folder that exists already")
+    export.set_defaults(run="openwu.cli.export:run")
 
 
 def _add_train(verbs: argparse._SubParsersAction[_Parser]) -> None:

@@ -1,0 +1,68 @@
+"""`openwu export`: an adapter's folder or file enters, a folder that another library reads leaves, checked there."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from openwu.cli.console import UsageError, note, say
+from openwu.errors import CheckpointError, OpenwuError
+from openwu.exporting import export, find_base, fits
+from openwu.reloading import Base
+from openwu.types import Adapter
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output = Path(arguments.output)
+    if output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
+        raise OpenwuError(f"{output}: already holds files; choose another folder or allow overwriting (--overwrite)")
+    if arguments.component is not None and arguments.format not in ("diffusers", "comfyui"):
+        raise UsageError(f"--component: {arguments.format} has none; leave it out")
+    base, unavailable = _base(arguments.base)
+    adapter = Adapter.from_pretrained(
+        arguments.adapter,
+        model=None if base is None else base.model,
+        skip_text_encoders=arguments.skip_text_encoders,
+    )
+    if arguments.sample is not None:
+        if arguments.sample >= adapter.batch:
+            raise OpenwuError(f"--sample: expected a number below {adapter.batch}, got {arguments.sample}")
+        adapter = adapter.select([arguments.sample])
+    if arguments.base is None:
+        base, unavailable = _embedded(adapter)
+    outcome = export(
+        adapter,
+        output,
+        arguments.format,
+        base=base,
+        component=arguments.component,
+        check=not arguments.no_check,
+        unavailable=unavailable,
+    )
+    say(f"{arguments.adapter} -> {output}")
+    if outcome.checked:
+        say(f"checked: {outcome.told}")
+    else:
+        note(f"{output}: written, but not checked: {outcome.told}")
+    return 0
+
+
+def _embedded(adapter: Adapter) -> tuple[Base | None, str]:
+    """The base inside the package, for adapters that fit it."""
+    try:
+        base = find_base(None)
+    except CheckpointError as error:
+        return None, f"no base model to compare on ({error}); name one with --base FOLDER"
+    if fits(adapter, base):
+        return base, ""
+    return None, "the adapter does not fit the embedded base model; name its own with --base FOLDER"
+
+
+def _base(folder: str | None) -> tuple[Base | None, str]:
+    """The base that the user names; None and the reason where it needs a library that is not installed."""
+    if folder is None:
+        return None, ""
+    try:
+        return find_base(Path(folder)), ""
+    except ImportError as error:
+        return None, f"{folder} needs {error.name or error}, which is not installed; pip install 'openwu[diffusers]'"
