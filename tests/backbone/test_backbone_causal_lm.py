@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from language_cases import SIZES, WORDS, config, generator, language_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 import openwu
+from language_cases import SIZES, WORDS, config, generator, language_model
 from openwu.adapter.merge import merged
 from openwu.backbone.causal_lm import IGNORED, CausalLM
 from openwu.config import LayerGroup
@@ -103,11 +103,15 @@ def test_every_target_is_live(architecture: Any) -> None:
     base = language_model(architecture)
     adapter = random_adapter(base.layer_groups(), 2)
     parts = {name: part.detach().requires_grad_() for name, part in adapter.state_dict().items()}
-    weights = {target.name: (parts[f"{target.name}.lora_A"], parts[f"{target.name}.lora_B"]) for target in adapter.targets}
+    weights = {
+        target.name: (parts[f"{target.name}.lora_A"], parts[f"{target.name}.lora_B"]) for target in adapter.targets
+    }
     texts = base.read(["anna visits rome .", "ben drinks tea"])
     with openwu.attach(base.model, adapter.targets) as handle, handle.applied(Adapter(adapter.targets, weights, 1.0)):
         base.logits(texts)[texts.mask.bool()].logsumexp(-1).sum().backward()
-    dead = [name for name, part in parts.items() if part.grad is None or not (part.grad.flatten(1).norm(dim=1) > 0).all()]
+    dead = [
+        name for name, part in parts.items() if part.grad is None or not (part.grad.flatten(1).norm(dim=1) > 0).all()
+    ]
     assert not dead
     assert not {"embed", "head", "norm"} & {word for name in parts for word in name.replace("_", ".").split(".")}
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from language_cases import config, language_model
 from torch import Tensor, nn
 
+from language_cases import config, language_model
 from openwu.condition.hidden_states import HiddenStates
 from openwu.errors import OpenwuError
 

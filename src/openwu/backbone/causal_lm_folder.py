@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from openwu.errors import CheckpointError, OpenwuError
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTALL = "pip install 'openwu[language]'"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Files of which a tokenizer's folder holds at least one; without any, transformers builds one that knows no words."""
 SHOWN = 5
 """How many of many names an error lists."""
 
@@ -39,7 +42,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMode
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from error
     wrong = {kind: sorted(map(str, found[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
@@ -50,10 +53,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMode
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder}: expected a tokenizer beside the model (tokenizer.json, tokenizer_config.json): "
-            f"{_first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{folder}: transformers cannot load this tokenizer: {_first_line(error)}") from error
     return model, tokenizer
 
 
@@ -91,6 +91,8 @@ def _check_files(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: expected weights as safetensors, found {', '.join(pickled[:SHOWN]) or 'none'}"
             + ("; pickled files are never read: convert them with save_pretrained" if pickled else "")
         )
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise CheckpointError(f"{folder}: expected a tokenizer beside the model, one of {', '.join(TOKENIZERS)}")
 
 
 def _first_line(error: Exception) -> str:
