@@ -94,10 +94,10 @@ class Plan:
     width: int = 64
     layers: int = 2
     base: StageConfig = StageConfig(  # noqa: RUF009
-        steps=300, shapes=((24, 0),), learning_rate=5e-3, matrix_learning_rate=1e-2, decay=0.3
+        steps=1500, shapes=((32, 0),), learning_rate=5e-3, matrix_learning_rate=1e-2, decay=0.3
     )
     generator: StageConfig = StageConfig(  # noqa: RUF009
-        steps=800, shapes=((32, 0),), learning_rate=3e-3, matrix_learning_rate=5e-3, decay=0.5
+        steps=1500, shapes=((32, 0),), learning_rate=3e-3, matrix_learning_rate=5e-3, decay=0.5
     )
     cases: int = 192
     """Contexts of the test."""

@@ -48,7 +48,8 @@ class LanguageMemory:
 
     def adapt(self, contexts: Sequence[str]) -> Adapter:
         """One adapter for every context, with gradients to the generator where they are enabled."""
-        return self.generator(self.condition(contexts))
+        adapter: Adapter = self.generator(self.condition(contexts))
+        return adapter
 
     @torch.no_grad()
     def answer(
