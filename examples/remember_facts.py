@@ -1,0 +1,324 @@
+"""Facts that a language model knows only through an adapter: functional memory outside pictures.
+
+A small language model (Qwen3's architecture, random weights) first learns the language of a small world: sentences such
+as "visits anna paris .", verb first, in which what was said once stays true. Then it is frozen. A generator reads four
+facts as the model's own hidden states and writes an adapter for them; under the adapter the model is asked "visits
+anna" with nothing in its context. Facts of the test are combinations that the generator never saw.
+
+    python examples/remember_facts.py [results.json]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+import openwu
+from openwu.backbone.causal_lm import CausalLM, Texts
+from openwu.lab.audit import Ladder, audit
+from openwu.lab.command import ladder_table
+from openwu.lab.intervals import mean_over
+from openwu.lab.subject import Subject
+from openwu.language import LanguageMemory
+from openwu.training.loop import LoopConfig, part_of_peak, train_stage
+from openwu.training.objective import NextToken
+from openwu.training.optimizer import StageOptimizer
+from openwu.training.own import OwnStage
+from openwu.training.recipe import StageConfig
+
+NAMES = (
+    "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo",
+    "ida", "jonas", "karin", "leo", "mona", "nils", "olga", "paul",
+)  # fmt: skip
+WORLD = {
+    "visits": ["paris", "london", "rome", "oslo", "cairo", "lima", "tokyo", "delhi"],
+    "drinks": ["tea", "coffee", "milk", "juice", "water", "cocoa", "cider", "soda"],
+    "plays": ["chess", "piano", "tennis", "drums", "cards", "golf", "guitar", "hockey"],
+}
+"""Verb -> what it may be followed by, after the name."""
+SPECIAL = ("<pad>", "<start>", "<end>", ".")
+HELD_BACK = 5
+"""One in so many combinations of name, verb and thing is kept for the test."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    verb: str
+    name: str
+    thing: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.asked} {self.thing} ."
+
+    @property
+    def asked(self) -> str:
+        return f"{self.verb} {self.name}"
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the generator's training leaves this combination out."""
+        place = NAMES.index(self.name) + 2 * list(WORLD).index(self.verb) + WORLD[self.verb].index(self.thing)
+        return place % HELD_BACK == 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A context of facts, and one of them to be asked for."""
+
+    facts: tuple[Fact, ...]
+    asked: Fact
+
+    @property
+    def context(self) -> str:
+        return " ".join(fact.sentence for fact in self.facts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and lengths."""
+
+    width: int = 64
+    layers: int = 2
+    base: StageConfig = StageConfig(  # noqa: RUF009
+        steps=1500, shapes=((32, 0),), learning_rate=5e-3, matrix_learning_rate=1e-2, decay=0.3
+    )
+    generator: StageConfig = StageConfig(  # noqa: RUF009
+        steps=1500, shapes=((32, 0),), learning_rate=3e-3, matrix_learning_rate=5e-3, decay=0.5
+    )
+    cases: int = 192
+    """Contexts of the test."""
+    repeats: int = 6
+    """Sentences after the facts in a text that the base learns from; each repeats a fact."""
+
+
+def facts(random: Random, unseen: bool | None) -> tuple[Fact, ...]:
+    """Two people and two verbs, four facts in any order: neither the name alone nor the verb alone tells the thing.
+
+    `unseen`: only combinations that the generator's training leaves out (True) or has (False); None: any.
+    """
+    names, verbs = random.sample(NAMES, 2), random.sample(list(WORLD), 2)
+    drawn: list[Fact] = []
+    for verb, name in itertools.product(verbs, names):
+        taken = {fact.thing for fact in drawn}
+        choices = [Fact(verb, name, thing) for thing in WORLD[verb] if thing not in taken]
+        drawn.append(random.choice([fact for fact in choices if unseen is None or fact.unseen == unseen]))
+    random.shuffle(drawn)
+    return tuple(drawn)
+
+
+def new_base(plan: Plan) -> CausalLM:
+    """A language model that knows nothing yet."""
+    words = [*SPECIAL, *NAMES, *WORLD, *itertools.chain(*WORLD.values())]
+    tokens = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<end>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", bos_token="<start>", eos_token="<end>"
+    )
+    sizes = Qwen3Config(
+        vocab_size=len(words), hidden_size=plan.width, intermediate_size=2 * plan.width,
+        num_hidden_layers=plan.layers, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        attention_bias=True, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(sizes)
+    look_back(model)
+    return CausalLM(model, tokenizer)
+
+
+@torch.no_grad()
+def look_back(model: Qwen3ForCausalLM) -> None:
+    """Let two heads of the first layer begin by looking one and two words back.
+
+    Training finds such heads by itself, but only after many minutes; looking things up begins with them (Olsson et al.
+    2022, on induction heads). A query turned back by d words fits best to a key that stands d words before it; the
+    fast turns alone are used, which tell neighbours apart.
+    """
+    turns = model.model.rotary_emb.inv_freq
+    fast = (torch.arange(len(turns)) < 6).float()
+    first, width = model.model.layers[0].self_attn, 2 * len(turns)
+    first.q_norm.weight.fill_(2.0)
+    first.k_norm.weight.fill_(2.0)
+    first.k_proj.bias[:width] = torch.cat([fast, 0 * fast])
+    for head in (0, 1):
+        angles = (head + 1) * turns
+        first.q_proj.bias[head * width : (head + 1) * width] = torch.cat([fast * angles.cos(), -fast * angles.sin()])
+
+
+def train_base(base: CausalLM, plan: Plan, log: Log) -> None:
+    """Texts in which sentences come again: what a thing was at first, it is later. Frozen when done."""
+    base.model.requires_grad_(True)
+    optimizer, objective = StageOptimizer(base.model, plan.base), NextToken()
+    for step in range(plan.base.steps):
+        random = Random(f"base {step}")
+        texts = base.turns([story(random, plan.repeats) for _ in range(plan.base.shapes[0][0])])
+        loss = objective.losses(base.logits(texts), objective.ask(texts.wanted, torch.Generator())).mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(base.model.parameters(), plan.base.clip)
+        optimizer.step(part_of_peak(plan.base, step))
+        log.say("base", step, loss)
+    base.model.requires_grad_(False)
+
+
+def story(random: Random, repeats: int) -> list[tuple[str, str]]:
+    told = facts(random, None)
+    return [(fact.asked, f"{fact.thing} .") for fact in (*told, *random.choices(told, k=repeats))]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of the generator's training: contexts, and all their facts to be asked for without them."""
+
+    contexts: tuple[str, ...]
+    texts: Texts
+
+
+def lesson(base: CausalLM, step: int, count: int) -> Lesson:
+    random = Random(f"generator {step}")
+    cases = [facts(random, unseen=False) for _ in range(count)]
+    turns = [[(fact.asked, f"{fact.thing} .") for fact in random.sample(told, len(told))] for told in cases]
+    return Lesson(tuple(" ".join(fact.sentence for fact in told) for told in cases), base.turns(turns))
+
+
+def new_memory(base: CausalLM) -> LanguageMemory:
+    """A generator for the second linear map of every MLP, where a fact can be one key and one value of rank one."""
+    torch.manual_seed(1)
+    config = openwu.GeneratorConfig(
+        rank=8, alpha=8, token_dim=base.width, input_dim=base.width, d_model=96, head_dim=24, dim_accumulation=2,
+        num_pg_layers=2, groups=base.layer_groups(only=("down_proj",)),
+    )  # fmt: skip
+    return LanguageMemory(base, openwu.ParameterGenerator(config, b_init_std=3e-2), reads=base.layers[-1])
+
+
+def train_generator(memory: LanguageMemory, plan: Plan, log: Log, folder: Path) -> None:
+    base, count = memory.base, plan.generator.shapes[0][0]
+
+    def adapt(some: Lesson) -> openwu.Adapter:
+        return memory.adapt(some.contexts)
+
+    stage = OwnStage(
+        "generator",
+        memory.generator,
+        memory.handle,
+        lambda step: lesson(base, step, count),
+        adapt,
+        target=lambda some: some.texts.wanted,
+        predict=lambda some, _: log.heard("generator", base.logits(some.texts), some.texts.wanted),
+        objective=NextToken(),
+    )
+    never = 10**9
+    train_stage(stage, plan.generator, LoopConfig("{}", never, never, log_every=50), folder)
+
+
+class Log:
+    """Says now and then how far a training is."""
+
+    def __init__(self, every: int = 50) -> None:
+        self.every, self.began, self.count = every, time.monotonic(), 0
+
+    def say(self, name: str, step: int, value: Tensor, what: str = "loss") -> None:
+        if (step + 1) % self.every == 0:
+            seconds = time.monotonic() - self.began
+            sys.stderr.write(f"{name} {step + 1}: {what} {float(value.detach()):.3f}, {seconds:.0f} s\n")
+
+    def heard(self, name: str, logits: Tensor, wanted: Tensor) -> Tensor:
+        """The logits themselves; how many of the wanted words are the likeliest is said."""
+        asked = wanted[:, 1:] > SPECIAL.index(".")
+        self.say(name, self.count, (logits[:, :-1].argmax(-1) == wanted[:, 1:])[asked].float().mean(), "right")
+        self.count += 1
+        return logits
+
+
+def test_cases(count: int) -> list[Case]:
+    """Every combination in them is new to the generator; verbs are asked for in turn."""
+    random, cases = Random("test"), []
+    while len(cases) < count:
+        verb = list(WORLD)[len(cases) % len(WORLD)]
+        try:
+            told = facts(random, unseen=True)
+        except IndexError:  # a combination of people and verbs without enough things that were held back
+            continue
+        fitting = [fact for fact in told if fact.verb == verb]
+        if fitting:
+            cases.append(Case(told, random.choice(fitting)))
+    return cases
+
+
+def others_facts(case: Case, _: torch.Generator) -> Case:
+    """The same facts of the other person: the two names change places."""
+    first, second = sorted({fact.name for fact in case.facts})
+    swapped = {first: second, second: first}
+    return replace(case, facts=tuple(replace(fact, name=swapped[fact.name]) for fact in case.facts))
+
+
+def right(memory: LanguageMemory, cases: Sequence[Case], adapter: openwu.Adapter | None) -> list[float]:
+    """1 for every case that is answered with the right word, without the facts in the context."""
+    said = memory.answer([case.asked.asked for case in cases], adapter, max_new_tokens=1)
+    return [float(word == case.asked.thing) for word, case in zip(said, cases, strict=True)]
+
+
+def told(memory: LanguageMemory, cases: Sequence[Case]) -> list[float]:
+    """The same with the facts in the context and no adapter."""
+    said = memory.answer([f"{case.context} {case.asked.asked}" for case in cases], max_new_tokens=1)
+    return [float(word == case.asked.thing) for word, case in zip(said, cases, strict=True)]
+
+
+def examine(memory: LanguageMemory, count: int) -> tuple[Ladder, list[float]]:
+    cases = test_cases(count)
+    subject = Subject(
+        name="facts",
+        cases=cases,
+        tasks=[case.asked.verb for case in cases],
+        adapt=lambda some: memory.adapt([case.context for case in some]),
+        score=lambda some, adapter: right(memory, some, adapter),
+        unit="share of right answers",
+        variants={"names swapped": others_facts},
+    )
+    return audit(subject), told(memory, cases)
+
+
+def run(plan: Plan | None = None) -> tuple[dict[str, Any], str]:
+    """Everything: the numbers, and the table that is shown."""
+    plan = plan or Plan()
+    log = Log()
+    base = new_base(plan)
+    train_base(base, plan, log)
+    memory = new_memory(base)
+    with tempfile.TemporaryDirectory() as folder:
+        train_generator(memory, plan, log, Path(folder))
+    trained = time.monotonic() - log.began
+    ladder, in_context = examine(memory, plan.cases)
+    ceiling = mean_over(in_context, ladder.tasks[: len(in_context)])
+    numbers = {
+        "plan": asdict(plan),
+        "training_seconds": round(trained, 1),
+        "base_parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+        "generator_parameters": memory.generator.num_parameters,
+        "facts_in_context": asdict(ceiling),
+        "audit": ladder.to_json(),
+    }
+    return numbers, f"{ladder_table(ladder)}\nthe same with the facts in the context, no adapter: {ceiling}\n"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    numbers, table = run()
+    sys.stdout.write(table)
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(numbers, indent=1), encoding="utf-8")

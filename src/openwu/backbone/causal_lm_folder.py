@@ -1,0 +1,99 @@
+"""Loading a causal language model: a folder enters, a whole model and its tokenizer leave, or an error that says why.
+
+transformers fills weights that it does not find with random numbers and says so in a log. Here a folder is whole or
+refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from openwu.errors import CheckpointError, OpenwuError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INSTALL = "pip install 'openwu[language]'"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Files of which a tokenizer's folder holds at least one; without any, transformers builds one that knows no words."""
+SHOWN = 5
+"""How many of many names an error lists."""
+
+
+def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in the dtype of its config unless another is asked for, and its tokenizer."""
+    if importlib.util.find_spec("transformers") is None:
+        raise OpenwuError(f"a language model needs transformers, which is not installed: {INSTALL}")
+    _check_files(folder, _read_config(folder))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load this model: {_first_line(error)}") from error
+    wrong = {kind: sorted(map(str, found[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    if any(wrong.values()):
+        listed = "; ".join(f"{kind} {names[:SHOWN]} ({len(names)})" for kind, names in wrong.items() if names)
+        raise CheckpointError(
+            f"{folder}: the weights are not those of {type(model).__name__}: {listed}; download again"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load this tokenizer: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: expected a folder with config.json and safetensors, found "
+            f"{'no config.json in it' if folder.is_dir() else 'no such folder'}; nothing is downloaded here: "
+            "hf download NAME --local-dir FOLDER does it"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected an object with fields, got {type(config).__name__}")
+    return config
+
+
+def _check_files(folder: Path, config: dict[str, Any]) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind, named = config.get("model_type"), config.get("architectures") or []
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    classes = [expected] if isinstance(expected, str) else list(expected or ())
+    if not classes or config.get("is_encoder_decoder") or (named and not set(named) & set(classes)):
+        raise CheckpointError(
+            f"{folder}: expected a causal language model, such as Qwen3ForCausalLM or LlamaForCausalLM; config.json "
+            f"names the model_type {kind!r} and the architectures {named}"
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        raise CheckpointError(
+            f"{folder}: expected weights as safetensors, found {', '.join(pickled[:SHOWN]) or 'none'}"
+            + ("; pickled files are never read: convert them with save_pretrained" if pickled else "")
+        )
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise CheckpointError(f"{folder}: expected a tokenizer beside the model, one of {', '.join(TOKENIZERS)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,108 @@
+"""Functional memory of a language model: contexts to adapters, answers under them, and training through the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from language_cases import config, generator, language_model
+from openwu.backbone.causal_lm import CausalLM, Texts
+from openwu.condition.hidden_states import HiddenStates
+from openwu.errors import OpenwuError, TargetError
+from openwu.language import LanguageMemory
+from openwu.training.loop import LoopConfig, train_stage
+from openwu.training.objective import NextToken
+from openwu.training.own import OwnStage
+from openwu.training.recipe import StageConfig
+
+CONTEXTS = ["anna visits paris .", "ben drinks tea . carla visits rome ."]
+
+
+@pytest.fixture
+def base() -> CausalLM:
+    return language_model()
+
+
+@pytest.fixture
+def memory(base: CausalLM) -> LanguageMemory:
+    return LanguageMemory(base, generator(base.layer_groups()))
+
+
+def test_a_context_is_read_without_any_adapter(memory: LanguageMemory) -> None:
+    condition = memory.condition(CONTEXTS)
+    assert condition.mask is not None
+    assert condition.tokens.shape == (2, 9, 16)
+    texts = memory.base.read(CONTEXTS)
+    inputs = {"input_ids": texts.ids, "attention_mask": texts.mask}
+    listed = memory.base.model(**inputs, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(condition.tokens, listed[1])  # two layers: the last but one is the first
+
+
+def test_adapters_do_not_depend_on_the_batch(memory: LanguageMemory) -> None:
+    both, alone = memory.adapt(CONTEXTS), memory.adapt(CONTEXTS[:1])
+    for name, part in alone.state_dict().items():
+        torch.testing.assert_close(both.state_dict()[name][:1], part, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_follow_the_adapter_and_nothing_stays(memory: LanguageMemory) -> None:
+    questions = ["anna visits", "drinks"]
+    adapter = memory.adapt(CONTEXTS).detach().scaled(3.0)
+    bare = memory.answer(questions, max_new_tokens=6)
+    told = memory.answer(questions, adapter, max_new_tokens=6)
+    assert told != bare
+    assert memory.answer(questions, adapter, rows=[-1, 1], max_new_tokens=6) == [bare[0], told[1]]
+    assert memory.answer(questions, max_new_tokens=6) == bare
+
+
+def test_what_does_not_fit_is_refused(base: CausalLM) -> None:
+    groups = base.layer_groups()
+    with pytest.raises(OpenwuError, match="expected input_dim 16, the model's width, got 20"):
+        LanguageMemory(base, generator(groups, input_dim=20))
+    with pytest.raises(OpenwuError, match=r"module: .* got 'model.layers.7'"):
+        LanguageMemory(base, generator(groups), reads="model.layers.7")
+    first = LanguageMemory(base, generator(groups))
+    with pytest.raises(TargetError, match="already carry adapter hooks"):
+        LanguageMemory(base, generator(groups))
+    first.close()
+    LanguageMemory(base, generator(groups)).close()
+    wider = language_model(config(intermediate_size=32))
+    with pytest.raises(TargetError, match="mlp"):
+        LanguageMemory(wider, generator(groups))
+
+
+def test_the_loss_falls_through_the_frozen_model(memory: LanguageMemory, tmp_path: Path) -> None:
+    """Two contexts whose answers differ: only adapters of their own can bring the loss down for both."""
+    base = memory.base
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    texts = base.turns([[("visits", "paris .")], [("visits", "rome .")]])
+
+    def predict(some: Texts, _: object) -> torch.Tensor:
+        return base.logits(some)
+
+    stage = OwnStage(
+        "facts",
+        memory.generator,
+        memory.handle,
+        lambda _: texts,
+        adapt=lambda _: memory.adapt(CONTEXTS),
+        target=lambda some: some.wanted,
+        predict=predict,
+        objective=NextToken(),
+    )
+    first = float(stage.loss(0).detach())
+    schedule = StageConfig(
+        steps=40, shapes=((2, 0),), learning_rate=1e-2, matrix_learning_rate=2e-2, warmup=2, decay=0.2
+    )
+    assert train_stage(stage, schedule, LoopConfig("{}", 100, 100, 100), tmp_path)
+    assert float(stage.loss(0).detach()) < 0.5 * first
+    assert memory.answer(["visits", "visits"], memory.adapt(CONTEXTS), max_new_tokens=1) == ["paris", "rome"]
+    assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
+
+
+def test_the_condition_is_that_of_the_named_module(base: CausalLM) -> None:
+    memory = LanguageMemory(base, generator(base.layer_groups()), reads="model.layers.1.mlp")
+    texts = base.read(CONTEXTS)
+    heard = HiddenStates(base.model, "model.layers.1.mlp")(input_ids=texts.ids, attention_mask=texts.mask)
+    torch.testing.assert_close(memory.condition(CONTEXTS).tokens, heard.tokens)
