@@ -25,6 +25,7 @@ from openwu.adapter.export.fit import with_kernels
 from openwu.canvas import Canvas
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
+from openwu.generator.fast import FastGenerator
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.pictures.photo import Pixels
@@ -52,6 +53,7 @@ class Editor:
     def __init__(self, model: EmbeddedModel, *, cache: AdapterCache | str | Path | None = None) -> None:
         """`cache`: where adapters are looked up before they are generated; a folder for one with default sizes."""
         self.model = model
+        self.generator = FastGenerator(model.generator)
         self.dtype = next(model.backbone.parameters()).dtype
         self.cache = AdapterCache(cache) if isinstance(cache, str | Path) else cache
         writers = {name: getattr(model, name) for name in ("instruction", "condition", "generator")}
@@ -186,7 +188,7 @@ class Editor:
         for i, (photo, *reference) in enumerate(photos):
             second = condition_view(reference[0]) if reference else None
             conditions.append(self.model.condition(condition_view(photo), text[i : i + 1], second).tokens)
-        adapter: Adapter = self.model.generator(torch.cat(conditions))
+        adapter = self.generator(torch.cat(conditions))
         return replace(with_kernels(adapter, self.model.backbone), instructions=tuple(instructions))
 
     def _apply(self, jobs: Sequence[_Job], progress: Progress | None) -> list[Photo]:

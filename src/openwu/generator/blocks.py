@@ -60,15 +60,20 @@ def block_rotary(head_dim: int, layers: int, rows: int, columns: int, keys: int,
     """Tables of a group with n `layers`, h `rows` (tokens) and r / a `columns`, and of `keys` condition tokens."""
     layer = torch.arange(layers, device=device)
     position = torch.arange(rows * columns, device=device)
-    # Keys stand behind the larger of the two axes of the (token, column) grid, as in the released generator.
-    key = torch.arange(keys, device=device) + max(rows, columns)
     every_layer = layer.repeat_interleave(len(position))
     return BlockRotary(
         layers=rotary(head_dim, layer),
         positions=rotary(head_dim, position // columns, position % columns),
         cross_queries=rotary(head_dim, every_layer, position.repeat(layers)),
-        cross_keys=rotary(head_dim, key, key),
+        cross_keys=key_rotary(head_dim, rows, columns, keys, device),
     )
+
+
+def key_rotary(head_dim: int, rows: int, columns: int, keys: int, device: torch.device) -> Rotary:
+    """The table of the condition's tokens, for which both axes have the same position."""
+    # Keys stand behind the larger of the two axes of the (token, column) grid, as in the released generator.
+    key = torch.arange(keys, device=device) + max(rows, columns)
+    return rotary(head_dim, key, key)
 
 
 def rotate(x_sqme: Tensor, angles: Rotary) -> Tensor:
@@ -147,12 +152,22 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(d_model)
 
     def forward(self, x_bnpd: Tensor, c_bld: Tensor, angles: BlockRotary, mask_bl: Tensor | None) -> Tensor:
+        x_bnpd = self.mix_layers(x_bnpd, angles)
+        return self.mix_positions(x_bnpd, c_bld, angles, mask_bl)
+
+    def mix_layers(self, x_bnpd: Tensor, angles: BlockRotary) -> Tensor:
+        """The part that joins base layers: every position by itself."""
+        b, _, p, _ = x_bnpd.shape
+        # Contiguous: a linear map of a batch of transposed sequences would copy its weight for every sequence.
+        along_layers = self.norm1(x_bnpd).transpose(1, 2).flatten(0, 1).contiguous()
+        update = self.self_attn_n(along_layers, along_layers, angles.layers, angles.layers)
+        out: Tensor = x_bnpd + update.unflatten(0, (b, p)).transpose(1, 2).to(x_bnpd.dtype)
+        return out
+
+    def mix_positions(self, x_bnpd: Tensor, c_bld: Tensor, angles: BlockRotary, mask_bl: Tensor | None) -> Tensor:
+        """The parts that every base layer passes by itself: along its positions, to the condition, feed-forward."""
         b, n, p, _ = x_bnpd.shape
         residual = x_bnpd.dtype
-
-        along_layers = self.norm1(x_bnpd).transpose(1, 2).flatten(0, 1)
-        update = self.self_attn_n(along_layers, along_layers, angles.layers, angles.layers)
-        x_bnpd = x_bnpd + update.unflatten(0, (b, p)).transpose(1, 2).to(residual)
 
         along_positions = self.norm2(x_bnpd).flatten(0, 1)
         update = self.self_attn_hw(along_positions, along_positions, angles.positions, angles.positions)

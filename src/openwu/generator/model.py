@@ -55,11 +55,7 @@ class ParameterGenerator(nn.Module):
 
     def forward(self, condition: Condition | Tensor) -> Adapter:
         """One adapter per sample. A bare tensor is a condition without a mask."""
-        c_bli, mask_bl = self._checked(condition if isinstance(condition, Condition) else Condition(condition))
-        if mask_bl is not None:
-            # What stands in the padding must not matter, not even NaN: zero weight times NaN is NaN.
-            c_bli = c_bli.masked_fill(~mask_bl[..., None], 0)
-        c_bld = self.norm_input(self.hidden_in(c_bli))
+        c_bld, mask_bl = self.read(condition)
         weights: dict[str, tuple[Tensor, Tensor]] = {}
         for layout in self.layout.groups:
             tokens = self.groups[layout.name]
@@ -68,6 +64,14 @@ class ParameterGenerator(nn.Module):
             x_bnpd = self._refined(x_npd.expand(len(c_bld), -1, -1, -1), c_bld, mask_bl, layout)
             weights |= layout.unpack(*tokens.written(self.norm_final(x_bnpd)))
         return Adapter(self.targets, weights, self.scale)
+
+    def read(self, condition: Condition | Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the blocks read of a condition, `[b, L, d]`, and its mask; ValueError where it does not fit."""
+        c_bli, mask_bl = self._checked(condition if isinstance(condition, Condition) else Condition(condition))
+        if mask_bl is not None:
+            # What stands in the padding must not matter, not even NaN: zero weight times NaN is NaN.
+            c_bli = c_bli.masked_fill(~mask_bl[..., None], 0)
+        return self.norm_input(self.hidden_in(c_bli)), mask_bl
 
     def init_weights(self, b_init_std: float = DEFAULT_B_INIT_STD) -> None:
         """Start from nothing, so that the adapter is nearly a no-op while every parameter already receives gradient.
@@ -176,7 +180,8 @@ class GroupTokens(nn.Module):
         samples, layers = x_bnpd.shape[:2]
         tokens = x_bnpd.reshape(samples, layers, self.layout.num_tokens, self.layout.rank, self.row_width)
         a, b = torch.split_with_sizes(tokens, (self.layout.num_tokens_a, self.layout.num_tokens_b), dim=2)
-        return self.proj_out_A(a), self.proj_out_B(b)
+        # Contiguous: a linear map of strided tokens would copy its weight for every base layer.
+        return self.proj_out_A(a.contiguous()), self.proj_out_B(b.contiguous())
 
     def init_weights(self, b_init_std: float) -> None:
         """See `ParameterGenerator.init_weights`; rows that enter the projections have unit mean square."""

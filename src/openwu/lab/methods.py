@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from openwu.attention import training_attention
 from openwu.data.batches import PairBatch, PairSampler
 from openwu.data.photographs import Photograph
 from openwu.data.phrases import load_phrases
@@ -172,7 +172,7 @@ def batch_loss(model: EmbeddedModel, batch: PairBatch, adapt: Adapt, floor: floa
     """The loss of a batch under the adapters that `adapt` gives it, in the precision of the trainings."""
     with torch.no_grad():
         text = model.instruction(batch.sentences)
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+    with training_attention(batch.target.device), torch.autocast("cpu", torch.bfloat16):
         edited = model.edit(batch.picture, batch.planes, text, adapt(batch, text))
     return picture_loss(edited, batch.target, floor)
 

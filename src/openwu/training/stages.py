@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from openwu.attention import training_attention
 from openwu.data.batches import PairBatch, PairSampler
 from openwu.data.photographs import Photograph
 from openwu.data.phrases import DEGREES, OUT_OF_SCOPE, sample_phrase
@@ -130,9 +130,8 @@ class PictureStage:
     def losses(self, step: int) -> tuple[PairBatch, Tensor]:
         """The batch of a step and the loss of each of its requests `[b]`."""
         batch = self.batches.batch(step)
-        # At these sizes the fused attention's backward pass is several times slower on a CPU than matrix products.
         words = torch.Generator().manual_seed(self.recipe.seed * 5_000_011 + step)
-        with sdpa_kernel(SDPBackend.MATH):
+        with training_attention(batch.target.device):
             predicted, _ = self.predict(batch, (DROPPED, words))
         floor = falling_floor(self.config.first_floor, step / self.config.steps)
         return batch, picture_losses(predicted, batch.target, floor)

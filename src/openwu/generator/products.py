@@ -1,0 +1,106 @@
+"""A block's weights as its fast path wants them: queries, keys and values of one input are one product.
+
+In goes a `Block` of `blocks.py`, out comes a `PackedBlock` of detached copies in the dtype of the computation. Shapes:
+d width, i inputs and o outputs of a product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from openwu.generator.blocks import Attention, Block, RMSNorm
+
+
+class Product(Protocol):
+    """y = x W^T + bias."""
+
+    out_features: int
+
+    def into(self, x_ri: Tensor, out_ro: Tensor) -> Tensor:
+        """Write the product of rows x to `out_ro`, and return it."""
+        ...
+
+
+class Dense:
+    """A product in the dtype of its weights."""
+
+    def __init__(self, weight_oi: Tensor, bias_o: Tensor) -> None:
+        self.weight_io = weight_oi.t()
+        self.bias_o = bias_o
+        self.out_features = weight_oi.shape[0]
+
+    def into(self, x_ri: Tensor, out_ro: Tensor) -> Tensor:
+        return torch.addmm(self.bias_o, x_ri, self.weight_io, out=out_ro)
+
+
+class MakeProduct(Protocol):
+    """Makes a product of a weight `[o, i]` and a bias `[o]`."""
+
+    def __call__(self, weight_oi: Tensor, bias_o: Tensor, /) -> Product: ...
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm's weight, at least in float32."""
+
+    weight_d: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, norm: RMSNorm) -> Norm:
+        weight = norm.weight.detach()
+        assert norm.eps is not None
+        return cls(weight.to(torch.promote_types(weight.dtype, torch.float32)), norm.eps)
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """The products of one block, by the order in which they are used."""
+
+    norm1: Norm
+    qkv_layers: Product
+    out_layers: Product
+    norm2: Norm
+    qkv_positions: Product
+    out_positions: Product
+    norm3: Norm
+    queries: Product
+    keys_values: Product
+    out_cross: Product
+    norm4: Norm
+    fc1: Product
+    fc2: Product
+
+    @classmethod
+    def of(cls, block: Block, dtype: torch.dtype, make: MakeProduct = Dense) -> PackedBlock:
+        """`make`: what computes the products; the default in `dtype`."""
+
+        def joined(*maps: nn.Linear) -> Product:
+            # One map is not copied where it has the dtype already.
+            weight = torch.cat([each.weight for each in maps]) if len(maps) > 1 else maps[0].weight
+            bias = torch.cat([each.bias for each in maps]) if len(maps) > 1 else maps[0].bias
+            return make(weight.detach().to(dtype), bias.detach().to(dtype))
+
+        def qkv(attention: Attention) -> Product:
+            return joined(attention.W_q, attention.W_k, attention.W_v)
+
+        cross = block.self_attn_cross
+        return cls(
+            norm1=Norm.of(block.norm1),
+            qkv_layers=qkv(block.self_attn_n),
+            out_layers=joined(block.self_attn_n.W_o),
+            norm2=Norm.of(block.norm2),
+            qkv_positions=qkv(block.self_attn_hw),
+            out_positions=joined(block.self_attn_hw.W_o),
+            norm3=Norm.of(block.norm3),
+            queries=joined(cross.W_q),
+            keys_values=joined(cross.W_k, cross.W_v),
+            out_cross=joined(cross.W_o),
+            norm4=Norm.of(block.norm4),
+            fc1=joined(block.feed_forward.fc1),
+            fc2=joined(block.feed_forward.fc2),
+        )

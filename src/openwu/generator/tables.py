@@ -1,0 +1,88 @@
+"""Rotary angles as complex numbers, kept between calls: positions go in, factors of modulus 1 come out.
+
+A pair (x[2k], x[2k+1]) read as x[2k] + i x[2k+1] is turned by one complex product, in place and without a temporary.
+Shapes as in `blocks.py`: D head width, p positions of a base layer, n base layers, L condition tokens; the axis of
+length 1 is that of the heads.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from openwu.generator.blocks import Rotary, block_rotary, key_rotary
+from openwu.generator.layout import GroupLayout
+
+KEPT = 16
+"""How many tables are kept: one per group of base layers and one per length of the condition, by dtype and device."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The factors of a group's own positions."""
+
+    layers_n1e: Tensor
+    positions_p1e: Tensor
+    cross_queries_np1e: Tensor
+
+    def of_layers(self, start: int, stop: int) -> Turns:
+        """Those of some base layers, which read the condition as these and no others."""
+        return replace(self, cross_queries_np1e=self.cross_queries_np1e[start:stop])
+
+
+class Tables:
+    """The tables used last, at most `kept`."""
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self.kept = kept
+        self._tables: OrderedDict[tuple[object, ...], Turns | Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def turns(self, head_dim: int, layout: GroupLayout, dtype: torch.dtype, device: torch.device) -> Turns:
+        """The factors of a group; `dtype` of their real and imaginary parts."""
+        key = (head_dim, layout.num_layers, layout.num_tokens, layout.columns, dtype, device)
+        found = self._tables.pop(key, None)
+        if found is None:
+            # The keys' part of the tables is made by itself: its length changes from request to request.
+            angles = block_rotary(*key[:4], 1, device)
+            found = Turns(
+                _factors(angles.layers, dtype),
+                _factors(angles.positions, dtype),
+                _factors(angles.cross_queries, dtype).view(layout.num_layers, layout.positions_per_layer, 1, -1),
+            )
+        self._keep(key, found)
+        assert isinstance(found, Turns)
+        return found
+
+    def cross_keys(
+        self, head_dim: int, layout: GroupLayout, keys: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The factors `[L, 1, D/2]` of a condition's tokens."""
+        key = (head_dim, max(layout.num_tokens, layout.columns), keys, dtype, device)
+        found = self._tables.pop(key, None)
+        if found is None:
+            found = _factors(key_rotary(head_dim, layout.num_tokens, layout.columns, keys, device), dtype)
+        self._keep(key, found)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _keep(self, key: tuple[object, ...], table: Turns | Tensor) -> None:
+        self._tables[key] = table
+        while len(self._tables) > self.kept:
+            self._tables.popitem(last=False)
+
+
+def _factors(table: Rotary, dtype: torch.dtype) -> Tensor:
+    return torch.complex(table.cos.to(dtype), table.sin.to(dtype)).unsqueeze(-2)
+
+
+def turn_(x_rme: Tensor, turns_r1e: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Turn every head of x in place. `scratch`: as large as x, in the turns' real dtype, where x has another one."""
+    wide = x_rme if scratch is None else scratch.copy_(x_rme)
+    torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(turns_r1e)
+    return x_rme if scratch is None else x_rme.copy_(scratch)
