@@ -7,6 +7,8 @@ growth is a function `measure(quick: bool) -> Growth`, or the plain data that `G
 from __future__ import annotations
 
 ROWS: dict[str, str] = {
+    "C1": "openwu.bench.generator_speed:measure",
+    "C2": "openwu.bench.generator_bytes:measure",
     "C7": "openwu.bench.edit:measure",
     "C8": "openwu.bench.cached:measure",
 }

@@ -106,6 +106,16 @@ class FastGenerator:
         # Held, so that no new weight can take an old one's address.
         self._held = [parameter.detach() for parameter in generator.parameters()]
 
+    def stages(
+        self, number: int, layout: GroupLayout, keys: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Stages, Tensor]:
+        """A packed block's parts for one group, and the factors that turn so many keys."""
+        head_dim, real = self.generator.config.head_dim, torch.promote_types(dtype, torch.float32)
+        turns = self.tables.turns(head_dim, layout, real, device)
+        pieces = self._pieces(dtype, device)
+        stages = Stages(self._packed[number], turns, head_dim, dtype, pieces, self.workspace)
+        return stages, self.tables.cross_keys(head_dim, layout, keys, real, device)
+
     def _drop(self) -> None:
         self._sources = None
         self._held = []
@@ -144,16 +154,13 @@ class FastGenerator:
     ) -> Tensor:
         """The stream of one group after all blocks; it lies in the workspace."""
         config, device = self.generator.config, c_bld.device
-        real = torch.promote_types(dtype, torch.float32)
-        turns = self.tables.turns(config.head_dim, layout, real, device)
-        keys = self.tables.cross_keys(config.head_dim, layout, c_bld.shape[1], real, device)
-        if mask_bl is not None:
-            keys = keys[(mask_bl.cumsum(dim=1) - 1).clamp(min=0)]
         shape = (len(c_bld), layout.num_layers, layout.positions_per_layer, config.d_model)
         x_bnpd = self.workspace.take("stream", shape, self._residual, device)
         asked: Tensor | None = None
-        for number, packed in enumerate(self._packed):
-            stages = Stages(packed, turns, config.head_dim, dtype, self._pieces(dtype, device), self.workspace)
+        for number in range(len(self._packed)):
+            stages, keys = self.stages(number, layout, c_bld.shape[1], dtype, device)
+            if mask_bl is not None:
+                keys = keys[(mask_bl.cumsum(dim=1) - 1).clamp(min=0)]
             if number == 0:
                 first = self._first.get(layout.name) or self._begun(stages, layout, tokens)
                 x_bnpd.copy_(first.x_npd)

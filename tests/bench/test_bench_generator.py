@@ -1,0 +1,106 @@
+"""The generator's rows: the cost model at the released size, what counts as traffic, gates, and rows of tiny sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from openwu.attention import training_attention
+from openwu.bench import ROWS, generator_bytes, generator_speed
+from openwu.bench.generator_sizes import generator_flops, released_config, small_config, widened
+from openwu.bench.traffic import Traffic
+from openwu.errors import OpenwuError
+from openwu.generator.fast import FastGenerator
+from openwu.generator.layout import GeneratorLayout
+from openwu.generator.model import ParameterGenerator
+
+
+def test_sizes_are_those_that_rows_speak_of() -> None:
+    (small,) = GeneratorLayout.of(small_config()).groups
+    assert (small.num_layers, small.positions_per_layer) == (8, 384)
+    (released,) = GeneratorLayout.of(released_config()).groups
+    assert (released.num_positions, released.adapter_size) == (176_512, 722_993_152)
+    assert widened(small_config(), 512).d_model == 512
+
+
+def test_released_cost_is_the_documented_one() -> None:
+    costs = [sum(generator_flops(released_config(), length).values()) / 1e15 for length in (1024, 2048)]
+    assert costs[1] - costs[0] == pytest.approx(0.0725, abs=0.002)
+    assert costs[0] == pytest.approx(2.95 + 0.071, abs=0.03)
+    kept = sum(generator_flops(released_config(), 1024, first_block_kept=True).values()) / 1e15
+    assert (costs[0] - kept) / costs[0] == pytest.approx(0.02, abs=0.005)
+
+
+@pytest.mark.parametrize("length", [1, 33])
+def test_cost_model_counts_what_torch_counts(length: int) -> None:
+    config = small_config(d_model=64, layers=3, targets=1, blocks=2)
+    generator = ParameterGenerator(config)
+    condition = torch.randn(1, length, config.input_dim)
+    products = training_attention(torch.device("cpu"))  # the counter does not know the fused kernel
+    with torch.no_grad(), products, FlopCounterMode(display=False) as counter:
+        generator(condition)
+    assert sum(generator_flops(config, length).values()) == counter.get_total_flops()
+    fast = FastGenerator(generator)
+    fast(condition)
+    with training_attention(torch.device("cpu")), FlopCounterMode(display=False) as counter:
+        fast(condition)
+    assert sum(generator_flops(config, length, first_block_kept=True).values()) == counter.get_total_flops()
+
+
+def test_traffic_counts_results_and_not_views() -> None:
+    x = torch.randn(8, 16)
+    out = torch.empty(8, 16)
+    with torch.no_grad(), Traffic() as traffic:
+        x.view(16, 8).t()[1:]
+        torch.empty(100)
+    assert (traffic.written, traffic.allocated) == (0, 400)
+    with torch.no_grad(), Traffic() as traffic:
+        torch.mul(x, 2, out=out)
+        out[2:4].add_(1)
+        F.silu(out)
+        out.split(4, dim=1)
+    assert (traffic.written, traffic.allocated) == ((128 + 32 + 128) * 4, 128 * 4)
+    assert traffic.by_operation == {"aten::mul": 512, "aten::add_": 128, "aten::silu": 512}
+
+
+def test_rows_are_listed() -> None:
+    assert ROWS["C1"] == "openwu.bench.generator_speed:measure"
+    assert ROWS["C2"] == "openwu.bench.generator_bytes:measure"
+
+
+def test_bytes_row_reaches_its_goal_and_says_what_it_leaves_out() -> None:
+    row = generator_bytes.measure(quick=True)
+    assert row.reached
+    assert row.error < 1e-5
+    assert row.value == row.details["float32: ratio allocated"] < row.details["float32: ratio written"] < 1
+    assert row.details["bfloat16: ratio written"] < 1
+
+
+def test_speed_row_times_both_sides() -> None:
+    row = generator_speed.measured(small_config(d_model=64, layers=2, targets=1, blocks=2), repeats=2)
+    assert set(row.sides) == {"clear", "fast", "fast, first block not kept"}
+    assert row.value == row.sides["clear"].median / row.sides["fast"].median > 0
+    assert row.error < 1e-5
+    assert "d 64, n 2, hw 192, 2 blocks" in row.title
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: generator_bytes.measure(quick=True),
+        lambda: generator_speed.measured(small_config(d_model=64, layers=2, targets=1, blocks=2), repeats=1),
+    ],
+    ids=["bytes", "speed"],
+)
+def test_nothing_is_measured_where_the_sides_differ(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, *_: object) -> Tensor:
+        return x
+
+    monkeypatch.setattr("openwu.generator.stages.turn_", wrong)
+    with pytest.raises(OpenwuError, match=r"differ by .*; not measured"):
+        run()
