@@ -46,7 +46,7 @@ class FastOptions:
     keep_first_block: bool = True
     """Keep the part of the first block that no condition changes: twice the stream's size in memory."""
     make: MakeProduct = Dense
-    """What computes the blocks' products; `fp8.Fp8` in 8 bits."""
+    """What computes the blocks' products; `fp8.fp8` in 8 bits."""
 
     def __post_init__(self) -> None:
         for name in ("chunk_bytes", "chunk_layers"):
@@ -146,7 +146,7 @@ class FastGenerator:
                 tokens = generator.groups[layout.name]
                 assert isinstance(tokens, GroupTokens)
                 x_bnpd = self._refined(layout, tokens, c_bld, mask_bl, dtype)
-                weights |= layout.unpack(*self._written(x_bnpd, tokens, dtype))
+                weights |= layout.unpack(*self.written(x_bnpd, tokens, dtype))
         return Adapter(generator.targets, weights, generator.scale)
 
     def _refined(
@@ -188,7 +188,7 @@ class FastGenerator:
             self._first[layout.name] = first
         return first
 
-    def _written(self, x_bnpd: Tensor, tokens: GroupTokens, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def written(self, x_bnpd: Tensor, tokens: GroupTokens, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A tokens `[b, n, nA, r, t]` and B tokens `[b, n, nB, r, t]`: fresh memory, which the adapter's views keep."""
         b, n, p, _ = x_bnpd.shape
         layout, width = tokens.layout, self.generator.config.token_dim

@@ -140,7 +140,7 @@ class ParameterGenerator(nn.Module):
     def _refined(self, x_bnpd: Tensor, c_bld: Tensor, mask_bl: Tensor | None, layout: GroupLayout) -> Tensor:
         """The sequence of one group after all blocks, in the residual dtype."""
         x_bnpd = x_bnpd.to(self.residual_dtype or self.hidden_in.weight.dtype)
-        angles = self._angles(layout, c_bld, mask_bl)
+        angles = self.angles(layout, c_bld, mask_bl)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_bnpd = recompute(block, x_bnpd, c_bld, angles, mask_bl, use_reentrant=False)
@@ -148,7 +148,8 @@ class ParameterGenerator(nn.Module):
                 x_bnpd = block(x_bnpd, c_bld, angles, mask_bl)
         return x_bnpd
 
-    def _angles(self, layout: GroupLayout, c_bld: Tensor, mask_bl: Tensor | None) -> BlockRotary:
+    def angles(self, layout: GroupLayout, c_bld: Tensor, mask_bl: Tensor | None) -> BlockRotary:
+        """The rotary tables of a group and a condition `[b, L, d]`."""
         rows, columns, keys = layout.num_tokens, layout.columns, c_bld.shape[1]
         angles = block_rotary(self.config.head_dim, layout.num_layers, rows, columns, keys, c_bld.device)
         if mask_bl is None:
