@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +12,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.attention import training_attention
-from openwu.bench import ROWS, generator_bytes, generator_speed
+from openwu.bench import ROWS, generator_bytes, generator_gpu, generator_speed
+from openwu.bench.generator_growth import growth
 from openwu.bench.generator_sizes import generator_flops, released_config, small_config, widened
+from openwu.bench.row import Row
 from openwu.bench.traffic import Traffic
 from openwu.errors import OpenwuError
 from openwu.generator.fast import FastGenerator
@@ -104,3 +107,37 @@ def test_nothing_is_measured_where_the_sides_differ(run: Callable[[], object], m
     monkeypatch.setattr("openwu.generator.stages.turn_", wrong)
     with pytest.raises(OpenwuError, match=r"differ by .*; not measured"):
         run()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure for minutes")
+@pytest.mark.parametrize("measure", [generator_gpu.measure_speed, generator_gpu.measure_memory])
+def test_gpu_rows_say_what_they_need(measure: Callable[[bool], Row]) -> None:
+    with pytest.raises(OpenwuError, match=r"G[14]: expected a CUDA device with about 80 GB of memory, got none"):
+        measure(True)
+
+
+def test_gpu_speed_row_works_at_any_size_on_any_device() -> None:
+    config = small_config(d_model=64, layers=2, targets=1, blocks=2)
+    generator = generator_gpu.random_generator(config, torch.device("cpu"))
+    assert next(generator.parameters()).dtype == torch.bfloat16
+    rate = generator_gpu.matmul_rate(torch.device("cpu"), 32)
+    assert rate > 0
+    row = generator_gpu.speed_row(generator, (3, 9), 1e9, repeats=1)
+    assert len(row.sides) == 6
+    floors = [row.details[f"L {length}: floor s"] for length in (3, 9)]
+    assert floors[0] == sum(generator_flops(config, 3).values()) / 1e9 < floors[1]
+    shares = [100 * floor / row.sides[f"L {length} fast"].median for floor, length in zip(floors, (3, 9), strict=True)]
+    assert row.value == min(shares)
+    assert 0 < row.details["L 3: relative error of 8 bits"] < 0.2
+
+
+def test_growth_is_measured_and_predicted() -> None:
+    curves = growth(quick=True)
+    assert set(curves) == {"condition tokens", "targets in a layer", "base layers", "width", "bytes of a piece"}
+    for name, points in curves.items():
+        assert points[0]["predicted"] == pytest.approx(points[0]["seconds"])
+        assert all(point["seconds"] > 0 for point in points)
+        grows = points[1]["predicted"] / points[0]["predicted"]
+        assert grows == pytest.approx(points[1]["gflop"] / points[0]["gflop"])
+        assert grows == 1 if name == "bytes of a piece" else grows > 1
+    assert json.loads(json.dumps(curves)).keys() == curves.keys()

@@ -64,8 +64,9 @@ def difference(came: Adapter, expected: Adapter) -> float:
         FastOptions(chunk_bytes=170 * 24 * 32),
         FastOptions(chunk_layers=2),
         FastOptions(keep_first_block=False),
+        FastOptions(joined_bytes=0),
     ],
-    ids=["whole", "one row", "some layers", "whole samples", "two layers", "no first block"],
+    ids=["whole", "one row", "some layers", "whole samples", "two layers", "no first block", "side by side"],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
 def test_the_adapter_is_the_reference_to_rounding(

@@ -11,6 +11,8 @@ ROWS: dict[str, str] = {
     "C2": "openwu.bench.generator_bytes:measure",
     "C7": "openwu.bench.edit:measure",
     "C8": "openwu.bench.cached:measure",
+    "G1": "openwu.bench.generator_gpu:measure_speed",
+    "G4": "openwu.bench.generator_gpu:measure_memory",
 }
 """Name of a row -> "module:function" that measures it. One line adds a row."""
 

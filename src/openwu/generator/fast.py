@@ -25,14 +25,14 @@ from torch import Tensor
 from openwu.generator.blocks import Block
 from openwu.generator.layout import GroupLayout
 from openwu.generator.model import GroupTokens, ParameterGenerator
-from openwu.generator.products import Dense, MakeProduct, Norm, PackedBlock
+from openwu.generator.products import JOINED_BYTES, Dense, MakeProduct, Norm, PackedBlock
 from openwu.generator.stages import Pieces, Stages, normed, row_bytes
 from openwu.generator.tables import Tables
 from openwu.generator.workspace import Workspace
 from openwu.types import Adapter, Condition
 
 CHUNK_BYTES_CPU = 8 * 2**20
-CHUNK_BYTES_GPU = 4 * 2**30
+CHUNK_BYTES_GPU = 2**30
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,15 @@ class FastOptions:
     """What the fast path may do."""
 
     chunk_bytes: int | None = None
-    """Workspace of one piece of the stream; None: 8 MB on a CPU, where it should fit the caches, 4 GB elsewhere."""
+    """Workspace of one piece of the stream; None: 8 MB on a CPU, where it should fit the caches, 1 GB elsewhere."""
     chunk_layers: int | None = None
     """At most so many base layers in one piece; None: as many as the bytes allow."""
     keep_first_block: bool = True
     """Keep the part of the first block that no condition changes: twice the stream's size in memory."""
     make: MakeProduct = Dense
     """What computes the blocks' products; `fp8.fp8` in 8 bits."""
+    joined_bytes: int = JOINED_BYTES
+    """Weights of queries, keys and values are copied into one up to this size; larger ones write side by side."""
 
     def __post_init__(self) -> None:
         for name in ("chunk_bytes", "chunk_layers"):
@@ -101,7 +103,7 @@ class FastGenerator:
         with torch.inference_mode(False), torch.no_grad():
             for block in generator.blocks:
                 assert isinstance(block, Block)
-                self._packed.append(PackedBlock.of(block, dtype, self.options.make))
+                self._packed.append(PackedBlock.of(block, dtype, self.options.make, self.options.joined_bytes))
         self._sources = sources
         # Held, so that no new weight can take an old one's address.
         self._held = [parameter.detach() for parameter in generator.parameters()]

@@ -1,4 +1,5 @@
-"""A block's weights as its fast path wants them: queries, keys and values of one input are one product.
+"""A block's weights as its fast path wants them: queries, keys and values of one input are one product,
+or write side by side.
 
 In goes a `Block` of `blocks.py`, out comes a `PackedBlock` of detached copies in the dtype of the computation. Shapes:
 d width, i inputs and o outputs of a product.
@@ -6,6 +7,7 @@ d width, i inputs and o outputs of a product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +37,24 @@ class Dense:
 
     def into(self, x_ri: Tensor, out_ro: Tensor) -> Tensor:
         return torch.addmm(self.bias_o, x_ri, self.weight_io, out=out_ro)
+
+
+class SideBySide:
+    """Several products of one input, which write the columns of one result: no copy of their weights is joined."""
+
+    def __init__(self, parts: Sequence[Product]) -> None:
+        self.parts = parts
+        self.out_features = sum(part.out_features for part in parts)
+
+    def into(self, x_ri: Tensor, out_ro: Tensor) -> Tensor:
+        columns = torch.split_with_sizes(out_ro, [part.out_features for part in self.parts], dim=1)
+        for part, out in zip(self.parts, columns, strict=True):
+            part.into(x_ri, out)
+        return out_ro
+
+
+JOINED_BYTES = 64 * 2**20
+"""Weights of one input are copied side by side up to this size; large ones fill a machine by themselves."""
 
 
 class MakeProduct(Protocol):
@@ -76,14 +96,19 @@ class PackedBlock:
     fc2: Product
 
     @classmethod
-    def of(cls, block: Block, dtype: torch.dtype, make: MakeProduct = Dense) -> PackedBlock:
+    def of(
+        cls, block: Block, dtype: torch.dtype, make: MakeProduct = Dense, joined_bytes: int = JOINED_BYTES
+    ) -> PackedBlock:
         """`make`: what computes the products; the default in `dtype`."""
 
         def joined(*maps: nn.Linear) -> Product:
-            # One map is not copied where it has the dtype already.
-            weight = torch.cat([each.weight for each in maps]) if len(maps) > 1 else maps[0].weight
-            bias = torch.cat([each.bias for each in maps]) if len(maps) > 1 else maps[0].bias
-            return make(weight.detach().to(dtype), bias.detach().to(dtype))
+            # Not copied where they have the dtype already.
+            weights = [each.weight.detach().to(dtype) for each in maps]
+            biases = [each.bias.detach().to(dtype) for each in maps]
+            if len(maps) == 1 or sum(weight.nbytes for weight in weights) > joined_bytes:
+                parts = [make(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+                return parts[0] if len(parts) == 1 else SideBySide(parts)
+            return make(torch.cat(weights), torch.cat(biases))
 
         def qkv(attention: Attention) -> Product:
             return joined(attention.W_q, attention.W_k, attention.W_v)
