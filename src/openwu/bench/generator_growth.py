@@ -7,7 +7,7 @@ curve's first point reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -49,23 +49,24 @@ class Case:
 
 def growth(quick: bool) -> dict[str, list[dict[str, Any]]]:
     """Curve -> its points as plain JSON values; `quick` takes smaller sizes, for a look or a test."""
-    sizes = {"d_model": 64, "layers": 2, "blocks": 1} if quick else {"layers": 4, "blocks": 2}
-    base = small_config(**sizes, targets=1)
-    layers, d = base.groups[0].num_layers, base.d_model
-    blocks = base.num_pg_layers
+    d, layers, blocks = (64, 2, 1) if quick else (256, 4, 2)
 
     def sized(targets: int = 1, layers: int = layers) -> GeneratorConfig:
         return small_config(d_model=d, layers=layers, targets=targets, blocks=blocks)
 
-    several = slice(2) if quick else slice(None)
+    base = sized()
+
+    def some(values: Sequence[int]) -> Sequence[int]:
+        return values[:2] if quick else values
+
     curves: dict[str, Mapping[int, Case]] = {
-        "condition tokens": {length: Case(base, length) for length in (64, 256, 1024, 2048)[several]},
-        "targets in a layer": {count: Case(sized(targets=count)) for count in (1, 2, 4)[several]},
-        "base layers": {count: Case(sized(layers=count)) for count in (layers, 2 * layers, 4 * layers)[several]},
-        "width": {wide: Case(widened(base, wide)) for wide in (d, 2 * d, 4 * d)[several]},
+        "condition tokens": {length: Case(base, length) for length in some((64, 256, 1024, 2048))},
+        "targets in a layer": {count: Case(sized(targets=count)) for count in some((1, 2, 4))},
+        "base layers": {count: Case(sized(layers=count)) for count in some((layers, 2 * layers, 4 * layers))},
+        "width": {wide: Case(widened(base, wide)) for wide in some((d, 2 * d, 4 * d))},
         "bytes of a piece": {
             size: Case(base, LENGTH, FastOptions(chunk_bytes=size))
-            for size in (2**18, 2**20, 2**22, 2**24, 2**26)[several]
+            for size in some((2**18, 2**20, 2**22, 2**24, 2**26))
         },
     }
     return {name: [asdict(point) for point in measured(cases, 2 if quick else 5)] for name, cases in curves.items()}
