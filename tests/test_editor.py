@@ -150,6 +150,19 @@ def test_an_adapter_can_be_made_first_kept_and_used_again(editor: Editor, photo:
         assert differ(editor.edit(photo, "brighter", strength=1.5, adapter=again).image, direct.image) == 0
 
 
+def test_an_adapter_is_the_generators_own_also_after_its_weights_changed(editor: Editor, photo: Image.Image) -> None:
+    text = editor.model.instruction(["brighter"])
+    condition = editor.model.condition(condition_view(read_picture(photo)), text)
+    for _ in range(2):
+        expected = editor.model.generator(condition).detach().state_dict()
+        came = editor.adapt(photo, "brighter").state_dict()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(came[key], tensor, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for parameter in editor.model.generator.parameters():
+                parameter.mul_(1.2)
+
+
 def test_an_adapter_needs_no_instruction(editor: Editor, photo: Image.Image) -> None:
     adapter = editor.adapt(photo, "brighter")
     assert differ(editor.edit(photo, adapter=adapter).image, editor.edit(photo, adapter=adapter.scaled(0)).image) > 1

@@ -216,6 +216,19 @@ def test_threads_wait_for_one_another(generator: ParameterGenerator) -> None:
         assert all(difference(adapter, expected) < 1e-5 for adapter in adapters)
 
 
+def test_copies_have_their_own_memory(generator: ParameterGenerator) -> None:
+    fast = FastGenerator(generator, FastOptions(chunk_layers=2))
+    condition = torch.randn(1, 4, 7)
+    expected = fast(condition)
+    other = copy.deepcopy(fast)
+    assert other.options == fast.options
+    assert other.generator is not generator
+    assert difference(other(condition), expected) == 0
+    with torch.no_grad():
+        other.generator.norm_final.weight.zero_()
+    assert difference(fast(condition), expected) == 0
+
+
 def test_no_gradients_and_the_same_refusals(generator: ParameterGenerator) -> None:
     fast = FastGenerator(generator.requires_grad_(True))
     assert not any(tensor.requires_grad for tensor in fast(torch.randn(1, 4, 7)).state_dict().values())

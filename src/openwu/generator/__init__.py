@@ -1,7 +1,9 @@
 """The parameter generator: a condition goes in, an adapter comes out.
 
 `layout` says where every generated number stands, `blocks` holds the transformer's parts, `model` joins them, and
-`checkpoint` reads and writes folders.
+`checkpoint` reads and writes folders. Beside them stands the fast path for inference: `fast` joins `stages` (a block in
+pieces, over a `workspace`), `products` (packed weights; `fp8`), and `tables`. `sharding` spreads a generator over
+several processes.
 """
 
 from __future__ import annotations

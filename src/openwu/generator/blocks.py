@@ -77,12 +77,14 @@ def key_rotary(head_dim: int, rows: int, columns: int, keys: int, device: torch.
 
 
 def rotate(x_sqme: Tensor, angles: Rotary) -> Tensor:
-    """Turn each pair (x[2k], x[2k+1]) of every head; at least in float32, returned in x's dtype."""
+    """Turn each pair (x[2k], x[2k+1]) of every head; at least in float32, returned in x's dtype.
+
+    A pair is the complex number x[2k] + i x[2k+1], and turning it a product: one temporary instead of seven.
+    """
     wide = torch.promote_types(x_sqme.dtype, torch.float32)
-    cos, sin = angles.cos.to(wide).unsqueeze(-2), angles.sin.to(wide).unsqueeze(-2)
-    even, odd = x_sqme.to(wide).reshape(*x_sqme.shape[:-1], -1, 2).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x_sqme.dtype)
+    turns = torch.complex(angles.cos.to(wide), angles.sin.to(wide)).unsqueeze(-2)
+    pairs = torch.view_as_complex(x_sqme.to(wide).reshape(*x_sqme.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x_sqme.dtype)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -87,6 +87,13 @@ class FastGenerator:
         with self._lock, torch.no_grad():
             return self._adapter(condition)
 
+    def __getstate__(self) -> tuple[ParameterGenerator, FastOptions]:
+        """A copy, or what goes to another process, starts with nothing kept."""
+        return self.generator, self.options
+
+    def __setstate__(self, state: tuple[ParameterGenerator, FastOptions]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
     def forget(self) -> None:
         """Drop everything that is kept."""
         with self._lock:
