@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 
@@ -12,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.attention import training_attention
-from openwu.bench import ROWS, generator_bytes, generator_gpu, generator_speed
-from openwu.bench.generator_growth import growth
-from openwu.bench.generator_sizes import generator_flops, released_config, small_config, widened
+from openwu.bench import GROWTHS, ROWS, generator_bytes, generator_gpu, generator_speed
+from openwu.bench.generator_sizes import generator_flops, released_config, small_config
+from openwu.bench.growth import Growth
 from openwu.bench.row import Row
 from openwu.bench.traffic import Traffic
 from openwu.errors import OpenwuError
@@ -28,7 +29,7 @@ def test_sizes_are_those_that_rows_speak_of() -> None:
     assert (small.num_layers, small.positions_per_layer) == (8, 384)
     (released,) = GeneratorLayout.of(released_config()).groups
     assert (released.num_positions, released.adapter_size) == (176_512, 722_993_152)
-    assert widened(small_config(), 512).d_model == 512
+    assert small_config(d_model=512).d_model == 512
 
 
 def test_released_cost_is_the_documented_one() -> None:
@@ -131,13 +132,18 @@ def test_gpu_speed_row_works_at_any_size_on_any_device() -> None:
     assert 0 < row.details["L 3: relative error of 8 bits"] < 0.2
 
 
-def test_growth_is_measured_and_predicted() -> None:
-    curves = growth(quick=True)
-    assert set(curves) == {"condition tokens", "targets in a layer", "base layers", "width", "bytes of a piece"}
-    for name, points in curves.items():
-        assert points[0]["predicted"] == pytest.approx(points[0]["seconds"])
-        assert all(point["seconds"] > 0 for point in points)
-        grows = points[1]["predicted"] / points[0]["predicted"]
-        assert grows == pytest.approx(points[1]["gflop"] / points[0]["gflop"])
-        assert grows == 1 if name == "bytes of a piece" else grows > 1
-    assert json.loads(json.dumps(curves)).keys() == curves.keys()
+CURVES = {name: path for name, path in GROWTHS.items() if name.startswith("generator-")}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_growth_is_measured_beside_the_cost_model(name: str) -> None:
+    module, _, function = CURVES[name].partition(":")
+    curve = getattr(importlib.import_module(module), function)(True)
+    small, large = curve.points
+    assert small.x < large.x
+    assert large.predicted == small.predicted if name == "generator-pieces" else large.predicted > small.predicted
+    assert Growth.read(json.loads(json.dumps(curve.to_json()))) == curve
+
+
+def test_curves_of_the_generator_are_listed() -> None:
+    assert set(CURVES) == {f"generator-{what}" for what in ("condition", "targets", "layers", "width", "pieces")}

@@ -17,6 +17,11 @@ ROWS: dict[str, str] = {
 """Name of a row -> "module:function" that measures it. One line adds a row."""
 
 GROWTHS: dict[str, str] = {
+    "generator-condition": "openwu.bench.generator_growth:measure_condition",
+    "generator-targets": "openwu.bench.generator_growth:measure_targets",
+    "generator-layers": "openwu.bench.generator_growth:measure_layers",
+    "generator-width": "openwu.bench.generator_growth:measure_width",
+    "generator-pieces": "openwu.bench.generator_growth:measure_pieces",
     "edit-size": "openwu.bench.edit:measure_size",
     "edit-batch": "openwu.bench.edit:measure_batch",
 }

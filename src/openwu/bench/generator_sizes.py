@@ -5,8 +5,6 @@ Shapes: n base layers, p positions of one base layer, T = n * p, L condition tok
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from openwu.config import GeneratorConfig, GroupedTarget, LayerGroup, PlainTarget
 from openwu.generator.layout import GeneratorLayout
 
@@ -53,8 +51,3 @@ def generator_flops(
         found["feed_forward"] += blocks * 16 * rows * d * d
         found["projections"] += 2 * rows * d * config.token_dim
     return found
-
-
-def widened(config: GeneratorConfig, d_model: int) -> GeneratorConfig:
-    """The same generator at another width."""
-    return replace(config, d_model=d_model)
