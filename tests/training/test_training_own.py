@@ -74,8 +74,9 @@ def test_the_loss_is_the_bases_under_each_samples_adapter(base: nn.Module) -> No
     a, b = adapter.weights["0"]
     said = base(torch.ones(4, 3)) + (b @ a @ torch.ones(3, 1))[:, :, 0]
     expected = (said - requests[:, :1]).square().mean()
-    torch.testing.assert_close(own.loss(5), expected)
-    torch.autograd.backward(own.loss(5))
+    with own.loss(5) as loss:
+        torch.testing.assert_close(loss, expected)
+        torch.autograd.backward(loss)
     assert writer.linear.weight.grad is not None
     assert all(parameter.grad is None for parameter in base.parameters())
 

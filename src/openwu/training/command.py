@@ -69,9 +69,7 @@ def describe(recipe: EmbeddedRecipe) -> dict[str, Any]:
     plain: dict[str, Any] = {
         field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe) if field.name != "model"
     }
-    plain = {
-        key: dataclasses.asdict(value) if isinstance(value, StageConfig) else value for key, value in plain.items()
-    }
+    plain = {key: value.to_dict() if isinstance(value, StageConfig) else value for key, value in plain.items()}
     described: dict[str, Any] = json.loads(json.dumps({**plain, "model": recipe.model.to_dict()}))
     return described
 
@@ -105,6 +103,8 @@ def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
     later_parts = {"instruction": ("backbone", "condition", "generator"), "base": ("condition", "generator")}
     model = {key: value for key, value in described.pop("model").items() if key not in later_parts.get(name, ())}
     kept = {key: value for key, value in described.items() if key not in unimportant}
+    for stage in kept.keys() & set(STAGES):
+        kept[stage].pop("accumulate", None)  # Of the batch, it changes only how much is computed at a time.
     return json.dumps({**kept, "model": model}, sort_keys=True)
 
 

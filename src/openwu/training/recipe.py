@@ -20,6 +20,12 @@ from openwu.training.loss import FLOOR
 STAGES = ("instruction", "base", "generator", "shared")
 """In the order in which they build on one another; "shared" is the baseline of equal length, not part of the model."""
 
+SCHEDULES = ("linear", "cosine", "constant")
+"""See `schedule.FALLS`."""
+
+LATER = {"later": True}
+"""Marks fields that descriptions leave out at their defaults; those of earlier trainings do not have them."""
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -43,6 +49,12 @@ class StageConfig:
     """Where the loss's floor starts; see `loss.falling_floor`."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    schedule: str = field(default="linear", metadata=LATER)
+    """How the learning rate falls over the last `decay` of the steps: "linear" or "cosine" to 0; "constant": never."""
+    accumulate: int = field(default=1, metadata=LATER)
+    """Micro-batches of an update: the batch is computed in so many parts, for less memory at equal gradients."""
+    ema: float = field(default=0.0, metadata=LATER)
+    """Decay of the moving average of the weights, which is then what is evaluated and exported; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "learning_rate", "clip"):
@@ -54,6 +66,17 @@ class StageConfig:
             raise ValueError(f"shapes: expected at least one (requests, crop side), got {self.shapes}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay: expected a fraction from 0 to 1, got {self.decay}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {list(SCHEDULES)}, got {self.schedule!r}")
+        if not self.accumulate >= 1:
+            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected 0, or a decay below 1 such as 0.999, got {self.ema}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON. Fields that came later stand in it only where they are set, so that old descriptions stay true."""
+        fields = {each.name: (each, getattr(self, each.name)) for each in dataclasses.fields(self)}
+        return {name: value for name, (each, value) in fields.items() if not each.metadata or value != each.default}
 
 
 @dataclass(frozen=True)
