@@ -117,9 +117,7 @@ def spread(trained: nn.Module, processes: Processes, shard: bool) -> nn.Module:
     if not shard:
         where = None if device.type == "cpu" else [device]
         # What a step does not use (an encoder of second pictures, say) has no gradient there.
-        return nn.parallel.DistributedDataParallel(
-            around, device_ids=where, broadcast_buffers=False, find_unused_parameters=True
-        )
+        return nn.parallel.DistributedDataParallel(around, device_ids=where, find_unused_parameters=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
