@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from openwu.embedded import EmbeddedModel
 from openwu.training.loop import Evaluation
 from openwu.training.loss import falling_floor, picture_losses, psnr
 from openwu.training.part import WHOLE, Drawn, Part, take_rows
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.training.recipe import EmbeddedRecipe, PairsRecipe, StageConfig
 from openwu.training.shared import SharedAdapter
 from openwu.types import Adapter
 from openwu.understanding import understanding
@@ -106,28 +107,32 @@ def smoothed(logs: Tensor, amount: float = 0.1) -> Tensor:
     return (1 - amount) * logs + amount * logs.mean(dim=1, keepdim=True)
 
 
+class Batches(Protocol):
+    """Draws the batch of any step, see `PairSampler`."""
+
+    def batch(self, step: int) -> PairBatch: ...
+
+    def size(self, step: int) -> int: ...
+
+
 class PictureStage:
     """What the stages with pictures share: batches, precision, validation. `adapt` says which adapter a batch gets."""
 
     def __init__(
         self,
         name: str,
-        recipe: EmbeddedRecipe,
+        recipe: EmbeddedRecipe | PairsRecipe,
         model: EmbeddedModel,
         trained: nn.Module,
         adapt: Callable[[PairBatch, Tensor], Adapter] | None,
-        photographs: tuple[list[Photograph], list[Photograph]],
+        batches: tuple[Batches, Batches],
     ) -> None:
-        """`photographs`: (training, validation)."""
+        """`batches`: those of training, and those of validation."""
         self.name, self.recipe, self.model, self.adapt = name, recipe, model, adapt
         self._trained = trained
-        tasks = recipe.base_edits if adapt is None else recipe.edits
-        # Generator and baseline walk through the same sub-tasks; only the generator has dials and needless references.
-        seed = recipe.seed + (0 if adapt is None else 1)
         self.config: StageConfig = getattr(recipe, name)
-        self.batches = PairSampler(photographs[0], tasks, self.config.shapes, recipe.side, seed, name == "generator")
+        self.batches, self.validation = batches
         self._drawn = Drawn(lambda step: self.batches.batch(step))
-        self.validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
         model.requires_grad_(False)
         trained.requires_grad_(True)
 
@@ -204,20 +209,24 @@ def base_stage(
     recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: tuple[list[Photograph], list[Photograph]]
 ) -> PictureStage:
     """The base alone, on its own few sub-tasks."""
-    return PictureStage("base", recipe, model, model.backbone, None, photographs)
+    return PictureStage("base", recipe, model, model.backbone, None, _samplers("base", recipe, photographs))
 
 
 def generator_stage(
     recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: tuple[list[Photograph], list[Photograph]]
 ) -> PictureStage:
     """Condition encoder and generator, end to end through the frozen base."""
-    trained = nn.ModuleDict({"condition": model.condition, "generator": model.generator})
+    return PictureStage("generator", recipe, model, *generated_by(model), _samplers("generator", recipe, photographs))
+
+
+def generated_by(model: EmbeddedModel) -> tuple[nn.Module, Callable[[PairBatch, Tensor], Adapter]]:
+    """What is trained to generate adapters, and how a batch gets them."""
 
     def adapt(batch: PairBatch, text: Tensor) -> Adapter:
         references = batch.reference if bool(batch.present.any()) else None
         return model.adapt(batch.whole, text, references, batch.present).scaled(batch.dial)
 
-    return PictureStage("generator", recipe, model, trained, adapt, photographs)
+    return nn.ModuleDict({"condition": model.condition, "generator": model.generator}), adapt
 
 
 def shared_stage(
@@ -230,7 +239,20 @@ def shared_stage(
         adapter: Adapter = shared()
         return adapter
 
-    return PictureStage("shared", recipe, model, shared, adapt, photographs)
+    return PictureStage("shared", recipe, model, shared, adapt, _samplers("shared", recipe, photographs))
+
+
+def _samplers(
+    name: str, recipe: EmbeddedRecipe, photographs: tuple[list[Photograph], list[Photograph]]
+) -> tuple[PairSampler, PairSampler]:
+    """Batches of training and validation. Only the generator has dials and needless references."""
+    tasks = recipe.base_edits if name == "base" else recipe.edits
+    # Generator and baseline walk through the same sub-tasks.
+    seed, shapes = recipe.seed + (0 if name == "base" else 1), getattr(recipe, name).shapes
+    return (
+        PairSampler(photographs[0], tasks, shapes, recipe.side, seed, name == "generator"),
+        PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9),
+    )
 
 
 def new_shared_adapter(recipe: EmbeddedRecipe, model: EmbeddedModel) -> SharedAdapter:
