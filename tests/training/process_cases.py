@@ -60,14 +60,14 @@ def new_trained() -> Sometimes:
     return Sometimes(openwu.ParameterGenerator(config, b_init_std=1e-1))
 
 
-def new_stage(trained: Sometimes, killed: Callable[[int], None]) -> OwnStage[Tensor]:
-    """Requests `[b, 2, 4]`; only the first of a batch have the part that not all have, and at some steps none."""
+def new_stage(trained: Sometimes, killed: Callable[[int], None], sometimes: bool = True) -> OwnStage[Tensor]:
+    """Requests `[b, 2, 4]`; only the first of a batch have the part that not all have, and `sometimes` none has it."""
     base = Base().requires_grad_(False)
 
     def batches(step: int) -> Tensor:
         killed(step)
         requests = torch.randn(ROWS, 2, 4, generator=torch.Generator().manual_seed(step))
-        requests[:, 0, 0] = (torch.arange(ROWS) < (2 if step % 3 else 0)).float()
+        requests[:, 0, 0] = (torch.arange(ROWS) < (2 if step % 3 or not sometimes else 0)).float()
         return requests
 
     def adapt(requests: Tensor) -> openwu.Adapter:
@@ -105,9 +105,9 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     loop = LoopConfig("{}", checkpoint_every=2, evaluate_every=4, log_every=1, shard=settings.pop("shard", False))
-    broken_at = settings.pop("broken_at", None)
+    broken_at, sometimes = settings.pop("broken_at", None), settings.pop("sometimes", True)
     config = StageConfig(**{"steps": 8, "shapes": ((ROWS, 0),), "learning_rate": 1e-2, "warmup": 2, **settings})
-    stage = new_stage(new_trained(), killed)
+    stage = new_stage(new_trained(), killed, sometimes)
     if broken_at is not None:
         target, batches = stage.target, stage.batches
         last = {"step": 0}
