@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,11 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     def killed(step: int) -> None:
         """The second process ends as it would for want of memory."""
         if step == dying and rank == 1:
+            (folder / "died").write_text(str(time.time()), encoding="utf-8")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    loop = LoopConfig("{}", checkpoint_every=2, evaluate_every=4, log_every=1, shard=settings.pop("shard", False))
+    stop_after, shard = settings.pop("stop_after", None), settings.pop("shard", False)
+    loop = LoopConfig("{}", checkpoint_every=2, evaluate_every=4, log_every=1, stop_after=stop_after, shard=shard)
     broken_at, sometimes = settings.pop("broken_at", None), settings.pop("sometimes", True)
     config = StageConfig(**{"steps": 8, "shapes": ((ROWS, 0),), "learning_rate": 1e-2, "warmup": 2, **settings})
     stage = new_stage(new_trained(), killed, sometimes)

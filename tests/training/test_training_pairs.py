@@ -102,7 +102,8 @@ def test_openwu_train_learns_pairs_and_the_model_edits(
     output = tmp_path / "edited.png"
     command = ["edit", str(data / "0_in.png"), "--instruction", "darken", "--model", str(tmp_path / "run" / "model")]
     assert cli.main([*command, "--output", str(output), "--anyway", "--quiet"]) == 0
-    assert Image.open(output).size == (48, 40)
+    with Image.open(output) as edited:
+        assert edited.size == (48, 40)
 
 
 def test_the_loss_falls(recipe: PairsRecipe, tmp_path: Path) -> None:
@@ -110,12 +111,11 @@ def test_the_loss_falls(recipe: PairsRecipe, tmp_path: Path) -> None:
     model = EmbeddedModel.from_pretrained(recipe.start or "")
     training, held_back = split_pairs(read_pairs(recipe.data or ""), recipe.held_back)
     stage = PairsStage(recipe, model, training, held_back)
-    with torch.no_grad():
-        before = [float(stage.losses(step)[1].mean()) for step in range(4)]
-        train_pairs(recipe, tmp_path)
-        trained = EmbeddedModel.from_pretrained(tmp_path / "model")
-        after_stage = PairsStage(recipe, trained, training, held_back)
-        after = [float(after_stage.losses(step)[1].mean()) for step in range(4)]
+    train_pairs(recipe, tmp_path)
+    after_stage = PairsStage(recipe, EmbeddedModel.from_pretrained(tmp_path / "model"), training, held_back)
+    before, after = (
+        [float(each.losses(step)[1].detach().mean()) for step in range(4)] for each in (stage, after_stage)
+    )
     assert np.mean(after) < np.mean(before) - 0.3
     scalars = after_stage.evaluate().scalars
     assert {"psnr/darken", "psnr/invert", "psnr_mean", "adapter/within", "adapter/across"} <= set(scalars)

@@ -63,12 +63,11 @@ def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_then_continues(tmp_path: Path) -> None:
     main(tmp_path / "alone", {})
-    began = time.monotonic()
     killed = launch([*TORCHRUN, str(SCRIPT)], tmp_path / "two", dies_at=5)
     assert killed.returncode != 0, killed.stderr
     assert "exitcode  : -9" in killed.stderr
-    assert time.monotonic() - began < 200
     folder = tmp_path / "two"
+    assert time.time() - float((folder / "died").read_text()) < 60  # Seconds, on an idle machine.
     assert not list(folder.glob("*.partial")) + list(folder.glob(".*"))
     assert read_state_header(folder / STATE)[0] == 4
     resumed = launch([*TORCHRUN, str(SCRIPT)], folder)
@@ -92,9 +91,10 @@ def test_accelerate_launch_with_micro_batches_muon_and_averages(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_sharded_weights_and_a_process_alone_that_goes_on(tmp_path: Path) -> None:
+def test_sharded_processes_go_on_from_a_process_alone(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"ema": 0.5, "sometimes": False}
     main(tmp_path / "alone", dict(settings))
+    main(tmp_path / "two", {**settings, "stop_after": 3})
     run = launch([*TORCHRUN, str(SCRIPT)], tmp_path / "two", **settings, shard=True, accumulate=2)
     assert run.returncode == 0, run.stderr
     assert_same_training(tmp_path / "two", tmp_path / "alone")

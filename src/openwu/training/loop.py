@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -106,7 +107,7 @@ def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Pat
                     curves.add_scalar("learning_rate", config.learning_rate * part_of_peak(config, step - 1), step)
                 if step % loop.evaluate_every == 0 or step == config.steps:
                     # Every process evaluates, since each may hold a shard of the weights.
-                    with updates.average.applied():
+                    with torch.no_grad(), updates.average.applied():
                         evaluation: Evaluation = updates.around(stage.evaluate)
                     _log_evaluation(curves, evaluation, step)
                 if step % loop.checkpoint_every == 0 or step == stop:

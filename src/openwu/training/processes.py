@@ -85,7 +85,7 @@ def is_main() -> bool:
 
 @contextmanager
 def joined_until_done() -> Iterator[None]:
-    """Leave the group of processes at the end, also after an error."""
+    """Leave the group of processes at the end, also after an error. Once in a script, around all of its trainings."""
     try:
         yield
     finally:
@@ -122,13 +122,18 @@ def spread(trained: nn.Module, processes: Processes, shard: bool) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes.count,))
-    for each in list(trained.modules()):
-        if isinstance(each, nn.ModuleList):
-            for item in each:
-                fully_shard(item, mesh=mesh, reshard_after_forward=True)
+    for each in reversed(list(trained.modules())):  # What lies inside comes first.
+        # Weights are gathered when a module runs: one that never runs itself stays with the module around it.
+        for item in (one for one in each if _runs(one)) if isinstance(each, nn.ModuleList) else ():
+            fully_shard(item, mesh=mesh, reshard_after_forward=True)
     sharded = fully_shard(around, mesh=mesh, reshard_after_forward=True)
     sharded.set_reduce_scatter_unused_params(True)
     return around
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether it has a forward pass of its own, which lists and dicts of modules have not."""
+    return type(module).forward is not nn.Module.forward
 
 
 @contextmanager
