@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -28,15 +29,21 @@ from openwu.training.recipe import EmbeddedRecipe, StageConfig
 from openwu.training.step import Updates
 
 SCRIPT = Path(__file__).parent / "process_cases.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def launch(command: list[str], *arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
+    """On a port that is free, so that tests may run beside one another."""
     texts = [*map(str, arguments), *(f"{name}={json.dumps(value)}" for name, value in settings.items())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([*command, *texts], capture_output=True, text=True, timeout=400, env=environment)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    option = "--master-port" if command[: len(TORCHRUN)] == TORCHRUN else "--main_process_port"
+    command = [*command[:3], option, str(port), *command[3:], *texts]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:

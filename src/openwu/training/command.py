@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def train_pairs(recipe: PairsRecipe, folder: Path, stop_after: int | None = None
     described = {key: value for key, value in describe(recipe).items() if key not in unimportant}
     described["generator"].pop("accumulate", None)
     every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
-    loop = LoopConfig(json.dumps({**described, "pairs": hashes}, sort_keys=True), *every, stop_after)
+    data = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    loop = LoopConfig(json.dumps({**described, "pairs": data}, sort_keys=True), *every, stop_after)
     if train_stage(stage, recipe.generator, loop, folder / "generator"):
         _export(recipe, model, folder, hashes)
 
