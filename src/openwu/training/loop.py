@@ -126,7 +126,7 @@ def _curves(folder: Path, step: int, main: bool) -> Iterator[SummaryWriter | Non
     if not main:
         yield None
         return
-    with SummaryWriter(str(folder), purge_step=step) as curves:
+    with SummaryWriter(str(folder), purge_step=step + 1) as curves:
         yield curves
 
 
