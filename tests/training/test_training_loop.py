@@ -102,6 +102,8 @@ def test_stopping_and_continuing_changes_nothing(tmp_path: Path, stop_after: int
         assert 0 < len(part.steps) <= stop_after
         steps += part.steps
     assert steps == whole.steps
+    curve = EventAccumulator(str(tmp_path / "parts")).Reload().Scalars("loss")
+    assert [event.step for event in curve] == list(range(1, 9))
     assert same(weights(part.trained), weights(whole.trained))
     again = Regression()
     assert train_stage(again, CONFIG, LOOP, tmp_path / "parts")

@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_run_which_then_continues(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_accelerate_launch_with_micro_batches_muon_and_averages(tmp_path: Path) -> None:
-    """Six requests in four parts. Muon makes its steps orthogonal in bfloat16: it turns rounding into 1e-4 of its own."""
+    """Six requests in four parts. Muon orthogonalises in bfloat16: it turns rounding into 1e-4 of its own."""
     settings: dict[str, Any] = {"steps": 4, "matrix_learning_rate": 1e-3, "ema": 0.5}
     main(tmp_path / "alone", dict(settings))
     run = launch([*ACCELERATE, str(SCRIPT)], tmp_path / "two", **settings, accumulate=2)
