@@ -33,11 +33,12 @@ from openwu.lab.command import ladder_table
 from openwu.lab.intervals import mean_over
 from openwu.lab.subject import Subject
 from openwu.language import LanguageMemory
-from openwu.training.loop import LoopConfig, part_of_peak, train_stage
+from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.objective import NextToken
 from openwu.training.optimizer import StageOptimizer
 from openwu.training.own import OwnStage
 from openwu.training.recipe import StageConfig
+from openwu.training.schedule import part_of_peak
 
 NAMES = (
     "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo",

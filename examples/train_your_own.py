@@ -4,7 +4,7 @@ The base is a small flow model whose samples lie on a circle around the origin; 
 reads nothing but a point and a time. A request says where the circle shall be moved. The generator reads the request
 and writes a LoRA adapter for the base; both meet in the flow-matching loss alone.
 
-    python examples/train_your_own.py
+    python examples/train_your_own.py        # or torchrun --nproc-per-node 2 examples/train_your_own.py
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from openwu.lab.subject import Subject
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.objective import FlowMatching, Question
 from openwu.training.own import OwnStage
+from openwu.training.processes import is_main, joined_until_done
 from openwu.training.recipe import StageConfig
 
 WIDTH, POINTS = 64, 64
@@ -161,6 +162,8 @@ def train(base_steps: int = 600, steps: int = 600, folder: Path | None = None) -
 
 
 if __name__ == "__main__":
-    ladder, alone, adapted = train()
-    sys.stdout.write(f"\nmean distance from the wanted place: base {alone:.2f}, with adapters {adapted:.2f}\n\n")
-    sys.stdout.write(ladder_table(ladder))
+    with joined_until_done():
+        ladder, alone, adapted = train()
+    if is_main():
+        sys.stdout.write(f"\nmean distance from the wanted place: base {alone:.2f}, with adapters {adapted:.2f}\n\n")
+        sys.stdout.write(ladder_table(ladder))

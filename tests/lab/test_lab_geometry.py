@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from lab_cases import TARGETS, adapter, updates
 
-from openwu.lab.geometry import coordinates, cosines, inner_products, mean_update, nearest_same_task, random_like
+from openwu.adapter.updates import inner_products
+from openwu.lab.geometry import coordinates, cosines, mean_update, nearest_same_task, random_like
 from openwu.types import Adapter, Target
 
 

@@ -147,9 +147,9 @@ def test_dials_and_references_reach_the_loss(recipe: EmbeddedRecipe, monkeypatch
         predicted = model.edit(batch.picture, batch.planes, text, adapter)
         floor = falling_floor(recipe.generator.first_floor, step / recipe.generator.steps)
         expected = float(picture_loss(predicted, batch.target, floor))
-    loss = stage.loss(step)
-    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
-    loss.backward()
+    with stage.loss(step) as loss:
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+        loss.backward()
     assert all(p.grad is not None for part in (model.condition, model.generator) for p in part.parameters())
     for name, other in (
         ("dial", torch.ones_like(batch.dial)),
@@ -158,7 +158,8 @@ def test_dials_and_references_reach_the_loss(recipe: EmbeddedRecipe, monkeypatch
     ):
         changed = replace(batch, **{name: other})
         monkeypatch.setattr(PairSampler, "batch", lambda *_, changed=changed: changed)
-        assert abs(float(stage.loss(step).detach()) - expected) > 1e-5, name
+        with stage.loss(step) as loss:
+            assert abs(float(loss.detach()) - expected) > 1e-5, name
 
 
 def test_the_shared_adapter_is_the_same_for_every_request(recipe: EmbeddedRecipe) -> None:
@@ -168,7 +169,7 @@ def test_the_shared_adapter_is_the_same_for_every_request(recipe: EmbeddedRecipe
         for b in stage.trained.b:  # type: ignore[union-attr]
             b.normal_(std=0.1)
     batch = stage.batches.batch(0)
-    predicted, adapter = stage.predict(batch)
+    predicted, adapter = stage.predict(batch, stage.read(batch))
     assert adapter is not None
     assert adapter.batch == 1
     for i in range(len(batch.names)):
@@ -180,14 +181,16 @@ def test_the_shared_adapter_is_the_same_for_every_request(recipe: EmbeddedRecipe
 def test_a_stage_trains_its_own_parts_and_no_others(recipe: EmbeddedRecipe, tmp_path: Path) -> None:
     model = shaken(recipe)
     stage = generator_stage(recipe, model, photographs(recipe))
-    stage.loss(0).backward()
+    with stage.loss(0) as loss:
+        loss.backward()
     for name, parameter in model.named_parameters():
         own = name.startswith(("condition.", "generator."))
         assert parameter.requires_grad == own, name
         assert (parameter.grad is not None) == own, name
     scalars = stage.evaluate().scalars
-    assert {*(f"psnr/{name}" for name in recipe.edits), "psnr_mean", "adapter/spread"} == set(scalars)
-    assert scalars["adapter/spread"] > 0
+    logged = {f"adapter/{name}" for name in ("spread", "within", "across", "within_over_across")}
+    assert {*(f"psnr/{name}" for name in recipe.edits), "psnr_mean", *logged} == set(scalars)
+    assert all(scalars[name] > 0 for name in logged)
 
 
 def test_the_baseline_starts_as_no_change(recipe: EmbeddedRecipe) -> None:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from openwu.data.photographs import Photograph, load_folder
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE, load_weights
 from openwu.training.command import new_model, train
-from openwu.training.loop import Evaluation, LoopConfig, part_of_peak, train_stage
+from openwu.training.loop import Evaluation, LoopConfig, train_stage
+from openwu.training.part import WHOLE, Part
 from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.training.schedule import part_of_peak
 from openwu.training.stages import InstructionStage, base_stage, generator_stage
 
 LOOP = LoopConfig(json.dumps({"seed": 0}), checkpoint_every=2, evaluate_every=3, log_every=1)
@@ -40,13 +44,14 @@ class Regression:
     trained: nn.Module = field(default_factory=lambda: _linear())
     steps: list[int] = field(default_factory=list)
 
-    def loss(self, step: int) -> Tensor:
+    @contextmanager
+    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
         self.steps.append(step)
-        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-        loss: Tensor = (self.trained(x) - x.sum(1, keepdim=True)).square().mean()
-        return loss * math.nan if step == self.broken_at else loss
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))[part.rows(4)]
+        loss = (self.trained(x) - x.sum(1, keepdim=True)).square().mean() * part.share(4)
+        yield loss * math.nan if step == self.broken_at else loss
 
-    def not_finite(self, step: int) -> list[str]:
+    def not_finite(self, step: int, _part: Part = WHOLE) -> list[str]:
         return ["the second", "the third"] if step == self.broken_at else []
 
     def evaluate(self) -> Evaluation:
@@ -65,20 +70,6 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-# The schedule
-
-
-def test_the_learning_rate_rises_stays_and_falls() -> None:
-    config = StageConfig(steps=100, shapes=((1, 1),), learning_rate=2.0, warmup=10, decay=0.4)
-    rates = [part_of_peak(config, step) for step in range(100)]
-    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
-    assert rates[9:61] == [1.0] * 52
-    assert rates[80] == pytest.approx(0.5)
-    assert rates[99] == pytest.approx(1 / 40)
-    flat = replace(config, warmup=0, decay=0.0)
-    assert {part_of_peak(flat, step) for step in range(99)} == {1.0}
 
 
 # Writing and continuing
@@ -111,6 +102,8 @@ def test_stopping_and_continuing_changes_nothing(tmp_path: Path, stop_after: int
         assert 0 < len(part.steps) <= stop_after
         steps += part.steps
     assert steps == whole.steps
+    curve = EventAccumulator(str(tmp_path / "parts")).Reload().Scalars("loss")
+    assert [event.step for event in curve] == list(range(1, 9))
     assert same(weights(part.trained), weights(whole.trained))
     again = Regression()
     assert train_stage(again, CONFIG, LOOP, tmp_path / "parts")
@@ -134,9 +127,10 @@ def test_a_gradient_that_is_no_number_touches_no_weight(tmp_path: Path) -> None:
     """The square root's derivative at 0: a finite loss without a finite gradient."""
 
     class Rooted(Regression):
-        def loss(self, step: int) -> Tensor:
-            loss = super().loss(step)
-            return loss + (loss - loss).sqrt() if step == 5 else loss
+        @contextmanager
+        def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
+            with super().loss(step, part) as loss:
+                yield loss + (loss - loss).sqrt() if step == 5 else loss
 
     stage = Rooted()
     with pytest.raises(OpenwuError, match=r"gradient's norm is nan at step 5.* Every sample's loss is finite"):
@@ -194,15 +188,18 @@ def test_the_loss_falls(recipe: EmbeddedRecipe, tmp_path: Path, name: str) -> No
     else:
         stage = {"base": base_stage, "generator": generator_stage}[name](recipe, model, pictures(recipe))
     losses: list[float] = []
-    measured, stage.loss = stage.loss, lambda step: _kept(measured(step), losses)  # type: ignore[method-assign]
+    measured = stage.loss
+
+    @contextmanager
+    def noted(step: int, part: Part) -> Iterator[Tensor]:
+        with measured(step, part) as loss:
+            losses.append(float(loss.detach()))
+            yield loss
+
+    stage.loss = noted  # type: ignore[method-assign]
     train_stage(stage, config, replace(LOOP, checkpoint_every=100, evaluate_every=100), tmp_path)
     assert len(losses) == 30
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.1
-
-
-def _kept(loss: Tensor, losses: list[float]) -> Tensor:
-    losses.append(float(loss.detach()))
-    return loss
 
 
 RECIPE = """

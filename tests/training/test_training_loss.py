@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from openwu.training.loss import FLOOR, falling_floor, picture_loss, psnr, squared_errors
-from openwu.training.stages import adapter_spread
-from openwu.types import Adapter, Target
 
 
 def test_the_loss_is_the_mean_logarithm_of_every_pictures_error() -> None:
@@ -39,13 +37,3 @@ def test_the_floor_falls_and_then_stays() -> None:
     assert floors[1] / floors[0] == pytest.approx(floors[2] / floors[1])
     assert floors[3:] == pytest.approx([FLOOR] * 3)
     assert {falling_floor(FLOOR, progress) for progress in (0, 0.3, 1)} == {FLOOR}
-
-
-def test_spread_tells_collapse_from_variety() -> None:
-    def adapter(b: torch.Tensor) -> Adapter:
-        return Adapter((Target("x", 2, 3),), {"x": (torch.ones(len(b), 1, 2), b)}, 1.0)
-
-    assert adapter_spread(adapter(torch.ones(4, 3, 1))) == 0
-    opposite = torch.ones(4, 3, 1) * torch.tensor([1.0, -1, 1, -1])[:, None, None]
-    assert adapter_spread(adapter(opposite)) == pytest.approx(1)
-    assert 0 < adapter_spread(adapter(torch.ones(4, 3, 1) + 0.1 * opposite)) < 0.2

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import openwu
 from openwu.errors import OpenwuError
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objective import Question, Regression
+from openwu.training.objective import FlowMatching, Question, Regression
 from openwu.training.own import OwnStage
+from openwu.training.part import Part
 from openwu.training.recipe import StageConfig
 
 TARGET = openwu.Target("0", 3, 3)
@@ -74,8 +77,9 @@ def test_the_loss_is_the_bases_under_each_samples_adapter(base: nn.Module) -> No
     a, b = adapter.weights["0"]
     said = base(torch.ones(4, 3)) + (b @ a @ torch.ones(3, 1))[:, :, 0]
     expected = (said - requests[:, :1]).square().mean()
-    torch.testing.assert_close(own.loss(5), expected)
-    torch.autograd.backward(own.loss(5))
+    with own.loss(5) as loss:
+        torch.testing.assert_close(loss, expected)
+        torch.autograd.backward(loss)
     assert writer.linear.weight.grad is not None
     assert all(parameter.grad is None for parameter in base.parameters())
 
@@ -110,6 +114,145 @@ def test_broken_samples_are_named(base: nn.Module) -> None:
 def test_nothing_to_train_is_refused(base: nn.Module) -> None:
     with pytest.raises(OpenwuError, match="trained: expected a module with parameters that require gradients"):
         stage(Writer().requires_grad_(False), base, openwu.attach(base, (TARGET,)))
+
+
+class Deep(nn.Module):
+    """Two adapted layers with a nonlinearity; recomputed in the backward pass where asked to."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        self.recompute = recompute
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(self.block, layer, x, use_reentrant=False) if self.recompute else self.block(layer, x)
+        return x
+
+    def block(self, layer: nn.Module, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(layer(x)) + x
+
+
+def deep_stage(recompute: bool, writer: Writer, bf16: bool = False) -> tuple[OwnStage[Tensor], Deep]:
+    """Both layers have the request's adapter."""
+    base = Deep(recompute).requires_grad_(False)
+    targets = tuple(openwu.Target(f"layers.{i}", 3, 3) for i in range(2))
+
+    def adapt(requests: Tensor) -> openwu.Adapter:
+        pair = writer(requests).weights["0"]
+        return openwu.Adapter(targets, {target.name: pair for target in targets}, 1.0)
+
+    return OwnStage(
+        "deep",
+        writer,
+        openwu.attach(base, targets),
+        lambda step: torch.randn(4, 2, generator=torch.Generator().manual_seed(step)),
+        adapt,
+        lambda requests: requests[:, :1].expand(-1, 3),
+        lambda requests, _: base(torch.ones(len(requests), 3)),
+        Regression(),
+        bf16=bf16,
+    ), base
+
+
+def test_a_base_may_checkpoint_its_activations(tmp_path: Path) -> None:
+    """Its blocks run again in the backward pass, under the same adapters: equal gradients, equal trainings."""
+    trained, calls = [], []
+    for recompute in (False, True):
+        writer = Writer()
+        own, base = deep_stage(recompute, writer)
+        with own.loss(3) as loss:
+            torch.autograd.backward(loss)
+        calls.append(base.calls)
+        assert writer.linear.weight.grad is not None
+        trained.append([writer.linear.weight.grad.clone()])
+        train_stage(own, CONFIG, LOOP, tmp_path / str(recompute))
+        trained[-1].append(writer.linear.weight.detach().clone())
+    assert calls == [2, 4]
+    for one, other in zip(*trained, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bfloat16_computes_in_it_and_trains_float32() -> None:
+    plain, half = Writer(), Writer()
+    gradients, dtypes = [], []
+    for writer, bf16 in ((plain, False), (half, True)):
+        own, base = deep_stage(False, writer, bf16)
+        base.layers[0].register_forward_hook(lambda *a: dtypes.append(a[-1].dtype))
+        with own.loss(0) as loss:
+            assert loss.dtype == torch.float32
+            torch.autograd.backward(loss)
+        assert writer.linear.weight.grad is not None
+        gradients.append(writer.linear.weight.grad)
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert gradients[1].dtype == torch.float32
+    assert not torch.equal(*gradients)
+    assert float(torch.cosine_similarity(*(each.flatten() for each in gradients), dim=0)) > 0.99
+
+
+def test_parts_of_a_batch_have_its_noise_and_its_rows(base: nn.Module) -> None:
+    """Flow matching draws times and noise for the whole batch, however it is cut."""
+    gradients = []
+    for count in (1, 2, 4):
+        writer = Writer()
+        own = stage(writer, base, handle := openwu.attach(base, (TARGET,)))
+        own.objective = FlowMatching()
+        own.predict = lambda _, question: base(question.given) * (1 - question.time[:, None])
+        for index in range(count):
+            with own.loss(2, Part(index, count)) as loss:
+                torch.autograd.backward(loss)
+        handle.detach()
+        assert writer.linear.weight.grad is not None
+        gradients.append(writer.linear.weight.grad)
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-5)
+
+
+def test_rows_of_a_batch_may_be_taken_by_a_function(base: nn.Module) -> None:
+    own = stage(Writer(), base, openwu.attach(base, (TARGET,)))
+    taken: list[slice] = []
+
+    def rows(batch: Tensor, which: slice) -> Tensor:
+        taken.append(which)
+        return batch[which]
+
+    own.rows = rows
+    with own.loss(0, Part(1, 2)):
+        assert taken == [slice(2, 4)]
+    own.target = lambda requests: (
+        requests[:, :1].expand(-1, 3) / torch.tensor([1.0, 1.0, 0.0, 1.0])[: len(requests), None]
+    )
+    assert own.not_finite(0, Part(0, 2)) == []
+    assert own.not_finite(0, Part(1, 2)) == ["number 2 of the batch"]
+
+
+def test_tasks_and_a_sheet_are_logged(base: nn.Module, tmp_path: Path) -> None:
+    own = stage(Writer(), base, handle := openwu.attach(base, (TARGET,)))
+    own.tasks = lambda requests: ["up" if first > 0 else "down" for first in requests[:, 0].tolist()]
+    own.validation = torch.tensor([[1.0, 0.0], [1.1, 0.0], [-1.0, 0.0], [-1.1, 0.0]])
+
+    def sheet(requests: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        changed = base(torch.ones(4, 3)) - nn.functional.linear(torch.ones(4, 3), base[0].weight, base[0].bias)
+        return changed.abs().clamp(0, 1).T[:, :, None]
+
+    own.sheet = sheet
+    evaluation = own.evaluate()
+    assert 0 < evaluation.scalars["adapter/within"] < evaluation.scalars["adapter/across"]
+    ratio = evaluation.scalars["adapter/within"] / evaluation.scalars["adapter/across"]
+    assert evaluation.scalars["adapter/within_over_across"] == pytest.approx(ratio)
+    assert evaluation.picture is not None
+    assert evaluation.picture.shape == (3, 4, 1)
+    assert evaluation.picture.max() > 0  # The adapters were applied.
+    train_stage(own, CONFIG, LOOP, tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Images("validation")] == [2, 4, 6]
+    assert [event.step for event in events.Scalars("adapter/within_over_across")] == [2, 4, 6]
+    handle.detach()
 
 
 def test_the_example_moves_circles() -> None:

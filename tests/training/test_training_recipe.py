@@ -101,9 +101,22 @@ def test_an_unfair_baseline_is_refused(recipe: EmbeddedRecipe, tmp_path: Path) -
         ("shapes", ()),
         ("shapes", ((0, 8),)),
         ("decay", 1.5),
+        ("schedule", "sine"),
+        ("accumulate", 0),
+        ("ema", 1.0),
     ],
 )
 def test_stage_errors_name_the_field(field: str, value: Any) -> None:
     fields: dict[str, Any] = {"steps": 1, "shapes": ((1, 8),), "learning_rate": 1e-3, field: value}
     with pytest.raises(ValueError, match=f"^{field}: expected"):
         StageConfig(**fields)
+
+
+def test_descriptions_leave_out_what_came_later_at_its_default() -> None:
+    """Those that earlier trainings stored have no such fields, and must stay true of the same recipe."""
+    config = StageConfig(steps=1, shapes=((1, 8),), learning_rate=1e-3)
+    earlier = {"steps", "shapes", "learning_rate", "matrix_learning_rate", "warmup", "decay", "weight_decay"}
+    assert set(config.to_dict()) == earlier | {"first_floor", "clip"}
+    changed = replace(config, schedule="cosine", accumulate=1, ema=0.9).to_dict()
+    assert set(changed) == {*config.to_dict(), "schedule", "ema"}
+    assert StageConfig(**changed) == replace(config, schedule="cosine", ema=0.9)

@@ -52,7 +52,8 @@ def _run(arguments: argparse.Namespace) -> int:
     verb = getattr(importlib.import_module(module), function)
     if arguments.verb == "train":
         folder = verb(arguments.recipe, arguments.overrides, output=arguments.output, stages=arguments.stages)
-        say(f"{arguments.recipe} -> {folder}")
+        if os.environ.get("RANK", "0") == "0":  # Of several processes that train together, one speaks.
+            say(f"{arguments.recipe} -> {folder}")
         return 0
     if hasattr(arguments, "arguments"):
         return int(verb(arguments.arguments))
@@ -175,7 +176,10 @@ def _add_train(verbs: argparse._SubParsersAction[_Parser]) -> None:
         "train",
         help="train a model from a recipe",
         allow_abbrev=False,
-        description="Train a model from a recipe. Finished stages are skipped and begun ones go on where they stopped.",
+        description="Train a model from a recipe. Finished stages are skipped and begun ones go on where they stopped. "
+        "recipes/own_pairs.py goes on from the model inside the package with your own pairs: data=FOLDER_OR_JSONL.",
+        epilog="Several processes: torchrun --nproc-per-node 2 -m openwu train RECIPE, or accelerate launch. Fields of "
+        "a stage, for example generator.accumulate=4, are those of StageConfig; docs/training.md says more.",
     )
     train.add_argument("recipe", metavar="RECIPE", help="recipe file, for example recipes/embedded.py")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe to change")

@@ -144,11 +144,19 @@ class InstructionEncoder(nn.Module):
 
     def read_words(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
         """The tokens as the words alone make them, before `settled`."""
+        return self.read_rows(self.table_rows(sentences, dropped))
+
+    def table_rows(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """`hash_words`, with a share of the n-grams left out where asked for: `[b, t, g]`."""
         rows = hash_words(sentences, self.config).to(self.query.device)
         if dropped is not None:
             share, generator = dropped
             kept = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
             rows = torch.where(kept.any(2).any(1)[:, None, None], kept, rows)  # Something of every sentence stays.
+        return rows
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the table `[b, t, g]` -> tokens `[b, K, width]`."""
         present = rows > 0
         grams = self.table(rows).sum(2)
         words = grams / present.sum(2, keepdim=True).clamp(min=1).sqrt().to(grams.dtype)
@@ -156,7 +164,7 @@ class InstructionEncoder(nn.Module):
         x = words + self.place[: rows.shape[1]]
         for layer in self.layers:
             x = layer(x, x, real)
-        query = self.query.expand(len(sentences), -1, -1)
+        query = self.query.expand(len(rows), -1, -1)
         tokens: Tensor = self.norm(self.read(query, x, real))
         return tokens
 

@@ -72,6 +72,10 @@ class PairSampler:
         stacked = [torch.stack(parts) for parts in zip(*(tensors for _, tensors in drawn), strict=True)]
         return PairBatch(names, tuple(sentence for sentence, _ in drawn), *stacked)
 
+    def size(self, step: int) -> int:
+        """Requests of a step's batch."""
+        return self.shapes[step % len(self.shapes)][0]
+
     def _balanced(self, step: int) -> tuple[str, ...]:
         """The next sub-tasks of an endless list made of shuffled rounds through all of them."""
         sizes = [requests for requests, _ in self.shapes]

@@ -40,10 +40,10 @@ from openwu.lab.methods import (
     new_method,
     retrieved,
 )
-from openwu.training.loop import part_of_peak
 from openwu.training.loss import falling_floor
 from openwu.training.optimizer import StageOptimizer
 from openwu.training.recipe import StageConfig
+from openwu.training.schedule import part_of_peak
 from openwu.types import Adapter
 
 WAYS: Mapping[str, str] = {
@@ -211,7 +211,10 @@ def _learn(
     way, number, seed = which
     steps = budget.steps
     config = StageConfig(
-        steps=steps, shapes=((budget.requests, budget.crop),), warmup=min(50, steps // 5), **method.rates
+        steps=steps,
+        shapes=((budget.requests, budget.crop),),
+        warmup=min(50, steps // 5),
+        **dict[str, Any](method.rates),
     )
     optimizer = StageOptimizer(method.trained, config)
     new, old = (

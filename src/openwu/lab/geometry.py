@@ -1,6 +1,6 @@
 """Adapters as points: what they do to the base's weights is compared, not the factors that say so.
 
-Enters: a batch of adapters. Leaves: inner products of their updates, the mean update, random updates of equal size,
+Enters: a batch of adapters. Leaves: cosines of their updates, the mean update, random updates of equal size,
 coordinates. B A stays the same when B and A are turned against one another, so raw factors of equal updates may look
 unlike; every quantity here is one of the updates scale * B A themselves, computed without ever forming them.
 
@@ -15,31 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from openwu.adapter.updates import inner_products
 from openwu.types import Adapter
-
-
-def inner_products(first: Adapter, second: Adapter | None = None) -> Tensor:
-    """<update i, update j> over all targets: `[b1, b2]` float64.
-
-    <B1 A1, B2 A2> = sum over ranks of (B1^T B2) * (A1 A2^T).
-    """
-    second = first if second is None else second
-    total = torch.zeros(first.batch, second.batch, dtype=torch.float64)
-    for name, (a1, b1) in first.weights.items():
-        a2, b2 = second.weights[name]
-        across = _cross(a1, a2)  # [E, b1, r, b2, s]
-        down = _cross(b1.transpose(-1, -2), b2.transpose(-1, -2))
-        total += (across * down).sum(dim=(0, 2, 4)).to(total)
-    return total * (first.scale * second.scale)
-
-
-def _cross(x: Tensor, y: Tensor) -> Tensor:
-    """x `[b1, (E,) r, n]`, y `[b2, (E,) s, n]` -> products of all rows `[E or 1, b1, r, b2, s]`."""
-    x, y = (each if each.ndim == 4 else each[:, None] for each in (x.double(), y.double()))
-    experts = x.shape[1]
-    rows = [each.transpose(0, 1).reshape(experts, -1, each.shape[-1]) for each in (x, y)]
-    product = rows[0] @ rows[1].transpose(1, 2)
-    return product.view(experts, x.shape[0], x.shape[2], y.shape[0], y.shape[2])
 
 
 def cosines(adapter: Adapter) -> Tensor:

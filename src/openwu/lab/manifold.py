@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from openwu.adapter.updates import inner_products
 from openwu.lab.audit import generate
-from openwu.lab.geometry import coordinates, inner_products, nearest_same_task
+from openwu.lab.geometry import coordinates, nearest_same_task
 from openwu.lab.intervals import Mean, mean_over
 from openwu.lab.subject import Case, Subject
 from openwu.types import Adapter

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,10 @@ from openwu.data.photographs import Photograph
 from openwu.data.phrases import load_phrases
 from openwu.embedded import EmbeddedModel
 from openwu.lab.embedded import EmbeddedCase, adapt
-from openwu.training.loop import part_of_peak
 from openwu.training.loss import falling_floor, picture_loss
 from openwu.training.optimizer import StageOptimizer
 from openwu.training.recipe import StageConfig
+from openwu.training.schedule import part_of_peak
 from openwu.training.shared import SharedAdapter
 from openwu.types import Adapter, Target
 
@@ -153,7 +154,9 @@ def fit(
     rates: Mapping[str, float],
     seed: int,
 ) -> None:
-    config = StageConfig(steps=steps, shapes=((budget.requests, budget.crop),), warmup=min(50, steps // 5), **rates)
+    config = StageConfig(
+        steps=steps, shapes=((budget.requests, budget.crop),), warmup=min(50, steps // 5), **dict[str, Any](rates)
+    )
     optimizer = StageOptimizer(method.trained, config)
     batches = PairSampler(photographs, tuple(tasks), config.shapes, SIDE, seed)
     for step in tqdm(range(steps), desc=f"{method.name}, seed {seed}", unit="step"):

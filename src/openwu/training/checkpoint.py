@@ -1,39 +1,62 @@
-"""The state of a training: weights, what the optimiser remembers, and the step, in one safetensors file.
+"""The state of a training in one safetensors file: weights, what the optimiser remembers, moving averages, the step.
 
-Enters and leaves: a module, its optimiser, a step. Written beside the old file and renamed over it, so that a
-training killed at any moment finds the last whole checkpoint. Nothing else has to be stored: data depend on the step.
+Enters and leaves: a module, its optimiser, its averages, a step. Written beside the old file and renamed over it, so
+that a training killed at any moment finds the last whole checkpoint. Nothing else has to be stored: data depend on the
+step. Weights that are cut up among processes are written whole, and cut up again when they are read.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openwu.errors import CheckpointError
+from openwu.training.average import Average
 from openwu.training.optimizer import StageOptimizer
+from openwu.training.processes import like, whole_state
 
 STATE = "state.safetensors"
 
 
-def save_state(folder: Path, module: nn.Module, optimizer: StageOptimizer, step: int, recipe: str) -> None:
-    """`step`: how many updates have been made. `recipe`: a description that a resumed training must match."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_state(
+    folder: Path,
+    module: nn.Module,
+    optimizer: StageOptimizer,
+    step: int,
+    recipe: str,
+    average: Average | None = None,
+    main: bool = True,
+) -> None:
+    """`step`: how many updates have been made. `recipe`: a description that a resumed training must match.
+
+    Every process calls it, since each may hold a shard; only the `main` one writes.
+    """
     tensors: dict[str, Tensor] = {f"weight/{name}": value for name, value in module.state_dict().items()}
     for name, parameter in module.named_parameters():
         tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state_of(parameter).items()}
+    if average is not None:
+        tensors |= {f"average/{name}": value for name, value in average.values.items()}
+    tensors = whole_state(tensors)
+    if not main:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{STATE}.partial"
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, {"step": str(step), "recipe": recipe})
+    save_file(tensors, partial, {"step": str(step), "recipe": recipe})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(folder / STATE)
 
 
-def load_state(folder: Path, module: nn.Module, optimizer: StageOptimizer, recipe: str) -> int:
+def load_state(
+    folder: Path, module: nn.Module, optimizer: StageOptimizer, recipe: str, average: Average | None = None
+) -> int:
     """Continue where `save_state` stopped: returns the number of updates made, 0 where there is no state."""
     path = folder / STATE
     if not path.exists():
@@ -46,16 +69,24 @@ def load_state(folder: Path, module: nn.Module, optimizer: StageOptimizer, recip
             "train into another folder with --output, or delete this one"
         )
     tensors = load_file(path)
-    module.load_state_dict({k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")})
+    averages = _under("average/", tensors)
+    wanted = {} if average is None else average.values
+    if averages.keys() != wanted.keys():
+        raise CheckpointError(
+            f"{path}: expected moving averages of {len(wanted)} parameters, got {len(averages)}; "
+            "set ema as it was, or train into another folder"
+        )
+    _fill(module, _under("weight/", tensors))
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(like(averages[name], value))
     remembered: dict[str, dict[str, Tensor]] = {}
-    for stored, value in tensors.items():
-        kind, _, rest = stored.partition("/")
-        if kind == "optimizer":
-            key, _, name = rest.partition("/")
-            remembered.setdefault(name, {})[key] = value
+    for stored, value in _under("optimizer/", tensors).items():
+        key, _, name = stored.partition("/")
+        remembered.setdefault(name, {})[key] = value
     for name, parameter in module.named_parameters():
         if name in remembered:
-            optimizer.set_state_of(parameter, remembered[name])
+            optimizer.set_state_of(parameter, {k: like(v, parameter) for k, v in remembered[name].items()})
     return step
 
 
@@ -72,16 +103,24 @@ def read_state_header(path: Path) -> tuple[int, str]:
 
 
 def load_weights(folder: Path, module: nn.Module, steps: int) -> None:
-    """Only the weights of a stage that is finished after so many steps."""
+    """Only the weights of a stage that is finished after so many steps: their moving averages where there are some."""
     path = folder / STATE
     if not path.exists():
         raise CheckpointError(f"{path}: expected the state of an earlier stage; run the recipe's stages in order")
     made, _ = read_state_header(path)
     if made < steps:
         raise CheckpointError(f"{path}: expected a finished stage of {steps} steps, got {made}; train it to the end")
-    module.load_state_dict(
-        {k.removeprefix("weight/"): v for k, v in load_file(path).items() if k.startswith("weight/")}
-    )
+    tensors = load_file(path)
+    _fill(module, _under("weight/", tensors) | _under("average/", tensors))
+
+
+def _under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+
+
+def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict({name: like(v, own[name]) if name in own else v for name, v in weights.items()})
 
 
 def _changed_fields(stored: str, given: str) -> str:

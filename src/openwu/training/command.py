@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from openwu.data.pairs import read_pairs
 from openwu.data.photographs import folder_hashes, load_folder
-from openwu.embedded import SHARED, EmbeddedModel
+from openwu.embedded import SHARED, WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.origin import origin
 from openwu.training.checkpoint import load_weights
 from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
-from openwu.training.recipe import STAGES, EmbeddedRecipe, StageConfig, load_recipe
+from openwu.training.pairs import PairsStage, pairs_hashes, split_pairs
+from openwu.training.processes import is_main, joined_until_done
+from openwu.training.recipe import STAGES, EmbeddedRecipe, PairsRecipe, StageConfig, load_recipe
 from openwu.training.shared import SharedAdapter
 from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
 
@@ -26,10 +30,15 @@ def run(recipe: str, overrides: list[str], *, output: str | None = None, stages:
     """Train a recipe's stages in order; returns the run's folder. Finished stages are skipped, begun ones continued."""
     config = load_recipe(Path(recipe), overrides)
     folder = Path(output) if output else Path("runs") / config.name
-    unknown = sorted(set(stages or ()) - set(STAGES))
+    known = STAGES if isinstance(config, EmbeddedRecipe) else ("generator",)
+    unknown = sorted(set(stages or ()) - set(known))
     if unknown:
-        raise OpenwuError(f"stages: expected some of {list(STAGES)}, got {unknown}")
-    train(config, folder, tuple(stage for stage in STAGES if stages is None or stage in stages))
+        raise OpenwuError(f"stages: expected some of {list(known)}, got {unknown}")
+    with joined_until_done():
+        if isinstance(config, EmbeddedRecipe):
+            train(config, folder, tuple(stage for stage in STAGES if stages is None or stage in stages))
+        else:
+            train_pairs(config, folder)
     return folder
 
 
@@ -50,9 +59,27 @@ def train(
             if not _train(stage, name, recipe, folder, stop_after):
                 return
             if isinstance(stage.trained, SharedAdapter):
-                _export_shared(recipe, stage.trained, folder)
+                _export_shared(recipe, stage.trained, folder, folder_hashes(photographs))
         if name == "generator":  # The model is whole; the baseline is no part of it.
-            _export(recipe, model, folder)
+            _export(recipe, model, folder, folder_hashes(photographs))
+
+
+def train_pairs(recipe: PairsRecipe, folder: Path, stop_after: int | None = None) -> None:
+    """Pairs are all looked at before the first step. `stop_after`: as in `train`."""
+    if recipe.data is None:
+        raise OpenwuError("data: expected a JSONL file or a folder of pairs; pass data=PATH")
+    training, held_back = split_pairs(read_pairs(recipe.data), recipe.held_back)
+    hashes = pairs_hashes(training, held_back)
+    model = EmbeddedModel.from_pretrained(recipe.start or WEIGHTS)
+    stage = PairsStage(recipe, model, training, held_back)
+    unimportant = {"name", "data", "export", "checkpoint_every", "evaluate_every", "log_every"}
+    described = {key: value for key, value in describe(recipe).items() if key not in unimportant}
+    described["generator"].pop("accumulate", None)
+    every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
+    data = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    loop = LoopConfig(json.dumps({**described, "pairs": data}, sort_keys=True), *every, stop_after)
+    if train_stage(stage, recipe.generator, loop, folder / "generator"):
+        _export(recipe, model, folder, hashes)
 
 
 def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
@@ -64,15 +91,15 @@ def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
         return model
 
 
-def describe(recipe: EmbeddedRecipe) -> dict[str, Any]:
+def describe(recipe: EmbeddedRecipe | PairsRecipe) -> dict[str, Any]:
     """Every number of a recipe, as JSON."""
     plain: dict[str, Any] = {
         field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe) if field.name != "model"
     }
-    plain = {
-        key: dataclasses.asdict(value) if isinstance(value, StageConfig) else value for key, value in plain.items()
-    }
-    described: dict[str, Any] = json.loads(json.dumps({**plain, "model": recipe.model.to_dict()}))
+    plain = {key: value.to_dict() if isinstance(value, StageConfig) else value for key, value in plain.items()}
+    if isinstance(recipe, EmbeddedRecipe):
+        plain["model"] = recipe.model.to_dict()
+    described: dict[str, Any] = json.loads(json.dumps(plain))
     return described
 
 
@@ -105,33 +132,41 @@ def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
     later_parts = {"instruction": ("backbone", "condition", "generator"), "base": ("condition", "generator")}
     model = {key: value for key, value in described.pop("model").items() if key not in later_parts.get(name, ())}
     kept = {key: value for key, value in described.items() if key not in unimportant}
+    for stage in kept.keys() & set(STAGES):
+        kept[stage].pop("accumulate", None)  # Of the batch, it changes only how much is computed at a time.
     return json.dumps({**kept, "model": model}, sort_keys=True)
 
 
-def _export_folders(recipe: EmbeddedRecipe, folder: Path) -> list[Path]:
+def _export_folders(recipe: EmbeddedRecipe | PairsRecipe, folder: Path) -> list[Path]:
+    """None where another process writes."""
+    if not is_main():
+        return []
     return [folder / "model", *([Path(recipe.export)] if recipe.export else [])]
 
 
-def _export_shared(recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path) -> None:
+def _export_shared(recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path, data: dict[str, str]) -> None:
     """The baseline stands beside the model, so that the table can be remade."""
     for target in _export_folders(recipe, folder):
         shared().detach().to(torch.float16).save_pretrained(target / SHARED)
-        _export_provenance(recipe, target, folder)
+        _export_provenance(recipe, target, folder, data)
 
 
-def _export(recipe: EmbeddedRecipe, model: EmbeddedModel, folder: Path) -> None:
+def _export(recipe: EmbeddedRecipe | PairsRecipe, model: EmbeddedModel, folder: Path, data: dict[str, str]) -> None:
     for target in _export_folders(recipe, folder):
         model.save_pretrained(target)
-        _export_provenance(recipe, target, folder)
+        _export_provenance(recipe, target, folder, data)
 
 
-def _export_provenance(recipe: EmbeddedRecipe, target: Path, folder: Path) -> None:
-    written = json.dumps(provenance(recipe, folder), indent=1, ensure_ascii=False) + "\n"
+def _export_provenance(recipe: EmbeddedRecipe | PairsRecipe, target: Path, folder: Path, data: dict[str, str]) -> None:
+    written = json.dumps(provenance(recipe, folder, data), indent=1, ensure_ascii=False) + "\n"
     (target / PROVENANCE).write_text(written, encoding="utf-8")
 
 
-def provenance(recipe: EmbeddedRecipe, folder: Path) -> dict[str, Any]:
-    """Where weights come from: recipe, code version, data hashes, seeds, machine, seconds of every stage."""
+def provenance(recipe: EmbeddedRecipe | PairsRecipe, folder: Path, data: dict[str, str]) -> dict[str, Any]:
+    """Where weights come from: recipe, code version, data hashes, seeds, machine, seconds of every stage.
+
+    `data`: hashes of the photographs, or of the pairs.
+    """
     seconds = {
         name: round(sum(float(line) for line in (folder / name / SECONDS).read_text(encoding="utf-8").split()))
         for name in STAGES
@@ -141,5 +176,5 @@ def provenance(recipe: EmbeddedRecipe, folder: Path) -> dict[str, Any]:
         **origin(),
         "seconds": seconds,
         "recipe": describe(recipe),
-        "photographs": folder_hashes(Path(recipe.photographs)),
+        ("photographs" if isinstance(recipe, EmbeddedRecipe) else "pairs"): data,
     }

@@ -1,14 +1,15 @@
 """The training loop: a stage's loss goes in, an updated module and its curves come out.
 
 A stage says what is trained and what the loss of a step is; the loop knows nothing of pictures. Every random draw of a
-step depends on the seed and the step alone, so a training that was killed continues to the same weights.
+step depends on the seed and the step alone, so a training that was killed continues to the same weights, and neither
+micro-batches nor several processes (`torchrun`, `accelerate launch`) change what it learns.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_state, save_state
-from openwu.training.optimizer import StageOptimizer
+from openwu.training.part import Part
+from openwu.training.processes import Processes
 from openwu.training.recipe import StageConfig
+from openwu.training.schedule import part_of_peak
+from openwu.training.step import Updates
 
 SECONDS = "seconds.txt"
 """File in a stage's folder: seconds between checkpoints, whatever process they passed in."""
@@ -44,10 +47,16 @@ class Stage(Protocol):
     @property
     def trained(self) -> nn.Module: ...
 
-    def loss(self, step: int) -> Tensor: ...
+    def loss(self, step: int, part: Part, /) -> AbstractContextManager[Tensor]:
+        """A scope with the part's share of the step's loss: the sum over its samples / the samples of the whole batch.
 
-    def not_finite(self, step: int) -> Sequence[str]:
-        """The samples of a step whose loss is not finite, in words that let a user find them."""
+        Backward runs inside the scope: adapters stay applied until then, as gradient checkpointing needs. Every draw
+        depends on the seed, the step and the sample's place in the batch alone, not on how the batch is cut.
+        """
+        ...
+
+    def not_finite(self, step: int, part: Part, /) -> Sequence[str]:
+        """The samples of a part whose loss is not finite, in words that let a user find them."""
         ...
 
     def evaluate(self) -> Evaluation: ...
@@ -64,82 +73,75 @@ class LoopConfig:
     log_every: int
     stop_after: int | None = None
     """Stop early after so many updates in this process, leaving a checkpoint; for tests and trials."""
-
-
-def part_of_peak(config: StageConfig, step: int) -> float:
-    """The learning rates of a step as part of their peaks: linear warm-up, constant, linear decay to 0."""
-    rise = min(1.0, (step + 1) / max(1, config.warmup))
-    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
-    return min(rise, fall, 1.0)
+    shard: bool = False
+    """Several processes hold a shard of the weights, gradients and optimiser each (FSDP2), where all of them would not
+    fit. The stage's module is cut up in place: read the result from the folder with `checkpoint.load_weights`."""
 
 
 def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Path) -> bool:
-    """Train to the end, from the last checkpoint in `folder` if there is one. True when every step has been made."""
-    module = stage.trained
-    optimizer = StageOptimizer(module, config)
-    step = load_state(folder, module, optimizer, loop.recipe)
-    if step >= config.steps:
-        return True
-    stop = config.steps if loop.stop_after is None else min(config.steps, step + loop.stop_after)
-    with (
-        SummaryWriter(str(folder), purge_step=step) as curves,
-        tqdm(total=config.steps, initial=step, desc=stage.name, unit="step") as bar,
-    ):
-        began = time.monotonic()
-        while step < stop:
-            loss, norm = _update(stage, module, optimizer, config, step)
-            step += 1
-            bar.update()
-            if step % loop.log_every == 0:
-                bar.set_postfix(loss=f"{loss:.3f}")
-                curves.add_scalar("loss", loss, step)
-                curves.add_scalar("gradient_norm", norm, step)
-                curves.add_scalar("learning_rate", config.learning_rate * part_of_peak(config, step - 1), step)
-            if step % loop.evaluate_every == 0 or step == config.steps:
-                _log_evaluation(curves, stage.evaluate(), step)
-            if step % loop.checkpoint_every == 0 or step == stop:
-                save_state(folder, module, optimizer, step, loop.recipe)
-                began = _note_seconds(folder, began)
-    return step >= config.steps
+    """Train to the end, from the last checkpoint in `folder` if there is one. True when every step has been made.
+
+    A finished stage's module has its moving averages, where the stage keeps some. Every process of a training calls
+    this alike; one of them writes.
+    """
+    processes = Processes.joined(next(stage.trained.parameters()).device)
+    updates = Updates(stage, config, processes, loop.shard)
+    kept = (folder, stage.trained, updates.optimizer)
+    step = load_state(*kept, loop.recipe, updates.average)
+    processes.agree(step, folder)
+    if step < config.steps:
+        stop = config.steps if loop.stop_after is None else min(config.steps, step + loop.stop_after)
+        with (
+            _curves(folder, step, processes.main) as curves,
+            tqdm(total=config.steps, initial=step, desc=stage.name, unit="step", disable=not processes.main) as bar,
+        ):
+            began = time.monotonic()
+            while step < stop:
+                loss, norm = updates.make(step)
+                step += 1
+                bar.update()
+                if step % loop.log_every == 0 and curves is not None:
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    curves.add_scalar("loss", loss, step)
+                    curves.add_scalar("gradient_norm", norm, step)
+                    curves.add_scalar("learning_rate", config.learning_rate * part_of_peak(config, step - 1), step)
+                if step % loop.evaluate_every == 0 or step == config.steps:
+                    # Every process evaluates, since each may hold a shard of the weights.
+                    with torch.no_grad(), updates.average.applied():
+                        evaluation: Evaluation = updates.around(stage.evaluate)
+                    _log_evaluation(curves, evaluation, step)
+                if step % loop.checkpoint_every == 0 or step == stop:
+                    save_state(*kept, step, loop.recipe, updates.average, processes.main)
+                    began = _note_seconds(folder, began, processes.main)
+        processes.wait()
+    if step < config.steps:
+        return False
+    updates.average.keep()
+    return True
 
 
-def _update(
-    stage: Stage, module: nn.Module, optimizer: StageOptimizer, config: StageConfig, step: int
-) -> tuple[float, float]:
-    """One update; returns the loss and the gradient's norm before clipping."""
-    loss = stage.loss(step)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise _diverged(stage, step, f"the loss is {value}")
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    norm = float(nn.utils.clip_grad_norm_(module.parameters(), config.clip))
-    if not math.isfinite(norm):
-        raise _diverged(stage, step, f"the loss is {value:.4g}, but its gradient's norm is {norm}")
-    optimizer.step(part_of_peak(config, step))
-    return value, norm
+@contextmanager
+def _curves(folder: Path, step: int, main: bool) -> Iterator[SummaryWriter | None]:
+    """What the main process writes curves with."""
+    if not main:
+        yield None
+        return
+    with SummaryWriter(str(folder), purge_step=step + 1) as curves:
+        yield curves
 
 
-def _diverged(stage: Stage, step: int, what: str) -> OpenwuError:
-    """Before any weight was touched; names the samples."""
-    with torch.no_grad():
-        samples = list(stage.not_finite(step))
-    named = f"Samples whose loss is not finite: {', '.join(samples)}" if samples else "Every sample's loss is finite"
-    return OpenwuError(
-        f"{stage.name}: {what} at step {step}; the last checkpoint is kept. {named}. "
-        "Look at them, or lower learning_rate or clip"
-    )
-
-
-def _note_seconds(folder: Path, began: float) -> float:
+def _note_seconds(folder: Path, began: float, main: bool) -> float:
     """Add the seconds since `began` to the stage's record, a line for each checkpoint; returns the time now."""
     now = time.monotonic()
-    with (folder / SECONDS).open("a", encoding="utf-8") as file:
-        file.write(f"{now - began:.1f}\n")
+    if main:
+        with (folder / SECONDS).open("a", encoding="utf-8") as file:
+            file.write(f"{now - began:.1f}\n")
     return now
 
 
-def _log_evaluation(curves: SummaryWriter, evaluation: Evaluation, step: int) -> None:
+def _log_evaluation(curves: SummaryWriter | None, evaluation: Evaluation, step: int) -> None:
+    if curves is None:
+        return
     for name, value in evaluation.scalars.items():
         curves.add_scalar(name, value, step)
     if evaluation.picture is not None:

@@ -1,16 +1,19 @@
 """Training a generator for a base of one's own: batches enter, the loss through the frozen base leaves.
 
-A stage for `loop.train_stage`, which brings resuming, curves and schedules. It knows neither pictures nor texts: what a
-batch is, how adapters are made for it, what it should come to and what the base is given are functions of the user's.
-`examples/train_your_own.py` is a whole training in a hundred lines.
+A stage for `loop.train_stage`, which brings resuming, curves, schedules, micro-batches, averages and several processes.
+It knows neither pictures nor texts: what a batch is, how adapters are made for it, what it should come to and what the
+base is given are functions of the user's. `examples/train_your_own.py` is a whole training in a hundred lines.
 
-The adapters are gone when the backward pass begins: a base with gradient checkpointing cannot be trained through this
-stage (the hooks say so).
+The adapters stay applied until the backward pass has run, so a base with gradient checkpointing (`use_reentrant=False`)
+is trained like any other.
+
+Shapes: b samples of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -21,7 +24,8 @@ from openwu.adapter.inject import AdapterHandle
 from openwu.errors import OpenwuError
 from openwu.training.loop import Evaluation
 from openwu.training.objective import Objective, Question
-from openwu.training.stages import adapter_spread
+from openwu.training.part import WHOLE, Drawn, Part, take_rows
+from openwu.training.stages import adapter_scalars
 from openwu.types import Adapter
 
 Batch = TypeVar("Batch")
@@ -39,7 +43,8 @@ class OwnStage(Generic[Batch]):
     handle: AdapterHandle
     """`openwu.attach(base, targets)` of the frozen base."""
     batches: Callable[[int], Batch]
-    """The batch of any step, by its number alone: that is what makes a training resumable to the same weights."""
+    """The batch of any step, by its number alone: that is what makes a training resumable to the same weights. Several
+    processes draw the same batch, and each computes its own rows of it."""
     adapt: Callable[[Batch], Adapter]
     """Condition and generator: one adapter for every sample of a batch."""
     target: Callable[[Batch], Tensor]
@@ -51,35 +56,71 @@ class OwnStage(Generic[Batch]):
     """Of the objective's draws, together with the step."""
     validation: Batch | None = None
     """Requests that are not trained on; their loss is logged, and how much their adapters differ."""
+    rows: Callable[[Batch, slice], Batch] = take_rows
+    """Some samples of a batch, for micro-batches and several processes. By default rows of a tensor or list, or of
+    every field of a dataclass, mapping or tuple."""
+    bf16: bool = False
+    """Compute in bfloat16 where autocast does. Weights, their gradients and losses keep their dtype; so does the
+    generator's residual stream (`ParameterGenerator.residual_dtype`); a base's has the dtype of what it is given."""
+    tasks: Callable[[Batch], Sequence[str]] | None = None
+    """The task of every sample: then `adapter/within`, `adapter/across` and their ratio are logged, from the
+    validation batch, which needs two samples of a task and two tasks for them."""
+    sheet: Callable[[Batch], Tensor] | None = None
+    """A contact sheet `[3, h, w]` in 0..1 of the validation batch for TensorBoard; called while its adapters are
+    applied and without gradients, so it may run the base, a sampler included."""
 
     def __post_init__(self) -> None:
         if not any(parameter.requires_grad for parameter in self.trained.parameters()):
             raise OpenwuError("trained: expected a module with parameters that require gradients, got none")
+        self._drawn = Drawn(lambda step: self.batches(step))
 
-    def loss(self, step: int) -> Tensor:
-        return self.losses(self.batches(step), self._draws(step))[0].mean()
+    @contextmanager
+    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
+        """The part's share of the step's loss; the adapters are applied until the scope ends."""
+        batch, question, share = self._asked(step, part)
+        with self.answered(batch, question) as (losses, _):
+            yield losses.mean() * share
 
-    def not_finite(self, step: int) -> list[str]:
-        losses, _ = self.losses(self.batches(step), self._draws(step))
-        return [f"number {i} of the batch" for i, fine in enumerate(losses.isfinite().tolist()) if not fine]
+    def not_finite(self, step: int, part: Part = WHOLE) -> list[str]:
+        batch, question, share = self._asked(step, part)
+        with self.answered(batch, question) as (losses, _):
+            finite = losses.isfinite().tolist()
+        first = part.rows(round(len(finite) / share)).start
+        return [f"number {first + i} of the batch" for i, fine in enumerate(finite) if not fine]
 
-    def _draws(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-
-    def losses(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Adapter]:
-        """The loss of every sample `[b]`, and the adapters."""
-        question = self.objective.ask(self.target(batch), generator)
-        adapter = self.adapt(batch)
+    @contextmanager
+    def answered(self, batch: Batch, question: Question) -> Iterator[tuple[Tensor, Adapter]]:
+        """The loss of every sample `[b]` and the adapters, which are applied inside the scope."""
+        with self._precision():
+            adapter = self.adapt(batch)
         with self.handle.applied(adapter):
-            said = self.predict(batch, question)
-        return self.objective.losses(said, question), adapter
+            with self._precision():
+                said = self.predict(batch, question)
+            yield self.objective.losses(said, question), adapter
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         if self.validation is None:
             return Evaluation({})
-        losses, adapter = self.losses(self.validation, torch.Generator().manual_seed(self.seed))
+        question = self.objective.ask(self.target(self.validation), torch.Generator().manual_seed(self.seed))
+        with self.answered(self.validation, question) as (losses, adapter), self._precision():
+            sheet = None if self.sheet is None else self.sheet(self.validation)
         scalars = {"validation": float(losses.mean())}
         if adapter.batch > 1:
-            scalars["adapter/spread"] = adapter_spread(adapter)
-        return Evaluation(scalars)
+            scalars |= adapter_scalars(adapter, None if self.tasks is None else self.tasks(self.validation))
+        return Evaluation(scalars, sheet)
+
+    def _asked(self, step: int, part: Part) -> tuple[Batch, Question, float]:
+        """A part of a step's batch, its question, and its share of the batch. The draws are those of the whole."""
+        whole = self._drawn.at(step, part)
+        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        question = self.objective.ask(self.target(whole), draws)
+        if part.count == 1:
+            return whole, question, 1.0
+        size = len(question.wanted)
+        own = part.rows(size)
+        return self.rows(whole, own), take_rows(question, own), part.share(size)
+
+    def _precision(self) -> torch.autocast:
+        device = next(self.trained.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.bf16)

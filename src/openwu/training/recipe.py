@@ -1,7 +1,7 @@
 """What a recipe returns: every number that decides which weights come out of a training.
 
-A recipe is a Python file with a function `recipe() -> EmbeddedRecipe`; a variant calls a base recipe and replaces
-fields. Command-line overrides (`key=value`, dots for nesting) replace fields in the same way.
+A recipe is a Python file with a function `recipe() -> EmbeddedRecipe`, or `-> PairsRecipe`; a variant calls a base
+recipe and replaces fields. Command-line overrides (`key=value`, dots for nesting) replace fields in the same way.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from openwu.training.loss import FLOOR
 
 STAGES = ("instruction", "base", "generator", "shared")
 """In the order in which they build on one another; "shared" is the baseline of equal length, not part of the model."""
+
+SCHEDULES = ("linear", "cosine", "constant")
+"""See `schedule.FALLS`."""
+
+LATER = {"later": True}
+"""Marks fields that descriptions leave out at their defaults; those of earlier trainings do not have them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,12 @@ class StageConfig:
     """Where the loss's floor starts; see `loss.falling_floor`."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    schedule: str = field(default="linear", metadata=LATER)
+    """How the learning rate falls over the last `decay` of the steps: "linear" or "cosine" to 0; "constant": never."""
+    accumulate: int = field(default=1, metadata=LATER)
+    """Micro-batches of an update: the batch is computed in so many parts, for less memory at equal gradients."""
+    ema: float = field(default=0.0, metadata=LATER)
+    """Decay of the moving average of the weights, which is then what is evaluated and exported; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "learning_rate", "clip"):
@@ -54,6 +66,17 @@ class StageConfig:
             raise ValueError(f"shapes: expected at least one (requests, crop side), got {self.shapes}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay: expected a fraction from 0 to 1, got {self.decay}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {list(SCHEDULES)}, got {self.schedule!r}")
+        if not self.accumulate >= 1:
+            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected 0, or a decay below 1 such as 0.999, got {self.ema}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON. Fields that came later stand in it only where they are set, so that old descriptions stay true."""
+        fields = {each.name: (each, getattr(self, each.name)) for each in dataclasses.fields(self)}
+        return {name: value for name, (each, value) in fields.items() if not each.metadata or value != each.default}
 
 
 @dataclass(frozen=True)
@@ -105,7 +128,45 @@ class EmbeddedRecipe:
                 )
 
 
-def load_recipe(path: Path, overrides: list[str]) -> EmbeddedRecipe:
+@dataclass(frozen=True)
+class PairsRecipe:
+    """How a finished model goes on to learn pairs of one's own: its condition encoder and generator, end to end."""
+
+    name: str
+    """Names the run's folder."""
+    generator: StageConfig
+    """Condition encoder and generator; every shape has as many requests, so that tasks stay balanced."""
+    data: str | None = None
+    """JSONL file or folder of pairs, see `openwu.data.pairs`."""
+    start: str | None = None
+    """Folder of the model to start from; None: the one inside the package."""
+    side: int = 192
+    """Side of the square part of a picture that is shown whole to the condition encoder."""
+    held_back: float = 0.1
+    """Share of every task's pairs that is validated on instead, at least one where a task has two."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    bf16: bool = True
+    """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    evaluate_every: int = 100
+    """Steps between evaluations on the pairs held back."""
+    log_every: int = 10
+    """Steps between points of the training curve."""
+    export: str | None = None
+    """Where the finished model is written besides the run's folder."""
+
+    def __post_init__(self) -> None:
+        if len({requests for requests, _ in self.generator.shapes}) > 1:
+            raise ValueError(f"generator.shapes: expected equally many requests in all, got {self.generator.shapes}")
+        if any(not 0 < crop <= self.side for _, crop in self.generator.shapes):
+            raise ValueError(f"generator.shapes: expected crops of 1 to side={self.side}, got {self.generator.shapes}")
+        if not 0 <= self.held_back < 1:
+            raise ValueError(f"held_back: expected a share from 0 to below 1, got {self.held_back}")
+
+
+def load_recipe(path: Path, overrides: list[str]) -> EmbeddedRecipe | PairsRecipe:
     """The recipe of a file, with `key=value` overrides applied."""
     spec = importlib.util.spec_from_file_location("openwu_recipe", path)
     if not path.is_file() or spec is None or spec.loader is None:
@@ -114,8 +175,9 @@ def load_recipe(path: Path, overrides: list[str]) -> EmbeddedRecipe:
     spec.loader.exec_module(module)
     build = getattr(module, "recipe", None)
     made = build() if callable(build) else None
-    if not isinstance(made, EmbeddedRecipe):
-        raise OpenwuError(f"recipe: expected {path} to define recipe() -> EmbeddedRecipe, got {type(made).__name__}")
+    if not isinstance(made, EmbeddedRecipe | PairsRecipe):
+        kinds = "EmbeddedRecipe or PairsRecipe"
+        raise OpenwuError(f"recipe: expected {path} to define recipe() -> {kinds}, got {type(made).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

@@ -7,12 +7,15 @@ encoder and the generator learn all sub-tasks end to end through it; a shared ad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openwu.adapter.updates import spread, task_variances
 from openwu.attention import training_attention
 from openwu.data.batches import PairBatch, PairSampler
 from openwu.data.photographs import Photograph
@@ -20,7 +23,8 @@ from openwu.data.phrases import DEGREES, OUT_OF_SCOPE, sample_phrase
 from openwu.embedded import EmbeddedModel
 from openwu.training.loop import Evaluation
 from openwu.training.loss import falling_floor, picture_losses, psnr
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.training.part import WHOLE, Drawn, Part, take_rows
+from openwu.training.recipe import EmbeddedRecipe, PairsRecipe, StageConfig
 from openwu.training.shared import SharedAdapter
 from openwu.types import Adapter
 from openwu.understanding import understanding
@@ -39,6 +43,7 @@ DEGREE_WEIGHT = 0.5
 """Weight of the degree in the instruction encoder's loss."""
 
 VALIDATION_BATCHES = 1
+VARIANCE_BATCHES = 2
 SHEET_ROWS = 8
 
 
@@ -55,7 +60,8 @@ class InstructionStage:
     def trained(self) -> nn.Module:
         return self.encoder
 
-    def loss(self, step: int) -> Tensor:
+    @contextmanager
+    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.recipe.seed * 3_000_017 + step)
         size = self.recipe.instruction.shapes[0][0]
         wanted = torch.randint(len(self.labels) - 1, (size,), generator=generator)
@@ -64,21 +70,25 @@ class InstructionStage:
         drawn = torch.rand(size, generator=generator)
         degrees = torch.where(drawn < STRONG_SHARE, 2, torch.where(drawn > 1 - STRONG_SHARE, 0, 1))
         names = list(DEGREES)
-        tokens = self.encoder.read_words(
+        table_rows = self.encoder.table_rows(
             [
                 sample_phrase(self.labels[label], generator, degree=names[degree])
                 for label, degree in zip(wanted.tolist(), degrees.tolist(), strict=True)
             ],
             dropped=(DROPPED, generator),
         )
+        noise = 0.1 * torch.randn(size, *self.encoder.query.shape, generator=generator)
+        own = part.rows(size)
+        wanted, degrees = wanted[own], degrees[own]
+        tokens = self.encoder.read_rows(table_rows[own])
         off_centre = self.encoder.off_centre(tokens, wanted, degrees)
         # Noise keeps sentences of one sub-task together: whoever reads the tokens meets a cloud, not points.
-        tokens = tokens + 0.1 * torch.randn(tokens.shape, generator=generator)
+        tokens = tokens + noise[own]
         edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), wanted)
         graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
-        return edits + DEGREE_WEIGHT * graded + off_centre
+        yield (edits + DEGREE_WEIGHT * graded + off_centre) * part.share(size)
 
-    def not_finite(self, step: int) -> list[str]:
+    def not_finite(self, step: int, _part: Part = WHOLE) -> list[str]:
         return [f"the sentences of step {step}"]
 
     @torch.no_grad()
@@ -86,9 +96,23 @@ class InstructionStage:
         return Evaluation({f"held_out/{name}": share for name, share in understanding(self.encoder).items()})
 
 
+def adapter_scalars(adapter: Adapter, tasks: Sequence[str] | None) -> dict[str, float]:
+    """What is logged of generated adapters: `adapter/spread`, and with tasks what `task_variances` says."""
+    variances = {} if tasks is None else task_variances(adapter, tasks)
+    return {f"adapter/{name}": value for name, value in {"spread": spread(adapter), **variances}.items()}
+
+
 def smoothed(logs: Tensor, amount: float = 0.1) -> Tensor:
     """Log-probabilities that make `nll_loss` the cross entropy with label smoothing."""
     return (1 - amount) * logs + amount * logs.mean(dim=1, keepdim=True)
+
+
+class Batches(Protocol):
+    """Draws the batch of any step, see `PairSampler`."""
+
+    def batch(self, step: int) -> PairBatch: ...
+
+    def size(self, step: int) -> int: ...
 
 
 class PictureStage:
@@ -97,21 +121,18 @@ class PictureStage:
     def __init__(
         self,
         name: str,
-        recipe: EmbeddedRecipe,
+        recipe: EmbeddedRecipe | PairsRecipe,
         model: EmbeddedModel,
         trained: nn.Module,
         adapt: Callable[[PairBatch, Tensor], Adapter] | None,
-        photographs: tuple[list[Photograph], list[Photograph]],
+        batches: tuple[Batches, Batches],
     ) -> None:
-        """`photographs`: (training, validation)."""
+        """`batches`: those of training, and those of validation."""
         self.name, self.recipe, self.model, self.adapt = name, recipe, model, adapt
         self._trained = trained
-        tasks = recipe.base_edits if adapt is None else recipe.edits
-        # Generator and baseline walk through the same sub-tasks; only the generator has dials and needless references.
-        seed = recipe.seed + (0 if adapt is None else 1)
         self.config: StageConfig = getattr(recipe, name)
-        self.batches = PairSampler(photographs[0], tasks, self.config.shapes, recipe.side, seed, name == "generator")
-        self.validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
+        self.batches, self.validation = batches
+        self._drawn = Drawn(lambda step: self.batches.batch(step))
         model.requires_grad_(False)
         trained.requires_grad_(True)
 
@@ -119,29 +140,36 @@ class PictureStage:
     def trained(self) -> nn.Module:
         return self._trained
 
-    def loss(self, step: int) -> Tensor:
-        return self.losses(step)[1].mean()
+    @contextmanager
+    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
+        _, losses = self.losses(step, part)
+        yield losses.mean() * part.share(self.batches.size(step))
 
-    def not_finite(self, step: int) -> list[str]:
-        batch, losses = self.losses(step)
+    def not_finite(self, step: int, part: Part = WHOLE) -> list[str]:
+        batch, losses = self.losses(step, part)
         finite = losses.isfinite().tolist()
         return [f"{n} ({s!r})" for n, s, fine in zip(batch.names, batch.sentences, finite, strict=True) if not fine]
 
-    def losses(self, step: int) -> tuple[PairBatch, Tensor]:
-        """The batch of a step and the loss of each of its requests `[b]`."""
-        batch = self.batches.batch(step)
-        words = torch.Generator().manual_seed(self.recipe.seed * 5_000_011 + step)
+    def losses(self, step: int, part: Part = WHOLE) -> tuple[PairBatch, Tensor]:
+        """A part of a step's batch and the loss of each of its requests `[b]`."""
+        whole = self._drawn.at(step, part)
+        # What is left out of sentences is drawn for the whole batch, so that it does not depend on the parts.
+        text = self.read(whole, (DROPPED, torch.Generator().manual_seed(self.recipe.seed * 5_000_011 + step)))
+        own = part.rows(len(whole.names))
+        batch: PairBatch = take_rows(whole, own)
         with training_attention(batch.target.device):
-            predicted, _ = self.predict(batch, (DROPPED, words))
+            predicted, _ = self.predict(batch, text[own])
         floor = falling_floor(self.config.first_floor, step / self.config.steps)
         return batch, picture_losses(predicted, batch.target, floor)
 
-    def predict(
-        self, batch: PairBatch, dropped: tuple[float, torch.Generator] | None = None
-    ) -> tuple[Tensor, Adapter | None]:
-        """The base's answers and the adapters; `dropped`: see `InstructionEncoder.forward`."""
-        with torch.no_grad():
-            text = self.model.instruction(batch.sentences, dropped)
+    @torch.no_grad()
+    def read(self, batch: PairBatch, dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """Instruction tokens `[b, K, width]`; `dropped`: see `InstructionEncoder.forward`."""
+        text: Tensor = self.model.instruction(batch.sentences, dropped)
+        return text
+
+    def predict(self, batch: PairBatch, text: Tensor) -> tuple[Tensor, Adapter | None]:
+        """The base's answers and the adapters."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
             adapter = None if self.adapt is None else self.adapt(batch, text)
             return self.model.edit(batch.picture, batch.planes, text, adapter), adapter
@@ -152,45 +180,52 @@ class PictureStage:
         sheet = []
         for step in range(VALIDATION_BATCHES):
             batch = self.validation.batch(step)
-            predicted, adapter = self.predict(batch)
+            predicted, _ = self.predict(batch, self.read(batch))
             for name, value in zip(batch.names, psnr(predicted, batch.target).tolist(), strict=True):
                 scalars.setdefault(f"psnr/{name}", []).append(value)
-            if adapter is not None and adapter.batch > 1:
-                scalars.setdefault("adapter/spread", []).append(adapter_spread(adapter))
             sheet += [
                 torch.cat(row, dim=-1) for row in zip(batch.picture, predicted.clamp(0, 1), batch.target, strict=True)
             ]
         means = {name: sum(values) / len(values) for name, values in scalars.items()}
         tasks = [value for name, value in means.items() if name.startswith("psnr/")]
         means["psnr_mean"] = sum(tasks) / len(tasks)
+        means |= self._variances()
         return Evaluation(means, torch.cat([row.float() for row in sheet[:SHEET_ROWS]], dim=-2))
 
-
-def adapter_spread(adapter: Adapter) -> float:
-    """How much generated B differ between samples: root mean variance over root mean square; 0 is collapse."""
-    variance = sum(float(b.float().var(dim=0, unbiased=False).sum()) for _, b in adapter.weights.values())
-    square = sum(float(b.float().square().mean(dim=0).sum()) for _, b in adapter.weights.values())
-    return float((variance / max(square, 1e-30)) ** 0.5)
+    def _variances(self) -> dict[str, float]:
+        """How generated updates differ within and across sub-tasks, from two requests or more of each."""
+        if self.adapt is None:
+            return {}
+        batches = [self.validation.batch(step) for step in range(VARIANCE_BATCHES)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+            adapters = [self.adapt(batch, self.read(batch)) for batch in batches]
+        if adapters[0].batch == 1:  # One for all: the baseline.
+            return {}
+        return adapter_scalars(Adapter.stack(adapters), [name for batch in batches for name in batch.names])
 
 
 def base_stage(
     recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: tuple[list[Photograph], list[Photograph]]
 ) -> PictureStage:
     """The base alone, on its own few sub-tasks."""
-    return PictureStage("base", recipe, model, model.backbone, None, photographs)
+    return PictureStage("base", recipe, model, model.backbone, None, _samplers("base", recipe, photographs))
 
 
 def generator_stage(
     recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: tuple[list[Photograph], list[Photograph]]
 ) -> PictureStage:
     """Condition encoder and generator, end to end through the frozen base."""
-    trained = nn.ModuleDict({"condition": model.condition, "generator": model.generator})
+    return PictureStage("generator", recipe, model, *generated_by(model), _samplers("generator", recipe, photographs))
+
+
+def generated_by(model: EmbeddedModel) -> tuple[nn.Module, Callable[[PairBatch, Tensor], Adapter]]:
+    """What is trained to generate adapters, and how a batch gets them."""
 
     def adapt(batch: PairBatch, text: Tensor) -> Adapter:
         references = batch.reference if bool(batch.present.any()) else None
         return model.adapt(batch.whole, text, references, batch.present).scaled(batch.dial)
 
-    return PictureStage("generator", recipe, model, trained, adapt, photographs)
+    return nn.ModuleDict({"condition": model.condition, "generator": model.generator}), adapt
 
 
 def shared_stage(
@@ -203,7 +238,20 @@ def shared_stage(
         adapter: Adapter = shared()
         return adapter
 
-    return PictureStage("shared", recipe, model, shared, adapt, photographs)
+    return PictureStage("shared", recipe, model, shared, adapt, _samplers("shared", recipe, photographs))
+
+
+def _samplers(
+    name: str, recipe: EmbeddedRecipe, photographs: tuple[list[Photograph], list[Photograph]]
+) -> tuple[PairSampler, PairSampler]:
+    """Batches of training and validation. Only the generator has dials and needless references."""
+    tasks = recipe.base_edits if name == "base" else recipe.edits
+    # Generator and baseline walk through the same sub-tasks.
+    seed, shapes = recipe.seed + (0 if name == "base" else 1), getattr(recipe, name).shapes
+    return (
+        PairSampler(photographs[0], tasks, shapes, recipe.side, seed, name == "generator"),
+        PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9),
+    )
 
 
 def new_shared_adapter(recipe: EmbeddedRecipe, model: EmbeddedModel) -> SharedAdapter:

@@ -1,0 +1,84 @@
+"""Parts of a step's batch: what one process computes at a time.
+
+Enters: a batch, and which of how many parts is wanted. Leaves: its rows. Micro-batches of one process and the shares of
+several processes are the same thing, parts of one batch that depends on the seed and the step alone: so neither their
+number nor the number of processes changes what is learned, except for rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from openwu.errors import OpenwuError
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` parts of a batch, as equal as they can be."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, size: int) -> slice:
+        """Which of `size` rows belong to it."""
+        if size < self.count:
+            raise OpenwuError(
+                f"a batch of {size} cannot be cut into {self.count} parts (processes x accumulate); "
+                "enlarge the batch, or lower accumulate or the number of processes"
+            )
+        return slice(self.index * size // self.count, (self.index + 1) * size // self.count)
+
+    def share(self, size: int) -> float:
+        """Part of the `size` rows that belong to it; the factor on the mean of their losses."""
+        rows = self.rows(size)
+        return float(rows.stop - rows.start) / size
+
+
+WHOLE = Part()
+
+
+class Drawn(Generic[Batch]):
+    """The batch of a step, drawn once for all parts of it that one process computes."""
+
+    def __init__(self, draw: Callable[[int], Batch]) -> None:
+        self._draw = draw
+        self._latest: tuple[int, Batch] | None = None
+
+    def at(self, step: int, part: Part) -> Batch:
+        if part.count == 1:
+            return self._draw(step)
+        if self._latest is None or self._latest[0] != step:
+            self._latest = None  # Two batches are never held at once.
+            self._latest = step, self._draw(step)
+        return self._latest[1]
+
+
+def take_rows(batch: Any, rows: slice) -> Any:
+    """Some rows of a batch: of a tensor or sequence, or of every entry of a mapping, dataclass or tuple of tensors.
+
+    Raises OpenwuError for anything else; None stays None.
+    """
+    if batch is None:
+        return None
+    if isinstance(batch, Mapping):
+        return {key: take_rows(value, rows) for key, value in batch.items()}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        parts = {each.name: take_rows(getattr(batch, each.name), rows) for each in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **parts)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(take_rows(each, rows) for each in batch))
+    if isinstance(batch, tuple | list) and any(isinstance(each, Tensor) and each.ndim for each in batch):
+        return type(batch)(take_rows(each, rows) for each in batch)
+    if (isinstance(batch, Tensor) and batch.ndim) or (isinstance(batch, Sequence) and not isinstance(batch, str)):
+        return batch[rows]
+    raise OpenwuError(
+        f"rows: expected a batch of tensors or sequences, found {type(batch).__name__}; give the stage a function "
+        "rows(batch, slice) -> batch, which accumulate and several processes need"
+    )

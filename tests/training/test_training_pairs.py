@@ -1,0 +1,184 @@
+"""The embedded model goes on with pairs of one's own: what is drawn, what is held back, and `openwu train`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from openwu import cli
+from openwu.data.pairs import Pairs, read_pairs
+from openwu.embedded import EmbeddedModel
+from openwu.errors import CheckpointError, DatasetError, OpenwuError
+from openwu.planes import place_planes
+from openwu.training.command import train_pairs
+from openwu.training.pairs import OwnPairSampler, PairsStage, pairs_hashes, split_pairs
+from openwu.training.part import Part
+from openwu.training.recipe import PairsRecipe, StageConfig, load_recipe
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "own_pairs.py"
+SIDE = 32
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two tasks of three pairs: darker, and inverted with a reference."""
+    folder, lines = tmp_path / "data", []
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(6):
+        pixels = generator.integers(0, 256, (40 + i, 48, 3), dtype=np.uint8)
+        target = pixels // 2 if i < 3 else 255 - pixels
+        names = [f"{i}_in.png", f"{i}_out.png", f"{i}_ref.png"]
+        for name, each in zip(names, (pixels, target, pixels[::-1]), strict=True):
+            Image.fromarray(each).save(folder / name)
+        entry = {"images": [names[0]], "instruction": "darker", "target": names[1], "task": "darken"}
+        if i >= 3:
+            entry |= {"images": [names[0], names[2]], "instruction": "negative", "task": "invert"}
+        lines.append(json.dumps(entry))
+    (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def recipe(data: Path, model_folder: Path) -> PairsRecipe:
+    stage = StageConfig(steps=4, shapes=((4, 16), (4, 32)), learning_rate=2e-3, warmup=2)
+    return PairsRecipe(
+        name="tiny", generator=stage, data=str(data), start=str(model_folder), side=SIDE, bf16=False,
+        checkpoint_every=2, evaluate_every=2, log_every=1,
+    )  # fmt: skip
+
+
+def test_the_last_pairs_of_every_task_are_held_back(data: Path) -> None:
+    pairs = read_pairs(data)
+    training, held_back = split_pairs(pairs, 0.34)
+    assert [pair.where for pair in held_back.pairs] == ["pairs.jsonl:3", "pairs.jsonl:6"]
+    assert {*training.pairs, *held_back.pairs} == set(pairs.pairs)
+    assert len(split_pairs(pairs, 0.0)[1]) == 0
+    assert [len(part) for part in split_pairs(pairs, 0.99)] == [2, 4]
+    assert len(split_pairs(Pairs(pairs.pairs[:1]), 0.5)[0]) == 1
+
+
+def test_picture_and_target_are_cut_alike(data: Path) -> None:
+    sampler = OwnPairSampler(read_pairs(data), ((6, 16), (6, 32)), SIDE, seed=3)
+    batch = sampler.batch(0)
+    assert (sampler.size(0), batch.whole.shape, batch.picture.shape) == (6, (6, 3, SIDE, SIDE), (6, 3, 16, 16))
+    assert sorted(batch.names) == ["darken"] * 3 + ["invert"] * 3
+    for i, name in enumerate(batch.names):
+        # Halving and inverting commute with cutting and scaling, up to the rounding of bytes.
+        wanted = batch.picture[i] / 2 if name == "darken" else 1 - batch.picture[i]
+        torch.testing.assert_close(batch.target[i], wanted, atol=2.5 / 255, rtol=0)
+        assert bool(batch.present[i]) == (name == "invert") == bool(batch.reference[i].any())
+    assert torch.equal(batch.picture, batch.whole[:, :, :16, :16])
+    assert torch.equal(batch.planes[0, 1:], place_planes(SIDE, SIDE)[:, :16, :16])
+    again, other = sampler.batch(0), sampler.batch(2)
+    assert torch.equal(again.picture, batch.picture)
+    assert not torch.equal(other.picture, batch.picture)
+
+
+def test_openwu_train_learns_pairs_and_the_model_edits(
+    recipe: PairsRecipe, data: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """The recipe of the tree, made small on the command line."""
+    small = [
+        "generator.shapes=((4, 16),)", f"side={SIDE}", "generator.steps=2", "bf16=false", f"data={data}",
+        f"start={model_folder}", "evaluate_every=1", "log_every=1",
+    ]  # fmt: skip
+    assert cli.main(["train", str(RECIPE), *small, "--output", str(tmp_path / "run")]) == 0
+    before, after = (EmbeddedModel.from_pretrained(f) for f in (model_folder, tmp_path / "run" / "model"))
+    for name, value in before.state_dict().items():
+        changed = not torch.allclose(value, after.state_dict()[name], atol=1e-6, rtol=1e-3)
+        assert not changed or name.startswith(("condition.", "generator.")), name
+    provenance = json.loads((tmp_path / "run" / "model" / "provenance.json").read_text())
+    assert provenance["recipe"]["data"] == str(data)
+    assert provenance["recipe"]["generator"]["ema"] == 0.99
+    assert len(provenance["pairs"]) == 6
+    output = tmp_path / "edited.png"
+    command = ["edit", str(data / "0_in.png"), "--instruction", "darken", "--model", str(tmp_path / "run" / "model")]
+    assert cli.main([*command, "--output", str(output), "--anyway", "--quiet"]) == 0
+    with Image.open(output) as edited:
+        assert edited.size == (48, 40)
+
+
+def test_the_loss_falls(recipe: PairsRecipe, tmp_path: Path) -> None:
+    recipe = replace(recipe, generator=replace(recipe.generator, steps=30, learning_rate=5e-3, schedule="constant"))
+    model = EmbeddedModel.from_pretrained(recipe.start or "")
+    training, held_back = split_pairs(read_pairs(recipe.data or ""), recipe.held_back)
+    stage = PairsStage(recipe, model, training, held_back)
+    train_pairs(recipe, tmp_path)
+    after_stage = PairsStage(recipe, EmbeddedModel.from_pretrained(tmp_path / "model"), training, held_back)
+    before, after = (
+        [float(each.losses(step)[1].detach().mean()) for step in range(4)] for each in (stage, after_stage)
+    )
+    assert np.mean(after) < np.mean(before) - 0.3
+    scalars = after_stage.evaluate().scalars
+    assert {"psnr/darken", "psnr/invert", "psnr_mean", "adapter/within", "adapter/across"} <= set(scalars)
+
+
+def test_stopped_and_continued_is_the_same_and_other_data_is_refused(recipe: PairsRecipe, tmp_path: Path) -> None:
+    train_pairs(recipe, tmp_path / "whole")
+    train_pairs(recipe, tmp_path / "parts", stop_after=3)
+    assert not (tmp_path / "parts" / "model").exists()
+    train_pairs(replace(recipe, generator=replace(recipe.generator, accumulate=1), log_every=3), tmp_path / "parts")
+    one, other = (load_file(tmp_path / f / "generator" / "state.safetensors") for f in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    listing = Path(recipe.data or "") / "pairs.jsonl"
+    listing.write_text(listing.read_text().replace("darker", "darker still", 1))
+    with pytest.raises(CheckpointError, match=r"another recipe \(changed: pairs\)"):
+        train_pairs(recipe, tmp_path / "whole")
+
+
+def test_broken_data_are_reported_whole_before_the_first_step(recipe: PairsRecipe, tmp_path: Path) -> None:
+    listing = Path(recipe.data or "") / "pairs.jsonl"
+    lines = listing.read_text().splitlines()
+    lines[1], lines[4] = "{", lines[4].replace("4_out", "none")
+    listing.write_text("\n".join(lines))
+    with pytest.raises(DatasetError, match=r"2 problems(.|\n)*pairs\.jsonl:2: (.|\n)*pairs\.jsonl:5: target"):
+        train_pairs(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(OpenwuError, match="data: expected a JSONL file or a folder of pairs; pass data=PATH"):
+        train_pairs(replace(recipe, data=None), tmp_path / "run")
+
+
+def test_two_references_are_refused(recipe: PairsRecipe, tmp_path: Path) -> None:
+    listing = Path(recipe.data or "") / "pairs.jsonl"
+    listing.write_text(listing.read_text().replace('"5_ref.png"', '"5_ref.png", "4_in.png"'))
+    with pytest.raises(DatasetError, match=r"at most one reference.* got more at pairs\.jsonl:6"):
+        train_pairs(recipe, tmp_path / "run")
+
+
+def test_broken_pairs_are_named_by_their_line(recipe: PairsRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, held_back = split_pairs(read_pairs(recipe.data or ""), recipe.held_back)
+    stage = PairsStage(recipe, EmbeddedModel.from_pretrained(recipe.start or ""), training, held_back)
+    sound = stage.pairs.batch(0)
+    broken = sound.target.clone()
+    broken[3] = torch.nan
+    monkeypatch.setattr(OwnPairSampler, "batch", lambda *_: replace(sound, target=broken))
+    pair, sentence = training.step(0, 4, recipe.seed)[3]
+    assert stage.not_finite(0, Part(1, 2)) == [f"{pair.where} ({sentence!r})"]
+    assert stage.not_finite(0, Part(0, 2)) == []
+
+
+def test_the_recipe_of_the_tree_is_sound() -> None:
+    recipe = load_recipe(RECIPE, ["data=somewhere", "generator.steps=3"])
+    assert isinstance(recipe, PairsRecipe)
+    assert (recipe.data, recipe.start, recipe.generator.steps) == ("somewhere", None, 3)
+    with pytest.raises(OpenwuError, match=r"generator\.shapes: expected equally many requests"):
+        load_recipe(RECIPE, ["generator.shapes=((4, 64), (5, 64))"])
+    with pytest.raises(OpenwuError, match=r"generator\.shapes: expected crops of 1 to side=192"):
+        load_recipe(RECIPE, ["generator.shapes=((4, 256),)"])
+
+
+def test_hashes_follow_pictures(data: Path) -> None:
+    before = pairs_hashes(read_pairs(data))
+    Image.new("RGB", (48, 42)).save(data / "2_ref.png")
+    assert pairs_hashes(read_pairs(data)) == before
+    Image.new("RGB", (48, 42)).save(data / "2_out.png")
+    after = pairs_hashes(read_pairs(data))
+    assert {name for name in before if before[name] != after[name]} == {"pairs.jsonl:3"}
