@@ -34,7 +34,8 @@ class Oracle(InstructionEncoder):
                 i
                 for i, name in enumerate(LABELS)
                 for lang in LANGUAGES
-                if sentence in load_phrases()[name][lang]["held_out"]
+                for split in ("held_out", "fresh")
+                if sentence in load_phrases()[name][lang][split]
             )
             found[row, (label + 1) % len(LABELS) if sentence in self.wrong else label] = 0
         return found
@@ -54,7 +55,7 @@ class Oracle(InstructionEncoder):
 
 def test_a_perfect_encoder_has_perfect_shares() -> None:
     shares = understanding(Oracle())
-    names = ("accepted", "right_edit", "refused", "right_degree")
+    names = ("accepted", "right_edit", "refused", "right_degree", "fresh_accepted", "fresh_right_edit", "fresh_refused")
     assert set(shares) == {f"{name}_{language}" for name in names for language in LANGUAGES}
     assert set(shares.values()) == {1.0}
 
@@ -65,12 +66,16 @@ def test_each_kind_of_mistake_counts_where_it_belongs() -> None:
     outside = phrases[OUT_OF_SCOPE]["zh"]["held_out"]
     # Taken for another edit; taken for nothing that is known ("blur" stands before out of scope); accepted wrongly.
     wrong = [phrases["brighten"]["en"]["held_out"][0], phrases["blur"]["en"]["held_out"][1], outside[0], outside[1]]
+    wrong += phrases["darken"]["zh"]["fresh"][:1]
     shares = understanding(Oracle(wrong))
     assert shares["accepted_en"] == pytest.approx(1 - 1 / inside)
     assert shares["right_edit_en"] == pytest.approx(1 - 2 / inside)
     assert shares["refused_en"] == 1
     assert shares["accepted_zh"] == shares["right_edit_zh"] == 1
     assert shares["refused_zh"] == pytest.approx(1 - 2 / len(outside))
+    fresh = sum(len(phrases[name]["zh"]["fresh"]) for name in LABELS if name in EDITS)
+    assert shares["fresh_right_edit_zh"] == pytest.approx(1 - 1 / fresh)
+    assert shares["fresh_right_edit_en"] == shares["fresh_accepted_zh"] == 1
 
 
 def test_an_encoder_that_always_says_the_same() -> None:

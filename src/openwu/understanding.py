@@ -1,6 +1,8 @@
 """How well instructions are understood: an instruction encoder enters, shares of held-out sentences leave.
 
-Held-out sentences were never trained on; held-out words of strength neither.
+Held-out sentences were never trained on; held-out words of strength neither. They were written together with the first
+training sentences and share their style; fresh sentences, not trained on either, were written later by somebody else to
+be unlike them, and say what a stranger may expect.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ def understanding(encoder: InstructionEncoder) -> dict[str, float]:
     labels = encoder.config.labels
     shares: dict[str, float] = {}
     for language in LANGUAGES:
-        inside = [(n, s) for n in labels if n in EDITS for s in load_phrases()[n][language]["held_out"]]
-        answers = _answers(encoder, [sentence for _, sentence in inside])
-        shares[f"accepted_{language}"] = _share([answer != OUT_OF_SCOPE for answer in answers])
-        shares[f"right_edit_{language}"] = _share(
-            [answer == name for answer, (name, _) in zip(answers, inside, strict=True)]
-        )
-        outside = load_phrases()[OUT_OF_SCOPE][language]["held_out"]
-        shares[f"refused_{language}"] = _share([a == OUT_OF_SCOPE for a in _answers(encoder, outside)])
+        for prefix, split in (("", "held_out"), ("fresh_", "fresh")):
+            inside = [(n, s) for n in labels if n in EDITS for s in load_phrases()[n][language][split]]
+            answers = _answers(encoder, [sentence for _, sentence in inside])
+            shares[f"{prefix}accepted_{language}"] = _share([answer != OUT_OF_SCOPE for answer in answers])
+            shares[f"{prefix}right_edit_{language}"] = _share(
+                [answer == name for answer, (name, _) in zip(answers, inside, strict=True)]
+            )
+            outside = load_phrases()[OUT_OF_SCOPE][language][split]
+            shares[f"{prefix}refused_{language}"] = _share([a == OUT_OF_SCOPE for a in _answers(encoder, outside)])
         shares[f"right_degree_{language}"] = degree_accuracy(encoder, language)
     return shares
 

@@ -184,7 +184,7 @@ def test_the_loss_falls(recipe: EmbeddedRecipe, tmp_path: Path, name: str) -> No
     model = new_model(recipe)
     torch.nn.init.normal_(model.backbone.pixels.out.weight, std=0.02, generator=torch.Generator().manual_seed(0))
     if name == "instruction":
-        stage = InstructionStage(recipe, model)
+        stage = InstructionStage(model, recipe.seed, 32)
     else:
         stage = {"base": base_stage, "generator": generator_stage}[name](recipe, model, pictures(recipe))
     losses: list[float] = []

@@ -94,7 +94,7 @@ def shaken(recipe: EmbeddedRecipe) -> EmbeddedModel:
 def stage_of(name: str, recipe: EmbeddedRecipe) -> Stage:
     model, folder = shaken(recipe), Path(recipe.photographs)
     if name == "instruction":
-        return InstructionStage(recipe, model)
+        return InstructionStage(model, recipe.seed, 6)
     make = {"base": base_stage, "generator": generator_stage, "shared": shared_stage}[name]
     return make(recipe, model, (load_folder(folder), load_folder(folder, validation=True)))
 

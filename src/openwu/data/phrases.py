@@ -6,6 +6,7 @@ marks, slips of the keyboard, words of strength), and held-out sentences exactly
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ LANGUAGES = ("en", "zh")
 DEGREES = {"little": LITTLE, "normal": NORMAL, "strong": STRONG}
 """What words of strength ask for; "normal" is none of them."""
 
+_FILE = Path(__file__).parent / "phrases.json"
+
 Phrases = dict[str, dict[str, dict[str, list[str]]]]
 
 _BEFORE = {
@@ -37,7 +40,10 @@ _AFTER = {
 
 @cache
 def load_phrases() -> Phrases:
-    """Sub-task name (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out") -> sentences."""
+    """Sub-task name (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out", "fresh") -> sentences.
+
+    Fresh sentences are held out too; see `openwu.understanding`.
+    """
     stored = _stored()
     return {**stored["edits"], OUT_OF_SCOPE: stored[OUT_OF_SCOPE]}
 
@@ -49,9 +55,14 @@ def load_strength_words() -> Phrases:
     return frames
 
 
+def phrases_hash() -> str:
+    """SHA-256 of the file with all sentences."""
+    return hashlib.sha256(_FILE.read_bytes()).hexdigest()
+
+
 @cache
 def _stored() -> dict[str, Any]:
-    stored: dict[str, Any] = json.loads((Path(__file__).parent / "phrases.json").read_text(encoding="utf-8"))
+    stored: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
     return stored
 
 

@@ -12,6 +12,7 @@ import torch
 
 from openwu.data.pairs import read_pairs
 from openwu.data.photographs import folder_hashes, load_folder
+from openwu.data.phrases import phrases_hash
 from openwu.embedded import SHARED, WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.origin import origin
@@ -19,26 +20,38 @@ from openwu.training.checkpoint import load_weights
 from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
 from openwu.training.pairs import PairsStage, pairs_hashes, split_pairs
 from openwu.training.processes import is_main, joined_until_done
-from openwu.training.recipe import STAGES, EmbeddedRecipe, PairsRecipe, StageConfig, load_recipe
+from openwu.training.recipe import (
+    STAGES,
+    EmbeddedRecipe,
+    PairsRecipe,
+    Recipe,
+    StageConfig,
+    WordingRecipe,
+    load_recipe,
+)
 from openwu.training.shared import SharedAdapter
 from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
+from openwu.training.wording import WordingStage
 
 PROVENANCE = "provenance.json"
+_ONLY_STAGES = {PairsRecipe: "generator", WordingRecipe: "wording"}
 
 
 def run(recipe: str, overrides: list[str], *, output: str | None = None, stages: list[str] | None = None) -> Path:
     """Train a recipe's stages in order; returns the run's folder. Finished stages are skipped, begun ones continued."""
     config = load_recipe(Path(recipe), overrides)
     folder = Path(output) if output else Path("runs") / config.name
-    known = STAGES if isinstance(config, EmbeddedRecipe) else ("generator",)
+    known = STAGES if isinstance(config, EmbeddedRecipe) else (_ONLY_STAGES[type(config)],)
     unknown = sorted(set(stages or ()) - set(known))
     if unknown:
         raise OpenwuError(f"stages: expected some of {list(known)}, got {unknown}")
     with joined_until_done():
         if isinstance(config, EmbeddedRecipe):
             train(config, folder, tuple(stage for stage in STAGES if stages is None or stage in stages))
-        else:
+        elif isinstance(config, PairsRecipe):
             train_pairs(config, folder)
+        else:
+            train_wording(config, folder)
     return folder
 
 
@@ -82,6 +95,31 @@ def train_pairs(recipe: PairsRecipe, folder: Path, stop_after: int | None = None
         _export(recipe, model, folder, hashes)
 
 
+def train_wording(recipe: WordingRecipe, folder: Path, stop_after: int | None = None) -> None:
+    """`stop_after`: as in `train`. What is written keeps the start's provenance, with this training added to it."""
+    start = Path(recipe.start or WEIGHTS)
+    model = EmbeddedModel.from_pretrained(start)
+    stage = WordingStage(recipe, model)
+    unimportant = {"name", "export", "checkpoint_every", "evaluate_every", "log_every"}
+    described = {key: value for key, value in describe(recipe).items() if key not in unimportant}
+    described["wording"].pop("accumulate", None)
+    every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
+    loop = LoopConfig(json.dumps({**described, "sentences": phrases_hash()}, sort_keys=True), *every, stop_after)
+    if not train_stage(stage, recipe.wording, loop, folder / "wording"):
+        return
+    made = {
+        **origin(),
+        "seconds": _seconds(folder / "wording"),
+        "recipe": describe(recipe),
+        "sentences": phrases_hash(),
+    }
+    stored = start / PROVENANCE
+    before = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    for target in _export_folders(recipe, folder):
+        model.save_pretrained(target)
+        _write_provenance(target, {**before, "then": [*before.get("then", []), made]})
+
+
 def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
     """Initial weights from the recipe's seed, without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
@@ -91,7 +129,7 @@ def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
         return model
 
 
-def describe(recipe: EmbeddedRecipe | PairsRecipe) -> dict[str, Any]:
+def describe(recipe: Recipe) -> dict[str, Any]:
     """Every number of a recipe, as JSON."""
     plain: dict[str, Any] = {
         field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe) if field.name != "model"
@@ -105,7 +143,7 @@ def describe(recipe: EmbeddedRecipe | PairsRecipe) -> dict[str, Any]:
 
 def _stage(name: str, recipe: EmbeddedRecipe, model: EmbeddedModel, pictures: Any) -> Stage:
     if name == "instruction":
-        return InstructionStage(recipe, model)
+        return InstructionStage(model, recipe.seed, recipe.instruction.shapes[0][0])
     return {"base": base_stage, "generator": generator_stage, "shared": shared_stage}[name](recipe, model, pictures)
 
 
@@ -137,7 +175,7 @@ def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
     return json.dumps({**kept, "model": model}, sort_keys=True)
 
 
-def _export_folders(recipe: EmbeddedRecipe | PairsRecipe, folder: Path) -> list[Path]:
+def _export_folders(recipe: Recipe, folder: Path) -> list[Path]:
     """None where another process writes."""
     if not is_main():
         return []
@@ -158,8 +196,16 @@ def _export(recipe: EmbeddedRecipe | PairsRecipe, model: EmbeddedModel, folder: 
 
 
 def _export_provenance(recipe: EmbeddedRecipe | PairsRecipe, target: Path, folder: Path, data: dict[str, str]) -> None:
-    written = json.dumps(provenance(recipe, folder, data), indent=1, ensure_ascii=False) + "\n"
-    (target / PROVENANCE).write_text(written, encoding="utf-8")
+    _write_provenance(target, provenance(recipe, folder, data))
+
+
+def _write_provenance(target: Path, found: dict[str, Any]) -> None:
+    (target / PROVENANCE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _seconds(stage: Path) -> int:
+    """How long a stage has been trained."""
+    return round(sum(float(line) for line in (stage / SECONDS).read_text(encoding="utf-8").split()))
 
 
 def provenance(recipe: EmbeddedRecipe | PairsRecipe, folder: Path, data: dict[str, str]) -> dict[str, Any]:
@@ -167,11 +213,7 @@ def provenance(recipe: EmbeddedRecipe | PairsRecipe, folder: Path, data: dict[st
 
     `data`: hashes of the photographs, or of the pairs.
     """
-    seconds = {
-        name: round(sum(float(line) for line in (folder / name / SECONDS).read_text(encoding="utf-8").split()))
-        for name in STAGES
-        if (folder / name / SECONDS).exists()
-    }
+    seconds = {name: _seconds(folder / name) for name in STAGES if (folder / name / SECONDS).exists()}
     return {
         **origin(),
         "seconds": seconds,

@@ -166,7 +166,37 @@ class PairsRecipe:
             raise ValueError(f"held_back: expected a share from 0 to below 1, got {self.held_back}")
 
 
-def load_recipe(path: Path, overrides: list[str]) -> EmbeddedRecipe | PairsRecipe:
+@dataclass(frozen=True)
+class WordingRecipe:
+    """How a finished model's instruction encoder goes on with sentences that came later; all else stays as it is."""
+
+    name: str
+    """Names the run's folder."""
+    wording: StageConfig
+    """The instruction encoder; its one shape has (sentences, 0)."""
+    dropped: float = 0.3
+    """Share of the n-grams that is left out of sentences."""
+    hold: float = 0.3
+    """Weight of the distance from the tokens that the frozen base and generator expect."""
+    start: str | None = None
+    """Folder of the model to start from; None: the one inside the package."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    evaluate_every: int = 400
+    """Steps between evaluations on sentences that were held out."""
+    log_every: int = 10
+    """Steps between points of the training curve."""
+    export: str | None = None
+    """Where the finished model is written besides the run's folder."""
+
+
+Recipe = EmbeddedRecipe | PairsRecipe | WordingRecipe
+RECIPES = (EmbeddedRecipe, PairsRecipe, WordingRecipe)
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """The recipe of a file, with `key=value` overrides applied."""
     spec = importlib.util.spec_from_file_location("openwu_recipe", path)
     if not path.is_file() or spec is None or spec.loader is None:
@@ -175,8 +205,8 @@ def load_recipe(path: Path, overrides: list[str]) -> EmbeddedRecipe | PairsRecip
     spec.loader.exec_module(module)
     build = getattr(module, "recipe", None)
     made = build() if callable(build) else None
-    if not isinstance(made, EmbeddedRecipe | PairsRecipe):
-        kinds = "EmbeddedRecipe or PairsRecipe"
+    if not isinstance(made, RECIPES):
+        kinds = " or ".join(kind.__name__ for kind in RECIPES)
         raise OpenwuError(f"recipe: expected {path} to define recipe() -> {kinds}, got {type(made).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -47,46 +48,64 @@ VARIANCE_BATCHES = 2
 SHEET_ROWS = 8
 
 
+@dataclass(frozen=True)
+class Sentences:
+    """b sentences with what they ask for."""
+
+    sentences: list[str]
+    rows: Tensor
+    """Their rows of the encoder's table `[b, t, g]`, a share of them left out."""
+    wanted: Tensor
+    """Number of the label of each `[b]`."""
+    degrees: Tensor
+    """Number of the degree `[b]`."""
+    noise: Tensor
+    """To be added to the tokens `[b, K, width]`: sentences of one sub-task stay together in a cloud, which is what
+    whoever reads the tokens then meets."""
+
+
 class InstructionStage:
     """Cross entropy over sub-tasks and "out of scope", from sentences alone; typical tokens are learned beside it."""
 
     name = "instruction"
 
-    def __init__(self, recipe: EmbeddedRecipe, model: EmbeddedModel) -> None:
-        self.recipe, self.encoder = recipe, model.instruction
+    def __init__(self, model: EmbeddedModel, seed: int, size: int, dropped: float = DROPPED) -> None:
+        """`size`: sentences in a batch. `dropped`: the share of their n-grams that is left out."""
+        self.encoder, self.seed, self.size, self.dropped = model.instruction, seed, size, dropped
         self.labels = model.config.instruction.labels
 
     @property
     def trained(self) -> nn.Module:
         return self.encoder
 
+    def drawn(self, step: int) -> Sentences:
+        """The whole batch of a step."""
+        generator = torch.Generator().manual_seed(self.seed * 3_000_017 + step)
+        wanted = torch.randint(len(self.labels) - 1, (self.size,), generator=generator)
+        outside = torch.rand(self.size, generator=generator) < OUT_OF_SCOPE_SHARE
+        wanted[outside] = self.labels.index(OUT_OF_SCOPE)
+        strong = torch.rand(self.size, generator=generator)
+        degrees = torch.where(strong < STRONG_SHARE, 2, torch.where(strong > 1 - STRONG_SHARE, 0, 1))
+        names = list(DEGREES)
+        sentences = [
+            sample_phrase(self.labels[label], generator, degree=names[degree])
+            for label, degree in zip(wanted.tolist(), degrees.tolist(), strict=True)
+        ]
+        rows = self.encoder.table_rows(sentences, dropped=(self.dropped, generator))
+        noise = 0.1 * torch.randn(self.size, *self.encoder.query.shape, generator=generator)
+        return Sentences(sentences, rows, wanted, degrees, noise)
+
     @contextmanager
     def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.recipe.seed * 3_000_017 + step)
-        size = self.recipe.instruction.shapes[0][0]
-        wanted = torch.randint(len(self.labels) - 1, (size,), generator=generator)
-        outside = torch.rand(size, generator=generator) < OUT_OF_SCOPE_SHARE
-        wanted[outside] = self.labels.index(OUT_OF_SCOPE)
-        drawn = torch.rand(size, generator=generator)
-        degrees = torch.where(drawn < STRONG_SHARE, 2, torch.where(drawn > 1 - STRONG_SHARE, 0, 1))
-        names = list(DEGREES)
-        table_rows = self.encoder.table_rows(
-            [
-                sample_phrase(self.labels[label], generator, degree=names[degree])
-                for label, degree in zip(wanted.tolist(), degrees.tolist(), strict=True)
-            ],
-            dropped=(DROPPED, generator),
-        )
-        noise = 0.1 * torch.randn(size, *self.encoder.query.shape, generator=generator)
-        own = part.rows(size)
-        wanted, degrees = wanted[own], degrees[own]
-        tokens = self.encoder.read_rows(table_rows[own])
+        drawn = self.drawn(step)
+        own = part.rows(self.size)
+        wanted, degrees = drawn.wanted[own], drawn.degrees[own]
+        tokens = self.encoder.read_rows(drawn.rows[own])
         off_centre = self.encoder.off_centre(tokens, wanted, degrees)
-        # Noise keeps sentences of one sub-task together: whoever reads the tokens meets a cloud, not points.
-        tokens = tokens + noise[own]
+        tokens = tokens + drawn.noise[own]
         edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), wanted)
         graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
-        yield (edits + DEGREE_WEIGHT * graded + off_centre) * part.share(size)
+        yield (edits + DEGREE_WEIGHT * graded + off_centre) * part.share(self.size)
 
     def not_finite(self, step: int, _part: Part = WHOLE) -> list[str]:
         return [f"the sentences of step {step}"]

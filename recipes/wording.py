@@ -1,0 +1,14 @@
+"""The instruction encoder of the model inside the package goes on with the sentences that the suite has now.
+
+openwu train recipes/wording.py
+"""
+
+from openwu.training.recipe import StageConfig, WordingRecipe
+
+
+def recipe() -> WordingRecipe:
+    return WordingRecipe(
+        name="wording",
+        wording=StageConfig(steps=5000, shapes=((64, 0),), learning_rate=2e-3),
+        export="src/openwu/weights",
+    )
