@@ -2,7 +2,7 @@
 
 The JSON form with the keys `num_base_model_layers`, `prefix` and `pg_mapping` is the released one and describes one
 group of identical base layers. A base whose layers differ in width has several groups; its JSON holds a list `groups`
-instead. A condition that holds more than one kind of token has `more_inputs` beside `input_dim`. Every check collects all
+instead. A condition with more than one kind of token has `more_inputs` beside `input_dim`. Every check collects all
 problems first and raises them together.
 """
 

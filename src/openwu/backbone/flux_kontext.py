@@ -55,8 +55,8 @@ class FluxKontext(PipelineBackbone):
         double = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]  # type: ignore[arg-type]
         single = [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]  # type: ignore[arg-type]
         return (
-            *find_groups(model, "double", double, DOUBLE_TARGETS),
-            *find_groups(model, "single", single, SINGLE_TARGETS),
+            *find_groups(model, "double_blocks", double, DOUBLE_TARGETS),
+            *find_groups(model, "single_blocks", single, SINGLE_TARGETS),
         )
 
     def text_states(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:

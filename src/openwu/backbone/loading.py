@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ def load_pipeline(
     variant = check_weights(path)
     check_memory(path, dtype, device)
     try:
-        pipeline = getattr(diffusers, found).from_pretrained(
-            path, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
-        )
+        with _quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
+            pipeline = getattr(diffusers, found).from_pretrained(
+                path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: diffusers cannot load this pipeline: {error}") from error
     return pipeline.to(device)
@@ -161,6 +163,22 @@ def free_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+@contextmanager
+def _quiet(*loggings: Any) -> Iterator[None]:
+    """Silence for what these libraries print while they load: bars for each part, and hints about optional packages."""
+    before = [(logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
+    try:
+        for logging in loggings:
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        yield
+    finally:
+        for logging, verbosity, bar in before:
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()
 
 
 def _numbers(file: Path) -> int:
