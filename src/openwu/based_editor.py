@@ -29,7 +29,7 @@ from openwu.generator.model import ParameterGenerator
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.protocols import Backbone
-from openwu.types import Adapter, BaseRequest, EditRequest, EditResult, Picture, SamplingOptions
+from openwu.types import Adapter, BaseRequest, Condition, EditRequest, EditResult, Picture, SamplingOptions
 
 
 class BasedEditor:
@@ -118,7 +118,8 @@ class BasedEditor:
     ) -> Adapter:
         """Only generate: the adapter (b = 1) of a request."""
         photos = _read(EditRequest(listed(images), instruction))
-        return self._generate([BaseRequest(_images(photos), check_instruction(instruction))])
+        text = check_instruction(instruction)
+        return self._generate(self.backbone.condition([BaseRequest(_images(photos), text)]), text)
 
     @torch.no_grad()
     def _edited(
@@ -133,10 +134,19 @@ class BasedEditor:
             photos = [_read(request) for request in requests]
             images = [_images(each) for each in photos]
         asked = [asked_of(request, given) for request in requests]
+        with timed(timings, "condition"):
+            conditions = [
+                [] if given is not None else [self.backbone.condition([BaseRequest(pictures, text)]) for text in texts]
+                for pictures, texts in zip(images, asked, strict=True)
+            ]
         with timed(timings, "generate"):
-            adapters = (
-                [given] if given is not None else [self._summed(*each) for each in zip(images, asked, strict=True)]
-            )
+            # What a request asks for besides becomes one adapter with its own: their updates are added up.
+            adapters = [
+                Adapter.sum([self._generate(*each) for each in zip(own, texts, strict=True)])
+                if given is None
+                else given
+                for own, texts in zip(conditions, asked, strict=True)
+            ]
         bases = [
             BaseRequest(pictures, ". ".join(texts), request.seed)
             for pictures, texts, request in zip(images, asked, requests, strict=True)
@@ -149,15 +159,10 @@ class BasedEditor:
             for each, picture, adapter in zip(photos, edited, adapters, strict=True)
         ]
 
-    def _summed(self, pictures: tuple[Image.Image, ...], instructions: Sequence[str]) -> Adapter:
-        """One adapter for all instructions of a request: their updates are added up."""
-        return Adapter.sum([self._generate([BaseRequest(pictures, text)]) for text in instructions])
-
-    def _generate(self, requests: Sequence[BaseRequest]) -> Adapter:
+    def _generate(self, condition: Condition, instruction: str) -> Adapter:
         weight = self.generator.hidden_in.weight
-        condition = self.backbone.condition(requests).to(weight.device, weight.dtype)
-        adapter: Adapter = self.generator(condition)
-        return replace(adapter, instructions=tuple(request.instruction for request in requests))
+        adapter: Adapter = self.generator(condition.to(weight.device, weight.dtype))
+        return replace(adapter, instructions=(instruction,))
 
     def _apply(
         self,

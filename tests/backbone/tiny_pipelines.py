@@ -101,3 +101,75 @@ def flux_kontext(guidance_embeds: bool = True) -> Any:
             text_encoder=clip_text_encoder(), tokenizer=clip_tokenizer(),
             text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(), transformer=transformer,
         )  # fmt: skip
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    from transformers import Qwen2Tokenizer
+
+    words = [*byte_letters(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def flux2_parts(text_width: int, guidance_embeds: bool) -> dict[str, Any]:
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=[8, 8, 8, 8], norm_num_groups=4, latent_channels=4, layers_per_block=1
+    )  # fmt: skip
+    vae.bn.running_mean.copy_(torch.linspace(-0.2, 0.2, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 1.5, 16))
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * text_width, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return {"vae": vae, "transformer": transformer, "scheduler": scheduler, "tokenizer": qwen_tokenizer()}
+
+
+def flux2_klein(is_distilled: bool = False) -> Any:
+    """As many thin layers in the text encoder as the pipeline's default layers need."""
+    from diffusers import Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=320, hidden_size=8, intermediate_size=16, num_hidden_layers=28, num_attention_heads=1,
+            num_key_value_heads=1, head_dim=8, max_position_embeddings=512,
+        )  # fmt: skip
+        return Flux2KleinPipeline(
+            text_encoder=Qwen3ForCausalLM(config), is_distilled=is_distilled, **flux2_parts(8, guidance_embeds=False)
+        )
+
+
+def flux2_dev() -> Any:
+    """Mistral 3 with a picture tower that the pipeline never uses; a tokenizer stands for its processor."""
+    from diffusers import Flux2Pipeline
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Mistral3Config(
+            text_config={
+                "model_type": "mistral", "vocab_size": 320, "hidden_size": 8, "intermediate_size": 16,
+                "num_hidden_layers": 31, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8,
+                "max_position_embeddings": 512,
+            },
+            vision_config={
+                "model_type": "pixtral", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+                "num_attention_heads": 1, "head_dim": 8, "image_size": 32, "patch_size": 16,
+            },
+        )  # fmt: skip
+        encoder = Mistral3ForConditionalGeneration(config)
+        return Flux2Pipeline(text_encoder=encoder, **flux2_parts(8, guidance_embeds=True))

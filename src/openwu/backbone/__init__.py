@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 BACKBONES: dict[str, str] = {
     "instruct-pix2pix": "openwu.backbone.instruct_pix2pix:InstructPix2Pix",
     "flux-kontext": "openwu.backbone.flux_kontext:FluxKontext",
+    "flux2-dev": "openwu.backbone.flux2:Flux2Dev",
+    "flux2-klein": "openwu.backbone.flux2:Flux2Klein",
 }
 """Name -> "module:Class" of a `protocols.Backbone`. One line adds a base; docs/adding-a-base.md says how."""
 

@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from openwu.backbone.pipeline import PICTURES, PLACE, PipelineBackbone, Step, find_groups, patches
+from openwu.backbone.latents import PLACE, patches, token_rows
+from openwu.backbone.layers import find_groups
+from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.config import LayerGroup
 from openwu.protocols import BaseFacts, RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
@@ -44,6 +46,7 @@ class FluxKontext(PipelineBackbone):
     pipelines = ("FluxKontextPipeline",)
     steps = 28
     guidance = 2.5
+    guided_by = ("true_guidance",)
 
     @property
     def condition_widths(self) -> Mapping[str, int]:
@@ -80,13 +83,13 @@ class FluxKontext(PipelineBackbone):
             [request.instruction for request in requests], None, max_sequence_length=TEXT_TOKENS
         )
         inputs = {
-            "source": _rows(source),
+            "source": token_rows(source),
             "text": text,
             "pooled": pooled,
             "text_ids": text_ids,
             "ids": torch.cat([_positions(target, 0), _positions(source, 1)]),
         }
-        return LatentBatch(_rows(target), inputs, self.condition(requests))
+        return LatentBatch(token_rows(target), inputs, self.condition(requests))
 
     def predict(self, batch: LatentBatch, given: Tensor, time: Tensor) -> Tensor:
         """`given` `[b, n, C]`, `time` 0..1 `[b]`."""
@@ -133,11 +136,6 @@ class FluxKontext(PipelineBackbone):
         config = self.pipeline.vae.config
         normalised: Tensor = (self.encode(pictures) - config.shift_factor) * config.scaling_factor
         return normalised
-
-
-def _rows(latents: Tensor) -> Tensor:
-    """A map `[b, C, h, w]` -> `[b, h * w, C]`."""
-    return latents.flatten(2).transpose(1, 2)
 
 
 def _positions(latents: Tensor, which: int) -> Tensor:

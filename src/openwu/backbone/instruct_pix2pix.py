@@ -14,7 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from openwu.backbone.pipeline import PICTURES, PLACE, PipelineBackbone, Step, find_groups, patches
+from openwu.backbone.latents import PLACE, patches
+from openwu.backbone.layers import find_groups
+from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.config import LayerGroup
 from openwu.errors import OpenwuError
 from openwu.protocols import BaseFacts, Prediction, RowScope
@@ -45,6 +47,7 @@ class InstructPix2Pix(PipelineBackbone):
     steps = 50
     guidance = 7.5
     image_guidance = 1.5
+    guided_by = ("image_guidance",)
 
     @property
     def prediction(self) -> Prediction:

@@ -9,31 +9,25 @@ most in a batch.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from openwu.backbone.latents import as_tensor, padded, place_of, resized, token_rows
 from openwu.backbone.loading import load_pipeline
-from openwu.config import LayerGroup, PlainTarget
-from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
+from openwu.config import LayerGroup
+from openwu.errors import InstructionError, OpenwuError
 from openwu.protocols import BaseFacts, Prediction, Progress, RowScope
 from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions, Segment
 
 PICTURES = "pictures"
 """Name of the segment with the tokens of a request's pictures."""
-
-SHORTEST = 64
-"""Sides that the bases work on are never shorter, in pixels."""
-
-PLACE = 3
-"""What a picture's token knows of itself beside its latents: the picture's number, and its height and width in it."""
 
 Step = Callable[..., dict[str, Any]]
 
@@ -53,6 +47,8 @@ class PipelineBackbone(ABC):
     """About how many pixels of every picture the generator's condition is made from."""
     steps: ClassVar[int]
     guidance: ClassVar[float]
+    guided_by: ClassVar[tuple[str, ...]] = ()
+    """Weights of guidance that the base has beside `guidance`."""
 
     def __init__(self, pipeline: Any) -> None:
         """`pipeline`: one of `pipelines`, loaded. It is frozen here."""
@@ -181,20 +177,21 @@ class PipelineBackbone(ABC):
         return [edited[i] for i in range(len(requests))]
 
     def options(self, options: SamplingOptions) -> SamplingOptions:
-        """The options with what is usual for this base where they say nothing."""
-        return SamplingOptions(
+        """The options with what is usual for this base where they say nothing; refuses what it does not have."""
+        for name in ("image_guidance", "true_guidance"):
+            if getattr(options, name) is not None and name not in self.guided_by:
+                raise OpenwuError(f"{name}: expected none for {type(self).__name__}, which has none; leave it out")
+        return replace(
+            options,
             steps=options.steps or self.steps,
             guidance=self.guidance if options.guidance is None else options.guidance,
-            image_guidance=options.image_guidance,
-            true_guidance=options.true_guidance,
             pixels=options.pixels or self.pixels,
-            batch=options.batch,
         )
 
     def sized(self, request: BaseRequest, pixels: int) -> BaseRequest:
         """The request with pictures of sizes that the base works on."""
         pictures = tuple(resized(picture, pixels, self.multiple) for picture in request.pictures)
-        return BaseRequest(pictures, request.instruction, request.seed)
+        return replace(request, pictures=pictures)
 
     def sources_and_targets(
         self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]
@@ -240,93 +237,8 @@ class PipelineBackbone(ABC):
         parts = []
         for number, picture in enumerate(self.sized(request, self.condition_pixels).pictures):
             latents = self.picture_latents(self.pixels_of([picture]))
-            parts.append(torch.cat([latents[0].flatten(1).t(), place_of(latents, number)], dim=1))
+            parts.append(torch.cat([token_rows(latents)[0], place_of(latents, number)], dim=1))
         return torch.cat(parts)
-
-
-def find_groups(model: nn.Module, name: str, layers: Iterable[str], targets: Sequence[str]) -> tuple[LayerGroup, ...]:
-    """Groups of alike layers: for every path in `layers`, the linear maps at `targets` below it, and their widths.
-
-    A target may be absent from some layers; raises TargetError when one is nowhere or is no linear map.
-    """
-    modules = dict(model.named_modules())
-    alike: dict[tuple[PlainTarget, ...], list[str]] = {}
-    seen: set[str] = set()
-    for layer in layers:
-        found = []
-        for target in targets:
-            module = modules.get(f"{layer}.{target}")
-            if module is None:
-                continue
-            if not isinstance(module, nn.Linear):
-                raise TargetError(f"{layer}.{target}: expected a linear map, got {type(module).__name__}")
-            found.append(PlainTarget(target, module.in_features, module.out_features))
-            seen.add(target)
-        if found:
-            alike.setdefault(tuple(found), []).append(layer)
-    if missing := [target for target in targets if target not in seen]:
-        raise TargetError(
-            f"{type(model).__name__}: none of its {name} has {', '.join(missing)}; this release of diffusers names or "
-            "fuses them differently (pipelines must not have fused projections)"
-        )
-    groups = []
-    for number, (found_targets, paths) in enumerate(alike.items()):
-        own = name if len(alike) == 1 else f"{name}_{number}"
-        prefix = paths[0].rpartition(".")[0] + "."
-        if paths == [f"{prefix}{index}" for index in range(len(paths))]:
-            groups.append(LayerGroup(prefix, len(paths), found_targets, own))
-        else:
-            groups.append(LayerGroup("", len(paths), found_targets, own, paths=tuple(paths)))
-    return tuple(groups)
-
-
-def patches(latents: Tensor, size: int = 2) -> Tensor:
-    """A map `[b, C, h, w]` -> `[b, C * size^2, h / size, w / size]`, every channel's patch side by side."""
-    return nn.functional.pixel_unshuffle(latents, size)
-
-
-def place_of(latents: Tensor, number: int) -> Tensor:
-    """`[h' * w', PLACE]` for a map `[1, C, h', w']`: the picture's number, and height and width from -1 to 1."""
-    height, width = latents.shape[2:]
-    y = torch.linspace(-1, 1, height).view(-1, 1).expand(height, width)
-    x = torch.linspace(-1, 1, width).view(1, -1).expand(height, width)
-    which = torch.full_like(y, float(number))
-    return torch.stack([which, y, x], dim=-1).flatten(0, 1).to(latents)
-
-
-def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows `[l, width]` of different lengths -> `[b, L, width]` with zeros behind, and the mask `[b, L]`."""
-    longest = max(len(row) for row in tokens)
-    full = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in tokens])
-    lengths = torch.tensor([len(row) for row in tokens], device=full.device)
-    return full, torch.arange(longest, device=full.device) < lengths[:, None]
-
-
-def working_size(width: int, height: int, pixels: int, multiple: int) -> tuple[int, int]:
-    """Width and height of about `pixels` in all, never more, in the same proportion, both multiples of `multiple`.
-
-    At least SHORTEST a side, which may exceed `pixels` for a long and narrow picture.
-    """
-    scale, least = math.sqrt(pixels / (width * height)), math.ceil(SHORTEST / multiple)
-    sides = [max(least, math.floor(side * scale / multiple + 1e-6)) * multiple for side in (width, height)]
-    return sides[0], sides[1]
-
-
-def resized(picture: Image.Image, pixels: int, multiple: int, longest: int = 8) -> Image.Image:
-    """The picture at its working size. Raises PictureError for sides more than `longest` to one."""
-    width, height = picture.size
-    if max(width, height) > longest * min(width, height):
-        raise PictureError(
-            f"picture: expected sides of at most {longest} to 1 for a large base, got {width} x {height}"
-        )
-    size = working_size(width, height, pixels, multiple)
-    picture = picture.convert("RGB")
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def as_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture -> `[3, h, w]` in 0..1."""
-    return torch.from_numpy(np.asarray(picture, np.float32) / 255).permute(2, 0, 1)
 
 
 def _chunks(requests: Sequence[BaseRequest], key: Callable[[BaseRequest], object], size: int) -> Iterator[list[int]]:
