@@ -144,7 +144,7 @@ class BasedEditor:
             adapters = [
                 Adapter.sum([self._generate(*each) for each in zip(own, texts, strict=True)])
                 if given is None
-                else given
+                else given.to(self.generator.hidden_in.weight.device)
                 for own, texts in zip(conditions, asked, strict=True)
             ]
         bases = [
