@@ -1,4 +1,4 @@
-"""Do a generator and a base belong together? A generator's config and a backbone enter; an error leaves, or nothing.
+"""Do a generator and a base belong together? A generator and a backbone enter; hooks leave, or an error.
 
 What they share is names and widths: of the adapted weights, and of the condition's tokens. A fingerprint is a short
 hash of the former, so that two people can see at a glance whether they speak of the same base.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
+from openwu.adapter.experts import ExpertRouting
+from openwu.adapter.inject import AdapterHandle, attach
 from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
+from openwu.generator.model import ParameterGenerator
 from openwu.protocols import Backbone
 
 SHOWN = 3
@@ -86,6 +89,13 @@ def check_fit(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
             f"generator: it reads conditions of widths {config.input_dim} {dict(config.more_inputs)}, but this {name} "
             f"makes {first} {dict(more)}; load the base that it was trained on, or train one for this base"
         )
+
+
+def attach_generator(backbone: Backbone, generator: ParameterGenerator, name: str | None = None) -> AdapterHandle:
+    """The hooks on a base for what a generator writes, after `check_fit`."""
+    check_fit(generator.config, backbone, name or type(backbone).__name__)
+    routing = None if backbone.routing is None else ExpertRouting(*backbone.routing)
+    return attach(backbone.denoiser, generator.targets, routing=routing)
 
 
 def _shown(widths: tuple[int, int, int | None]) -> str:

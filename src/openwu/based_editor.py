@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwu.adapter.inject import attach
 from openwu.backbone import backbone_class
-from openwu.base_fit import check_fit
+from openwu.base_fit import attach_generator
 from openwu.editor import Progress, asked_of, listed, timed
 from openwu.errors import InstructionError, PictureError, TargetError
 from openwu.generator.model import ParameterGenerator
@@ -44,11 +43,10 @@ class BasedEditor:
         name: str | None = None,
     ) -> None:
         """`options`: of every edit, unless a call has its own. Raises TargetError for a generator of another base."""
-        check_fit(generator.config, backbone, name or type(backbone).__name__)
         self.backbone = backbone
         self.generator = generator.requires_grad_(False).eval()
         self.options = options or SamplingOptions()
-        self.handle = attach(backbone.denoiser, generator.targets)
+        self.handle = attach_generator(backbone, generator, name)
 
     @classmethod
     def from_pretrained(

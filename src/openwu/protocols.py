@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 RowScope = Callable[[Sequence[int]], AbstractContextManager[None]]
 """Opens the scope of a pass of the denoiser: for every row of its input, the request that the row belongs to (-1 for
 none). A base that stacks its guidance rows says so here: `[0, 1, 0, 1, 0, 1]` for two requests in three blocks."""
+
+Routing = tuple[str, Callable[[Any], "Tensor"]]
+"""Path of the router from the module that holds the experts, and its output -> indices of the chosen experts [T, k]."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -76,6 +79,11 @@ class Backbone(Protocol):
     @property
     def signal(self) -> Tensor | None:
         """A diffusion's share of the target's variance at every step [steps]; None for flow matching."""
+        ...
+
+    @property
+    def routing(self) -> Routing | None:
+        """Where a base with experts routes its tokens, needed for several requests at once; None for one without."""
         ...
 
     @property

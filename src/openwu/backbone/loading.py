@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,10 @@ INDEX = "model_index.json"
 HEADROOM = 1.1
 """How much more than its weights a loaded pipeline needs, at least."""
 
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_FILES = (INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja")
+"""What is downloaded: the parts, not the same weights once more in one file beside them."""
+
+_FP16 = re.compile(r"\.fp16[.-]")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "processor")
 """Parts of a pipeline whose names say that they hold no weights."""
 
@@ -120,7 +124,7 @@ def check_weights(folder: Path) -> str | None:
         files = [file.name for file in (folder / part).glob("*.safetensors")]
         if not files:
             missing.append(part)
-        elif all(".fp16." in file for file in files):
+        elif all(_FP16.search(file) for file in files):
             variants.add("fp16")
     if missing:
         held = {part: sorted(file.name for file in (folder / part).glob("*"))[:4] or "nothing" for part in missing}
@@ -147,7 +151,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     numbers = 0
     for part in sorted(each for each in folder.iterdir() if each.is_dir()):
         files = sorted(part.glob("*.safetensors"))
-        plain = [file for file in files if ".fp16." not in file.name] or files
+        plain = [file for file in files if not _FP16.search(file.name)] or files
         numbers += sum(_numbers(file) for file in plain)
     return numbers * dtype.itemsize
 
