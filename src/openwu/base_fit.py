@@ -11,10 +11,14 @@ from collections.abc import Iterable, Mapping
 
 from openwu.adapter.experts import ExpertRouting
 from openwu.adapter.inject import AdapterHandle, attach
+from openwu.condition import describe_encoder, make_encoder
 from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
 from openwu.generator.model import ParameterGenerator
-from openwu.protocols import Backbone
+from openwu.protocols import Backbone, ConditionEncoder
+
+CONDITION_KEY = "_condition"
+"""Key of a generator's config under which its condition encoder is described; none: the base makes the condition."""
 
 SHOWN = 3
 """How many differing names an error lists."""
@@ -26,6 +30,7 @@ TargetWidths = Mapping[str, tuple[int, int, int | None]]
 def generator_config(
     backbone: Backbone,
     *,
+    encoder: ConditionEncoder | None = None,
     rank: int = 16,
     alpha: float = 16,
     token_dim: int = 1024,
@@ -34,8 +39,12 @@ def generator_config(
     dim_accumulation: int = 4,
     num_pg_layers: int = 8,
 ) -> GeneratorConfig:
-    """The config of a new generator that adapts all of a base's layer groups and reads its conditions."""
-    (_, first), *more = backbone.condition_widths.items()
+    """The config of a new generator that adapts all of a base's layer groups and reads its or an encoder's conditions.
+
+    What an encoder needs to be made again is kept in the config, so that an editor finds it there.
+    """
+    (_, first), *more = (encoder or backbone).condition_widths.items()
+    extra = {} if encoder is None else {CONDITION_KEY: describe_encoder(encoder)}
     return GeneratorConfig(
         rank=rank,
         alpha=alpha,
@@ -47,6 +56,7 @@ def generator_config(
         num_pg_layers=num_pg_layers,
         groups=backbone.layer_groups(),
         more_inputs=dict(more),
+        extra=extra,
     )
 
 
@@ -66,6 +76,12 @@ def fingerprint(targets: TargetWidths) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
+def encoder_for(config: GeneratorConfig, backbone: Backbone) -> ConditionEncoder:
+    """What makes the conditions that a generator was trained on: the base itself, or the encoder its config names."""
+    described = config.extra.get(CONDITION_KEY)
+    return backbone if described is None else make_encoder(described, backbone)
+
+
 def check_fit(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
     """Raise TargetError unless the base has every weight that the generator adapts, and makes the conditions it reads.
 
@@ -83,7 +99,7 @@ def check_fit(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
             f"against {fingerprint(theirs)} ({len(theirs)}), {len(differing)} of them not the same, first "
             f"{'; '.join(differing[:SHOWN])}. Load the base that it was trained on, or train one for this base"
         )
-    (_, first), *more = backbone.condition_widths.items()
+    (_, first), *more = encoder_for(config, backbone).condition_widths.items()
     if config.input_dim != first or dict(config.more_inputs) != dict(more):
         raise TargetError(
             f"generator: it reads conditions of widths {config.input_dim} {dict(config.more_inputs)}, but this {name} "

@@ -51,7 +51,20 @@ class BaseFacts:
     """Extra of our package that it needs: `pip install 'openwu[EXTRA]'`."""
 
 
-class Backbone(Protocol):
+class ConditionEncoder(Protocol):
+    """Makes what a generator reads. Every backbone is one; `openwu.condition` has others that take its place."""
+
+    @property
+    def condition_widths(self) -> Mapping[str, int]:
+        """Width of the tokens of every segment of a condition; the first is `Condition.tokens`, others `more`."""
+        ...
+
+    def condition(self, requests: Sequence[BaseRequest]) -> Condition:
+        """What a generator reads of each request."""
+        ...
+
+
+class Backbone(ConditionEncoder, Protocol):
     """A frozen base model."""
 
     facts: ClassVar[BaseFacts]
@@ -86,17 +99,8 @@ class Backbone(Protocol):
         """Where a base with experts routes its tokens, needed for several requests at once; None for one without."""
         ...
 
-    @property
-    def condition_widths(self) -> Mapping[str, int]:
-        """Width of the tokens of every segment of a condition; the first is `Condition.tokens`, others `more`."""
-        ...
-
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """What receives adapters, read off the model: linear maps of attention and feed-forward, never modulation."""
-        ...
-
-    def condition(self, requests: Sequence[BaseRequest]) -> Condition:
-        """What a generator reads of each request."""
         ...
 
     def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:
