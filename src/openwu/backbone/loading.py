@@ -6,18 +6,17 @@ is checked first: the pipeline's class, the files of every part, and whether the
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from openwu.errors import CheckpointError, OpenwuError
+from openwu.extras import library, quiet
 
 INDEX = "model_index.json"
 HEADROOM = 1.1
@@ -29,16 +28,6 @@ _FILES = (INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jin
 _FP16 = re.compile(r"\.fp16[.-]")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "processor")
 """Parts of a pipeline whose names say that they hold no weights."""
-
-
-def library(name: str, extra: str = "diffusers") -> Any:
-    """The imported module `name`, or an error with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise OpenwuError(
-            f"this base needs the Python package {error.name or name!r} ({error}); pip install 'openwu[{extra}]'"
-        ) from error
 
 
 def load_pipeline(
@@ -59,7 +48,7 @@ def load_pipeline(
     variant = check_weights(path)
     check_memory(path, dtype, device)
     try:
-        with _quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
+        with quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
             pipeline = getattr(diffusers, found).from_pretrained(
                 path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
             )
@@ -167,22 +156,6 @@ def free_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-@contextmanager
-def _quiet(*loggings: Any) -> Iterator[None]:
-    """Silence for what these libraries print while they load: bars for each part, and hints about optional packages."""
-    before = [(logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
-    try:
-        for logging in loggings:
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-        yield
-    finally:
-        for logging, verbosity, bar in before:
-            logging.set_verbosity(verbosity)
-            if bar:
-                logging.enable_progress_bar()
 
 
 def _numbers(file: Path) -> int:

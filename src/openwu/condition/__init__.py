@@ -15,6 +15,7 @@ from openwu.protocols import Backbone, ConditionEncoder
 
 ENCODERS: dict[str, str] = {
     "hidden-states": "openwu.condition.hidden_states:HiddenStates",
+    "siglip2": "openwu.condition.siglip2:Siglip2",
 }
 """Name -> "module:Class" of an encoder that is made from a backbone and plain values (its `settings`)."""
 
