@@ -2,7 +2,8 @@
 
 The JSON form with the keys `num_base_model_layers`, `prefix` and `pg_mapping` is the released one and describes one
 group of identical base layers. A base whose layers differ in width has several groups; its JSON holds a list `groups`
-instead. Every check collects all problems first and raises them together.
+instead. A condition with more than one kind of token has `more_inputs` beside `input_dim`. Every check collects all
+problems first and raises them together.
 """
 
 from __future__ import annotations
@@ -94,16 +95,21 @@ class LayerGroup:
     """Names the group's parameters; no dots. The default belongs to the released form, which has one unnamed group."""
     indexed: bool = True
     """True: a weight's path is prefix + index + "." + target. False, for one layer only: prefix + target."""
+    paths: tuple[str, ...] = ()
+    """Path of every layer, where prefix and index cannot say it (equal layers in several parts of a base, or the last
+    ones only); a weight's path is then path + "." + target, and the prefix is empty."""
 
     def __post_init__(self) -> None:
         written = {"name": self.name, "prefix": self.prefix, "num_base_model_layers": self.num_layers}
-        problems = _layer_problems({**written, "indexed": self.indexed})
+        problems = _layer_problems({**written, "indexed": self.indexed, "paths": list(self.paths)})
         if not self.targets:
             problems.append("pg_mapping: expected at least one target, got none")
         _raise_if(problems)
 
     def layer_path(self, layer: int) -> str:
         """What stands in front of a target's name in this layer, its dot included."""
+        if self.paths:
+            return f"{self.paths[layer]}."
         return f"{self.prefix}{layer}." if self.indexed else self.prefix
 
     def weights(self) -> Iterator[tuple[str, int, int, int | None]]:
@@ -122,17 +128,20 @@ class LayerGroup:
             "prefix": self.prefix,
             "pg_mapping": {target.name: target.to_dict() for target in self.targets},
         }
+        if self.paths:
+            written["paths"] = list(self.paths)
         return written if self.indexed else {**written, "indexed": False}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerGroup:
-        problems = _key_problems(data, required=_GROUP_KEYS, optional=("indexed",)) + _layer_problems(data)
+        problems = _key_problems(data, required=_GROUP_KEYS, optional=("indexed", "paths")) + _layer_problems(data)
         targets: tuple[PlainTarget | GroupedTarget, ...] = ()
         if "pg_mapping" in data:
             targets = _read_each("pg_mapping", data["pg_mapping"], _read_target, problems)
         _raise_if(problems)
         name, layers = data["name"], data["num_base_model_layers"]
-        return cls(data["prefix"], layers, targets, name=name, indexed=data.get("indexed", True))
+        paths = tuple(data.get("paths", ()))
+        return cls(data["prefix"], layers, targets, name=name, indexed=data.get("indexed", True), paths=paths)
 
 
 @dataclass(frozen=True)
@@ -157,11 +166,14 @@ class GeneratorConfig:
     """Number of generator blocks."""
     groups: tuple[LayerGroup, ...]
     """The base layers that receive an adapter; one group unless layers differ in width."""
+    more_inputs: Mapping[str, int] = field(default_factory=dict)
+    """Further segments of the condition, name -> width of their tokens; each has its own input projection."""
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Keys of a loaded `config.json` that do not touch the function (`architectures`, ...); written back on save."""
 
     def __post_init__(self) -> None:
-        _raise_if(_number_problems({name: getattr(self, name) for name in _NUMBERS}) + _group_problems(self.groups))
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        _raise_if(_number_problems(numbers) + _input_problems(self.more_inputs) + _group_problems(self.groups))
 
     @property
     def scale(self) -> float:
@@ -170,12 +182,15 @@ class GeneratorConfig:
     @property
     def is_released_form(self) -> bool:
         """True where one unnamed, indexed group suffices, so that config.json and weights have the released names."""
-        return len(self.groups) == 1 and self.groups[0].name == RELEASED_GROUP and self.groups[0].indexed
+        first = self.groups[0]
+        return len(self.groups) == 1 and first.name == RELEASED_GROUP and first.indexed and not first.paths
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `config.json` holds them."""
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         written = {**self.extra, "model_type": MODEL_TYPE, **numbers, "output_dim": self.token_dim}
+        if self.more_inputs:
+            written["more_inputs"] = dict(self.more_inputs)
         if self.is_released_form:
             group = self.groups[0].to_dict()
             return {**written, **{key: group[key] for key in _RELEASED_GROUP_KEYS}}
@@ -189,16 +204,18 @@ class GeneratorConfig:
         extra = {key: value for key, value in data.items() if key in _BOOKKEEPING or str(key).startswith("_")}
         fields = {key: value for key, value in data.items() if key not in extra}
         group_keys = ("groups",) if "groups" in fields else _RELEASED_GROUP_KEYS
-        problems = _key_problems(fields, (*_NUMBERS, "output_dim"), optional=("model_type", *group_keys))
+        problems = _key_problems(fields, (*_NUMBERS, "output_dim"), optional=("model_type", "more_inputs", *group_keys))
         if fields.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             problems.append(f"model_type: expected {MODEL_TYPE!r}, got {fields['model_type']!r}")
         numbers = {name: fields[name] for name in _NUMBERS if name in fields}
         problems += _number_problems(numbers)
         if {"token_dim", "output_dim"} <= set(fields) and fields["output_dim"] != fields["token_dim"]:
             problems.append(f"output_dim: expected token_dim ({fields['token_dim']!r}), got {fields['output_dim']!r}")
+        more_inputs = fields.get("more_inputs", {})
+        problems += _input_problems(more_inputs)
         groups = _read_groups(fields, problems)
         _raise_if(problems)
-        return cls(**numbers, groups=groups, extra=extra)
+        return cls(**numbers, groups=groups, more_inputs=more_inputs, extra=extra)
 
 
 def _read_groups(fields: Mapping[str, Any], problems: list[str]) -> tuple[LayerGroup, ...]:
@@ -288,6 +305,25 @@ def _layer_problems(fields: Mapping[str, Any]) -> list[str]:
         problems.append(f"indexed: expected true or false, got {indexed!r}")
     elif not indexed and layers != 1:
         problems.append(f"indexed: expected true for more than one layer, got false with {layers!r} layers")
+    paths = fields.get("paths", [])
+    if not isinstance(paths, list):
+        return [*problems, f"paths: expected a list of paths, got {paths!r}"]
+    for path in paths:
+        problems += _name_problems("paths", path)
+    if paths and len(paths) != layers:
+        problems.append(f"paths: expected {layers!r}, one per layer, got {len(paths)}")
+    if paths and (fields.get("prefix") or indexed is not True):
+        problems.append("paths: expected an empty prefix and no 'indexed' beside them, since they are whole paths")
+    return problems
+
+
+def _input_problems(more_inputs: Any) -> list[str]:
+    if not isinstance(more_inputs, Mapping):
+        return [f"more_inputs: expected an object name -> width, got {more_inputs!r}"]
+    problems = []
+    for name, width in more_inputs.items():
+        problems += _name_problems("more_inputs: name", name, dots=False)
+        problems += _count_problems(f"more_inputs: {name}", width)
     return problems
 
 

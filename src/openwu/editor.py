@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from openwu.adapter.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.adapter.export.fit import with_kernels
+from openwu.backbone import BACKBONES
 from openwu.canvas import Canvas
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
@@ -32,7 +34,10 @@ from openwu.pictures.photo import Pixels
 from openwu.planes import noise_plane, place_planes
 from openwu.scope import check_scope
 from openwu.tiles import Tile, tile_grid
-from openwu.types import THEN, Adapter, EditRequest, EditResult, Picture
+from openwu.types import THEN, Adapter, EditRequest, EditResult, Picture, SamplingOptions
+
+if TYPE_CHECKING:
+    from openwu.based_editor import BasedEditor
 
 CORE, MARGIN = 768, 128
 """A tile's core and the margin around it, in pixels: what bounds the memory of large pictures."""
@@ -59,6 +64,7 @@ class Editor:
         writers = {name: getattr(model, name) for name in ("instruction", "condition", "generator")}
         self.identity = GeneratorIdentity(writers, model.config.to_dict())
 
+    @overload
     @classmethod
     def from_pretrained(
         cls,
@@ -66,13 +72,62 @@ class Editor:
         *,
         dtype: torch.dtype | None = None,
         cache: AdapterCache | str | Path | None = None,
-    ) -> Editor:
+    ) -> Editor: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        dtype: torch.dtype | None = None,
+        base: str | Path,
+        generator: str | Path,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        options: SamplingOptions | None = None,
+    ) -> BasedEditor: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        cache: AdapterCache | str | Path | None = None,
+        base: str | Path | None = None,
+        generator: str | Path | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        options: SamplingOptions | None = None,
+    ) -> Editor | BasedEditor:
         """The embedded model, or a folder that training wrote. `dtype` None: bfloat16 where the CPU computes in it.
 
         `cache`: an AdapterCache, or a folder for one; adapters of requests that were seen before come from there.
+
+        With `base` and `generator`, an editor with the same methods for a large base: `model` names its family, see
+        `BasedEditor.from_pretrained` for the rest.
         """
+        if base is not None or generator is not None or str(model) in BACKBONES:
+            if model is None or base is None or generator is None:
+                came = {"model": model, "base": base, "generator": generator}
+                raise OpenwuError(
+                    f"expected a model's name ({', '.join(BACKBONES)}), base=FOLDER (--base) and generator=FOLDER "
+                    f"(--generator) together, got {', '.join(f'{name}={value}' for name, value in came.items())}"
+                )
+            if cache is not None:
+                raise OpenwuError("cache: expected only with the embedded model, not with a large base; leave it out")
+            from openwu.based_editor import BasedEditor
+
+            place: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
+            return BasedEditor.from_pretrained(str(model), base=base, generator=generator, options=options, **place)
+        if (device, revision, options) != (None, None, None):
+            raise OpenwuError("device, revision, options: expected none of them for the embedded model; leave them out")
         if model is not None and not Path(model).is_dir():
-            raise OpenwuError(f"model: expected a folder with config.json and safetensors, got {str(model)!r}")
+            raise OpenwuError(
+                f"model: expected a folder with config.json and safetensors, or one of {', '.join(BACKBONES)} with a "
+                f"base and a generator, got {str(model)!r}"
+            )
         return cls(EmbeddedModel.from_pretrained(model or WEIGHTS, dtype=dtype or native_dtype()), cache=cache)
 
     def edit(
@@ -97,7 +152,7 @@ class Editor:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
         if adapter is not None and then:
             raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
-        request = EditRequest(_listed(images), instruction, strength, seed, then)
+        request = EditRequest(listed(images), instruction, strength, seed, then)
         return self._edited([request], adapter, anyway, progress)[0]
 
     def edit_batch(
@@ -108,7 +163,7 @@ class Editor:
 
     def adapt(self, images: Picture | Sequence[Picture], instruction: str, *, anyway: bool = False) -> Adapter:
         """Only generate, or take from the cache: the adapter (b = 1) of a request."""
-        photos, asked = _read(EditRequest(_listed(images), instruction)), [check_instruction(instruction)]
+        photos, asked = _read(EditRequest(listed(images), instruction)), [check_instruction(instruction)]
 
         def generate(_: Sequence[int]) -> Adapter:
             return self._generate([photos], self._understand(asked, [len(photos) > 1], anyway), asked)
@@ -121,15 +176,15 @@ class Editor:
         self, requests: list[EditRequest], given: Adapter | None, anyway: bool, progress: Progress | None
     ) -> list[EditResult]:
         timings: dict[str, float] = {}
-        with _timed(timings, "read"):
+        with timed(timings, "read"):
             photos = [_read(request) for request in requests]
-        asked = [_asked(request, given) for request in requests]
+        asked = [asked_of(request, given) for request in requests]
         # One entry per instruction: a request that asks for two things stands here twice.
         owner = [index for index, instructions in enumerate(asked) for _ in instructions]
         flat = [instruction for instructions in asked for instruction in instructions]
-        with _timed(timings, "condition"):
+        with timed(timings, "condition"):
             text = self._understand(flat, [len(photos[i]) > 1 for i in owner], anyway or given is not None)
-        with _timed(timings, "generate"):
+        with timed(timings, "generate"):
             if given is None:
                 seen = [photos[i] for i in owner]
 
@@ -140,7 +195,7 @@ class Editor:
                 adapters = [Adapter.sum([each[k] for k in _of(owner, i)]) for i in range(len(requests))]
             else:
                 adapters = [given.to(self.dtype)]
-        with _timed(timings, "edit"):
+        with timed(timings, "edit"):
             jobs = [
                 _Job(
                     photos[i][0], request.seed, text[_of(owner, i)].flatten(0, 1), adapters[i].scaled(request.strength)
@@ -269,7 +324,7 @@ def _chunks(members: list[int], size: int) -> list[list[int]]:
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 
-def _asked(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:
+def asked_of(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:
     """A request's instructions, checked; where it has none, those that a given adapter was generated for."""
     if given is not None and not request.instruction:
         return tuple(given.instructions[0].split(THEN)) if given.instructions else ("",)
@@ -282,7 +337,7 @@ def _of(owner: Sequence[int], index: int) -> list[int]:
     return [place for place, each in enumerate(owner) if each == index]
 
 
-def _listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
+def listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
     return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
 
 
@@ -296,7 +351,7 @@ def _read(request: EditRequest) -> list[Photo]:
 
 
 @contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     timings[stage] = time.perf_counter() - start

@@ -1,5 +1,7 @@
 """The nouns of openwu, as a request meets them: EditRequest -> Condition -> Target -> Adapter -> EditResult.
 
+`BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take.
+
 Imports nothing else of ours. Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts,
 A_dim / B_dim the input and output width of one adapted weight.
 """
@@ -7,6 +9,7 @@ A_dim / B_dim the input and output width of one adapted weight.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -56,6 +59,21 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Condition tokens of another width than the first ones: text states beside tokens of pictures, say."""
+
+    tokens: Tensor
+    """[b, l, width]"""
+    mask: Tensor | None = None
+    """[b, l] bool, True where a token is real; None when every token is."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Segment:
+        """Move or cast the tokens, as `torch.Tensor.to` does; the mask only moves."""
+        tokens = self.tokens.to(*args, **kwargs)
+        return Segment(tokens, None if self.mask is None else self.mask.to(tokens.device))
+
+
+@dataclass(frozen=True)
 class Condition:
     """What the parameter generator reads."""
 
@@ -63,10 +81,68 @@ class Condition:
     """[b, L, input_dim]"""
     mask: Tensor | None = None
     """[b, L] bool, True where a token is real; None when every token is."""
+    more: Mapping[str, Segment] = field(default_factory=dict)
+    """Further segments, by the names that the generator's config gives them (`more_inputs`); read after `tokens`."""
 
     @property
     def batch(self) -> int:
         return self.tokens.shape[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> Condition:
+        """Move or cast every token, as `torch.Tensor.to` does."""
+        first = Segment(self.tokens, self.mask).to(*args, **kwargs)
+        more = {name: segment.to(*args, **kwargs) for name, segment in self.more.items()}
+        return Condition(first.tokens, first.mask, more)
+
+
+@dataclass(frozen=True)
+class BaseRequest:
+    """What a base model is asked: an `EditRequest` with its pictures read, without what concerns the adapter alone."""
+
+    pictures: tuple[Image.Image, ...]
+    """RGB, upright, of any size: the one to edit, then references."""
+    instruction: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a base model makes its pictures. None: what is usual for that base."""
+
+    steps: int | None = None
+    """Steps of denoising."""
+    guidance: float | None = None
+    """Weight of the instruction: classifier-free guidance, or the number that a guidance-distilled base is told."""
+    image_guidance: float | None = None
+    """Weight of the source picture, where a base has one (InstructPix2Pix)."""
+    true_guidance: float | None = None
+    """Weight of the instruction against a second call without it, where a base that is told `guidance` has that too."""
+    pixels: int | None = None
+    """About how many pixels the base works on; the result is scaled back to the photograph's size."""
+    batch: int = 4
+    """Requests that share one call of the base, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "pixels", "batch"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OpenwuError(f"{name}: expected a whole number above 0, got {value!r}")
+        for name in ("guidance", "image_guidance", "true_guidance"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise OpenwuError(f"{name}: expected a number from 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """A batch for training as a frozen base's encoders leave it: nothing here depends on the generator."""
+
+    target: Tensor = field(repr=False)
+    """Clean latents of the wanted pictures [b, ...], laid out as the denoiser is given noise."""
+    inputs: Mapping[str, Tensor] = field(repr=False)
+    """What else the denoiser is given, by names that only its backbone knows; samples come first in every tensor."""
+    condition: Condition = field(repr=False)
+    """What the generator reads."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ def test_holding_keeps_tokens_nearer_to_what_was_expected(recipe: WordingRecipe,
         train_stage(stage, config, loop, tmp_path / str(hold))
         drawn = stage.drawn(3)
         tokens = model.instruction.read_rows(drawn.rows)
-        away[hold] = float((tokens.detach() - stage.expected(drawn.sentences, drawn.wanted, drawn.degrees)).square().mean())
+        away[hold] = float(
+            (tokens.detach() - stage.expected(drawn.sentences, drawn.wanted, drawn.degrees)).square().mean()
+        )
     assert away[10.0] < 0.7 * away[0.0]
 
 

@@ -112,8 +112,10 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
     )
     edit.add_argument(
         "--reference",
+        action="append",
+        default=[],
         metavar="FILE",
-        help='second picture, for instructions like "use the colours of the reference"',
+        help='second picture, for instructions like "use the colours of the reference"; large bases read several',
     )
     edit.add_argument(
         "--output",
@@ -128,7 +130,12 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
         help="1 as asked (default), 0 the base model alone, below 0 reversed, above 1 exaggerated",
     )
     edit.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default: 0)")
-    edit.add_argument("--model", metavar="M", help="folder of a model (default: the one inside the package)")
+    edit.add_argument(
+        "--model",
+        metavar="M",
+        help="folder of a model, or name of a large base (default: the model inside the package)",
+    )
+    _add_base(edit)
     edit.add_argument("--compare", action="store_true", help="also write a before / after picture, OUTPUT.compare.png")
     edit.add_argument(
         "--save-adapter", metavar="FOLDER", help="also write the generated adapter (per photo if several)"
@@ -169,6 +176,23 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser]) -> None:
     export.add_argument("--no-check", action="store_true", help="write only; load nothing to compare")
     export.add_argument("--overwrite", action="store_true", help="replace an adapter folder that exists already")
     export.set_defaults(run="openwu.cli.export:run")
+
+
+def _add_base(edit: argparse.ArgumentParser) -> None:
+    large = edit.add_argument_group(
+        "large bases", "with --model NAME, as `openwu models` lists them, and a generator that was trained for the base"
+    )
+    large.add_argument("--base", metavar="FOLDER", help="the base's diffusers folder, or its hub id")
+    large.add_argument("--generator", metavar="FOLDER", help="the generator's folder")
+    large.add_argument("--revision", metavar="R", help="revision of a hub id")
+    large.add_argument(
+        "--device", metavar="D", help="where to compute: cpu, cuda, ... (default: cuda where there is one)"
+    )
+    large.add_argument(
+        "--steps", type=int, metavar="N", help="steps of denoising (default: what the base is used with)"
+    )
+    large.add_argument("--guidance", type=_finite, metavar="G", help="weight of the instruction (default: the base's)")
+    large.add_argument("--pixels", type=int, metavar="N", help="pixels that the base works on (default: as trained)")
 
 
 def _add_train(verbs: argparse._SubParsersAction[_Parser]) -> None:

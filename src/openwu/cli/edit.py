@@ -17,8 +17,12 @@ from openwu.pictures import read_picture, side_by_side, write_picture
 
 if TYPE_CHECKING:
     from openwu.adapter.cache import CacheStatistics
+    from openwu.based_editor import BasedEditor
     from openwu.editor import Editor
     from openwu.types import Adapter
+
+PLACE, SAMPLING = ("device", "revision"), ("steps", "guidance", "pixels")
+"""Options of large bases: where they come from and compute, and how they make a picture."""
 
 BAR_DELAY = 2.0
 """Seconds of silence before a progress bar appears where stderr is not a terminal."""
@@ -31,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     then = [check_instruction(text) for text in arguments.then]
     where = {"compare": arguments.compare, "adapter_folder": arguments.save_adapter}
     jobs = plan(arguments.photos, arguments.output, **where)
-    notes, problems = check(jobs, arguments.output, overwrite=arguments.overwrite, reference=arguments.reference)
+    notes, problems = check(jobs, arguments.output, overwrite=arguments.overwrite, references=arguments.reference)
     for problem in problems:
         complain(str(problem))
     if problems:
@@ -71,16 +75,30 @@ def _instruction(arguments: argparse.Namespace) -> str:
     return ""
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
+def _load(arguments: argparse.Namespace) -> tuple[Editor | BasedEditor, Adapter | None]:
     from openwu.editor import Editor
     from openwu.types import Adapter
 
     adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None
-    return Editor.from_pretrained(arguments.model, cache=arguments.cache), adapter
+    if arguments.base is None and arguments.generator is None:
+        unused = [f"--{name}" for name in (*PLACE, *SAMPLING) if getattr(arguments, name) is not None]
+        if unused:
+            raise UsageError(f"{', '.join(unused)}: expected only with --base and --generator; leave out, or add those")
+        return Editor.from_pretrained(arguments.model, cache=arguments.cache), adapter
+    if arguments.cache is not None:
+        raise UsageError("--cache: expected only with the embedded model, not with --base; leave it out")
+    from openwu.types import SamplingOptions
+
+    sampling = SamplingOptions(**{name: getattr(arguments, name) for name in SAMPLING})
+    place = {name: getattr(arguments, name) for name in PLACE}
+    based = Editor.from_pretrained(
+        arguments.model, base=arguments.base, generator=arguments.generator, options=sampling, **place
+    )
+    return based, adapter
 
 
 def _edit(
-    editor: Editor,
+    editor: Editor | BasedEditor,
     job: Job,
     instructions: tuple[str, ...],
     adapter: Adapter | None,
@@ -90,7 +108,7 @@ def _edit(
     """Edit one photo and write all that was asked for. Returns stage -> seconds."""
     with _Progress(name, arguments.quiet) as progress:
         result = editor.edit(
-            [str(job.photo), *([arguments.reference] if arguments.reference else [])],
+            [str(job.photo), *arguments.reference],
             instructions[0],
             then=instructions[1:],
             strength=arguments.strength,

@@ -1,4 +1,7 @@
-"""`openwu models`: which models can edit. Every fact is read from the installed package, none is written here."""
+"""`openwu models`: which models can edit, and which large bases can be edited with, under which licence.
+
+Every fact about the embedded model is read from the installed package, those about a base from its own file.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,36 @@ CARD = "docs/model-card.md"
 def run(_: argparse.Namespace) -> int:
     weights = PACKAGE / "weights"
     files = sorted(weights.glob("*.safetensors"))
+    _embedded(weights, files)
+    _bases()
+    return 0
+
+
+def _embedded(weights: Path, files: list[Path]) -> None:
     if not (weights / "config.json").is_file() or not files:
         say(f"embedded: not in this installation (no weights in {weights}); install openwu from a release, or train it")
-        return 0
+        return
     say("embedded (the default)")
     for name, value in _facts(weights, files).items():
         say(f"  {name:<12}{value}")
-    return 0
+
+
+def _bases() -> None:
+    from openwu.backbone import BACKBONES, backbone_class
+
+    say("")
+    say("Large bases, each with a generator trained for it; licences as published in November 2026, yours to check:")
+    say("  openwu edit PHOTO --instruction TEXT --model NAME --base FOLDER --generator FOLDER")
+    for name in BACKBONES:
+        facts = backbone_class(name).facts
+        say(name)
+        for label, value in (
+            ("weights", facts.weights),
+            ("parameters", facts.parameters),
+            ("licence", facts.licence),
+            ("needs", f"pip install 'openwu[{facts.extra}]'"),
+        ):
+            say(f"  {label:<12}{value}")
 
 
 def _facts(weights: Path, files: list[Path]) -> dict[str, str]:

@@ -49,12 +49,12 @@ def plan(photos: Sequence[str], output: str | None, *, compare: bool, adapter_fo
 
 
 def check(
-    jobs: Sequence[Job], output: str | None, *, overwrite: bool, reference: str | None = None
+    jobs: Sequence[Job], output: str | None, *, overwrite: bool, references: Sequence[str] = ()
 ) -> tuple[list[str], list[OpenwuError]]:
     """Look at every input and output. Returns notes for the user, and what stands in the way of starting."""
     notes: list[str] = []
     problems: list[OpenwuError] = []
-    seconds = [Path(reference)] if reference else []
+    seconds = [Path(reference) for reference in references]
     for photo in [*(job.photo for job in jobs), *seconds]:
         try:
             notes += [f"{photo}: {text}" for text in check_picture(photo).notes]

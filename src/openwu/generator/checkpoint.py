@@ -54,7 +54,7 @@ class _Stored(NamedTuple):
 
 def written_name(name: str, config: GeneratorConfig) -> str:
     """A parameter's name in the module -> its name in the files."""
-    if name.startswith("hidden_in."):
+    if name.startswith(("hidden_in.", "more_in.")):
         return name
     return "model." + (name.removeprefix(f"groups.{RELEASED_GROUP}.") if config.is_released_form else name)
 

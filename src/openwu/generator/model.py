@@ -20,13 +20,14 @@ from openwu.config import GeneratorConfig
 from openwu.generator.blocks import Attention, Block, BlockRotary, FeedForward, RMSNorm, block_rotary
 from openwu.generator.checkpoint import DEFAULT_SHARD_SIZE, load_generator, save_generator
 from openwu.generator.layout import GeneratorLayout, GroupLayout
-from openwu.types import Adapter, Condition, Target
+from openwu.types import Adapter, Condition, Segment, Target
 
 DEFAULT_B_INIT_STD = 1e-3
 
 
 class ParameterGenerator(nn.Module):
-    """Reads a condition `[b, L, input_dim]` and writes the adapter of every sample.
+    """Reads a condition `[b, L, input_dim]`, with further segments of other widths if the config names them, and
+    writes the adapter of every sample.
 
     Dtypes: the residual stream has `residual_dtype`, by default the parameters' dtype, with or without autocast. The
     adapter has the dtype that the output projections return: the parameters' dtype, or autocast's inside of autocast.
@@ -42,6 +43,9 @@ class ParameterGenerator(nn.Module):
         self.gradient_checkpointing = False
         self.residual_dtype: torch.dtype | None = None
         self.hidden_in = nn.Linear(config.input_dim, config.d_model)
+        self.more_in = nn.ModuleDict(
+            {name: nn.Linear(width, config.d_model) for name, width in config.more_inputs.items()}
+        )
         self.norm_input = RMSNorm(config.d_model)
         self.norm_tokens = RMSNorm(config.d_model)
         self.blocks = nn.ModuleList(Block(config.d_model, config.head_dim) for _ in range(config.num_pg_layers))
@@ -67,11 +71,8 @@ class ParameterGenerator(nn.Module):
 
     def read(self, condition: Condition | Tensor) -> tuple[Tensor, Tensor | None]:
         """What the blocks read of a condition, `[b, L, d]`, and its mask; ValueError where it does not fit."""
-        c_bli, mask_bl = self._checked(condition if isinstance(condition, Condition) else Condition(condition))
-        if mask_bl is not None:
-            # What stands in the padding must not matter, not even NaN: zero weight times NaN is NaN.
-            c_bli = c_bli.masked_fill(~mask_bl[..., None], 0)
-        return self.norm_input(self.hidden_in(c_bli)), mask_bl
+        c_bld, mask_bl = self._projected(condition if isinstance(condition, Condition) else Condition(condition))
+        return self.norm_input(c_bld), mask_bl
 
     def init_weights(self, b_init_std: float = DEFAULT_B_INIT_STD) -> None:
         """Start from nothing, so that the adapter is nearly a no-op while every parameter already receives gradient.
@@ -114,28 +115,41 @@ class ParameterGenerator(nn.Module):
         """Write `config.json` and safetensors; several files and an index where they exceed `max_shard_size` bytes."""
         save_generator(self, self.config, Path(folder), max_shard_size)
 
-    def _checked(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
-        """The condition in the parameters' dtype, and its mask; ValueError where they do not fit this generator."""
-        tokens, mask = condition.tokens, condition.mask
-        weight = self.hidden_in.weight
-        if tokens.ndim != 3 or tokens.shape[2] != self.config.input_dim or 0 in tokens.shape:
+    def _projected(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """All segments side by side, each through its own projection, `[b, L, d]`, and the mask `[b, L]` or None."""
+        if set(condition.more) != set(self.config.more_inputs):
             raise ValueError(
-                f"condition: expected [b, L, {self.config.input_dim}] with b and L above 0, got {list(tokens.shape)}"
+                f"condition: expected the further segments {sorted(self.config.more_inputs)}, got "
+                f"{sorted(condition.more)}; the condition must come from the base that this generator was made for"
             )
-        if not tokens.is_floating_point():
-            raise ValueError(f"condition: expected a floating point dtype such as {weight.dtype}, got {tokens.dtype}")
-        if tokens.device != weight.device:
-            raise ValueError(f"condition: expected on the generator's device {weight.device}, got {tokens.device}")
-        if mask is None:
-            return tokens.to(weight.dtype), None
-        if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool or mask.device != tokens.device:
-            raise ValueError(
-                f"condition mask: expected {list(tokens.shape[:2])} torch.bool on {tokens.device}, "
-                f"got {list(mask.shape)} {mask.dtype} on {mask.device}"
-            )
-        if not mask.is_meta and not bool(mask.any(dim=1).all()):
-            raise ValueError("condition mask: expected at least one real token in every sample, got a sample with none")
-        return tokens.to(weight.dtype), mask
+        segments: list[tuple[nn.Module, Segment, str]] = [
+            (self.hidden_in, Segment(condition.tokens, condition.mask), "condition")
+        ]
+        segments += [
+            (self.more_in[name], condition.more[name], f"condition {name}") for name in self.config.more_inputs
+        ]
+        projected, masks = [], []
+        for projection, segment, name in segments:
+            assert isinstance(projection, nn.Linear)
+            c_bli, mask_bl = _checked(segment, projection.weight, name)
+            if mask_bl is not None:
+                # What stands in the padding must not matter, not even NaN: zero weight times NaN is NaN.
+                c_bli = c_bli.masked_fill(~mask_bl[..., None], 0)
+            projected.append(projection(c_bli))
+            masks.append(mask_bl)
+        if len(projected) == 1:
+            return projected[0], masks[0]
+        if len({len(part) for part in projected}) > 1:
+            came = {name: len(segment.tokens) for _, segment, name in segments}
+            raise ValueError(f"condition: expected as many samples in every segment, got {came}")
+        c_bld = torch.cat(projected, dim=1)
+        if all(mask is None for mask in masks):
+            return c_bld, None
+        full = [
+            torch.ones(part.shape[:2], dtype=torch.bool, device=part.device) if mask is None else mask
+            for part, mask in zip(projected, masks, strict=True)
+        ]
+        return c_bld, torch.cat(full, dim=1)
 
     def _refined(self, x_bnpd: Tensor, c_bld: Tensor, mask_bl: Tensor | None, layout: GroupLayout) -> Tensor:
         """The sequence of one group after all blocks, in the residual dtype."""
@@ -157,6 +171,27 @@ class ParameterGenerator(nn.Module):
         # Real tokens are counted, wherever the padding stands: a sample's adapter is the one that it would get alone.
         counted = (mask_bl.cumsum(dim=1) - 1).clamp(min=0)
         return angles._replace(cross_keys=angles.cross_keys.at(counted))
+
+
+def _checked(segment: Segment, weight: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+    """A segment's tokens in the dtype of its projection's weight, and its mask; ValueError where they do not fit."""
+    tokens, mask = segment.tokens, segment.mask
+    if tokens.ndim != 3 or tokens.shape[2] != weight.shape[1] or 0 in tokens.shape:
+        raise ValueError(f"{name}: expected [b, L, {weight.shape[1]}] with b and L above 0, got {list(tokens.shape)}")
+    if not tokens.is_floating_point():
+        raise ValueError(f"{name}: expected a floating point dtype such as {weight.dtype}, got {tokens.dtype}")
+    if tokens.device != weight.device:
+        raise ValueError(f"{name}: expected on the generator's device {weight.device}, got {tokens.device}")
+    if mask is None:
+        return tokens.to(weight.dtype), None
+    if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool or mask.device != tokens.device:
+        raise ValueError(
+            f"{name} mask: expected {list(tokens.shape[:2])} torch.bool on {tokens.device}, "
+            f"got {list(mask.shape)} {mask.dtype} on {mask.device}"
+        )
+    if not mask.is_meta and not bool(mask.any(dim=1).all()):
+        raise ValueError(f"{name} mask: expected at least one real token in every sample, got a sample with none")
+    return tokens.to(weight.dtype), mask
 
 
 class GroupTokens(nn.Module):

@@ -1,0 +1,170 @@
+"""Pipelines on disk: a folder or hub id enters; a diffusers pipeline leaves, or an error that says what to do.
+
+Only safetensors are read, never pickles, and never code from the folder. Everything that can be known without loading
+is checked first: the pipeline's class, the files of every part, and whether the weights fit into memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openwu.errors import CheckpointError, OpenwuError
+from openwu.extras import library, quiet
+
+INDEX = "model_index.json"
+HEADROOM = 1.1
+"""How much more than its weights a loaded pipeline needs, at least."""
+
+_FILES = (INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja")
+"""What is downloaded: the parts, not the same weights once more in one file beside them."""
+
+_FP16 = re.compile(r"\.fp16[.-]")
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "processor")
+"""Parts of a pipeline whose names say that they hold no weights."""
+
+
+def load_pipeline(
+    folder: str | Path,
+    classes: Sequence[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    extra: str = "diffusers",
+) -> Any:
+    """A pipeline of one of `classes` from a folder or a hub id; `dtype` None: float32 on a CPU, else bfloat16."""
+    diffusers = library("diffusers", extra)
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    path = local_folder(folder, revision)
+    found = check_class(path, classes)
+    variant = check_weights(path)
+    check_memory(path, dtype, device)
+    try:
+        with quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
+            pipeline = getattr(diffusers, found).from_pretrained(
+                path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: diffusers cannot load this pipeline: {error}") from error
+    return pipeline.to(device)
+
+
+def local_folder(folder: str | Path, revision: str | None) -> Path:
+    """The folder itself, or the local copy of a hub id, downloaded where it is not there yet."""
+    path = Path(folder)
+    if path.is_dir():
+        if revision is not None:
+            raise OpenwuError(f"revision: expected none with the local folder {folder}, got {revision!r}; leave it out")
+        return path
+    parts = str(folder).split("/")
+    if path.is_file() or len(parts) != 2 or not all(parts) or str(folder).startswith((".", "~")):
+        raise CheckpointError(
+            f"{folder}: expected a folder with a diffusers pipeline ({INDEX}) or a hub id such as 'organisation/name', "
+            f"got a {'file' if path.is_file() else 'path that does not exist'}"
+        )
+    hub = library("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(str(folder), revision=revision, allow_patterns=list(_FILES)))
+    except Exception as error:  # the hub's client raises errors of many libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder}: no such folder here, and it cannot be downloaded at revision {revision or 'main'}: {reason}; "
+            "check the name, your network and whether the weights ask for a licence to be accepted"
+        ) from error
+
+
+def check_class(folder: Path, classes: Sequence[str]) -> str:
+    """The name of the pipeline's class, which must be one of `classes`."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        held = sorted(each.name for each in folder.iterdir())[:6]
+        raise CheckpointError(
+            f"{folder}: expected a diffusers pipeline with {INDEX} ({error}); the folder holds {held or 'nothing'}"
+        ) from error
+    found = index.get("_class_name") if isinstance(index, dict) else None
+    if found not in classes:
+        raise CheckpointError(
+            f"{folder}: expected a pipeline of class {' or '.join(classes)}, got {found!r}; choose the model that fits "
+            "this folder (`openwu models` lists them), or the folder that fits the model"
+        )
+    return str(found)
+
+
+def check_weights(folder: Path) -> str | None:
+    """The variant of the weights ("fp16") where only that one is there. Raises where a part has no safetensors."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    parts = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value and value[0] is not None and not name.startswith(_WITHOUT_WEIGHTS)
+    ]
+    missing, variants = [], set()
+    for part in parts:
+        files = [file.name for file in (folder / part).glob("*.safetensors")]
+        if not files:
+            missing.append(part)
+        elif all(_FP16.search(file) for file in files):
+            variants.add("fp16")
+    if missing:
+        held = {part: sorted(file.name for file in (folder / part).glob("*"))[:4] or "nothing" for part in missing}
+        raise CheckpointError(
+            f"{folder}: expected safetensors in every part of the pipeline, found none in {', '.join(missing)} "
+            f"({held}); pickles are not read: choose a revision with safetensors, or convert them with diffusers"
+        )
+    return variants.pop() if variants else None
+
+
+def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise when the weights in `dtype` do not fit into the device's free memory, with the numbers."""
+    needed = int(HEADROOM * weight_bytes(folder, dtype))
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise OpenwuError(
+            f"{folder}: the weights need about {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but "
+            f"{device} has {free / 1e9:.1f} GB free; use a smaller dtype, another device or a smaller base"
+        )
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of all weights of a pipeline in `dtype`, from the headers of its safetensors (one variant of each part)."""
+    numbers = 0
+    for part in sorted(each for each in folder.iterdir() if each.is_dir()):
+        files = sorted(part.glob("*.safetensors"))
+        plain = [file for file in files if not _FP16.search(file.name)] or files
+        numbers += sum(_numbers(file) for file in plain)
+    return numbers * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a CUDA device or of this machine; None where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _numbers(file: Path) -> int:
+    """How many numbers a safetensors file holds, from its header: eight bytes of length, then JSON."""
+    try:
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(
+            f"{file}: expected a complete safetensors file, got {error}; download it again"
+        ) from error

@@ -1,0 +1,212 @@
+"""The whole path with a large base: a request enters, its edited picture leaves.
+
+    request -> condition -> generator -> adapter -> the base's own pipeline -> picture
+
+As `editor.py`, with the same methods, for a base that samples and a generator in a folder of its own. Every request has
+its own adapter, in a batch too: the backbone says which rows are whose.
+
+Shapes: h and w the sides of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from openwu.backbone import backbone_class
+from openwu.base_fit import attach_generator, check_targets, encoder_for
+from openwu.editor import Progress, asked_of, listed, timed
+from openwu.errors import InstructionError, PictureError, TargetError
+from openwu.generator.model import ParameterGenerator
+from openwu.instructions import check_instruction
+from openwu.pictures import Photo, read_picture
+from openwu.protocols import Backbone
+from openwu.types import Adapter, BaseRequest, Condition, EditRequest, EditResult, Picture, SamplingOptions
+
+
+class BasedEditor:
+    """Edits photographs with a frozen base model and a generator that writes one adapter per request."""
+
+    cache: None = None
+    """Only the embedded model\'s adapters are cached so far."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        generator: ParameterGenerator,
+        *,
+        options: SamplingOptions | None = None,
+        name: str | None = None,
+    ) -> None:
+        """`options`: of every edit, unless a call has its own. Raises TargetError for a generator of another base."""
+        self.backbone = backbone
+        self.generator = generator.requires_grad_(False).eval()
+        self.options = options or SamplingOptions()
+        name = name or type(backbone).__name__
+        check_targets(generator.config, backbone, name)
+        self.encoder = encoder_for(generator.config, backbone, name)
+        self.handle = attach_generator(backbone, generator, name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        base: str | Path,
+        generator: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        options: SamplingOptions | None = None,
+    ) -> BasedEditor:
+        """`model`: a key of `openwu.backbone.BACKBONES`; `base`: a folder, or a hub id at `revision`.
+
+        `device` None: CUDA where there is one. `dtype` None: bfloat16 there, float32 on a CPU.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = backbone_class(model)
+        # The generator first: it is the smaller one, and what is wrong with it shows at once.
+        loaded = ParameterGenerator.from_pretrained(generator, dtype=dtype, device=device)
+        backbone = kind.from_pretrained(base, device=device, dtype=dtype, revision=revision)
+        return cls(backbone, loaded, options=options, name=model)
+
+    def edit(
+        self,
+        images: Picture | Sequence[Picture],
+        instruction: str = "",
+        *,
+        then: str | Sequence[str] = (),
+        strength: float = 1.0,
+        seed: int = 0,
+        adapter: Adapter | None = None,
+        anyway: bool = False,  # noqa: ARG002
+        progress: Progress | None = None,
+        options: SamplingOptions | None = None,
+    ) -> EditResult:
+        """Edit one picture; further ones in `images` are references. See `Editor.edit`.
+
+        `anyway` is there for calls that do not know which editor they have: these bases refuse no instruction.
+        """
+        if adapter is not None and adapter.batch != 1:
+            raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
+        if adapter is not None and then:
+            raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
+        request = EditRequest(listed(images), instruction, strength, seed, then)
+        return self._edited([request], adapter, progress, options)[0]
+
+    def edit_batch(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        anyway: bool = False,  # noqa: ARG002
+        progress: Progress | None = None,
+        options: SamplingOptions | None = None,
+    ) -> list[EditResult]:
+        """Edit many pictures, each with its own adapter; requests that the base can take together share its calls."""
+        return self._edited(list(requests), None, progress, options) if requests else []
+
+    @torch.no_grad()
+    def adapt(
+        self,
+        images: Picture | Sequence[Picture],
+        instruction: str,
+        *,
+        anyway: bool = False,  # noqa: ARG002
+    ) -> Adapter:
+        """Only generate: the adapter (b = 1) of a request."""
+        photos = _read(EditRequest(listed(images), instruction))
+        text = check_instruction(instruction)
+        return self._generate(self.encoder.condition([BaseRequest(_images(photos), text)]), text)
+
+    @torch.no_grad()
+    def _edited(
+        self,
+        requests: Sequence[EditRequest],
+        given: Adapter | None,
+        progress: Progress | None,
+        options: SamplingOptions | None,
+    ) -> list[EditResult]:
+        timings: dict[str, float] = {}
+        with timed(timings, "read"):
+            photos = [_read(request) for request in requests]
+            images = [_images(each) for each in photos]
+        asked = [asked_of(request, given) for request in requests]
+        with timed(timings, "condition"):
+            conditions = [
+                [] if given is not None else [self.encoder.condition([BaseRequest(pictures, text)]) for text in texts]
+                for pictures, texts in zip(images, asked, strict=True)
+            ]
+        with timed(timings, "generate"):
+            # What a request asks for besides becomes one adapter with its own: their updates are added up.
+            adapters = [
+                Adapter.sum([self._generate(*each) for each in zip(own, texts, strict=True)])
+                if given is None
+                else given.to(self.generator.hidden_in.weight.device)
+                for own, texts in zip(conditions, asked, strict=True)
+            ]
+        bases = [
+            BaseRequest(pictures, ". ".join(texts), request.seed)
+            for pictures, texts, request in zip(images, asked, requests, strict=True)
+        ]
+        with timed(timings, "edit"):
+            scaled = [adapter.scaled(request.strength) for adapter, request in zip(adapters, requests, strict=True)]
+            edited = self._apply(bases, scaled, options or self.options, progress)
+        return [
+            EditResult(_with_picture(each[0], picture), adapter, timings)
+            for each, picture, adapter in zip(photos, edited, adapters, strict=True)
+        ]
+
+    def _generate(self, condition: Condition, instruction: str) -> Adapter:
+        weight = self.generator.hidden_in.weight
+        adapter: Adapter = self.generator(condition.to(weight.device, weight.dtype))
+        return replace(adapter, instructions=(instruction,))
+
+    def _apply(
+        self,
+        requests: Sequence[BaseRequest],
+        adapters: Sequence[Adapter],
+        options: SamplingOptions,
+        progress: Progress | None,
+    ) -> list[Tensor]:
+        """Adapters of one rank can be applied together: requests with sums of several go in calls of their own."""
+        edited: dict[int, Tensor] = {}
+        for rank in dict.fromkeys(adapter.rank for adapter in adapters):
+            members = [i for i, adapter in enumerate(adapters) if adapter.rank == rank]
+
+            @contextmanager
+            def rows(owners: Sequence[int], members: Sequence[int] = members) -> Iterator[None]:
+                present = sorted({owner for owner in owners if owner >= 0})
+                stacked = Adapter.stack([adapters[members[owner]] for owner in present])
+                samples = [present.index(owner) if owner >= 0 else -1 for owner in owners]
+                with self.handle.applied(stacked, rows=samples):
+                    yield
+
+            pictures = self.backbone.generate([requests[i] for i in members], options, rows, progress)
+            edited |= dict(zip(members, pictures, strict=True))
+        return [edited[i] for i in range(len(requests))]
+
+
+def _read(request: EditRequest) -> list[Photo]:
+    if not request.images:
+        raise PictureError("images: expected the picture to edit, and references after it, got none")
+    return [read_picture(image) for image in request.images]
+
+
+def _images(photos: Sequence[Photo]) -> tuple[Image.Image, ...]:
+    """RGB pictures of 8 bits, which is what bases read."""
+    return tuple(Image.fromarray(photo.eight_bit().pixels) for photo in photos)
+
+
+def _with_picture(photo: Photo, picture: Tensor) -> Photo:
+    """The photo with a picture `[3, h', w']` in 0..1 of another size, scaled to its own."""
+    height, width = photo.pixels.shape[:2]
+    if picture.shape[1:] != (height, width):
+        picture = F.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
+    return photo.with_pixels(picture.clamp(0, 1).permute(1, 2, 0).contiguous().numpy())
