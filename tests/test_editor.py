@@ -604,7 +604,7 @@ def test_tiles_get_windows_of_the_whole_pictures_planes(
         calls.append((picture, planes))
         return picture * (1 - planes[:, 1:].square().mean(1, keepdim=True))
 
-    monkeypatch.setattr(editor.model, "edit", record)
+    monkeypatch.setattr(editor.model, "adapted", lambda *_: record)
     image = Image.fromarray(scene(331, 290))
     tiled = editor.edit(image, "brighter", seed=9).image
     planes = torch.cat([noise_plane(331, 290, 9).float(), place_planes(290, 331)])

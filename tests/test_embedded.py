@@ -225,7 +225,7 @@ def test_merged_weights_edit_as_hooks_do_and_leave_the_base_alone(embedded_model
     adapter = embedded_model.adapt(whole, text).select([1])
     base = embedded_model.backbone(picture, planes, text)
     expected = embedded_model.edit(picture, planes, text, adapter)
-    small, large = (embedded_model.adapted(adapter, pixels) for pixels in (64, 10**6))
+    small, large = (embedded_model.adapted(adapter, pixels) for pixels in (4, 10**6))
     assert isinstance(large, TinyEditor)
     assert not isinstance(small, TinyEditor)
     assert torch.equal(small(picture, planes, text), expected)

@@ -9,7 +9,7 @@ Shapes: T tokens, k experts per token, S = T * k routed rows, E experts, g group
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,10 @@ def group_ends(group_s: Tensor, groups: int) -> Tensor:
 
 def grouped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
     """Row s of x `[S, in]` times its group's matrix of weight `[g, out, in]`: `[S, out]`. The last end must be S."""
+    if torch.compiler.is_compiling() and x_si.device.type == "cpu":
+        # While tracing torch knows `grouped_mm` in bfloat16 only; compiled code sees one opaque operation instead.
+        opaque: Tensor = _opaque_product(x_si, weight_goi, ends)
+        return opaque
     if not has_grouped_mm(x_si, weight_goi):
         return looped_product(x_si, weight_goi, ends)
     product: Tensor = F.grouped_mm(x_si.contiguous(), weight_goi.transpose(1, 2), offs=ends)
@@ -77,9 +81,8 @@ def grouped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
 
 def looped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
     """The same, one group after another: the reference, and the way where torch has no grouped product."""
-    lengths = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    parts = x_si.split_with_sizes(lengths)
-    return torch.cat([part @ weight.t() for part, weight in zip(parts, weight_goi.unbind(), strict=True)])
+    parts = zip(_split(x_si, ends), weight_goi.unbind(), strict=True)
+    return torch.cat([part @ weight.t() for part, weight in parts])
 
 
 def has_grouped_mm(x_si: Tensor, weight_goi: Tensor) -> bool:
@@ -102,3 +105,47 @@ class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def backward(_: object, grad: Tensor) -> Tensor:
         return grad.contiguous()
+
+
+@torch.library.custom_op("openwu::grouped_product", mutates_args=())
+def _opaque_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
+    if has_grouped_mm(x_si, weight_goi):
+        return F.grouped_mm(x_si.contiguous(), weight_goi.transpose(1, 2), offs=ends)
+    return looped_product(x_si, weight_goi, ends)
+
+
+@_opaque_product.register_fake
+def _(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:  # noqa: ARG001 (the operation's signature)
+    return x_si.new_empty(len(x_si), weight_goi.shape[1])
+
+
+@torch.library.custom_op("openwu::grouped_outer", mutates_args=())
+def _opaque_outer(y_so: Tensor, x_si: Tensor, ends: Tensor) -> Tensor:
+    """Sum over each group's rows of y `[S, out]` times x `[S, in]`: `[g, out, in]`"""
+    if has_grouped_mm(x_si, x_si.new_empty(0, y_so.shape[1], x_si.shape[1])):
+        return F.grouped_mm(y_so.contiguous().t(), x_si.contiguous(), offs=ends)
+    return torch.stack([y.t() @ x for y, x in zip(_split(y_so, ends), _split(x_si, ends), strict=True)])
+
+
+@_opaque_outer.register_fake
+def _(y_so: Tensor, x_si: Tensor, ends: Tensor) -> Tensor:
+    return x_si.new_empty(len(ends), y_so.shape[1], x_si.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
+    of_x = _opaque_product(grad, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+    of_weight = _opaque_outer(grad, x, ends) if ctx.needs_input_grad[1] else None
+    return of_x, of_weight, None
+
+
+_opaque_product.register_autograd(_gradients, setup_context=_keep)
+
+
+def _split(x_si: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    """Every group's rows."""
+    return x_si.split_with_sizes(torch.diff(ends, prepend=ends.new_zeros(1)).tolist())
