@@ -126,6 +126,8 @@ def test_threads_share_compiled_code_but_not_a_scope(fullgraph: bool) -> None:
 TOKENS = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 
 
+# torch._dynamo looks at the `.grad` of its inputs, and a generated A or B is no leaf; in training that is one warning.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("packed", [False, True])
 def test_stacked_experts_share_one_graph_from_request_to_request(packed: bool) -> None:
     """20 adapters in turn, at other strengths; packed requests have other lengths each time."""
@@ -149,7 +151,10 @@ def test_stacked_experts_share_one_graph_from_request_to_request(packed: bool) -
 
 
 def test_strength_does_not_recompile_and_another_rank_does_so_once() -> None:
-    """After the first change ranks are dynamic sizes, so that a third one compiles nothing."""
+    """After the first change ranks are dynamic sizes, so that a third one compiles nothing.
+
+    Ranks that equal another size of the model (3 here, the batch) may compile once more: torch takes the two for one.
+    """
     model = small_model()
     with attach(model, SMALL_TARGETS) as handle:
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -161,4 +166,4 @@ def test_strength_does_not_recompile_and_another_rank_does_so_once() -> None:
             return graphs()
 
         assert [run(2, seed) for seed in range(4)] == [1] * 4
-        assert [run(3, 4), run(3, 5), run(5, 6), run(2, 7)] == [2] * 4
+        assert [run(5, 4), run(5, 5), run(7, 6), run(2, 7)] == [2] * 4

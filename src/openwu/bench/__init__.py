@@ -5,5 +5,12 @@ A row is a function `measure(quick: bool) -> Row` that first checks that both si
 
 from __future__ import annotations
 
-ROWS: dict[str, str] = {}
+ROWS: dict[str, str] = {
+    "C3": "openwu.bench.experts:measure",
+    "C4": "openwu.bench.mixed_batch:measure",
+    "C5": "openwu.bench.peft_experts:measure",
+    "C6": "openwu.bench.compiled:measure",
+    "G2": "openwu.bench.apply_gpu:measure_experts",
+    "G3": "openwu.bench.apply_gpu:measure_batch",
+}
 """Name of a row -> "module:function" that measures it. One line adds a row."""
