@@ -1,12 +1,13 @@
 """G2 and G3: what applying adapters costs on a GPU. Both need a CUDA device and say so where there is none.
 
-Sizes are those of the released system: hidden 4096, 64 experts of 3072, 8 chosen per token, rank 16, bfloat16. Times are
-of whole calls with a synchronisation at the end.
+Sizes are those of the released system: hidden 4096, 64 experts of 3072, 8 chosen per token, rank 16, bfloat16. Times
+are of whole calls with a synchronisation at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,10 @@ def measure_experts(quick: bool) -> Row:
         x = torch.randn(1, tokens, DIM, device=device, dtype=torch.bfloat16)
         with attach(layer, adapter.targets) as handle:
             ours = applied(handle, layer, adapter, x)
-            base, loop = finished(lambda x=x: layer(x)), finished(lambda x=x: looped(layer, adapter, x))
-            error = max(error, gate("G2", ours(), finished(lambda x=x: looped(layer, adapter, x))(), TOLERANCE))
+            base, loop = finished(partial(layer, x)), finished(partial(looped, layer, adapter, x))
+            error = max(error, gate("G2", ours(), loop(), TOLERANCE))
             timed = interleaved({"base": base, "ours": ours}, 5 if quick else 30, warmup=3)
-        timed |= interleaved({"loop": loop}, 5 if quick else 10)
+            timed |= interleaved({"loop": loop}, 5 if quick else 10)
         shares[str(tokens)] = overhead(timed["ours"], timed["base"]) / timed["base"].median
         sides |= {f"{name}, {tokens} tokens": timing for name, timing in timed.items()}
     return Row(
@@ -57,7 +58,7 @@ def measure_experts(quick: bool) -> Row:
 
 @torch.no_grad()
 def measure_batch(quick: bool) -> Row:
-    """Row G3: 1 to 8 adapters in one batch, dense and experts; the value is the larger overhead at the most adapters."""
+    """Row G3: 1 to 8 adapters in one batch, dense and experts; the value is the larger overhead at the last."""
     device = cuda("G3")
     dense = nn.Sequential(nn.Linear(DIM, DIM, bias=False)).to(device, torch.bfloat16)
     experts = experts_layer(device)
@@ -75,10 +76,10 @@ def measure_batch(quick: bool) -> Row:
             with attach(layer, targets) as handle:
                 ours = applied(handle, layer, adapter, x)
                 alone = [applied(handle, layer, adapter.select([i]), x[i : i + 1]) for i in range(count)]
-                one_by_one = finished(lambda alone=alone: torch.cat([run() for run in alone]))
+                one_by_one = finished(partial(joined, alone))
                 error = max(error, gate("G3", ours(), one_by_one(), TOLERANCE))
                 timed = interleaved(
-                    {"base": finished(lambda layer=layer, x=x: layer(x)), "ours": ours, "one by one": one_by_one},
+                    {"base": finished(partial(layer, x)), "ours": ours, "one by one": one_by_one},
                     5 if quick else 30,
                     warmup=3,
                 )
@@ -116,6 +117,10 @@ def applied(handle: AdapterHandle, layer: nn.Module, adapter: Adapter, x: Tensor
             return layer(x)  # type: ignore[no-any-return]
 
     return finished(run)
+
+
+def joined(runs: Sequence[Callable[[], Tensor]]) -> Tensor:
+    return torch.cat([run() for run in runs])
 
 
 def finished(run: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -99,7 +101,7 @@ class HotSwapped:
         self._config = peft.LoraConfig(r=first.rank, lora_alpha=first.scale * first.rank, target_modules=names)
         wrapped = peft.get_peft_model(model, self._config).eval().requires_grad_(False)
         prepare_model_for_compiled_hotswap(wrapped)
-        self.model = torch.compile(wrapped, backend=backend)
+        self.model: Any = torch.compile(wrapped, backend=backend)
 
     def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
         state = {

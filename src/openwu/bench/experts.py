@@ -5,6 +5,8 @@ Both sides hook the same grouped products of the base, so that only the adapter'
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def measure(quick: bool) -> Row:
         timed |= {
             f"loop_{name}": timing
             for name, timing in interleaved(
-                {"base": lambda: layer(x), "loop": lambda adapter=adapter: looped(layer, adapter, x)}, repeats
+                {"base": lambda: layer(x), "loop": partial(looped, layer, adapter, x)}, repeats
             ).items()
         }
         costs = overhead(timed["ours"], timed["base"]), overhead(timed["loop_loop"], timed["loop_base"])

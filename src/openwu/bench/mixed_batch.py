@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def measure(quick: bool) -> Row:
             error = max(error, gate("C4", ours(), theirs(), TOLERANCE, layer(x)))
             plain = nn.Sequential(layer[0].__class__(dim, dim))
             plain.load_state_dict({"0.weight": layer[0].weight, "0.bias": layer[0].bias})
-            timed = interleaved({"base": lambda plain=plain: plain(x), "ours": ours, "peft": theirs}, repeats)
+            timed = interleaved({"base": partial(plain, x), "ours": ours, "peft": theirs}, repeats)
         costs = overhead(timed["ours"], timed["base"]), overhead(timed["peft"], timed["base"])
         ratios[f"{count} adapters"] = times_lower(*costs, resolution=0.01 * timed["base"].median)
         sides |= {f"{name}, {count} adapters": timing for name, timing in timed.items()}

@@ -1,4 +1,4 @@
-"""C5: a layer of experts with one adapter, against PEFT's `target_parameters`, which adds B A to all experts' weights."""
+"""C5: a layer of experts with one adapter, against PEFT's `target_parameters`, which adds B A to all weights."""
 
 from __future__ import annotations
 
