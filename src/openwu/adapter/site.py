@@ -2,7 +2,7 @@
 
 A site is resolved once, when adapters are attached. Between `load` and `clear` it holds the A and B that are active.
 They are plain attributes that the hook reads: torch.compile makes graph inputs of them, so that other adapters of
-equal shapes run the same code, and their gradients flow back to whatever generated them.
+equal shapes run the same code (another rank compiles once), and their gradients flow back to whatever generated them.
 
 Shapes: b samples of the adapter, n rows of a module's input (or runs of tokens, where requests of different lengths are
 packed in one sequence), T tokens, E experts, r rank.
