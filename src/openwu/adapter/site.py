@@ -104,6 +104,8 @@ class Active:
         index = torch.as_tensor(self.rows[:1] if self.uniform else self.rows)
         a = a.index_select(0, index.clamp(min=0).to(a.device))
         b = b.index_select(0, index.clamp(min=0).to(b.device))
+        if -1 not in self.rows:
+            return a, b
         return a, b * (index >= 0).to(b).view(-1, *[1] * (b.ndim - 1))
 
 
