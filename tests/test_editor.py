@@ -562,7 +562,7 @@ def test_tiles_that_disagree_meet_in_a_slope(
 ) -> None:
     """Every tile comes out darker by 20 steps of 255 than the one before it."""
     calls = iter(range(100))
-    monkeypatch.setattr(editor.model, "edit", lambda picture, *_: picture - next(calls) * 20 / 255)
+    monkeypatch.setattr(editor.model, "adapted", lambda *_: lambda picture, *_: picture - next(calls) * 20 / 255)
     edited = pixels(editor.edit(Image.new("RGB", (331, 290), (250, 250, 250)), "brighter").image)
     assert edited.max() - edited.min() > 90
     slope = 20 * 3 / 128  # from row to row of tiles: three tiles later
@@ -617,7 +617,7 @@ def test_tiles_get_windows_of_the_whole_pictures_planes(
         calls.append((picture, planes))
         return picture * (1 - planes[:, 1:].square().mean(1, keepdim=True))
 
-    monkeypatch.setattr(editor.model, "edit", record)
+    monkeypatch.setattr(editor.model, "adapted", lambda *_: record)
     image = Image.fromarray(scene(331, 290))
     tiled = editor.edit(image, "brighter", seed=9).image
     planes = torch.cat([noise_plane(331, 290, 9).float(), place_planes(290, 331)])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from openwu.backbone.tiny import TinyEditor
 from openwu.embedded import EmbeddedConfig, EmbeddedModel
 from openwu.errors import CheckpointError, TargetError
 from openwu.types import Adapter
@@ -213,3 +214,23 @@ def test_an_adapter_of_another_batch_or_model_is_refused(embedded_model: Embedde
     fewer = Adapter(adapter.targets[1:], {t.name: adapter.weights[t.name] for t in adapter.targets[1:]}, adapter.scale)
     with pytest.raises(TargetError, match="missing from the adapter"):
         embedded_model.edit(picture, planes, text, fewer)
+    with pytest.raises(TargetError, match="missing from the adapter"):
+        embedded_model.adapted(fewer.select([0]), 10**6)
+
+
+@torch.no_grad()
+def test_merged_weights_edit_as_hooks_do_and_leave_the_base_alone(embedded_model: EmbeddedModel) -> None:
+    picture, planes, whole = batch()
+    text = embedded_model.instruction(["brighter"] * 3)
+    adapter = embedded_model.adapt(whole, text).select([1])
+    base = embedded_model.backbone(picture, planes, text)
+    expected = embedded_model.edit(picture, planes, text, adapter)
+    small, large = (embedded_model.adapted(adapter, pixels) for pixels in (4, 10**6))
+    assert isinstance(large, TinyEditor)
+    assert not isinstance(small, TinyEditor)
+    assert torch.equal(small(picture, planes, text), expected)
+    torch.testing.assert_close(large(picture, planes, text), expected, atol=2e-5, rtol=1e-5)
+    assert torch.equal(embedded_model.backbone(picture, planes, text), base)
+    several = embedded_model.adapted(embedded_model.adapt(whole, text), 10**6)
+    assert not isinstance(several, TinyEditor)
+    assert torch.equal(embedded_model.adapted(adapter.scaled(0), 10**6)(picture, planes, text), base)

@@ -251,7 +251,14 @@ class Editor:
         groups: dict[tuple[tuple[int, int], int], list[int]] = {}
         for index, job in enumerate(jobs):
             groups.setdefault((job.photo.size, job.adapter.rank), []).append(index)
-        chunks = [chunk for ((w, h), _), members in groups.items() for chunk in _chunks(members, WHOLE // (w * h))]
+        chunks = [
+            chunk
+            for ((w, h), _), members in groups.items()
+            # One by one where each has its own merged weights; otherwise together, through hooks.
+            for chunk in _chunks(
+                members, 1 if self.model.merging_pays(jobs[members[0]].adapter, w * h) else WHOLE // (w * h)
+            )
+        ]
         grids = [self.tiles(*jobs[chunk[0]].photo.size) for chunk in chunks]
         done, total = 0, sum(len(grid) for grid in grids)
         edited: dict[int, Photo] = {}
@@ -261,12 +268,12 @@ class Editor:
             canvas = Canvas([job.photo for job in together], grid, MARGIN)
             noises = [noise_plane(width, height, job.seed) for job in together]
             text = torch.stack([job.text for job in together])
-            adapter = Adapter.stack([job.adapter for job in together])
+            edit = self.model.adapted(Adapter.stack([job.adapter for job in together]), width * height)
             for tile in grid:
                 picture = torch.stack([_unit(job.photo.pixels[tile.window]) for job in together])
                 place = place_planes(height, width, tile.window)
                 planes = torch.stack([torch.cat([noise[:, *tile.window].float(), place]) for noise in noises])
-                canvas.add(tile, self.model.edit(picture, planes, text, adapter))
+                canvas.add(tile, edit(picture, planes, text))
                 done += 1
                 if progress:
                     progress(done, total)

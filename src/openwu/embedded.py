@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openwu.adapter.inject import attach
+from openwu.adapter.merge import merged_copy, merging_pays
 from openwu.backbone.tiny import INPUT_CHANNELS, OUTPUT_CHANNELS, TinyEditor, TinyEditorConfig
 from openwu.condition.embedded import EmbeddedConditionConfig, EmbeddedConditionEncoder
 from openwu.condition.instruction import InstructionConfig, InstructionEncoder
@@ -181,6 +184,22 @@ class EmbeddedModel(nn.Module):
         with nullcontext() if adapter is None else self.handle.applied(adapter):
             edited: Tensor = self.backbone(picture, planes, text)
         return edited
+
+    def adapted(self, adapter: Adapter, pixels: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`edit` with this adapter, by whatever is quickest for so many pixels: merged weights or hooks. No gradients.
+
+        Merged weights are a copy: `backbone` stays as it is, for other threads too.
+        """
+        self.handle.check_targets(adapter)
+        if adapter.batch == 1 and self.merging_pays(adapter, pixels):
+            return merged_copy(self.backbone, adapter)
+        return partial(self.edit, adapter=adapter)
+
+    def merging_pays(self, adapter: Adapter, pixels: int) -> bool:
+        """Whether an adapter of one request had better be merged to edit so many pixels."""
+        patches = pixels // self.config.backbone.patch**2
+        rows = {t.name: pixels if t.name.startswith("pixels.") else patches for t in adapter.targets}
+        return merging_pays(self.backbone, adapter.targets, adapter.rank, rows)
 
     @property
     def num_parameters(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwu.adapter.experts import ExpertRouting
+from openwu.grouped import GroupedProduct, Routed
 from openwu.types import Adapter, Target
 
 ROUTING = ExpertRouting(router="gate", indices=itemgetter(1))
@@ -95,6 +96,42 @@ class Mixture(nn.Module):
             if len(token):
                 combined = combined.index_add(0, token, weights[token, slot, None] * expert(tokens[token]))
         return combined.view(x.shape) + self.shared_mlp(x)
+
+
+class StackedMixture(nn.Module):
+    """Routed experts with stacked weights, computed by grouped products: `gate_up_proj` is `[gate; up]`."""
+
+    def __init__(self, dim: int = 6, hidden: int = 5, experts: int = 4, top_k: int = 2) -> None:
+        super().__init__()
+        self.gate = Gate(dim, experts, top_k)
+        self.experts = StackedExperts(dim, hidden, experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, indices = self.gate(x)
+        return self.experts(x.flatten(0, -2), indices, weights).view(x.shape)
+
+
+class StackedExperts(nn.Module):
+    """As in transformers: `[T, d]`, expert indices and weights `[T, k]` -> `[T, d]`."""
+
+    def __init__(self, dim: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * hidden, dim) / dim**0.5)
+        self.down_proj = nn.Parameter(torch.randn(experts, dim, hidden) / hidden**0.5)
+        self.products = nn.ModuleDict({name: GroupedProduct() for name in ("gate_up_proj", "down_proj")})
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        routed = Routed.of(chosen, len(self.gate_up_proj))
+        gate, up = self.products["gate_up_proj"](x[routed.token_s], self.gate_up_proj, routed).chunk(2, -1)
+        down = self.products["down_proj"](F.silu(gate) * up, self.down_proj, routed)
+        return routed.combine(down, weights)
+
+
+def stacked_targets(dim: int = 6, hidden: int = 5, experts: int = 4, prefix: str = "experts") -> list[Target]:
+    return [
+        Target(f"{prefix}.gate_up_proj", dim, 2 * hidden, experts),
+        Target(f"{prefix}.down_proj", hidden, dim, experts),
+    ]
 
 
 def mixture_targets(dim: int = 6, hidden: int = 5, experts: int = 4, prefix: str = "experts") -> list[Target]:

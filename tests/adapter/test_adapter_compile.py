@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from adapter_cases import SMALL_TARGETS, random_adapter, small_model
-from torch import Tensor
+from adapter_cases import SMALL_TARGETS, StackedMixture, random_adapter, small_model, stacked_targets
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from openwu.adapter.inject import attach
 from openwu.errors import TargetError
-from openwu.types import Adapter
+from openwu.types import Adapter, Target
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -121,3 +121,47 @@ def test_threads_share_compiled_code_but_not_a_scope(fullgraph: bool) -> None:
             assert isinstance(error, torch._dynamo.exc.Unsupported if fullgraph else TargetError)
             torch.testing.assert_close(compiled(X), model(X))
         assert in_thread(scope) is None
+
+
+TOKENS = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+# torch._dynamo looks at the `.grad` of its inputs, and a generated A or B is no leaf; in training that is one warning.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("packed", [False, True])
+def test_stacked_experts_share_one_graph_from_request_to_request(packed: bool) -> None:
+    """20 adapters in turn, at other strengths; packed requests have other lengths each time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), StackedMixture(8, 8)).requires_grad_(False)
+    targets = [Target("0", 8, 8), *stacked_targets(8, 8, prefix="1.experts")]
+    with attach(model, targets) as handle:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for seed in range(20):
+            adapter = random_adapter(targets, 2, seed=seed, dtype=torch.float32, trained=True)
+            segments = [1 + seed % 11, 11 - seed % 11] if packed else None
+            x = TOKENS.view(1, 12, 8) if packed else TOKENS
+            adapter = adapter.scaled(0.1 * seed - 1)
+            with handle.applied(adapter, segments=segments):
+                y, expected = compiled(x), model(x)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+            if seed < 3:
+                came, wanted = gradients(y, adapter), gradients(expected, adapter)
+                torch.testing.assert_close(came, wanted, rtol=1e-3, atol=1e-3)
+        assert graphs() == 1
+        assert not counters["graph_break"]
+
+
+def test_strength_does_not_recompile_and_every_rank_does_so_once() -> None:
+    """torch takes sizes of what modules hold for constants: a rank compiles when it first comes, and never again."""
+    model = small_model()
+    with attach(model, SMALL_TARGETS) as handle:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+        def run(rank: int, seed: int) -> int:
+            adapter = random_adapter(SMALL_TARGETS, 3, rank=rank, seed=seed).scaled([0.5 * seed, 1.0, -seed])
+            with handle.applied(adapter):
+                torch.testing.assert_close(compiled(X), model(X))
+            return graphs()
+
+        assert [run(2, seed) for seed in range(4)] == [1] * 4
+        assert [run(5, 4), run(5, 5), run(2, 6), run(5, 7)] == [2] * 4

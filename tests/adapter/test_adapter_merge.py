@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from adapter_cases import (
@@ -17,7 +19,7 @@ from adapter_cases import (
 from torch import Tensor, nn
 
 from openwu.adapter.inject import attach
-from openwu.adapter.merge import merge_, merged, unmerge_
+from openwu.adapter.merge import merge_, merged, merged_copy, merging_pays, unmerge_
 from openwu.errors import TargetError
 from openwu.types import Target
 
@@ -144,3 +146,96 @@ def test_an_adapter_on_another_device_is_refused() -> None:
     with pytest.raises(TargetError, match="the adapter is on meta"):
         merge_(model, random_adapter(SMALL_TARGETS, 1).to("meta"))
     assert same_bits(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_merged_copy_computes_what_merging_in_place_does(dtype: torch.dtype) -> None:
+    model, x = small_model(dtype).to(memory_format=torch.channels_last), X.to(dtype)
+    adapter = random_adapter(SMALL_TARGETS, 1, dtype=dtype)
+    before, base = bits(model), model(x)
+    with merged(model, adapter):
+        expected = model(x)
+    copy = merged_copy(model, adapter)
+    assert torch.equal(copy(x), expected)
+    assert not torch.equal(expected, base)
+    assert same_bits(model, before)
+    assert torch.equal(model(x), base)
+    assert copy.first.weight.stride() == model.first.weight.stride()
+    assert copy.first.bias is model.first.bias
+
+
+def test_a_merged_copy_ignores_adapters_that_are_applied_to_the_model() -> None:
+    """In another thread, say; other hooks stay, and modules used twice are still one."""
+    model = small_model()
+    model.again = model.middle[1]
+    adapter, other = random_adapter(SMALL_TARGETS, 1), random_adapter(SMALL_TARGETS, 1, seed=1)
+    calls: list[int] = []
+    model.first.register_forward_hook(lambda *_: calls.append(1))
+    with attach(model, SMALL_TARGETS) as handle:
+        with handle.applied(adapter):
+            expected = model(X)
+        copy = merged_copy(model, adapter)
+        with handle.applied(other):
+            torch.testing.assert_close(copy(X), expected)
+            model(X)
+    assert len(calls) == 3
+    assert copy.again is copy.middle[1]
+    assert copy.middle is not model.middle
+
+
+def test_merged_copies_run_in_threads_of_their_own() -> None:
+    model = small_model()
+    adapters = [random_adapter(SMALL_TARGETS, 1, seed=seed) for seed in range(4)]
+    expected = []
+    for adapter in adapters:
+        with merged(model, adapter):
+            expected.append(model(X))
+    with ThreadPoolExecutor(4) as pool:
+        came = list(pool.map(lambda adapter: [merged_copy(model, adapter)(X) for _ in range(20)], adapters))
+    for each, wanted in zip(came, expected, strict=True):
+        assert all(torch.equal(y, wanted) for y in each)
+
+
+@pytest.mark.parametrize(("rows", "forwards", "pays"), [(3, 1, False), (4, 1, True), (1, 3, False), (2, 2, True)])
+def test_merging_pays_on_a_cpu_by_arithmetic(rows: int, forwards: int, pays: bool) -> None:
+    """6 * 9 weights against 6 + 9 per row: 3.6 rows."""
+    model, targets = nn.Sequential(nn.Linear(6, 9)), [Target("0", 6, 9)]
+    assert merging_pays(model, targets, 2, rows, forwards) == pays
+
+
+def test_merging_pays_counts_every_target_with_its_own_rows() -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 6))
+    targets = [Target("0", 6, 9), Target("1", 9, 6)]
+    assert not merging_pays(model, targets, 2, {"0": 1, "1": 6})
+    assert merging_pays(model, targets, 2, {"0": 1, "1": 7})
+
+
+def test_merging_experts_takes_all_of_them() -> None:
+    """4 experts of 6 * 5 weights three times over, against 11 per routed row: 32.7 rows."""
+    assert not merging_pays(Mixture(), mixture_targets(), 2, 10)
+    assert merging_pays(Mixture(), mixture_targets(), 2, 11)
+
+
+def test_merging_never_pays_where_it_cannot_be_done() -> None:
+    model = nn.ModuleDict({"int8": Quantised(), "fine": nn.Linear(3, 3), "meta": nn.Linear(3, 3, device="meta")})
+    assert merging_pays(model, [Target("fine", 3, 3)], 2, 10**9)
+    for name in ("int8", "meta"):
+        assert not merging_pays(model, [Target("fine", 3, 3), Target(name, 3, 3)], 2, 10**9)
+    with pytest.raises(TargetError, match="quantised"):
+        merged_copy(model, random_adapter([Target("int8", 3, 3)], 1))
+
+
+class Computed(nn.Linear):
+    """A linear module whose weight is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        weight = self.weight.detach()
+        del self.weight
+        self.weight = weight
+
+
+def test_a_weight_that_is_no_parameter_is_refused() -> None:
+    adapter = random_adapter([Target("0", 3, 3)], 1)
+    with pytest.raises(TargetError, match="no parameter `weight`"):
+        merged_copy(nn.Sequential(Computed()), adapter)

@@ -36,6 +36,8 @@ class ConvSite(PairSite):
         x = x.to(y.device)
         a, b = self.pair(y, x)
         conv = self.module
+        if self._run_t is not None:
+            raise TargetError(f"{self.path}: segments are runs of tokens, a convolution has none; use rows")
         if x.ndim != 4:
             raise TargetError(f"{self.path}: expected an input [n, c, h, w], got shape {tuple(x.shape)}")
         padding: tuple[int, ...] | str = conv.padding
@@ -45,5 +47,5 @@ class ConvSite(PairSite):
         return dispatch.add_conv(y, x, a, b, self.scale, conv.stride, padding, conv.dilation)
 
     def weight_delta(self, active: Active) -> Tensor:
-        a, b = active.pairs[self.path, None]
+        a, b = active.pair(self.path)
         return product(a, b, active.scale, self.module.weight.dtype).view(self.module.weight.shape)

@@ -3,7 +3,8 @@
 A target `<container>.<weight>` with E experts adapts one linear module in each of the container's E children: the one
 of that name, or the module that stacks it with others along its output (`FUSED`). The base model routes and combines
 as ever; only the linear modules' outputs change. Experts see routed tokens rather than rows: with several samples in
-a batch, the sample of each token follows from the router's output (`ExpertRouting`).
+a batch, the sample of each token follows from the router's output (`ExpertRouting`). Experts whose weights are stacked
+in one tensor are `stacked.py`'s.
 
 Shapes: T tokens of a batch (rows * length), k experts per token, t tokens of one expert, b samples, r rank.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from openwu.adapter.linear import check_widths, product
 from openwu.adapter.site import Active, Site, check_device
+from openwu.adapter.stacked import stacked_sites
 from openwu.errors import TargetError
 from openwu.ops import dispatch
 from openwu.types import Target
@@ -31,8 +33,8 @@ FUSED = {"gate_and_up_proj": ("w3", "w1"), "down_proj": ("w2",)}
 class ExpertRouting:
     """Where to read which tokens an expert sees. Needed only when the rows of a batch have different adapters.
 
-    Assumes that tokens are flattened `[rows * length]` with equal lengths, and that every expert receives its tokens
-    in ascending order, each at most once.
+    Assumes that tokens are flattened `[rows * length]` with equal lengths (or as `segments` say), and that every expert
+    receives its tokens in ascending order, each at most once.
     """
 
     router: str
@@ -48,14 +50,16 @@ class RouterSite(Site):
         super().__init__(path, module, ())
         self._indices = indices
         self._samples: tuple[int, ...] = ()
+        self._run_t: Tensor | None = None
         self._chosen_tk: Tensor | None = None
 
     def update(self, y: Any, _: Any) -> Any:
         chosen_tk = self._indices(y)
-        if chosen_tk.ndim != 2 or chosen_tk.shape[0] % len(self._samples):
+        run_t, rows = self._run_t, len(self._samples)
+        if chosen_tk.ndim != 2 or (len(chosen_tk) % rows if run_t is None else len(chosen_tk) != len(run_t)):
+            held = f"equally many tokens for each of {rows} rows" if run_t is None else f"the segments' {len(run_t)}"
             raise TargetError(
-                f"{self.path}: expected expert indices [tokens, k] with equally many tokens for each of "
-                f"{len(self._samples)} rows, got shape {tuple(chosen_tk.shape)}"
+                f"{self.path}: expected expert indices [tokens, k] with {held}, got shape {tuple(chosen_tk.shape)}"
             )
         self._chosen_tk = chosen_tk
         return y
@@ -71,13 +75,15 @@ class RouterSite(Site):
                 "serve such a model one sample at a time"
             )
         length = len(self._chosen_tk) // len(self._samples)
-        return torch.tensor(self._samples, device=tokens.device)[tokens // length].to(x.device)
+        row = tokens // length if self._run_t is None else self._run_t.to(tokens.device)[tokens]
+        return torch.tensor(self._samples, device=tokens.device)[row].to(x.device)
 
     def take(self, active: Active) -> None:
         self._samples = tuple(range(active.batch)) if active.rows is None else active.rows
+        self._run_t = None if active.segments is None else active.segments.of_token
 
     def drop(self) -> None:
-        self._chosen_tk = None
+        self._chosen_tk = self._run_t = None
 
 
 class ExpertSite(Site):
@@ -141,7 +147,7 @@ class ExpertSite(Site):
         parts = [
             torch.zeros(width, weight.shape[1], device=weight.device)
             if target is None
-            else product(*active.pairs[target.name, self._expert], active.scale, weight.dtype)
+            else product(*active.pair(target.name, self._expert), active.scale, weight.dtype)
             for target, width in zip(self._stacked, self._widths, strict=True)
         ]
         return torch.cat(parts)
@@ -156,7 +162,7 @@ class ExpertSite(Site):
 
     def _pair(self, active: Active, target: Target) -> tuple[Tensor, Tensor]:
         """With routing all samples' A and B: the tokens choose."""
-        return active.per_row(target.name, self._expert) if self._uniform else active.pairs[target.name, self._expert]
+        return active.per_row(target.name, self._expert) if self._uniform else active.pair(target.name, self._expert)
 
 
 def expert_sites(
@@ -166,6 +172,9 @@ def expert_sites(
     by_weight = {target.name.removeprefix(f"{container}."): target for target in targets}
     experts = targets[0].experts
     held = modules.get(container)
+    stacked = None if held is None else stacked_sites(container, held, targets)
+    if stacked is not None:
+        return stacked
     children = [] if held is None else [name for name, _ in held.named_children()]
     if children != [str(expert) for expert in range(len(children))] or {t.experts for t in targets} != {len(children)}:
         raise TargetError(
@@ -178,12 +187,12 @@ def expert_sites(
         stacks: dict[str, list[Target | None]] = {}
         for weight in by_weight:
             name, stack = _module_of(modules, f"{container}.{expert}", weight)
-            stacks[name] = [by_weight.get(stacked) for stacked in stack]
-        for name, stacked in stacks.items():
+            stacks[name] = [by_weight.get(each) for each in stack]
+        for name, weights in stacks.items():
             path = f"{container}.{expert}.{name}"
             module = modules[path]
             assert isinstance(module, nn.Linear)
-            sites.append(ExpertSite(path, module, stacked, expert, router))
+            sites.append(ExpertSite(path, module, weights, expert, router))
     return sites
 
 

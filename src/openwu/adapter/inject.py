@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from openwu.adapter.conv import ConvSite
 from openwu.adapter.experts import ExpertRouting, expert_sites
 from openwu.adapter.linear import LinearSite
-from openwu.adapter.site import Active, Caller, Site
+from openwu.adapter.site import Active, Caller, Segments, Site
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 
@@ -72,25 +72,36 @@ class AdapterHandle:
             _attached.add(site.module)
 
     @contextmanager
-    def applied(self, adapter: Adapter, rows: Sequence[int] | Tensor | None = None) -> Iterator[None]:
+    def applied(
+        self,
+        adapter: Adapter,
+        rows: Sequence[int] | Tensor | None = None,
+        *,
+        segments: Sequence[int] | Tensor | None = None,
+    ) -> Iterator[None]:
         """Every forward pass inside the scope uses `adapter`.
 
         `rows[i]` is the sample whose adapter row i of the batch gets, -1 for none. Guidance that stacks `[cond |
         uncond]` blocks tiles them: `[0, 1, 0, 1]`, or `[0, 1, -1, -1]`. Default: row i has sample i, or every row has
         the only sample.
 
+        `segments`: for requests of different lengths packed in one sequence. Their lengths in tokens, in order; then
+        `rows[i]` is the sample of segment i. Inputs may be `[T, d]` or `[1, T, d]`; every adapted module must see all
+        T tokens.
+
         Raises TargetError at exit when the model did not reach a target, unless another exception is on its way.
         """
         if not self._hooks:
             raise TargetError("applied: the handle is detached; attach to the model again")
-        self._check_targets(adapter)
+        self.check_targets(adapter)
         samples = _samples(adapter, rows)
+        packed = None if segments is None else _segments(adapter, samples, segments)
         if not self._busy.acquire(blocking=False):
             raise TargetError(
                 "applied: this handle is applying an adapter already; its scopes neither nest nor run in parallel"
             )
         try:
-            active = Active.of(adapter, samples, self._caller)
+            active = Active.of(adapter, samples, self._caller, packed)
             for site in self._sites:
                 site.load(active)
             self._caller.inside = True
@@ -125,7 +136,8 @@ class AdapterHandle:
     ) -> None:
         self.detach()
 
-    def _check_targets(self, adapter: Adapter) -> None:
+    def check_targets(self, adapter: Adapter) -> None:
+        """Raise TargetError for an adapter of other targets than those attached."""
         ours, theirs = set(self.targets), set(adapter.targets)
         if ours != theirs:
             raise TargetError(
@@ -195,6 +207,17 @@ def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> tuple[int
             f"got {wrong or 'no rows'}"
         )
     return samples
+
+
+def _segments(adapter: Adapter, samples: tuple[int, ...] | None, segments: Sequence[int] | Tensor) -> Segments:
+    """`segments` checked, where the adapter is."""
+    lengths = [int(length) for length in (segments.tolist() if isinstance(segments, Tensor) else segments)]
+    count = len(samples) if samples is not None else None if adapter.batch == 1 else adapter.batch
+    if not lengths or min(lengths) < 0 or count not in (None, len(lengths)):
+        raise TargetError(
+            f"segments: expected a number of tokens for each of {count or 'one or more'} segments, got {lengths}"
+        )
+    return Segments.of(lengths, adapter.weights[adapter.targets[0].name][0].device)
 
 
 def _listed(targets: set[Target]) -> str:

@@ -24,10 +24,20 @@ class LinearSite(PairSite):
         # Offloading moves a module's input inside its forward, after the hooks have seen it: follow the output.
         x = x.to(y.device)
         a, b = self.pair(y, x)
-        return dispatch.add_linear(y, x, a, b, self.scale)
+        if self._run_t is None:
+            return dispatch.add_linear(y, x, a, b, self.scale)
+        assert self._ends is not None
+        flat_x = x.reshape(-1, x.shape[-1])
+        if len(flat_x) != len(self._run_t):
+            raise TargetError(
+                f"{self.path}: the segments hold {len(self._run_t)} tokens, but the module's input has shape "
+                f"{tuple(x.shape)}"
+            )
+        flat_y = y.reshape(-1, y.shape[-1])
+        return dispatch.add_sorted(flat_y, flat_x, a, b, self.scale, self._run_t, self._ends).view(y.shape)
 
     def weight_delta(self, active: Active) -> Tensor:
-        a, b = active.pairs[self.path, None]
+        a, b = active.pair(self.path)
         return product(a, b, active.scale, self.module.weight.dtype)
 
 

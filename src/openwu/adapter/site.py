@@ -2,16 +2,17 @@
 
 A site is resolved once, when adapters are attached. Between `load` and `clear` it holds the A and B that are active.
 They are plain attributes that the hook reads: torch.compile makes graph inputs of them, so that other adapters of
-equal shapes run the same code, and their gradients flow back to whatever generated them.
+equal shapes run the same code (another rank compiles once), and their gradients flow back to whatever generated them.
 
-Shapes: b samples of the adapter, n rows of a module's input, E experts, r rank.
+Shapes: b samples of the adapter, n rows of a module's input (or runs of tokens, where requests of different lengths are
+packed in one sequence), T tokens, E experts, r rank.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,42 +29,73 @@ class Caller(threading.local):
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Runs of tokens in a packed sequence, one after another, each with the adapter of one sample."""
+
+    lengths: tuple[int, ...]
+    ends: Tensor
+    """`[n]` int32: where each run ends"""
+    of_token: Tensor
+    """`[T]` run of every token"""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
+        each = torch.tensor(lengths)
+        of_token = torch.repeat_interleave(torch.arange(len(lengths)), each)
+        return cls(tuple(lengths), each.cumsum(0).to(device, torch.int32), of_token.to(device))
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
 class Active:
     """The adapter of one scope, taken apart for the sites."""
 
-    pairs: Mapping[tuple[str, int | None], tuple[Tensor, Tensor]]
-    """(target name, expert or None) -> (A `[b, r, in]`, B `[b, out, r]`)"""
+    weights: Mapping[str, tuple[Tensor, Tensor]]
+    """target name -> (A `[b, (E,) r, in]`, B `[b, (E,) out, r]`)"""
     scale: float
     batch: int
     rows: tuple[int, ...] | None
     """Sample of every input row, -1 for none; None: as many rows as samples, or any number of rows for one sample."""
+    segments: Segments | None
+    """Where `rows` are runs of tokens rather than entries of the batch."""
     trained: bool
     """Whether gradients flow into A and B."""
     caller: Caller
+    _of_experts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, adapter: Adapter, rows: tuple[int, ...] | None, caller: Caller) -> Active:
-        pairs: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
-        for target in adapter.targets:
-            a, b = adapter.weights[target.name]
-            if target.experts is None:
-                pairs[target.name, None] = a, b
-            else:
-                # One unbind for all experts: its gradient is one stack, where E indexings have E gradients of full
-                # size.
-                for expert, pair in enumerate(zip(a.unbind(1), b.unbind(1), strict=True)):
-                    pairs[target.name, expert] = pair
+    def of(
+        cls, adapter: Adapter, rows: tuple[int, ...] | None, caller: Caller, segments: Segments | None = None
+    ) -> Active:
         trained = any(a.requires_grad or b.requires_grad for a, b in adapter.weights.values())
-        return cls(pairs, adapter.scale, adapter.batch, rows, trained, caller)
+        return cls(adapter.weights, adapter.scale, adapter.batch, rows, segments, trained, caller)
 
     @property
     def uniform(self) -> bool:
         """Whether all rows have the same sample."""
         return self.batch == 1 if self.rows is None else len(set(self.rows)) == 1
 
+    @property
+    def num_rows(self) -> int | None:
+        """Rows that a module's input should have; None: any number, since all have the only sample."""
+        return len(self.rows) if self.rows is not None else None if self.batch == 1 else self.batch
+
+    def pair(self, name: str, expert: int | None = None) -> tuple[Tensor, Tensor]:
+        """A target's A and B, or those of one of its experts: A `[b, r, in]` and B `[b, out, r]`."""
+        a, b = self.weights[name]
+        if expert is None:
+            return a, b
+        if name not in self._of_experts:
+            # One unbind for all experts: its gradient is one stack, where E indexings have E gradients of full size.
+            self._of_experts[name] = list(zip(a.unbind(1), b.unbind(1), strict=True))
+        return self._of_experts[name][expert]
+
     def per_row(self, name: str, expert: int | None = None) -> tuple[Tensor, Tensor]:
-        """A and B with one entry per input row, or with a single one where `uniform`."""
-        a, b = self.pairs[name, expert]
+        """`pair` with one entry per input row, or with a single one where `uniform`."""
+        a, b = self.pair(name, expert)
         if self.rows is None or self.rows == tuple(range(self.batch)):
             return a, b
         if self.uniform and self.rows[0] >= 0:
@@ -72,7 +104,9 @@ class Active:
         index = torch.as_tensor(self.rows[:1] if self.uniform else self.rows)
         a = a.index_select(0, index.clamp(min=0).to(a.device))
         b = b.index_select(0, index.clamp(min=0).to(b.device))
-        return a, b * (index >= 0).to(b)[:, None, None]
+        if -1 not in self.rows:
+            return a, b
+        return a, b * (index >= 0).to(b).view(-1, *[1] * (b.ndim - 1))
 
 
 class Site:
@@ -106,6 +140,15 @@ class Site:
             return None
         self._check_caller()
         self.reached = True
+        return self.adapt(y, args, kwargs)
+
+    @property
+    def weight(self) -> tuple[str, nn.Parameter]:
+        """The weight that the targets adapt, and its state-dict name."""
+        return f"{self.path}.weight", self.module.get_parameter("weight")
+
+    def adapt(self, y: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> Any:
+        """The adapted output for a module's output y and whatever it was called with."""
         return self.update(y, args[0] if args else kwargs.get("input"))
 
     def update(self, y: Any, x: Any) -> Any:
@@ -153,13 +196,15 @@ class PairSite(Site):
         self._a: Tensor | None = None
         self._b: Tensor | None = None
         self._rows: int | None = None
+        self._ends: Tensor | None = None
+        self._run_t: Tensor | None = None
 
     def pair(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The active A and B, after checking that the module's input x `[n, ...]` has the rows they are meant for."""
         a, b = self._a, self._b
         assert a is not None
         assert b is not None
-        if self._rows is not None and (x.ndim < 2 or x.shape[0] != self._rows):
+        if self._run_t is None and self._rows is not None and (x.ndim < 2 or x.shape[0] != self._rows):
             raise TargetError(
                 f"{self.path}: the adapter is for {self._rows} rows, but the module's input has shape "
                 f"{tuple(x.shape)}; pass applied(adapter, rows=...) with the sample index of every input row"
@@ -169,10 +214,12 @@ class PairSite(Site):
 
     def take(self, active: Active) -> None:
         self._a, self._b = active.per_row(self.path)
-        self._rows = len(active.rows) if active.rows is not None else None if active.batch == 1 else active.batch
+        self._rows = active.num_rows
+        if active.segments is not None and not active.uniform:
+            self._ends, self._run_t = active.segments.ends, active.segments.of_token
 
     def drop(self) -> None:
-        self._a = self._b = None
+        self._a = self._b = self._ends = self._run_t = None
 
 
 def check_device(path: str, a: Tensor, y: Tensor) -> None:

@@ -1,0 +1,100 @@
+"""Rows about applying adapters: they run, their gates can fail, and what they count is what the formulas say."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from openwu.bench import ROWS, apply_gpu, apply_growth, experts, mixed_batch, peft_experts
+from openwu.bench.apply_parts import gate, overhead, times_lower
+from openwu.bench.row import Row, Timing
+from openwu.errors import OpenwuError
+from openwu.types import Target
+
+
+def check(row: Row) -> None:
+    assert row.value > 0
+    assert 0 <= row.error <= 1e-5
+    assert row.sides
+    assert all(min(timing.seconds) > 0 for timing in row.sides.values())
+
+
+def test_experts() -> None:
+    check(experts.measure(quick=True))
+
+
+@pytest.mark.parametrize("row", [mixed_batch, peft_experts])
+def test_rows_against_peft(row: object) -> None:
+    pytest.importorskip("peft")
+    check(row.measure(quick=True))  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    pytest.importorskip("peft")
+    row = importlib.import_module("openwu.bench.compiled").measure(quick=True)
+    check(row)
+    assert row.details["recompilations"]["ours"] == 0
+
+
+def test_rows_are_found() -> None:
+    for name in ("C3", "C4", "C5", "C6", "G2", "G3"):
+        module, _, function = ROWS[name].partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("measure", [apply_gpu.measure_experts, apply_gpu.measure_batch])
+def test_gpu_rows_need_a_gpu(measure: object) -> None:
+    with pytest.raises(OpenwuError, match=r"G[23]: expected a CUDA device"):
+        measure(quick=True)  # type: ignore[operator]
+
+
+def test_a_side_that_leaves_out_samples_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed_batch, "peft_model", lambda model, _: Deaf(model))
+    with pytest.raises(OpenwuError, match="C4: both sides should agree"):
+        mixed_batch.measure(quick=True)
+
+
+class Deaf(nn.Module):
+    """Ignores adapter names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return self.model[0].forward(x)  # type: ignore[index, no-any-return, operator]
+
+
+def test_gate() -> None:
+    y = torch.ones(3)
+    assert gate("C0", y, y, 1e-5, 2 * y) == 0
+    with pytest.raises(OpenwuError, match=r"C0: .* differ by 1\.0e-01"):
+        gate("C0", 1.1 * y, y, 1e-5)
+    with pytest.raises(OpenwuError, match="changes hardly anything"):
+        gate("C0", y, y, 1e-5, y)
+    with pytest.raises(OpenwuError, match="differ by nan"):
+        gate("C0", y * float("nan"), y, 1e-5)
+
+
+def test_overhead_pairs_measurements() -> None:
+    assert overhead(Timing((3.0, 30.0, 5.0)), Timing((1.0, 20.0, 4.0))) == 2
+    assert times_lower(0.5, 2.0, resolution=0.1) == 4
+    assert times_lower(-1.0, 2.0, resolution=0.5) == 4
+
+
+def test_counted_work() -> None:
+    """3 rows, rank 2, 5 -> 7: A and B are 2 * 12 numbers each way."""
+    assert apply_growth.moved_bytes([Target("0", 5, 7)], rows=3, rank=2, groups=2) == 4 * (
+        3 * (5 + 4 + 14) + 2 * 2 * 12
+    )
+
+
+@pytest.mark.parametrize("name", ["rank", "adapters", "experts"])
+def test_growth(name: str) -> None:
+    curve = getattr(apply_growth, f"measure_{name}")(quick=True)
+    assert curve.points[-1].predicted > curve.points[0].predicted
