@@ -19,8 +19,10 @@ from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter, BaseRequest, SamplingOptions, Target
 
 MULTIMODAL = ("qwen-image-edit", "qwen-image-edit-plus", "longcat-image-edit")
-"""Bases whose text encoder sees pictures; they have test files of their own."""
-NAMES = tuple(name for name in BACKBONES if name not in MULTIMODAL)
+"""Bases whose text encoder sees pictures and whose prompts we encode; they have a test file of their own."""
+CAUSAL = ("qwen-image-21",)
+"""Bases that read prompt and pictures as a prefix; they too."""
+NAMES = tuple(name for name in BACKBONES if name not in MULTIMODAL + CAUSAL)
 PIXELS = 64 * 64
 FAST = SamplingOptions(steps=2, pixels=PIXELS)
 
@@ -28,7 +30,7 @@ FAST = SamplingOptions(steps=2, pixels=PIXELS)
 @cache
 def backbone(name: str) -> Any:
     """The tiny backbone of a registered name: `tiny_pipelines` or `tiny_multimodal` has a function for each."""
-    pipelines = tiny_multimodal if name in MULTIMODAL else tiny_pipelines
+    pipelines = tiny_multimodal if name in MULTIMODAL + CAUSAL else tiny_pipelines
     made = backbone_class(name)(getattr(pipelines, name.replace("-", "_"))())  # type: ignore[call-arg]
     made.condition_pixels = made.pixels = PIXELS
     return made

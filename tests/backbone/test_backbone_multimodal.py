@@ -1,4 +1,4 @@
-"""Bases whose text encoder sees pictures: what holds for every base, their prompts, and their own pipelines as reference.
+"""Bases whose text encoder sees pictures: what holds for every base, their prompts, their own pipelines as reference.
 
 What a prompt's states must be is asked of the text encoder itself, with the positions that its processor's token types
 give, and with positions written down here.
@@ -27,7 +27,7 @@ from test_backbone_bases import (  # noqa: F401  (they run here with this file's
 from torch import nn
 
 from openwu import attach
-from openwu.backbone import backbone_class, multimodal
+from openwu.backbone import backbone_class, loading, multimodal
 from openwu.errors import InstructionError, OpenwuError, TargetError
 from openwu.types import BaseRequest, SamplingOptions
 
@@ -66,7 +66,9 @@ def linear_maps(base: Any) -> set[str]:
 
 
 def test_targets_are_the_linear_maps_without_modulation_and_without_dead_ones(base: Any) -> None:
-    dead = {name for name in linear_maps(base) if type(base).__name__ != "LongCatImageEdit" and re.fullmatch(DEAD, name)}
+    dead = {
+        name for name in linear_maps(base) if type(base).__name__ != "LongCatImageEdit" and re.fullmatch(DEAD, name)
+    }
     assert len(dead) in (0, 4)
     assert {target.name for target in targets_of(base)} == linear_maps(base) - dead
 
@@ -94,39 +96,34 @@ def test_a_condition_reads_prompt_and_pictures_and_a_batch_is_its_samples(base: 
     assert (together.tokens.shape[2], together.more[name].tokens.shape[2]) == (width, more)
     for i, request in enumerate(asked):
         alone = base.condition([request])
-        torch.testing.assert_close(together.tokens[i][together.mask[i]], alone.tokens[0])
+        torch.testing.assert_close(together.tokens[i][together.mask[i]], alone.tokens[0], rtol=0, atol=1e-6)
         mask = together.more[name].mask[i]
         torch.testing.assert_close(together.more[name].tokens[i][mask], alone.more[name].tokens[0])
-    assert together.more[name].mask.sum(1).tolist() == [16, 16 + 20]
+    assert together.more[name].mask.sum(1).tolist() == [16, 16 + (16 if base.multiple == 32 else 20)]
     first = base.condition([asked[0]])
     for other in (BaseRequest((picture(9),), asked[0].instruction), BaseRequest(asked[0].pictures, "make it cold")):
         assert not torch.equal(base.condition([other]).tokens, first.tokens), "the prompt holds both"
 
 
 def test_a_generator_learns_through_the_base(base: Any) -> None:
-    """Two requests with other targets: the loss falls by more than a shared answer could explain."""
-    asked = requests(2)
-    batch = base.latent_batch(asked, [torch.full((3, 64, 64), 0.1), torch.full((3, 64, 64), 0.9)])
-    draws = torch.Generator().manual_seed(0)
-    noise, time = torch.randn(batch.target.shape, generator=draws), torch.tensor([0.6, 0.6])
+    """End to end on one batch with the same noise: the loss falls, and nothing of the base moves."""
+    batch = base.latent_batch(requests(2), [torch.full((3, 64, 64), 0.1), torch.full((3, 64, 64), 0.9)])
+    noise, time = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.6, 0.6])
     given = 0.4 * batch.target + 0.6 * noise
+    before = {name: value.clone() for name, value in base.denoiser.state_dict().items()}
     model = generator(base, b_init_std=0.01)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
     with attach(base.denoiser, model.targets) as handle:
-        for _ in range(25):
+        for _ in range(12):
             with handle.applied(model(batch.condition)):
                 loss = (base.predict(batch, given, time) - (noise - batch.target)).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-        fitted = model(batch.condition).detach()
-        with torch.no_grad(), handle.applied(fitted.select([1, 0])):
-            swapped = float((base.predict(batch, given, time) - (noise - batch.target)).square().mean())
-    assert losses[-1] < 0.9 * losses[0]
-    assert swapped > losses[-1]
-    assert all(parameter.grad is None for parameter in base.denoiser.parameters())
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert all(torch.equal(value, before[name]) for name, value in base.denoiser.state_dict().items())
 
 
 def by_processor(base: Any, text: str, pictures: list[Any], types: bool) -> torch.Tensor:
@@ -153,7 +150,9 @@ def test_the_pipeline_alone_would_read_pictures_as_a_line_of_words(qwen: Any) ->
     """What is to be mended here; where this fails, the pipeline's own encoding serves again."""
     states, _ = qwen.pipeline.encode_prompt(["make it warm"], [picture(1, 80, 48)])
     text = qwen.template("make it warm", 1)
-    torch.testing.assert_close(states[0], by_processor(qwen, text, [picture(1, 80, 48)], types=False), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        states[0], by_processor(qwen, text, [picture(1, 80, 48)], types=False), rtol=0, atol=1e-6
+    )
 
 
 def laid_out(*parts: int | tuple[int, int]) -> torch.Tensor:
@@ -246,9 +245,7 @@ def test_pictures_are_those_of_the_base_s_own_pipeline(base: Any, guidance: floa
     else:
         masks = [torch.ones(states.shape[:2], dtype=torch.long) for states in (said, unsaid)]
         unasked = {"negative_prompt_embeds": unsaid, "negative_prompt_embeds_mask": masks[1]} if guidance > 1 else {}
-        made = pipeline(
-            prompt_embeds=said, prompt_embeds_mask=masks[0], true_cfg_scale=guidance, **unasked, **common
-        )
+        made = pipeline(prompt_embeds=said, prompt_embeds_mask=masks[0], true_cfg_scale=guidance, **unasked, **common)
     torch.testing.assert_close(ours, made.images[0], rtol=0, atol=1e-5)
 
 
@@ -257,7 +254,9 @@ def test_references_enter_edit_plus_and_only_the_condition_of_others(base: Any) 
     one, other = (BaseRequest((photo, picture(seed)), "take its colours") for seed in (2, 3))
     same = torch.equal(base.generate([one], FAST, nothing)[0], base.generate([other], FAST, nothing)[0])
     assert same == (base.pictures_read == 1)
-    assert not torch.equal(base.condition([one]).more["pictures"].tokens, base.condition([other]).more["pictures"].tokens)
+    assert not torch.equal(
+        base.condition([one]).more["pictures"].tokens, base.condition([other]).more["pictures"].tokens
+    )
 
 
 def test_requests_with_as_many_references_share_a_call_and_others_do_not(plus: Any) -> None:
@@ -286,10 +285,15 @@ def test_a_prompt_of_an_edit_plus_picture_shows_fewer_pixels_than_the_base_reads
     assert processor(images=[picture(1, 448, 448)], return_tensors="pt")["image_grid_thw"].tolist() == [[1, 32, 32]]
 
 
+def test_one_step_is_refused_where_the_schedule_divides_by_its_length(qwen: Any) -> None:
+    with pytest.raises(OpenwuError, match="steps: expected at least 2 for this base"):
+        qwen.generate(requests(1), SamplingOptions(steps=1, pixels=PIXELS), nothing)
+
+
 def test_marks_and_long_instructions_are_refused(base: Any) -> None:
     with pytest.raises(InstructionError, match=r"expected plain words, got <\|image_pad\|>"):
         base.prompt("put <|image_pad|> here", [picture(1)])
-    with pytest.raises(InstructionError, match="expected at most .* tokens for this base"):
+    with pytest.raises(InstructionError, match=r"expected at most .* tokens for this base"):
         base.prompt("word " * 300, [picture(1)])
     with pytest.raises(ValueError, match="once for each of 1 pictures, got it 2 times"):
         multimodal.with_picture_tokens(
@@ -297,8 +301,21 @@ def test_marks_and_long_instructions_are_refused(base: Any) -> None:
         )
 
 
+def test_a_missing_torchvision_is_said_before_anything_is_loaded(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(loading.importlib, "import_module", missing)
+    with pytest.raises(
+        OpenwuError, match=r"needs the Python package 'torchvision'.*pip install 'openwu\[multimodal\]'"
+    ):
+        type(base).from_pretrained("somewhere/else")
+
+
 def test_other_architectures_are_refused(base: Any) -> None:
-    with pytest.raises(OpenwuError, match=r"pipeline: expected \w+Pipeline, got StableDiffusionInstructPix2PixPipeline"):
+    with pytest.raises(
+        OpenwuError, match=r"pipeline: expected \w+Pipeline, got StableDiffusionInstructPix2PixPipeline"
+    ):
         type(base)(backbone("instruct-pix2pix").pipeline)
     other = backbone_class("flux-kontext")
     with pytest.raises(OpenwuError, match="pipeline: expected FluxKontextPipeline, got"):

@@ -51,7 +51,7 @@ def processor(kind: str, patch: int) -> Any:
 
 
 def attentive(model: Any) -> Any:
-    """With larger queries and keys: at its usual size a random model looks everywhere alike, and positions mean little."""
+    """With larger queries and keys: as it comes, a random model looks everywhere alike, and positions mean little."""
     for layer in model.model.language_model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.data *= 10
@@ -134,3 +134,49 @@ def longcat_image_edit() -> Any:
         )  # fmt: skip
         pipeline.tokenizer_max_length = 48
         return pipeline
+
+
+def qwen3_vl() -> Any:
+    """Qwen3-VL that sees patches of 16 pixels; a token is 2 x 2 of them, and enters again after the first layer."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": 320, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "patch_size": 16,
+            "out_hidden_size": WIDTH, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        },
+        **marks(tokenizer()),
+    )  # fmt: skip
+    return attentive(Qwen3VLForConditionalGeneration(config))
+
+
+def qwen_image_21(**pipeline: Any) -> Any:
+    """Latents of a sixteenth of the sides, without patches."""
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImage21Pipeline,
+        QwenImage21Transformer2DModel,
+    )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return QwenImage21Pipeline(
+            vae=AutoencoderKLQwenImage21(
+                base_dim=8, decoder_base_dim=None, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+                latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 1.1, 0.9, 1.3],
+            ),
+            transformer=QwenImage21Transformer2DModel(
+                in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+                context_in_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            text_encoder=qwen3_vl(), processor=processor("Qwen3VLProcessor", 16), **pipeline,
+        )  # fmt: skip

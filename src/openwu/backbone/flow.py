@@ -1,6 +1,6 @@
 """Sampling of flow models whose pipelines take no batches or no sizes: noise enters, latents of a picture leave.
 
-The steps, their shift by the number of tokens and the scheduler are the library's; what is said at each is the caller's.
+The scheduler, its steps and their shift by the number of tokens are the library's; what is said at each, the caller's.
 
 Shapes: b requests, n tokens of a picture, C channels of a token.
 """

@@ -51,7 +51,7 @@ class LongCatImageEdit(MultimodalBackbone):
         )
 
     def prompt(self, instruction: str, pictures: Sequence[Image.Image]) -> Tensor:
-        """States from the picture's first mark to the last padding of the instruction; what stands around is cut off."""
+        """States from the picture's first mark to the instruction's last padding; what stands around is cut off."""
         pipeline, tokenizer = self.pipeline, self.pipeline.tokenizer
         check_instruction_tokens(tokenizer, instruction)
         (picture,) = pictures

@@ -1,8 +1,8 @@
 """What bases share whose text encoder sees the pictures too: a request enters, the states of one joint prompt leave.
 
-The prompts are encoded here and not by the pipelines: diffusers 0.42 does not tell Qwen2.5-VL which tokens are pictures,
-and since transformers 5 its rotary positions then become one-dimensional without a word. The pipelines also take one
-request a call, or pictures of a megapixel alone; so the steps are made here as well, with their schedulers.
+The prompts are encoded here and not by the pipelines: diffusers 0.42 does not tell Qwen2.5-VL which tokens are of
+pictures, and since transformers 5 its rotary positions then become one-dimensional without a word. The pipelines also
+take one request a call, or pictures of a megapixel alone; so the steps are made here too, with their schedulers.
 
 Shapes: b requests, l tokens of one prompt, L the most in a batch, D width of the states, n tokens of a picture that is
 made, C channels of a token.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from openwu.backbone.flow import noise_of, sample
 from openwu.backbone.latents import PLACE, padded, patches, token_rows
+from openwu.backbone.loading import library
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.errors import InstructionError, OpenwuError
 from openwu.protocols import RowScope
@@ -29,7 +31,30 @@ PICTURE = "<|image_pad|>"
 """Stands in a prompt once for each picture, and after tokenising once for each token of it."""
 
 
-class MultimodalBackbone(PipelineBackbone):
+class ReadsPictures(PipelineBackbone):
+    """A base whose text encoder is of the Qwen-VL family."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """See `PipelineBackbone`. The processors' part for videos asks for torchvision, though no video is read."""
+        library("torchvision", cls.facts.extra)
+        return super().from_pretrained(folder, device=device, dtype=dtype, revision=revision)
+
+    def options(self, options: SamplingOptions) -> SamplingOptions:
+        """A schedule that is stretched to end at a certain noise divides by zero at a single step."""
+        if options.steps == 1 and self.pipeline.scheduler.config.get("shift_terminal"):
+            raise OpenwuError("steps: expected at least 2 for this base, whose last step has a fixed noise, got 1")
+        return super().options(options)
+
+
+class MultimodalBackbone(ReadsPictures):
     """A flow base that reads a prompt of text and pictures, and the pictures' latents behind the noisy ones."""
 
     unasked: ClassVar[str]
@@ -131,7 +156,7 @@ class MultimodalBackbone(PipelineBackbone):
 
         with rows([*range(len(requests))]):
             latents = sample(self.pipeline, noise, say, options.steps, step)
-        cells = latents.transpose(1, 2).unflatten(2, (height, width))
+        cells = latents.transpose(1, 2).reshape(len(requests), -1, height, width)
         made = self.decode(nn.functional.pixel_shuffle(cells, 2))
         pictures: Tensor = self.pipeline.image_processor.postprocess(made, output_type="pt")
         return pictures
@@ -154,7 +179,9 @@ def with_picture_tokens(processor: Any, text: str, pictures: Sequence[Image.Imag
     counts = (patched["image_grid_thw"].prod(dim=1) // processor.merge_size**2).tolist()
     first, *others = text.split(PICTURE)
     if len(others) != len(counts):
-        raise ValueError(f"text: expected {PICTURE} once for each of {len(counts)} pictures, got it {len(others)} times")
+        raise ValueError(
+            f"text: expected {PICTURE} once for each of {len(counts)} pictures, got it {len(others)} times"
+        )
     filled = first + "".join(PICTURE * count + other for count, other in zip(counts, others, strict=True))
     return filled, {"pixel_values": patched["pixel_values"], "image_grid_thw": patched["image_grid_thw"]}
 

@@ -94,7 +94,8 @@ class QwenImageEdit(MultimodalBackbone):
     def guided(self, said: Tensor, unasked: Tensor, weight: float) -> Tensor:
         """As long as what was said with the instruction, token by token."""
         mixed = super().guided(said, unasked, weight)
-        return mixed * (said.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
+        length, came = (torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (said, mixed))
+        return mixed * (length / came)
 
     def says(self, inputs: Mapping[str, Tensor], given: Tensor, time: Tensor) -> Tensor:
         mask = inputs["text_mask"]
