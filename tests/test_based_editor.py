@@ -18,7 +18,7 @@ from openwu.errors import InstructionError, OpenwuError, PictureError, TargetErr
 from openwu.types import EditRequest, SamplingOptions
 
 
-@pytest.fixture(params=("instruct-pix2pix", "flux-kontext", "flux2-klein"))
+@pytest.fixture(params=("instruct-pix2pix", "flux-kontext"))
 def editor(request: pytest.FixtureRequest) -> Any:
     base = base_cases.backbone(request.param)
     made = BasedEditor(base, base_cases.generator(base), options=base_cases.FAST, name=request.param)
@@ -178,7 +178,7 @@ def test_folders_and_options_that_do_not_belong_together(
         openwu.Editor.from_pretrained("flux-kontext")
     with pytest.raises(OpenwuError, match="model: expected one of instruct-pix2pix"):
         openwu.Editor.from_pretrained("stable-cascade", base=base, generator=generator)
-    with pytest.raises(OpenwuError, match="expected a folder with config.json"):
+    with pytest.raises(OpenwuError, match=r"expected a folder with config\.json"):
         openwu.Editor.from_pretrained("flux-kontext", base=base, generator=tmp_path / "none")
     with pytest.raises(OpenwuError, match="expected none of them for the embedded model"):
         openwu.Editor.from_pretrained(device="cpu")  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Do a generator and a base belong together? A generator's config and a backbone enter; an error leaves, or nothing.
+"""Do a generator and a base belong together? A generator and a backbone enter; hooks leave, or an error.
 
 What they share is names and widths: of the adapted weights, and of the condition's tokens. A fingerprint is a short
 hash of the former, so that two people can see at a glance whether they speak of the same base.
@@ -9,9 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
+from openwu.adapter.experts import ExpertRouting
+from openwu.adapter.inject import AdapterHandle, attach
+from openwu.condition import describe_encoder, make_encoder
 from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
-from openwu.protocols import Backbone
+from openwu.generator.model import ParameterGenerator
+from openwu.protocols import Backbone, ConditionEncoder
+
+CONDITION_KEY = "_condition"
+"""Key of a generator's config under which its condition encoder is described; none: the base makes the condition."""
 
 SHOWN = 3
 """How many differing names an error lists."""
@@ -23,6 +30,7 @@ TargetWidths = Mapping[str, tuple[int, int, int | None]]
 def generator_config(
     backbone: Backbone,
     *,
+    encoder: ConditionEncoder | None = None,
     rank: int = 16,
     alpha: float = 16,
     token_dim: int = 1024,
@@ -31,8 +39,12 @@ def generator_config(
     dim_accumulation: int = 4,
     num_pg_layers: int = 8,
 ) -> GeneratorConfig:
-    """The config of a new generator that adapts all of a base's layer groups and reads its conditions."""
-    (_, first), *more = backbone.condition_widths.items()
+    """The config of a new generator that adapts all of a base's layer groups and reads its or an encoder's conditions.
+
+    What an encoder needs to be made again is kept in the config, so that an editor finds it there.
+    """
+    (_, first), *more = (encoder or backbone).condition_widths.items()
+    extra = {} if encoder is None else {CONDITION_KEY: describe_encoder(encoder)}
     return GeneratorConfig(
         rank=rank,
         alpha=alpha,
@@ -44,6 +56,7 @@ def generator_config(
         num_pg_layers=num_pg_layers,
         groups=backbone.layer_groups(),
         more_inputs=dict(more),
+        extra=extra,
     )
 
 
@@ -63,6 +76,12 @@ def fingerprint(targets: TargetWidths) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
+def encoder_for(config: GeneratorConfig, backbone: Backbone) -> ConditionEncoder:
+    """What makes the conditions that a generator was trained on: the base itself, or the encoder its config names."""
+    described = config.extra.get(CONDITION_KEY)
+    return backbone if described is None else make_encoder(described, backbone)
+
+
 def check_fit(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
     """Raise TargetError unless the base has every weight that the generator adapts, and makes the conditions it reads.
 
@@ -80,12 +99,19 @@ def check_fit(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
             f"against {fingerprint(theirs)} ({len(theirs)}), {len(differing)} of them not the same, first "
             f"{'; '.join(differing[:SHOWN])}. Load the base that it was trained on, or train one for this base"
         )
-    (_, first), *more = backbone.condition_widths.items()
+    (_, first), *more = encoder_for(config, backbone).condition_widths.items()
     if config.input_dim != first or dict(config.more_inputs) != dict(more):
         raise TargetError(
             f"generator: it reads conditions of widths {config.input_dim} {dict(config.more_inputs)}, but this {name} "
             f"makes {first} {dict(more)}; load the base that it was trained on, or train one for this base"
         )
+
+
+def attach_generator(backbone: Backbone, generator: ParameterGenerator, name: str | None = None) -> AdapterHandle:
+    """The hooks on a base for what a generator writes, after `check_fit`."""
+    check_fit(generator.config, backbone, name or type(backbone).__name__)
+    routing = None if backbone.routing is None else ExpertRouting(*backbone.routing)
+    return attach(backbone.denoiser, generator.targets, routing=routing)
 
 
 def _shown(widths: tuple[int, int, int | None]) -> str:

@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwu.adapter.inject import attach
 from openwu.backbone import backbone_class
-from openwu.base_fit import check_fit
+from openwu.base_fit import attach_generator, encoder_for
 from openwu.editor import Progress, asked_of, listed, timed
 from openwu.errors import InstructionError, PictureError, TargetError
 from openwu.generator.model import ParameterGenerator
@@ -44,11 +43,11 @@ class BasedEditor:
         name: str | None = None,
     ) -> None:
         """`options`: of every edit, unless a call has its own. Raises TargetError for a generator of another base."""
-        check_fit(generator.config, backbone, name or type(backbone).__name__)
         self.backbone = backbone
         self.generator = generator.requires_grad_(False).eval()
+        self.encoder = encoder_for(generator.config, backbone)
         self.options = options or SamplingOptions()
-        self.handle = attach(backbone.denoiser, generator.targets)
+        self.handle = attach_generator(backbone, generator, name)
 
     @classmethod
     def from_pretrained(
@@ -119,7 +118,7 @@ class BasedEditor:
         """Only generate: the adapter (b = 1) of a request."""
         photos = _read(EditRequest(listed(images), instruction))
         text = check_instruction(instruction)
-        return self._generate(self.backbone.condition([BaseRequest(_images(photos), text)]), text)
+        return self._generate(self.encoder.condition([BaseRequest(_images(photos), text)]), text)
 
     @torch.no_grad()
     def _edited(
@@ -136,7 +135,7 @@ class BasedEditor:
         asked = [asked_of(request, given) for request in requests]
         with timed(timings, "condition"):
             conditions = [
-                [] if given is not None else [self.backbone.condition([BaseRequest(pictures, text)]) for text in texts]
+                [] if given is not None else [self.encoder.condition([BaseRequest(pictures, text)]) for text in texts]
                 for pictures, texts in zip(images, asked, strict=True)
             ]
         with timed(timings, "generate"):
@@ -144,7 +143,7 @@ class BasedEditor:
             adapters = [
                 Adapter.sum([self._generate(*each) for each in zip(own, texts, strict=True)])
                 if given is None
-                else given
+                else given.to(self.generator.hidden_in.weight.device)
                 for own, texts in zip(conditions, asked, strict=True)
             ]
         bases = [

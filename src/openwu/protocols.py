@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 RowScope = Callable[[Sequence[int]], AbstractContextManager[None]]
 """Opens the scope of a pass of the denoiser: for every row of its input, the request that the row belongs to (-1 for
 none). A base that stacks its guidance rows says so here: `[0, 1, 0, 1, 0, 1]` for two requests in three blocks."""
+
+Routing = tuple[str, Callable[[Any], "Tensor"]]
+"""Path of the router from the module that holds the experts, and its output -> indices of the chosen experts [T, k]."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -48,7 +51,20 @@ class BaseFacts:
     """Extra of our package that it needs: `pip install 'openwu[EXTRA]'`."""
 
 
-class Backbone(Protocol):
+class ConditionEncoder(Protocol):
+    """Makes what a generator reads. Every backbone is one; `openwu.condition` has others that take its place."""
+
+    @property
+    def condition_widths(self) -> Mapping[str, int]:
+        """Width of the tokens of every segment of a condition; the first is `Condition.tokens`, others `more`."""
+        ...
+
+    def condition(self, requests: Sequence[BaseRequest]) -> Condition:
+        """What a generator reads of each request."""
+        ...
+
+
+class Backbone(ConditionEncoder, Protocol):
     """A frozen base model."""
 
     facts: ClassVar[BaseFacts]
@@ -79,16 +95,12 @@ class Backbone(Protocol):
         ...
 
     @property
-    def condition_widths(self) -> Mapping[str, int]:
-        """Width of the tokens of every segment of a condition; the first is `Condition.tokens`, others `more`."""
+    def routing(self) -> Routing | None:
+        """Where a base with experts routes its tokens, needed for several requests at once; None for one without."""
         ...
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """What receives adapters, read off the model: linear maps of attention and feed-forward, never modulation."""
-        ...
-
-    def condition(self, requests: Sequence[BaseRequest]) -> Condition:
-        """What a generator reads of each request."""
         ...
 
     def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -128,15 +129,17 @@ def test_free_memory_is_a_plausible_number() -> None:
 
 
 def test_a_missing_package_names_the_extra(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loading.importlib.import_module
+    real = importlib.import_module
 
     def missing(name: str) -> Any:
         if name == "diffusers":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name)
 
-    monkeypatch.setattr(loading.importlib, "import_module", missing)
-    with pytest.raises(OpenwuError, match=r"needs the Python package 'diffusers'.*pip install 'openwu\[diffusers\]'"):
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(
+        OpenwuError, match=r"this needs the Python package 'diffusers'.*pip install 'openwu\[diffusers\]'"
+    ):
         load(saved)
 
 

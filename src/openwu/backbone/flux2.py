@@ -19,10 +19,10 @@ from torch import Tensor
 
 from openwu.backbone.latents import PLACE, patches, picture_digest, token_rows
 from openwu.backbone.layers import find_groups
-from openwu.backbone.loading import library
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
+from openwu.extras import library
 from openwu.protocols import BaseFacts, RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 

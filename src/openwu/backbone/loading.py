@@ -6,35 +6,28 @@ is checked first: the pipeline's class, the files of every part, and whether the
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from openwu.errors import CheckpointError, OpenwuError
+from openwu.extras import library, quiet
 
 INDEX = "model_index.json"
 HEADROOM = 1.1
 """How much more than its weights a loaded pipeline needs, at least."""
 
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_FILES = (INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja")
+"""What is downloaded: the parts, not the same weights once more in one file beside them."""
+
+_FP16 = re.compile(r"\.fp16[.-]")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "processor")
 """Parts of a pipeline whose names say that they hold no weights."""
-
-
-def library(name: str, extra: str = "diffusers") -> Any:
-    """The imported module `name`, or an error with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise OpenwuError(
-            f"this base needs the Python package {error.name or name!r} ({error}); pip install 'openwu[{extra}]'"
-        ) from error
 
 
 def load_pipeline(
@@ -55,7 +48,7 @@ def load_pipeline(
     variant = check_weights(path)
     check_memory(path, dtype, device)
     try:
-        with _quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
+        with quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
             pipeline = getattr(diffusers, found).from_pretrained(
                 path, dtype=dtype, use_safetensors=True, local_files_only=True, variant=variant
             )
@@ -120,7 +113,7 @@ def check_weights(folder: Path) -> str | None:
         files = [file.name for file in (folder / part).glob("*.safetensors")]
         if not files:
             missing.append(part)
-        elif all(".fp16." in file for file in files):
+        elif all(_FP16.search(file) for file in files):
             variants.add("fp16")
     if missing:
         held = {part: sorted(file.name for file in (folder / part).glob("*"))[:4] or "nothing" for part in missing}
@@ -147,7 +140,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     numbers = 0
     for part in sorted(each for each in folder.iterdir() if each.is_dir()):
         files = sorted(part.glob("*.safetensors"))
-        plain = [file for file in files if ".fp16." not in file.name] or files
+        plain = [file for file in files if not _FP16.search(file.name)] or files
         numbers += sum(_numbers(file) for file in plain)
     return numbers * dtype.itemsize
 
@@ -163,22 +156,6 @@ def free_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-@contextmanager
-def _quiet(*loggings: Any) -> Iterator[None]:
-    """Silence for what these libraries print while they load: bars for each part, and hints about optional packages."""
-    before = [(logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
-    try:
-        for logging in loggings:
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-        yield
-    finally:
-        for logging, verbosity, bar in before:
-            logging.set_verbosity(verbosity)
-            if bar:
-                logging.enable_progress_bar()
 
 
 def _numbers(file: Path) -> int:

@@ -23,7 +23,7 @@ from openwu.backbone.latents import as_tensor, padded, place_of, resized, token_
 from openwu.backbone.loading import load_pipeline
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
-from openwu.protocols import BaseFacts, Prediction, Progress, RowScope
+from openwu.protocols import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
 from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions, Segment
 
 PICTURES = "pictures"
@@ -32,7 +32,7 @@ PICTURES = "pictures"
 Step = Callable[..., dict[str, Any]]
 
 
-class PipelineBackbone(ABC):
+class PipelineBackbone(Backbone, ABC):
     """A frozen base in a diffusers pipeline."""
 
     facts: ClassVar[BaseFacts]
@@ -98,6 +98,10 @@ class PipelineBackbone(ABC):
 
     @property
     def signal(self) -> Tensor | None:
+        return None
+
+    @property
+    def routing(self) -> Routing | None:
         return None
 
     @property

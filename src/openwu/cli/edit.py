@@ -72,7 +72,7 @@ def _instruction(arguments: argparse.Namespace) -> str:
 
 def _load(arguments: argparse.Namespace) -> tuple[Editor | BasedEditor, Adapter | None]:
     from openwu.editor import Editor
-    from openwu.types import Adapter, SamplingOptions
+    from openwu.types import Adapter
 
     adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None
     if arguments.base is None and arguments.generator is None:
@@ -80,6 +80,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor | BasedEditor, Adapter 
         if unused:
             raise UsageError(f"{', '.join(unused)}: expected only with --base and --generator; leave out, or add those")
         return Editor.from_pretrained(arguments.model), adapter
+    from openwu.types import SamplingOptions
+
     sampling = SamplingOptions(**{name: getattr(arguments, name) for name in SAMPLING})
     place = {name: getattr(arguments, name) for name in PLACE}
     based = Editor.from_pretrained(

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from openwu.adapter.inject import AdapterHandle, attach
-from openwu.base_fit import check_fit
+from openwu.adapter.inject import AdapterHandle
+from openwu.base_fit import attach_generator
 from openwu.generator.model import ParameterGenerator
 from openwu.protocols import Backbone
 from openwu.training.objective import Diffusion, FlowMatching, Objective, Question
@@ -45,7 +45,8 @@ def based_stage(
     there are some already. `objective`: `objective_of(backbone)` if none. What the base is told is dropped at random
     as its guidance was trained; validation batches are left whole.
     """
-    check_fit(generator.config, backbone, type(backbone).__name__)
+    if handle is None:
+        handle = attach_generator(backbone, generator)
 
     def batch(step: int) -> LatentBatch:
         draws = torch.Generator().manual_seed(seed * 7_000_003 + step)
@@ -60,7 +61,7 @@ def based_stage(
     return OwnStage(
         name,
         generator,
-        handle or attach(backbone.denoiser, generator.targets),
+        handle,
         batch,
         adapt=lambda asked: generator(asked.condition.to(weight.device, weight.dtype)),
         target=lambda asked: asked.target,

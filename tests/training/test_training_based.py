@@ -1,0 +1,103 @@
+"""A generator learns through a large base: the loss falls, the base does not change, and what it is told is dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import base_cases
+import pytest
+import torch
+
+from openwu.errors import TargetError
+from openwu.training.based import based_stage, objective_of
+from openwu.training.objective import Diffusion, FlowMatching
+from openwu.types import LatentBatch
+
+TARGETS = [torch.full((3, 64, 64), 0.2), torch.full((3, 64, 64), 0.9)]
+
+
+@pytest.mark.parametrize("name", ["instruct-pix2pix", "flux-kontext", "flux2-dev"])
+def test_the_loss_falls_through_the_frozen_base(name: str) -> None:
+    base = base_cases.backbone(name)
+    batch = base.latent_batch(base_cases.requests(2), TARGETS)
+    generator = base_cases.generator(base, b_init_std=1e-2)
+    before = {key: value.clone() for key, value in base.denoiser.state_dict().items()}
+    stage = based_stage(base, generator, lambda _: batch, validation=batch)
+    try:
+        start = stage.evaluate().scalars["validation"]
+        optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
+        for step in range(12):
+            optimizer.zero_grad()
+            stage.loss(step).backward()
+            optimizer.step()
+        end = stage.evaluate().scalars["validation"]
+    finally:
+        stage.handle.detach()
+    assert end < 0.97 * start, (start, end)
+    assert all(torch.equal(value, before[key]) for key, value in base.denoiser.state_dict().items())
+    assert all(parameter.grad is not None for parameter in generator.more_in.parameters()), "pictures are read"
+
+
+def test_the_objective_is_the_base_s_own() -> None:
+    assert objective_of(base_cases.backbone("flux-kontext")) == FlowMatching()
+    base = base_cases.backbone("instruct-pix2pix")
+    objective = objective_of(base)
+    assert isinstance(objective, Diffusion)
+    assert objective.predicts == "epsilon"
+    assert torch.equal(objective.signal, base.pipeline.scheduler.alphas_cumprod)
+
+
+def test_a_latent_batch_noised_by_the_objective_is_what_the_scheduler_makes() -> None:
+    """Our noisy latents against the pipeline's own scheduler, for a diffusion."""
+    base = base_cases.backbone("instruct-pix2pix")
+    batch = base.latent_batch(base_cases.requests(2), TARGETS)
+    objective = objective_of(base)
+    question = objective.ask(batch.target, torch.Generator().manual_seed(3))
+    assert question.given is not None
+    assert question.time is not None
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+    expected = scheduler.add_noise(batch.target, question.wanted, question.time)
+    torch.testing.assert_close(question.given, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_are_the_vae_s_latents_scaled_as_the_denoiser_sees_them() -> None:
+    for name in ("instruct-pix2pix", "flux-kontext"):
+        base = base_cases.backbone(name)
+        batch = base.latent_batch(base_cases.requests(2), TARGETS)
+        vae = base.pipeline.vae
+        latents = vae.encode(2 * torch.stack(TARGETS) - 1).latent_dist.mode()
+        shift = vae.config.shift_factor or 0.0
+        latents = (latents - shift) * vae.config.scaling_factor
+        if name == "flux-kontext":
+            latents = base.pipeline._pack_latents(latents, 2, 4, 8, 8)
+        torch.testing.assert_close(batch.target, latents)
+
+
+def test_instruct_pix2pix_drops_texts_and_pictures_as_it_was_trained() -> None:
+    base = base_cases.backbone("instruct-pix2pix")
+    one = base.latent_batch(base_cases.requests(1), TARGETS[:1])
+    many = LatentBatch(
+        one.target.expand(4000, -1, -1, -1),
+        {name: value.expand(4000, *[-1] * (value.ndim - 1)) for name, value in one.inputs.items()},
+        one.condition,
+    )
+    dropped = base.without_conditions(many, torch.Generator().manual_seed(0))
+    empty, _ = base.text_states([""])
+    no_text = (dropped.inputs["text"] == empty).flatten(1).all(1)
+    no_picture = (dropped.inputs["source"] == 0).flatten(1).all(1)
+    for share in (no_text & ~no_picture, no_picture & ~no_text, no_text & no_picture):
+        assert share.float().mean().item() == pytest.approx(0.05, abs=0.012)
+    kept = ~no_text & ~no_picture
+    assert torch.equal(dropped.inputs["source"][kept][0], one.inputs["source"][0])
+    assert dropped.condition is one.condition
+    flow = base_cases.backbone("flux-kontext")
+    batch: Any = object()
+    assert flow.without_conditions(batch, torch.Generator()) is batch
+
+
+def test_a_generator_of_another_base_cannot_be_trained_on() -> None:
+    base = base_cases.backbone("flux-kontext")
+    with pytest.raises(TargetError, match="made for another base"):
+        based_stage(base, base_cases.generator(base_cases.backbone("instruct-pix2pix")), lambda _: None)  # type: ignore[arg-type,return-value]
