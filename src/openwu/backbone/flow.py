@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openwu.backbone.loading import library
+from openwu.extras import library
 
 Say = Callable[[Tensor, Tensor], Tensor]
 """Noisy latents `[b, n, C]` and time 0..1 `[b]` -> what the denoiser says of them `[b, n, C]`."""

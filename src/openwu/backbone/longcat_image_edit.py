@@ -19,7 +19,6 @@ from torch import Tensor
 from openwu.backbone.flux_kontext import DOUBLE_TARGETS, SINGLE_TARGETS
 from openwu.backbone.latents import patches
 from openwu.backbone.layers import find_groups
-from openwu.backbone.loading import library
 from openwu.backbone.multimodal import (
     MultimodalBackbone,
     check_instruction_tokens,
@@ -27,6 +26,7 @@ from openwu.backbone.multimodal import (
     with_picture_tokens,
 )
 from openwu.config import LayerGroup
+from openwu.extras import library
 from openwu.protocols import BaseFacts
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from openwu.backbone.flow import noise_of, sample
 from openwu.backbone.latents import PLACE, padded, patches, token_rows
-from openwu.backbone.loading import library
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.errors import InstructionError, OpenwuError
+from openwu.extras import library
 from openwu.protocols import RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
@@ -204,7 +204,7 @@ def last_states(encoder: Any, tokens: Tensor, mask: Tensor, patched: Mapping[str
     Taken by a hook from the module of that name: what a list of hidden states ends with differs between releases.
     """
     seen: list[Tensor] = []
-    device = next(encoder.parameters()).device if not hasattr(encoder, "_hf_hook") else encoder.device
+    device = encoder.device
     tokens, mask = tokens.to(device), mask.to(device)
     inputs = {name: value.to(device) for name, value in patched.items()}
     positions = rotary_positions(encoder, tokens, mask, inputs["image_grid_thw"])

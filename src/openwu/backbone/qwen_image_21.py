@@ -48,7 +48,7 @@ class QwenImage21(ReadsPictures):
 
     facts = BaseFacts(
         weights="Qwen/Qwen-Image-2.1",
-        licence="for research only",
+        licence="Qwen Research Licence: non-commercial research or evaluation",
         parameters="7 billion",
         extra="multimodal",
     )

@@ -94,8 +94,9 @@ class QwenImageEdit(MultimodalBackbone):
     def guided(self, said: Tensor, unasked: Tensor, weight: float) -> Tensor:
         """As long as what was said with the instruction, token by token."""
         mixed = super().guided(said, unasked, weight)
-        length, came = (torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (said, mixed))
-        return mixed * (length / came)
+        lengths = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (said, mixed)]
+        kept: Tensor = mixed * (lengths[0] / lengths[1])
+        return kept
 
     def says(self, inputs: Mapping[str, Tensor], given: Tensor, time: Tensor) -> Tensor:
         mask = inputs["text_mask"]
