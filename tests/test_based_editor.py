@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import openwu
-from openwu.base_fit import check_fit, fingerprint, target_widths
+from openwu.base_fit import check_targets, encoder_for, fingerprint, target_widths
 from openwu.based_editor import BasedEditor
 from openwu.config import GeneratorConfig
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
@@ -125,12 +125,12 @@ def test_a_generator_may_adapt_less_but_must_read_the_same_condition() -> None:
     base = base_cases.backbone("flux-kontext")
     config = base_cases.generator(base).config.to_dict()
     fewer = GeneratorConfig.from_dict({**config, "groups": config["groups"][:1]})
-    check_fit(fewer, base, "flux-kontext")
+    check_targets(fewer, base, "flux-kontext")
     blind = {key: value for key, value in config.items() if key != "more_inputs"}
     with pytest.raises(
         TargetError, match=r"reads conditions of widths 16 \{\}, but this flux-kontext makes 16 \{'pict"
     ):
-        check_fit(GeneratorConfig.from_dict(blind), base, "flux-kontext")
+        encoder_for(GeneratorConfig.from_dict(blind), base, "flux-kontext")
 
 
 def test_a_fingerprint_depends_on_names_and_widths_alone() -> None:

@@ -76,14 +76,8 @@ def fingerprint(targets: TargetWidths) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def encoder_for(config: GeneratorConfig, backbone: Backbone) -> ConditionEncoder:
-    """What makes the conditions that a generator was trained on: the base itself, or the encoder its config names."""
-    described = config.extra.get(CONDITION_KEY)
-    return backbone if described is None else make_encoder(described, backbone)
-
-
-def check_fit(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
-    """Raise TargetError unless the base has every weight that the generator adapts, and makes the conditions it reads.
+def check_targets(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
+    """Raise TargetError unless the base has every weight that the generator adapts.
 
     A generator may leave weights of the base alone; `name` is the base's, for the message.
     """
@@ -99,17 +93,27 @@ def check_fit(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
             f"against {fingerprint(theirs)} ({len(theirs)}), {len(differing)} of them not the same, first "
             f"{'; '.join(differing[:SHOWN])}. Load the base that it was trained on, or train one for this base"
         )
-    (_, first), *more = encoder_for(config, backbone).condition_widths.items()
+
+
+def encoder_for(config: GeneratorConfig, backbone: Backbone, name: str) -> ConditionEncoder:
+    """What makes the conditions that a generator was trained on: the base itself, or the encoder its config names.
+
+    Raises TargetError where its conditions have other widths than those that the generator reads.
+    """
+    described = config.extra.get(CONDITION_KEY)
+    encoder = backbone if described is None else make_encoder(described, backbone)
+    (_, first), *more = encoder.condition_widths.items()
     if config.input_dim != first or dict(config.more_inputs) != dict(more):
         raise TargetError(
             f"generator: it reads conditions of widths {config.input_dim} {dict(config.more_inputs)}, but this {name} "
             f"makes {first} {dict(more)}; load the base that it was trained on, or train one for this base"
         )
+    return encoder
 
 
 def attach_generator(backbone: Backbone, generator: ParameterGenerator, name: str | None = None) -> AdapterHandle:
-    """The hooks on a base for what a generator writes, after `check_fit`."""
-    check_fit(generator.config, backbone, name or type(backbone).__name__)
+    """The hooks on a base for what a generator writes, after `check_targets`."""
+    check_targets(generator.config, backbone, name or type(backbone).__name__)
     routing = None if backbone.routing is None else ExpertRouting(*backbone.routing)
     return attach(backbone.denoiser, generator.targets, routing=routing)
 

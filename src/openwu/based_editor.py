@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwu.backbone import backbone_class
-from openwu.base_fit import attach_generator, encoder_for
+from openwu.base_fit import attach_generator, check_targets, encoder_for
 from openwu.editor import Progress, asked_of, listed, timed
 from openwu.errors import InstructionError, PictureError, TargetError
 from openwu.generator.model import ParameterGenerator
@@ -45,8 +45,10 @@ class BasedEditor:
         """`options`: of every edit, unless a call has its own. Raises TargetError for a generator of another base."""
         self.backbone = backbone
         self.generator = generator.requires_grad_(False).eval()
-        self.encoder = encoder_for(generator.config, backbone)
         self.options = options or SamplingOptions()
+        name = name or type(backbone).__name__
+        check_targets(generator.config, backbone, name)
+        self.encoder = encoder_for(generator.config, backbone, name)
         self.handle = attach_generator(backbone, generator, name)
 
     @classmethod

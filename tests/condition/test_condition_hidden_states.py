@@ -66,7 +66,7 @@ def test_the_generator_s_config_names_its_encoder(tmp_path: Path) -> None:
     )  # fmt: skip
     ParameterGenerator(config, b_init_std=0.3).save_pretrained(tmp_path / "generator")
     loaded = ParameterGenerator.from_pretrained(tmp_path / "generator")
-    encoder = encoder_for(loaded.config, base)
+    encoder = encoder_for(loaded.config, base, "flux-kontext")
     assert isinstance(encoder, HiddenStates)
     assert encoder.settings == {"module": "transformer_blocks.1", "time": 0.5}
     editor = BasedEditor(base, loaded, options=base_cases.FAST)

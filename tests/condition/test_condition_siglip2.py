@@ -76,7 +76,7 @@ def test_a_generator_s_config_finds_it_again(encoder: Siglip2, folder: Path, tmp
     )  # fmt: skip
     ParameterGenerator(config).save_pretrained(tmp_path / "generator")
     loaded = ParameterGenerator.from_pretrained(tmp_path / "generator")
-    again = encoder_for(loaded.config, base)
+    again = encoder_for(loaded.config, base, "flux-kontext")
     assert isinstance(again, Siglip2)
     request = base_cases.requests(1)
     assert torch.equal(again.condition(request).tokens, encoder.condition(request).tokens)
