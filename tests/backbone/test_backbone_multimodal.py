@@ -120,6 +120,33 @@ def test_a_generator_learns_through_the_base(base: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in base.denoiser.state_dict().items())
 
 
+def test_gradients_are_the_same_where_the_base_computes_its_blocks_again(base: Any) -> None:
+    """Gradient checkpointing, without which bases of this size do not train."""
+    batch = base.latent_batch(requests(2), [torch.full((3, 64, 64), 0.3)] * 2)
+    given, time = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.2])
+    gradients, runs = [], 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    watch = base.denoiser.get_submodule("transformer_blocks.0.attn.to_q").register_forward_hook(count)
+    for again in (False, True):
+        weights = adapter(base, 2)
+        parts = [part.requires_grad_() for pair in weights.weights.values() for part in pair]
+        (base.denoiser.enable_gradient_checkpointing if again else base.denoiser.disable_gradient_checkpointing)()
+        try:
+            with attach(base.denoiser, weights.targets) as handle, handle.applied(weights):
+                base.predict(batch, given, time).square().mean().backward()
+        finally:
+            base.denoiser.disable_gradient_checkpointing()
+        gradients.append([part.grad for part in parts])
+    watch.remove()
+    assert runs == 1 + 2
+    for plain, repeated in zip(*gradients, strict=True):
+        torch.testing.assert_close(repeated, plain, rtol=1e-5, atol=1e-8)
+
+
 def test_a_block_s_hidden_states_serve_as_a_condition(base: Any) -> None:
     encoder = HiddenStates(base, "transformer_blocks.1")
     together, alone = encoder.condition(requests(2)), encoder.condition(requests(2)[1:])

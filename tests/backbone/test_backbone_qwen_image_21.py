@@ -22,6 +22,7 @@ from test_backbone_multimodal import (  # noqa: F401
     test_a_condition_reads_prompt_and_pictures_and_a_batch_is_its_samples,
     test_a_generator_learns_through_the_base,
     test_a_missing_torchvision_is_said_before_anything_is_loaded,
+    test_gradients_are_the_same_where_the_base_computes_its_blocks_again,
     test_the_editor_gives_every_request_of_a_batch_its_own_adapter,
 )
 from test_backbone_prompts import laid_out
