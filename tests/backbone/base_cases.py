@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import tiny_multimodal
 import tiny_pipelines
 import torch
 from PIL import Image
@@ -17,15 +18,20 @@ from openwu.base_fit import generator_config, target_widths
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter, BaseRequest, SamplingOptions, Target
 
-NAMES = tuple(BACKBONES)
+MULTIMODAL = ("qwen-image-edit", "qwen-image-edit-plus", "longcat-image-edit")
+"""Bases whose text encoder sees pictures and whose prompts we encode; they have a test file of their own."""
+CAUSAL = ("qwen-image-21",)
+"""Bases that read prompt and pictures as a prefix; they too."""
+NAMES = tuple(name for name in BACKBONES if name not in MULTIMODAL + CAUSAL)
 PIXELS = 64 * 64
 FAST = SamplingOptions(steps=2, pixels=PIXELS)
 
 
 @cache
 def backbone(name: str) -> Any:
-    """The tiny backbone of a registered name: `tiny_pipelines` has a function for each."""
-    made = backbone_class(name)(getattr(tiny_pipelines, name.replace("-", "_"))())  # type: ignore[call-arg]
+    """The tiny backbone of a registered name: `tiny_pipelines` or `tiny_multimodal` has a function for each."""
+    pipelines = tiny_multimodal if name in MULTIMODAL + CAUSAL else tiny_pipelines
+    made = backbone_class(name)(getattr(pipelines, name.replace("-", "_"))())  # type: ignore[call-arg]
     made.condition_pixels = made.pixels = PIXELS
     return made
 

@@ -96,7 +96,7 @@ def test_the_training_prediction_is_what_the_pipeline_computes(base: Any) -> Non
         lambda _, args, kwargs, output: seen.append((args, kwargs, output[0])), with_kwargs=True
     )
     try:
-        base.generate(asked, SamplingOptions(steps=1, guidance=1.0, pixels=64 * 64), nothing)
+        base.generate(asked, SamplingOptions(steps=2, guidance=1.0, pixels=64 * 64), nothing)
     finally:
         hook.remove()
     (args, kwargs, output) = seen[0]

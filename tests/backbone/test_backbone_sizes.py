@@ -15,13 +15,21 @@ RANK = 16
 
 
 def denoiser(name: str) -> Any:
-    from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
+    from diffusers import (
+        Flux2Transformer2DModel,
+        FluxTransformer2DModel,
+        QwenImage21Transformer2DModel,
+        QwenImageTransformer2DModel,
+        UNet2DConditionModel,
+    )
 
     with torch.device("meta"):
         if name == "instruct-pix2pix":
             return UNet2DConditionModel(in_channels=8, cross_attention_dim=768, attention_head_dim=8)
         if name == "flux-kontext":
             return FluxTransformer2DModel(guidance_embeds=True)
+        if name.startswith("qwen"):
+            return QwenImage21Transformer2DModel() if name == "qwen-image-21" else QwenImageTransformer2DModel()
         small = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
         return Flux2Transformer2DModel(**(small if name == "flux2-klein" else {}))
 
@@ -33,6 +41,8 @@ def denoiser(name: str) -> Any:
         ("flux-kontext", [19, 38], 418, 65e6),
         ("flux2-klein", [5, 20], 100, 24e6),
         ("flux2-dev", [8, 48], 192, None),
+        ("qwen-image-edit", [1, 59], 60 * 12 - 4, 106e6),
+        ("qwen-image-21", [32], 224, 42e6),
     ],
 )
 def test_published_sizes(name: str, layers: list[int], weights: int, numbers: float | None) -> None:

@@ -15,6 +15,10 @@ BACKBONES: dict[str, str] = {
     "flux-kontext": "openwu.backbone.flux_kontext:FluxKontext",
     "flux2-dev": "openwu.backbone.flux2:Flux2Dev",
     "flux2-klein": "openwu.backbone.flux2:Flux2Klein",
+    "qwen-image-edit": "openwu.backbone.qwen_image_edit:QwenImageEdit",
+    "qwen-image-edit-plus": "openwu.backbone.qwen_image_edit:QwenImageEditPlus",
+    "qwen-image-21": "openwu.backbone.qwen_image_21:QwenImage21",
+    "longcat-image-edit": "openwu.backbone.longcat_image_edit:LongCatImageEdit",
 }
 """Name -> "module:Class" of a `protocols.Backbone`. One line adds a base; docs/adding-a-base.md says how."""
 

@@ -9,7 +9,6 @@ Shapes: b requests, h and w the sides of a map of latents, n = h * w tokens of a
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwu.backbone.latents import PLACE, patches, token_rows
+from openwu.backbone.latents import PLACE, patches, picture_digest, token_rows
 from openwu.backbone.layers import find_groups
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.config import LayerGroup
@@ -124,10 +123,7 @@ class _Flux2(PipelineBackbone):
 
     def together(self, request: BaseRequest) -> object:
         """The very same pictures."""
-        digest = hashlib.sha256()
-        for picture in request.pictures:
-            digest.update(picture.tobytes())
-        return tuple(picture.size for picture in request.pictures), digest.digest()
+        return picture_digest(request.pictures)
 
     def call(self, requests: Sequence[BaseRequest], options: SamplingOptions, rows: RowScope, step: Step) -> Tensor:
         """A second call for guidance, where there is one, has the same rows as the first."""

@@ -5,6 +5,7 @@ Shapes: b requests, h and w the sides of a picture or map, C channels, l tokens 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -69,6 +70,14 @@ def resized(picture: Image.Image, pixels: int, multiple: int, longest: int = 8) 
     size = working_size(width, height, pixels, multiple)
     picture = picture.convert("RGB")
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def picture_digest(pictures: Sequence[Image.Image]) -> object:
+    """Equal for the very same pictures in the same order."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(picture.tobytes())
+    return tuple(picture.size for picture in pictures), digest.digest()
 
 
 def as_tensor(picture: Image.Image) -> Tensor:

@@ -26,8 +26,8 @@ _FILES = (INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jin
 """What is downloaded: the parts, not the same weights once more in one file beside them."""
 
 _FP16 = re.compile(r"\.fp16[.-]")
-_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "processor")
-"""Parts of a pipeline whose names say that they hold no weights."""
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "processor")
+"""Parts of a pipeline whose names end like this hold no weights."""
 
 
 def load_pipeline(
@@ -106,7 +106,8 @@ def check_weights(folder: Path) -> str | None:
     parts = [
         name
         for name, value in index.items()
-        if isinstance(value, list) and value and value[0] is not None and not name.startswith(_WITHOUT_WEIGHTS)
+        # A list that does not begin with a library's name is no part but a setting, such as a schedule.
+        if isinstance(value, list) and value and isinstance(value[0], str) and not name.endswith(_WITHOUT_WEIGHTS)
     ]
     missing, variants = [], set()
     for part in parts:

@@ -113,9 +113,16 @@ class PipelineBackbone(Backbone, ABC):
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """See `protocols.Backbone`."""
 
-    @abstractmethod
     def text_states(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States of the text encoder that the condition begins with `[b, L, width]`, and which are real `[b, L]`."""
+        """States of the text encoder that the condition begins with `[b, L, width]`, and which are real `[b, L]`.
+
+        A base whose encoder reads the pictures too has `request_states` instead.
+        """
+        raise NotImplementedError
+
+    def request_states(self, requests: Sequence[BaseRequest]) -> tuple[Tensor, Tensor]:
+        """States that the condition begins with, and which are real."""
+        return self.text_states([request.instruction for request in requests])
 
     @abstractmethod
     def picture_latents(self, picture: Tensor) -> Tensor:
@@ -144,7 +151,7 @@ class PipelineBackbone(Backbone, ABC):
     @torch.no_grad()
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
         """Text states, and a segment with tokens of every picture."""
-        text, mask = self.text_states([request.instruction for request in requests])
+        text, mask = self.request_states(requests)
         tokens, real = padded([self._picture_tokens(request) for request in requests])
         return Condition(text, mask, {PICTURES: Segment(tokens, real)})
 
