@@ -45,7 +45,8 @@ def test_the_worked_example_trains_and_edits(module: Any, tmp_path: Path) -> Non
     optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
     for step in range(10):
         optimizer.zero_grad()
-        stage.loss(step).backward()
+        with stage.loss(step) as loss:
+            torch.autograd.backward(loss)
         optimizer.step()
     assert stage.evaluate().scalars["validation"] < before
     stage.handle.detach()

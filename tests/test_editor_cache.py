@@ -32,14 +32,14 @@ def cached(model_folder: Path) -> Editor:
 def generated(cached: Editor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many adapters each run of the generator wrote."""
     counts: list[int] = []
-    generate = cached.model.generator.forward
+    generate = cached.generator
 
     def counting(condition: Any) -> Adapter:
         adapter: Adapter = generate(condition)
         counts.append(adapter.batch)
         return adapter
 
-    monkeypatch.setattr(cached.model.generator, "forward", counting)
+    monkeypatch.setattr(cached, "generator", counting)
     return counts
 
 

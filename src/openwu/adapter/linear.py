@@ -34,6 +34,8 @@ class LinearSite(PairSite):
                 f"{tuple(x.shape)}"
             )
         flat_y = y.reshape(-1, y.shape[-1])
+        if len(a) == 1:  # all segments have the same adapter
+            return dispatch.add_linear(flat_y, flat_x, a, b, self.scale).view(y.shape)
         return dispatch.add_sorted(flat_y, flat_x, a, b, self.scale, self._run_t, self._ends).view(y.shape)
 
     def weight_delta(self, active: Active) -> Tensor:

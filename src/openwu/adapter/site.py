@@ -215,7 +215,7 @@ class PairSite(Site):
     def take(self, active: Active) -> None:
         self._a, self._b = active.per_row(self.path)
         self._rows = active.num_rows
-        if active.segments is not None and not active.uniform:
+        if active.segments is not None:
             self._ends, self._run_t = active.segments.ends, active.segments.of_token
 
     def drop(self) -> None:
