@@ -28,7 +28,8 @@ def test_the_loss_falls_through_the_frozen_base(name: str) -> None:
         optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
         for step in range(12):
             optimizer.zero_grad()
-            stage.loss(step).backward()
+            with stage.loss(step) as loss:
+                torch.autograd.backward(loss)
             optimizer.step()
         end = stage.evaluate().scalars["validation"]
     finally:
