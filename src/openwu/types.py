@@ -138,7 +138,7 @@ class LatentBatch:
     target: Tensor = field(repr=False)
     """Clean latents of the wanted pictures [b, ...], laid out as the denoiser is given noise."""
     inputs: Mapping[str, Tensor] = field(repr=False)
-    """What else the denoiser is given, by names that only its backbone knows."""
+    """What else the denoiser is given, by names that only its backbone knows; samples come first in every tensor."""
     condition: Condition = field(repr=False)
     """What the generator reads."""
 

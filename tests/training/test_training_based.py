@@ -62,6 +62,12 @@ def test_a_latent_batch_noised_by_the_objective_is_what_the_scheduler_makes() ->
     torch.testing.assert_close(question.given, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", base_cases.NAMES)
+def test_every_tensor_of_a_latent_batch_has_a_row_per_sample(name: str) -> None:
+    batch = base_cases.backbone(name).latent_batch(base_cases.requests(2), TARGETS)
+    assert {len(tensor) for tensor in (batch.target, *batch.inputs.values())} == {2}
+
+
 def test_targets_are_the_vae_s_latents_scaled_as_the_denoiser_sees_them() -> None:
     for name in ("instruct-pix2pix", "flux-kontext"):
         base = base_cases.backbone(name)

@@ -86,8 +86,8 @@ class FluxKontext(PipelineBackbone):
             "source": token_rows(source),
             "text": text,
             "pooled": pooled,
-            "text_ids": text_ids,
-            "ids": torch.cat([_positions(target, 0), _positions(source, 1)]),
+            "text_ids": text_ids.expand(len(requests), -1, -1),
+            "ids": torch.cat([_positions(target, 0), _positions(source, 1)]).expand(len(requests), -1, -1),
         }
         return LatentBatch(token_rows(target), inputs, self.condition(requests))
 
@@ -101,8 +101,8 @@ class FluxKontext(PipelineBackbone):
             guidance=time.new_full((len(given),), TRAINING_GUIDANCE, dtype=torch.float32) if told else None,
             pooled_projections=inputs["pooled"],
             encoder_hidden_states=inputs["text"],
-            txt_ids=inputs["text_ids"],
-            img_ids=inputs["ids"],
+            txt_ids=inputs["text_ids"][0],
+            img_ids=inputs["ids"][0],
             return_dict=False,
         )[0]
         return said[:, : given.shape[1]]

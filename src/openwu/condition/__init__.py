@@ -14,7 +14,7 @@ from openwu.errors import CheckpointError
 from openwu.protocols import Backbone, ConditionEncoder
 
 ENCODERS: dict[str, str] = {
-    "hidden-states": "openwu.condition.hidden_states:HiddenStates",
+    "denoiser-states": "openwu.condition.denoiser_states:DenoiserStates",
     "siglip2": "openwu.condition.siglip2:Siglip2",
 }
 """Name -> "module:Class" of an encoder that is made from a backbone and plain values (its `settings`)."""

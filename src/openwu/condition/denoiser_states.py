@@ -26,7 +26,7 @@ class _Reached(Exception):  # noqa: N818 (no error: the module has spoken, the r
     """Ends the denoiser's run."""
 
 
-class HiddenStates:
+class DenoiserStates:
     """What one module of a frozen denoiser says about a request."""
 
     def __init__(self, backbone: Backbone, module: str, time: float = 1.0) -> None:

@@ -12,7 +12,7 @@ import torch
 from openwu.base_fit import encoder_for, generator_config
 from openwu.based_editor import BasedEditor
 from openwu.condition import make_encoder
-from openwu.condition.hidden_states import HiddenStates
+from openwu.condition.denoiser_states import DenoiserStates
 from openwu.errors import CheckpointError, TargetError
 from openwu.generator.model import ParameterGenerator
 
@@ -23,11 +23,11 @@ MODULES = {
 
 
 @pytest.fixture(params=MODULES)
-def encoder(request: pytest.FixtureRequest) -> HiddenStates:
-    return HiddenStates(base_cases.backbone(request.param), MODULES[request.param])
+def encoder(request: pytest.FixtureRequest) -> DenoiserStates:
+    return DenoiserStates(base_cases.backbone(request.param), MODULES[request.param])
 
 
-def test_states_are_the_module_s_output_in_a_whole_run(encoder: HiddenStates) -> None:
+def test_states_are_the_module_s_output_in_a_whole_run(encoder: DenoiserStates) -> None:
     """The same run to its end, with a hook of the test's own."""
     base: Any = encoder.backbone
     (request,) = base_cases.requests(1)
@@ -45,7 +45,7 @@ def test_states_are_the_module_s_output_in_a_whole_run(encoder: HiddenStates) ->
     assert encoder.condition_widths == {"states": expected.shape[2]}
 
 
-def test_they_follow_picture_text_and_seed_and_leave_no_hook(encoder: HiddenStates) -> None:
+def test_they_follow_picture_text_and_seed_and_leave_no_hook(encoder: DenoiserStates) -> None:
     first, other = base_cases.requests(2)
     states = encoder.condition([first]).tokens
     for changed in (
@@ -61,13 +61,13 @@ def test_they_follow_picture_text_and_seed_and_leave_no_hook(encoder: HiddenStat
 def test_the_generator_s_config_names_its_encoder(tmp_path: Path) -> None:
     base = base_cases.backbone("flux-kontext")
     config = generator_config(
-        base, encoder=HiddenStates(base, "transformer_blocks.1", time=0.5), rank=4, alpha=4, token_dim=32, d_model=32,
+        base, encoder=DenoiserStates(base, "transformer_blocks.1", time=0.5), rank=4, alpha=4, token_dim=32, d_model=32,
         head_dim=16, dim_accumulation=2, num_pg_layers=1,
     )  # fmt: skip
     ParameterGenerator(config, b_init_std=0.3).save_pretrained(tmp_path / "generator")
     loaded = ParameterGenerator.from_pretrained(tmp_path / "generator")
     encoder = encoder_for(loaded.config, base, "flux-kontext")
-    assert isinstance(encoder, HiddenStates)
+    assert isinstance(encoder, DenoiserStates)
     assert encoder.settings == {"module": "transformer_blocks.1", "time": 0.5}
     editor = BasedEditor(base, loaded, options=base_cases.FAST)
     try:
@@ -79,12 +79,12 @@ def test_the_generator_s_config_names_its_encoder(tmp_path: Path) -> None:
 def test_what_cannot_be_an_encoder() -> None:
     base = base_cases.backbone("flux-kontext")
     with pytest.raises(TargetError, match=r"got 'transformer_blocks.7'; near it are .*transformer_blocks\.1"):
-        HiddenStates(base, "transformer_blocks.7")
+        DenoiserStates(base, "transformer_blocks.7")
     with pytest.raises(TargetError, match="time: expected a number from 0"):
-        HiddenStates(base, "transformer_blocks.1", time=2)
+        DenoiserStates(base, "transformer_blocks.1", time=2)
     with pytest.raises(TargetError, match=r"expected one that says tokens \[b, L, d\], time_text_embed says"):
-        HiddenStates(base, "time_text_embed").condition(base_cases.requests(1))
-    with pytest.raises(CheckpointError, match="expected an encoder of hidden-states, siglip2, got 'clip'"):
+        DenoiserStates(base, "time_text_embed").condition(base_cases.requests(1))
+    with pytest.raises(CheckpointError, match="expected an encoder of denoiser-states, siglip2, got 'clip'"):
         make_encoder({"name": "clip"}, base)
     with pytest.raises(CheckpointError, match="settings it does not take"):
-        make_encoder({"name": "hidden-states", "layer": 3}, base)
+        make_encoder({"name": "denoiser-states", "layer": 3}, base)
