@@ -26,7 +26,7 @@ from torch import nn
 from openwu import attach, extras
 from openwu.backbone import backbone_class
 from openwu.based_editor import BasedEditor
-from openwu.condition.hidden_states import HiddenStates
+from openwu.condition.denoiser_states import DenoiserStates
 from openwu.errors import OpenwuError, TargetError
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
 
@@ -102,6 +102,7 @@ def test_a_condition_reads_prompt_and_pictures_and_a_batch_is_its_samples(base: 
 def test_a_generator_learns_through_the_base(base: Any) -> None:
     """End to end on one batch with the same noise: the loss falls, and nothing of the base moves."""
     batch = base.latent_batch(requests(2), [torch.full((3, 64, 64), 0.1), torch.full((3, 64, 64), 0.9)])
+    assert {len(each) for each in batch.inputs.values()} == {2}, "a batch can be cut by samples"
     noise, time = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.6, 0.6])
     given = 0.4 * batch.target + 0.6 * noise
     before = {name: value.clone() for name, value in base.denoiser.state_dict().items()}
@@ -147,8 +148,8 @@ def test_gradients_are_the_same_where_the_base_computes_its_blocks_again(base: A
         torch.testing.assert_close(repeated, plain, rtol=1e-5, atol=1e-8)
 
 
-def test_a_block_s_hidden_states_serve_as_a_condition(base: Any) -> None:
-    encoder = HiddenStates(base, "transformer_blocks.1")
+def test_a_block_s_states_serve_as_a_condition(base: Any) -> None:
+    encoder = DenoiserStates(base, "transformer_blocks.1")
     together, alone = encoder.condition(requests(2)), encoder.condition(requests(2)[1:])
     assert together.tokens.shape[2] == encoder.condition_widths["states"] == 32
     assert together.mask is not None

@@ -12,8 +12,7 @@ import tiny_multimodal
 import torch
 from base_cases import CAUSAL, FAST, MULTIMODAL, PIXELS, backbone, nothing, requests
 
-from openwu import extras
-from openwu.backbone import backbone_class
+from openwu.backbone import backbone_class, multimodal
 from openwu.errors import CheckpointError
 
 
@@ -32,8 +31,7 @@ def save(pipeline: Any, folder: Path) -> None:
 def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
-    real = extras.importlib.import_module
-    monkeypatch.setattr(extras.importlib, "import_module", lambda name: None if name == "torchvision" else real(name))
+    monkeypatch.setattr(multimodal, "library", lambda *_: None)
     for kind, patch in (("Qwen2VLProcessor", 14), ("Qwen3VLProcessor", 16)):
         made = tiny_multimodal.processor(kind, patch)
         monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda *_, made=made, **__: made)

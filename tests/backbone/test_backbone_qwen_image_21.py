@@ -18,7 +18,7 @@ from test_backbone_bases import (  # noqa: F401  (they run here with this file's
     test_targets_are_the_linear_maps_of_the_blocks_without_modulation,
 )
 from test_backbone_multimodal import (  # noqa: F401
-    test_a_block_s_hidden_states_serve_as_a_condition,
+    test_a_block_s_states_serve_as_a_condition,
     test_a_condition_reads_prompt_and_pictures_and_a_batch_is_its_samples,
     test_a_generator_learns_through_the_base,
     test_a_missing_torchvision_is_said_before_anything_is_loaded,
