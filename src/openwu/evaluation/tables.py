@@ -56,9 +56,17 @@ def wording_table(wordings: Sequence[Wording], shares: Mapping[str, float]) -> s
     ]
     text = table(("generated, PSNR in dB", "training phrasings", "held-out phrasings"), cells)
     names = ("accepted", "right_edit", "right_degree", "refused")
-    rows = [(lang, *(f"{100 * shares[f'{name}_{lang}']:.1f}%" for name in names)) for lang in LANGUAGES]
-    head = ("held-out sentences", "in scope: accepted", "right sub-task", "right degree", "out of scope: refused")
+    rows = [
+        (f"{called}, {lang}", *(_percent(shares.get(f"{prefix}{name}_{lang}")) for name in names))
+        for called, prefix in (("held out", ""), ("fresh", "fresh_"))
+        for lang in LANGUAGES
+    ]
+    head = ("sentences", "in scope: accepted", "right sub-task", "right degree", "out of scope: refused")
     return text + table(head, rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
 
 
 def strength_table(found: Sequence[Graded]) -> str:
