@@ -295,3 +295,19 @@ def test_pairs_stand_where_their_weights_compute() -> None:
     for name, pair in moved.weights.items():
         expected = "meta" if "layers.1." in name or name.endswith("0.self_attn.o_proj") else "cpu"
         assert {part.device.type for part in pair} == {expected}, name
+
+
+def test_layers_that_wait_elsewhere_compute_the_same() -> None:
+    """accelerate's hooks, as offloading sets them, with the CPU in the place of the GPU."""
+    accelerate = pytest.importorskip("accelerate")
+    base = HunyuanImage3(hunyuan_stand_in.made())
+    base.reasoning_tokens = 2
+    asked, weights = requests(1), adapter(base, 1)
+    condition = base.condition(asked).tokens
+    (expected,) = edited(base, asked, weights)
+    for layer in base.model.model.layers:
+        accelerate.cpu_offload(layer, torch.device("cpu"))
+    assert base.model.model.layers[1].mlp.experts[0].down_proj.weight.is_meta
+    torch.testing.assert_close(base.condition(asked).tokens, condition)
+    (came,) = edited(base, asked, placed(weights, base))
+    torch.testing.assert_close(came, expected, rtol=0, atol=1.01 * LEVEL)

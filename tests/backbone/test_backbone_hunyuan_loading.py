@@ -155,6 +155,12 @@ def test_ways_of_loading_that_cannot_be(saved: Path, monkeypatch: pytest.MonkeyP
         load(saved, quantise="4bit", device="cuda")
 
 
+def test_a_gpu_that_is_not_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(OpenwuError, match="device: expected a machine with a CUDA GPU for cuda, found none"):
+        load(saved, device="cuda")
+
+
 @pytest.mark.parametrize(
     ("device", "gpus", "how", "expected"),
     [

@@ -91,6 +91,8 @@ def load_remote(
     check_version(transformers_version)
     _check_ways(device, quantise, offload)
     room, headers = Room.of(device), read_headers(path)
+    if device.type == "cuda" and not room.gpus:
+        raise OpenwuError(f"device: expected a machine with a CUDA GPU for {device}, found none; use --device cpu")
     need = check_room(headers, room, quantise=quantise, offload=offload, dtype=dtype, beside=beside)
     placed: dict[str, Any] = {"device_map": {"": str(device)}}
     if room.gpus and (len(room.gpus) > 1 or offload):
