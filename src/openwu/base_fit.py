@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
 
 from openwu.adapter.experts import ExpertRouting
 from openwu.adapter.inject import AdapterHandle, attach
@@ -16,6 +20,7 @@ from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
 from openwu.generator.model import ParameterGenerator
 from openwu.protocols import Backbone, ConditionEncoder
+from openwu.types import Adapter, Target
 
 CONDITION_KEY = "_condition"
 """Key of a generator's config under which its condition encoder is described; none: the base makes the condition."""
@@ -116,6 +121,25 @@ def attach_generator(backbone: Backbone, generator: ParameterGenerator, name: st
     check_targets(generator.config, backbone, name or type(backbone).__name__)
     routing = None if backbone.routing is None else ExpertRouting(*backbone.routing)
     return attach(backbone.denoiser, generator.targets, routing=routing)
+
+
+def placed(adapter: Adapter, backbone: Backbone) -> Adapter:
+    """The adapter with every pair on the device where its weight computes: a base may be spread over several."""
+    modules = dict(backbone.denoiser.named_modules())
+    homes = {target.name: _home(modules, target) for target in adapter.targets}
+    weights = {name: (a.to(homes[name]), b.to(homes[name])) for name, (a, b) in adapter.weights.items()}
+    return replace(adapter, weights=weights)
+
+
+def _home(modules: Mapping[str, nn.Module], target: Target) -> torch.device | None:
+    """Where a target's module runs: offloaded ones say so by accelerate's hook, others have their weights there."""
+    path = target.name if target.experts is None else target.name.rpartition(".")[0]
+    for module in modules[path].modules():
+        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+            return torch.device(device)
+        if (weight := getattr(module, "weight", None)) is not None:
+            return torch.device(weight.device)
+    return None
 
 
 def _shown(widths: tuple[int, int, int | None]) -> str:

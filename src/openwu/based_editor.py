@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwu.backbone import backbone_class
-from openwu.base_fit import attach_generator, check_targets, encoder_for
+from openwu.base_fit import attach_generator, check_targets, encoder_for, placed
 from openwu.editor import Progress, asked_of, listed, timed
-from openwu.errors import InstructionError, PictureError, TargetError
+from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
+from openwu.generator.memory import bytes_beside
 from openwu.generator.model import ParameterGenerator
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
@@ -65,17 +67,34 @@ class BasedEditor:
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         options: SamplingOptions | None = None,
+        trust_remote_code: bool = False,
+        quantise: str | None = None,
+        offload: bool = False,
     ) -> BasedEditor:
         """`model`: a key of `openwu.backbone.BACKBONES`; `base`: a folder, or a hub id at `revision`.
 
         `device` None: CUDA where there is one. `dtype` None: bfloat16 there, float32 on a CPU.
+
+        For bases that need it, and refused by the others: `trust_remote_code` runs the code that the base's folder
+        brings; `quantise` "8bit" or "4bit"; `offload` keeps layers that do not fit in the machine's memory.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         kind = backbone_class(model)
-        # The generator first: it is the smaller one, and what is wrong with it shows at once.
+        asked = {"trust_remote_code": trust_remote_code, "quantise": quantise, "offload": offload}
+        taken: frozenset[str] = getattr(kind, "loading_options", frozenset())
+        if refused := [name for name, value in asked.items() if value and name not in taken]:
+            raise OpenwuError(
+                f"{', '.join(refused)}: expected none for {model}, which has no such option; leave it out"
+            )
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
+        how |= {name: value for name, value in asked.items() if name in taken}
+        if "beside" in taken:
+            how["beside"] = bytes_beside(Path(generator), dtype)
+        # The generator first: it is the smaller one, and what is wrong with it shows at once. Where the base's memory
+        # is planned, the base first: the plan leaves room for the generator.
+        made = kind.from_pretrained(base, **how) if "beside" in taken else None
         loaded = ParameterGenerator.from_pretrained(generator, dtype=dtype, device=device)
-        backbone = kind.from_pretrained(base, device=device, dtype=dtype, revision=revision)
-        return cls(backbone, loaded, options=options, name=model)
+        return cls(made or kind.from_pretrained(base, **how), loaded, options=options, name=model)
 
     def edit(
         self,
@@ -89,6 +108,7 @@ class BasedEditor:
         anyway: bool = False,  # noqa: ARG002
         progress: Progress | None = None,
         options: SamplingOptions | None = None,
+        reasoning: str | None = None,
     ) -> EditResult:
         """Edit one picture; further ones in `images` are references. See `Editor.edit`.
 
@@ -98,7 +118,7 @@ class BasedEditor:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
         if adapter is not None and then:
             raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
-        request = EditRequest(listed(images), instruction, strength, seed, then)
+        request = EditRequest(listed(images), instruction, strength, seed, then, reasoning)
         return self._edited([request], adapter, progress, options)[0]
 
     def edit_batch(
@@ -119,11 +139,15 @@ class BasedEditor:
         instruction: str,
         *,
         anyway: bool = False,  # noqa: ARG002
+        seed: int = 0,
+        reasoning: str | None = None,
     ) -> Adapter:
-        """Only generate: the adapter (b = 1) of a request."""
-        photos = _read(EditRequest(listed(images), instruction))
+        """Only generate: the adapter (b = 1) of a request. Some bases draw from `seed` already when they read."""
+        request = EditRequest(listed(images), instruction, seed=seed, reasoning=reasoning)
+        self._check_reasoning([request])
         text = check_instruction(instruction)
-        return self._generate(self.encoder.condition([BaseRequest(_images(photos), text)]), text)
+        asked = BaseRequest(_images(_read(request)), text, seed, reasoning)
+        return self._generate(self.encoder.condition([asked]), text)
 
     @torch.no_grad()
     def _edited(
@@ -134,14 +158,20 @@ class BasedEditor:
         options: SamplingOptions | None,
     ) -> list[EditResult]:
         timings: dict[str, float] = {}
+        self._check_reasoning(requests)
         with timed(timings, "read"):
             photos = [_read(request) for request in requests]
             images = [_images(each) for each in photos]
         asked = [asked_of(request, given) for request in requests]
         with timed(timings, "condition"):
             conditions = [
-                [] if given is not None else [self.encoder.condition([BaseRequest(pictures, text)]) for text in texts]
-                for pictures, texts in zip(images, asked, strict=True)
+                []
+                if given is not None
+                else [
+                    self.encoder.condition([BaseRequest(pictures, text, request.seed, request.reasoning)])
+                    for text in texts
+                ]
+                for pictures, texts, request in zip(images, asked, requests, strict=True)
             ]
         with timed(timings, "generate"):
             # What a request asks for besides becomes one adapter with its own: their updates are added up.
@@ -152,7 +182,7 @@ class BasedEditor:
                 for own, texts in zip(conditions, asked, strict=True)
             ]
         bases = [
-            BaseRequest(pictures, ". ".join(texts), request.seed)
+            BaseRequest(pictures, ". ".join(texts), request.seed, request.reasoning)
             for pictures, texts, request in zip(images, asked, requests, strict=True)
         ]
         with timed(timings, "edit"):
@@ -162,6 +192,11 @@ class BasedEditor:
             EditResult(_with_picture(each[0], picture), adapter, timings)
             for each, picture, adapter in zip(photos, edited, adapters, strict=True)
         ]
+
+    def _check_reasoning(self, requests: Sequence[EditRequest]) -> None:
+        if any(each.reasoning is not None for each in requests) and not getattr(self.backbone, "reasons", False):
+            name = type(self.backbone).__name__
+            raise InstructionError(f"reasoning: expected none for {name}, which does not reason; leave it out")
 
     def _generate(self, condition: Condition, instruction: str) -> Adapter:
         weight = self.generator.hidden_in.weight
@@ -185,7 +220,9 @@ class BasedEditor:
                 present = sorted({owner for owner in owners if owner >= 0})
                 stacked = Adapter.stack([adapters[members[owner]] for owner in present])
                 samples = [present.index(owner) if owner >= 0 else -1 for owner in owners]
-                with self.handle.applied(stacked, rows=samples):
+                # All rows of one request: however many a pass has, each is that request's.
+                alone = set(samples) == {0}
+                with self.handle.applied(placed(stacked, self.backbone), rows=None if alone else samples):
                     yield
 
             pictures = self.backbone.generate([requests[i] for i in members], options, rows, progress)

@@ -86,6 +86,9 @@ class Editor:
         device: str | torch.device | None = None,
         revision: str | None = None,
         options: SamplingOptions | None = None,
+        trust_remote_code: bool = False,
+        quantise: str | None = None,
+        offload: bool = False,
     ) -> BasedEditor: ...
 
     @classmethod
@@ -100,6 +103,9 @@ class Editor:
         device: str | torch.device | None = None,
         revision: str | None = None,
         options: SamplingOptions | None = None,
+        trust_remote_code: bool = False,
+        quantise: str | None = None,
+        offload: bool = False,
     ) -> Editor | BasedEditor:
         """The embedded model, or a folder that training wrote. `dtype` None: bfloat16 where the CPU computes in it.
 
@@ -120,9 +126,13 @@ class Editor:
             from openwu.based_editor import BasedEditor
 
             place: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision}
+            place |= {"trust_remote_code": trust_remote_code, "quantise": quantise, "offload": offload}
             return BasedEditor.from_pretrained(str(model), base=base, generator=generator, options=options, **place)
-        if (device, revision, options) != (None, None, None):
-            raise OpenwuError("device, revision, options: expected none of them for the embedded model; leave them out")
+        if (device, revision, options, quantise) != (None,) * 4 or trust_remote_code or offload:
+            raise OpenwuError(
+                "device, revision, options, trust_remote_code, quantise, offload: expected none of them for the "
+                "embedded model; leave them out"
+            )
         if model is not None and not Path(model).is_dir():
             raise OpenwuError(
                 f"model: expected a folder with config.json and safetensors, or one of {', '.join(BACKBONES)} with a "
@@ -176,6 +186,10 @@ class Editor:
         self, requests: list[EditRequest], given: Adapter | None, anyway: bool, progress: Progress | None
     ) -> list[EditResult]:
         timings: dict[str, float] = {}
+        if any(request.reasoning is not None for request in requests):
+            raise InstructionError(
+                "reasoning: expected none for the embedded model, which does not reason; leave it out"
+            )
         with timed(timings, "read"):
             photos = [_read(request) for request in requests]
         asked = [asked_of(request, given) for request in requests]

@@ -68,6 +68,10 @@ class Backbone(ConditionEncoder, Protocol):
     """A frozen base model."""
 
     facts: ClassVar[BaseFacts]
+    loading_options: ClassVar[frozenset[str]] = frozenset()
+    """Further arguments that its `from_pretrained` takes: of `trust_remote_code`, `quantise`, `offload`, `beside`."""
+    reasons: ClassVar[bool] = False
+    """Whether it writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
 
     @classmethod
     def from_pretrained(

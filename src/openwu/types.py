@@ -56,6 +56,8 @@ class EditRequest:
     """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws."""
     then: Sequence[str] = ()
     """What else to do in the same pass: the low-rank updates of all instructions are added up."""
+    reasoning: str | None = None
+    """What a base that reasons before it draws shall have thought; None: it writes that itself, "": it does not."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class BaseRequest:
     """RGB, upright, of any size: the one to edit, then references."""
     instruction: str
     seed: int = 0
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)

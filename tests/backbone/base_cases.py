@@ -22,7 +22,9 @@ MULTIMODAL = ("qwen-image-edit", "qwen-image-edit-plus", "longcat-image-edit")
 """Bases whose text encoder sees pictures and whose prompts we encode; they have a test file of their own."""
 CAUSAL = ("qwen-image-21",)
 """Bases that read prompt and pictures as a prefix; they too."""
-NAMES = tuple(name for name in BACKBONES if name not in MULTIMODAL + CAUSAL)
+OWN_CODE = ("hunyuan-image-3",)
+"""Bases whose folder brings their code; they have a stand-in and tests of their own."""
+NAMES = tuple(name for name in BACKBONES if name not in MULTIMODAL + CAUSAL + OWN_CODE)
 PIXELS = 64 * 64
 FAST = SamplingOptions(steps=2, pixels=PIXELS)
 

@@ -54,6 +54,8 @@ class RouterSite(Site):
         self._chosen_tk: Tensor | None = None
 
     def update(self, y: Any, _: Any) -> Any:
+        if not self._samples:
+            return y
         chosen_tk = self._indices(y)
         run_t, rows = self._run_t, len(self._samples)
         if chosen_tk.ndim != 2 or (len(chosen_tk) % rows if run_t is None else len(chosen_tk) != len(run_t)):
@@ -79,7 +81,9 @@ class RouterSite(Site):
         return torch.tensor(self._samples, device=tokens.device)[row].to(x.device)
 
     def take(self, active: Active) -> None:
-        self._samples = tuple(range(active.batch)) if active.rows is None else active.rows
+        # Where all rows have one sample, no expert asks whose its tokens are.
+        rows = tuple(range(active.batch)) if active.rows is None else active.rows
+        self._samples = () if active.uniform else rows
         self._run_t = None if active.segments is None else active.segments.of_token
 
     def drop(self) -> None:

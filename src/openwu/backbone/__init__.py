@@ -19,6 +19,7 @@ BACKBONES: dict[str, str] = {
     "qwen-image-edit-plus": "openwu.backbone.qwen_image_edit:QwenImageEditPlus",
     "qwen-image-21": "openwu.backbone.qwen_image_21:QwenImage21",
     "longcat-image-edit": "openwu.backbone.longcat_image_edit:LongCatImageEdit",
+    "hunyuan-image-3": "openwu.backbone.hunyuan_image_3:HunyuanImage3",
 }
 """Name -> "module:Class" of a `protocols.Backbone`. One line adds a base; docs/adding-a-base.md says how."""
 

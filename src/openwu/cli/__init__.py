@@ -182,7 +182,7 @@ def _add_base(edit: argparse.ArgumentParser) -> None:
     large = edit.add_argument_group(
         "large bases", "with --model NAME, as `openwu models` lists them, and a generator that was trained for the base"
     )
-    large.add_argument("--base", metavar="FOLDER", help="the base's diffusers folder, or its hub id")
+    large.add_argument("--base", metavar="FOLDER", help="the base's folder, or its hub id")
     large.add_argument("--generator", metavar="FOLDER", help="the generator's folder")
     large.add_argument("--revision", metavar="R", help="revision of a hub id")
     large.add_argument(
@@ -192,6 +192,18 @@ def _add_base(edit: argparse.ArgumentParser) -> None:
         "--steps", type=int, metavar="N", help="steps of denoising (default: what the base is used with)"
     )
     large.add_argument("--guidance", type=_finite, metavar="G", help="weight of the instruction (default: the base's)")
+    large.add_argument(
+        "--reasoning",
+        metavar="TEXT",
+        help="what a base that reasons shall have thought (default: it writes that itself)",
+    )
+    large.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that the base's folder brings, if it must"
+    )
+    large.add_argument("--quantise", choices=("8bit", "4bit"), help="load a base that can be quantised in fewer bits")
+    large.add_argument(
+        "--offload", action="store_true", help="keep layers that do not fit on the GPU in the machine's memory"
+    )
     large.add_argument("--pixels", type=int, metavar="N", help="pixels that the base works on (default: as trained)")
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from openwu.editor import Editor
     from openwu.types import Adapter
 
-PLACE, SAMPLING = ("device", "revision"), ("steps", "guidance", "pixels")
+PLACE, SAMPLING = ("device", "revision", "trust_remote_code", "quantise", "offload"), ("steps", "guidance", "pixels")
 """Options of large bases: where they come from and compute, and how they make a picture."""
 
 BAR_DELAY = 2.0
@@ -81,7 +81,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor | BasedEditor, Adapter 
 
     adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None
     if arguments.base is None and arguments.generator is None:
-        unused = [f"--{name}" for name in (*PLACE, *SAMPLING) if getattr(arguments, name) is not None]
+        unused = [
+            f"--{name.replace('_', '-')}"
+            for name in (*PLACE, *SAMPLING, "reasoning")
+            if getattr(arguments, name) not in (None, False)
+        ]
         if unused:
             raise UsageError(f"{', '.join(unused)}: expected only with --base and --generator; leave out, or add those")
         return Editor.from_pretrained(arguments.model, cache=arguments.cache), adapter
@@ -116,6 +120,7 @@ def _edit(
             adapter=adapter,
             anyway=arguments.anyway,
             progress=progress,
+            **({} if arguments.reasoning is None else {"reasoning": arguments.reasoning}),
         )
     start = time.perf_counter()
     for text in write_picture(result.photo, job.output):

@@ -13,6 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,7 +30,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
-_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = frozenset(_TORCH_DTYPES)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -57,6 +59,19 @@ def written_name(name: str, config: GeneratorConfig) -> str:
     if name.startswith(("hidden_in.", "more_in.")):
         return name
     return "model." + (name.removeprefix(f"groups.{RELEASED_GROUP}.") if config.is_released_form else name)
+
+
+def read_shape(folder: Path) -> tuple[GeneratorConfig, int, torch.dtype]:
+    """Config, number of parameters and widest dtype of a folder's generator, from headers alone."""
+    problems: list[str] = []
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder with {CONFIG_FILE} and safetensors, got none")
+    config, stored = _read_config(folder, problems), _read_headers(folder, problems)
+    if config is None or not stored.entries:
+        raise _error(folder, problems)
+    found = [_TORCH_DTYPES[each.dtype] for each in stored.entries.values() if each.dtype in _DTYPES]
+    dtype = max(found, key=lambda each: each.itemsize, default=torch.float32)
+    return config, sum(prod(each.shape) for each in stored.entries.values()), dtype
 
 
 def load_generator(
