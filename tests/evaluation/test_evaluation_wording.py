@@ -56,6 +56,8 @@ def test_means_and_their_table() -> None:
     assert math.isnan(mean_psnr(found, language="zh", split="held_out"))
     names = ("accepted", "right_edit", "right_degree", "refused")
     shares = {f"{name}_{lang}": 0.9 + 0.01 * i for lang in LANGUAGES for i, name in enumerate(names)}
+    shares |= {f"fresh_{name}": share - 0.5 for name, share in shares.items() if "degree" not in name}
     rows = wording_table(found, shares).splitlines()
     assert "| en | 25.00 | 21.00 |" in rows
-    assert "| zh | 90.0% | 91.0% | 92.0% | 93.0% |" in rows
+    assert "| held out, zh | 90.0% | 91.0% | 92.0% | 93.0% |" in rows
+    assert "| fresh, zh | 40.0% | 41.0% | - | 43.0% |" in rows
