@@ -43,6 +43,9 @@ class StageOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = peak * part_of_peak
             optimizer.step()
+            # Fused kernels change weights without counting it; whoever keeps something made from them would not notice.
+            for group in optimizer.param_groups:
+                torch.autograd.graph.increment_version(group["params"])
 
     def zero_grad(self) -> None:
         for optimizer, _ in self._parts:
