@@ -88,6 +88,13 @@ def test_an_update_shows_in_what_is_kept_from_the_weights(config: StageConfig) -
         torch.testing.assert_close(fast(condition).weights[name], tuple(part.detach() for part in factors))
 
 
+def test_what_is_remembered_goes_where_the_weights_are() -> None:
+    module = nn.Linear(4, 4, bias=False, device="meta")
+    optimizer = StageOptimizer(module, BOTH)
+    optimizer.set_state_of(module.weight, {"momentum_buffer": torch.zeros(4, 4)})
+    assert optimizer.state_of(module.weight)["momentum_buffer"].device == module.weight.device
+
+
 def test_without_a_rate_for_matrices_everything_is_adamws() -> None:
     module, reference = small(), small()
     optimizer = StageOptimizer(module, ADAMW)
