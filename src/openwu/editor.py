@@ -3,7 +3,8 @@
     request -> condition -> generator -> adapter -> frozen base -> picture
 
 The adapter is generated from the whole picture, so that a large one, which the base edits tile by tile, is edited alike
-everywhere. Every request of a batch has its own adapter, in one forward pass of the base where sizes allow.
+everywhere. Every request of a batch has its own adapter: in weights of its own where that is quicker, as for all but
+very small pictures, else together in one forward pass of the base.
 
 Shapes: b requests, h and w the sides of a picture.
 """
@@ -168,7 +169,11 @@ class Editor:
     def edit_batch(
         self, requests: Sequence[EditRequest], *, anyway: bool = False, progress: Progress | None = None
     ) -> list[EditResult]:
-        """Edit many pictures, each with its own adapter; pictures of one size share forward passes."""
+        """Edit many pictures, each with its own adapter; the adapters are generated together.
+
+        Very small pictures of one size share forward passes of the base; others are edited one after another, which is
+        quicker (`EmbeddedModel.merging_pays`).
+        """
         return self._edited(list(requests), None, anyway, progress) if requests else []
 
     def adapt(self, images: Picture | Sequence[Picture], instruction: str, *, anyway: bool = False) -> Adapter:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from openwu.lab.kept import Kept, Part, fingerprint
+import openwu
+from openwu.lab.kept import CODE, Kept, Part, fingerprint
 
 PART = Part({"scores": [1.5, 2.0], "name": "雨"}, {"task/input": torch.rand(3, 2, 2)})
 
@@ -53,3 +55,24 @@ def test_fingerprints_differ_with_settings_and_weights() -> None:
     with torch.no_grad():
         module.bias[0] += 1
     assert plain != fingerprint({"steps": 1}, module)
+
+
+UNIMPORTANT = {"errors", "markdown", "origin", "cli", "pictures", "editor"}
+"""Nothing that a part holds is computed there; the editor's module only chooses a dtype for the command."""
+
+
+def test_fingerprints_see_all_that_experiments_are_made_of() -> None:
+    package = Path(openwu.__file__).parent
+    names = {part.removesuffix(".py") for part in CODE}
+    alone = [package / name for name in ("evaluation/suite.py", "evaluation/pictures.py", "embedded.py", "planes.py")]
+    for file in [*(package / "lab").glob("*.py"), *(package / "data").rglob("*.py"), *alone]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("openwu."):
+                assert node.module.split(".")[1] in names | UNIMPORTANT, (file.name, node.module)
+
+
+def test_fingerprints_differ_with_the_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+    plain = fingerprint({})
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * (path.suffix == ".json"))
+    assert fingerprint({}) != plain

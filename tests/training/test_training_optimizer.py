@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from openwu.adapter.cache import GeneratorIdentity
+from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
+from openwu.generator.fast import FastGenerator
+from openwu.generator.model import ParameterGenerator
 from openwu.training.checkpoint import load_state, save_state
 from openwu.training.optimizer import StageOptimizer
 from openwu.training.recipe import StageConfig
@@ -63,6 +67,32 @@ def test_its_update_is_nearly_orthogonal() -> None:
     step = torch.linalg.svdvals(module.linear.weight.detach() - before)
     assert gradient[0] / gradient[-1] > 3
     assert step[0] / step[-1] < 3
+
+
+@pytest.mark.parametrize("config", [ADAMW, BOTH], ids=["AdamW", "both"])
+def test_an_update_shows_in_what_is_kept_from_the_weights(config: StageConfig) -> None:
+    groups = (LayerGroup("layers.", 2, (PlainTarget("qkv", 6, 8),), name="layers"),)
+    generator = ParameterGenerator(GeneratorConfig(2, 2, 8, 5, 16, 8, 2, 1, groups), b_init_std=0.3)
+    fast, identity, condition = (
+        FastGenerator(generator),
+        GeneratorIdentity({"generator": generator}, {}),
+        torch.ones(1, 3, 5),
+    )
+    fast(condition)
+    before = identity.digest
+    optimizer = StageOptimizer(generator, config)
+    sum(b.sum() for _, b in generator(condition).weights.values()).backward()  # type: ignore[union-attr]
+    optimizer.step(1.0)
+    assert identity.digest != before
+    for name, factors in generator(condition).weights.items():
+        torch.testing.assert_close(fast(condition).weights[name], tuple(part.detach() for part in factors))
+
+
+def test_what_is_remembered_goes_where_the_weights_are() -> None:
+    module = nn.Linear(4, 4, bias=False, device="meta")
+    optimizer = StageOptimizer(module, BOTH)
+    optimizer.set_state_of(module.weight, {"momentum_buffer": torch.zeros(4, 4)})
+    assert optimizer.state_of(module.weight)["momentum_buffer"].device == module.weight.device
 
 
 def test_without_a_rate_for_matrices_everything_is_adamws() -> None:

@@ -51,6 +51,8 @@ def test_rows_of_everything_that_has_rows() -> None:
     x, names, rows = torch.arange(6).view(3, 2), ("a", "b", "c"), slice(1, 3)
     assert torch.equal(take_rows(x, rows), x[1:])
     assert take_rows(list(names), rows) == ["b", "c"]
+    texts = [torch.arange(n) for n in (2, 4, 3)]  # one a sample, of several lengths
+    assert [len(each) for each in take_rows({"texts": texts, "x": x}, rows)["texts"]] == [4, 3]
     pair = take_rows((x, x + 1), rows)
     assert [each.tolist() for each in pair] == [[[2, 3], [4, 5]], [[3, 4], [5, 6]]]
     for batch in (Named(x, names), Grouped(x, list(names))):

@@ -175,7 +175,8 @@ class GeneratorIdentity:
     def digest(self) -> str:
         """64 hexadecimal digits; computed on first use, and again after a weight was replaced or changed in place.
 
-        Changes behind torch's back (through `.data` or NumPy) go unnoticed: make a new identity after those.
+        Changes that torch does not count (through `.data` or NumPy, or by its fused optimisers outside of our trainer)
+        go unnoticed: make a new identity after those.
         """
         state = self._state()
         if self._known is None or self._known[0] != state:

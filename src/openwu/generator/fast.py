@@ -8,7 +8,8 @@ Against the clear path of `model.py` and `blocks.py`, equal to rounding:
 - the products may run in 8 bits (`fp8`, not equal to rounding).
 
 What is kept follows the generator's weights: every call compares their storages and version counters. Weights changed
-behind autograd's back, through `.data`, need `forget()`.
+without a count, through `.data` or by torch's fused optimisers (`AdamW(fused=True)`; the trainer counts for its own),
+need `forget()`, or `torch.autograd.graph.increment_version(weights)`.
 
 Shapes: b samples, L condition tokens, n base layers of a group, p positions of one, d width, m heads, e head width.
 """

@@ -18,8 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-CODE = ("lab", "training", "data", "embedded.py", "backbone", "condition", "generator", "adapter", "ops")
-"""What the numbers of a part depend on, in the package's folder."""
+CODE = (
+    *("lab", "training", "data", "embedded.py", "backbone", "condition", "generator", "adapter", "ops", "evaluation"),
+    *("attention.py", "config.py", "grouped.py", "norm.py", "planes.py", "types.py"),
+)
+"""What the numbers of a part depend on, in the package's folder: source, and the sentences beside it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def fingerprint(settings: Mapping[str, Any], *frozen: nn.Module) -> str:
             digest.update(value.detach().float().numpy().tobytes())
     package = Path(__file__).parents[1]
     for part in CODE:
-        for file in sorted([package / part] if part.endswith(".py") else (package / part).rglob("*.py")):
+        held = [package / part] if part.endswith(".py") else (package / part).rglob("*")
+        for file in sorted(each for each in held if each.suffix in (".py", ".json")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

@@ -43,6 +43,9 @@ class StageOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = peak * part_of_peak
             optimizer.step()
+            # Fused kernels change weights without counting it; whoever keeps something made from them would not notice.
+            for group in optimizer.param_groups:
+                torch.autograd.graph.increment_version(group["params"])
 
     def zero_grad(self) -> None:
         for optimizer, _ in self._parts:
@@ -53,9 +56,11 @@ class StageOptimizer:
         return {key: value for opt, _ in self._parts for key, value in opt.state.get(parameter, {}).items()}
 
     def set_state_of(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """What `state_of` gave, wherever it was stored meanwhile."""
         for optimizer, _ in self._parts:
             if any(parameter is each for group in optimizer.param_groups for each in group["params"]):
-                optimizer.state[parameter] = dict(state)
+                # Files are read on the CPU, and fused kernels want even the step beside the weights.
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
 
 def _linear_weights(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -74,7 +74,8 @@ def take_rows(batch: Any, rows: slice) -> Any:
         return dataclasses.replace(batch, **parts)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(take_rows(each, rows) for each in batch))
-    if isinstance(batch, tuple | list) and any(isinstance(each, Tensor) and each.ndim for each in batch):
+    # A list holds samples, be they tensors of several shapes; a tuple with tensors holds fields.
+    if isinstance(batch, tuple) and any(isinstance(each, Tensor) and each.ndim for each in batch):
         return type(batch)(take_rows(each, rows) for each in batch)
     if (isinstance(batch, Tensor) and batch.ndim) or (isinstance(batch, Sequence) and not isinstance(batch, str)):
         return batch[rows]
