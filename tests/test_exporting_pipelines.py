@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from exporting_cases import PIPELINES, adapter_of, answer, relative_error
 from openwu import cli
 from openwu.adapter.export.files import COMFYUI_WEIGHTS
-from openwu.errors import ExportError
+from openwu.errors import CheckpointError, ExportError
 from openwu.exporting import export, find_base
 from openwu.types import Adapter
 
@@ -54,6 +55,16 @@ def test_pipelines_are_bases_for_the_other_formats(
     if format == "comfyui":
         stem = {"transformer": "transformer.proj_out", "unet": "lora_unet_conv_in"}[component]
         assert f"{stem}.alpha" in load_file(tmp_path / "out" / COMFYUI_WEIGHTS)
+
+
+def test_a_base_in_pickles_is_refused(pipelines: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(pipelines / "unet", folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="expected a folder that diffusers reads as a pipeline"):
+        find_base(folder)
 
 
 def test_the_wrong_component_fails(pipelines: Path, tmp_path: Path) -> None:

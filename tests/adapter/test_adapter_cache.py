@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -406,3 +407,18 @@ def test_an_identity_notices_weights_that_change() -> None:
     changed = watched.digest
     module.bias = nn.Parameter(torch.ones(2))
     assert len({before, changed, watched.digest}) == 3
+
+
+def test_memory_of_known_weights_is_not_given_to_others_before_the_change_was_seen() -> None:
+    """Swapped twice between two requests, new weights could lie where the known ones lay, as often changed."""
+    module = nn.Linear(3, 2, bias=False)
+    memory = np.ones((2, 3), np.float32)
+    lives = weakref.ref(memory)
+    module.load_state_dict({"weight": torch.from_numpy(memory)}, assign=True)
+    del memory
+    watched = identity(module)
+    first = watched.digest
+    module.load_state_dict({"weight": torch.zeros(2, 3)}, assign=True)
+    assert lives() is not None
+    assert watched.digest != first
+    assert lives() is None

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 import openwu
+from openwu.cli import main
+from openwu.errors import OpenwuError
+from openwu.lab import command
 from openwu.lab.kept import CODE, Kept, Part, fingerprint
 
 PART = Part({"scores": [1.5, 2.0], "name": "雨"}, {"task/input": torch.rand(3, 2, 2)})
@@ -76,3 +79,31 @@ def test_fingerprints_differ_with_the_sentences(tmp_path: Path, monkeypatch: pyt
     plain = fingerprint({})
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * (path.suffix == ".json"))
     assert fingerprint({}) != plain
+
+
+def test_parts_of_other_photographs_stand_elsewhere(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quick run tests on fewer photographs, also where edits and steps are those of a full one."""
+    folders: list[Path] = []
+
+    def stop(*arguments: object) -> None:
+        keep = arguments[-1]
+        assert isinstance(keep, Kept)
+        folders.append(keep.folder)
+        raise OpenwuError("enough")
+
+    monkeypatch.setattr(command, "continual", stop)
+    monkeypatch.setattr(command, "load_folder", lambda _: [])
+    monkeypatch.setattr(command, "load_test_photographs", lambda _: dict.fromkeys(command.QUICK_PHOTOGRAPHS))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    words = ["--model", str(model_folder), "--output", str(tmp_path), "--photos", str(photos), "--steps", "9"]
+    words += ["--edit", "warm", "--edit", "cool"]
+    for more in ([], [], ["--quick"]):
+        assert main(["lab", "continual", *words, *more]) == 1
+    (photos / "new.jpg").write_bytes(b"another")
+    assert main(["lab", "continual", *words]) == 1
+    full, again, quick, photographed = folders
+    assert full == again
+    assert len({full, quick, photographed}) == 3

@@ -134,6 +134,19 @@ def test_stopped_and_continued_is_the_same_and_other_data_is_refused(recipe: Pai
         train_pairs(recipe, tmp_path / "whole")
 
 
+def test_a_start_that_changed_is_refused(recipe: PairsRecipe, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    model = EmbeddedModel.from_pretrained(recipe.start or "")
+    model.save_pretrained(start, torch.float32)
+    recipe = replace(recipe, start=str(start))
+    train_pairs(recipe, tmp_path / "run", stop_after=1)
+    train_pairs(recipe, tmp_path / "run", stop_after=1)
+    model.instruction.query.add_(1)
+    model.save_pretrained(start, torch.float32)
+    with pytest.raises(CheckpointError, match=r"another recipe \(changed: start\)"):
+        train_pairs(recipe, tmp_path / "run")
+
+
 def test_broken_data_are_reported_whole_before_the_first_step(recipe: PairsRecipe, tmp_path: Path) -> None:
     listing = Path(recipe.data or "") / "pairs.jsonl"
     lines = listing.read_text().splitlines()

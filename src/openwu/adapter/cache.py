@@ -19,7 +19,7 @@ import json
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 import openwu
 from openwu.adapter.store import AdapterStore, add_tensor
@@ -170,6 +170,7 @@ class GeneratorIdentity:
         self._parts = dict(parts)
         self._config = json.dumps(config, sort_keys=True)
         self._known: tuple[tuple[tuple[int, int], ...], str] | None = None
+        self._held: list[Tensor] = []
 
     @property
     def digest(self) -> str:
@@ -181,15 +182,16 @@ class GeneratorIdentity:
         state = self._state()
         if self._known is None or self._known[0] != state:
             self._known = (state, self._compute())
+            # Held, so that no new weight can take an old one's address.
+            self._held = [tensor.detach() for tensor in self._tensors()]
         return self._known[1]
 
     def _state(self) -> tuple[tuple[int, int], ...]:
         """Where every weight lies and how often it was changed in place."""
-        return tuple(
-            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for part in self._parts.values()
-            for tensor in chain(part.parameters(), part.buffers())
-        )
+        return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (each for part in self._parts.values() for each in chain(part.parameters(), part.buffers()))
 
     def _compute(self) -> str:
         digest = hashlib.sha256(json.dumps([openwu.__version__, code_digest(), self._config]).encode())

@@ -30,7 +30,10 @@ def denoiser_name(folder: Path) -> str:
 
 
 def read_pipeline(folder: Path, component: str) -> Any:
-    """The pipeline of a folder with nothing but its denoiser, in float32. Raises ImportError without diffusers."""
+    """The pipeline of a folder with nothing but its denoiser, in float32; pickles are not read.
+
+    Raises ImportError without diffusers.
+    """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
@@ -38,7 +41,7 @@ def read_pipeline(folder: Path, component: str) -> Any:
     absent: dict[str, None] = dict.fromkeys(name for name in parts if name not in (component, "scheduler"))
     logging.disable_progress_bar()
     try:
-        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent)
+        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **absent)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: expected a folder that diffusers reads as a pipeline: {error}") from error
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from openwu.data.edits import BASE_EDITS, CONTRADICTORY_PAIRS, EDITS, FAMILIES
-from openwu.data.photographs import load_folder, load_test_photographs
+from openwu.data.photographs import folder_hashes, load_folder, load_test_photographs
 from openwu.editor import native_dtype
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
@@ -281,7 +281,9 @@ def _shortened(budget: Budget, options: argparse.Namespace) -> Budget:
 
 def _kept(what: str, settings: Mapping[str, object], model: EmbeddedModel) -> Kept:
     """Where finished parts stand: whatever they depend on is in the folder's name, all but their seed."""
-    meant = {key: value for key, value in settings.items() if key not in ("seeds", "output", "quick")}
+    # "quick" counts: it chooses the test photographs, also where --edit and --steps say all else.
+    meant = {key: value for key, value in settings.items() if key not in ("seeds", "output")}
+    meant["photos"] = folder_hashes(Path(str(settings["photos"])))
     digits = fingerprint(meant, model.instruction, model.backbone)
     return Kept(Path(str(settings["output"])) / "parts" / f"{what}-{digits}")
 

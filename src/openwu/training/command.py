@@ -88,6 +88,8 @@ def train_pairs(recipe: PairsRecipe, folder: Path, stop_after: int | None = None
     unimportant = {"name", "data", "export", "checkpoint_every", "evaluate_every", "log_every"}
     described = {key: value for key, value in describe(recipe).items() if key not in unimportant}
     described["generator"].pop("accumulate", None)
+    # By its contents: the package's own weights change with its version, and a checkpoint has only what is trained.
+    described["start"] = _weights_hash(Path(recipe.start or WEIGHTS))
     every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
     data = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     loop = LoopConfig(json.dumps({**described, "pairs": data}, sort_keys=True), *every, stop_after)
@@ -201,6 +203,14 @@ def _export_provenance(recipe: EmbeddedRecipe | PairsRecipe, target: Path, folde
 
 def _write_provenance(target: Path, found: dict[str, Any]) -> None:
     (target / PROVENANCE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _weights_hash(model: Path) -> str:
+    """SHA-256 of a model's files of weights."""
+    digest = hashlib.sha256()
+    for file in sorted(model.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _seconds(stage: Path) -> int:
