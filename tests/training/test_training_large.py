@@ -1,4 +1,4 @@
-"""Recipes for large bases, on tiny ones in folders: from pairs to an edit, with a cache, resumed, and what is refused."""
+"""Recipes for large bases, on tiny ones in folders: from pairs to an edit, cached, resumed, and what is refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_from_pairs_to_an_edit(
     assert cli.main([*words, *place, "--steps", "2", "--pixels", "4096", "--device", "cpu"]) == 0
     assert out.is_file()
     calls.clear()
-    assert cli.main(["train", file, *overrides, "--output", str(tmp_path / "other"), f"cache={run / 'cache'}"]) == 0
+    assert cli.main(["train", file, *overrides, f"cache={run / 'cache'}", "--output", str(tmp_path / "other")]) == 0
     assert calls == []
     one, other = large_cases.weights(run), large_cases.weights(tmp_path / "other")
     assert all(torch.equal(value, other[key]) for key, value in one.items())
@@ -108,24 +108,24 @@ def test_cached_rows_train_as_encoders_asked_in_every_step(
 
 def test_the_loss_falls_on_a_few_pairs(bases: dict[str, Path], tmp_path: Path) -> None:
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
-    stage = StageConfig(steps=40, shapes=((4, 0),), learning_rate=3e-3, warmup=5)
-    recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], pairs, generator=stage, evaluate_every=5)
+    stage = StageConfig(steps=24, shapes=((4, 0),), learning_rate=5e-3, warmup=2)
+    recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], pairs, generator=stage, evaluate_every=4)
     train_based(recipe, tmp_path / "run")
     losses = curve(tmp_path / "run", "validation")
     assert losses[-1] < 0.9 * losses[0], losses
-    means = [sum(part) / 8 for part in (curve(tmp_path / "run", "loss")[:8], curve(tmp_path / "run", "loss")[-8:])]
+    means = [sum(part) / 6 for part in (curve(tmp_path / "run", "loss")[:6], curve(tmp_path / "run", "loss")[-6:])]
     assert means[1] < 0.9 * means[0], means
 
 
-@pytest.mark.parametrize("encoders", ["drop", "cpu", "keep"])
+@pytest.mark.parametrize("encoders", ["drop", "keep"])
 def test_resumed_it_comes_to_the_very_same_weights(encoders: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """And memory's settings change nothing but rounding."""
     pairs = large_cases.write_pairs(tmp_path / "pairs")
-    recipe = large_cases.recipe("flux2_klein", bases["flux2_klein"], pairs, encoders=encoders)
+    recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], pairs, encoders=encoders)
     stage = replace(recipe.generator, ema=0.5)
     train_based(replace(recipe, generator=stage), tmp_path / "whole")
-    for _ in range(4):
-        train_based(replace(recipe, generator=stage), tmp_path / "parts", stop_after=1)
+    for steps in (1, 3):
+        train_based(replace(recipe, generator=stage), tmp_path / "parts", stop_after=steps)
     one, other = large_cases.weights(tmp_path / "whole"), large_cases.weights(tmp_path / "parts")
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     if encoders == "drop":
