@@ -6,6 +6,7 @@ then loading, then the encoders' say on every pair (once; it stays on disk), the
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -80,14 +81,14 @@ def train_based(recipe: BasedRecipe, folder: Path, stop_after: int | None = None
     backbone.pixels = recipe.pixels
     store = RowStore(folder / recipe.cache, f"{fingerprint} {recipe.model} {recipe.pixels} {dtype}")
     encoded = Encoded(backbone, store if with_cache else None, device)
-    validation = _buckets(held_back, backbone, recipe.validated, recipe.seed)
+    judged = _judged(held_back, backbone, recipe.validated)
     if with_cache:
-        encoded.fill([training, held_back], Processes.joined(device))
+        encoded.fill([training, judged], Processes.joined(device))
         kept = device if recipe.encoders == "keep" else torch.device("meta" if recipe.encoders == "drop" else "cpu")
         backbone.place(encoders=kept, denoiser=device)
 
     generator = new_generator(recipe, config).to(device)
-    stage = _stage(recipe, backbone, generator, encoded, (training, validation))
+    stage = _stage(recipe, backbone, generator, encoded, (training, judged))
     try:
         done = train_stage(stage, recipe.generator, loop, folder / STAGE)
     finally:
@@ -167,17 +168,21 @@ def _stage(
     backbone: PipelineBackbone,
     generator: ParameterGenerator,
     encoded: Encoded,
-    pairs: tuple[Pairs, Buckets],
+    pairs: tuple[Pairs, Pairs],
 ) -> OwnStage[LatentBatch]:
     if recipe.checkpoint_base:
         backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    training, held_back = pairs
+    training, judged = pairs
     buckets = _buckets(training, backbone, recipe.generator.shapes[0][0], recipe.seed)
+    validation = None
+    if len(judged):
+        asked = [(pair, text) for pair in judged.pairs for text in pair.instructions]
+        validation = to_device(encoded.batch(asked), encoded.device)
     stage = based_stage(
         backbone,
         generator,
         lambda step: to_device(encoded.batch(buckets.step(step)), encoded.device),
-        validation=_validation(held_back, encoded),
+        validation=validation,
         seed=recipe.seed,
     )
     stage.bf16 = recipe.bf16
@@ -192,12 +197,11 @@ def _buckets(pairs: Pairs, backbone: PipelineBackbone, count: int, seed: int) ->
     return Buckets.of(pairs, shape, count, seed)
 
 
-def _validation(buckets: Buckets, encoded: Encoded) -> LatentBatch | None:
-    """Pairs held back of the commonest shape, with their first wordings."""
-    if not buckets.groups:
-        return None
-    largest = max(buckets.groups, key=len).pairs[: buckets.count]
-    return to_device(encoded.batch([(pair, pair.instructions[0]) for pair in largest]), encoded.device)
+def _judged(held_back: Pairs, backbone: PipelineBackbone, most: int) -> Pairs:
+    """Pairs held back of their commonest shape, with their first wordings: one batch."""
+    groups = _buckets(held_back, backbone, most, 0).groups
+    largest = max(groups, key=len).pairs[:most] if groups else ()
+    return Pairs(tuple(dataclasses.replace(pair, instructions=pair.instructions[:1]) for pair in largest))
 
 
 def _depends_on(recipe: BasedRecipe, hashes: dict[str, str], fingerprint: str) -> str:
