@@ -246,3 +246,39 @@ def test_bad_fields(changes: dict[str, Any]) -> None:
     fields: dict[str, Any] = {"name": "x", "model": "x", "generator": StageConfig(4, ((2, 0),), 1e-3), **changes}
     with pytest.raises(ValueError, match="expected"):
         BasedRecipe(**fields)
+
+
+def test_encoders_are_placed_only_while_they_are_asked(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], large_cases.write_pairs(tmp_path / "p"))
+    calls: list[dict[str, str]] = []
+    original = PipelineBackbone.place
+
+    def noted(self: PipelineBackbone, **where: Any) -> None:
+        calls.append({name: str(device) for name, device in where.items()})
+        original(self, **where)
+
+    monkeypatch.setattr(PipelineBackbone, "place", noted)
+    train_based(recipe, tmp_path / "run", stop_after=1)
+    train_based(replace(recipe, encoders="cpu"), tmp_path / "run", stop_after=1)
+    assert calls == [
+        {"encoders": "cpu"},
+        {"encoders": "meta", "denoiser": "cpu"},
+        {"encoders": "cpu", "denoiser": "cpu"},
+    ]
+
+
+def test_a_pair_whose_loss_is_not_finite_is_named(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], large_cases.write_pairs(tmp_path / "p"))
+    original = CLASSES["flux_kontext"].predict
+
+    def second_broken(self: Any, *given: Any) -> torch.Tensor:
+        said: torch.Tensor = original(self, *given)
+        return said + torch.tensor([0.0, torch.nan]).view(-1, 1, 1)
+
+    monkeypatch.setattr(CLASSES["flux_kontext"], "predict", second_broken)
+    with pytest.raises(OpenwuError, match=r"Samples whose loss is not finite: pairs.jsonl:\d \('[a-z, ]+'\)\. Look"):
+        train_based(recipe, tmp_path / "run")
