@@ -165,9 +165,22 @@ def test_pictures_of_several_shapes_and_a_reference(bases: dict[str, Path], tmp_
         assert (tmp_path / name / "model" / "config.json").is_file()
 
 
-def test_half_precision_and_the_averages(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_in_half_precision_the_base_has_its_own_dtype(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator's weights stay in float32; autocast would widen what the base keeps for the backward pass."""
     recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], large_cases.write_pairs(tmp_path / "p"))
+    seen: set[tuple[bool, torch.dtype, torch.dtype]] = set()
+    original = CLASSES["flux_kontext"].predict
+
+    def noted(self: Any, batch: Any, given: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        said: torch.Tensor = original(self, batch, given, time)
+        seen.add((torch.is_autocast_enabled("cpu"), given.dtype, said.dtype))
+        return said
+
+    monkeypatch.setattr(CLASSES["flux_kontext"], "predict", noted)
     train_based(replace(recipe, bf16=True), tmp_path / "run")
+    assert seen == {(False, torch.float32, torch.bfloat16)}
     assert {value.dtype for value in large_cases.weights(tmp_path / "run").values()} == {torch.float32}
 
 
