@@ -202,8 +202,8 @@ def test_files_are_small_and_safe() -> None:
 
 
 def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
-    from openwu.training.command import describe
     from openwu.training.recipe import load_recipe
+    from openwu.training.record import describe
 
     recipe = describe(load_recipe(ROOT / "recipes" / "embedded.py", []))
     stored = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]

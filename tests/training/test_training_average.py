@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from openwu.errors import CheckpointError
 from openwu.training.average import Average
 from openwu.training.checkpoint import STATE, load_weights
-from openwu.training.command import describe, new_model, train
+from openwu.training.command import new_model, train
 from openwu.training.loop import Evaluation, LoopConfig, train_stage
 from openwu.training.part import WHOLE, Part
 from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.training.record import describe
 
 DECAY = 0.8
 LOOP = LoopConfig(json.dumps({}), checkpoint_every=2, evaluate_every=3, log_every=1)

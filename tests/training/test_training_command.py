@@ -17,9 +17,10 @@ from openwu.data.photographs import Photograph, folder_hashes, load_folder
 from openwu.embedded import EmbeddedModel
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE
-from openwu.training.command import describe, new_model, run, train
+from openwu.training.command import new_model, run, train
 from openwu.training.loss import falling_floor, picture_loss
 from openwu.training.recipe import STAGES, EmbeddedRecipe
+from openwu.training.record import describe
 from openwu.training.stages import generator_stage, new_shared_adapter, shared_stage
 from openwu.types import Adapter
 

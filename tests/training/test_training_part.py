@@ -14,10 +14,11 @@ from openwu.data.photographs import load_folder
 from openwu.embedded import EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_weights
-from openwu.training.command import describe, new_model, train
+from openwu.training.command import new_model, train
 from openwu.training.loop import Stage
 from openwu.training.part import WHOLE, Drawn, Part, take_rows
 from openwu.training.recipe import STAGES, EmbeddedRecipe
+from openwu.training.record import describe
 from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
 
 

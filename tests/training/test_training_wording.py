@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from openwu.embedded import EmbeddedModel
-from openwu.training.command import PROVENANCE, train_wording
+from openwu.training.command import train_wording
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.part import Part
 from openwu.training.recipe import StageConfig, WordingRecipe, load_recipe
+from openwu.training.record import PROVENANCE
 from openwu.training.wording import WordingStage
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "wording.py"

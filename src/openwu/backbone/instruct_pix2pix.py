@@ -48,6 +48,7 @@ class InstructPix2Pix(PipelineBackbone):
     guidance = 7.5
     image_guidance = 1.5
     guided_by = ("image_guidance",)
+    encodes_in_training = True
 
     @property
     def prediction(self) -> Prediction:

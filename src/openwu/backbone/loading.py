@@ -6,11 +6,13 @@ is checked first: the pipeline's class, the files of every part, and whether the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ HEADROOM = 1.1
 
 _FILES = (INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja")
 """What is downloaded: the parts, not the same weights once more in one file beside them."""
+
+_SAMPLES, _SAMPLE = 64, 64 * 1024
+"""How many pieces of how many bytes stand for a large file in a fingerprint."""
 
 _FP16 = re.compile(r"\.fp16[.-]")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "processor")
@@ -138,12 +143,65 @@ def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of all weights of a pipeline in `dtype`, from the headers of its safetensors (one variant of each part)."""
-    numbers = 0
+    return sum(part_numbers(folder).values()) * dtype.itemsize
+
+
+def part_numbers(folder: Path) -> dict[str, int]:
+    """Part of a pipeline -> how many numbers its weights are, from the headers of its safetensors."""
+    numbers = {}
     for part in sorted(each for each in folder.iterdir() if each.is_dir()):
-        files = sorted(part.glob("*.safetensors"))
-        plain = [file for file in files if not _FP16.search(file.name)] or files
-        numbers += sum(_numbers(file) for file in plain)
-    return numbers * dtype.itemsize
+        files = weight_files(part)
+        if files:
+            numbers[part.name] = sum(_numbers(file) for file in files)
+    return numbers
+
+
+def weight_files(part: Path) -> list[Path]:
+    """The safetensors of a pipeline's part, of one variant."""
+    files = sorted(part.glob("*.safetensors"))
+    return [file for file in files if not _FP16.search(file.name)] or files
+
+
+def hollow_pipeline(folder: Path, denoiser: str, extra: str = "diffusers") -> SimpleNamespace:
+    """The parts of a pipeline without their weights: the denoiser on the meta device, of others the configs alone.
+
+    Raises CheckpointError where a config is missing or broken.
+    """
+    diffusers, transformers = library("diffusers", extra), library("transformers", extra)
+    parts: dict[str, Any] = {}
+    try:
+        for file in sorted(folder.glob("*/config.json")):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if file.parent.name == denoiser:
+                with torch.device("meta"):
+                    parts[denoiser] = getattr(diffusers, config["_class_name"]).from_config(config)
+            elif "model_type" in config:
+                parts[file.parent.name] = SimpleNamespace(config=transformers.AutoConfig.from_pretrained(file.parent))
+            else:
+                parts[file.parent.name] = SimpleNamespace(config=SimpleNamespace(**config))
+        return SimpleNamespace(**{denoiser: parts.pop(denoiser)}, **parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: expected a config.json that diffusers reads in every part, got {error}"
+        ) from error
+
+
+def pipeline_fingerprint(folder: Path) -> str:
+    """Depends on a pipeline's configs, tokenizers and weights. Of large files only samples are read, not every byte."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*/*")):
+        if file.suffix not in (".json", ".txt", ".model", ".jinja", ".safetensors") or not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with file.open("rb") as opened:
+            if size <= _SAMPLES * _SAMPLE:
+                digest.update(opened.read())
+                continue
+            for place in range(_SAMPLES):
+                opened.seek(place * (size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(opened.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from openwu.backbone.latents import as_tensor, padded, place_of, resized, token_rows
-from openwu.backbone.loading import load_pipeline
+from openwu.backbone.latents import as_tensor, padded, place_of, resized, token_rows, working_size
+from openwu.backbone.loading import hollow_pipeline, load_pipeline
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
 from openwu.protocols import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
@@ -41,14 +41,16 @@ class PipelineBackbone(Backbone, ABC):
     denoiser_name: ClassVar[str] = "transformer"
     multiple: ClassVar[int] = 16
     """Sides of pictures that the base works on are multiples of this."""
-    pixels: ClassVar[int] = 1024 * 1024
-    """About how many pixels the base was trained on."""
+    pixels: int = 1024 * 1024
+    """About how many pixels the base works on; by default what it was trained on."""
     condition_pixels: int = 512 * 512
     """About how many pixels of every picture the generator's condition is made from."""
     steps: ClassVar[int]
     guidance: ClassVar[float]
     guided_by: ClassVar[tuple[str, ...]] = ()
     """Weights of guidance that the base has beside `guidance`."""
+    encodes_in_training: ClassVar[bool] = False
+    """Whether `without_conditions` asks the encoders, so that they are needed in every step."""
 
     def __init__(self, pipeline: Any) -> None:
         """`pipeline`: one of `pipelines`, loaded. It is frozen here."""
@@ -76,6 +78,30 @@ class PipelineBackbone(Backbone, ABC):
         """
         place = {"device": device, "dtype": dtype, "revision": revision}
         return cls(load_pipeline(folder, cls.pipelines, extra=cls.facts.extra, **place))  # type: ignore[arg-type]
+
+    @classmethod
+    def hollow(cls, folder: Path) -> Self:
+        """The backbone of a folder without its weights, for what needs none: layer groups, widths, shapes."""
+        made = cls.__new__(cls)
+        made.pipeline = hollow_pipeline(folder, cls.denoiser_name, cls.facts.extra)
+        return made
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """Every part with weights that is not the denoiser, by name."""
+        parts = {name: part for name, part in self.pipeline.components.items() if name != self.denoiser_name}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+    def place(self, *, encoders: str | torch.device | None = None, denoiser: str | torch.device | None = None) -> None:
+        """Move the encoders or the denoiser; None leaves them. "meta" drops their weights for good."""
+        if encoders is not None:
+            for part in self.encoders().values():
+                part.to(encoders)
+        if denoiser is not None:
+            self.denoiser.to(denoiser)
+
+    def training_shape(self, sizes: Sequence[tuple[int, int]]) -> object:
+        """Requests whose pictures' sizes (width, height) have equal values here fit into one batch for training."""
+        return tuple(working_size(width, height, self.pixels, self.multiple) for width, height in sizes)
 
     @property
     def denoiser(self) -> nn.Module:

@@ -237,7 +237,7 @@ def _checked(pairs: list[Pair], problems: list[str]) -> Pairs:
         sizes = []
         for name, file in (*(("images", image) for image in pair.images), ("target", pair.target)):
             try:
-                sizes.append(_size(file))
+                sizes.append(picture_size(file))
             except FileNotFoundError:
                 problems.append(f"{pair.where}: {name}: expected a picture at {file}, found none")
             except (OSError, ValueError, Image.DecompressionBombError) as error:
@@ -254,7 +254,7 @@ def _checked(pairs: list[Pair], problems: list[str]) -> Pairs:
     return Pairs(tuple(pairs))
 
 
-def _size(file: File) -> tuple[int, int]:
+def picture_size(file: File) -> tuple[int, int]:
     """Width and height as a viewer shows the picture, from its header."""
     if isinstance(file, Image.Image):
         return _turned_size(file)

@@ -55,7 +55,9 @@ def based_stage(
     def predict(asked: LatentBatch, question: Question) -> Tensor:
         assert question.given is not None
         assert question.time is not None
-        return backbone.predict(asked, question.given, question.time)
+        # The base computes in its weights' dtype: autocast would keep what leaves its norms in float32, twice as large.
+        with torch.autocast(weight.device.type, enabled=False):
+            return backbone.predict(asked, question.given, question.time)
 
     weight = generator.hidden_in.weight
     return OwnStage(

@@ -61,13 +61,7 @@ def load_state(
     path = folder / STATE
     if not path.exists():
         return 0
-    step, stored_recipe = read_state_header(path)
-    if stored_recipe != recipe:
-        changed = _changed_fields(stored_recipe, recipe)
-        raise CheckpointError(
-            f"{path} was written by another recipe (changed: {changed}); "
-            "train into another folder with --output, or delete this one"
-        )
+    step = check_recipe(folder, recipe)
     tensors = load_file(path)
     averages = _under("average/", tensors)
     wanted = {} if average is None else average.values
@@ -87,6 +81,21 @@ def load_state(
     for name, parameter in module.named_parameters():
         if name in remembered:
             optimizer.set_state_of(parameter, {k: like(v, parameter) for k, v in remembered[name].items()})
+    return step
+
+
+def check_recipe(folder: Path, recipe: str) -> int:
+    """The number of updates made by the training that `folder` holds, 0 for none. Raises where it was another one's."""
+    path = folder / STATE
+    if not path.exists():
+        return 0
+    step, stored_recipe = read_state_header(path)
+    if stored_recipe != recipe:
+        changed = _changed_fields(stored_recipe, recipe)
+        raise CheckpointError(
+            f"{path} was written by another recipe (changed: {changed}); "
+            "train into another folder with --output, or delete this one"
+        )
     return step
 
 

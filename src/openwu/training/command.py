@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -19,22 +18,21 @@ from openwu.origin import origin
 from openwu.training.checkpoint import load_weights
 from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
 from openwu.training.pairs import PairsStage, pairs_hashes, split_pairs
-from openwu.training.processes import is_main, joined_until_done
+from openwu.training.processes import joined_until_done
 from openwu.training.recipe import (
     STAGES,
+    BasedRecipe,
     EmbeddedRecipe,
     PairsRecipe,
-    Recipe,
-    StageConfig,
     WordingRecipe,
     load_recipe,
 )
+from openwu.training.record import PROVENANCE, describe, export_folders, seconds_of, write_provenance
 from openwu.training.shared import SharedAdapter
 from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
 from openwu.training.wording import WordingStage
 
-PROVENANCE = "provenance.json"
-_ONLY_STAGES = {PairsRecipe: "generator", WordingRecipe: "wording"}
+_ONLY_STAGES = {PairsRecipe: "generator", WordingRecipe: "wording", BasedRecipe: "generator"}
 
 
 def run(recipe: str, overrides: list[str], *, output: str | None = None, stages: list[str] | None = None) -> Path:
@@ -50,6 +48,10 @@ def run(recipe: str, overrides: list[str], *, output: str | None = None, stages:
             train(config, folder, tuple(stage for stage in STAGES if stages is None or stage in stages))
         elif isinstance(config, PairsRecipe):
             train_pairs(config, folder)
+        elif isinstance(config, BasedRecipe):
+            from openwu.training.large import train_based
+
+            train_based(config, folder)
         else:
             train_wording(config, folder)
     return folder
@@ -111,15 +113,15 @@ def train_wording(recipe: WordingRecipe, folder: Path, stop_after: int | None = 
         return
     made = {
         **origin(),
-        "seconds": _seconds(folder / "wording"),
+        "seconds": seconds_of(folder / "wording"),
         "recipe": describe(recipe),
         "sentences": phrases_hash(),
     }
     stored = start / PROVENANCE
     before = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
-    for target in _export_folders(recipe, folder):
+    for target in export_folders(recipe, folder):
         model.save_pretrained(target)
-        _write_provenance(target, {**before, "then": [*before.get("then", []), made]})
+        write_provenance(target, {**before, "then": [*before.get("then", []), made]})
 
 
 def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
@@ -129,18 +131,6 @@ def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
         model = EmbeddedModel(recipe.model)
         model.generator.init_weights(recipe.b_init_std)
         return model
-
-
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """Every number of a recipe, as JSON."""
-    plain: dict[str, Any] = {
-        field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe) if field.name != "model"
-    }
-    plain = {key: value.to_dict() if isinstance(value, StageConfig) else value for key, value in plain.items()}
-    if isinstance(recipe, EmbeddedRecipe):
-        plain["model"] = recipe.model.to_dict()
-    described: dict[str, Any] = json.loads(json.dumps(plain))
-    return described
 
 
 def _stage(name: str, recipe: EmbeddedRecipe, model: EmbeddedModel, pictures: Any) -> Stage:
@@ -177,32 +167,21 @@ def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
     return json.dumps({**kept, "model": model}, sort_keys=True)
 
 
-def _export_folders(recipe: Recipe, folder: Path) -> list[Path]:
-    """None where another process writes."""
-    if not is_main():
-        return []
-    return [folder / "model", *([Path(recipe.export)] if recipe.export else [])]
-
-
 def _export_shared(recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path, data: dict[str, str]) -> None:
     """The baseline stands beside the model, so that the table can be remade."""
-    for target in _export_folders(recipe, folder):
+    for target in export_folders(recipe, folder):
         shared().detach().to(torch.float16).save_pretrained(target / SHARED)
         _export_provenance(recipe, target, folder, data)
 
 
 def _export(recipe: EmbeddedRecipe | PairsRecipe, model: EmbeddedModel, folder: Path, data: dict[str, str]) -> None:
-    for target in _export_folders(recipe, folder):
+    for target in export_folders(recipe, folder):
         model.save_pretrained(target)
         _export_provenance(recipe, target, folder, data)
 
 
 def _export_provenance(recipe: EmbeddedRecipe | PairsRecipe, target: Path, folder: Path, data: dict[str, str]) -> None:
-    _write_provenance(target, provenance(recipe, folder, data))
-
-
-def _write_provenance(target: Path, found: dict[str, Any]) -> None:
-    (target / PROVENANCE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_provenance(target, provenance(recipe, folder, data))
 
 
 def _weights_hash(model: Path) -> str:
@@ -213,17 +192,12 @@ def _weights_hash(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _seconds(stage: Path) -> int:
-    """How long a stage has been trained."""
-    return round(sum(float(line) for line in (stage / SECONDS).read_text(encoding="utf-8").split()))
-
-
 def provenance(recipe: EmbeddedRecipe | PairsRecipe, folder: Path, data: dict[str, str]) -> dict[str, Any]:
     """Where weights come from: recipe, code version, data hashes, seeds, machine, seconds of every stage.
 
     `data`: hashes of the photographs, or of the pairs.
     """
-    seconds = {name: _seconds(folder / name) for name in STAGES if (folder / name / SECONDS).exists()}
+    seconds = {name: seconds_of(folder / name) for name in STAGES if (folder / name / SECONDS).exists()}
     return {
         **origin(),
         "seconds": seconds,

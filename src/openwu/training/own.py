@@ -69,6 +69,9 @@ class OwnStage(Generic[Batch]):
     """A contact sheet `[3, h, w]` in 0..1 of the validation batch for TensorBoard; called while its adapters are
     applied and without gradients, so it may run the base, a sampler included."""
 
+    names: Callable[[int], Sequence[str]] | None = None
+    """What a step's samples are called where their loss is not finite; None: by their numbers in the batch."""
+
     def __post_init__(self) -> None:
         if not any(parameter.requires_grad for parameter in self.trained.parameters()):
             raise OpenwuError("trained: expected a module with parameters that require gradients, got none")
@@ -86,7 +89,11 @@ class OwnStage(Generic[Batch]):
         with self.answered(batch, question) as (losses, _):
             finite = losses.isfinite().tolist()
         first = part.rows(round(len(finite) / share)).start
-        return [f"number {first + i} of the batch" for i, fine in enumerate(finite) if not fine]
+        broken = [first + i for i, fine in enumerate(finite) if not fine]
+        if self.names is None:
+            return [f"number {number} of the batch" for number in broken]
+        names = self.names(step)
+        return [names[number] for number in broken]
 
     @contextmanager
     def answered(self, batch: Batch, question: Question) -> Iterator[tuple[Tensor, Adapter]]:

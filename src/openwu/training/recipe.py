@@ -1,7 +1,8 @@
 """What a recipe returns: every number that decides which weights come out of a training.
 
-A recipe is a Python file with a function `recipe() -> EmbeddedRecipe`, or `-> PairsRecipe`; a variant calls a base
-recipe and replaces fields. Command-line overrides (`key=value`, dots for nesting) replace fields in the same way.
+A recipe is a Python file with a function `recipe()` that returns an EmbeddedRecipe, PairsRecipe, WordingRecipe or
+BasedRecipe; a variant calls a base recipe and replaces fields. Command-line overrides (`key=value`, dots for nesting)
+replace fields in the same way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ STAGES = ("instruction", "base", "generator", "shared")
 
 SCHEDULES = ("linear", "cosine", "constant")
 """See `schedule.FALLS`."""
+
+ENCODERS_AFTER = ("drop", "cpu", "keep")
+"""What becomes of a large base's encoders once they have said all that a training needs."""
 
 LATER = {"later": True}
 """Marks fields that descriptions leave out at their defaults; those of earlier trainings do not have them."""
@@ -192,8 +196,81 @@ class WordingRecipe:
     """Where the finished model is written besides the run's folder."""
 
 
-Recipe = EmbeddedRecipe | PairsRecipe | WordingRecipe
-RECIPES = (EmbeddedRecipe, PairsRecipe, WordingRecipe)
+@dataclass(frozen=True)
+class BasedRecipe:
+    """How a generator for a large frozen base is made from pairs, end to end through the base."""
+
+    name: str
+    """Names the run's folder."""
+    model: str
+    """The base: a name of `openwu.backbone.BACKBONES`."""
+    generator: StageConfig
+    """Its one shape has (requests of an update, 0): pictures have the sides that `pixels` gives them."""
+    data: str | None = None
+    """JSONL file or folder of pairs, see `openwu.data.pairs`."""
+    base: str | None = None
+    """The base's diffusers folder, or hub id."""
+    revision: str | None = None
+    """Of a hub id."""
+    pixels: int = 1024 * 1024
+    """About how many pixels the base works on in training."""
+    rank: int = 16
+    """Rank of the generated adapters."""
+    alpha: float = 16.0
+    """Numerator of the adapters' scale, alpha / rank."""
+    token_dim: int = 1024
+    """Width of one row of a parameter token."""
+    d_model: int = 1024
+    """Width of the generator."""
+    head_dim: int = 128
+    """Width of one of its attention heads."""
+    dim_accumulation: int = 4
+    """Rows of a token in one position of its sequence."""
+    blocks: int = 8
+    """Its blocks."""
+    b_init_std: float = 1e-3
+    """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
+    bf16: bool = True
+    """The base's weights, and what is computed, in bfloat16; the generator's weights are float32. False: all are."""
+    checkpoint_base: bool = True
+    """Compute the base's blocks again in the backward pass instead of keeping what they computed."""
+    checkpoint_generator: bool = True
+    """The same for the generator's blocks."""
+    cache: str = "cache"
+    """Folder of what the base's encoders say of every pair, relative to the run's; "" encodes in every step instead."""
+    encoders: str = "drop"
+    """Once all is in the cache: "drop" encoders from memory, move them to the "cpu", or "keep" them where they are."""
+    device: str | None = None
+    """Where to compute; None: CUDA where there is one."""
+    held_back: float = 0.1
+    """Share of every task's pairs that is validated on instead, at least one where a task has two."""
+    validated: int = 4
+    """Most pairs held back whose loss is logged; they are computed at once."""
+    seed: int = 0
+    """Of the generator's first weights and everything that is drawn."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    evaluate_every: int = 200
+    """Steps between evaluations on pairs held back."""
+    log_every: int = 10
+    """Steps between points of the training curve."""
+    export: str | None = None
+    """Where the finished generator is written besides the run's folder."""
+
+    def __post_init__(self) -> None:
+        if len(self.generator.shapes) != 1 or self.generator.shapes[0][1] != 0:
+            raise ValueError(f"generator.shapes: expected one ((requests, 0),), got {self.generator.shapes}")
+        if self.encoders not in ENCODERS_AFTER:
+            raise ValueError(f"encoders: expected one of {list(ENCODERS_AFTER)}, got {self.encoders!r}")
+        if not 0 <= self.held_back < 1:
+            raise ValueError(f"held_back: expected a share from 0 to below 1, got {self.held_back}")
+        for name in ("pixels", "validated"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+Recipe = EmbeddedRecipe | PairsRecipe | WordingRecipe | BasedRecipe
+RECIPES = (EmbeddedRecipe, PairsRecipe, WordingRecipe, BasedRecipe)
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
