@@ -36,8 +36,9 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import transformers
 
     monkeypatch.setattr(multimodal, "library", lambda *_: None)
-    made = tiny_multimodal.processor("Qwen2VLProcessor", 14)
-    monkeypatch.setattr(transformers.Qwen2VLProcessor, "from_pretrained", lambda *_, **__: made)
+    for kind, patch in (("Qwen2VLProcessor", 14), ("Qwen3VLProcessor", 16)):
+        made = tiny_multimodal.processor(kind, patch)
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda *_, made=made, **__: made)
     monkeypatch.setattr(PipelineBackbone, "condition_pixels", 64 * 64)
     return
 
@@ -295,3 +296,20 @@ def test_a_pair_whose_loss_is_not_finite_is_named(
     monkeypatch.setattr(CLASSES["flux_kontext"], "predict", second_broken)
     with pytest.raises(OpenwuError, match=r"Samples whose loss is not finite: pairs.jsonl:\d \('[a-z, ]+'\)\. Look"):
         train_based(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["instruct_pix2pix", "flux2_dev", "qwen_image_edit_plus", "qwen_image_21"])
+def test_other_bases_stand_in_a_recipe(name: str, tmp_path: Path) -> None:
+    """With what the page says that they need."""
+    base = large_cases.saved(name, tmp_path / "base")
+    recipe = large_cases.recipe("flux_kontext", base, large_cases.write_pairs(tmp_path / "p"))
+    stage = replace(recipe.generator, steps=2)
+    if name == "qwen_image_21":
+        stage = replace(stage, shapes=((2, 0),))
+        with pytest.raises(DatasetError, match=r"places of one shape in a batch.*generator.shapes=\(\(1,0\),\)"):
+            train_based(replace(recipe, model="qwen-image-21", generator=stage), tmp_path / "run")
+        stage = replace(stage, shapes=((1, 0),))
+    encoders = "keep" if name == "instruct_pix2pix" else "drop"
+    fields: dict[str, Any] = {"model": name.replace("_", "-"), "encoders": encoders, "generator": stage, "validated": 1}
+    train_based(replace(recipe, **fields), tmp_path / "one")
+    assert (tmp_path / "one" / "model" / "config.json").is_file()
