@@ -25,12 +25,13 @@ PANELS = 3
 def draw_rows(rows: Mapping[str, Row], path: Path) -> None:
     """On top, every row's value as a share of its goal; below, a panel for each with the times of its sides."""
     timed = {name: row for name, row in rows.items() if row.sides}
-    lines = math.ceil(len(timed) / PANELS)
+    sides = [len(row.sides) for row in timed.values()]
+    lines = [max(2.3, 0.2 * max(sides[at : at + PANELS]) + 0.8) for at in range(0, len(sides), PANELS)]
     height = 0.35 * len(rows) + 1.2
-    figure = Figure(figsize=(12, height + 2.3 * lines), layout="constrained")
+    figure = Figure(figsize=(12, height + sum(lines)), layout="constrained")
     if timed:
-        top, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, 2.3 * lines])[:, 0]
-        panels = list(below.subplots(lines, PANELS, squeeze=False).flat)
+        top, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[height, sum(lines)])[:, 0]
+        panels = list(below.subplots(len(lines), PANELS, squeeze=False, height_ratios=lines).flat)
         for panel, row in zip(panels, timed.values(), strict=False):
             _draw_sides(panel, row)
         for panel in panels[len(timed) :]:
@@ -112,6 +113,6 @@ def _readable(axis: Axis, write: Callable[[float], str]) -> None:
     """Few ticks on a logarithmic axis, in words; matplotlib's own overlap where a panel is small."""
     first, last = axis.get_data_interval()
     narrow = last < 300 * max(first, 1e-12)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=9))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
     axis.set_minor_formatter(NullFormatter())
