@@ -13,14 +13,16 @@ from torch import Tensor
 
 from openwu import cli
 from openwu.data.batches import PairSampler
+from openwu.data.edits import EDITS
 from openwu.data.photographs import Photograph, folder_hashes, load_folder
+from openwu.data.phrases import OUT_OF_SCOPE
 from openwu.embedded import EmbeddedModel
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE
 from openwu.training.command import new_model, run, train
 from openwu.training.loss import falling_floor, picture_loss
 from openwu.training.recipe import STAGES, EmbeddedRecipe
-from openwu.training.record import describe
+from openwu.training.record import PROVENANCE, describe
 from openwu.training.stages import generator_stage, new_shared_adapter, shared_stage
 from openwu.types import Adapter
 
@@ -88,6 +90,52 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe: EmbeddedRecipe, tm
     # What comes later, or only decides what is written, may change.
     later = replace(recipe.generator, learning_rate=1e-4)
     train(replace(recipe, generator=later, log_every=1, name="x"), tmp_path, stages=("instruction", "base"))
+
+
+def test_another_version_of_the_data_is_refused(
+    recipe: EmbeddedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe, tmp_path, stages=("instruction", "base"))
+    monkeypatch.setattr("openwu.training.command.folder_hashes", lambda _: {"other.jpg": "0"})
+    with pytest.raises(CheckpointError, match=r"base.*\(changed: photographs\)"):
+        train(recipe, tmp_path, stages=("instruction", "base"))
+    monkeypatch.setattr("openwu.training.command.phrases_hash", lambda: "0")
+    with pytest.raises(CheckpointError, match=r"instruction.*\(changed: sentences\)"):
+        train(recipe, tmp_path, stages=("instruction",))
+
+
+def test_a_finished_model_goes_on_in_the_stages_of_the_recipe(
+    recipe: EmbeddedRecipe, model_folder: Path, tmp_path: Path
+) -> None:
+    """The instruction encoder stays as it is in the start, whose provenance keeps standing."""
+    (tmp_path / "start").mkdir()
+    for file in model_folder.iterdir():
+        (tmp_path / "start" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "start" / PROVENANCE).write_text('{"date": "once"}')
+    start = EmbeddedModel.from_pretrained(tmp_path / "start")
+    going = replace(recipe, start=str(tmp_path / "start"), stages=("base", "generator"), model=start.config)
+    names = tuple(name for name in start.config.instruction.labels if name in EDITS)
+    going = replace(going, base_edits=names[:1], edits=names[:2])
+    train(going, tmp_path / "run", going.stages)
+    assert set(states(tmp_path / "run")) == {"base", "generator"}
+    after = EmbeddedModel.from_pretrained(tmp_path / "run" / "model")
+    changed = {
+        name.partition(".")[0]
+        for name, value in start.state_dict().items()
+        if not torch.equal(value.half(), after.state_dict()[name].half())
+    }
+    assert changed == {"backbone", "condition", "generator"}
+    stored = json.loads((tmp_path / "run" / "model" / PROVENANCE).read_text())
+    assert stored["date"] == "once"
+    assert [set(each["seconds"]) for each in stored["then"]] == [{"base", "generator"}]
+    other = replace(going.model, instruction=replace(going.model.instruction, labels=("other", OUT_OF_SCOPE)))
+    with pytest.raises(OpenwuError, match="start: expected a model of the recipe's sizes and labels"):
+        train(replace(going, model=other), tmp_path / "other", going.stages)
+
+
+def test_unknown_stages_of_a_recipe_are_refused(recipe: EmbeddedRecipe) -> None:
+    with pytest.raises(ValueError, match=r"stages: expected some of .*, got \['bass'\]"):
+        replace(recipe, stages=("bass",))
 
 
 def test_initial_weights_come_from_the_recipe_alone(recipe: EmbeddedRecipe) -> None:

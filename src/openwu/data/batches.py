@@ -91,7 +91,7 @@ class PairSampler:
     def _pair(self, name: str, crop: int, generator: torch.Generator) -> tuple[str, tuple[Tensor, ...]]:
         edit, side = EDITS[name], self.side
         degree, dial = self._strength(edit, generator)
-        source = random_crop(self.photographs, side, generator)
+        source = random_crop(self.photographs, side, generator, edit.natural)
         # Some users pass a second picture that their instruction says nothing of.
         needless = self.dialled and float(torch.rand((), generator=generator)) < NEEDLESS_SHARE
         second = random_crop(self.photographs, side, generator) if edit.needs_reference or needless else None

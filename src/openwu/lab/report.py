@@ -13,7 +13,8 @@ from openwu.origin import origin
 def write_json(path: Path, settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Write `found` with version, commit, date, hardware and settings; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = {**origin(), "settings": dict(settings), **found}
+    told = {key: value for key, value in settings.items() if key != "output"}  # A folder of the machine's, no setting.
+    written = {**origin(), "settings": told, **found}
     lines = [f" {json.dumps(key)}: {_entries(value)}" for key, value in written.items()]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -27,7 +27,7 @@ from openwu.training.recipe import (
     WordingRecipe,
     load_recipe,
 )
-from openwu.training.record import PROVENANCE, describe, export_folders, seconds_of, write_provenance
+from openwu.training.record import describe, export_folders, seconds_of, stored_provenance, write_provenance
 from openwu.training.shared import SharedAdapter
 from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
 from openwu.training.wording import WordingStage
@@ -45,7 +45,8 @@ def run(recipe: str, overrides: list[str], *, output: str | None = None, stages:
         raise OpenwuError(f"stages: expected some of {list(known)}, got {unknown}")
     with joined_until_done():
         if isinstance(config, EmbeddedRecipe):
-            train(config, folder, tuple(stage for stage in STAGES if stages is None or stage in stages))
+            asked = config.stages if stages is None else stages
+            train(config, folder, tuple(stage for stage in STAGES if stage in asked))
         elif isinstance(config, PairsRecipe):
             train_pairs(config, folder)
         elif isinstance(config, BasedRecipe):
@@ -62,21 +63,26 @@ def train(
 ) -> None:
     """`stop_after`: leave each stage after so many updates, for tests and trials."""
     recipe.check_baseline()
-    model = new_model(recipe)
     photographs = Path(recipe.photographs)
+    hashes = folder_hashes(photographs)
+    # Asked before anything is written: an export may replace the start.
+    described = {name: _fingerprint(name, recipe, hashes) for name in stages}
+    model, before = begun(recipe)
     pictures = (load_folder(photographs), load_folder(photographs, validation=True))
     last = max((STAGES.index(name) for name in stages), default=-1)
     for name in STAGES[: last + 1]:
-        if name not in stages:
-            load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
-        else:
+        if name in stages:
             stage = _stage(name, recipe, model, pictures)
-            if not _train(stage, name, recipe, folder, stop_after):
+            every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
+            loop = LoopConfig(described[name], *every, stop_after)
+            if not train_stage(stage, getattr(recipe, name), loop, folder / name):
                 return
             if isinstance(stage.trained, SharedAdapter):
-                _export_shared(recipe, stage.trained, folder, folder_hashes(photographs))
+                _export_shared(recipe, stage.trained, folder, hashes, before)
+        elif recipe.start is None or name in recipe.stages:
+            load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
         if name == "generator":  # The model is whole; the baseline is no part of it.
-            _export(recipe, model, folder, folder_hashes(photographs))
+            _export(recipe, model, folder, hashes, before)
 
 
 def train_pairs(recipe: PairsRecipe, folder: Path, stop_after: int | None = None) -> None:
@@ -92,21 +98,23 @@ def train_pairs(recipe: PairsRecipe, folder: Path, stop_after: int | None = None
     described["generator"].pop("accumulate", None)
     # By its contents: the package's own weights change with its version, and a checkpoint has only what is trained.
     described["start"] = _weights_hash(Path(recipe.start or WEIGHTS))
+    before = stored_provenance(recipe.start or WEIGHTS)
     every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
     data = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     loop = LoopConfig(json.dumps({**described, "pairs": data}, sort_keys=True), *every, stop_after)
     if train_stage(stage, recipe.generator, loop, folder / "generator"):
-        _export(recipe, model, folder, hashes)
+        _export(recipe, model, folder, hashes, before)
 
 
 def train_wording(recipe: WordingRecipe, folder: Path, stop_after: int | None = None) -> None:
-    """`stop_after`: as in `train`. What is written keeps the start's provenance, with this training added to it."""
+    """`stop_after`: as in `train`."""
     start = Path(recipe.start or WEIGHTS)
-    model = EmbeddedModel.from_pretrained(start)
+    model, before = EmbeddedModel.from_pretrained(start), stored_provenance(start)
     stage = WordingStage(recipe, model)
     unimportant = {"name", "export", "checkpoint_every", "evaluate_every", "log_every"}
     described = {key: value for key, value in describe(recipe).items() if key not in unimportant}
     described["wording"].pop("accumulate", None)
+    described["start"] = _weights_hash(start)
     every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
     loop = LoopConfig(json.dumps({**described, "sentences": phrases_hash()}, sort_keys=True), *every, stop_after)
     if not train_stage(stage, recipe.wording, loop, folder / "wording"):
@@ -117,11 +125,22 @@ def train_wording(recipe: WordingRecipe, folder: Path, stop_after: int | None = 
         "recipe": describe(recipe),
         "sentences": phrases_hash(),
     }
-    stored = start / PROVENANCE
-    before = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     for target in export_folders(recipe, folder):
         model.save_pretrained(target)
-        write_provenance(target, {**before, "then": [*before.get("then", []), made]})
+        write_provenance(target, made, before)
+
+
+def begun(recipe: EmbeddedRecipe) -> tuple[EmbeddedModel, dict[str, Any] | None]:
+    """The model that the stages go on from, and where it comes from: its start's, or a new one and None."""
+    if recipe.start is None:
+        return new_model(recipe), None
+    model = EmbeddedModel.from_pretrained(recipe.start)
+    if model.config != recipe.model:
+        raise OpenwuError(
+            f"start: expected a model of the recipe's sizes and labels, got another one in {recipe.start}; "
+            "change the recipe's model, or start from nothing"
+        )
+    return model, stored_provenance(recipe.start)
 
 
 def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
@@ -146,17 +165,10 @@ def _trained(name: str, model: EmbeddedModel) -> torch.nn.Module:
     return torch.nn.ModuleDict({"condition": model.condition, "generator": model.generator})
 
 
-def _train(stage: Stage, name: str, recipe: EmbeddedRecipe, folder: Path, stop_after: int | None) -> bool:
-    loop = LoopConfig(
-        _fingerprint(name, recipe), recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every, stop_after
-    )
-    return train_stage(stage, getattr(recipe, name), loop, folder / name)
-
-
-def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
+def _fingerprint(name: str, recipe: EmbeddedRecipe, photographs: dict[str, str]) -> str:
     """What a stage's weights depend on: neither later stages and parts nor how often something is written."""
     described = describe(recipe)
-    unimportant = {"name", "export", "checkpoint_every", "evaluate_every", "log_every"}
+    unimportant = {"name", "export", "stages", "checkpoint_every", "evaluate_every", "log_every"}
     unimportant |= {*STAGES[STAGES.index(name) + 1 :], *({"generator"} if name == "shared" else ())}
     unimportant |= {"b_init_std"} if name != "generator" else set()
     later_parts = {"instruction": ("backbone", "condition", "generator"), "base": ("condition", "generator")}
@@ -164,24 +176,33 @@ def _fingerprint(name: str, recipe: EmbeddedRecipe) -> str:
     kept = {key: value for key, value in described.items() if key not in unimportant}
     for stage in kept.keys() & set(STAGES):
         kept[stage].pop("accumulate", None)  # Of the batch, it changes only how much is computed at a time.
-    return json.dumps({**kept, "model": model}, sort_keys=True)
+    # By their contents: files change, and so do the package's own sentences and weights from version to version.
+    if recipe.start is not None:
+        kept["start"] = _weights_hash(Path(recipe.start))
+    if name != "instruction":
+        kept["photographs"] = hashlib.sha256(json.dumps(photographs).encode()).hexdigest()
+    return json.dumps({**kept, "model": model, "sentences": phrases_hash()}, sort_keys=True)
 
 
-def _export_shared(recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path, data: dict[str, str]) -> None:
+def _export_shared(
+    recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path, data: dict[str, str], before: dict[str, Any] | None
+) -> None:
     """The baseline stands beside the model, so that the table can be remade."""
     for target in export_folders(recipe, folder):
         shared().detach().to(torch.float16).save_pretrained(target / SHARED)
-        _export_provenance(recipe, target, folder, data)
+        write_provenance(target, provenance(recipe, folder, data), before)
 
 
-def _export(recipe: EmbeddedRecipe | PairsRecipe, model: EmbeddedModel, folder: Path, data: dict[str, str]) -> None:
+def _export(
+    recipe: EmbeddedRecipe | PairsRecipe,
+    model: EmbeddedModel,
+    folder: Path,
+    data: dict[str, str],
+    before: dict[str, Any] | None,
+) -> None:
     for target in export_folders(recipe, folder):
         model.save_pretrained(target)
-        _export_provenance(recipe, target, folder, data)
-
-
-def _export_provenance(recipe: EmbeddedRecipe | PairsRecipe, target: Path, folder: Path, data: dict[str, str]) -> None:
-    write_provenance(target, provenance(recipe, folder, data))
+        write_provenance(target, provenance(recipe, folder, data), before)
 
 
 def _weights_hash(model: Path) -> str:
@@ -202,5 +223,6 @@ def provenance(recipe: EmbeddedRecipe | PairsRecipe, folder: Path, data: dict[st
         **origin(),
         "seconds": seconds,
         "recipe": describe(recipe),
+        "sentences": phrases_hash(),
         ("photographs" if isinstance(recipe, EmbeddedRecipe) else "pairs"): data,
     }

@@ -121,6 +121,15 @@ class EmbeddedRecipe:
     """Steps between points of the training curve."""
     export: str | None = field(default=None)
     """Where the finished model is written besides the run's folder."""
+    start: str | None = field(default=None, metadata=LATER)
+    """Folder of a finished model of the same sizes whose weights the stages go on from; None: from nothing."""
+    stages: tuple[str, ...] = field(default=STAGES, metadata=LATER)
+    """The stages that are trained; with a `start`, the others stay as they are there."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.stages) - set(STAGES))
+        if unknown or not self.stages:
+            raise ValueError(f"stages: expected some of {list(STAGES)}, got {list(self.stages)}")
 
     def check_baseline(self) -> None:
         """Refuse an unfair baseline. Not at construction: overrides change one of the two stages at a time."""

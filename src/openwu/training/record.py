@@ -19,8 +19,11 @@ PROVENANCE = "provenance.json"
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """Every number of a recipe, as JSON."""
-    plain: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    """Every number of a recipe, as JSON. Fields that came later stand in it only where they are set."""
+    fields = {each: getattr(recipe, each.name) for each in dataclasses.fields(recipe)}
+    plain: dict[str, Any] = {
+        each.name: value for each, value in fields.items() if not each.metadata or value != each.default
+    }
     described_by_itself = (StageConfig, EmbeddedConfig)
     plain = {key: value.to_dict() if isinstance(value, described_by_itself) else value for key, value in plain.items()}
     described: dict[str, Any] = json.loads(json.dumps(plain))
@@ -34,7 +37,16 @@ def export_folders(recipe: Recipe, folder: Path) -> list[Path]:
     return [folder / "model", *([Path(recipe.export)] if recipe.export else [])]
 
 
-def write_provenance(target: Path, found: dict[str, Any]) -> None:
+def stored_provenance(model: str | Path) -> dict[str, Any]:
+    """Where the weights of a model's folder come from, as far as it says so."""
+    stored = Path(model) / PROVENANCE
+    found: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    return found
+
+
+def write_provenance(target: Path, made: dict[str, Any], before: dict[str, Any] | None = None) -> None:
+    """`before`: the provenance of the model that a training went on from; it keeps standing, this training after it."""
+    found = made if before is None else {**before, "then": [*before.get("then", []), made]}
     (target / PROVENANCE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

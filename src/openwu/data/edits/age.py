@@ -9,6 +9,10 @@ from openwu.data.edits.core import Edit, Pair, Scene, blend, forward, repair
 from openwu.data.edits.operators import colour, gaussian, saturation, widest
 
 
+SCRATCH = 9
+"""Rows of an added scratch: the pixel path of the base sees four rows up and down, and must find where one begins."""
+
+
 def aged(x: Tensor, noise: Tensor, chroma: float, contrast: float, grain: float) -> Tensor:
     """Faded dyes, yellowed paper, lost contrast, a soft lens and film grain."""
     x = saturation(gaussian(x, 0.8), chroma)
@@ -49,7 +53,7 @@ EDITS = (
     Edit(
         "scratches",
         "age",
-        lambda scene: Pair(scene.source, scratched(scene.source, scene.noise, 0.02 * scene.strength, 17, 0.95)),
+        lambda scene: Pair(scene.source, scratched(scene.source, scene.noise, 0.02 * scene.strength, SCRATCH, 0.95)),
         opposite="remove_scratches",
     ),
     Edit("remove_scratches", "age", repair(_worn), opposite="scratches", limit=1.0),

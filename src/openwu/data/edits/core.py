@@ -79,6 +79,8 @@ class Edit:
     """Whether the target is a function of tone and colour alone: a model can come close to it."""
     needs_reference: bool = False
     """Whether the request has a second picture."""
+    natural: bool = False
+    """Whether the answer is what colours naturally are: its photographs are not recoloured for variety."""
 
     def make_pair(self, scene: Scene) -> Pair:
         """The pair of a scene, in 0..1. At strength 0, where some operators are undefined, the target is the input."""
