@@ -24,7 +24,7 @@ def recipe() -> EmbeddedRecipe:
     begun = _embedded.recipe()
     base = replace(begun.base, steps=1800, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=3e-4)
     generator = replace(
-        begun.generator, steps=2200, learning_rate=6e-4, matrix_learning_rate=2e-3, decay=0.8, first_floor=3e-3
+        begun.generator, steps=1800, learning_rate=6e-4, matrix_learning_rate=2e-3, decay=0.8, first_floor=3e-3
     )
     return replace(
         begun,

@@ -115,6 +115,12 @@ def test_scaling(
     assert "dB for ten times the parameters" in capsys.readouterr().out
     stored = json.loads((tmp_path / "scaling.json").read_text())
     assert {each["axis"] for each in stored["sizes"]} == {"generator", "base"}
+    assert "output" not in stored["settings"]
+    words = ("lab", "scaling", "--axis", "generator", "--model", str(model_folder), "--output", str(tmp_path))
+    assert run(*words, *SMALL) == 0
+    alone = json.loads((tmp_path / "scaling.json").read_text())
+    assert {each["axis"] for each in alone["sizes"]} == {"generator"}
+    assert alone["lines"]["generator"] == stored["lines"]["generator"]  # Its finished parts were found again.
     assert (tmp_path / "scaling.png").stat().st_size > 5000
 
 

@@ -59,6 +59,9 @@ def test_sub_tasks_of_the_embedded_model(embedded_model: EmbeddedModel, monkeypa
     photographs = load_folder(Path("photos"), validation=True)
     before = {name: value.clone() for name, value in embedded_model.state_dict().items()}
     found = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0, 3), (0, 1))
+    untold = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0,), (0,), told=False)
+    assert [each.where for each in untold] == ["shared LoRA, base not told, after 0 steps"]
+    assert not torch.equal(untold[0].cosine[0], found[0].cosine[0])
     found.append(generator_conflict(embedded_model, photographs, TASKS, OPPOSITES, (0,)))
     assert [each.where for each in found] == [
         "shared LoRA after 0 steps",

@@ -79,10 +79,11 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 255
 
 
-def random_crop(
-    photographs: list[Photograph], size: int, generator: torch.Generator, natural: bool = False
-) -> Tensor:
-    """A square crop `[3, size, size]` in 0..1 at a random scale, mirrored and, unless `natural`, recoloured at random."""
+def random_crop(photographs: list[Photograph], size: int, generator: torch.Generator, natural: bool = False) -> Tensor:
+    """A square crop `[3, size, size]` in 0..1 at a random scale, mirrored and recoloured at random.
+
+    `natural`: not recoloured.
+    """
     photograph = photographs[_draw(generator, len(photographs))]
     wide_enough = [scale for scale in photograph.scales if min(scale.shape[:2]) >= size]
     if not wide_enough:

@@ -37,11 +37,11 @@ from openwu.lab.pictures import (
     draw_scaling,
 )
 from openwu.lab.report import columns, write_json
-from openwu.lab.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
+from openwu.lab.scaling import AXES, BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
 QUICK_EDITS = tuple(name for pair in CONTRADICTORY_PAIRS[:8] for name in pair)
-STEPS, QUICK_STEPS = (0, 100, 400), (0, 40)
+STEPS, QUICK_STEPS = (0, 100), (0, 40)
 """After how many steps of its training the shared LoRA's gradients are compared."""
 BUDGET = Budget(steps=400, wide_rank=192, factors=(0.5, 1.0, 2.0), search_steps=80)
 QUICK_BUDGET = Budget(steps=60)
@@ -51,7 +51,7 @@ GROUPS = tuple(
 )
 """Four groups of four: opposites arrive two groups later."""
 QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for side in (0, 1))
-SCALING, QUICK_SCALING = Budget(steps=1500), Budget(steps=30)
+SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
@@ -75,6 +75,7 @@ def run_lab(arguments: list[str]) -> int:
     parser.add_argument("what", choices=sorted(EXPERIMENTS), help="the experiment")
     parser.add_argument("--photos", default="photos", metavar="FOLDER", help="training photographs (default: photos)")
     parser.add_argument("--steps", type=int, metavar="N", help="length of every training, instead of the setting's")
+    parser.add_argument("--axis", choices=AXES, help="scaling: vary only this (default: both)")
     options = parser.parse_args(arguments)
     Path(options.output).mkdir(parents=True, exist_ok=True)
     sys.stdout.write(EXPERIMENTS[options.what](options))
@@ -100,6 +101,7 @@ def _gradients(options: argparse.Namespace) -> str:
     steps = QUICK_STEPS if options.quick else STEPS
     found = [
         *shared_conflicts(model, photographs, edits, opposites, steps, options.seeds),
+        *shared_conflicts(model, photographs, edits, opposites, steps, options.seeds, told=False),
         generator_conflict(model, photographs, edits, opposites, options.seeds),
     ]
     output = Path(options.output)
@@ -152,9 +154,11 @@ def _scaling(options: argparse.Namespace) -> str:
     paired = [name for pair in CONTRADICTORY_PAIRS for name in pair]
     tasks = _edits(options) if options.edits else paired[:8] if options.quick else paired
     base_tasks = [name for name in BASE_EDITS if name not in tasks]
-    budget, base_steps = (QUICK_SCALING, 60) if options.quick else (SCALING, 3000)
+    budget, base_steps = (QUICK_SCALING, 60) if options.quick else (SCALING, 600)
     budget = _shortened(budget, options)
     sizes, widths = (GENERATOR_SIZES[:3], BASE_WIDTHS[:2]) if options.quick else (GENERATOR_SIZES, BASE_WIDTHS)
+    sizes = () if options.axis == "base" else sizes
+    widths = () if options.axis == "generator" else widths
     model = EmbeddedModel.from_pretrained(_folder(options))
     photographs = load_folder(Path(options.photos))
     base_steps = base_steps if options.steps is None else 2 * options.steps
@@ -282,7 +286,7 @@ def _shortened(budget: Budget, options: argparse.Namespace) -> Budget:
 def _kept(what: str, settings: Mapping[str, object], model: EmbeddedModel) -> Kept:
     """Where finished parts stand: whatever they depend on is in the folder's name, all but their seed."""
     # "quick" counts: it chooses the test photographs, also where --edit and --steps say all else.
-    meant = {key: value for key, value in settings.items() if key not in ("seeds", "output")}
+    meant = {key: value for key, value in settings.items() if key not in ("seeds", "output", "axis")}
     meant["photos"] = folder_hashes(Path(str(settings["photos"])))
     digits = fingerprint(meant, model.instruction, model.backbone)
     return Kept(Path(str(settings["output"])) / "parts" / f"{what}-{digits}")

@@ -36,8 +36,13 @@ def shared_conflicts(
     opposites: Sequence[tuple[str, str]],
     steps: Sequence[int],
     seeds: Sequence[int],
+    told: bool = True,
 ) -> list[Conflict]:
-    """One shared LoRA per seed, looked at after each number of training steps (rising, 0 first)."""
+    """One shared LoRA per seed, looked at after each number of training steps (rising, 0 first).
+
+    `told`: whether the base reads the instructions. If it does not, only the pictures tell it what is wanted, and what
+    two opposite sub-tasks ask of one adapter meets the same activations.
+    """
     found: dict[int, list[Tensor]] = {step: [] for step in steps}
     model.requires_grad_(False)
     for seed in seeds:
@@ -54,12 +59,13 @@ def shared_conflicts(
         for step in steps:
             for at in tqdm(range(made, step), desc=f"shared LoRA, seed {seed}", unit="step"):
                 optimizer.zero_grad()
-                torch.autograd.backward(batch_loss(model, batches.batch(at), adapt, FLOOR))
+                torch.autograd.backward(batch_loss(model, batches.batch(at), adapt, FLOOR, told))
                 optimizer.step()
             made = max(made, step)
-            found[step].append(_cosines(f"after {step} steps", model, photographs, tasks, shared, adapt, seed))
+            found[step].append(_cosines(f"after {step} steps", model, photographs, tasks, shared, adapt, seed, told))
+    who = "shared LoRA" if told else "shared LoRA, base not told,"
     return [
-        Conflict(f"shared LoRA after {step} steps", tuple(tasks), torch.stack(each), tuple(opposites))
+        Conflict(f"{who} after {step} steps", tuple(tasks), torch.stack(each), tuple(opposites))
         for step, each in found.items()
     ]
 
@@ -94,11 +100,12 @@ def _cosines(
     trained: nn.Module,
     adapt: Adapt,
     seed: int,
+    told: bool = True,
 ) -> Tensor:
     """Cosines `[t, t]` of one set of parameters. A sample's pictures are the same for all tasks."""
 
     def sample(task: str, which: int) -> Tensor:
         batches = PairSampler(photographs, (task,), ((REQUESTS, CROP),), SIDE, 1000 + SAMPLES * seed + which)
-        return gradient(trained, lambda: batch_loss(model, batches.batch(0), adapt, FLOOR))
+        return gradient(trained, lambda: batch_loss(model, batches.batch(0), adapt, FLOOR, told))
 
     return task_cosines(f"{where}, seed {seed}", tasks, sample, SAMPLES)

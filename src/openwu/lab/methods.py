@@ -32,6 +32,8 @@ from openwu.types import Adapter, Target
 
 SIDE = 192
 """Side in pixels of the picture that the condition encoder sees in training."""
+UNTOLD = ""
+"""What a base reads that is not told what is wanted."""
 FIRST_FLOOR = 3e-2
 """Where the floor of the loss starts; see `openwu.training.loss.falling_floor`."""
 Adapt = Callable[[PairBatch, Tensor], Adapter | None]
@@ -171,12 +173,16 @@ def method_loss(method: Method, batch: PairBatch, floor: float) -> Tensor:
     return batch_loss(method.model, batch, method.adapt, floor)
 
 
-def batch_loss(model: EmbeddedModel, batch: PairBatch, adapt: Adapt, floor: float) -> Tensor:
-    """The loss of a batch under the adapters that `adapt` gives it, in the precision of the trainings."""
+def batch_loss(model: EmbeddedModel, batch: PairBatch, adapt: Adapt, floor: float, told: bool = True) -> Tensor:
+    """The loss of a batch under the adapters that `adapt` gives it, in the precision of the trainings.
+
+    `told`: whether the base reads the instructions; if not, it reads the same words for every request.
+    """
     with torch.no_grad():
         text = model.instruction(batch.sentences)
+        read = text if told else model.instruction([UNTOLD]).expand_as(text)
     with training_attention(batch.target.device), torch.autocast("cpu", torch.bfloat16):
-        edited = model.edit(batch.picture, batch.planes, text, adapt(batch, text))
+        edited = model.edit(batch.picture, batch.planes, read, adapt(batch, text))
     return picture_loss(edited, batch.target, floor)
 
 

@@ -28,6 +28,8 @@ from openwu.lab.methods import Budget, Method, fit, generated_on
 
 GENERATOR_SIZES = ((128, 1), (256, 1), (384, 2), (512, 3))
 """(width, blocks)"""
+AXES = ("generator", "base")
+"""What varies."""
 BASE_WIDTHS = (96, 128, 192, 256)
 """Widths of the base's blocks; feed-forward layers are three times as wide."""
 BASE_RATES = {"learning_rate": 2.5e-3, "matrix_learning_rate": 1e-2}
@@ -38,7 +40,7 @@ class Point:
     """One size, one seed."""
 
     axis: str
-    """What varies: "generator" or "base"."""
+    """What varies, one of AXES."""
     size: str
     parameters: int
     """Of what varies."""

@@ -8,7 +8,6 @@ from torch import Tensor
 from openwu.data.edits.core import Edit, Pair, Scene, blend, forward, repair
 from openwu.data.edits.operators import colour, gaussian, saturation, widest
 
-
 SCRATCH = 9
 """Rows of an added scratch: the pixel path of the base sees four rows up and down, and must find where one begins."""
 
