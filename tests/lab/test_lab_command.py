@@ -8,10 +8,25 @@ from pathlib import Path
 import pytest
 
 from openwu.cli import main
+from openwu.data.photographs import Photograph, load_folder
 from openwu.lab.methods import Budget
 
 EDITS = ["--edit", "warm", "--edit", "cool", "--edit", "fog"]
 SMALL = ["--quick", "--side", "48", "--seeds", "0", *EDITS]
+
+
+@pytest.fixture(scope="module")
+def two_photographs() -> list[Photograph]:
+    return load_folder(Path("photos"), validation=True)
+
+
+@pytest.fixture(autouse=True)
+def few_photographs(
+    request: pytest.FixtureRequest, two_photographs: list[Photograph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading all of them takes seconds; only what is measured in earnest needs them."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("openwu.lab.command.load_folder", lambda *_, **__: two_photographs)
 
 
 def run(*arguments: str) -> int:
