@@ -102,3 +102,27 @@ def test_colour_jitter_leaves_half_of_the_crops_alone() -> None:
     unchanged = sum(torch.equal(result, x) for result in results)
     assert 30 < unchanged < 70
     assert all(result.min() >= 0 and result.max() <= 1 for result in results)
+
+
+def test_every_photograph_has_its_credits() -> None:
+    lines = (PHOTOS / "CREDITS.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if ".jpg |" in line]
+    assert sorted(row[0] for row in rows) == sorted(file.name for file in PHOTOS.glob("*.jpg"))
+    free = ("CC0", "CC-BY-", "public domain")
+    assert [row[:3] for row in rows if not row[1] or not row[2].startswith(free)] == []
+
+
+def test_natural_crops_keep_their_colours(photo_folder: Path) -> None:
+    """Mirrored or turned, a natural crop has the colours of the photograph; others do not always."""
+    photographs = load_folder(photo_folder)
+    known = {tuple(colour) for each in photographs for s in each.scales for colour in s.flatten(0, 1).tolist()}
+
+    def strange(natural: bool) -> int:
+        crops = [
+            random_crop(photographs, 16, torch.Generator().manual_seed(seed), natural=natural) for seed in range(12)
+        ]
+        rounded = [(255 * crop).round().int().flatten(1).t().tolist() for crop in crops]
+        return sum(any(tuple(colour) not in known for colour in colours) for colours in rounded)
+
+    assert strange(natural=True) == 0
+    assert strange(natural=False) > 0
