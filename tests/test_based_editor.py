@@ -180,6 +180,12 @@ def test_folders_and_options_that_do_not_belong_together(
         openwu.Editor.from_pretrained("stable-cascade", base=base, generator=generator)
     with pytest.raises(OpenwuError, match=r"expected a folder with config\.json"):
         openwu.Editor.from_pretrained("flux-kontext", base=base, generator=tmp_path / "none")
+    with pytest.raises(OpenwuError, match=r"base: expected a folder with a diffusers pipeline"):
+        openwu.Editor.from_pretrained("flux-kontext", base=tmp_path / "no base", generator=tmp_path / "none")
+    with pytest.raises(OpenwuError, match=r"expected a pipeline of class StableDiffusionInstructPix2PixPipeline"):
+        openwu.Editor.from_pretrained("instruct-pix2pix", base=base, generator=tmp_path / "none")
+    with pytest.raises(OpenwuError, match=r"/none: expected a folder with config\.json"):  # nothing is downloaded first
+        openwu.Editor.from_pretrained("flux-kontext", base="nobody/nothing", generator=tmp_path / "none")
     with pytest.raises(OpenwuError, match="expected none of them for the embedded model"):
         openwu.Editor.from_pretrained(device="cpu")  # type: ignore[call-overload]
     base_cases.picture(1).save(tmp_path / "photo.png")

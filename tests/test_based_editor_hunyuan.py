@@ -151,6 +151,11 @@ def test_options_of_other_bases_and_of_the_embedded_model(
     with pytest.raises(OpenwuError, match="trust_remote_code, quantise, offload: expected none of them for the embedd"):
         openwu.Editor.from_pretrained(trust_remote_code=True)  # type: ignore[call-overload]
     base_cases.picture(1).save(tmp_path / "photo.png")
+    line = f"edit {tmp_path}/photo.png --instruction warm --model hunyuan-image-3 --base none --generator nothing"
+    assert cli.main(line.split()) == 1
+    assert "trust_remote_code: none brings Python code" in capsys.readouterr().err
+    assert cli.main([*line.split(), "--trust-remote-code"]) == 1
+    assert "none: expected a folder, got a path that does not exist" in capsys.readouterr().err
     line = f"edit {tmp_path}/photo.png --instruction warm --trust-remote-code --reasoning because".split()
     assert cli.main(line) == 2
     assert "--trust-remote-code, --reasoning: expected only with --base" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from openwu import cli
 from openwu.adapter.cache import AdapterCache
 from openwu.cli import console, models
 from openwu.errors import CheckpointError, InstructionError, OpenwuError
+from openwu.generator.model import ParameterGenerator
 from openwu.pictures import Photo, read_picture
 
 PYTHON = [sys.executable, "-m", "openwu"]
@@ -449,6 +450,47 @@ def test_odd_file_names_are_printed_on_one_line(
     assert "photo \\udcff\\n\\x1b[31m.png -> " in out
     assert edit("照片.png") == 1
     assert "照片.png: no such file" in capsys.readouterr().err
+
+
+def test_an_error_of_several_problems_has_a_line_for_each(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor.fails["a.png"] = OpenwuError.listing("2 problems:", ["a\nb: missing", "\x1b[31mc: unknown"])
+    assert edit("a.png") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "openwu: error: 2 problems:",
+        r"  a\nb: missing",
+        r"  \x1b[31mc: unknown",
+    ]
+    # A line break in a message of one line is foreign text: nothing may pass itself off as a line of ours.
+    editor.fails["a.png"] = OpenwuError("odd\nopenwu: error: forged")
+    assert edit("a.png") == 1
+    assert capsys.readouterr().err == "openwu: error: odd\\nopenwu: error: forged\n"
+
+
+def test_a_broken_generator_is_told_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "generator"
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError) as error:
+        ParameterGenerator.from_pretrained(folder)
+    console.complain(error.value)
+    first, *problems = capsys.readouterr().err.splitlines()
+    assert first == f"openwu: error: {folder}: 2 problems in this checkpoint:"
+    assert len(problems) == 2
+    assert problems[0].startswith("  config.json: ")
+    assert problems[1].startswith("  expected model.safetensors")
+
+
+@pytest.mark.parametrize("verb", [("lab", "conflict"), ("audit",), ("eval", "suite"), ("bench",), ("edit", "a.png")])
+def test_every_verb_refuses_unknown_options_in_one_line(
+    verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*verb, "--colour"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("openwu: error: unrecognized arguments: --colour (see openwu ")
 
 
 # The other verbs

@@ -86,12 +86,14 @@ class BasedEditor:
             raise OpenwuError(
                 f"{', '.join(refused)}: expected none for {model}, which has no such option; leave it out"
             )
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
-        how |= {name: value for name, value in asked.items() if name in taken}
+        options_taken = {name: value for name, value in asked.items() if name in taken}
+        if (check := getattr(kind, "check", None)) is not None:
+            check(base, revision=revision, **options_taken)
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, **options_taken}
         if "beside" in taken:
             how["beside"] = bytes_beside(Path(generator), dtype)
-        # The generator first: it is the smaller one, and what is wrong with it shows at once. Where the base's memory
-        # is planned, the base first: the plan leaves room for the generator.
+        # The generator is loaded first: it is the smaller one, and what is wrong with it shows soon. Where the base's
+        # memory is planned, the base first: the plan leaves room for the generator.
         made = kind.from_pretrained(base, **how) if "beside" in taken else None
         loaded = ParameterGenerator.from_pretrained(generator, dtype=dtype, device=device)
         return cls(made or kind.from_pretrained(base, **how), loaded, options=options, name=model)

@@ -232,12 +232,14 @@ class EmbeddedModel(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
         except TargetError as error:
-            raise CheckpointError(f"{folder / 'config.json'}: generator and backbone do not fit: {error}") from error
+            first, *rest = error.lines or (str(error),)
+            where = f"{folder / 'config.json'}: generator and backbone do not fit: {first}"
+            raise CheckpointError.listing(where, rest) from error
         problems: list[str] = []
         for name in _PARTS:
             problems += _load_part(getattr(model, name), folder / f"{name}.safetensors", dtype)
         if problems:
-            raise CheckpointError(f"{folder} does not hold a whole embedded model:\n  " + "\n  ".join(problems))
+            raise CheckpointError.listing(f"{folder} does not hold a whole embedded model:", problems)
         return model.requires_grad_(False).eval()
 
 

@@ -1,13 +1,27 @@
-"""The errors that openwu raises on purpose; the command line prints them as one line, without a traceback.
+"""The errors that openwu raises on purpose; the command line prints them without a traceback, a line for each problem.
 
 Every message says what was expected, what came, and what to do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Self
+
 
 class OpenwuError(Exception):
     """Base of every error that a user can cause and can mend."""
+
+    lines: tuple[str, ...] = ()
+    """What is shown line by line, where several problems were found; empty for a message of one line."""
+
+    @classmethod
+    def listing(cls, head: str, problems: Iterable[str]) -> Self:
+        """An error of several problems: `head` says what they are problems of, and each has a line of its own."""
+        lines = (head, *problems)
+        error = cls("\n  ".join(lines))
+        error.lines = lines
+        return error
 
 
 class PictureError(OpenwuError):

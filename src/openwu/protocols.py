@@ -85,6 +85,13 @@ class Backbone(ConditionEncoder, Protocol):
         """Load a folder, or a hub id at a revision. Raises OpenwuError for what a user can mend."""
         ...
 
+    @classmethod
+    def check(cls, folder: str | Path, *, revision: str | None = None, **asked: Any) -> None:
+        """Raise for what is wrong with a folder, and with `asked`, those of `loading_options` that were asked for.
+
+        Called before anything else is read, and quick: nothing is loaded or downloaded. A base may do without.
+        """
+
     @property
     def denoiser(self) -> nn.Module:
         """The module that carries the targets: what `openwu.attach` hooks."""

@@ -139,6 +139,24 @@ def test_scaling(
     assert (tmp_path / "scaling.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("lab", "conflict", "--steps", "0"), "--steps: expected a number above 0, got 0"),
+        (("lab", "manifold", "--steps", "-1"), "--steps: expected a number above 0, got -1"),
+        (("audit", "--side", "0"), "--side: expected a number above 0, got 0"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_anything_is_looked_for(
+    words: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "output"
+    elsewhere = ("--photos", str(tmp_path / "none")) if words[0] == "lab" else ()
+    assert run(*words, *elsewhere, "--model", str(tmp_path / "none"), "--output", str(output)) == 2
+    assert capsys.readouterr().err == f"openwu: error: {message}\n"
+    assert not output.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "file"),

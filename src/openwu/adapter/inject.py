@@ -179,7 +179,7 @@ def resolve(model: nn.Module, targets: Sequence[Target], routing: ExpertRouting 
     held = Counter(site.module for site in sites)
     problems += [f"{site.path}: the same module as another target" for site in sites if held[site.module] > 1]
     if problems or not targets:
-        raise TargetError("the targets do not fit the model:\n  " + "\n  ".join(problems or ["no targets given"]))
+        raise TargetError.listing("the targets do not fit the model:", problems or ["no targets given"])
     return sites
 
 

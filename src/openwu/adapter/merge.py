@@ -108,7 +108,7 @@ def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Site, Tensor]
     sites = [site for site in resolve(model, adapter.targets) if site.targets]
     problems = _problems(model, sites)
     if problems:
-        raise TargetError("merge: use attach(...).applied(...) instead:\n  " + "\n  ".join(problems))
+        raise TargetError.listing("merge: use attach(...).applied(...) instead:", problems)
     active = Active.of(adapter, None, Caller())
     for site in sites:
         delta = site.weight_delta(active)

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from openwu.backbone.hunyuan_loading import EXTRA, LastLayer, RemoteModel, load_remote
+from openwu.backbone.hunyuan_loading import EXTRA, LastLayer, RemoteModel, check_folder, check_trust, load_remote
 from openwu.backbone.hunyuan_memory import Quantise
 from openwu.backbone.latents import as_tensor, padded
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
@@ -102,8 +102,7 @@ class HunyuanImage3(Backbone):
         Raises OpenwuError: no permission, another transformers, too little memory (with the numbers); CheckpointError:
         a folder that is none, has dots in its name, or whose code is not as expected.
         """
-        if revision is not None:
-            raise OpenwuError(f"revision: expected none for this base, which is a local folder, got {revision!r}")
+        _refuse_revision(revision)
         model = load_remote(
             folder,
             transformers_version=cls.transformers_version,
@@ -115,6 +114,15 @@ class HunyuanImage3(Backbone):
             beside=beside,
         )
         return cls(model)
+
+    @classmethod
+    def check(
+        cls, folder: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **_: object
+    ) -> None:
+        """See `protocols.Backbone`."""
+        _refuse_revision(revision)
+        check_trust(folder, trust_remote_code)
+        check_folder(folder)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -294,6 +302,11 @@ def _targets_of(layer: Any, index: int) -> tuple[PlainTarget | GroupedTarget, ..
         *(PlainTarget(path, *widths[path]) for path in PLAIN),
         GroupedTarget(EXPERTS, count, tuple(PlainTarget(name, *each) for name, each in weights.items())),
     )
+
+
+def _refuse_revision(revision: str | None) -> None:
+    if revision is not None:
+        raise OpenwuError(f"revision: expected none for this base, which is a local folder, got {revision!r}")
 
 
 def _no_training() -> NoReturn:

@@ -82,11 +82,7 @@ def load_remote(
     beside: int,
 ) -> RemoteModel:
     """The model on `device` (`cuda`: spread over all GPUs), its tokenizer read. Raises for all that a user can mend."""
-    if not trust_remote_code:
-        raise OpenwuError(
-            f"trust_remote_code: {folder} brings Python code of its own, which runs with your rights when loaded; "
-            "read it, and if you trust it, ask for it with --trust-remote-code (trust_remote_code=True)"
-        )
+    check_trust(folder, trust_remote_code)
     path = check_folder(folder)
     check_version(transformers_version)
     _check_ways(device, quantise, offload)
@@ -122,6 +118,15 @@ def load_remote(
     except Exception as error:  # foreign code raises what it likes
         raise CheckpointError(f"{folder}: its own code cannot load this model: {error}") from error
     return cast("RemoteModel", model)
+
+
+def check_trust(folder: str | Path, trust_remote_code: bool) -> None:
+    """Raise unless the folder's code may run."""
+    if not trust_remote_code:
+        raise OpenwuError(
+            f"trust_remote_code: {folder} brings Python code of its own, which runs with your rights when loaded; "
+            "read it, and if you trust it, ask for it with --trust-remote-code (trust_remote_code=True)"
+        )
 
 
 def check_folder(folder: str | Path) -> Path:

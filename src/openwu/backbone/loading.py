@@ -62,6 +62,14 @@ def load_pipeline(
     return pipeline.to(device)
 
 
+def check_local(folder: str | Path, revision: str | None, classes: Sequence[str]) -> None:
+    """Everything that can be known without loading but memory. Of a hub id only its form: nothing is downloaded."""
+    if not _is_hub_id(folder):
+        path = local_folder(folder, revision)
+        check_class(path, classes)
+        check_weights(path)
+
+
 def local_folder(folder: str | Path, revision: str | None) -> Path:
     """The folder itself, or the local copy of a hub id, downloaded where it is not there yet."""
     path = Path(folder)
@@ -69,8 +77,7 @@ def local_folder(folder: str | Path, revision: str | None) -> Path:
         if revision is not None:
             raise OpenwuError(f"revision: expected none with the local folder {folder}, got {revision!r}; leave it out")
         return path
-    parts = str(folder).split("/")
-    if path.is_file() or len(parts) != 2 or not all(parts) or str(folder).startswith((".", "~")):
+    if not _is_hub_id(folder):
         raise CheckpointError(
             f"{folder}: expected a folder with a diffusers pipeline ({INDEX}) or a hub id such as 'organisation/name', "
             f"got a {'file' if path.is_file() else 'path that does not exist'}"
@@ -84,6 +91,12 @@ def local_folder(folder: str | Path, revision: str | None) -> Path:
             f"{folder}: no such folder here, and it cannot be downloaded at revision {revision or 'main'}: {reason}; "
             "check the name, your network and whether the weights ask for a licence to be accepted"
         ) from error
+
+
+def _is_hub_id(folder: str | Path) -> bool:
+    """Whether a name that is no path here may be one of the hub's."""
+    parts = str(folder).split("/")
+    return not Path(folder).exists() and len(parts) == 2 and all(parts) and not str(folder).startswith((".", "~"))
 
 
 def check_class(folder: Path, classes: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openwu.backbone.latents import as_tensor, padded, place_of, resized, token_rows, working_size
-from openwu.backbone.loading import hollow_pipeline, load_pipeline
+from openwu.backbone.loading import check_local, hollow_pipeline, load_pipeline
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
 from openwu.protocols import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
@@ -78,6 +78,11 @@ class PipelineBackbone(Backbone, ABC):
         """
         place = {"device": device, "dtype": dtype, "revision": revision}
         return cls(load_pipeline(folder, cls.pipelines, extra=cls.facts.extra, **place))  # type: ignore[arg-type]
+
+    @classmethod
+    def check(cls, folder: str | Path, *, revision: str | None = None, **_: object) -> None:
+        """See `protocols.Backbone`."""
+        check_local(folder, revision, cls.pipelines)
 
     @classmethod
     def hollow(cls, folder: Path) -> Self:

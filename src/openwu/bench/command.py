@@ -25,7 +25,7 @@ from openwu.bench.plan import PLAN, needs_gpu
 from openwu.bench.report import write_report
 from openwu.bench.result import Result, judged, number, seconds
 from openwu.bench.row import Row
-from openwu.cli.console import complain, note
+from openwu.cli.console import Parser, UsageError, complain, note
 from openwu.errors import OpenwuError
 from openwu.lab.report import columns
 
@@ -36,10 +36,12 @@ PAGE = "docs/performance.md"
 
 def run(arguments: Sequence[str]) -> int:
     """Entry of `openwu bench`; returns the exit code: 1 where something could not be measured."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if unknown := [name for name in options.names if name not in (*PLAN, *GROWTHS)]:
-        parser.error(f"expected names that --list shows, got {', '.join(unknown)}")
+        raise UsageError(
+            f"ROW: expected some of {', '.join((*PLAN, *GROWTHS))}, got {', '.join(unknown)}; "
+            "`openwu bench --list` describes them"
+        )
     if options.list:
         sys.stdout.write(listed())
         return 0
@@ -157,7 +159,7 @@ def _resolve(path: str) -> Callable[[bool], Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="openwu bench",
         description="Measure speed and memory. Every row checks that both sides agree, then times them in turn.",
     )

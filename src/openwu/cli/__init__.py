@@ -11,13 +11,12 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from openwu import __version__
-from openwu.cli.console import UsageError, complain, say
+from openwu.cli.console import USAGE, Parser, UsageError, complain, say
 from openwu.errors import InstructionError, OpenwuError
 
-FAILED, USAGE, STOPPED, PIPE_CLOSED = 1, 2, 130, 141
+FAILED, STOPPED, PIPE_CLOSED = 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except OpenwuError as error:
-        complain(str(error))
+        complain(error)
         return USAGE if isinstance(error, UsageError | InstructionError) else FAILED
     except MemoryError:
         complain("not enough memory; close other programs, or edit a smaller picture")
@@ -60,16 +59,8 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(verb(arguments))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, like all of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        complain(f"{message} (see {self.prog} --help)")
-        self.exit(USAGE)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="openwu", description="Edit photographs with adapters generated for each request.")
+    parser = Parser(prog="openwu", description="Edit photographs with adapters generated for each request.")
     parser.add_argument("--version", action="version", version=f"openwu {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_edit(verbs)
@@ -84,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_handed_on(verbs: argparse._SubParsersAction[_Parser], name: str, text: str, run: str) -> None:
+def _add_handed_on(verbs: argparse._SubParsersAction[Parser], name: str, text: str, run: str) -> None:
     """A verb that reads its own arguments."""
     # No argument can hold a NUL, so nothing looks like an option here and all of it, --help too, goes to the verb.
     verb = verbs.add_parser(name, help=text, add_help=False, prefix_chars="\0")
@@ -92,7 +83,7 @@ def _add_handed_on(verbs: argparse._SubParsersAction[_Parser], name: str, text: 
     verb.set_defaults(run=run)
 
 
-def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
+def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     edit = verbs.add_parser(
         "edit",
         help="edit photographs",
@@ -150,7 +141,7 @@ def _add_edit(verbs: argparse._SubParsersAction[_Parser]) -> None:
     edit.set_defaults(run="openwu.cli.edit:run")
 
 
-def _add_export(verbs: argparse._SubParsersAction[_Parser]) -> None:
+def _add_export(verbs: argparse._SubParsersAction[Parser]) -> None:
     export = verbs.add_parser(
         "export",
         help="write an adapter for another library",
@@ -207,7 +198,7 @@ def _add_base(edit: argparse.ArgumentParser) -> None:
     large.add_argument("--pixels", type=int, metavar="N", help="pixels that the base works on (default: as trained)")
 
 
-def _add_train(verbs: argparse._SubParsersAction[_Parser]) -> None:
+def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
     train = verbs.add_parser(
         "train",
         help="train a model from a recipe",

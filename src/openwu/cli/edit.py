@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = plan(arguments.photos, arguments.output, **where)
     notes, problems = check(jobs, arguments.output, overwrite=arguments.overwrite, references=arguments.reference)
     for problem in problems:
-        complain(str(problem))
+        complain(problem)
     if problems:
         return 1
     for text in notes:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             times = _edit(editor, job, (instruction, *then), adapter, arguments, name)
         except OpenwuError as error:
-            complain(str(error))
+            complain(error)
             failed += 1
         else:
             _report(job, times, arguments)

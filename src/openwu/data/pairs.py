@@ -247,8 +247,8 @@ def _checked(pairs: list[Pair], problems: list[str]) -> Pairs:
             problems.append(f"{pair.where}: target: expected the first picture's size {first}, got {last}")
     if problems:
         more = len(problems) - SHOWN
-        listed = "\n  ".join(problems[:SHOWN]) + (f"\n  and {more} more" if more > 0 else "")
-        raise DatasetError(f"{len(problems)} problems with the training pairs; nothing was trained:\n  {listed}")
+        shown = [*problems[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        raise DatasetError.listing(f"{len(problems)} problems with the training pairs; nothing was trained:", shown)
     if not pairs:
         raise DatasetError("pairs: expected at least one, got none")
     return Pairs(tuple(pairs))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from openwu.cli.console import Parser
 from openwu.data.edits import EDITS
 from openwu.data.photographs import load_test_photographs
 from openwu.editor import native_dtype
@@ -171,7 +172,7 @@ def _entries(value: object) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="openwu eval", description="Measure a model on photographs never seen.")
+    parser = Parser(prog="openwu eval", description="Measure a model on photographs never seen.")
     parser.add_argument(
         "what",
         choices=["suite", "gallery", "curves"],

@@ -274,4 +274,5 @@ def _move_in(staging: Path, folder: Path) -> None:
 
 def _error(folder: Path, problems: Iterable[str]) -> CheckpointError:
     listed = list(problems)
-    return CheckpointError("\n- ".join([f"{folder}: {len(listed)} problem(s) in this checkpoint:", *listed]))
+    count = "1 problem" if len(listed) == 1 else f"{len(listed)} problems"
+    return CheckpointError.listing(f"{folder}: {count} in this checkpoint:", listed)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from openwu.cli.console import Parser, UsageError
 from openwu.data.edits import BASE_EDITS, CONTRADICTORY_PAIRS, EDITS, FAMILIES
 from openwu.data.photographs import folder_hashes, load_folder, load_test_photographs
 from openwu.editor import native_dtype
@@ -62,6 +63,7 @@ def run_audit(arguments: list[str]) -> int:
     options = _parser("openwu audit", "Does the condition matter? Adapters that know less and less.").parse_args(
         arguments
     )
+    _check_numbers(options)
     ladder = audit(embedded_subject(_model(options), _photographs(options), _edits(options)), options.seeds)
     write_json(Path(options.output) / "audit.json", _settings(options), ladder.to_json())
     draw_ladder(ladder, Path(options.output) / "audit.png")
@@ -77,6 +79,7 @@ def run_lab(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, metavar="N", help="length of every training, instead of the setting's")
     parser.add_argument("--axis", choices=AXES, help="scaling: vary only this (default: both)")
     options = parser.parse_args(arguments)
+    _check_numbers(options)
     Path(options.output).mkdir(parents=True, exist_ok=True)
     sys.stdout.write(EXPERIMENTS[options.what](options))
     return 0
@@ -274,11 +277,17 @@ def _edits(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(options.edits) if options.edits else QUICK_EDITS if options.quick else tuple(EDITS)
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    """What the arguments alone show comes first: before photographs and models are looked for, or a folder is made."""
+    for name in ("steps", "side"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}: expected a number above 0, got {value}")
+
+
 def _shortened(budget: Budget, options: argparse.Namespace) -> Budget:
     if options.steps is None:
         return budget
-    if options.steps < 1:
-        raise OpenwuError(f"--steps: expected a number above 0, got {options.steps}")
     search_steps = min(budget.search_steps, max(1, options.steps // 5))
     return dataclasses.replace(budget, steps=options.steps, search_steps=search_steps)
 
@@ -297,7 +306,7 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("--quick", action="store_true", help="fewer photographs and sub-tasks: minutes on two cores")
     parser.add_argument("--model", metavar="FOLDER", help="folder of a model (default: the one inside the package)")
     parser.add_argument("--output", default="runs/lab", metavar="FOLDER", help="where results go (default: runs/lab)")

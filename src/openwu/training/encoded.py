@@ -64,8 +64,8 @@ class Encoded:
         problems = processes.gathered(problems)
         if problems:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-            listed = "\n  ".join([*problems[:SHOWN], *more])
-            raise DatasetError(f"{len(problems)} problems with the training pairs; nothing was trained:\n  {listed}")
+            head = f"{len(problems)} problems with the training pairs; nothing was trained:"
+            raise DatasetError.listing(head, [*problems[:SHOWN], *more])
         processes.wait()
         return len(missing)
 
