@@ -7,14 +7,17 @@ that a generator's config holds.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from openwu.errors import CheckpointError
 from openwu.protocols import Backbone, ConditionEncoder
 
 ENCODERS: dict[str, str] = {
+    "base": "openwu.condition.base_condition:BaseCondition",
     "denoiser-states": "openwu.condition.denoiser_states:DenoiserStates",
+    "part-states": "openwu.condition.part_states:PartStates",
+    "segments": "openwu.condition.segments:Segments",
     "siglip2": "openwu.condition.siglip2:Siglip2",
 }
 """Name -> "module:Class" of an encoder that is made from a backbone and plain values (its `settings`)."""
@@ -34,6 +37,15 @@ def make_encoder(described: Any, backbone: Backbone) -> ConditionEncoder:
             f"condition: {name}: the generator's config has settings it does not take: {error}"
         ) from error
     return made
+
+
+def chosen_encoder(described: Sequence[Mapping[str, Any]], backbone: Backbone) -> ConditionEncoder | None:
+    """One encoder for all that were chosen; None where nothing but the base's own condition was."""
+    if not described or (len(described) == 1 and described[0].get("name") == "base"):
+        return None
+    if len(described) == 1:
+        return make_encoder(described[0], backbone)
+    return make_encoder({"name": "segments", "parts": list(described)}, backbone)
 
 
 def describe_encoder(encoder: ConditionEncoder) -> dict[str, Any]:

@@ -29,6 +29,9 @@ class _Reached(Exception):  # noqa: N818 (no error: the module has spoken, the r
 class DenoiserStates:
     """What one module of a frozen denoiser says about a request."""
 
+    asks_denoiser = True
+    """The denoiser must be where the encoders are."""
+
     def __init__(self, backbone: Backbone, module: str, time: float = 1.0) -> None:
         """`module`: its path in the denoiser, e.g. `transformer_blocks.3`; `time`: how noisy its input is, 0..1."""
         modules = dict(backbone.denoiser.named_modules())

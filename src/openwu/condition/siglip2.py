@@ -9,6 +9,7 @@ Shapes: b requests, l patches of one request's pictures, L the most in a batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,8 +46,13 @@ class Siglip2:
             raise CheckpointError(
                 f"{weights}: expected a SigLIP 2 model with its tokenizer, in safetensors: {reason}"
             ) from error
+        self.identity = _identity(model)
         device = next(backbone.denoiser.parameters()).device
         self._model = model.to(device, torch.float32).requires_grad_(False).eval()
+
+    def place(self, device: str | torch.device) -> None:
+        """Compute elsewhere; "meta" drops the weights for good."""
+        self._model.to(device)
 
     @property
     def condition_widths(self) -> Mapping[str, int]:
@@ -86,3 +92,12 @@ class Siglip2:
         numbers = torch.arange(len(states), device=states.device).to(states).view(-1, 1, 1).expand(*states.shape[:2], 1)
         tokens: Tensor = torch.cat([states, numbers], dim=2)[seen["pixel_attention_mask"].bool()]
         return tokens
+
+
+def _identity(model: nn.Module) -> str:
+    """Tells weights apart by the beginnings and ends of all their tensors."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        ends = torch.cat([value.flatten()[:16], value.flatten()[-16:]]).float()
+        digest.update(f"{name} {tuple(value.shape)}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()

@@ -6,6 +6,8 @@ one they are asked in every step. The rows are the same, made one pair at a time
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from openwu.backbone.pipeline import PipelineBackbone
 from openwu.data.pairs import SHOWN, Pair, Pairs
 from openwu.errors import DatasetError, OpenwuError
+from openwu.protocols import ConditionEncoder
 from openwu.training.processes import Processes
 from openwu.training.rows import RowStore, joined
 from openwu.types import BaseRequest, LatentBatch
@@ -32,6 +35,8 @@ class Encoded:
     store: RowStore | None
     device: torch.device
     """Where the encoders are asked."""
+    encoder: ConditionEncoder | None = None
+    """What makes the conditions; None: the base itself."""
 
     def __post_init__(self) -> None:
         self._paths: dict[tuple[str, str], Path] = {}
@@ -51,7 +56,9 @@ class Encoded:
         ]
         problems: list[str] = []
         if missing:
-            self.backbone.place(encoders=self.device)
+            probed = getattr(self.encoder, "asks_denoiser", False)
+            self.backbone.place(encoders=self.device, denoiser=self.device if probed else None)
+            self.place_encoder(self.device)
         for number, (pair, text) in enumerate(tqdm(missing, desc="encoding", unit="pair", disable=not missing)):
             path = self._path(pair, text)
             try:
@@ -68,6 +75,11 @@ class Encoded:
             raise DatasetError.listing(head, [*problems[:SHOWN], *more])
         processes.wait()
         return len(missing)
+
+    def place_encoder(self, device: str | torch.device) -> None:
+        """Move an encoder that has weights of its own; "meta" drops them for good."""
+        if (place := getattr(self.encoder, "place", None)) is not None:
+            place(device)
 
     def batch(self, chosen: Sequence[tuple[Pair, str]]) -> LatentBatch:
         """One batch of some pairs with their wordings, where the rows are."""
@@ -88,7 +100,12 @@ class Encoded:
     def _made(self, pair: Pair, text: str) -> LatentBatch:
         pictures, target = pair.load()
         request = BaseRequest(tuple(_to_image(picture) for picture in pictures), text)
-        return self.backbone.latent_batch([request], [target])
+        row = self.backbone.latent_batch([request], [target])
+        if self.encoder is None or self.encoder is self.backbone:
+            return row
+        # Some read noise of the request's seed: every pair has its own, since edits will come with any.
+        seeded = dataclasses.replace(request, seed=_seed_of(pair, text))
+        return dataclasses.replace(row, condition=self.encoder.condition([seeded]))
 
     def _path(self, pair: Pair, text: str) -> Path:
         """Pictures are read once for it."""
@@ -107,6 +124,14 @@ def _check_disk(first: Path, others: int) -> None:
             f"cache: {others} more pairs need about {needed / 1e9:.1f} GB at {first.parent.parent}, which has "
             f"{free / 1e9:.1f} GB free; pass cache=FOLDER on a larger disk, fewer wordings or fewer pixels"
         )
+
+
+def _seed_of(pair: Pair, text: str) -> int:
+    """Of its pictures and words, so that a row is the same wherever it is made."""
+    digest = hashlib.sha256(text.encode())
+    for image in pair.images:
+        digest.update(image.read_bytes() if isinstance(image, Path) else image.tobytes())
+    return int.from_bytes(digest.digest()[:4], "big")
 
 
 def _to_image(picture: Tensor) -> Image.Image:

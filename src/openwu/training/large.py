@@ -26,12 +26,14 @@ from openwu.backbone.loading import (
 )
 from openwu.backbone.pipeline import PipelineBackbone
 from openwu.base_fit import generator_config
+from openwu.condition import chosen_encoder, describe_encoder
 from openwu.config import ConfigError, GeneratorConfig
 from openwu.data.buckets import Buckets
 from openwu.data.pairs import Pair, Pairs, picture_size, read_pairs
 from openwu.errors import OpenwuError
 from openwu.generator.model import ParameterGenerator
 from openwu.origin import origin
+from openwu.protocols import ConditionEncoder
 from openwu.training.based import based_stage
 from openwu.training.checkpoint import check_recipe
 from openwu.training.encoded import Encoded
@@ -73,19 +75,27 @@ def train_based(recipe: BasedRecipe, folder: Path, stop_after: int | None = None
     hollow = kind.hollow(base)
     hollow.pixels = recipe.pixels
     config = new_config(recipe, hollow)
+    # Made here once only to show what is wrong with the choice; conditions of other widths change little in memory.
+    chosen_encoder(recipe.condition, hollow)
     _check_memory(recipe, config, base, kind.denoiser_name, device, (training, held_back))
 
     with_cache = bool(recipe.cache)
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32
     backbone = kind.from_pretrained(base, device="cpu" if with_cache else device, dtype=dtype)
     backbone.pixels = recipe.pixels
-    store = RowStore(folder / recipe.cache, f"{fingerprint} {recipe.model} {recipe.pixels} {dtype}")
-    encoded = Encoded(backbone, store if with_cache else None, device)
+    encoder = chosen_encoder(recipe.condition, backbone)
+    made_by = f"{fingerprint} {recipe.model} {recipe.pixels} {dtype}"
+    if encoder is not None:
+        made_by += f" {json.dumps(describe_encoder(encoder), sort_keys=True)} {getattr(encoder, 'identity', '')}"
+        config = new_config(recipe, backbone, encoder)
+    store = RowStore(folder / recipe.cache, made_by)
+    encoded = Encoded(backbone, store if with_cache else None, device, encoder)
     judged = _judged(held_back, backbone, recipe.validated)
     if with_cache:
         encoded.fill([training, judged], Processes.joined(device))
         kept = device if recipe.encoders == "keep" else torch.device("meta" if recipe.encoders == "drop" else "cpu")
         backbone.place(encoders=kept, denoiser=device)
+        encoded.place_encoder(kept)
 
     generator = new_generator(recipe, config).to(device)
     stage = _stage(recipe, backbone, generator, encoded, (training, judged))
@@ -126,12 +136,17 @@ def device_of(recipe: BasedRecipe) -> torch.device:
     return torch.device("cpu")
 
 
-def new_config(recipe: BasedRecipe, backbone: PipelineBackbone) -> GeneratorConfig:
-    """The generator's config; a hollow backbone suffices."""
+def new_config(
+    recipe: BasedRecipe, backbone: PipelineBackbone, encoder: ConditionEncoder | None = None
+) -> GeneratorConfig:
+    """The generator's config, for conditions of the base or of an encoder; of the former a hollow backbone suffices."""
     sizes = ("rank", "alpha", "token_dim", "d_model", "head_dim", "dim_accumulation")
     try:
         return generator_config(
-            backbone, num_pg_layers=recipe.blocks, **{name: getattr(recipe, name) for name in sizes}
+            backbone,
+            encoder=encoder,
+            num_pg_layers=recipe.blocks,
+            **{name: getattr(recipe, name) for name in sizes},
         )
     except ConfigError as error:
         raise OpenwuError(f"recipe: {error}") from error
@@ -208,5 +223,7 @@ def _depends_on(recipe: BasedRecipe, hashes: dict[str, str], fingerprint: str) -
     """What the trained weights depend on."""
     described = {key: value for key, value in describe(recipe).items() if key not in _ELSEWHERE}
     described["generator"].pop("accumulate", None)
+    if not described["condition"]:  # trainings begun before it could be chosen have none
+        described.pop("condition")
     pairs = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     return json.dumps({**described, "base": fingerprint, "pairs": pairs}, sort_keys=True)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openwu.condition import ENCODERS
 from openwu.embedded import EmbeddedConfig
 from openwu.errors import OpenwuError
 from openwu.training.loss import FLOOR
@@ -221,6 +223,9 @@ class BasedRecipe:
     """The base's diffusers folder, or hub id."""
     revision: str | None = None
     """Of a hub id."""
+    condition: tuple[Mapping[str, Any], ...] = ()
+    """What the generator reads: encoders of `openwu.condition.ENCODERS`, each a name with its settings; none: what the
+    base says by itself. Several become segments with an input projection for each, in this order."""
     pixels: int = 1024 * 1024
     """About how many pixels the base works on in training."""
     rank: int = 16
@@ -273,6 +278,10 @@ class BasedRecipe:
             raise ValueError(f"encoders: expected one of {list(ENCODERS_AFTER)}, got {self.encoders!r}")
         if not 0 <= self.held_back < 1:
             raise ValueError(f"held_back: expected a share from 0 to below 1, got {self.held_back}")
+        for chosen in self.condition:
+            if not isinstance(chosen, Mapping) or chosen.get("name") not in ENCODERS:
+                known = ", ".join(name for name in ENCODERS if name != "segments")
+                raise ValueError(f"condition: expected encoders such as {{'name': ...}} of {known}, got {chosen!r}")
         for name in ("pixels", "validated"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
