@@ -8,6 +8,7 @@ from typing import Any
 import base_cases
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import openwu
@@ -15,7 +16,7 @@ from openwu.base_fit import check_targets, encoder_for, fingerprint, target_widt
 from openwu.based_editor import BasedEditor
 from openwu.config import GeneratorConfig
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
-from openwu.types import EditRequest, SamplingOptions
+from openwu.types import BaseRequest, EditRequest, SamplingOptions
 
 
 @pytest.fixture(params=("instruct-pix2pix", "flux-kontext"))
@@ -69,6 +70,34 @@ def test_a_batch_is_its_requests_one_at_a_time(editor: BasedEditor) -> None:
         assert difference(result, alone) <= 1
     assert together[2].adapter.rank == 2 * together[0].adapter.rank
     assert editor.edit_batch([]) == []
+
+
+def test_adapters_are_the_clear_generator_s(editor: BasedEditor) -> None:
+    """Generated at once and on the fast path, against one at a time on the clear one."""
+    texts = ("make it warm", "draw it in oil, please", "blur")
+    requests = [EditRequest([base_cases.picture(i, 60, 60 + 30 * i)], text, seed=i) for i, text in enumerate(texts)]
+    calls: list[int] = []
+    condition = editor.encoder.condition
+
+    def counted(asked: Any) -> Any:
+        calls.append(len(asked))
+        return condition(asked)
+
+    editor.encoder.condition = counted  # type: ignore[method-assign]
+    try:
+        results = editor.edit_batch(requests, options=SamplingOptions(steps=1, pixels=base_cases.PIXELS, batch=2))
+    finally:
+        del editor.encoder.condition  # type: ignore[attr-defined]
+    assert calls == [2, 1]
+    for request, result in zip(requests, results, strict=True):
+        assert result.adapter.instructions == (request.instruction,)
+        (picture,) = request.images
+        assert isinstance(picture, Image.Image)
+        with torch.no_grad():
+            expected = editor.generator(condition([BaseRequest((picture,), request.instruction, request.seed)]))
+        for name, pair in expected.weights.items():
+            for clear, fast in zip(pair, result.adapter.weights[name], strict=True):
+                torch.testing.assert_close(fast, clear, rtol=1e-4, atol=1e-5)
 
 
 def test_references_reach_the_adapter(kontext: BasedEditor) -> None:

@@ -25,6 +25,7 @@ from openwu.backbone import backbone_class
 from openwu.base_fit import attach_generator, check_targets, encoder_for, placed
 from openwu.editor import Progress, asked_of, listed, timed
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
+from openwu.generator.fast import FastGenerator
 from openwu.generator.memory import bytes_beside
 from openwu.generator.model import ParameterGenerator
 from openwu.instructions import check_instruction
@@ -50,6 +51,7 @@ class BasedEditor:
         """`options`: of every edit, unless a call has its own. Raises TargetError for a generator of another base."""
         self.backbone = backbone
         self.generator = generator.requires_grad_(False).eval()
+        self.fast = FastGenerator(self.generator)
         self.options = options or SamplingOptions()
         name = name or type(backbone).__name__
         check_targets(generator.config, backbone, name)
@@ -131,7 +133,8 @@ class BasedEditor:
         progress: Progress | None = None,
         options: SamplingOptions | None = None,
     ) -> list[EditResult]:
-        """Edit many pictures, each with its own adapter; requests that the base can take together share its calls."""
+        """Edit many pictures, each with its own adapter. Up to `options.batch` requests share calls of the generator,
+        and of the base where it can take them together."""
         return self._edited(list(requests), None, progress, options) if requests else []
 
     @torch.no_grad()
@@ -149,7 +152,8 @@ class BasedEditor:
         self._check_reasoning([request])
         text = check_instruction(instruction)
         asked = BaseRequest(_images(_read(request)), text, seed, reasoning)
-        return self._generate(self.encoder.condition([asked]), text)
+        (adapter,) = self._generate(self.encoder.condition([asked]), [text])
+        return adapter
 
     @torch.no_grad()
     def _edited(
@@ -165,24 +169,26 @@ class BasedEditor:
             photos = [_read(request) for request in requests]
             images = [_images(each) for each in photos]
         asked = [asked_of(request, given) for request in requests]
+        # One entry per instruction: a request that asks for two things stands here twice.
+        flat = [
+            BaseRequest(pictures, text, request.seed, request.reasoning)
+            for pictures, texts, request in zip(images, asked, requests, strict=True)
+            for text in texts
+        ]
+        parts = [] if given is not None else self._together(flat, (options or self.options).batch)
         with timed(timings, "condition"):
-            conditions = [
-                []
-                if given is not None
-                else [
-                    self.encoder.condition([BaseRequest(pictures, text, request.seed, request.reasoning)])
-                    for text in texts
-                ]
-                for pictures, texts, request in zip(images, asked, requests, strict=True)
-            ]
+            conditions = [self.encoder.condition(part) for part in parts]
         with timed(timings, "generate"):
-            # What a request asks for besides becomes one adapter with its own: their updates are added up.
-            adapters = [
-                Adapter.sum([self._generate(*each) for each in zip(own, texts, strict=True)])
-                if given is None
-                else given.to(self.generator.hidden_in.weight.device)
-                for own, texts in zip(conditions, asked, strict=True)
-            ]
+            if given is None:
+                each = iter(
+                    adapter
+                    for part, condition in zip(parts, conditions, strict=True)
+                    for adapter in self._generate(condition, [request.instruction for request in part])
+                )
+                # What a request asks for besides becomes one adapter with its own: their updates are added up.
+                adapters = [Adapter.sum([next(each) for _ in texts]) for texts in asked]
+            else:
+                adapters = [given.to(self.generator.hidden_in.weight.device) for _ in requests]
         bases = [
             BaseRequest(pictures, ". ".join(texts), request.seed, request.reasoning)
             for pictures, texts, request in zip(images, asked, requests, strict=True)
@@ -200,10 +206,17 @@ class BasedEditor:
             name = type(self.backbone).__name__
             raise InstructionError(f"reasoning: expected none for {name}, which does not reason; leave it out")
 
-    def _generate(self, condition: Condition, instruction: str) -> Adapter:
+    def _together(self, requests: Sequence[BaseRequest], batch: int) -> list[Sequence[BaseRequest]]:
+        """Requests whose adapters are generated at once. Bases that plan their memory leave room for one or so."""
+        size = min(batch, getattr(self.backbone, "most_together", batch))
+        return [requests[start : start + size] for start in range(0, len(requests), size)]
+
+    def _generate(self, condition: Condition, instructions: Sequence[str]) -> list[Adapter]:
+        """One adapter (b = 1) per sample of a condition."""
         weight = self.generator.hidden_in.weight
-        adapter: Adapter = self.generator(condition.to(weight.device, weight.dtype))
-        return replace(adapter, instructions=(instruction,))
+        adapter = self.fast(condition.to(weight.device, weight.dtype))
+        adapter = replace(adapter, instructions=tuple(instructions))
+        return [adapter] if adapter.batch == 1 else [adapter.select([i]) for i in range(adapter.batch)]
 
     def _apply(
         self,

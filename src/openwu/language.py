@@ -19,6 +19,7 @@ from openwu.adapter.inject import attach
 from openwu.backbone.causal_lm import CausalLM
 from openwu.condition.hidden_states import HiddenStates
 from openwu.errors import OpenwuError
+from openwu.generator.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter, Condition
 
@@ -38,6 +39,7 @@ class LanguageMemory:
                 f"generator: expected input_dim {base.width}, the model's width, got {generator.config.input_dim}"
             )
         self.base, self.generator = base, generator
+        self.fast = FastGenerator(generator)
         self.encoder = HiddenStates(base.model, reads or base.layers[max(0, len(base.layers) - 2)])
         self.handle = attach(base.model, generator.targets)
 
@@ -47,8 +49,13 @@ class LanguageMemory:
         return self.encoder(input_ids=texts.ids, attention_mask=texts.mask, use_cache=False, mask=texts.mask)
 
     def adapt(self, contexts: Sequence[str]) -> Adapter:
-        """One adapter for every context, with gradients to the generator where they are enabled."""
-        adapter: Adapter = self.generator(self.condition(contexts))
+        """One adapter for every context, with gradients to the generator where they are enabled.
+
+        Without them the fast path generates, which keeps what it made of the generator's weights: see
+        `openwu.generator.fast` for optimisers that change weights unseen.
+        """
+        condition = self.condition(contexts)
+        adapter: Adapter = self.generator(condition) if torch.is_grad_enabled() else self.fast(condition)
         return adapter
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 
 PATCH, LATENT = 8, 8
 BEGIN, RECAPTION, RATIO, DRAW, NOTHING, PICTURE = 256, 257, 258, 259, 260, 261
-FIRST_RATIO = 262
+THINK = 262
+FIRST_RATIO = 263
 SIZES = ((32, 32), (24, 40), (40, 24))
 """Heights and widths that it draws."""
 TEXT = slice(ord("a"), ord("z") + 1)
@@ -156,6 +158,17 @@ class VAE(nn.Module):
         return F.pixel_shuffle(self.leave(latents).T.unflatten(1, (height, width))[None], PATCH)[0].tanh()
 
 
+class ImageProcessor:
+    img_ratio_slice_logits_processor = None
+
+    def build_img_ratio_slice_logits_proc(self, tokenizer):
+        self.img_ratio_slice_logits_processor = [tokenizer]
+
+
+def get_system_prompt(sys_type, bot_task, system_prompt=None):
+    return f" {sys_type}: " if sys_type != "None" else None
+
+
 class StandIn(PreTrainedModel, GenerationMixin):
     config_class = StandInConfig
 
@@ -171,6 +184,8 @@ class StandIn(PreTrainedModel, GenerationMixin):
         self.time_embed = nn.Linear(1, config.hidden_size)
         self.final_layer = nn.Linear(config.hidden_size, LATENT)
         self.tokenizer = None
+        self._tokenizer = SimpleNamespace(think_token="(", recaption_token=")")
+        self.image_processor = ImageProcessor()
         self.post_init()
 
     def _init_weights(self, module):
@@ -180,15 +195,21 @@ class StandIn(PreTrainedModel, GenerationMixin):
         self.tokenizer = json.loads((Path(tokenizer) / "stand_in_tokenizer.json").read_text())
 
     def prepare_model_inputs(
-        self, *, prompt, image, cot_text=None, mode="gen_text", bot_task="img_ratio", image_size="auto", seed=None
-    ):
+        self, *, prompt, image, cot_text=None, mode="gen_text", bot_task="auto", image_size="auto", seed=None,
+        max_new_tokens=None, system_prompt=None,
+    ):  # fmt: skip
         if self.tokenizer is None:
             raise RuntimeError("load_tokenizer first")
+        for texts in (prompt, cot_text, system_prompt):
+            if texts is not None and not (len(texts) == len(prompt) and all(texts)):
+                raise ValueError(f"expected {len(prompt)} texts, none empty, got {texts}")
         draws = [torch.Generator().manual_seed(each) for each in seed]
         cot = cot_text or [""] * len(prompt)
-        last = {"think_recaption": RECAPTION, "img_ratio": RATIO, "image": DRAW}[bot_task]
-        rows = [self._read(*each, last) for each in zip(prompt, cot, image, draws, strict=True)]
-        inputs = {"mode": mode, "bot_task": bot_task, "rows": rows, "draws": draws}
+        last = DRAW if mode == "gen_image" else {"think": THINK, "recaption": RECAPTION, "img_ratio": RATIO}[bot_task]
+        system = system_prompt or [""] * len(prompt)
+        asked = [before + text for before, text in zip(system, prompt, strict=True)]
+        rows = [self._read(*each, last) for each in zip(asked, cot, image, draws, strict=True)]
+        inputs = {"mode": mode, "max_new_tokens": max_new_tokens, "bot_task": bot_task, "rows": rows, "draws": draws}
         if mode == "gen_image":
             number = 0 if image_size == "auto" else int(image_size.removeprefix("<img_ratio_").removesuffix(">"))
             inputs["size"] = SIZES[number]
@@ -199,10 +220,20 @@ class StandIn(PreTrainedModel, GenerationMixin):
         return inputs
 
     @torch.no_grad()
-    def generate(self, *, mode, rows, draws, bot_task, size=None, unguided=None, **how):
+    def generate(
+        self, *, mode, rows, draws, bot_task, max_new_tokens, size=None, unguided=None, generation_config=None,
+        decode_text=False, do_sample=True, logits_processor=None,
+    ):  # fmt: skip
         if mode == "gen_image":
-            return self._draw(rows, unguided, draws, size, **how)
-        return [self._write(row, bot_task, how["max_new_tokens"]) for row in rows]
+            how = generation_config or self.generation_config
+            return self._draw(
+                rows, unguided, draws, size,
+                diff_infer_steps=how.diff_infer_steps, diff_guidance_scale=how.diff_guidance_scale,
+            )  # fmt: skip
+        if do_sample or len(rows) != 1 or (bot_task == "img_ratio") != (logits_processor is not None):
+            raise ValueError("expected one greedy text, and only ratios where one is asked for")
+        text = self._write(rows[0], bot_task, max_new_tokens)
+        return [text] if decode_text else torch.tensor([[*text.encode()]])
 
     def prefill(self, rows):
         """Rows `[L, d]` of any lengths -> `ln_f`'s states `[n, L, d]`, keys and values, the mask; padded in front."""
@@ -291,7 +322,9 @@ def made(**sizes):
             else:
                 nn.init.uniform_(parameter, 0.5, 1.5)
         nn.init.normal_(model.model.wte.weight, std=0.5)
-    model.generation_config = GenerationConfig(diff_guidance_scale=3.0)
+    model.generation_config = GenerationConfig(
+        diff_guidance_scale=3.0, diff_infer_steps=7, use_system_prompt="en_unified"
+    )
     model.tokenizer = {}
     return model.eval()
 

@@ -15,6 +15,7 @@ from openwu import attach
 from openwu.adapter.experts import ExpertRouting
 from openwu.adapter.merge import merged
 from openwu.backbone.hunyuan_image_3 import HunyuanImage3, chosen_experts
+from openwu.backbone.hunyuan_questions import inputs_of
 from openwu.base_fit import generator_config, placed
 from openwu.config import LayerGroup
 from openwu.errors import OpenwuError, TargetError
@@ -74,7 +75,7 @@ def test_every_target_of_every_expert_receives_gradient(base: HunyuanImage3, mod
         for part in pair:
             part.requires_grad_()
     asked = [BaseRequest((picture(i),), "a long instruction, so that every expert reads " * 2) for i in (1, 2)]
-    rows = base._inputs(asked, ["", ""], "image", "auto")["rows"]
+    rows = inputs_of(model, asked, ["", ""], None)["rows"]
     with attach(model, weights.targets, routing=ExpertRouting(*base.routing)) as handle, handle.applied(weights):
         states, _, _ = model.prefill([row.detach() for row in rows])
     states.square().mean().backward()
@@ -92,7 +93,7 @@ def test_the_condition_is_the_last_layer_s_output_before_the_last_norm(base: Hun
     request = BaseRequest((picture(1), picture(2)), "make it warm", seed=5, reasoning="because")
     tokens = base.condition([request]).tokens
     with torch.no_grad():
-        (row,) = base._inputs([request], ["because"], "img_ratio", "auto")["rows"]
+        (row,) = inputs_of(model, [request], ["because"], "img_ratio")["rows"]
         x, seen, _ = model.padded([row])
         for layer in model.model.layers:
             x, _ = layer(x, seen)
@@ -139,26 +140,44 @@ def test_a_batch_of_conditions_is_its_samples(base: HunyuanImage3) -> None:
 def test_the_base_reasons_once_and_a_given_reasoning_is_taken(
     base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks: list[tuple[str, str, Any]] = []
+    tasks: list[tuple[str | None, str, Any]] = []
     prepare = base.model.prepare_model_inputs
 
     def listening(**how: Any) -> Any:
-        tasks.append((how["bot_task"], how["image_size"], how["cot_text"]))
+        tasks.append((how.get("bot_task"), how["image_size"], how["cot_text"]))
+        assert how["system_prompt"] == ["en_unified:"], "the one that the folder is used with"
         return prepare(**how)
 
     monkeypatch.setattr(base.model, "prepare_model_inputs", listening)
     request = requests(1)[0]
     base.condition([request])
     base.generate([request], FAST, nothing)
-    (first, _, none), (second, _, read), (third, size, drawn) = tasks
-    assert (first, second, third) == ("think_recaption", "img_ratio", "image")
+    (first, _, none), (second, _, thought), (third, _, read), (fourth, size, drawn) = tasks
+    assert (first, second, third, fourth) == ("think", "recaption", "img_ratio", None)
     assert none is None
     assert read == drawn
-    assert len(read[0]) == 4
+    assert (len(thought[0]), len(read[0])) == (5, 10), "each part's token, and what was written"
+    assert read[0].startswith(thought[0] + ")")
     assert size.startswith("<img_ratio_"), "the ratio is not asked for again"
     tasks.clear()
     base.generate([BaseRequest(request.pictures, request.instruction, 1, reasoning="thus")], FAST, nothing)
-    assert [(task, cot) for task, _, cot in tasks] == [("img_ratio", ["thus"]), ("image", ["thus"])]
+    assert [(task, cot) for task, _, cot in tasks] == [("img_ratio", ["thus"]), (None, ["thus"])]
+
+
+def test_requests_with_and_without_reasoning_do_not_share_a_call(base: HunyuanImage3) -> None:
+    """The folder's code takes no empty reasoning."""
+    asked = [BaseRequest((picture(i),), "warm", seed=i, reasoning=text) for i, text in enumerate(("", "so", "", "as"))]
+    seen: list[list[int]] = []
+
+    def rows(owners: Sequence[int]) -> Any:
+        seen.append(sorted(set(owners)))
+        return nothing(owners)
+
+    together = base.generate(asked, FAST, rows)
+    assert not any({0, 2} & set(each) and {1, 3} & set(each) for each in seen)
+    for request, came in zip(asked, together, strict=True):
+        (alone,) = base.generate([request], FAST, nothing)
+        torch.testing.assert_close(came, alone, rtol=0, atol=1.01 * LEVEL)
 
 
 def test_an_answer_without_a_ratio_leaves_the_shape_to_the_base(base: HunyuanImage3, model: Any) -> None:

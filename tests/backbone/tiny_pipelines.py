@@ -85,6 +85,36 @@ def instruct_pix2pix(**scheduler: Any) -> Any:
         )  # fmt: skip
 
 
+def instruct_pix2pix_xl(**changes: Any) -> Any:
+    """Blocks of one and two transformer layers; the second text encoder is narrower than the first."""
+    from diffusers import (
+        EulerDiscreteScheduler,
+        StableDiffusionXLInstructPix2PixPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModelWithProjection
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8, in_channels=8, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), transformer_layers_per_block=(1, 2),
+            use_linear_projection=True, cross_attention_dim=24, attention_head_dim=2, norm_num_groups=4,
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 8,
+        )  # fmt: skip
+        return StableDiffusionXLInstructPix2PixPipeline(
+            vae=autoencoder(), text_encoder=clip_text_encoder(), tokenizer=clip_tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(clip_text_encoder(width=8).config), tokenizer_2=clip_tokenizer(),
+            unet=unet, add_watermarker=False,
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
+                steps_offset=1,
+            ),
+            **changes,
+        )  # fmt: skip
+
+
 def flux_kontext(guidance_embeds: bool = True) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import base_cases
 import pytest
+import tiny_pipelines
 import torch
 
-from openwu.errors import TargetError
+from openwu.backbone import backbone_class
+from openwu.errors import OpenwuError, TargetError
 from openwu.training.based import based_stage, objective_of
 from openwu.training.objective import Diffusion, FlowMatching
 from openwu.types import LatentBatch
@@ -16,7 +18,7 @@ from openwu.types import LatentBatch
 TARGETS = [torch.full((3, 64, 64), 0.2), torch.full((3, 64, 64), 0.9)]
 
 
-@pytest.mark.parametrize("name", ["instruct-pix2pix", "flux-kontext", "flux2-dev"])
+@pytest.mark.parametrize("name", ["instruct-pix2pix", "instruct-pix2pix-xl", "flux-kontext", "flux2-dev"])
 def test_the_loss_falls_through_the_frozen_base(name: str) -> None:
     base = base_cases.backbone(name)
     batch = base.latent_batch(base_cases.requests(2), TARGETS)
@@ -102,6 +104,36 @@ def test_instruct_pix2pix_drops_texts_and_pictures_as_it_was_trained() -> None:
     flow = base_cases.backbone("flux-kontext")
     batch: Any = object()
     assert flow.without_conditions(batch, torch.Generator()) is batch
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_xl_base_without_its_text_is_told_what_its_pipeline_tells_it(zeros: bool) -> None:
+    base = base_cases.backbone("instruct-pix2pix-xl")
+    one = base.latent_batch(base_cases.requests(1), TARGETS[:1])
+    many = LatentBatch(
+        one.target.expand(400, -1, -1, -1),
+        {name: value.expand(400, *[-1] * (value.ndim - 1)) for name, value in one.inputs.items()},
+        one.condition,
+    )
+    kept = base.pipeline.config.force_zeros_for_empty_prompt
+    base.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    try:
+        dropped = base.without_conditions(many, torch.Generator().manual_seed(0)).inputs
+        _, text, _, vector = base.pipeline.encode_prompt("what", device="cpu", do_classifier_free_guidance=True)
+    finally:
+        base.pipeline.register_to_config(force_zeros_for_empty_prompt=kept)
+    lost = (dropped["text"] == text).flatten(1).all(1)
+    assert lost.float().mean().item() == pytest.approx(0.1, abs=0.05)
+    assert torch.equal(lost, (dropped["vector"] == vector).all(1)), "both of the text's parts, or none"
+    assert torch.equal(dropped["text"][~lost][0], one.inputs["text"][0])
+    assert (dropped["source"] == 0).flatten(1).all(1).float().mean().item() == pytest.approx(0.1, abs=0.05)
+    assert torch.equal(dropped["sizes"], many.inputs["sizes"])
+
+
+def test_what_the_xl_base_is_not() -> None:
+    pipeline = tiny_pipelines.instruct_pix2pix_xl(is_cosxl_edit=True)
+    with pytest.raises(OpenwuError, match="expected one on Stable Diffusion XL, got CosXL Edit"):
+        backbone_class("instruct-pix2pix-xl")(pipeline)  # type: ignore[call-arg]
 
 
 def test_a_generator_of_another_base_cannot_be_trained_on() -> None:

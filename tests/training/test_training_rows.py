@@ -111,7 +111,9 @@ def test_rows_of_a_batch_with_and_without_masks() -> None:
         assert to_tensors(part).keys() == to_tensors(whole).keys()
 
 
-@pytest.mark.parametrize("name", ["flux-kontext", "flux2-klein", "qwen-image-edit", "instruct-pix2pix"])
+@pytest.mark.parametrize(
+    "name", ["flux-kontext", "flux2-klein", "qwen-image-edit", "instruct-pix2pix", "instruct-pix2pix-xl"]
+)
 def test_joined_rows_are_the_batch_of_the_encoders(name: str) -> None:
     """What denoiser and generator make of rows, against a batch that was encoded together."""
     base = base_cases.backbone(name)

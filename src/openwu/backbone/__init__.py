@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 BACKBONES: dict[str, str] = {
     "instruct-pix2pix": "openwu.backbone.instruct_pix2pix:InstructPix2Pix",
+    "instruct-pix2pix-xl": "openwu.backbone.instruct_pix2pix_xl:InstructPix2PixXL",
     "flux-kontext": "openwu.backbone.flux_kontext:FluxKontext",
     "flux2-dev": "openwu.backbone.flux2:Flux2Dev",
     "flux2-klein": "openwu.backbone.flux2:Flux2Klein",

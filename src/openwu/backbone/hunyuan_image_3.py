@@ -13,34 +13,28 @@ Shapes: b requests, L tokens that the base reads, d width of the decoder, T toke
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, Self, cast
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from openwu.backbone.hunyuan_loading import EXTRA, LastLayer, RemoteModel, check_folder, check_trust, load_remote
 from openwu.backbone.hunyuan_memory import Quantise
+from openwu.backbone.hunyuan_questions import drawn, inputs_of, ratio_of, reasoning_of
 from openwu.backbone.latents import as_tensor, padded
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
 from openwu.protocols import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
 from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions
 
-T = TypeVar("T")
-
 PLAIN = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj")
 EXPERTS = "mlp.experts"
 PREFIX = "model.layers."
-
-RATIO = re.compile(r"<img_ratio_\d+>")
-"""The token with which the base says what shape its picture will have."""
 
 REMEMBERED = 64
 """Requests whose reasoning and shape are kept, so that drawing does not repeat what the condition has found out."""
@@ -70,7 +64,7 @@ class HunyuanImage3(Backbone):
     """The one release that the folder's code works with. Of the class, so that a model of tests can name another."""
     steps: ClassVar[int] = 50
     reasoning_tokens: int = 2048
-    """At most so many tokens of reasoning."""
+    """At most so many tokens of each of the two parts of its reasoning."""
     most_together: int = 1
     """Requests that share a call, at most. 1: whether the folder's code draws several at once has not been tried, and
     noise that it takes from the global source would be that of the first."""
@@ -181,20 +175,18 @@ class HunyuanImage3(Backbone):
         """See `protocols.Backbone`: the adapter acts on everything the base reads and on both guidance rows."""
         options = self.options(options)
         readings = [self._known(request) or self._read(request)[0] for request in requests]
-        chunks = _chunks([reading.size for reading in readings], min(options.batch, self.most_together))
+        chunks = _chunks(readings, min(options.batch, self.most_together))
         assert options.steps is not None
         assert options.guidance is not None
         edited: dict[int, Tensor] = {}
         with _counted(self.model.model, options.steps, len(chunks), progress) as begin:
             for chunk in chunks:
                 asked = [requests[i] for i in chunk]
-                inputs = self._inputs(asked, [readings[i].reasoning for i in chunk], "image", readings[chunk[0]].size)
+                reasoning, size = [readings[i].reasoning for i in chunk], readings[chunk[0]].size
+                inputs = inputs_of(self.model, asked, reasoning, None, size)
                 begin()
-                with rows(chunk * (2 if options.guidance > 1 else 1)), _seeded(asked[0].seed):
-                    made = self.model.generate(
-                        **inputs, diff_infer_steps=options.steps, diff_guidance_scale=options.guidance
-                    )
-                pictures = _answers(made, len(chunk), Image.Image)
+                with rows(chunk * (2 if options.guidance > 1 else 1)):
+                    pictures = drawn(self.model, inputs, len(chunk), asked[0].seed, options.steps, options.guidance)
                 edited |= {i: as_tensor(each.convert("RGB")) for i, each in zip(chunk, pictures, strict=True)}
         return [edited[i] for i in range(len(requests))]
 
@@ -224,39 +216,17 @@ class HunyuanImage3(Backbone):
         known = self._known(request)
         reasoning = request.reasoning
         if reasoning is None:
-            reasoning = known.reasoning if known is not None else self._reasoned(request)
-        inputs = self._inputs([request], [reasoning], "img_ratio", "auto")
+            reasoning = (
+                known.reasoning if known is not None else reasoning_of(self.model, request, self.reasoning_tokens)
+            )
         # Deviates: the pass is not left after the last layer. What follows is one token of `lm_head`, and it is the
         # ratio that drawing would need a second prefill for.
-        with LastLayer(self.model) as heard, _seeded(request.seed):
-            answer = self.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        ratio = RATIO.search(_answers(answer, 1, str)[0])
-        reading = _Reading(reasoning, ratio[0] if ratio else "auto")
+        with LastLayer(self.model) as heard:
+            reading = _Reading(reasoning, ratio_of(self.model, request, reasoning))
         self._readings[_digest(request)] = reading
         while len(self._readings) > REMEMBERED:
             self._readings.popitem(last=False)
         return reading, heard.states[0]
-
-    def _reasoned(self, request: BaseRequest) -> str:
-        """The likeliest text, not a drawn one: a request has one condition."""
-        inputs = self._inputs([request], None, "think_recaption", "auto")
-        with _seeded(request.seed):
-            text = self.model.generate(**inputs, max_new_tokens=self.reasoning_tokens, do_sample=False)
-        return _answers(text, 1, str)[0]
-
-    def _inputs(
-        self, requests: Sequence[BaseRequest], reasoning: Sequence[str] | None, task: Any, size: str
-    ) -> Mapping[str, Any]:
-        with _seeded(requests[0].seed):
-            return self.model.prepare_model_inputs(
-                prompt=[request.instruction for request in requests],
-                image=[list(request.pictures) for request in requests],
-                cot_text=reasoning,
-                mode="gen_image" if task == "image" else "gen_text",
-                bot_task=task,
-                image_size=size,
-                seed=[request.seed for request in requests],
-            )
 
 
 def chosen_experts(output: Any) -> Tensor:
@@ -270,17 +240,6 @@ def chosen_experts(output: Any) -> Tensor:
             "edit one request at a time"
         )
     return found[0]
-
-
-def _answers(came: Any, count: int, kind: type[T]) -> Sequence[T]:
-    """What the folder's code returned: as many as asked for, of the kind that was agreed on."""
-    if isinstance(came, list | tuple) and len(came) == count and all(isinstance(each, kind) for each in came):
-        return came
-    listed = [type(each).__name__ for each in came] if isinstance(came, list | tuple) else type(came).__name__
-    raise OpenwuError(
-        f"generate: expected {count} of {kind.__name__} from the folder's code, got {listed}; "
-        "openwu.backbone.hunyuan_loading.RemoteModel says what it must return"
-    )
 
 
 def _targets_of(layer: Any, index: int) -> tuple[PlainTarget | GroupedTarget, ...]:
@@ -324,21 +283,13 @@ def _digest(request: BaseRequest) -> bytes:
     return digest.digest()
 
 
-def _chunks(sizes: Sequence[str], most: int) -> list[list[int]]:
-    """Places of requests that share a call: pictures of one shape; those of unknown shape go alone."""
+def _chunks(readings: Sequence[_Reading], most: int) -> list[list[int]]:
+    """Places of requests that share a call: pictures of one shape, with reasoning or without; others go alone."""
     alike: dict[object, list[int]] = {}
-    for index, size in enumerate(sizes):
-        alike.setdefault(index if size == "auto" else size, []).append(index)
+    for index, reading in enumerate(readings):
+        key = index if reading.size == "auto" else (reading.size, bool(reading.reasoning))
+        alike.setdefault(key, []).append(index)
     return [members[start : start + most] for members in alike.values() for start in range(0, len(members), most)]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draws from the global sources of noise are the request's, too, and leave no trace."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

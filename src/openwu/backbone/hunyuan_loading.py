@@ -3,8 +3,9 @@
 The folder brings the code of its model, and transformers runs it: whoever loads it must ask for that. Everything that
 can be known without running it is checked first, in this order: permission, folder, versions, memory.
 
-`RemoteModel` is all that is used of that code. Its names are assumed, from the model's usage as we know it: none of the
-code is copied here, and none of this has been run against the real folder. `check_surface` says what is missing.
+`RemoteModel` is all that is used of that code. Its names were compared with the published interface (see
+docs/hunyuan-image-3.md): none of the code is copied here, and none of this has been run against the real folder.
+`check_surface` says what is missing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 EXTRA = "hunyuan"
 
+Task = Literal["think", "recaption", "img_ratio"]
+"""What the base is asked to write."""
+
 
 class RemoteModel(Protocol):
     """What the backbone uses of the folder's own code, all of it. Rows: b requests."""
@@ -37,6 +41,9 @@ class RemoteModel(Protocol):
     model: Any
     """The decoder: `layers`, each with `self_attn.{qkv_proj, o_proj}`, `mlp.gate`, `mlp.experts.N.{gate_and_up_proj,
     down_proj}` and `mlp.shared_mlp.{gate_and_up_proj, down_proj}`, and `ln_f` behind the last one."""
+
+    _tokenizer: Any
+    """`think_token` and `recaption_token`, with which the parts of its reasoning begin."""
 
     def load_tokenizer(self, tokenizer: str) -> None:
         """Read the tokenizer from the folder; the model keeps it."""
@@ -48,23 +55,30 @@ class RemoteModel(Protocol):
         image: Sequence[Sequence[Image.Image]],
         cot_text: Sequence[str] | None,
         mode: Literal["gen_text", "gen_image"],
-        bot_task: Literal["think_recaption", "img_ratio", "image"],
         image_size: str,
         seed: Sequence[int],
+        bot_task: Task = ...,
+        max_new_tokens: int = ...,
+        system_prompt: Sequence[str] = ...,
     ) -> Mapping[str, Any]:
         """Everything that `generate` needs, encoders run: latents of source pictures are sampled with the `seed`s.
 
-        `cot_text`: reasoning, one per request. `image_size`: `auto`, or the ratio token such as `<img_ratio_3>`.
+        What it returns holds `mode` and `max_new_tokens`, too. `cot_text`: reasoning, one per request and none empty.
+        `image_size`: `auto`, or the ratio token such as `<img_ratio_3>`. `bot_task`: of texts alone.
         """
 
     def generate(self, **inputs: Any) -> Any:
-        """What `prepare_model_inputs` returned and, mode `gen_text`: `max_new_tokens`, `do_sample` -> b texts;
-        `gen_image`: `diff_infer_steps`, `diff_guidance_scale` -> b PIL pictures."""
+        """What `prepare_model_inputs` returned and, mode `gen_text`: `do_sample`, `decode_text=True` (without it:
+        tokens) and perhaps `logits_processor` -> one text; `gen_image`: a `generation_config` with `diff_infer_steps`
+        and `diff_guidance_scale`, which it does not read elsewhere -> b PIL pictures."""
 
 
 SURFACE: Mapping[str, tuple[str, ...]] = {
     "load_tokenizer": (),
-    "prepare_model_inputs": ("prompt", "image", "cot_text", "mode", "bot_task", "image_size", "seed"),
+    "prepare_model_inputs": (
+        *("prompt", "image", "cot_text", "mode", "bot_task", "image_size", "seed"),
+        *("max_new_tokens", "system_prompt"),
+    ),
     "generate": (),
 }
 """Methods of `RemoteModel`, and the arguments that each must take."""
