@@ -23,7 +23,7 @@ OPENWU = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("openwu"
 
 
 def test_the_page_has_commands() -> None:
-    assert [words[0] for words in OPENWU] == ["train"] * 4 + ["edit"]
+    assert [words[0] for words in OPENWU] == ["train"] * 5 + ["edit"]
 
 
 @pytest.mark.parametrize("words", OPENWU, ids=" ".join)
