@@ -8,13 +8,21 @@ problems first and raises them together.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from openwu.errors import OpenwuError
+from openwu.config_checks import ConfigError as ConfigError
+from openwu.config_checks import (
+    count_problems,
+    input_problems,
+    key_problems,
+    layer_problems,
+    name_problems,
+    number_problems,
+    raise_if,
+)
 
 T = TypeVar("T")
 
@@ -29,14 +37,6 @@ _BOOKKEEPING = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "
 """Keys that other libraries write beside the fields; kept and written back, like every key that starts with "_"."""
 
 
-class ConfigError(OpenwuError, ValueError):
-    """Fields that are missing, unknown, of the wrong type or do not fit one another; `problems` lists all of them."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("generator config: " + "; ".join(self.problems))
-
-
 @dataclass(frozen=True)
 class PlainTarget:
     """One weight in every layer of a group."""
@@ -49,10 +49,10 @@ class PlainTarget:
     """Width of one output row (`lora_B_dim`)."""
 
     def __post_init__(self) -> None:
-        problems = _name_problems("target name", self.name)
-        problems += _count_problems(f"{self.name}: lora_A_dim", self.in_dim)
-        problems += _count_problems(f"{self.name}: lora_B_dim", self.out_dim)
-        _raise_if(problems)
+        problems = name_problems("target name", self.name)
+        problems += count_problems(f"{self.name}: lora_A_dim", self.in_dim)
+        problems += count_problems(f"{self.name}: lora_B_dim", self.out_dim)
+        raise_if(problems)
 
     def to_dict(self) -> dict[str, Any]:
         return {"lora_A_dim": self.in_dim, "lora_B_dim": self.out_dim}
@@ -70,11 +70,11 @@ class GroupedTarget:
     """The sub-weights, in order; each becomes the target `name.weight`."""
 
     def __post_init__(self) -> None:
-        problems = _name_problems("target name", self.name)
-        problems += _count_problems(f"{self.name}: num_experts", self.num_experts)
+        problems = name_problems("target name", self.name)
+        problems += count_problems(f"{self.name}: num_experts", self.num_experts)
         if not self.weights:
             problems.append(f"{self.name}: sub_weights: expected at least one weight, got none")
-        _raise_if(problems)
+        raise_if(problems)
 
     def to_dict(self) -> dict[str, Any]:
         weights = {weight.name: weight.to_dict() for weight in self.weights}
@@ -101,10 +101,10 @@ class LayerGroup:
 
     def __post_init__(self) -> None:
         written = {"name": self.name, "prefix": self.prefix, "num_base_model_layers": self.num_layers}
-        problems = _layer_problems({**written, "indexed": self.indexed, "paths": list(self.paths)})
+        problems = layer_problems({**written, "indexed": self.indexed, "paths": list(self.paths)})
         if not self.targets:
             problems.append("pg_mapping: expected at least one target, got none")
-        _raise_if(problems)
+        raise_if(problems)
 
     def layer_path(self, layer: int) -> str:
         """What stands in front of a target's name in this layer, its dot included."""
@@ -134,11 +134,11 @@ class LayerGroup:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerGroup:
-        problems = _key_problems(data, required=_GROUP_KEYS, optional=("indexed", "paths")) + _layer_problems(data)
+        problems = key_problems(data, required=_GROUP_KEYS, optional=("indexed", "paths")) + layer_problems(data)
         targets: tuple[PlainTarget | GroupedTarget, ...] = ()
         if "pg_mapping" in data:
             targets = _read_each("pg_mapping", data["pg_mapping"], _read_target, problems)
-        _raise_if(problems)
+        raise_if(problems)
         name, layers = data["name"], data["num_base_model_layers"]
         paths = tuple(data.get("paths", ()))
         return cls(data["prefix"], layers, targets, name=name, indexed=data.get("indexed", True), paths=paths)
@@ -173,7 +173,7 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         numbers = {name: getattr(self, name) for name in _NUMBERS}
-        _raise_if(_number_problems(numbers) + _input_problems(self.more_inputs) + _group_problems(self.groups))
+        raise_if(number_problems(numbers) + input_problems(self.more_inputs) + _group_problems(self.groups))
 
     @property
     def scale(self) -> float:
@@ -204,17 +204,17 @@ class GeneratorConfig:
         extra = {key: value for key, value in data.items() if key in _BOOKKEEPING or str(key).startswith("_")}
         fields = {key: value for key, value in data.items() if key not in extra}
         group_keys = ("groups",) if "groups" in fields else _RELEASED_GROUP_KEYS
-        problems = _key_problems(fields, (*_NUMBERS, "output_dim"), optional=("model_type", "more_inputs", *group_keys))
+        problems = key_problems(fields, (*_NUMBERS, "output_dim"), optional=("model_type", "more_inputs", *group_keys))
         if fields.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             problems.append(f"model_type: expected {MODEL_TYPE!r}, got {fields['model_type']!r}")
         numbers = {name: fields[name] for name in _NUMBERS if name in fields}
-        problems += _number_problems(numbers)
+        problems += number_problems(numbers)
         if {"token_dim", "output_dim"} <= set(fields) and fields["output_dim"] != fields["token_dim"]:
             problems.append(f"output_dim: expected token_dim ({fields['token_dim']!r}), got {fields['output_dim']!r}")
         more_inputs = fields.get("more_inputs", {})
-        problems += _input_problems(more_inputs)
+        problems += input_problems(more_inputs)
         groups = _read_groups(fields, problems)
-        _raise_if(problems)
+        raise_if(problems)
         return cls(**numbers, groups=groups, more_inputs=more_inputs, extra=extra)
 
 
@@ -252,15 +252,15 @@ def _read_each(what: str, mapping: Any, read: Callable[[str, Any], T], problems:
 def _read_target(name: str, entry: Any) -> PlainTarget | GroupedTarget:
     if not (isinstance(entry, Mapping) and "type" in entry):
         return _read_plain(name, entry)
-    problems = [f"{name}: {problem}" for problem in _key_problems(entry, ("type", "num_experts", "sub_weights"))]
+    problems = [f"{name}: {problem}" for problem in key_problems(entry, ("type", "num_experts", "sub_weights"))]
     if entry["type"] != "grouped":
         problems.append(f"{name}: type: expected 'grouped' or no type, got {entry['type']!r}")
     if "num_experts" in entry:
-        problems += _count_problems(f"{name}: num_experts", entry["num_experts"])
+        problems += count_problems(f"{name}: num_experts", entry["num_experts"])
     weights: tuple[PlainTarget, ...] = ()
     if "sub_weights" in entry:
         weights = _read_each(f"{name}: sub_weights", entry["sub_weights"], _read_plain, problems)
-    _raise_if(problems)
+    raise_if(problems)
     return GroupedTarget(name, entry["num_experts"], weights)
 
 
@@ -268,63 +268,11 @@ def _read_plain(name: str, entry: Any) -> PlainTarget:
     widths = ("lora_A_dim", "lora_B_dim")
     if not isinstance(entry, Mapping):
         raise ConfigError([f"{name}: expected an object with {' and '.join(widths)}, got {entry!r}"])
-    problems = [f"{name}: {problem}" for problem in _key_problems(entry, widths)]
+    problems = [f"{name}: {problem}" for problem in key_problems(entry, widths)]
     for key in [key for key in widths if key in entry]:
-        problems += _count_problems(f"{name}: {key}", entry[key])
-    _raise_if(problems)
+        problems += count_problems(f"{name}: {key}", entry[key])
+    raise_if(problems)
     return PlainTarget(name, entry["lora_A_dim"], entry["lora_B_dim"])
-
-
-def _number_problems(numbers: Mapping[str, Any]) -> list[str]:
-    """Problems of the fields that are there; a relation is checked only between fields that are sound by themselves."""
-    problems = []
-    for name, value in numbers.items():
-        if name != "alpha":
-            problems += _count_problems(name, value)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-            problems.append(f"alpha: expected a positive number, got {value!r}")
-    sound = {name: value for name, value in numbers.items() if not _count_problems(name, value)}
-    for name, divisor in (("d_model", "head_dim"), ("d_model", "dim_accumulation"), ("rank", "dim_accumulation")):
-        if name in sound and divisor in sound and sound[name] % sound[divisor]:
-            problems.append(f"{name}: expected a multiple of {divisor} ({sound[divisor]}), got {sound[name]}")
-    if sound.get("head_dim", 4) % 4:
-        problems.append(f"head_dim: expected a multiple of 4 (two rotary axes of pairs), got {sound['head_dim']}")
-    return problems
-
-
-def _layer_problems(fields: Mapping[str, Any]) -> list[str]:
-    """Problems of a group's own fields, of those that are there."""
-    problems = []
-    if "name" in fields:
-        problems += _name_problems("group name", fields["name"], dots=False)
-    if not isinstance(fields.get("prefix", ""), str):
-        problems.append(f"prefix: expected text, got {fields['prefix']!r}")
-    layers, indexed = fields.get("num_base_model_layers", 1), fields.get("indexed", True)
-    problems += _count_problems("num_base_model_layers", layers)
-    if not isinstance(indexed, bool):
-        problems.append(f"indexed: expected true or false, got {indexed!r}")
-    elif not indexed and layers != 1:
-        problems.append(f"indexed: expected true for more than one layer, got false with {layers!r} layers")
-    paths = fields.get("paths", [])
-    if not isinstance(paths, list):
-        return [*problems, f"paths: expected a list of paths, got {paths!r}"]
-    for path in paths:
-        problems += _name_problems("paths", path)
-    if paths and len(paths) != layers:
-        problems.append(f"paths: expected {layers!r}, one per layer, got {len(paths)}")
-    if paths and (fields.get("prefix") or indexed is not True):
-        problems.append("paths: expected an empty prefix and no 'indexed' beside them, since they are whole paths")
-    return problems
-
-
-def _input_problems(more_inputs: Any) -> list[str]:
-    if not isinstance(more_inputs, Mapping):
-        return [f"more_inputs: expected an object name -> width, got {more_inputs!r}"]
-    problems = []
-    for name, width in more_inputs.items():
-        problems += _name_problems("more_inputs: name", name, dots=False)
-        problems += _count_problems(f"more_inputs: {name}", width)
-    return problems
 
 
 def _group_problems(groups: Sequence[LayerGroup]) -> list[str]:
@@ -339,27 +287,3 @@ def _group_problems(groups: Sequence[LayerGroup]) -> list[str]:
         for weight in group.weights()
     )
     return problems + [f"groups: expected different targets, got {path!r} twice" for path in paths if paths[path] > 1]
-
-
-def _key_problems(data: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
-    problems = [f"missing field {key!r}" for key in required if key not in data]
-    unknown = [key for key in data if key not in {*required, *optional}]
-    return problems + [f"unknown field {key!r} (remove it, or mend its spelling)" for key in unknown]
-
-
-def _count_problems(name: str, value: Any) -> list[str]:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return []
-    return [f"{name}: expected a whole number above 0, got {value!r}"]
-
-
-def _name_problems(what: str, name: Any, *, dots: bool = True) -> list[str]:
-    parts = name.split(".") if isinstance(name, str) else [""]
-    if all(parts) and (dots or len(parts) == 1):
-        return []
-    return [f"{what}: expected {'a dotted path' if dots else 'text without dots'}, got {name!r}"]
-
-
-def _raise_if(problems: Sequence[str]) -> None:
-    if problems:
-        raise ConfigError(problems)
