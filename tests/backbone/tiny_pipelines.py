@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,24 @@ def t5_encoder(width: int = 16) -> Any:
 
     config = T5Config(vocab_size=128, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2)
     return T5EncoderModel(config)
+
+
+def siglip2(folder: Path) -> Path:
+    """The folder of a SigLIP 2 that is no pipeline: a condition for any base."""
+    from transformers import Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model
+
+    layer = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Siglip2Config(
+            text_config={"vocab_size": 514, "hidden_size": 16, "intermediate_size": 32, "projection_size": 24,
+                         "max_position_embeddings": 32, **layer},
+            vision_config={"hidden_size": 24, "intermediate_size": 32, "num_patches": 256, "patch_size": 16, **layer},
+        )  # fmt: skip
+        Siglip2Model(config).save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    Siglip2ImageProcessorPil(patch_size=16).save_pretrained(folder)
+    return folder
 
 
 def autoencoder(channels: int = 4, **more: Any) -> Any:

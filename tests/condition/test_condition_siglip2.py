@@ -18,21 +18,7 @@ from openwu.types import BaseRequest
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import Siglip2Config, Siglip2ImageProcessorPil, Siglip2Model
-
-    made = tmp_path_factory.mktemp("siglip2") / "tiny"
-    layer = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = Siglip2Config(
-            text_config={"vocab_size": 514, "hidden_size": 16, "intermediate_size": 32, "projection_size": 24,
-                         "max_position_embeddings": 32, **layer},
-            vision_config={"hidden_size": 24, "intermediate_size": 32, "num_patches": 256, "patch_size": 16, **layer},
-        )  # fmt: skip
-        Siglip2Model(config).save_pretrained(made)
-    tiny_pipelines.clip_tokenizer().save_pretrained(made)
-    Siglip2ImageProcessorPil(patch_size=16).save_pretrained(made)
-    return made
+    return tiny_pipelines.siglip2(tmp_path_factory.mktemp("siglip2") / "tiny")
 
 
 @pytest.fixture(scope="module")

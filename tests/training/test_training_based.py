@@ -28,7 +28,8 @@ def test_the_loss_falls_through_the_frozen_base(name: str) -> None:
     try:
         start = stage.evaluate().scalars["validation"]
         optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
-        for step in range(12):
+        # Of what the tiny XL base says little passes through its transformer blocks: it learns slower.
+        for step in range(36 if name.endswith("xl") else 12):
             optimizer.zero_grad()
             with stage.loss(step) as loss:
                 torch.autograd.backward(loss)

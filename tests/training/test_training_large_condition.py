@@ -10,6 +10,7 @@ from typing import Any
 import base_cases
 import large_cases
 import pytest
+import tiny_pipelines
 import torch
 
 import openwu
@@ -20,7 +21,16 @@ from openwu.training.recipe import BasedRecipe, load_recipe
 
 LAYER = {"name": "part-states", "part": "text_encoder_2", "module": "encoder.block.0"}
 PROBE = {"name": "denoiser-states", "module": "transformer_blocks.1"}
-CHOICES: dict[str, tuple[dict[str, Any], ...]] = {"probe": (PROBE,), "segments": ({"name": "base"}, LAYER)}
+CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
+    "probe": (PROBE,),
+    "segments": ({"name": "base"}, LAYER),
+    "siglip2": ({"name": "siglip2", "revision": None},),
+}
+WIDTHS: dict[str, tuple[int, dict[str, int]]] = {
+    "probe": (32, {}),
+    "segments": (16, {"part0_pictures": 19, "part1_states": 16}),
+    "siglip2": (16, {"pictures": 25}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +46,17 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_chosen_condition_is_trained_and_edited_with(choice: str, base: Path, tmp_path: Path) -> None:
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
-    recipe = large_cases.recipe("flux_kontext", base, pairs, condition=CHOICES[choice])
+    chosen = CHOICES[choice]
+    if choice == "siglip2":
+        chosen = ({**chosen[0], "weights": str(tiny_pipelines.siglip2(tmp_path / "siglip2"))},)
+    recipe = large_cases.recipe("flux_kontext", base, pairs, condition=chosen)
     recipe = replace(recipe, generator=replace(recipe.generator, steps=2))
     train_based(recipe, tmp_path / "run")
     model = tmp_path / "run" / "model"
     found = json.loads((model / "config.json").read_text())
-    (chosen, *more) = [found["_condition"]] if choice == "probe" else found["_condition"]["parts"]
-    assert [chosen["name"], *(each["name"] for each in more)] == [each["name"] for each in CHOICES[choice]]
-    assert (found["input_dim"], sorted(found.get("more_inputs", {}))) == (
-        (32, []) if choice == "probe" else (16, ["part0_pictures", "part1_states"])
-    )
+    parts = found["_condition"].get("parts", [found["_condition"]])
+    assert [{**part, **asked} for part, asked in zip(parts, chosen, strict=True)] == parts
+    assert (found["input_dim"], found.get("more_inputs", {})) == WIDTHS[choice]
     train_based(replace(recipe, cache=""), tmp_path / "asked")
     one, other = large_cases.weights(tmp_path / "run"), large_cases.weights(tmp_path / "asked")
     assert all(torch.equal(value, other[key]) for key, value in one.items()), "cached or asked in every step"

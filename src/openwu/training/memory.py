@@ -89,7 +89,8 @@ def needs_of(
     encoders = (sum(numbers.values()) - numbers[denoiser]) * size
     here = device.type == "cpu"
     stay = not recipe.cache or recipe.encoders == "keep" or (here and recipe.encoders == "cpu")
-    encoding = {"encoders": encoders} | ({"denoiser": base} if here else {}) if recipe.cache else {}
+    probed = any(chosen["name"] == "denoiser-states" for chosen in recipe.condition)
+    encoding = {"encoders": encoders} | ({"denoiser": base} if here or probed else {}) if recipe.cache else {}
     with torch.device("meta"):
         own = FLOAT * ParameterGenerator(config).num_parameters
     weights = {"denoiser": base} | ({"encoders": encoders} if stay else {})
