@@ -223,7 +223,5 @@ def _depends_on(recipe: BasedRecipe, hashes: dict[str, str], fingerprint: str) -
     """What the trained weights depend on."""
     described = {key: value for key, value in describe(recipe).items() if key not in _ELSEWHERE}
     described["generator"].pop("accumulate", None)
-    if not described["condition"]:  # trainings begun before it could be chosen have none
-        described.pop("condition")
     pairs = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     return json.dumps({**described, "base": fingerprint, "pairs": pairs}, sort_keys=True)

@@ -223,7 +223,7 @@ class BasedRecipe:
     """The base's diffusers folder, or hub id."""
     revision: str | None = None
     """Of a hub id."""
-    condition: tuple[Mapping[str, Any], ...] = ()
+    condition: tuple[Mapping[str, Any], ...] = field(default=(), metadata=LATER)
     """What the generator reads: encoders of `openwu.condition.ENCODERS`, each a name with its settings; none: what the
     base says by itself. Several become segments with an input projection for each, in this order."""
     pixels: int = 1024 * 1024
