@@ -17,6 +17,9 @@ from PIL import Image
 from openwu import AdapterCache, cli
 from openwu.editor import Editor, condition_pixels
 from openwu.errors import InstructionError
+from openwu.generator.fast import FastGenerator, FastOptions
+from openwu.generator.fp8 import fp8
+from openwu.generator.products import Dense
 from openwu.pictures import read_picture
 from openwu.types import Adapter, EditRequest
 
@@ -32,14 +35,14 @@ def cached(model_folder: Path) -> Editor:
 def generated(cached: Editor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many adapters each run of the generator wrote."""
     counts: list[int] = []
-    generate = cached.generator
 
-    def counting(condition: Any) -> Adapter:
-        adapter: Adapter = generate(condition)
-        counts.append(adapter.batch)
-        return adapter
+    class Counting(FastGenerator):
+        def __call__(self, condition: Any) -> Adapter:
+            adapter = super().__call__(condition)
+            counts.append(adapter.batch)
+            return adapter
 
-    monkeypatch.setattr(cached, "generator", counting)
+    monkeypatch.setattr(cached, "generator", Counting(cached.model.generator))
     return counts
 
 
@@ -172,6 +175,28 @@ def test_another_generator_finds_nothing(cached: Editor, model_folder: Path, pho
     same = Editor.from_pretrained(model_folder, dtype=torch.float32, cache=cached.cache)
     same.edit(photo, "brighter")
     assert counts(cached) == (1, 5)
+
+
+def test_two_precisions_of_one_generator_share_nothing(cached: Editor, photo: Image.Image) -> None:
+    """Products in 8 bits and autocast write other adapters from the same weights."""
+    exact = cached.adapt(photo, "brighter")
+    cached.generator = FastGenerator(cached.model.generator, FastOptions(make=fp8))
+    rough = cached.adapt(photo, "brighter")
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = cached.adapt(photo, "brighter")
+    assert counts(cached) == (0, 3)
+    assert not equal(rough, exact)
+    assert not equal(halved, rough)
+    assert equal(cached.adapt(photo, "brighter"), rough)
+    cached.generator = FastGenerator(cached.model.generator, FastOptions())
+    assert equal(cached.adapt(photo, "brighter"), exact)
+    assert counts(cached) == (2, 3)
+
+
+def test_a_product_without_a_name_is_refused_where_adapters_are_kept(cached: Editor, photo: Image.Image) -> None:
+    cached.generator = FastGenerator(cached.model.generator, FastOptions(make=lambda weight, bias: Dense(weight, bias)))
+    with pytest.raises(ValueError, match="make: expected a class or function of a module"):
+        cached.adapt(photo, "brighter")
 
 
 def test_a_folder_outlives_the_editor(model_folder: Path, photo: Image.Image, tmp_path: Path) -> None:

@@ -243,18 +243,25 @@ class Editor:
         if self.cache is None:
             each = generate(range(len(instructions)))
             return [each.select([place]) for place in range(len(instructions))]
-        keys = [
-            request_key(
-                self.identity.digest,
-                [condition_pixels(photo) for photo in pictures],
-                self.model.instruction.as_read(instruction),
-                in_scope=not anyway,
-            )
-            for pictures, instruction in zip(photos, instructions, strict=True)
-        ]
+        keys = [self.adapter_key(*each, anyway=anyway) for each in zip(photos, instructions, strict=True)]
         found = self.cache.fetch(keys, generate)
         # Another spelling may have been the first: a result names the one that was asked for.
-        return [replace(one, instructions=(text,)) for one, text in zip(found, instructions, strict=True)]
+        return [
+            one if one.instructions == (text,) else replace(one, instructions=(text,))
+            for one, text in zip(found, instructions, strict=True)
+        ]
+
+    def adapter_key(self, photos: Sequence[Photo], instruction: str, *, anyway: bool = False) -> str:
+        """Under which key the cache keeps the adapter of a request: of what it depends on, and nothing else."""
+        # Autocast computes with the same weights in another dtype.
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return request_key(
+            self.identity.digest,
+            [condition_pixels(photo) for photo in photos],
+            self.model.instruction.as_read(instruction),
+            how=f"{self.generator.options.described} autocast {autocast}",
+            in_scope=not anyway,
+        )
 
     def _generate(self, photos: Sequence[Sequence[Photo]], text: Tensor, instructions: Sequence[str]) -> Adapter:
         """One adapter per instruction, from whole photos: the one to edit, and a reference after it if there is one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -165,6 +166,7 @@ class EmbeddedModel(nn.Module):
         self.condition = EmbeddedConditionEncoder(config.condition)
         self.generator = ParameterGenerator(config.generator)
         self.handle = attach(self.backbone, self.generator.targets)
+        self._hooked = threading.Lock()
 
     def adapt(
         self, pictures: Tensor, text: Tensor, references: Tensor | None = None, present: Tensor | None = None
@@ -180,8 +182,10 @@ class EmbeddedModel(nn.Module):
         """The base's answer `[b, 3, h, w]`, with one adapter per row, one for all rows, or none.
 
         `planes` `[b, 3, h, w]`: noise, y and x of every pixel, see `openwu.planes`.
+
+        Threads wait for one another, with or without an adapter: hooks apply what one thread asked for.
         """
-        with nullcontext() if adapter is None else self.handle.applied(adapter):
+        with self._hooked, nullcontext() if adapter is None else self.handle.applied(adapter):
             edited: Tensor = self.backbone(picture, planes, text)
         return edited
 

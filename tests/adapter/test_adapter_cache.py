@@ -21,6 +21,7 @@ from openwu.adapter import cache as cache_module
 from openwu.adapter.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.adapter.store import ABANDONED, SUFFIX, AdapterStore, decode, encode
 from openwu.errors import CheckpointError, OpenwuError, TargetError
+from openwu.hashing import SHA256, Hash, fastest
 from openwu.types import Adapter, Target
 
 TARGETS = (Target("layer.0", 6, 4), Target("mix", 18, 5, kernel=(3, 3)), Target("moe.w1", 4, 3, experts=2))
@@ -99,6 +100,36 @@ def test_adapters_in_training_are_kept_without_their_gradients() -> None:
         assert not part.requires_grad
         part.requires_grad_().sum().backward()
         assert part.grad is not None
+
+
+def test_an_optimiser_may_change_one_tensor_that_came_back_while_others_are_in_use() -> None:
+    """They lie in one piece of memory; autograd must not take them for one tensor."""
+    cache = AdapterCache()
+    mixed = adapter().weights | {"mix": tuple(part.double() for part in adapter().weights["mix"])}
+    cache.put(key(1), replace(adapter(), weights=mixed))
+    found = cache.get(key(1))
+    assert found is not None
+    parts = list(found.state_dict().values())
+    assert [part.dtype for part in parts] == [torch.bfloat16] * 2 + [torch.float64] * 2 + [torch.bfloat16] * 2
+    for part in parts:
+        part.requires_grad_()
+    used = (parts[1].square().sum() + parts[3].square().sum()).double()
+    with torch.no_grad():
+        parts[0].add_(1)
+        parts[2].add_(1)
+    used.backward()
+    torch.testing.assert_close(parts[1].grad, 2 * parts[1].detach())
+    torch.testing.assert_close(parts[3].grad, 2 * parts[3].detach())
+    assert same(cache.get(key(1)), replace(adapter(), weights=mixed))
+
+
+def test_what_is_kept_may_come_back_in_inference_mode_and_be_trained_on() -> None:
+    cache = AdapterCache()
+    cache.put(key(1), adapter())
+    with torch.inference_mode():
+        found = cache.get(key(1))
+    assert found is not None
+    assert not any(part.is_inference() for part in found.state_dict().values())
 
 
 def test_only_what_is_missing_is_generated_once() -> None:
@@ -372,12 +403,22 @@ def test_a_key_follows_everything_that_the_adapter_depends_on() -> None:
         request_key("g", [PICTURE], "blur it", seed=0),
         request_key("g", [PICTURE], "blur it", seed=1),
         request_key("g", [PICTURE], "blur it", in_scope=False),
+        request_key("g", [PICTURE], "blur it", how="8 bits"),
         request_key("g", [], "blur it"),
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == request_key("g", [PICTURE.copy()], "blur it")
     wide = np.dstack((PICTURE, PICTURE))
     assert keys[0] == request_key("g", [wide[:, :, :3]], "blur it")  # whatever its layout in memory
+
+
+def test_a_key_follows_the_hash_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for found in (fastest(), SHA256, Hash("another", SHA256.new)):
+        monkeypatch.setattr(cache_module, "fastest", lambda found=found: found)
+        keys.add(request_key("g", [PICTURE.astype(np.uint16)], "blur it"))
+        AdapterCache().put(request_key("g", [PICTURE], "blur it"), adapter())  # it has the form of a key
+    assert len(keys) == len({fastest().name, "sha256", "another"})
 
 
 def identity(module: nn.Module, **config: int) -> GeneratorIdentity:
@@ -407,6 +448,27 @@ def test_an_identity_notices_weights_that_change() -> None:
     changed = watched.digest
     module.bias = nn.Parameter(torch.ones(2))
     assert len({before, changed, watched.digest}) == 3
+
+
+def test_an_identity_notices_modules_and_buffers_that_are_replaced() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    watched = identity(module)
+    found = [watched.digest, watched.digest]
+    module[0] = nn.Linear(3, 2)
+    found.append(watched.digest)
+    module[1].running_mean = torch.ones(2)
+    found.append(watched.digest)
+    module[0].weight.data = torch.ones(2, 3)  # the parameter stays, its memory is another
+    found.append(watched.digest)
+    module.append(nn.Linear(2, 2))
+    found.append(watched.digest)
+    del module[2]
+    found.append(watched.digest)
+    module.double()
+    found.append(watched.digest)
+    assert found[0] == found[1]
+    assert found[6] == found[4]
+    assert len(set(found)) == 6
 
 
 def test_memory_of_known_weights_is_not_given_to_others_before_the_change_was_seen() -> None:

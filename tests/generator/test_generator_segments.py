@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from openwu.config import ConfigError, GeneratorConfig, LayerGroup, PlainTarget
+from openwu.generator.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Condition, Segment
 
@@ -87,6 +88,25 @@ def test_a_sample_s_adapter_does_not_depend_on_the_padding_beside_it() -> None:
         {"sound": Segment(asked.more["sound"].tokens[1:]), "pictures": Segment(asked.more["pictures"].tokens[1:, :2])},
     )
     torch.testing.assert_close(flat(module(asked))[1:], flat(module(alone)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [FastOptions(), FastOptions(chunk_bytes=1), FastOptions(keep_first_block=False)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_fast_path_reads_segments_and_their_masks(options: FastOptions, batch: int) -> None:
+    """`batch` 1: one sample whose mask has a gap; its padding holds numbers that nothing may read."""
+    module, asked = generator().double().requires_grad_(False), condition(batch).to(torch.float64)
+    expected = flat(module(asked))
+    fast = FastGenerator(module, options)
+    torch.testing.assert_close(flat(fast(asked)), expected, rtol=1e-12, atol=1e-13)
+    pictures = asked.more["pictures"]
+    assert pictures.mask is not None
+    loud = torch.where(pictures.mask[:, :, None], pictures.tokens, 1e6)
+    padded = replace(asked, more={**asked.more, "pictures": replace(pictures, tokens=loud)})
+    fast.workspace.poison()
+    torch.testing.assert_close(flat(fast(padded)), expected, rtol=1e-12, atol=1e-13)
+    unmasked = replace(asked, more={**asked.more, "pictures": replace(pictures, mask=None)})
+    assert not torch.allclose(flat(fast(unmasked))[-1], expected[-1])
+    torch.testing.assert_close(flat(fast(unmasked)), flat(module(unmasked)), rtol=1e-12, atol=1e-13)
 
 
 def test_it_is_saved_and_loaded_whole(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@
     adapter = cache.get(key)
 
 A key is a hash of everything that an adapter depends on: the pixels and words that the generator reads, the weights and
-sizes of what reads them, and the code. Strength is applied later and is not part of it. Two levels: memory, and a
-folder that several processes may share and that survives them; both are bounded in bytes and forget what was used
-longest ago.
+sizes of what reads them, how they compute, and the code. Strength is applied later and is not part of it. Two levels:
+memory, and a folder that several processes may share and that survives them; both are bounded in bytes and forget what
+was used longest ago.
 
 Shapes: h, w the sides of a picture as the generator reads it.
 """
@@ -14,14 +14,13 @@ Shapes: h, w the sides of a picture as the generator reads it.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
+import operator
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import openwu
-from openwu.adapter.store import AdapterStore, add_tensor
+from openwu.adapter.packed import PackedAdapter
+from openwu.adapter.store import AdapterStore
 from openwu.errors import TargetError
+from openwu.hashing import add_tensor, fastest, of_bytes, of_json
 from openwu.types import Adapter
 
 MEMORY_BYTES = 256 * 2**20
 DISK_BYTES = 2 * 2**30
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Changed when a key would mean something else than before."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _COUNTED = ("memory_hits", "disk_hits", "misses", "evictions", "dropped", "unwritten")
@@ -84,7 +85,7 @@ class AdapterCache:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected a whole number of bytes, 0 or more, got {value!r}")
         self._limit = memory_bytes
-        self._held: OrderedDict[str, tuple[Adapter, int]] = OrderedDict()
+        self._held: OrderedDict[str, PackedAdapter] = OrderedDict()
         self._bytes = 0
         self._store = None if folder is None else AdapterStore(folder, disk_bytes)
         self._counts: Counter[str] = Counter()
@@ -105,7 +106,7 @@ class AdapterCache:
         if held is not None:
             if self._store is not None:
                 self._store.touch(key)
-            return _copied(held[0])
+            return held.adapter()
         found = None if self._store is None else self._store.get(key)
         with self._lock:
             self._counts["misses" if found is None else "disk_hits"] += 1
@@ -147,18 +148,17 @@ class AdapterCache:
 
     def _hold(self, key: str, adapter: Adapter) -> None:
         """Into memory, as a copy: callers may train on what they have."""
-        size = sum(part.nbytes for part in adapter.state_dict().values())
-        if size > self._limit:
+        if sum(part.nbytes for part in adapter.state_dict().values()) > self._limit:
             return
-        kept = _copied(adapter)
+        kept = PackedAdapter.of(adapter)
         with self._lock:
             if key in self._held:
-                self._bytes -= self._held.pop(key)[1]
-            self._held[key] = (kept, size)
-            self._bytes += size
+                self._bytes -= self._held.pop(key).nbytes
+            self._held[key] = kept
+            self._bytes += kept.nbytes
             while self._bytes > self._limit:
-                _, (_, freed) = self._held.popitem(last=False)
-                self._bytes -= freed
+                _, dropped = self._held.popitem(last=False)
+                self._bytes -= dropped.nbytes
                 self._counts["evictions"] += 1
 
 
@@ -169,8 +169,7 @@ class GeneratorIdentity:
         """`parts`: name -> module, of everything between a request and its adapter. `config`: plain JSON values."""
         self._parts = dict(parts)
         self._config = json.dumps(config, sort_keys=True)
-        self._known: tuple[tuple[tuple[int, int], ...], str] | None = None
-        self._held: list[Tensor] = []
+        self._known: tuple[_Weights, str] | None = None
 
     @property
     def digest(self) -> str:
@@ -179,26 +178,54 @@ class GeneratorIdentity:
         Changes that torch does not count (through `.data` or NumPy, or by its fused optimisers outside of our trainer)
         go unnoticed: make a new identity after those.
         """
-        state = self._state()
-        if self._known is None or self._known[0] != state:
-            self._known = (state, self._compute())
-            # Held, so that no new weight can take an old one's address.
-            self._held = [tensor.detach() for tensor in self._tensors()]
-        return self._known[1]
-
-    def _state(self) -> tuple[tuple[int, int], ...]:
-        """Where every weight lies and how often it was changed in place."""
-        return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in self._tensors())
-
-    def _tensors(self) -> Iterator[Tensor]:
-        return (each for part in self._parts.values() for each in chain(part.parameters(), part.buffers()))
+        known = self._known
+        if known is None or not known[0].unchanged():
+            # Looked at before they are hashed: what changes meanwhile is hashed again.
+            weights = _Weights(self._parts.values())
+            self._known = known = (weights, self._compute())
+        return known[1]
 
     def _compute(self) -> str:
-        digest = hashlib.sha256(json.dumps([openwu.__version__, code_digest(), self._config]).encode())
+        digest = of_json([openwu.__version__, code_digest(), self._config])
         for name, part in sorted(self._parts.items()):
             for key, tensor in part.state_dict().items():
                 add_tensor(digest, f"{name}.{key}", tensor)
         return digest.hexdigest()
+
+
+class _Weights:
+    """All weights of some modules as they were when this was made, and whether they still are.
+
+    `unchanged` is asked for every request, so it walks through flat lists: what the modules hold must be the very
+    objects that they held, and every tensor must lie where it lay, as often changed in place.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        self._modules = [module for part in parts for module in part.modules()]
+        self._objects = self._held()
+        tensors = [each for each in self._objects if isinstance(each, Tensor)]
+        # torch does not count what happens to inference tensors, and nothing may change them in place.
+        self._counted = [each for each in tensors if not each.is_inference()]
+        self._tensors = tensors
+        # Held, so that no new weight can take an old one's address.
+        self._memory = [each.detach() for each in tensors]
+        self._state = self._now()
+
+    def unchanged(self) -> bool:
+        held = self._held()
+        same = len(held) == len(self._objects) and all(map(operator.is_, held, self._objects))
+        return same and self._state == self._now()
+
+    def _held(self) -> list[object]:
+        return [
+            each
+            for module in self._modules
+            for group in (module._parameters, module._buffers, module._modules)
+            for each in group.values()
+        ]
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        return [each.data_ptr() for each in self._tensors], [each._version for each in self._counted]
 
 
 def request_key(
@@ -206,6 +233,7 @@ def request_key(
     pictures: Sequence[NDArray[np.generic]],
     instruction: str,
     *,
+    how: str = "",
     seed: int | None = None,
     in_scope: bool = True,
 ) -> str:
@@ -213,13 +241,19 @@ def request_key(
 
     `generator`: a GeneratorIdentity's digest. `pictures`: pixels `[h, w, 3]` as the condition encoder reads them, in
     their order. `instruction`: as the encoder reads it, so that spellings that it does not tell apart share a key.
-    `seed`: only where the condition depends on it. `in_scope`: whether the instruction was found to be one that the
-    model serves; an adapter of one that was merely tried must not be found by those who did not ask to try.
+    `how`: what the same weights are computed with, such as `FastOptions.described`. `seed`: only where the condition
+    depends on it. `in_scope`: whether the instruction was found to be one that the model serves; an adapter of one that
+    was merely tried must not be found by those who did not ask to try.
+
+    The hash is the fastest that is installed, and its name is part of what is hashed: with another one, nothing that
+    was kept is found.
     """
+    name, new = fastest()
     shapes = [[picture.dtype.str, *picture.shape] for picture in pictures]
-    digest = hashlib.sha256(json.dumps([KEY_VERSION, generator, instruction, seed, in_scope, shapes]).encode())
+    digest = of_json([KEY_VERSION, name, generator, how, instruction, seed, in_scope, shapes], new=new)
     for picture in pictures:
-        digest.update(np.ascontiguousarray(picture).data)
+        # As bytes: BLAKE3 takes no wider numbers.
+        digest.update(np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -227,15 +261,10 @@ def request_key(
 def code_digest() -> str:
     """A hash of the package's source, so that changed code never finds what older code made."""
     folder = Path(openwu.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(json.dumps(str(file.relative_to(folder).as_posix())).encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _copied(adapter: Adapter) -> Adapter:
-    """On the CPU, with memory of its own, without gradients."""
-    return adapter.detach().to("cpu", copy=True)
+    files = sorted(folder.rglob("*.py"))
+    return of_bytes(
+        json.dumps(file.relative_to(folder).as_posix()).encode() + file.read_bytes() for file in files
+    ).hexdigest()
 
 
 def _check_key(key: str) -> None:

@@ -7,7 +7,6 @@ Files that are not ours are never touched.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from openwu.adapter.export.native import native_config, read_native
 from openwu.errors import CheckpointError, OpenwuError, TargetError
+from openwu.hashing import add_tensor, of_json
 from openwu.types import Adapter
 
 SUFFIX = ".adapter.safetensors"
@@ -152,13 +152,7 @@ def decode(data: bytes, key: str) -> Adapter:
 
 def _checksum(key: str, config: str, tensors: Mapping[str, Tensor]) -> str:
     """Over the contents, not the file: independent of how safetensors lays them out."""
-    digest = hashlib.sha256(json.dumps([key, config]).encode())
+    digest = of_json([key, config])
     for name in sorted(tensors):
         add_tensor(digest, name, tensors[name])
     return digest.hexdigest()
-
-
-def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    """Feed a tensor's name, dtype, shape and bytes to a digest."""
-    digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -11,12 +11,13 @@ from dataclasses import replace
 
 import torch
 
-from openwu.adapter.cache import AdapterCache, request_key
+from openwu.adapter.cache import AdapterCache
 from openwu.adapter.export.fit import with_kernels
 from openwu.bench.edit import INSTRUCTION, sample_picture
 from openwu.bench.row import Row, interleaved
-from openwu.editor import Editor, condition_pixels, condition_view
+from openwu.editor import Editor, condition_view
 from openwu.errors import OpenwuError
+from openwu.hashing import fastest
 from openwu.pictures import read_picture
 from openwu.types import Adapter
 
@@ -42,16 +43,12 @@ def measure(quick: bool) -> Row:
             return replace(with_kernels(adapter, model.backbone), instructions=(INSTRUCTION,))
 
         def look_up(cache: AdapterCache) -> Adapter | None:
-            words = model.instruction.as_read(INSTRUCTION)
-            return cache.get(request_key(editor.identity.digest, [condition_pixels(photo)], words))
+            return cache.get(editor.adapter_key([photo], INSTRUCTION))
 
         first = editor.adapt(picture, INSTRUCTION)
         if look_up(memory) is None:
             raise OpenwuError("C8: the editor kept its adapter under another key than the one that is timed")
-        disk.put(
-            request_key(editor.identity.digest, [condition_pixels(photo)], model.instruction.as_read(INSTRUCTION)),
-            first,
-        )
+        disk.put(editor.adapter_key([photo], INSTRUCTION), first)
         error = max(_difference(each, first) for each in (generate(), look_up(memory), look_up(disk)))
         sides = {
             "generate": generate,
@@ -64,6 +61,7 @@ def measure(quick: bool) -> Row:
     ratios = {name: generated / found[name].median for name in ("hit in memory", "hit on disk")}
     details = {
         "side of the picture": side,
+        "hash": fastest().name,
         "bytes of an adapter": sum(part.nbytes for part in first.state_dict().values()),
         "times sooner from disk": ratios["hit on disk"],
         "times sooner with reading a picture in memory": (generated + read) / (found["hit in memory"].median + read),

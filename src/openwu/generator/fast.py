@@ -16,8 +16,11 @@ Shapes: b samples, L condition tokens, n base layers of a group, p positions of 
 
 from __future__ import annotations
 
+import importlib
+import json
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -56,6 +59,20 @@ class FastOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a number above 0 or None, got {value}")
+
+    @cached_property
+    def described(self) -> str:
+        """JSON that is another one where adapters may differ, be it by rounding: for the keys of kept adapters.
+
+        Raises ValueError where `make` has no name that an import finds, which others could have as well.
+        """
+        name, module = getattr(self.make, "__qualname__", None), getattr(self.make, "__module__", None)
+        if not name or not module or getattr(importlib.import_module(module), name, None) is not self.make:
+            raise ValueError(
+                f"make: expected a class or function of a module, whose name says what it computes, got {self.make!r}; "
+                "define it there, or use no adapter cache"
+            )
+        return json.dumps({**asdict(self), "make": f"{module}:{name}"}, sort_keys=True)
 
 
 class _First(NamedTuple):
