@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules import module as torch_module
 
 from openwu.adapter.site import Active, PairSite
 from openwu.errors import TargetError
 from openwu.ops import dispatch
 from openwu.types import Target
+
+_EVERYWHERE: Mapping[int, object] | None = getattr(torch_module, "_global_forward_hooks", None)
+"""Hooks on all modules. torch keeps them to itself; where they are not to be found, they may be there."""
 
 
 class LinearSite(PairSite):
@@ -50,7 +55,8 @@ class LinearSite(PairSite):
             and type(module) is nn.Linear
             and "forward" not in module.__dict__
             and len(module._forward_hooks) == 1
-            and not _global_forward_hooks
+            and _EVERYWHERE is not None
+            and not _EVERYWHERE
             and y.is_contiguous()
         )
 

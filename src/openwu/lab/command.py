@@ -159,9 +159,8 @@ def _scaling(options: argparse.Namespace) -> str:
     base_tasks = [name for name in BASE_EDITS if name not in tasks]
     budget, base_steps = (QUICK_SCALING, 60) if options.quick else (SCALING, 600)
     budget = _shortened(budget, options)
-    sizes, widths = (GENERATOR_SIZES[:3], BASE_WIDTHS[:2]) if options.quick else (GENERATOR_SIZES, BASE_WIDTHS)
-    sizes = () if options.axis == "base" else sizes
-    widths = () if options.axis == "generator" else widths
+    sizes = () if options.axis == "base" else GENERATOR_SIZES[:3] if options.quick else GENERATOR_SIZES
+    widths = () if options.axis == "generator" else BASE_WIDTHS[:2] if options.quick else BASE_WIDTHS
     model = EmbeddedModel.from_pretrained(_folder(options))
     photographs = load_folder(Path(options.photos))
     base_steps = base_steps if options.steps is None else 2 * options.steps

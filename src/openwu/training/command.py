@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from openwu.data.photographs import folder_hashes, load_folder
 from openwu.data.phrases import phrases_hash
 from openwu.embedded import SHARED, WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
+from openwu.hashing import of_files, of_json
 from openwu.origin import origin
 from openwu.training.checkpoint import load_weights
 from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
@@ -100,7 +100,7 @@ def train_pairs(recipe: PairsRecipe, folder: Path, stop_after: int | None = None
     described["start"] = _weights_hash(Path(recipe.start or WEIGHTS))
     before = stored_provenance(recipe.start or WEIGHTS)
     every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
-    data = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    data = of_json(hashes).hexdigest()
     loop = LoopConfig(json.dumps({**described, "pairs": data}, sort_keys=True), *every, stop_after)
     if train_stage(stage, recipe.generator, loop, folder / "generator"):
         _export(recipe, model, folder, hashes, before)
@@ -180,7 +180,7 @@ def _fingerprint(name: str, recipe: EmbeddedRecipe, photographs: dict[str, str])
     if recipe.start is not None:
         kept["start"] = _weights_hash(Path(recipe.start))
     if name != "instruction":
-        kept["photographs"] = hashlib.sha256(json.dumps(photographs).encode()).hexdigest()
+        kept["photographs"] = of_json(photographs).hexdigest()
     return json.dumps({**kept, "model": model, "sentences": phrases_hash()}, sort_keys=True)
 
 
@@ -207,10 +207,7 @@ def _export(
 
 def _weights_hash(model: Path) -> str:
     """SHA-256 of a model's files of weights."""
-    digest = hashlib.sha256()
-    for file in sorted(model.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return of_files(sorted(model.glob("*.safetensors"))).hexdigest()
 
 
 def provenance(recipe: EmbeddedRecipe | PairsRecipe, folder: Path, data: dict[str, str]) -> dict[str, Any]:
