@@ -254,8 +254,8 @@ class Log:
         return logits
 
 
-def test_cases(count: int, unseen: bool | None = True) -> list[Case]:
-    """New contexts; verbs are asked for in turn. `unseen`: of combinations that are new to the generator (see `facts`)."""
+def test_cases(count: int, unseen: bool | None) -> list[Case]:
+    """New contexts, of the combinations that `unseen` says (see `facts`); verbs are asked for in turn."""
     random, cases = Random(f"test {unseen}"), []
     while len(cases) < count:
         verb = list(WORLD)[len(cases) % len(WORLD)]
@@ -334,7 +334,7 @@ def examine(memory: LanguageMemory, cases: Sequence[Case]) -> Examination:
 
 
 TESTS = {"new contexts": None, "new combinations": True}
-"""What is tested -> `unseen` of its facts: contexts never seen, some of their facts seen; not one of the facts seen."""
+"""What is tested -> `unseen` of its facts: any facts, as they come together anew; only facts that were left out."""
 
 
 def run(plan: Plan | None = None) -> tuple[dict[str, Any], str]:
