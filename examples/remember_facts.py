@@ -139,7 +139,7 @@ def new_base(plan: Plan) -> CausalLM:
     )  # fmt: skip
     torch.manual_seed(plan.seed)
     model = Qwen3ForCausalLM(sizes)
-    # Words far apart from the start: attention can match them at once. With transformers' 0.02 it takes far longer.
+    # Words far apart from the start, so that attention can tell them apart at once.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     look_back(model)
     return CausalLM(model, tokenizer)
