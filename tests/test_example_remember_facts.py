@@ -29,13 +29,61 @@ def test_neither_name_nor_verb_alone_tells_the_answer(example: dict[str, Any]) -
 
 def test_the_training_never_shows_what_the_test_asks(example: dict[str, Any]) -> None:
     base = example["new_base"](example["Plan"]())
-    asked = {fact for case in example["test_cases"](30) for fact in case.facts}
+    asked = {fact for case in example["test_cases"](30, True) for fact in case.facts}
     for step in range(20):
-        lesson = example["lesson"](base, step, 8)
+        lesson = example["lesson"](base, 0, step, 8)
         sentences = {f"{words}".strip() for context in lesson.contexts for words in context.split(".")}
         assert not sentences & {f"{fact.asked} {fact.thing}" for fact in asked}
         # The facts are in the contexts alone: what is read before the first answer names no thing.
         assert (lesson.texts.wanted[:, :3] == -100).all()
+
+
+def test_new_contexts_were_never_read_though_some_of_their_facts_were(example: dict[str, Any]) -> None:
+    base = example["new_base"](example["Plan"]())
+    contexts = {case.context for case in example["test_cases"](30, None)}
+    assert not any(contexts & set(example["lesson"](base, 0, step, 8).contexts) for step in range(20))
+
+
+def test_a_base_is_asked_only_for_what_it_was_told(example: dict[str, Any]) -> None:
+    base = example["new_base"](example["Plan"]())
+    (context, *_), *others = example["story"](Random(2), 5)
+    told = context.split(" . ")[:4]
+    assert len(others) == 4
+    assert all(f"{asked} {thing}".removesuffix(" .") in told for asked, thing in others)
+    wanted = base.turns([example["story"](Random(2), 5)]).wanted[0]
+    assert (wanted[: 1 + 4 * 4] == -100).all()
+
+
+class Perfect:
+    """Stands in for a memory: its adapter is the facts themselves, and it answers from them, or by the verb alone."""
+
+    def __init__(self, binds: bool) -> None:
+        self.binds = binds
+
+    def adapt(self, contexts: list[str]) -> list[str]:
+        return contexts
+
+    def answer(self, questions: list[str], adapter: list[str], max_new_tokens: int) -> list[str]:
+        assert max_new_tokens == 1
+        return [self._found(question, context) for question, context in zip(questions, adapter, strict=True)]
+
+    def _found(self, question: str, context: str) -> str:
+        things = {}
+        for verb, name, thing in (told.split() for told in context.split(" .") if told):
+            things[f"{verb} {name}"] = thing
+        verb = question.split()[0]
+        return things[question] if self.binds else min(thing for told, thing in things.items() if verb in told)
+
+
+def test_exchanged_answers_tell_binding_from_remembering_things(example: dict[str, Any]) -> None:
+    cases = example["test_cases"](60, None)
+    assert example["exchanged"](Perfect(binds=True), cases) == [1.0] * 60
+    swapped = [example["others_facts"](case).context for case in cases]
+    assert example["right"](Perfect(binds=True), cases, swapped) == [0.0] * 60
+    loose = Perfect(binds=False)
+    own, others = example["right"](loose, cases, swapped), example["exchanged"](loose, cases)
+    assert [one + other for one, other in zip(own, others, strict=True)] == [1.0] * 60
+    assert 0.2 < sum(own) / 60 < 0.8
 
 
 def test_two_heads_begin_by_looking_back(example: dict[str, Any]) -> None:
@@ -56,10 +104,14 @@ def test_it_runs_to_its_table(example: dict[str, Any]) -> None:
         cases=12,
     )
     numbers, table = example["run"](plan)
-    rungs = {row["rung"]: row["mean"] for row in json.loads(json.dumps(numbers))["audit"]["rungs"]}
-    assert set(rungs) == {"none", "random", "average", "other task", "same task", "names swapped", "matched"}
-    assert all(0 <= value <= 1 for value in rungs.values())
-    assert 0 <= numbers["facts_in_context"]["value"] <= 1
+    tests = json.loads(json.dumps(numbers))["tests"]
+    assert set(tests) == {"new contexts", "new combinations"}
+    for found in tests.values():
+        rungs = {row["rung"]: row["mean"] for row in found["audit"]["rungs"]}
+        assert set(rungs) == {"none", "random", "average", "other task", "same task", "names swapped", "matched"}
+        assert all(0 <= value <= 1 for value in rungs.values())
+        assert 0 <= found["facts_in_context"]["value"] <= 1
+        assert 0 <= found["exchanged"]["value"] <= 1
     assert numbers["plan"]["cases"] == 12
-    assert "names swapped" in table
-    assert "the same with the facts in the context" in table
+    assert table.count("names swapped, the other person's thing is answered") == 2
+    assert table.count("the facts in the context") == 2
