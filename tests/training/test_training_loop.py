@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 from torch import Tensor, nn
 
 from openwu.data.photographs import Photograph, load_folder
@@ -91,7 +92,11 @@ def test_curves_and_state_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_stopping_and_continuing_changes_nothing(tmp_path: Path, stop_after: int) -> None:
+def test_stopping_and_continuing_changes_nothing(
+    tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are read by their number, as text: 9, 10 would be out of order.
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", AtomicCounter(10**6))
     whole = Regression()
     train_stage(whole, CONFIG, LOOP, tmp_path / "whole")
     steps: list[int] = []

@@ -56,8 +56,9 @@ class Encoded:
         ]
         problems: list[str] = []
         if missing:
-            probed = getattr(self.encoder, "asks_denoiser", False)
-            self.backbone.place(encoders=self.device, denoiser=self.device if probed else None)
+            self.backbone.place(encoders=self.device)
+            if getattr(self.encoder, "asks_denoiser", False):
+                self.backbone.place(denoiser=self.device)
             self.place_encoder(self.device)
         for number, (pair, text) in enumerate(tqdm(missing, desc="encoding", unit="pair", disable=not missing)):
             path = self._path(pair, text)
