@@ -11,9 +11,7 @@ Shapes: b requests, h and w the sides of a picture.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -33,9 +31,10 @@ from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.pictures.photo import Pixels
 from openwu.planes import noise_plane, place_planes
+from openwu.requested import Progress, asked_of, listed, timed
 from openwu.scope import check_scope
 from openwu.tiles import Tile, tile_grid
-from openwu.types import THEN, Adapter, EditRequest, EditResult, Picture, SamplingOptions
+from openwu.types import Adapter, EditRequest, EditResult, Picture, SamplingOptions
 
 if TYPE_CHECKING:
     from openwu.based_editor import BasedEditor
@@ -48,9 +47,6 @@ WHOLE = 1536 * 1024
 
 CONDITION_SIDE = 1024
 """Longest side of the picture from which the condition is read; details keep their own resolution below it."""
-
-Progress = Callable[[int, int], None]
-"""Called with (parts done, parts in all)."""
 
 
 class Editor:
@@ -357,21 +353,9 @@ def _chunks(members: list[int], size: int) -> list[list[int]]:
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 
-def asked_of(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:
-    """A request's instructions, checked; where it has none, those that a given adapter was generated for."""
-    if given is not None and not request.instruction:
-        return tuple(given.instructions[0].split(THEN)) if given.instructions else ("",)
-    then = (request.then,) if isinstance(request.then, str) else request.then
-    return tuple(check_instruction(text) for text in (request.instruction, *then))
-
-
 def _of(owner: Sequence[int], index: int) -> list[int]:
     """Places of a request's instructions."""
     return [place for place, each in enumerate(owner) if each == index]
-
-
-def listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
-    return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
 
 
 def _read(request: EditRequest) -> list[Photo]:
@@ -381,10 +365,3 @@ def _read(request: EditRequest) -> list[Photo]:
             f"got {len(request.images)} pictures"
         )
     return [read_picture(image) for image in request.images]
-
-
-@contextmanager
-def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    timings[stage] = time.perf_counter() - start
