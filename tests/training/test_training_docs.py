@@ -22,7 +22,7 @@ TRAININGS = [shlex.split(line.partition("openwu ")[2]) for line in COMMANDS if "
 
 
 def test_the_page_has_commands() -> None:
-    assert len(TRAININGS) == 7
+    assert len(TRAININGS) == 8
     assert all(line.split()[0] in ("openwu", "torchrun", "accelerate") for line in COMMANDS)
 
 
