@@ -94,7 +94,7 @@ class Plan:
         steps=200, shapes=((64, 0),), learning_rate=5e-3, matrix_learning_rate=1e-2, decay=0.3
     )
     generator: StageConfig = StageConfig(  # noqa: RUF009
-        steps=1200, shapes=((32, 0),), learning_rate=3e-3, matrix_learning_rate=5e-3, decay=0.5
+        steps=2400, shapes=((32, 0),), learning_rate=3e-3, matrix_learning_rate=5e-3, decay=0.5
     )
     cases: int = 192
     """Contexts of the test."""
