@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from openwu.adapter.site import Active, PairSite
 from openwu.errors import TargetError
 from openwu.ops import dispatch
 from openwu.types import Target
-
-_EVERYWHERE: Mapping[int, object] | None = getattr(torch_module, "_global_forward_hooks", None)
-"""Hooks on all modules. torch keeps them to itself; where they are not to be found, they may be there."""
 
 
 class LinearSite(PairSite):
@@ -31,7 +25,7 @@ class LinearSite(PairSite):
         x = x.to(y.device)
         a, b = self.pair(y, x)
         if self._run_t is None:
-            return dispatch.add_linear(y, x, a, b, self.scale, overwrite=self._last_owner(y))
+            return dispatch.add_linear(y, x, a, b, self.scale)
         assert self._ends is not None
         flat_x = x.reshape(-1, x.shape[-1])
         if len(flat_x) != len(self._run_t):
@@ -43,22 +37,6 @@ class LinearSite(PairSite):
         if len(a) == 1:  # all segments have the same adapter
             return dispatch.add_linear(flat_y, flat_x, a, b, self.scale).view(y.shape)
         return dispatch.add_sorted(flat_y, flat_x, a, b, self.scale, self._run_t, self._ends).view(y.shape)
-
-    def _last_owner(self, y: Tensor) -> bool:
-        """Whether nobody else can have seen y: without gradients, a plain module's fresh output, and no other hook.
-
-        A second tensor of y's size costs more than the update itself where the system has to give its pages.
-        """
-        module = self.module
-        return (
-            not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-            and type(module) is nn.Linear
-            and "forward" not in module.__dict__
-            and len(module._forward_hooks) == 1
-            and _EVERYWHERE is not None
-            and not _EVERYWHERE
-            and y.is_contiguous()
-        )
 
     def weight_delta(self, active: Active) -> Tensor:
         a, b = active.pair(self.path)

@@ -1,8 +1,7 @@
 """The low-rank update in plain torch: a module's output y and input x enter, `y + scale * B (A x)` leaves.
 
-Every function returns a new tensor of y's shape and dtype (or y itself, where it is told to) and is differentiable in
-y, x, a and b. A is applied in x's dtype and B in y's, so an adapter may be stored in another dtype than the model
-computes in.
+Every function returns a new tensor of y's shape and dtype and is differentiable in y, x, a and b. A is applied in x's
+dtype and B in y's, so an adapter may be stored in another dtype than the model computes in.
 
 Shapes: n rows of a module's input, each with its own A and B, or s = 1 pair shared by all rows (never expanded); r
 LoRA rank; t routed tokens; c / o channels in and out; kh, kw kernel height and width.
@@ -15,16 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def add_linear(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, overwrite: bool = False) -> Tensor:
-    """Linear module: y `[n, ..., out]`, x `[n, ..., in]`, a `[n or 1, r, in]`, b `[n or 1, out, r]`.
-
-    `overwrite`: into y, which must be contiguous and of no further use to anybody, gradients included.
-    """
+def add_linear(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Linear module: y `[n, ..., out]`, x `[n, ..., in]`, a `[n or 1, r, in]`, b `[n or 1, out, r]`."""
     a = a.to(x.dtype)
     if a.shape[0] == 1:
-        return _add_up(y, x @ a[0].t(), b, scale, overwrite)
+        return _add_up(y, x @ a[0].t(), b, scale)
     rows = a.shape[0]
-    return _add_up(y, torch.bmm(x.reshape(rows, -1, x.shape[-1]), a.transpose(1, 2)), b, scale, overwrite)
+    return _add_up(y, torch.bmm(x.reshape(rows, -1, x.shape[-1]), a.transpose(1, 2)), b, scale)
 
 
 def add_conv(
@@ -72,18 +68,14 @@ def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, sample_
     return torch.addmm(y, down.to(y.dtype), b.to(y.dtype).transpose(1, 2).flatten(0, 1), alpha=scale)
 
 
-def _add_up(y: Tensor, down: Tensor, b: Tensor, scale: float, overwrite: bool = False) -> Tensor:
+def _add_up(y: Tensor, down: Tensor, b: Tensor, scale: float) -> Tensor:
     """y `[n, ..., out]` + scale * b `[n or 1, out, r]` applied to down `[n, ..., r]`, in one matrix product."""
     b, down = b.to(y.dtype), down.to(y.dtype)
     if b.shape[0] == 1:
         flat_y, flat_down = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
-        if overwrite:
-            return flat_y.addmm_(flat_down, b[0].t(), alpha=scale).view(y.shape)
         return torch.addmm(flat_y, flat_down, b[0].t(), alpha=scale).view(y.shape)
     rows = b.shape[0]
     flat_y, flat_down = y.reshape(rows, -1, y.shape[-1]), down.reshape(rows, -1, down.shape[-1])
-    if overwrite:
-        return flat_y.baddbmm_(flat_down, b.transpose(1, 2), alpha=scale).view(y.shape)
     return torch.baddbmm(flat_y, flat_down, b.transpose(1, 2), alpha=scale).view(y.shape)
 
 
