@@ -56,9 +56,9 @@ def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> Non
         for run in range(runs):
             assert sum(timings[stage].seconds[run] for stage in stages) <= timings["whole edit"].seconds[run]
         split = row.details[name]["seconds by stage"]
-        assert sum(split.values()) == pytest.approx(sum(timings[stage].median for stage in stages))
-        assert split["adapter overhead"] == timings["base with adapter"].median - timings["base alone"].median
-        share = 100 * (split["generate"] + split["adapter overhead"]) / timings["whole edit"].median
+        assert sum(split.values()) == pytest.approx(sum(timings[stage].fastest for stage in stages))
+        assert split["adapter overhead"] == timings["base with adapter"].fastest - timings["base alone"].fastest
+        share = 100 * (split["generate"] + split["adapter overhead"]) / timings["whole edit"].fastest
         assert row.details[name]["share of the adapter, %"] == pytest.approx(share)
         assert row.details[name]["share without reading and writing, %"] > share
         assert row.details[name]["tiles"] == tiles
