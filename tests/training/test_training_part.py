@@ -158,7 +158,8 @@ def test_a_training_in_micro_batches_comes_to_the_same(recipe: EmbeddedRecipe, t
         assert torch.equal(trained["parts"][name], trained["micro"][name])
         for other in ("micro", "changed"):
             # Attention does not see its keys' biases: their gradients are rounding, which Adam makes as large as any.
-            torch.testing.assert_close(trained[other][name], value, atol=1e-3 if "kv.bias" in name else 1e-5, rtol=0)
+            # Elsewhere five steps move a weight by up to 5e-3; the order of sums may change a hundredth of that.
+            torch.testing.assert_close(trained[other][name], value, atol=1e-3 if "kv.bias" in name else 5e-5, rtol=0)
     for part in (tmp_path / "micro").iterdir():
         assert part.name in (*STAGES, "model")
     assert describe(micro)["base"]["accumulate"] == 2
