@@ -3,25 +3,18 @@
 openwu train recipes/embedded_on.py
 """
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-from openwu.training.recipe import EmbeddedRecipe
-
-_FILE = Path(__file__).with_name("embedded.py")
-_SPEC = importlib.util.spec_from_file_location("embedded_recipe", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_embedded = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_embedded)
+from openwu.training.recipe import EmbeddedRecipe, load_recipe
 
 MISSED = ("deblur", "white_balance", "scratches", "remove_motion_blur", "colourise")
 """What fell short of its goal, or barely reached it, comes up more often."""
 
 
 def recipe() -> EmbeddedRecipe:
-    begun = _embedded.recipe()
+    begun = load_recipe(Path(__file__).with_name("embedded.py"), [])
+    assert isinstance(begun, EmbeddedRecipe)
     base = replace(begun.base, steps=1800, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=3e-4)
     generator = replace(
         begun.generator, steps=1800, learning_rate=6e-4, matrix_learning_rate=2e-3, decay=0.8, first_floor=3e-3

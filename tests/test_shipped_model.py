@@ -211,6 +211,9 @@ def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
     recipe = describe(load_recipe(ROOT / "recipes" / "embedded.py", []))
     stored = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]
     assert recipe == stored
+    going_on = describe(load_recipe(ROOT / "recipes" / "embedded_on.py", []))
+    then = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["then"]
+    assert going_on in [each["recipe"] for each in then]
 
 
 def best_of_three(work: Callable[[], object]) -> float:

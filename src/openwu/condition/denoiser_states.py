@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from openwu.condition.ragged import grey_request, together
 from openwu.errors import TargetError
 from openwu.protocols import Backbone
 from openwu.types import BaseRequest, Condition
@@ -47,17 +47,12 @@ class DenoiserStates:
     @cached_property
     def condition_widths(self) -> Mapping[str, int]:
         """Found by asking about a grey picture."""
-        grey = BaseRequest((Image.new("RGB", (64, 64), "grey"),), "a")
-        return {"states": self.condition([grey]).tokens.shape[2]}
+        return {"states": self.condition([grey_request()]).tokens.shape[2]}
 
     @torch.no_grad()
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
         """`[b, L, d]`; requests one at a time, since their pictures may have several sizes."""
-        states = [self._states(request) for request in requests]
-        longest = max(len(each) for each in states)
-        tokens = torch.stack([nn.functional.pad(each, (0, 0, 0, longest - len(each))) for each in states])
-        lengths = torch.tensor([len(each) for each in states], device=tokens.device)
-        return Condition(tokens, torch.arange(longest, device=tokens.device) < lengths[:, None])
+        return together([self._states(request) for request in requests])
 
     def _states(self, request: BaseRequest) -> Tensor:
         """`[L, d]`"""

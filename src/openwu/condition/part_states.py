@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from openwu.condition.hidden_states import HiddenStates
+from openwu.condition.ragged import grey_request, together
 from openwu.errors import TargetError
 from openwu.protocols import Backbone
 from openwu.types import BaseRequest, Condition
@@ -45,8 +45,7 @@ class PartStates:
     @cached_property
     def condition_widths(self) -> Mapping[str, int]:
         """Found by asking about a grey picture."""
-        grey = BaseRequest((Image.new("RGB", (64, 64), "grey"),), "a")
-        return {"states": self.condition([grey]).tokens.shape[2]}
+        return {"states": self.condition([grey_request()]).tokens.shape[2]}
 
     @torch.no_grad()
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
@@ -56,10 +55,7 @@ class PartStates:
             each.tokens[0] if each.mask is None else each.tokens[0][each.mask[0]]  # what is real of each
             for each in said
         ]
-        longest = max(len(row) for row in rows)
-        tokens = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-        return Condition(tokens, torch.arange(longest, device=tokens.device) < lengths[:, None])
+        return together(rows)
 
     @cached_property
     def _states(self) -> HiddenStates:
