@@ -14,6 +14,7 @@ from openwu.data.phrases import (
     LANGUAGES,
     OUT_OF_SCOPE,
     frame,
+    letters,
     load_phrases,
     load_strength_words,
     mistype,
@@ -40,11 +41,6 @@ def everything() -> list[tuple[str, str, str, str]]:
     ]
 
 
-def plain(sentence: str) -> str:
-    """Without capitals, spaces and marks: what differs only there counts as the same sentence."""
-    return re.sub(r"[\W_]+", "", sentence.lower())
-
-
 def test_every_edit_has_sentences() -> None:
     assert set(load_phrases()) == {*EDITS, OUT_OF_SCOPE}
 
@@ -54,15 +50,15 @@ def test_there_are_enough_in_every_language_and_split(name: str) -> None:
     assert set(load_phrases()[name]) == set(LANGUAGES)
     for splits in load_phrases()[name].values():
         assert set(splits) == {"train", "held_out", "fresh"}
-        assert len({plain(sentence) for sentence in splits["train"]}) >= 12
-        assert len({plain(sentence) for sentence in splits["held_out"]}) >= 4
-        assert len({plain(sentence) for sentence in splits["fresh"]}) >= 2
+        assert len({letters(sentence) for sentence in splits["train"]}) >= 12
+        assert len({letters(sentence) for sentence in splits["held_out"]}) >= 4
+        assert len({letters(sentence) for sentence in splits["fresh"]}) >= 2
 
 
 def test_no_sentence_stands_in_two_places() -> None:
     places: dict[str, set[tuple[str, str, str]]] = {}
     for name, language, split, sentence in everything():
-        places.setdefault(plain(sentence), set()).add((name, language, split))
+        places.setdefault(letters(sentence), set()).add((name, language, split))
     assert {sentence: where for sentence, where in places.items() if len(where) > 1} == {}
     counts = Counter(sentence for *_, sentence in everything())
     assert [sentence for sentence, count in counts.items() if count > 1] == []
@@ -70,14 +66,14 @@ def test_no_sentence_stands_in_two_places() -> None:
 
 def test_held_out_sentences_are_no_training_sentences_with_words_of_strength() -> None:
     framed = {
-        plain(frame(words, sentence))
+        letters(frame(words, sentence))
         for name in EDITS
         for language, splits in load_phrases()[name].items()
         for sentence in splits["train"]
         for frames in load_strength_words().values()
         for words in frames[language]["train"]
     }
-    assert [s for _, _, split, s in everything() if split != "train" and plain(s) in framed] == []
+    assert [s for _, _, split, s in everything() if split != "train" and letters(s) in framed] == []
 
 
 def test_sentences_ask_for_no_strength_of_their_own() -> None:
@@ -98,8 +94,8 @@ def test_training_draws_training_sentences_of_both_languages() -> None:
     chinese = sum(bool(CHINESE.search(sentence)) for sentence in drawn)
     assert 70 < chinese < 130
     assert len(set(drawn)) > 60
-    held_out = {plain(s) for splits in load_phrases()["blur"].values() for s in splits["held_out"]}
-    assert not held_out & {plain(sentence) for sentence in drawn}
+    held_out = {letters(s) for splits in load_phrases()["blur"].values() for s in splits["held_out"]}
+    assert not held_out & {letters(sentence) for sentence in drawn}
     assert drawn == [sample_phrase("blur", again) for again in [torch.Generator().manual_seed(0)] for _ in range(200)]
 
 
@@ -117,6 +113,23 @@ def test_variations_are_everyday_ones() -> None:
     assert "please make it warmer" in varied
     assert "make it warmer!" in varied
     assert len(varied) > 50
+
+
+def test_one_word_for_the_picture_is_as_good_as_another() -> None:
+    generator = torch.Generator().manual_seed(1)
+    english = {vary("make the picture warmer", "en", generator) for _ in range(300)}
+    assert {"make the photo warmer", "make the shot warmer"} <= english
+    assert not any("pictures" in sentence for sentence in english)
+    assert "让相片变暖" in {vary("让照片变暖", "zh", generator) for _ in range(300)}
+    assert not any("photoesque" in vary("picturesque, pictorial", "en", generator) for _ in range(99))
+
+
+def test_no_variation_is_a_held_out_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = "please make this photo blurry"
+    assert held_out in load_phrases()["blur"]["en"]["held_out"]
+    monkeypatch.setattr("openwu.data.phrases.vary", lambda _sentence, _language, _generator: held_out.upper() + "!")
+    drawn = {sample_phrase("blur", torch.Generator().manual_seed(i), "en") for i in range(20)}
+    assert drawn <= set(load_phrases()["blur"]["en"]["train"])
 
 
 def test_a_slip_is_small() -> None:
@@ -141,7 +154,7 @@ def test_words_of_strength_have_one_place_for_the_sentence() -> None:
 
 def test_words_of_strength_stand_in_one_place() -> None:
     counts = Counter(
-        plain(words.format("X"))
+        letters(words.format("X"))
         for languages in load_strength_words().values()
         for splits in languages.values()
         for frames in splits.values()

@@ -1,13 +1,15 @@
 """The sentences that people use to ask for an edit, by sub-task, language and split.
 
 Enters: phrases.json beside this file. Leaves: training sentences with everyday variations (politeness, capitals, end
-marks, slips of the keyboard, words of strength), and held-out sentences exactly as written.
+marks, slips of the keyboard, other words for the picture, words of strength), and held-out sentences exactly as
+written, which no variation of a training sentence ever equals.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,28 @@ _FILE = Path(__file__).parent / "phrases.json"
 Phrases = dict[str, dict[str, dict[str, list[str]]]]
 
 _BEFORE = {
-    "en": ("please ", "can you ", "could you please ", "hey, ", "i want you to ", "just "),
-    "zh": ("请", "帮我", "麻烦", "能不能", "请帮我", "我想"),
-}
+    "en": (
+        "please ", "can you ", "could you please ", "hey, ", "i want you to ", "just ",
+        "would you ", "hi, ", "ok, ", "i need you to ", "now ", "i'd like you to ", "pls ", "kindly ",
+    ),
+    "zh": (
+        "请", "帮我", "麻烦", "能不能", "请帮我", "我想",
+        "请你", "可以", "你好，", "麻烦你", "给我", "那个，", "现在", "我要",
+    ),
+}  # fmt: skip
 _AFTER = {
-    "en": (" please", ", thanks", " for me", "!", ".", "?"),
-    "zh": ("，谢谢", "吧", "！", "。", "？", "好吗"),
+    "en": (" please", ", thanks", " for me", "!", ".", "?", " pls", ", thank you", " ok?", "...", " if you can"),
+    "zh": ("，谢谢", "吧", "！", "。", "？", "好吗", "可以吗", "行吗", "谢谢啦", "～", "，拜托"),
+}
+_NOUNS = {
+    "en": ("photo", "picture", "image", "pic", "shot", "photograph", "snapshot"),
+    "zh": ("照片", "图片", "画面", "相片", "图像", "影像"),
+}
+"""Words for the picture: one as good as another."""
+_NO_LETTER = re.compile(r"[\W_]+")
+_NOUN = {
+    "en": re.compile(rf"\b({'|'.join(_NOUNS['en'])})\b"),
+    "zh": re.compile("|".join(_NOUNS["zh"])),
 }
 
 
@@ -75,7 +93,8 @@ def sample_phrase(name: str, generator: torch.Generator, language: str | None = 
     if degree != "normal":
         frames = load_strength_words()[degree][language]["train"]
         sentence = frame(frames[_draw(generator, len(frames))], sentence)
-    return vary(sentence, language, generator)
+    varied = vary(sentence, language, generator)
+    return sentence if letters(varied) in _held_out() else varied
 
 
 def frame(words: str, sentence: str) -> str:
@@ -83,8 +102,30 @@ def frame(words: str, sentence: str) -> str:
     return words.format(sentence.rstrip(".!?。！？"))
 
 
+def letters(sentence: str) -> str:
+    """A sentence without capitals, spaces and marks: what differs only there counts as the same."""
+    return _NO_LETTER.sub("", sentence.lower())
+
+
+@cache
+def _held_out() -> frozenset[str]:
+    """The letters of all sentences that are never trained on."""
+    kept = (
+        sentence
+        for languages in load_phrases().values()
+        for splits in languages.values()
+        for split, sentences in splits.items()
+        if split != "train"
+        for sentence in sentences
+    )
+    return frozenset(map(letters, kept))
+
+
 def vary(sentence: str, language: str, generator: torch.Generator) -> str:
-    """Sometimes polite, sometimes capitalised, sometimes mistyped."""
+    """Sometimes with another word for the picture, polite, capitalised, mistyped."""
+    if _draw(generator, 3) == 0:
+        nouns = _NOUNS[language]
+        sentence = _NOUN[language].sub(nouns[_draw(generator, len(nouns))], sentence)
     if _draw(generator, 3) == 0:
         before = _BEFORE[language]
         sentence = before[_draw(generator, len(before))] + sentence
