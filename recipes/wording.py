@@ -9,7 +9,7 @@ from openwu.training.recipe import StageConfig, WordingRecipe
 def recipe() -> WordingRecipe:
     return WordingRecipe(
         name="wording",
-        wording=StageConfig(steps=8000, shapes=((64, 0),), learning_rate=2e-3),
+        wording=StageConfig(steps=8000, shapes=((64, 0),), learning_rate=2e-3, ema=0.999),
         hold=0.2,
         export="src/openwu/weights",
     )
