@@ -75,10 +75,25 @@ def test_the_command_writes_tables_numbers_and_pictures(
         assert sheet.size[0] > 6 * 40
 
     without = Path(shutil.copytree(model_with_baseline, tmp_path / "without"))
-    shutil.rmtree(without / "shared")
+    baseline = Path(shutil.move(without / "shared", tmp_path / "baseline"))
     assert cli.main(["eval", "suite", "--model", str(without), "--output", str(tmp_path / "two"), *SMALL]) == 0
     numbers = json.loads((tmp_path / "two" / "suite.json").read_text(encoding="utf-8"), parse_constant=refuse_constant)
     assert {each["method"] for each in numbers["scores"]} == set(METHODS) - {"shared"}
+
+    arguments = [
+        "eval",
+        "suite",
+        "--model",
+        str(without),
+        "--shared",
+        str(baseline),
+        "--output",
+        str(tmp_path / "three"),
+    ]
+    assert cli.main([*arguments, *SMALL]) == 0
+    given = json.loads((tmp_path / "three" / "suite.json").read_text(encoding="utf-8"))
+    beside = json.loads((output / "suite.json").read_text(encoding="utf-8"))
+    assert given["scores"] == beside["scores"]
 
 
 @pytest.mark.parametrize("broken", SECTIONS)
@@ -125,3 +140,5 @@ def test_what_cannot_be_evaluated_is_refused(model_with_baseline: Path, tmp_path
         command.run(["suite", "--model", str(model_with_baseline), *arguments])
     with pytest.raises(CheckpointError, match=r"config\.json"):
         command.run(["suite", "--model", str(tmp_path / "nowhere"), *arguments])
+    with pytest.raises(CheckpointError, match="baseline"):
+        command.run(["suite", "--model", str(model_with_baseline), "--shared", str(tmp_path / "baseline"), *arguments])

@@ -87,7 +87,10 @@ def run(arguments: list[str]) -> int:
     card = Path(options.card) if options.card else None
     if card:  # A card that cannot take the tables is refused before the long work.
         filled(card, dict.fromkeys(SECTIONS, ""), "--card")
-    shared = Adapter.from_pretrained(folder / SHARED) if (folder / SHARED).is_dir() else None
+    baseline = Path(options.shared) if options.shared else folder / SHARED
+    shared = Adapter.from_pretrained(baseline) if options.shared or baseline.is_dir() else None
+    if shared is not None:
+        model.handle.check_targets(shared)
     found = measure(model, shared, photographs, options.seeds)
     sections = as_markdown(found, options.seeds, sorted(photographs))
     _write(found, sections, options.seeds, options.side, output)
@@ -179,6 +182,11 @@ def _parser() -> argparse.ArgumentParser:
         help="suite: every number of the model card; gallery: a page of all edits; curves: of a training run",
     )
     parser.add_argument("--model", metavar="FOLDER", help="folder of a model (default: the one inside the package)")
+    parser.add_argument(
+        "--shared",
+        metavar="FOLDER",
+        help="suite: the baseline, one LoRA for all requests (default: shared in the model's folder, if there)",
+    )
     parser.add_argument("--output", default="runs/eval", metavar="FOLDER", help="where results go (default: runs/eval)")
     parser.add_argument("--run", default="runs/embedded", metavar="FOLDER", help="training run whose curves are drawn")
     parser.add_argument("--card", metavar="FILE", help="model card whose tables are replaced")

@@ -78,7 +78,7 @@ def train(
             if not train_stage(stage, getattr(recipe, name), loop, folder / name):
                 return
             if isinstance(stage.trained, SharedAdapter):
-                _export_shared(recipe, stage.trained, folder, hashes, before)
+                _export_shared(recipe, stage.trained, folder, hashes)
         elif recipe.start is None or name in recipe.stages:
             load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
         if name == "generator":  # The model is whole; the baseline is no part of it.
@@ -184,13 +184,11 @@ def _fingerprint(name: str, recipe: EmbeddedRecipe, photographs: dict[str, str])
     return json.dumps({**kept, "model": model, "sentences": phrases_hash()}, sort_keys=True)
 
 
-def _export_shared(
-    recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path, data: dict[str, str], before: dict[str, Any] | None
-) -> None:
-    """The baseline stands beside the model, so that the table can be remade."""
+def _export_shared(recipe: EmbeddedRecipe, shared: SharedAdapter, folder: Path, data: dict[str, str]) -> None:
+    """The baseline stands beside the model, so that the table can be remade, and says itself where it comes from."""
     for target in export_folders(recipe, folder):
         shared().detach().to(torch.float16).save_pretrained(target / SHARED)
-        write_provenance(target, provenance(recipe, folder, data), before)
+        write_provenance(target / SHARED, provenance(recipe, folder, data))
 
 
 def _export(
