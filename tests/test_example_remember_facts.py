@@ -98,10 +98,23 @@ def test_two_heads_begin_by_looking_back(example: dict[str, Any]) -> None:
     assert first[1].diagonal(-2).mean() > 0.7
 
 
+def test_a_base_that_binds_ends_the_search(example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = example["trained_base"].__globals__
+    losses = iter([0.4, 0.01, 0.02])
+    monkeypatch.setitem(searched, "train_base", lambda *_: next(losses))
+    plan = replace(example["Plan"](), starts=3)
+    base, starts = example["trained_base"](plan, None)
+    assert starts == 2
+    wanted, other = (example["new_base"](plan, start).model.state_dict() for start in (1, 0))
+    assert all(value.equal(wanted[name]) for name, value in base.model.state_dict().items())
+    assert not wanted["model.embed_tokens.weight"].equal(other["model.embed_tokens.weight"])
+
+
 def test_it_runs_to_its_table(example: dict[str, Any]) -> None:
     plan = example["Plan"]()
     plan = replace(
         plan,
+        starts=2,
         base=replace(plan.base, steps=3, shapes=((4, 0),)),
         generator=replace(plan.generator, steps=3, shapes=((4, 0),)),
         cases=12,
@@ -114,5 +127,6 @@ def test_it_runs_to_its_table(example: dict[str, Any]) -> None:
     assert 0 <= found["facts_in_context"]["value"] <= 1
     assert 0 <= found["exchanged"]["value"] <= 1
     assert found["plan"]["cases"] == 12
+    assert found["base_starts"] == 2  # three steps teach nobody to look things up
     assert "names swapped, the other person's thing is answered" in table
     assert "the facts in the context" in table

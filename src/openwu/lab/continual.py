@@ -58,7 +58,8 @@ WAYS: Mapping[str, str] = {
 STORED = 4
 """Requests of every earlier task whose condition and adapter are stored for distillation."""
 DISTILLED_AT_ONCE = 8
-DISTILLED_WEIGHT = 1.0
+DRIFT_FLOOR = 1e-3
+"""Of a squared relative distance: below it a stored adapter is close enough."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _learn(
         batch = (old if old is not None and step % 2 else new).batch(step)
         loss = batch_loss(method.model, batch, method.adapt, falling_floor(FIRST_FLOOR, step / steps))
         if memory is not None:
-            loss = loss + DISTILLED_WEIGHT * _drift(method, memory, torch.Generator().manual_seed(step))
+            loss = loss + _drift(method, memory, torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(method.trained.parameters(), config.clip)
@@ -234,13 +235,16 @@ def _learn(
 
 
 def _drift(method: Method, memory: Memory, generator: torch.Generator) -> Tensor:
-    """How far the generator's adapters for some stored conditions are from the stored ones."""
+    """How far the generator's adapters for some stored conditions are from the stored ones, as a mean logarithm.
+
+    The pictures' loss is a logarithm too: against it a plain distance stops pulling long before it is small.
+    """
     chosen = torch.randint(len(memory.sentences), (DISTILLED_AT_ONCE,), generator=generator).tolist()
     with torch.no_grad():
         text = method.model.instruction([memory.sentences[i] for i in chosen])
     with torch.autocast("cpu", torch.bfloat16):
         written = method.model.adapt(memory.pictures[chosen].float() / 255, text)
-    return update_distances(written, memory.adapter.select(chosen)).mean()
+    return (update_distances(written, memory.adapter.select(chosen)) + DRIFT_FLOOR).log().mean()
 
 
 @torch.no_grad()
