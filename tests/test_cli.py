@@ -398,7 +398,7 @@ def test_memory_and_missing_packages(here: Path, editor: FakeEditor, capsys: pyt
 def test_quiet_prints_only_errors(
     here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openwu.pictures.read.has_deep_colour", lambda: False)
+    monkeypatch.setattr("openwu.pictures.decode.has_deep_colour", lambda: False)
     (here / "deep.png").write_bytes(deep_colour_png())
     assert edit("deep.png", "--quiet") == 0
     assert capsys.readouterr() == ("", "")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import nn
 
-from openwu import editor as editor_module
+from openwu import drawing
 from openwu.backbone.tiny import INPUT_CHANNELS
 from openwu.editor import Editor, condition_view
 from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
@@ -49,7 +49,7 @@ def referring(editor: Editor) -> Editor:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything above one pixel goes in tiles of 128 + 2 * 64 pixels."""
     for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
-        monkeypatch.setattr(editor_module, name, value)
+        monkeypatch.setattr(drawing, name, value)
 
 
 # What may be passed
@@ -430,7 +430,7 @@ def test_chunks_of_a_batch_keep_their_order(editor: Editor, scene: Scene, monkey
     """Two pictures fit into a pass, three come."""
     images = [Image.fromarray(scene(20, 20, seed)) for seed in range(3)]
     expected = [editor.edit(image, "brighter").image for image in images]
-    monkeypatch.setattr(editor_module, "WHOLE", 2 * 20 * 20)
+    monkeypatch.setattr(drawing, "WHOLE", 2 * 20 * 20)
     for result, alone in zip(editor.edit_batch([EditRequest([i], "brighter") for i in images]), expected, strict=True):
         assert differ(result.image, alone) <= 1
 
@@ -546,7 +546,7 @@ def test_tiles_of_a_local_base_equal_the_whole(editor: Editor, scene: Scene, mon
     image = Image.fromarray(scene(331, 290))
     whole = editor.edit(image, "brighter").image
     for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
-        monkeypatch.setattr(editor_module, name, value)
+        monkeypatch.setattr(drawing, name, value)
     # Only a tile's outermost 4 pixels differ, and they have a weight of at most 4 / 128.
     tiled = editor.edit(image, "brighter").image
     assert differ(tiled, whole) <= 6
@@ -574,7 +574,7 @@ def test_no_seam_shows_where_tiles_meet(editor: Editor, scene: Scene, monkeypatc
     image = Image.fromarray(scene(331, 290))
     whole = pixels(editor.edit(image, "brighter").image)
     for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
-        monkeypatch.setattr(editor_module, name, value)
+        monkeypatch.setattr(drawing, name, value)
     tiled = pixels(editor.edit(image, "brighter").image)
     change = np.abs(tiled - np.asarray(image)).max()
     assert change > 10
@@ -594,7 +594,7 @@ def test_tiles_equal_the_whole_wherever_no_cut_is_near(
     image = Image.fromarray(scene(410, 330))
     whole = pixels(editor.edit(image, "brighter", strength=1.5).image)
     for name, value in (("CORE", 192), ("MARGIN", 64), ("WHOLE", 1)):
-        monkeypatch.setattr(editor_module, name, value)
+        monkeypatch.setattr(drawing, name, value)
     tiled = pixels(editor.edit(image, "brighter", strength=1.5).image)
     error = np.abs(tiled - whole).max(-1)
     near = np.zeros(error.shape, bool)

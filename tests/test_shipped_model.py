@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu import editor as editor_module
+from openwu import drawing
 from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
@@ -274,7 +274,7 @@ def test_no_seams_show_where_tiles_of_a_large_picture_meet(editor: Editor, monke
     sentence = load_phrases()["sunset"]["en"]["train"][0]
     assert len(editor.tiles(*large.size)) > 1
     tiled = floats(editor.edit(large, sentence).image)
-    monkeypatch.setattr(editor_module, "WHOLE", 2048 * 1536)
+    monkeypatch.setattr(drawing, "WHOLE", 2048 * 1536)
     assert len(editor.tiles(*large.size)) == 1
     whole = floats(editor.edit(large, sentence).image)
     difference = tiled - whole
@@ -283,7 +283,7 @@ def test_no_seams_show_where_tiles_of_a_large_picture_meet(editor: Editor, monke
     assert np.abs(blocks).max() < 4  # of 255: what lies beyond a tile's margin is not seen
     for axis in (0, 1):
         step = np.abs(np.diff(difference, axis=axis)).mean((1 - axis, 2))
-        side, core, margin = difference.shape[axis], editor_module.CORE, editor_module.MARGIN
+        side, core, margin = difference.shape[axis], drawing.CORE, drawing.MARGIN
         for cut in (cut + to for cut in range(core, side, core) for to in (-margin, 0, margin) if cut + to < side):
             # A seam would stand out from the lines to either side of where a tile begins or ends.
             around = np.delete(step[cut - 17 : cut + 16], 16)

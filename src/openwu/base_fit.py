@@ -6,7 +6,6 @@ hash of the former, so that two people can see at a glance whether they speak of
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from openwu.condition import describe_encoder, make_encoder
 from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
 from openwu.generator.model import ParameterGenerator
+from openwu.hashing import of_bytes
 from openwu.protocols import Backbone, ConditionEncoder
 from openwu.types import Adapter, Target
 
@@ -78,7 +78,7 @@ def target_widths(groups: Iterable[LayerGroup]) -> TargetWidths:
 def fingerprint(targets: TargetWidths) -> str:
     """Twelve hexadecimal digits that depend on the names and widths alone, in whatever order they stand."""
     lines = sorted(f"{name} {in_dim} {out_dim} {experts}" for name, (in_dim, out_dim, experts) in targets.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return of_bytes(["\n".join(lines).encode()]).hexdigest()[:12]
 
 
 def check_targets(config: GeneratorConfig, backbone: Backbone, name: str) -> None:

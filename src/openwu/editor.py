@@ -12,38 +12,30 @@ Shapes: b requests, h and w the sides of a picture.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from openwu.adapter.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.adapter.export.fit import with_kernels
 from openwu.backbone import BACKBONES
-from openwu.canvas import Canvas
+from openwu.drawing import Job, as_unit, draw, tiles_of
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.generator.fast import FastGenerator
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.pictures.photo import Pixels
-from openwu.planes import noise_plane, place_planes
 from openwu.requested import Progress, asked_of, listed, timed
 from openwu.scope import check_scope
-from openwu.tiles import Tile, tile_grid
+from openwu.tiles import Tile
 from openwu.types import Adapter, EditRequest, EditResult, Picture, SamplingOptions
 
 if TYPE_CHECKING:
     from openwu.based_editor import BasedEditor
-
-CORE, MARGIN = 768, 128
-"""A tile's core and the margin around it, in pixels: what bounds the memory of large pictures."""
-
-WHOLE = 1536 * 1024
-"""Pictures (or batches) of at most so many pixels go through the base in one piece."""
 
 CONDITION_SIDE = 1024
 """Longest side of the picture from which the condition is read; details keep their own resolution below it."""
@@ -212,12 +204,10 @@ class Editor:
                 adapters = [given.to(self.dtype)]
         with timed(timings, "edit"):
             jobs = [
-                _Job(
-                    photos[i][0], request.seed, text[_of(owner, i)].flatten(0, 1), adapters[i].scaled(request.strength)
-                )
+                Job(photos[i][0], request.seed, text[_of(owner, i)].flatten(0, 1), adapters[i].scaled(request.strength))
                 for i, request in enumerate(requests)
             ]
-            edited = self._apply(jobs, progress)
+            edited = draw(self.model, jobs, progress)
         return [EditResult(photo, adapters[i], timings) for i, photo in enumerate(edited)]
 
     def _understand(self, instructions: Sequence[str], referenced: Sequence[bool], anyway: bool) -> Tensor:
@@ -268,57 +258,9 @@ class Editor:
         adapter = self.generator(torch.cat(conditions))
         return replace(with_kernels(adapter, self.model.backbone), instructions=tuple(instructions))
 
-    def _apply(self, jobs: Sequence[_Job], progress: Progress | None) -> list[Photo]:
-        """Photos of equal size go through the base together, in one piece if they fit, else tile by tile."""
-        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
-        for index, job in enumerate(jobs):
-            groups.setdefault((job.photo.size, job.adapter.rank), []).append(index)
-        chunks = [
-            chunk
-            for ((w, h), _), members in groups.items()
-            # One by one where each has its own merged weights; otherwise together, through hooks.
-            for chunk in _chunks(
-                members, 1 if self.model.merging_pays(jobs[members[0]].adapter, w * h) else WHOLE // (w * h)
-            )
-        ]
-        grids = [self.tiles(*jobs[chunk[0]].photo.size) for chunk in chunks]
-        done, total = 0, sum(len(grid) for grid in grids)
-        edited: dict[int, Photo] = {}
-        for chunk, grid in zip(chunks, grids, strict=True):
-            together = [jobs[i] for i in chunk]
-            width, height = together[0].photo.size
-            canvas = Canvas([job.photo for job in together], grid, MARGIN)
-            noises = [noise_plane(width, height, job.seed) for job in together]
-            text = torch.stack([job.text for job in together])
-            edit = self.model.adapted(Adapter.stack([job.adapter for job in together]), width * height)
-            for tile in grid:
-                picture = torch.stack([_unit(job.photo.pixels[tile.window]) for job in together])
-                place = place_planes(height, width, tile.window)
-                planes = torch.stack([torch.cat([noise[:, *tile.window].float(), place]) for noise in noises])
-                canvas.add(tile, edit(picture, planes, text))
-                done += 1
-                if progress:
-                    progress(done, total)
-            edited |= dict(zip(chunk, canvas.photos(), strict=True))
-        return [edited[index] for index in range(len(jobs))]
-
     def tiles(self, width: int, height: int) -> list[Tile]:
         """How a picture of this size goes through the base: in one piece or in overlapping tiles."""
-        if height * width <= WHOLE:
-            return [Tile(0, 0, height, width)]
-        return tile_grid(height, width, CORE, MARGIN, align=self.model.config.backbone.cell)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What the base needs for one request."""
-
-    photo: Photo
-    seed: int
-    text: Tensor
-    """Instruction tokens `[K, text_dim]`, those of several instructions one after another."""
-    adapter: Adapter
-    """b = 1, strength included"""
+        return tiles_of(self.model, width, height)
 
 
 def native_dtype() -> torch.dtype:
@@ -333,24 +275,13 @@ def condition_view(photo: Photo) -> Tensor:
 
     Skipping keeps the noise and grain of single pixels, which averaging would remove.
     """
-    return _unit(condition_pixels(photo))[None]
+    return as_unit(condition_pixels(photo))[None]
 
 
 def condition_pixels(photo: Photo) -> Pixels:
     """What the condition is read from, as integers `[h, w, 3]`; see `condition_view`."""
     step = max(1, round(max(photo.pixels.shape[:2]) / CONDITION_SIDE))
     return photo.pixels[::step, ::step]
-
-
-def _unit(pixels: Pixels) -> Tensor:
-    """`[h, w, 3]` of 8 or 16 bits -> `[3, h, w]` float32 in 0..1"""
-    peak = np.iinfo(pixels.dtype).max
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / peak
-
-
-def _chunks(members: list[int], size: int) -> list[list[int]]:
-    size = max(1, size)
-    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 def _of(owner: Sequence[int], index: int) -> list[int]:

@@ -30,6 +30,7 @@ from openwu.config import ConfigError, GeneratorConfig, LayerGroup, PlainTarget
 from openwu.errors import CheckpointError, TargetError
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter
+from openwu.writing import whole_set
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded model that comes with the package."""
@@ -212,20 +213,14 @@ class EmbeddedModel(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write `config.json` and the four files of weights in `dtype`.
 
-        All of it is written beside the old files first; `config.json` goes first and comes back last, so that a folder
-        never shows a mixture of two models.
+        A folder never shows a mixture of two models.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _PARTS:
-            tensors = {key: value.to(dtype).contiguous() for key, value in getattr(self, name).state_dict().items()}
-            save_file(tensors, folder / f".{name}.partial", metadata={"format": "pt"})
-        config = folder / ".config.partial"
-        config.write_text(json.dumps(self.config.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "config.json").unlink(missing_ok=True)
-        for name in _PARTS:
-            (folder / f".{name}.partial").replace(folder / f"{name}.safetensors")
-        config.replace(folder / "config.json")
+        described = json.dumps(self.config.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        with whole_set(Path(folder), last="config.json") as draft:
+            for name in _PARTS:
+                tensors = {key: value.to(dtype).contiguous() for key, value in getattr(self, name).state_dict().items()}
+                save_file(tensors, draft / f"{name}.safetensors", metadata={"format": "pt"})
+            (draft / "config.json").write_text(described, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path = WEIGHTS, dtype: torch.dtype = torch.float32) -> EmbeddedModel:

@@ -230,7 +230,7 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_process_left_is_removed_but_not_what_is_being_written(tmp_path: Path) -> None:
-    old, new = (tmp_path / f".{key(9)}.{token * 16}.part" for token in "ab")
+    old, new = (tmp_path / f".openwu-{token * 16}.part" for token in "ab")
     for part in (old, new):
         part.write_bytes(b"half")
     long_ago = old.stat().st_mtime - 2 * ABANDONED

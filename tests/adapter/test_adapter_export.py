@@ -127,6 +127,13 @@ def test_other_folders_are_not_overwritten(tmp_path: Path, held: list[str]) -> N
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("format", ["openwu", "peft", "comfyui"])
+def test_whoever_may_read_a_new_file_may_read_an_adapter(tmp_path: Path, format: str) -> None:
+    (tmp_path / "plain").touch()
+    random_adapter(SMALL_TARGETS, 1).save_pretrained(tmp_path / "a", format=format)
+    assert {file.stat().st_mode for file in (tmp_path / "a").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
     for folder in (tmp_path / "a", tmp_path / "a" / "b"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openwu import editor as editor_module
+from openwu import drawing
 from openwu.bench import cached, edit
 from openwu.bench.command import check_row
 from openwu.editor import Editor
@@ -36,10 +36,10 @@ def editors(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Editor]
     monkeypatch.setattr(edit, "QUICK_GROWTH_SIZES", ((32, 32), (48, 32), (288, 144)))
     monkeypatch.setattr(edit, "QUICK_REQUEST_SIDE", 32)
     monkeypatch.setattr(cached, "QUICK_SIDE", 64)
-    for module in (editor_module, edit):
+    for module in (drawing, edit):
         monkeypatch.setattr(module, "MARGIN", 16)
-    monkeypatch.setattr(editor_module, "CORE", 64)
-    monkeypatch.setattr(editor_module, "WHOLE", 64 * 64)
+    monkeypatch.setattr(drawing, "CORE", 64)
+    monkeypatch.setattr(drawing, "WHOLE", 64 * 64)
     return made
 
 

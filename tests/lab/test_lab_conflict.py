@@ -19,7 +19,7 @@ from openwu.lab import conflict as conflict_module
 from openwu.lab import methods as module
 from openwu.lab.conflict import Contest, Outcome, conflict
 from openwu.lab.kept import Kept
-from openwu.lab.methods import AdapterBank, Budget, Method, copied, fit, method_loss, new_method, new_methods
+from openwu.lab.methods import METHODS, AdapterBank, Budget, Method, copied, fit, method_loss, new_method
 
 TASKS, OLD = ("darken", "fade"), ("warm",)
 BUDGET = Budget(steps=3, requests=2, crop=32, wide_rank=6)
@@ -77,7 +77,8 @@ def test_all_methods_begin_as_the_base_and_learn(
 ) -> None:
     batch = PairSampler(training[0], TASKS, ((4, 32),), 64, 3).batch(0)
     alone = method_loss(new_method(embedded_model, "sft", TASKS, BUDGET, 0), batch, 1e-2)
-    for method in new_methods(embedded_model, TASKS, replace(BUDGET, requests=4), 0):
+    for name in METHODS:
+        method = new_method(embedded_model, name, TASKS, replace(BUDGET, requests=4), 0)
         began = method_loss(method, batch, 1e-2)
         if method.name != "generated":  # its B is small, not zero
             torch.testing.assert_close(began, alone)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Mapping
@@ -26,10 +25,10 @@ from openwu.adapter.export.native import native_config, read_native
 from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.hashing import add_tensor, of_json
 from openwu.types import Adapter
+from openwu.writing import PARTIAL, whole_file
 
 SUFFIX = ".adapter.safetensors"
 _ENTRY = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
-_PART = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.part")
 ABANDONED = 3600.0
 """Seconds after which a file that was never finished counts as left behind by a process that died."""
 
@@ -77,15 +76,12 @@ class AdapterStore:
         data = encode(adapter, key)
         if len(data) > self.limit:
             return
-        part = self.folder / f".{key}.{secrets.token_hex(8)}.part"
         try:
             # Not forced to the disk: after a power failure the checksum finds what is missing.
-            part.write_bytes(data)
-            part.replace(self._path(key))
+            with whole_file(self._path(key), durable=False) as part:
+                part.write_bytes(data)
         except OSError:
             self._count("unwritten")
-            with suppress(OSError):
-                part.unlink()
         self._make_room()
 
     @property
@@ -109,7 +105,7 @@ class AdapterStore:
                     if _ENTRY.fullmatch(file.name):
                         state = file.stat()
                         found.append((state.st_mtime_ns, file.name, state.st_size))
-                    elif _PART.fullmatch(file.name) and time.time() - file.stat().st_mtime > ABANDONED:
+                    elif PARTIAL.fullmatch(file.name) and time.time() - file.stat().st_mtime > ABANDONED:
                         Path(file.path).unlink()
         return found
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from openwu.backbone.latents import PLACE, patches, picture_digest, token_rows
-from openwu.backbone.layers import find_groups
+from openwu.backbone.layers import double_and_single
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
@@ -52,13 +51,7 @@ class _Flux2(PipelineBackbone):
         return {"text": int(text), PICTURES: 4 * self.pipeline.vae.config.latent_channels + PLACE}  # type: ignore[arg-type]
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        model: Any = self.denoiser
-        double = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
-        single = [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
-        return (
-            *find_groups(model, "double_blocks", double, DOUBLE_TARGETS),
-            *find_groups(model, "single_blocks", single, SINGLE_TARGETS),
-        )
+        return double_and_single(self.denoiser, DOUBLE_TARGETS, SINGLE_TARGETS)
 
     @abstractmethod
     def token_mask(self, instructions: Sequence[str]) -> Tensor:

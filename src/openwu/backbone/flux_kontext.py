@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from openwu.backbone.latents import PLACE, patches, token_rows
-from openwu.backbone.layers import find_groups
+from openwu.backbone.layers import double_and_single
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.config import LayerGroup
 from openwu.protocols import BaseFacts, RowScope
@@ -54,13 +54,7 @@ class FluxKontext(PipelineBackbone):
         return {"text": text, PICTURES: 4 * self.pipeline.vae.config.latent_channels + PLACE}
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        model = self.denoiser
-        double = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]  # type: ignore[arg-type]
-        single = [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]  # type: ignore[arg-type]
-        return (
-            *find_groups(model, "double_blocks", double, DOUBLE_TARGETS),
-            *find_groups(model, "single_blocks", single, SINGLE_TARGETS),
-        )
+        return double_and_single(self.denoiser, DOUBLE_TARGETS, SINGLE_TARGETS)
 
     def text_states(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The last hidden states of T5."""

@@ -12,7 +12,6 @@ Shapes: b requests, L tokens that the base reads, d width of the decoder, T toke
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from openwu.backbone.hunyuan_questions import drawn, inputs_of, ratio_of, reason
 from openwu.backbone.latents import as_tensor, padded
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
+from openwu.hashing import of_bytes
 from openwu.protocols import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
 from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions
 
@@ -277,10 +277,9 @@ def _no_training() -> NoReturn:
 
 def _digest(request: BaseRequest) -> bytes:
     """Of all that decides what the base says of a request."""
-    digest = hashlib.sha256(repr((request.instruction, request.seed, request.reasoning)).encode())
-    for picture in request.pictures:
-        digest.update(repr((picture.size, picture.mode)).encode() + picture.tobytes())
-    return digest.digest()
+    words = repr((request.instruction, request.seed, request.reasoning)).encode()
+    pictures = (repr((each.size, each.mode)).encode() + each.tobytes() for each in request.pictures)
+    return of_bytes([words, *pictures]).digest()
 
 
 def _chunks(readings: Sequence[_Reading], most: int) -> list[list[int]]:

@@ -5,7 +5,6 @@ Shapes: b requests, h and w the sides of a picture or map, C channels, l tokens 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openwu.errors import PictureError
+from openwu.hashing import of_bytes
 
 SHORTEST = 64
 """Sides that the bases work on are never shorter, in pixels."""
@@ -74,10 +74,7 @@ def resized(picture: Image.Image, pixels: int, multiple: int, longest: int = 8) 
 
 def picture_digest(pictures: Sequence[Image.Image]) -> object:
     """Equal for the very same pictures in the same order."""
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(picture.tobytes())
-    return tuple(picture.size for picture in pictures), digest.digest()
+    return tuple(picture.size for picture in pictures), of_bytes(picture.tobytes() for picture in pictures).digest()
 
 
 def as_tensor(picture: Image.Image) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -44,3 +45,16 @@ def find_groups(model: nn.Module, name: str, layers: Iterable[str], targets: Seq
         else:
             groups.append(LayerGroup("", len(paths), found_targets, own, paths=tuple(paths)))
     return tuple(groups)
+
+
+def double_and_single(
+    denoiser: nn.Module, double_targets: Sequence[str], single_targets: Sequence[str]
+) -> tuple[LayerGroup, ...]:
+    """The groups of a transformer as Flux has it: blocks with a stream each for text and picture, then joint ones."""
+    model: Any = denoiser
+    double = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
+    single = [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
+    return (
+        *find_groups(denoiser, "double_blocks", double, double_targets),
+        *find_groups(denoiser, "single_blocks", single, single_targets),
+    )

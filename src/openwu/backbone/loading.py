@@ -6,11 +6,10 @@ is checked first: the pipeline's class, the files of every part, and whether the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
+from openwu.hashing import of_bytes
 
 INDEX = "model_index.json"
 HEADROOM = 1.1
@@ -201,20 +201,22 @@ def hollow_pipeline(folder: Path, denoiser: str, extra: str = "diffusers") -> Si
 
 def pipeline_fingerprint(folder: Path) -> str:
     """Depends on a pipeline's configs, tokenizers and weights. Of large files only samples are read, not every byte."""
-    digest = hashlib.sha256()
+    return of_bytes(_sampled(folder)).hexdigest()
+
+
+def _sampled(folder: Path) -> Iterator[bytes]:
     for file in sorted(folder.glob("*/*")):
         if file.suffix not in (".json", ".txt", ".model", ".jinja", ".safetensors") or not file.is_file():
             continue
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        yield f"{file.relative_to(folder).as_posix()} {size}\n".encode()
         with file.open("rb") as opened:
             if size <= _SAMPLES * _SAMPLE:
-                digest.update(opened.read())
+                yield opened.read()
                 continue
             for place in range(_SAMPLES):
                 opened.seek(place * (size - _SAMPLE) // (_SAMPLES - 1))
-                digest.update(opened.read(_SAMPLE))
-    return digest.hexdigest()
+                yield opened.read(_SAMPLE)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openwu.backbone.flux_kontext import DOUBLE_TARGETS, SINGLE_TARGETS
 from openwu.backbone.latents import patches
-from openwu.backbone.layers import find_groups
+from openwu.backbone.layers import double_and_single
 from openwu.backbone.multimodal import (
     MultimodalBackbone,
     check_instruction_tokens,
@@ -42,13 +42,7 @@ class LongCatImageEdit(MultimodalBackbone):
     unasked = ""
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        model: Any = self.denoiser
-        double = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
-        single = [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
-        return (
-            *find_groups(model, "double_blocks", double, DOUBLE_TARGETS),
-            *find_groups(model, "single_blocks", single, SINGLE_TARGETS),
-        )
+        return double_and_single(self.denoiser, DOUBLE_TARGETS, SINGLE_TARGETS)
 
     def prompt(self, instruction: str, pictures: Sequence[Image.Image]) -> Tensor:
         """States from the picture's first mark to the instruction's last padding; what stands around is cut off."""

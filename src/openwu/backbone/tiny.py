@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from openwu.norm import RMSNorm
 
-PICTURE_CHANNELS = 3
 INPUT_CHANNELS = 8
 """The picture's three channels, noise, y, x, and the squares of y and x."""
 OUTPUT_CHANNELS = 12

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openwu.adapter.experts import ExpertRouting
 from openwu.bench.row import Timing
 from openwu.errors import OpenwuError
 from openwu.grouped import GroupedProduct, Routed
@@ -22,7 +21,6 @@ from openwu.types import Adapter, Target
 
 RANK = 16
 SCALE = 0.5
-LOOPED_ROUTING = ExpertRouting("router", lambda chosen: chosen)
 
 
 class Router(nn.Module):

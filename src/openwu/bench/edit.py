@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.bench.growth import Growth, Point
 from openwu.bench.row import Row, Timing, interleaved
-from openwu.editor import MARGIN, Editor
+from openwu.drawing import MARGIN
+from openwu.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.pictures import read_picture, write_picture
 from openwu.planes import noise_plane, place_planes

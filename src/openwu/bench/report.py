@@ -14,6 +14,7 @@ from openwu.bench.plan import PLAN
 from openwu.bench.result import Result, growth_table, judged, number, read_result
 from openwu.errors import OpenwuError
 from openwu.markdown import filled, table
+from openwu.writing import write_text
 
 ROWS_PICTURE = Path("results/performance-rows.png")
 GROWTH_PICTURE = Path("results/performance-growth.png")
@@ -36,9 +37,7 @@ def write_report(folder: Path, page: Path) -> None:
         draw_rows(rows, page.parent / ROWS_PICTURE)
     if growths:
         draw_growths(growths, page.parent / GROWTH_PICTURE)
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(page)
+    write_text(page, text)
 
 
 def read_results(folder: Path) -> list[Result]:

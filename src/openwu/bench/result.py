@@ -16,9 +16,10 @@ from openwu.bench.growth import Growth
 from openwu.bench.machine import described, short_name
 from openwu.bench.row import Row, Timing
 from openwu.errors import OpenwuError
-from openwu.lab.report import write_json
+from openwu.lab.report import write_findings
 from openwu.markdown import table
 from openwu.origin import origin, uncommitted
+from openwu.writing import write_text
 
 
 @dataclass
@@ -62,8 +63,8 @@ class Result:
             "growths": [{"name": name, **growth.to_json()} for name, growth in self.growths.items()],
             "failed": self.failed,
         }
-        write_json(self.file, {"quick": self.quick}, {**self.origin, **found})
-        self.file.with_suffix(".md").write_text(self.page(), encoding="utf-8")
+        write_findings(self.file, {"quick": self.quick}, {**self.origin, **found})
+        write_text(self.file.with_suffix(".md"), self.page())
 
     @property
     def commit(self) -> str:

@@ -9,7 +9,6 @@ Shapes: b requests, l patches of one request's pictures, L the most in a batch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from openwu.errors import CheckpointError, InstructionError
 from openwu.extras import library, quiet
+from openwu.hashing import of_bytes
 from openwu.protocols import Backbone
 from openwu.types import BaseRequest, Condition, Segment
 
@@ -96,8 +96,9 @@ class Siglip2:
 
 def _identity(model: nn.Module) -> str:
     """Tells weights apart by the beginnings and ends of all their tensors."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        ends = torch.cat([value.flatten()[:16], value.flatten()[-16:]]).float()
-        digest.update(f"{name} {tuple(value.shape)}".encode() + ends.numpy().tobytes())
-    return digest.hexdigest()
+
+    def ends(value: Tensor) -> bytes:
+        return torch.cat([value.flatten()[:16], value.flatten()[-16:]]).float().numpy().tobytes()
+
+    stored = model.state_dict().items()
+    return of_bytes(f"{name} {tuple(value.shape)}".encode() + ends(value) for name, value in stored).hexdigest()

@@ -40,6 +40,11 @@ File = Path | Image.Image
 """Where a picture is, or the picture itself."""
 
 
+def content(file: File) -> bytes:
+    """The bytes by which a picture is told apart: the file's, not yet decoded, or the pixels."""
+    return file.read_bytes() if isinstance(file, Path) else file.tobytes()
+
+
 @dataclass(frozen=True)
 class Pair:
     """One pair, not yet loaded."""

@@ -7,7 +7,6 @@ that go into the provenance of trained weights.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from openwu.errors import DatasetError
+from openwu.hashing import of_files
 
 TRAINING_SIDES = (1024, 768, 512, 384)
 """Longest sides at which a photograph is kept for training: the edits are defined in pixels, so scale is variety."""
@@ -55,7 +55,7 @@ def load_folder(folder: Path, validation: bool = False) -> list[Photograph]:
 
 def folder_hashes(folder: Path) -> dict[str, str]:
     """File name -> SHA-256 of its bytes, for provenance."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.jpg"))}
+    return {file.name: of_files([file]).hexdigest() for file in sorted(folder.glob("*.jpg"))}
 
 
 def load_test_photographs(side: int = 512) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ written, which no variation of a training sentence ever equals.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from openwu.data.edits.core import LITTLE, NORMAL, STRONG
+from openwu.hashing import of_files
 
 OUT_OF_SCOPE = "out_of_scope"
 """The label of sentences that ask for something that no sub-task of the suite does."""
@@ -75,7 +75,7 @@ def load_strength_words() -> Phrases:
 
 def phrases_hash() -> str:
     """SHA-256 of the file with all sentences."""
-    return hashlib.sha256(_FILE.read_bytes()).hexdigest()
+    return of_files([_FILE]).hexdigest()
 
 
 @cache

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from openwu.markdown import filled
 from openwu.origin import origin
 from openwu.types import Adapter
 from openwu.understanding import understanding
+from openwu.writing import write_json, write_text
 
 SMALL = 256
 """Longest side in pixels where many requests are compared with one another."""
@@ -95,7 +95,7 @@ def run(arguments: list[str]) -> int:
     sections = as_markdown(found, options.seeds, sorted(photographs))
     _write(found, sections, options.seeds, options.side, output)
     if card:
-        card.write_text(filled(card, sections, "--card"), encoding="utf-8")
+        write_text(card, filled(card, sections, "--card"))
     sys.stdout.write("".join(sections.values()))
     return 0
 
@@ -150,11 +150,9 @@ def as_json(found: Findings, seeds: Sequence[int], side: int) -> dict[str, objec
 
 def _write(found: Findings, sections: dict[str, str], seeds: Sequence[int], side: int, output: Path) -> None:
     numbers = as_json(found, seeds, side)
-    # One line per entry of the long lists: a diff of two runs stays readable.
-    lines = [f" {json.dumps(key)}: {_entries(value)}" for key, value in numbers.items()]
-    (output / "suite.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_json(output / "suite.json", numbers)
     text = "".join(f"## {name.capitalize()}\n\n{section}" for name, section in sections.items())
-    (output / "suite.md").write_text(text, encoding="utf-8")
+    write_text(output / "suite.md", text)
     titles = [*found.report.methods, "target"]
     grid(found.report.grid, titles).save(output / "suite.jpg", quality=85)
     cells = {name: [middle(cell, CELL) for cell in row] for name, row in found.composed_cells.items()}
@@ -166,12 +164,6 @@ def _write(found: Findings, sections: dict[str, str], seeds: Sequence[int], side
     worst = sorted(found.report.edits, key=lambda edit: found.report.mean("psnr", "generated", [edit]))[:8]
     shown = {name: found.report.grid[name] for name in dict.fromkeys([*found.report.missed(), *worst])}
     grid(shown, titles).save(output / "worst.jpg", quality=85)
-
-
-def _entries(value: object) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n  " + ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in value) + "\n ]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _parser() -> argparse.ArgumentParser:

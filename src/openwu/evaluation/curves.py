@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from openwu.errors import OpenwuError
 from openwu.training.loop import SECONDS
 from openwu.training.recipe import STAGES
+from openwu.writing import write_text
 
 SHOWN = {"instruction": "held_out/", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}
 """Stage -> the beginning of the curves that are drawn."""
@@ -48,7 +49,7 @@ def write_curves(run: Path, output: Path) -> Path:
     """Write `curves.json` and `curves.png`; returns the picture."""
     curves = read_curves(run)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "curves.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
+    write_text(output / "curves.json", json.dumps(curves) + "\n")
     return draw_curves(curves, output / "curves.png")
 
 

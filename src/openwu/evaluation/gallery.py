@@ -20,6 +20,7 @@ from openwu.errors import OpenwuError
 from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.suite import apply, following, generate, make_cases
 from openwu.markdown import table
+from openwu.writing import write_text
 
 SIDE = 256
 """Side in pixels of a picture on the page."""
@@ -56,7 +57,7 @@ def write_gallery(model: EmbeddedModel, photographs: dict[str, Tensor], folder: 
         head = ("edit", "opposite", "say, for example", "or")
         text += f"## {family.capitalize()}\n\n{table(head, rows)}![{family}]({family}.jpg)\n\n"
     page = folder / "README.md"
-    page.write_text(text.rstrip() + "\n", encoding="utf-8")
+    write_text(page, text.rstrip() + "\n")
     return page
 
 

@@ -9,9 +9,6 @@ module tensor by tensor, so that it never exists twice. Saving writes everything
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 from openwu.config import RELEASED_GROUP, ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError
+from openwu.writing import whole_set
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -112,20 +110,11 @@ def save_generator(module: nn.Module, config: GeneratorConfig, folder: Path, max
     tensors = {written_name(name, config): tensor for name, tensor in module.state_dict().items()}
     if any(tensor.is_meta for tensor in tensors.values()):
         raise CheckpointError(f"{folder}: expected weights to save, got a generator on the meta device")
-    existed = folder.is_dir()
-    hidden = f".{folder.name}-{uuid.uuid4().hex}.saving"
-    staging = folder / hidden if existed else folder.with_name(hidden)
     try:
-        staging.mkdir(parents=True)
-        _write(staging, tensors, config, max_shard_size)
-        if existed:
-            _move_in(staging, folder)
-        else:
-            staging.rename(folder)
+        with whole_set(folder, last=CONFIG_FILE, stale=(WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")) as draft:
+            _write(draft, tensors, config, max_shard_size)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _read_config(folder: Path, problems: list[str]) -> GeneratorConfig | None:
@@ -235,11 +224,6 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], config: GeneratorConfig,
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for file, shard in zip(files, shards, strict=True):
         save_file({name: tensors[name].cpu().contiguous() for name in shard}, folder / file, {"format": "pt"})
-        # safetensors creates files that only their owner may read; give them the same rights as the config.
-        (folder / file).chmod((folder / CONFIG_FILE).stat().st_mode)
-    for path in folder.iterdir():
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -257,19 +241,6 @@ def _shards(tensors: Mapping[str, Tensor], max_size: int) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.nbytes
     return shards
-
-
-def _move_in(staging: Path, folder: Path) -> None:
-    """Replace the checkpoint in `folder`, and only it, by the one in `staging`.
-
-    The config goes first and comes back last: a crash between the renames leaves a folder that is visibly incomplete,
-    never the weights of two checkpoints that look like one.
-    """
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
-    for stale in (folder / WEIGHTS_FILE, folder / INDEX_FILE, *folder.glob("model-*-of-*.safetensors")):
-        stale.unlink(missing_ok=True)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-        path.replace(folder / path.name)
 
 
 def _error(folder: Path, problems: Iterable[str]) -> CheckpointError:

@@ -97,7 +97,6 @@ class FastGenerator:
         self._sources: tuple[object, ...] | None = None
         self._held: list[Tensor] = []
         self._packed: list[PackedBlock] = []
-        self._norm_tokens: list[Norm] = []
         self._first: dict[str, _First] = {}
 
     def __call__(self, condition: Condition | Tensor) -> Adapter:

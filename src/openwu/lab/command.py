@@ -37,7 +37,7 @@ from openwu.lab.pictures import (
     draw_map,
     draw_scaling,
 )
-from openwu.lab.report import columns, write_json
+from openwu.lab.report import columns, write_findings
 from openwu.lab.scaling import AXES, BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
@@ -65,7 +65,7 @@ def run_audit(arguments: list[str]) -> int:
     )
     _check_numbers(options)
     ladder = audit(embedded_subject(_model(options), _photographs(options), _edits(options)), options.seeds)
-    write_json(Path(options.output) / "audit.json", _settings(options), ladder.to_json())
+    write_findings(Path(options.output) / "audit.json", _settings(options), ladder.to_json())
     draw_ladder(ladder, Path(options.output) / "audit.png")
     sys.stdout.write(ladder_table(ladder))
     return 0
@@ -89,7 +89,7 @@ def _manifold(options: argparse.Namespace) -> str:
     subject = embedded_subject(_model(options), _photographs(options), _edits(options))
     found = manifold(subject, [case.photograph for case in subject.cases], options.seeds)
     output = Path(options.output)
-    write_json(output / "manifold.json", _settings(options), found.to_json())
+    write_findings(output / "manifold.json", _settings(options), found.to_json())
     draw_map(found, {name: [edit.name for edit in edits] for name, edits in FAMILIES.items()}, output / "manifold.png")
     return manifold_table(found)
 
@@ -108,7 +108,7 @@ def _gradients(options: argparse.Namespace) -> str:
         generator_conflict(model, photographs, edits, opposites, options.seeds),
     ]
     output = Path(options.output)
-    write_json(
+    write_findings(
         output / "gradients.json",
         {**_settings(options), "steps": steps},
         {"tasks": list(edits), "opposites": opposites, "found": [each.to_json() for each in found]},
@@ -130,7 +130,7 @@ def _conflict(options: argparse.Namespace) -> str:
     settings = {**_settings(options), "edits": tasks, "old": old, "budget": vars(budget)}
     keep = _kept("conflict", settings, model)
     found = conflict(model, photographs, _photographs(options), tasks, old, budget, options.seeds, keep)
-    write_json(output / "conflict.json", settings, found.to_json())
+    write_findings(output / "conflict.json", settings, found.to_json())
     draw_contest(found, output / "conflict.png")
     draw_cells(found, output / "conflict.jpg")
     return conflict_table(found)
@@ -148,7 +148,7 @@ def _continual(options: argparse.Namespace) -> str:
     settings = {**_settings(options), "edits": None, "groups": groups, "budget": vars(budget)}
     keep = _kept("continual", settings, model)
     found = continual(model, photographs, _photographs(options), groups, budget, options.seeds, keep)
-    write_json(output / "continual.json", settings, found.to_json())
+    write_findings(output / "continual.json", settings, found.to_json())
     draw_course(found, output / "continual.png")
     return continual_table(found)
 
@@ -168,7 +168,7 @@ def _scaling(options: argparse.Namespace) -> str:
     settings = {**_settings(options), "edits": tasks, "budget": vars(budget), "base_steps": base_steps}
     keep, test = _kept("scaling", settings, model), _photographs(options)
     found = scaling(model, photographs, test, tasks, base_tasks, budget, base_steps, options.seeds, sizes, widths, keep)
-    write_json(output / "scaling.json", settings, found.to_json())
+    write_findings(output / "scaling.json", settings, found.to_json())
     draw_scaling(found, output / "scaling.png")
     return scaling_table(found)
 

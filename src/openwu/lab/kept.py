@@ -7,7 +7,6 @@ code stand in other folders.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,9 @@ from typing import Any, Protocol
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from openwu.hashing import add_tensor, of_json
+from openwu.writing import whole_set
 
 CODE = (
     *("lab", "training", "data", "embedded.py", "backbone", "condition", "generator", "adapter", "ops", "evaluation"),
@@ -69,11 +71,9 @@ class Kept:
     def _write(self, name: str, part: Part) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         values, tensors = self._files(name)
-        partial = [file.with_name(f".{file.name}.partial") for file in (values, tensors)]
-        partial[0].write_text(json.dumps(part.values), encoding="utf-8")
-        save_file({key: value.contiguous() for key, value in part.tensors.items()}, partial[1])
-        partial[1].replace(tensors)
-        partial[0].replace(values)  # last: a part without its values is missing
+        with whole_set(self.folder, last=values.name) as draft:  # A part without its values is missing.
+            (draft / values.name).write_text(json.dumps(part.values), encoding="utf-8")
+            save_file({key: value.contiguous() for key, value in part.tensors.items()}, draft / tensors.name)
 
     def _files(self, name: str) -> tuple[Path, Path]:
         plain = "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -82,11 +82,10 @@ class Kept:
 
 def fingerprint(settings: Mapping[str, Any], *frozen: nn.Module) -> str:
     """Sixteen digits that differ where settings, the frozen modules' weights or the code do."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest = of_json(settings, sort_keys=True, default=str)
     for module in frozen:
         for name, value in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().float().numpy().tobytes())
+            add_tensor(digest, name, value)
     package = Path(__file__).parents[1]
     for part in CODE:
         held = [package / part] if part.endswith(".py") else (package / part).rglob("*")

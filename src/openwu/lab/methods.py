@@ -93,12 +93,8 @@ METHODS = ("single", "shared", "shared, wide", "sft", "generated")
 """Methods that something is trained for; `base`, `retrieval` and `random` come with others."""
 
 
-def new_methods(model: EmbeddedModel, tasks: Sequence[str], budget: Budget, seed: int) -> list[Method]:
-    """All methods that something is trained for, untrained."""
-    return [new_method(model, name, tasks, budget, seed) for name in METHODS]
-
-
 def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Budget, seed: int) -> Method:
+    """One of METHODS, untrained."""
     targets, rank = model.generator.targets, model.generator.config.rank
     random = torch.Generator().manual_seed(seed)
     if name == "single":

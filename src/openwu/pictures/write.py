@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-import secrets
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +16,7 @@ from openwu.errors import PictureError
 from openwu.pictures.formats import INSTALL, encode_deep, has_deep_colour, has_heif
 from openwu.pictures.photo import Photo
 from openwu.pictures.read import read_picture
+from openwu.writing import whole_file
 
 SUFFIXES = {
     ".jpg": "JPEG",
@@ -198,18 +197,10 @@ def _encode(image: Image.Image, path: Path, format: str, options: dict[str, Any]
 
 
 def _write_whole(data: bytes, path: Path) -> None:
-    """Fill a new file beside the target, force it to the disk, and only then give it the target's name."""
-    part = path.with_name(f".openwu-{secrets.token_hex(8)}.part")
     try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with whole_file(path) as part:
+            part.write_bytes(data)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise PictureError(f"{path}: the disk is full; free some space and try again") from error
         raise PictureError(f"{path}: could not be written: {error.strerror or error}; check the disk") from error
-    finally:
-        with suppress(FileNotFoundError):
-            part.unlink()

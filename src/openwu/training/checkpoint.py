@@ -8,7 +8,6 @@ step. Weights that are cut up among processes are written whole, and cut up agai
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from openwu.errors import CheckpointError
 from openwu.training.average import Average
 from openwu.training.optimizer import StageOptimizer
 from openwu.training.processes import like, whole_state
+from openwu.writing import whole_file
 
 STATE = "state.safetensors"
 
@@ -47,11 +47,8 @@ def save_state(
     if not main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{STATE}.partial"
-    save_file(tensors, partial, {"step": str(step), "recipe": recipe})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(folder / STATE)
+    with whole_file(folder / STATE) as part:
+        save_file(tensors, part, {"step": str(step), "recipe": recipe})
 
 
 def load_state(

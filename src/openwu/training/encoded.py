@@ -7,7 +7,6 @@ one they are asked in every step. The rows are the same, made one pair at a time
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.backbone.pipeline import PipelineBackbone
-from openwu.data.pairs import SHOWN, Pair, Pairs
+from openwu.data.pairs import SHOWN, Pair, Pairs, content
 from openwu.errors import DatasetError, OpenwuError
+from openwu.hashing import of_bytes
 from openwu.protocols import ConditionEncoder
 from openwu.training.processes import Processes
 from openwu.training.rows import RowStore, joined
@@ -129,9 +129,7 @@ def _check_disk(first: Path, others: int) -> None:
 
 def _seed_of(pair: Pair, text: str) -> int:
     """Of its pictures and words, so that a row is the same wherever it is made."""
-    digest = hashlib.sha256(text.encode())
-    for image in pair.images:
-        digest.update(image.read_bytes() if isinstance(image, Path) else image.tobytes())
+    digest = of_bytes([text.encode(), *(content(image) for image in pair.images)])
     return int.from_bytes(digest.digest()[:4], "big")
 
 

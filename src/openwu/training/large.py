@@ -7,7 +7,6 @@ then loading, then the encoders' say on every pair (once; it stays on disk), the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ from openwu.data.buckets import Buckets
 from openwu.data.pairs import Pair, Pairs, picture_size, read_pairs
 from openwu.errors import OpenwuError
 from openwu.generator.model import ParameterGenerator
+from openwu.hashing import of_json
 from openwu.origin import origin
 from openwu.protocols import ConditionEncoder
 from openwu.training.based import based_stage
@@ -223,5 +223,5 @@ def _depends_on(recipe: BasedRecipe, hashes: dict[str, str], fingerprint: str) -
     """What the trained weights depend on."""
     described = {key: value for key, value in describe(recipe).items() if key not in _ELSEWHERE}
     described["generator"].pop("accumulate", None)
-    pairs = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    pairs = of_json(hashes).hexdigest()
     return json.dumps({**described, "base": fingerprint, "pairs": pairs}, sort_keys=True)

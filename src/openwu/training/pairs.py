@@ -8,20 +8,18 @@ Shapes: b requests, s side of the square, k side of the crop that the base edits
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from openwu.data.batches import CORNERS, PairBatch
-from openwu.data.pairs import SHOWN, File, Pair, Pairs, load_picture
+from openwu.data.pairs import SHOWN, File, Pair, Pairs, content, load_picture
 from openwu.embedded import EmbeddedModel
 from openwu.errors import DatasetError
+from openwu.hashing import of_json
 from openwu.planes import place_planes
 from openwu.training.part import WHOLE, Part
 from openwu.training.recipe import PairsRecipe
@@ -54,9 +52,9 @@ def pairs_hashes(*parts: Pairs) -> dict[str, str]:
 
 
 def _hash(pair: Pair) -> str:
-    said = hashlib.sha256(json.dumps([pair.task, *pair.instructions]).encode())
+    said = of_json([pair.task, *pair.instructions])
     for file in (*pair.images, pair.target):
-        said.update(file.read_bytes() if isinstance(file, Path) else file.tobytes())
+        said.update(content(file))
     return said.hexdigest()
 
 

@@ -14,6 +14,7 @@ from openwu.embedded import EmbeddedConfig
 from openwu.training.loop import SECONDS
 from openwu.training.processes import is_main
 from openwu.training.recipe import Recipe, StageConfig
+from openwu.writing import write_text
 
 PROVENANCE = "provenance.json"
 
@@ -47,7 +48,7 @@ def stored_provenance(model: str | Path) -> dict[str, Any]:
 def write_provenance(target: Path, made: dict[str, Any], before: dict[str, Any] | None = None) -> None:
     """`before`: the provenance of the model that a training went on from; it keeps standing, this training after it."""
     found = made if before is None else {**before, "then": [*before.get("then", []), made]}
-    (target / PROVENANCE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(target / PROVENANCE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def seconds_of(stage: Path) -> int:

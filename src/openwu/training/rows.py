@@ -9,9 +9,6 @@ Shapes: a row is a `LatentBatch` of b = 1.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwu.data.pairs import Pair
+from openwu.data.pairs import Pair, content
 from openwu.errors import DatasetError
+from openwu.hashing import of_bytes, of_json
 from openwu.types import Condition, LatentBatch, Segment
+from openwu.writing import whole_file
 
 FORMAT = 1
 """Rises when files of rows get another meaning."""
@@ -42,10 +41,9 @@ class RowStore:
 
     def path(self, pair: Pair, sentence: str) -> Path:
         """Where the row of a pair with one of its wordings stands, whether it is there or not."""
-        said = hashlib.sha256(json.dumps([FORMAT, self.made_by, sentence, len(pair.images)]).encode())
+        said = of_json([FORMAT, self.made_by, sentence, len(pair.images)])
         for file in (*pair.images, pair.target):
-            content = file.read_bytes() if isinstance(file, Path) else file.tobytes()
-            said.update(hashlib.sha256(content).digest())
+            said.update(of_bytes([content(file)]).digest())
         name = said.hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
@@ -63,12 +61,8 @@ class RowStore:
         """Whole or not at all; two processes may write the same row."""
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in to_tensors(row).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, {"checksum": _checksum(tensors)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path, durable=False) as part:
+            save_file(tensors, part, {"checksum": _checksum(tensors)})
 
 
 def to_tensors(batch: LatentBatch) -> dict[str, Tensor]:

@@ -101,11 +101,15 @@ class InstructionStage:
         own = part.rows(self.size)
         wanted, degrees = drawn.wanted[own], drawn.degrees[own]
         tokens = self.encoder.read_rows(drawn.rows[own])
-        off_centre = self.encoder.off_centre(tokens, wanted, degrees)
+        held = self.held(drawn.sentences[own], tokens, wanted, degrees)
         tokens = tokens + drawn.noise[own]
         edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), wanted)
         graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
-        yield (edits + DEGREE_WEIGHT * graded + off_centre) * part.share(self.size)
+        yield (edits + DEGREE_WEIGHT * graded + held) * part.share(self.size)
+
+    def held(self, _sentences: list[str], tokens: Tensor, wanted: Tensor, degrees: Tensor) -> Tensor:
+        """What ties the tokens `[b, K, width]` to something, besides being understood: learns what is typical."""
+        return self.encoder.off_centre(tokens, wanted, degrees)
 
     def not_finite(self, step: int, _part: Part = WHOLE) -> list[str]:
         return [f"the sentences of step {step}"]

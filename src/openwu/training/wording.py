@@ -8,17 +8,13 @@ their tokens, others are drawn to the typical tokens of what they ask for, and w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from openwu.embedded import EmbeddedModel
-from openwu.training.part import WHOLE, Part
 from openwu.training.recipe import WordingRecipe
-from openwu.training.stages import DEGREE_WEIGHT, InstructionStage, smoothed
+from openwu.training.stages import InstructionStage
 
 
 class WordingStage(InstructionStage):
@@ -39,17 +35,9 @@ class WordingStage(InstructionStage):
     def trained(self) -> nn.Module:
         return self.encoder
 
-    @contextmanager
-    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
-        drawn = self.drawn(step)
-        own = part.rows(self.size)
-        wanted, degrees = drawn.wanted[own], drawn.degrees[own]
-        tokens = self.encoder.read_rows(drawn.rows[own])
-        away = (tokens - self.expected(drawn.sentences[own], wanted, degrees)).square().mean()
-        tokens = tokens + drawn.noise[own]
-        edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), wanted)
-        graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
-        yield (edits + DEGREE_WEIGHT * graded + self.hold * away) * part.share(self.size)
+    def held(self, sentences: list[str], tokens: Tensor, wanted: Tensor, degrees: Tensor) -> Tensor:
+        """The distance from what frozen readers expect."""
+        return self.hold * (tokens - self.expected(sentences, wanted, degrees)).square().mean()
 
     @torch.no_grad()
     def expected(self, sentences: list[str], wanted: Tensor, degrees: Tensor) -> Tensor:

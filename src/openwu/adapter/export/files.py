@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openwu.errors import CheckpointError, OpenwuError
+from openwu.writing import whole_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -44,7 +45,8 @@ def write(
     with replaced(folder.resolve()) as draft:
         if config is not None:
             (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(own, draft / weights, metadata={"format": "pt", **(metadata or {})})
+        with whole_file(draft / weights) as part:  # for its permissions: others shall read it, too
+            save_file(own, part, metadata={"format": "pt", **(metadata or {})})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
