@@ -134,12 +134,13 @@ def placed(adapter: Adapter, backbone: Backbone) -> Adapter:
 def _home(modules: Mapping[str, nn.Module], target: Target) -> torch.device | None:
     """Where a target's module runs: offloaded ones say so by accelerate's hook, others have their weights there."""
     path = target.name if target.experts is None else target.name.rpartition(".")[0]
-    for module in modules[path].modules():
+    weighted = next((each for each in modules[path].modules() if getattr(each, "weight", None) is not None), None)
+    # Parts may be offloaded one by one or whole, so that the hook is on a module around: the nearest one counts.
+    around = [modules[path.rsplit(".", depth)[0]] for depth in range(path.count(".") + 1)]
+    for module in (weighted, *around, modules.get("")):
         if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
             return torch.device(device)
-        if (weight := getattr(module, "weight", None)) is not None:
-            return torch.device(weight.device)
-    return None
+    return None if weighted is None else torch.device(weighted.weight.device)
 
 
 def _shown(widths: tuple[int, int, int | None]) -> str:

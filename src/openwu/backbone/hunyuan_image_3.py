@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from openwu.backbone.hunyuan_loading import EXTRA, LastLayer, RemoteModel, check_folder, check_trust, load_remote
-from openwu.backbone.hunyuan_memory import Quantise
 from openwu.backbone.hunyuan_questions import drawn, inputs_of, ratio_of, reasoning_of
 from openwu.backbone.latents import as_tensor, padded
+from openwu.backbone.quantised import Quantise
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
 from openwu.hashing import of_bytes

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from openwu.backbone.hunyuan_memory import Headers, Quantise, Room, check_room, gpu_budgets, read_headers
+from openwu.backbone.headers import Headers
+from openwu.backbone.hunyuan_memory import LAYER, LINEAR, Room, check_room, gpu_budgets, read_headers
+from openwu.backbone.quantised import Quantise, check_quantise, differentiable_
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
 
@@ -107,7 +109,7 @@ def load_remote(
     placed: dict[str, Any] = {"device_map": {"": str(device)}}
     if room.gpus and (len(room.gpus) > 1 or offload):
         placed = {"device_map": "auto", "max_memory": gpu_budgets(need, room, offload=offload)}
-    if device.type == "cpu":
+    if device.type == "cpu" and quantise is None:
         placed = {}
     else:
         library("accelerate", EXTRA)
@@ -126,6 +128,7 @@ def load_remote(
                 **placed,
             )
             check_surface(model)
+            differentiable_(model)
             model.load_tokenizer(str(path))
     except OpenwuError:
         raise
@@ -238,27 +241,27 @@ class LastLayer:
 
 
 def _check_ways(device: torch.device, quantise: Quantise | None, offload: bool) -> None:
-    if quantise not in (None, "8bit", "4bit"):
-        raise OpenwuError(f"quantise: expected 8bit, 4bit or nothing, got {quantise!r}")
+    check_quantise(quantise, EXTRA)
     if quantise is not None and offload:
         raise OpenwuError("quantise, offload: expected one of them: bitsandbytes keeps its weights on the GPU")
-    if device.type == "cpu" and (quantise is not None or offload):
-        raise OpenwuError(
-            f"{'quantise' if quantise else 'offload'}: expected a GPU (--device cuda), got --device cpu; leave it out"
-        )
-    if quantise is not None:
-        library("bitsandbytes", EXTRA)
+    if device.type == "cpu" and offload:
+        raise OpenwuError("offload: expected a GPU (--device cuda), got --device cpu; leave it out")
 
 
 def unquantised(headers: Headers) -> list[str]:
-    """Paths of everything but the linear maps of decoder layers, so that what is loaded is what was estimated."""
-    kept = {"mlp.gate"}
+    """Paths of everything but the linear maps of decoder layers, so that what is loaded is what was estimated.
+
+    Full paths: releases of transformers differ in what else they take a name for (an end, a beginning, a middle).
+    """
+    kept = set()
     for name in headers:
-        first, second = name.split(".")[0], ".".join(name.split(".")[:2])
-        if first != "model":
-            kept.add(first)
-        elif second != "model.layers":
-            kept.add(second)
+        parts = name.split(".")
+        if parts[0] != "model":
+            kept.add(parts[0])
+        elif not LAYER.match(name):
+            kept.add(".".join(parts[:2]))
+        elif not LINEAR.match(name):
+            kept.add(name.rpartition(".")[0])
     return sorted(kept)
 
 

@@ -11,26 +11,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from openwu.backbone.headers import Headers, read_header
 from openwu.backbone.loading import free_memory
+from openwu.backbone.quantised import Quantise, quantised_bytes
 from openwu.errors import CheckpointError, OpenwuError
-
-Quantise = Literal["8bit", "4bit"]
-
-Headers = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Tensor name -> (dtype as safetensors writes it, shape)."""
 
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of a number; the float8 formats have one, too."""
-
-QUANTISED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-"""Bytes of a quantised number. 4 bits: a float32 scale for every 64. The scales of 8 bits, one a row, are left out."""
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 LINEAR = re.compile(r"^model\.layers\.\d+\.(self_attn|mlp\.shared_mlp|mlp\.experts)\..*proj\.weight$")
@@ -110,7 +102,7 @@ def read_headers(folder: Path) -> Headers:
         )
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in names:
-        headers |= _header(folder / name)
+        headers |= read_header(folder / name)
     return headers
 
 
@@ -123,7 +115,7 @@ def needs(
     for name, (code, shape) in headers.items():
         size = math.prod(shape) * _width(code, dtype)
         if quantise is not None and LINEAR.match(name):
-            size = math.ceil(math.prod(shape) * QUANTISED[quantise])
+            size = quantised_bytes(shape, quantise)
         if found := LAYER.match(name):
             layers[found[1]] = layers.get(found[1], 0) + size
         else:
@@ -200,22 +192,6 @@ def _cache(headers: Headers, dtype: torch.dtype | None) -> int:
 def _width(code: str, dtype: torch.dtype | None) -> int:
     is_float = code.startswith(("F", "BF"))
     return dtype.itemsize if is_float and dtype is not None else WIDTHS.get(code, 1)
-
-
-def _header(file: Path) -> Headers:
-    """A file's header: eight bytes of length, then JSON."""
-    try:
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        return {
-            name: (str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(
-            f"{file}: expected a complete safetensors file, got {error}; download it again"
-        ) from error
 
 
 def _gb(size: int) -> str:

@@ -10,12 +10,16 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
+from openwu.backbone.headers import read_header
+from openwu.backbone.quantised import Fewer, check_quantise, quantise_
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
 from openwu.hashing import of_bytes
@@ -43,15 +47,21 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     extra: str = "diffusers",
+    fewer: Fewer | None = None,
 ) -> Any:
-    """A pipeline of one of `classes` from a folder or a hub id; `dtype` None: float32 on a CPU, else bfloat16."""
+    """A pipeline of one of `classes` from a folder or a hub id; `dtype` None: float32 on a CPU, else bfloat16.
+
+    `fewer`: what to quantise. The machine's memory holds all weights first: what is known to fit is the result.
+    """
+    if fewer is not None:
+        check_quantise(fewer.how)
     diffusers = library("diffusers", extra)
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     path = local_folder(folder, revision)
     found = check_class(path, classes)
     variant = check_weights(path)
-    check_memory(path, dtype, device)
+    check_memory(path, dtype, device, fewer)
     try:
         with quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
             pipeline = getattr(diffusers, found).from_pretrained(
@@ -59,6 +69,8 @@ def load_pipeline(
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: diffusers cannot load this pipeline: {error}") from error
+    if fewer is not None:
+        quantise_(getattr(pipeline, fewer.part), fewer.paths(path), fewer.how, dtype, device)
     return pipeline.to(device)
 
 
@@ -143,14 +155,23 @@ def check_weights(folder: Path) -> str | None:
     return variants.pop() if variants else None
 
 
-def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise when the weights in `dtype` do not fit into the device's free memory, with the numbers."""
-    needed = int(HEADROOM * weight_bytes(folder, dtype))
-    free = free_memory(device)
+def check_memory(folder: Path, dtype: torch.dtype, device: torch.device, fewer: Fewer | None = None) -> None:
+    """Raise when the weights in `dtype` do not fit into the device's free memory, with the numbers.
+
+    In the machine's memory all of them stand before some are quantised; on another device only what is quantised.
+    """
+    needed = weight_bytes(folder, dtype)
+    if fewer is not None and device.type != "cpu":
+        needed -= fewer.saved(folder, weight_files(folder / fewer.part), dtype.itemsize)
+    needed, free = int(HEADROOM * needed), free_memory(device)
     if free is not None and needed > free:
+        how = str(dtype).removeprefix("torch.") + ("" if fewer is None else f" and {fewer.how}")
+        less = "a smaller dtype, another device or a smaller base"
+        if fewer is None and device.type != "cpu":
+            less = "quantise (8bit, 4bit), " + less
         raise OpenwuError(
-            f"{folder}: the weights need about {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but "
-            f"{device} has {free / 1e9:.1f} GB free; use a smaller dtype, another device or a smaller base"
+            f"{folder}: the weights need about {needed / 1e9:.1f} GB in {how}, but "
+            f"{device} has {free / 1e9:.1f} GB free; use {less}"
         )
 
 
@@ -189,7 +210,7 @@ def hollow_pipeline(folder: Path, denoiser: str, extra: str = "diffusers") -> Si
                 with torch.device("meta"):
                     parts[denoiser] = getattr(diffusers, config["_class_name"]).from_config(config)
             elif "model_type" in config:
-                parts[file.parent.name] = SimpleNamespace(config=transformers.AutoConfig.from_pretrained(file.parent))
+                parts[file.parent.name] = HollowPart(file.parent, transformers.AutoConfig.from_pretrained(file.parent))
             else:
                 parts[file.parent.name] = SimpleNamespace(config=SimpleNamespace(**config))
         return SimpleNamespace(**{denoiser: parts.pop(denoiser)}, **parts)
@@ -197,6 +218,25 @@ def hollow_pipeline(folder: Path, denoiser: str, extra: str = "diffusers") -> Si
         raise CheckpointError(
             f"{folder}: expected a config.json that diffusers reads in every part, got {error}"
         ) from error
+
+
+@dataclass(frozen=True)
+class HollowPart:
+    """An encoder without its weights."""
+
+    folder: Path
+    config: Any
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Its modules on the meta device, made from the config; none where transformers cannot make it so."""
+        try:
+            index = json.loads((self.folder.parent / INDEX).read_text(encoding="utf-8"))
+            kind = getattr(library("transformers"), index[self.folder.name][1])
+            with torch.device("meta"):
+                made: nn.Module = kind(self.config)
+        except Exception:  # models of many authors; who asks for a module of it finds out later
+            return iter(())
+        return made.named_modules()
 
 
 def pipeline_fingerprint(folder: Path) -> str:
@@ -233,12 +273,5 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _numbers(file: Path) -> int:
-    """How many numbers a safetensors file holds, from its header: eight bytes of length, then JSON."""
-    try:
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(
-            f"{file}: expected a complete safetensors file, got {error}; download it again"
-        ) from error
+    """How many numbers a safetensors file holds."""
+    return sum(math.prod(shape) for _, shape in read_header(file).values())

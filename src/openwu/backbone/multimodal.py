@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from openwu.backbone.flow import noise_of, sample
 from openwu.backbone.latents import PLACE, padded, patches, token_rows
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
+from openwu.backbone.quantised import Quantise
 from openwu.errors import InstructionError, OpenwuError
 from openwu.extras import library
 from openwu.protocols import RowScope
@@ -42,10 +43,11 @@ class ReadsPictures(PipelineBackbone):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        quantise: Quantise | None = None,
     ) -> Self:
         """See `PipelineBackbone`. The processors' part for videos asks for torchvision, though no video is read."""
         library("torchvision", cls.facts.extra)
-        return super().from_pretrained(folder, device=device, dtype=dtype, revision=revision)
+        return super().from_pretrained(folder, device=device, dtype=dtype, revision=revision, quantise=quantise)
 
     def options(self, options: SamplingOptions) -> SamplingOptions:
         """A schedule that is stretched to end at a certain noise divides by zero at a single step."""

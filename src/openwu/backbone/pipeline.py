@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from openwu.backbone.latents import as_tensor, padded, place_of, resized, token_rows, working_size
 from openwu.backbone.loading import check_local, hollow_pipeline, load_pipeline
+from openwu.backbone.quantised import Fewer, Quantise, check_quantise, inner_linear_maps
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
 from openwu.protocols import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
@@ -36,6 +37,7 @@ class PipelineBackbone(Backbone, ABC):
     """A frozen base in a diffusers pipeline."""
 
     facts: ClassVar[BaseFacts]
+    loading_options: ClassVar[frozenset[str]] = frozenset({"quantise"})
     pipelines: ClassVar[tuple[str, ...]]
     """Names of the diffusers classes that this backbone drives."""
     denoiser_name: ClassVar[str] = "transformer"
@@ -70,18 +72,35 @@ class PipelineBackbone(Backbone, ABC):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        quantise: Quantise | None = None,
     ) -> Self:
         """Load a diffusers folder or hub id. `dtype` None: float32 on a CPU, bfloat16 elsewhere.
+
+        `quantise`: the linear maps in the denoiser's layers in 8 or 4 bits by bitsandbytes; the rest is in `dtype`.
 
         Raises CheckpointError for a folder that is no such pipeline or has no safetensors, OpenwuError for packages
         that are not installed and for too little memory.
         """
         place = {"device": device, "dtype": dtype, "revision": revision}
-        return cls(load_pipeline(folder, cls.pipelines, extra=cls.facts.extra, **place))  # type: ignore[arg-type]
+        fewer = None if quantise is None else cls.fewer(quantise)
+        return cls(load_pipeline(folder, cls.pipelines, extra=cls.facts.extra, fewer=fewer, **place))  # type: ignore[arg-type]
 
     @classmethod
-    def check(cls, folder: str | Path, *, revision: str | None = None, **_: object) -> None:
+    def fewer(cls, quantise: Quantise) -> Fewer:
+        """What is quantised of a folder's pipeline."""
+
+        def paths(folder: Path) -> list[str]:
+            hollow = cls.hollow(folder)
+            return inner_linear_maps(hollow.denoiser, hollow.layer_groups())
+
+        return Fewer(quantise, cls.denoiser_name, paths)
+
+    @classmethod
+    def check(
+        cls, folder: str | Path, *, revision: str | None = None, quantise: Quantise | None = None, **_: object
+    ) -> None:
         """See `protocols.Backbone`."""
+        check_quantise(quantise)
         check_local(folder, revision, cls.pipelines)
 
     @classmethod

@@ -8,6 +8,7 @@ Shapes: b requests, L tokens of the longest one, d width of what the module says
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -32,13 +33,21 @@ class PartStates:
     def __init__(self, backbone: Backbone, part: str, module: str) -> None:
         """`part`: name in the pipeline, e.g. `text_encoder_2`; `module`: path in it, e.g. `encoder.block.11`."""
         parts = getattr(backbone, "pipeline", None)
-        if parts is None or not isinstance(part, str) or getattr(parts, part, None) is None:
+        held = getattr(parts, part, None) if isinstance(part, str) else None
+        if not hasattr(held, "named_modules"):
+            known = [name for name, each in _parts(parts).items() if hasattr(each, "named_modules")]
             raise TargetError(
-                f"part: expected the name of an encoder in this base's pipeline, got {part!r}; its folder has one "
-                "folder for each"
+                f"part: expected the name of an encoder in this base's pipeline, got {part!r}; it has "
+                f"{', '.join(known) or 'none'}"
             )
-        if not isinstance(module, str):
-            raise TargetError(f"module: expected a path in {part}, got {module!r}")
+        modules = dict(held.named_modules())
+        # A hollow base may not know its parts' modules; then the name is looked up when the encoder is asked.
+        if not isinstance(module, str) or not module or (modules and module not in modules):
+            near = difflib.get_close_matches(str(module), modules, n=3)
+            raise TargetError(
+                f"module: expected the path of a module of {part}, got {module!r}; "
+                + (f"near it are {', '.join(near)}" if near else "named_modules() lists them")
+            )
         self.backbone = backbone
         self.settings = {"part": part, "module": module}
 
@@ -92,3 +101,9 @@ class PartStates:
         raise TargetError(
             f"part: the base does not ask {self.settings['part']} about a request; name an encoder that it asks"
         )
+
+
+def _parts(pipeline: Any) -> Mapping[str, Any]:
+    """Parts by name, of a diffusers pipeline or of one without weights."""
+    found: Mapping[str, Any] = getattr(pipeline, "components", None) or getattr(pipeline, "__dict__", {})
+    return found

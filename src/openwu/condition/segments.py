@@ -31,6 +31,11 @@ class Segments:
         self.identity = " ".join(str(getattr(part, "identity", "")) for part in self.parts).strip()
 
     @property
+    def own_bytes(self) -> int:
+        """Bytes of the encoders' own weights; those that speak of the base have none."""
+        return sum(getattr(part, "own_bytes", 0) for part in self.parts)
+
+    @property
     def condition_widths(self) -> Mapping[str, int]:
         """Segment names hold the encoder's place, since two may have segments of one name."""
         return {

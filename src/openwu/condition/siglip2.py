@@ -31,14 +31,21 @@ class Siglip2:
     def __init__(self, backbone: Backbone, weights: str, revision: str | None = None) -> None:
         """`weights`: a folder or hub id, e.g. google/siglip2-so400m-patch16-naflex (Apache-2.0), with safetensors.
 
-        It computes where the base's denoiser is, in float32.
+        It computes where the base does, in float32. For a base without weights it has none either: enough for widths
+        and `own_bytes`, and quick.
         """
         transformers = library("transformers")
         self.settings = {"weights": weights, "revision": revision}
         try:
             with quiet(transformers.utils.logging):
                 place = {"revision": revision, "local_files_only": Path(weights).is_dir()}
-                model = transformers.Siglip2Model.from_pretrained(weights, use_safetensors=True, **place)
+                device = _home(backbone)
+                if device.type == "meta":
+                    config = transformers.Siglip2Config.from_pretrained(weights, **place)
+                    with torch.device("meta"):
+                        model = transformers.Siglip2Model(config)
+                else:
+                    model = transformers.Siglip2Model.from_pretrained(weights, use_safetensors=True, **place)
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(weights, **place)
                 self._processor = transformers.Siglip2ImageProcessorPil.from_pretrained(weights, **place)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -46,13 +53,17 @@ class Siglip2:
             raise CheckpointError(
                 f"{weights}: expected a SigLIP 2 model with its tokenizer, in safetensors: {reason}"
             ) from error
-        self.identity = _identity(model)
-        device = next(backbone.denoiser.parameters()).device
+        self.identity = "" if device.type == "meta" else _identity(model)
         self._model = model.to(device, torch.float32).requires_grad_(False).eval()
 
     def place(self, device: str | torch.device) -> None:
         """Compute elsewhere; "meta" drops the weights for good."""
         self._model.to(device)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of its weights while it computes."""
+        return 4 * sum(value.numel() for value in self._model.parameters())
 
     @property
     def condition_widths(self) -> Mapping[str, int]:
@@ -92,6 +103,17 @@ class Siglip2:
         numbers = torch.arange(len(states), device=states.device).to(states).view(-1, 1, 1).expand(*states.shape[:2], 1)
         tokens: Tensor = torch.cat([states, numbers], dim=2)[seen["pixel_attention_mask"].bool()]
         return tokens
+
+
+def _home(backbone: Backbone) -> torch.device:
+    """Where a base computes: its weights may wait elsewhere, and be on the meta device meanwhile."""
+    own = getattr(backbone, "device", None)
+    if own is not None:
+        return torch.device(own)
+    for module in backbone.denoiser.modules():
+        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+            return torch.device(device)
+    return next(backbone.denoiser.parameters()).device
 
 
 def _identity(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,8 +23,10 @@ from openwu.backbone.loading import (
     local_folder,
     part_numbers,
     pipeline_fingerprint,
+    weight_files,
 )
 from openwu.backbone.pipeline import PipelineBackbone
+from openwu.backbone.quantised import Quantise, check_quantise
 from openwu.base_fit import generator_config
 from openwu.condition import chosen_encoder, describe_encoder
 from openwu.config import ConfigError, GeneratorConfig
@@ -71,20 +74,23 @@ def train_based(recipe: BasedRecipe, folder: Path, stop_after: int | None = None
     loop = LoopConfig(_depends_on(recipe, hashes, fingerprint), *every, stop_after)
     check_recipe(folder / STAGE, loop.recipe)
 
+    check_quantise(recipe.quantise)
     device = device_of(recipe)
     hollow = kind.hollow(base)
     hollow.pixels = recipe.pixels
     config = new_config(recipe, hollow)
-    # Made here once only to show what is wrong with the choice; conditions of other widths change little in memory.
-    chosen_encoder(recipe.condition, hollow)
-    _check_memory(recipe, config, base, kind.denoiser_name, device, (training, held_back))
+    # Without weights: it shows what is wrong with the choice. Conditions of other widths change little in memory.
+    reader = getattr(chosen_encoder(recipe.condition, hollow), "own_bytes", 0)
+    _check_memory(recipe, config, base, kind, device, (training, held_back), reader)
 
     with_cache = bool(recipe.cache)
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32
-    backbone = kind.from_pretrained(base, device="cpu" if with_cache else device, dtype=dtype)
+    backbone = kind.from_pretrained(
+        base, device="cpu" if with_cache else device, dtype=dtype, quantise=cast("Quantise | None", recipe.quantise)
+    )
     backbone.pixels = recipe.pixels
     encoder = chosen_encoder(recipe.condition, backbone)
-    made_by = f"{fingerprint} {recipe.model} {recipe.pixels} {dtype}"
+    made_by = f"{fingerprint} {recipe.model} {recipe.pixels} {dtype}" + (f" {recipe.quantise}" if recipe.quantise else "")
     if encoder is not None:
         made_by += f" {json.dumps(describe_encoder(encoder), sort_keys=True)} {getattr(encoder, 'identity', '')}"
         config = new_config(recipe, backbone, encoder)
@@ -165,13 +171,18 @@ def _check_memory(
     recipe: BasedRecipe,
     config: GeneratorConfig,
     base: Path,
-    denoiser: str,
+    kind: type[PipelineBackbone],
     device: torch.device,
     pairs: tuple[Pairs, Pairs],
+    reader: int,
 ) -> None:
     """Say what is needed, and refuse what cannot fit."""
     pictures = max(len(pair.images) for part in pairs for pair in part.pairs)
-    needs = needs_of(recipe, config, part_numbers(base), denoiser, device, pictures)
+    saved, part = 0, kind.denoiser_name
+    if recipe.quantise is not None:
+        fewer = kind.fewer(cast("Quantise", recipe.quantise))
+        saved = fewer.saved(base, weight_files(base / part), 2 if recipe.bf16 else 4)
+    needs = needs_of(recipe, config, part_numbers(base), part, device, pictures, saved=saved, reader=reader)
     free = free_memory(device)
     warning = needs.check(device, free)
     if is_main():
@@ -223,5 +234,7 @@ def _depends_on(recipe: BasedRecipe, hashes: dict[str, str], fingerprint: str) -
     """What the trained weights depend on."""
     described = {key: value for key, value in describe(recipe).items() if key not in _ELSEWHERE}
     described["generator"].pop("accumulate", None)
+    if described["quantise"] is None:  # as before there was a choice
+        del described["quantise"]
     pairs = of_json(hashes).hexdigest()
     return json.dumps({**described, "base": fingerprint, "pairs": pairs}, sort_keys=True)

@@ -82,10 +82,16 @@ def needs_of(
     denoiser: str,
     device: torch.device,
     pictures: int = 1,
+    *,
+    saved: int = 0,
+    reader: int = 0,
 ) -> Needs:
-    """`numbers`: parameters of every part of the base; `denoiser`: its name there; `pictures`: most of a request."""
+    """`numbers`: parameters of every part of the base; `denoiser`: its name there; `pictures`: most of a request.
+
+    `saved`: bytes less of a quantised denoiser; `reader`: of a condition encoder's own weights.
+    """
     size = 2 if recipe.bf16 else FLOAT
-    base = numbers[denoiser] * size
+    base = numbers[denoiser] * size - saved
     encoders = (sum(numbers.values()) - numbers[denoiser]) * size
     here = device.type == "cpu"
     stay = not recipe.cache or recipe.encoders == "keep" or (here and recipe.encoders == "cpu")
@@ -93,7 +99,9 @@ def needs_of(
     encoding = {"encoders": encoders} | ({"denoiser": base} if here or probed else {}) if recipe.cache else {}
     with torch.device("meta"):
         own = FLOAT * ParameterGenerator(config).num_parameters
-    weights = {"denoiser": base} | ({"encoders": encoders} if stay else {})
+    own_reader = {"condition encoder": reader} if reader else {}
+    encoding |= own_reader if recipe.cache else {}
+    weights = {"denoiser": base} | ({"encoders": encoders, **own_reader} if stay else {})
     weights |= {"generator": own, "its gradients": own, "its optimiser": 2 * own}
     weights |= {"its moving average": own} if recipe.generator.ema else {}
     rows = -(-recipe.generator.shapes[0][0] // recipe.generator.accumulate)

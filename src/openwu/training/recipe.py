@@ -246,6 +246,8 @@ class BasedRecipe:
     """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
     bf16: bool = True
     """The base's weights, and what is computed, in bfloat16; the generator's weights are float32. False: all are."""
+    quantise: str | None = None
+    """Linear maps in the base's layers in fewer bits: "8bit" or "4bit", by bitsandbytes; None: as `bf16` says."""
     checkpoint_base: bool = True
     """Compute the base's blocks again in the backward pass instead of keeping what they computed."""
     checkpoint_generator: bool = True
@@ -276,6 +278,8 @@ class BasedRecipe:
             raise ValueError(f"generator.shapes: expected one ((requests, 0),), got {self.generator.shapes}")
         if self.encoders not in ENCODERS_AFTER:
             raise ValueError(f"encoders: expected one of {list(ENCODERS_AFTER)}, got {self.encoders!r}")
+        if self.quantise not in (None, "8bit", "4bit"):
+            raise ValueError(f"quantise: expected 8bit, 4bit or None, got {self.quantise!r}")
         if not 0 <= self.held_back < 1:
             raise ValueError(f"held_back: expected a share from 0 to below 1, got {self.held_back}")
         for chosen in self.condition:
