@@ -136,17 +136,17 @@ def test_on_the_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys:
     with Image.open(tmp_path / "out.png") as written:
         assert written.size == (80, 60)
         assert np.abs(np.asarray(written, np.int32) - np.asarray(expected, np.int32)).max() <= 1
-    assert cli.main([*line, "--trust-remote-code", "--overwrite", "--quantise", "4bit"]) == 1
-    assert "quantise: expected a GPU" in capsys.readouterr().err
+    assert cli.main([*line, "--trust-remote-code", "--overwrite", "--offload"]) == 1
+    assert "offload: expected a GPU" in capsys.readouterr().err
 
 
 def test_options_of_other_bases_and_of_the_embedded_model(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, generator = folders
-    with pytest.raises(OpenwuError, match="trust_remote_code, quantise: expected none for flux-kontext"):
+    with pytest.raises(OpenwuError, match="trust_remote_code, offload: expected none for flux-kontext"):
         openwu.Editor.from_pretrained(
-            "flux-kontext", base=base, generator=generator, trust_remote_code=True, quantise="8bit"
+            "flux-kontext", base=base, generator=generator, trust_remote_code=True, offload=True
         )
     with pytest.raises(OpenwuError, match="trust_remote_code, quantise, offload: expected none of them for the embedd"):
         openwu.Editor.from_pretrained(trust_remote_code=True)  # type: ignore[call-overload]

@@ -40,9 +40,11 @@ def test_weights_are_counted_as_the_model_has_them(tmp_path: Path) -> None:
     assert needs(headers, dtype=torch.bfloat16).weights == 2 * numbers
     inside = [p for n, p in model.named_parameters() if n.endswith("proj.weight") and n.startswith("model.layers.")]
     linear = sum(parameter.numel() for parameter in inside)
-    assert needs(headers, quantise="8bit").weights == 4 * (numbers - linear) + linear
-    expected = 4 * (numbers - linear) + sum(-(-parameter.numel() * 9 // 16) for parameter in inside)
-    assert needs(headers, quantise="4bit").weights == expected
+    scales = sum(parameter.shape[0] for parameter in inside)
+    assert needs(headers, quantise="8bit").weights == 4 * (numbers - linear) + linear + 4 * scales
+    assert needs(headers, quantise="4bit").weights == 4 * numbers, "no row is a whole block of 64"
+    wide = {"model.layers.0.mlp.experts.0.down_proj.weight": ("BF16", (6, 128))}
+    assert needs(wide, quantise="4bit").weights == 6 * 64 + 4 * 12 + 64
     # Keys and values are as wide as the queries here, in both layers.
     assert needs(headers).cache == 2 * 32 * 4 * TOKENS * ROWS
     assert needs(headers).layer == 4 * sum(p.numel() for p in model.model.layers[0].parameters())

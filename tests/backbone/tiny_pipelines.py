@@ -169,7 +169,7 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def flux2_parts(text_width: int, guidance_embeds: bool) -> dict[str, Any]:
+def flux2_parts(text_width: int, guidance_embeds: bool, heads: int = 2) -> dict[str, Any]:
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
     vae = AutoencoderKLFlux2(
@@ -178,16 +178,16 @@ def flux2_parts(text_width: int, guidance_embeds: bool) -> dict[str, Any]:
     vae.bn.running_mean.copy_(torch.linspace(-0.2, 0.2, 16))
     vae.bn.running_var.copy_(torch.linspace(0.5, 1.5, 16))
     transformer = Flux2Transformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=3 * text_width, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=guidance_embeds,
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=heads, joint_attention_dim=3 * text_width, timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds,
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return {"vae": vae, "transformer": transformer, "scheduler": scheduler, "tokenizer": qwen_tokenizer()}
 
 
-def flux2_klein(is_distilled: bool = False) -> Any:
-    """As many thin layers in the text encoder as the pipeline's default layers need."""
+def flux2_klein(is_distilled: bool = False, heads: int = 2) -> Any:
+    """As many thin layers in the text encoder as the pipeline's default layers need. The denoiser: 16 * heads wide."""
     from diffusers import Flux2KleinPipeline
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -197,9 +197,8 @@ def flux2_klein(is_distilled: bool = False) -> Any:
             vocab_size=320, hidden_size=8, intermediate_size=16, num_hidden_layers=28, num_attention_heads=1,
             num_key_value_heads=1, head_dim=8, max_position_embeddings=512,
         )  # fmt: skip
-        return Flux2KleinPipeline(
-            text_encoder=Qwen3ForCausalLM(config), is_distilled=is_distilled, **flux2_parts(8, guidance_embeds=False)
-        )
+        parts = flux2_parts(8, guidance_embeds=False, heads=heads)
+        return Flux2KleinPipeline(text_encoder=Qwen3ForCausalLM(config), is_distilled=is_distilled, **parts)
 
 
 def flux2_dev() -> Any:

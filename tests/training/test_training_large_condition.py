@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,18 @@ import large_cases
 import pytest
 import tiny_pipelines
 import torch
+import transformers
 
 import openwu
+from openwu.backbone import backbone_class
+from openwu.backbone.headers import read_header
+from openwu.backbone.loading import part_numbers
 from openwu.backbone.pipeline import PipelineBackbone
+from openwu.condition.part_states import PartStates
+from openwu.condition.segments import Segments
 from openwu.errors import OpenwuError, TargetError
-from openwu.training.large import train_based
+from openwu.training.large import new_config, train_based
+from openwu.training.memory import needs_of
 from openwu.training.recipe import BasedRecipe, load_recipe
 
 LAYER = {"name": "part-states", "part": "text_encoder_2", "module": "encoder.block.0"}
@@ -67,7 +76,7 @@ def test_a_chosen_condition_is_trained_and_edited_with(choice: str, base: Path, 
     assert editor.edit(tmp_path / "pairs" / "0.png", "make it dark").image.size == (64, 64)
 
 
-def test_a_choice_on_the_command_line_and_wrong_ones(base: Path, tmp_path: Path) -> None:
+def test_a_choice_on_the_command_line_and_a_wrong_one() -> None:
     file = large_cases.RECIPES / "flux_kontext.py"
     made = load_recipe(file, [f"condition=({PROBE!r},)"])
     assert isinstance(made, BasedRecipe)
@@ -76,8 +85,82 @@ def test_a_choice_on_the_command_line_and_wrong_ones(base: Path, tmp_path: Path)
         OpenwuError, match=r"override condition: condition: expected encoders such as .* got \{'name': 'cl"
     ):
         load_recipe(file, ["condition=({'name': 'clip'},)"])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (({**PROBE, "module": "transformer_block.1"},), r"module: .*near it are transformer_blocks"),
+        (
+            ({**LAYER, "module": "encoder.blocks.0"},),
+            r"of text_encoder_2, got 'encoder\.blocks\.0'; near it are encoder",
+        ),
+        (
+            ({"name": "base"}, {**LAYER, "module": ""}),
+            r"expected the path of a module of text_encoder_2, got ''",
+        ),
+        (
+            ({**LAYER, "part": "text_encoder_3"},),
+            r"got 'text_encoder_3'; it has .*text_encoder, text_encoder_2",
+        ),
+        (({**LAYER, "part": "vae"},), r"part: expected the name of an encoder .* got 'vae'; it has"),
+    ],
+)
+def test_names_that_the_base_does_not_have_are_told_before_it_is_loaded(
+    choice: Any, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = large_cases.write_pairs(tmp_path / "pairs")
-    wrong = large_cases.recipe("flux_kontext", base, pairs, condition=({**PROBE, "module": "transformer_block.1"},))
-    with pytest.raises(TargetError, match=r"module: .*near it are transformer_blocks"):
+    monkeypatch.setattr(PipelineBackbone, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    wrong = large_cases.recipe("flux_kontext", base, pairs, condition=choice)
+    with pytest.raises(TargetError, match=message):
         train_based(wrong, tmp_path / "run")
-    assert not (tmp_path / "run" / "cache").exists(), "before anything was loaded"
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+def test_a_part_that_cannot_be_made_hollow_is_asked_later(base: Path, tmp_path: Path) -> None:
+    """transformers may not make every model from its config alone; then names wait until it is loaded."""
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    index = json.loads((copy / "model_index.json").read_text())
+    index["text_encoder_2"][1] = "NoSuchModel"
+    (copy / "model_index.json").write_text(json.dumps(index))
+    hollow: Any = backbone_class("flux-kontext").hollow(copy)  # type: ignore[attr-defined]
+    encoder = PartStates(hollow, "text_encoder_2", "anything")
+    assert encoder.settings["module"] == "anything"
+    loaded: Any = backbone_class("flux-kontext").from_pretrained(base)
+    with pytest.raises(TargetError, match=r"got 'encoder\.blok\.0'; near it are encoder\.block\.0"):
+        PartStates(loaded, "text_encoder_2", "encoder.blok.0")
+
+
+def test_siglip2_is_loaded_once_and_counted_before(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_pipelines.siglip2(tmp_path / "siglip2")
+    held = sum(math.prod(shape) for _, shape in read_header(folder / "model.safetensors").values())
+    loads: list[Any] = []
+    real = transformers.Siglip2Model.from_pretrained
+
+    def counting(*args: Any, **how: Any) -> Any:
+        loads.append(args)
+        return real(*args, **how)
+
+    monkeypatch.setattr(transformers.Siglip2Model, "from_pretrained", counting)
+    hollow: Any = backbone_class("flux-kontext").hollow(base)  # type: ignore[attr-defined]
+    both = Segments(hollow, [{"name": "base"}, {"name": "siglip2", "weights": str(folder)}])
+    # Computed in float32; the one number of the file that is no weight of a pass counts, too.
+    assert both.own_bytes == 4 * held
+    assert loads == []
+    recipe = large_cases.recipe("flux_kontext", base, tmp_path / "none", condition=({"name": "siglip2"},))
+    config = new_config(recipe, hollow)
+    numbers, cuda = part_numbers(base), torch.device("cuda")
+    less = needs_of(recipe, config, numbers, "transformer", cuda)
+    more = needs_of(recipe, config, numbers, "transformer", cuda, reader=both.own_bytes)
+    assert sum(more.encoding.values()) - sum(less.encoding.values()) == 4 * held
+    assert more.weights == less.weights, "dropped once all pairs are encoded"
+    kept = needs_of(replace(recipe, encoders="keep"), config, numbers, "transformer", cuda, reader=both.own_bytes)
+    assert kept.weights["condition encoder"] == 4 * held
+    pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
+    chosen = ({"name": "siglip2", "weights": str(folder)},)
+    recipe = large_cases.recipe("flux_kontext", base, pairs, condition=chosen)
+    train_based(replace(recipe, generator=replace(recipe.generator, steps=1)), tmp_path / "run")
+    assert len(loads) == 1
+    assert "condition encoder 0.00 GB" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from openwu.backbone.headers import Headers
 from openwu.backbone.hunyuan_memory import LAYER, LINEAR, Room, check_room, gpu_budgets, read_headers
-from openwu.backbone.quantised import Quantise, check_quantise, differentiable_
+from openwu.backbone.quantised import Quantise, bitsandbytes, check_way, differentiable_, wide_enough
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
 
@@ -115,7 +115,7 @@ def load_remote(
         library("accelerate", EXTRA)
     transformers = library("transformers", EXTRA)
     if quantise is not None:
-        placed["quantization_config"] = _quantisation(transformers, quantise, dtype, unquantised(headers))
+        placed["quantization_config"] = _quantisation(transformers, quantise, dtype, unquantised(headers, quantise))
     try:
         with quiet(transformers.utils.logging):
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -241,26 +241,28 @@ class LastLayer:
 
 
 def _check_ways(device: torch.device, quantise: Quantise | None, offload: bool) -> None:
-    check_quantise(quantise, EXTRA)
+    check_way(quantise)
     if quantise is not None and offload:
         raise OpenwuError("quantise, offload: expected one of them: bitsandbytes keeps its weights on the GPU")
     if device.type == "cpu" and offload:
         raise OpenwuError("offload: expected a GPU (--device cuda), got --device cpu; leave it out")
+    if quantise is not None:
+        bitsandbytes(EXTRA)
 
 
-def unquantised(headers: Headers) -> list[str]:
+def unquantised(headers: Headers, how: Quantise) -> list[str]:
     """Paths of everything but the linear maps of decoder layers, so that what is loaded is what was estimated.
 
     Full paths: releases of transformers differ in what else they take a name for (an end, a beginning, a middle).
     """
     kept = set()
-    for name in headers:
+    for name, (_, shape) in headers.items():
         parts = name.split(".")
         if parts[0] != "model":
             kept.add(parts[0])
         elif not LAYER.match(name):
             kept.add(".".join(parts[:2]))
-        elif not LINEAR.match(name):
+        elif not LINEAR.match(name) or not wide_enough(shape, how):
             kept.add(name.rpartition(".")[0])
     return sorted(kept)
 

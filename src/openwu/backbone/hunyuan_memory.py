@@ -18,7 +18,7 @@ import torch
 
 from openwu.backbone.headers import Headers, read_header
 from openwu.backbone.loading import free_memory
-from openwu.backbone.quantised import Quantise, quantised_bytes
+from openwu.backbone.quantised import Quantise, quantised_bytes, wide_enough
 from openwu.errors import CheckpointError, OpenwuError
 
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -114,7 +114,7 @@ def needs(
     rest = 0
     for name, (code, shape) in headers.items():
         size = math.prod(shape) * _width(code, dtype)
-        if quantise is not None and LINEAR.match(name):
+        if quantise is not None and LINEAR.match(name) and wide_enough(shape, quantise):
             size = quantised_bytes(shape, quantise)
         if found := LAYER.match(name):
             layers[found[1]] = layers.get(found[1], 0) + size

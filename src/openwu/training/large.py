@@ -90,7 +90,9 @@ def train_based(recipe: BasedRecipe, folder: Path, stop_after: int | None = None
     )
     backbone.pixels = recipe.pixels
     encoder = chosen_encoder(recipe.condition, backbone)
-    made_by = f"{fingerprint} {recipe.model} {recipe.pixels} {dtype}" + (f" {recipe.quantise}" if recipe.quantise else "")
+    made_by = f"{fingerprint} {recipe.model} {recipe.pixels} {dtype}" + (
+        f" {recipe.quantise}" if recipe.quantise else ""
+    )
     if encoder is not None:
         made_by += f" {json.dumps(describe_encoder(encoder), sort_keys=True)} {getattr(encoder, 'identity', '')}"
         config = new_config(recipe, backbone, encoder)
