@@ -19,6 +19,7 @@ from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
 from openwu.generator.model import ParameterGenerator
 from openwu.hashing import of_bytes
+from openwu.placement import hook_device
 from openwu.protocols import Backbone, ConditionEncoder
 from openwu.types import Adapter, Target
 
@@ -138,8 +139,8 @@ def _home(modules: Mapping[str, nn.Module], target: Target) -> torch.device | No
     # Parts may be offloaded one by one or whole, so that the hook is on a module around: the nearest one counts.
     around = [modules[path.rsplit(".", depth)[0]] for depth in range(path.count(".") + 1)]
     for module in (weighted, *around, modules.get("")):
-        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
-            return torch.device(device)
+        if module is not None and (device := hook_device(module)) is not None:
+            return device
     return None if weighted is None else torch.device(weighted.weight.device)
 
 

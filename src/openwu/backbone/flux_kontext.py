@@ -18,6 +18,7 @@ from openwu.backbone.latents import PLACE, patches, token_rows
 from openwu.backbone.layers import double_and_single
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.config import LayerGroup
+from openwu.placement import computes_on
 from openwu.protocols import BaseFacts, RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
@@ -61,8 +62,8 @@ class FluxKontext(PipelineBackbone):
         tokenizer, encoder = self.pipeline.tokenizer_2, self.pipeline.text_encoder_2
         self.check_length(tokenizer(list(instructions)).input_ids, TEXT_TOKENS)
         tokens = tokenizer(list(instructions), padding="longest", return_tensors="pt")
-        mask = tokens.attention_mask.to(encoder.device)
-        states = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+        mask = tokens.attention_mask.to(computes_on(encoder))
+        states = encoder(tokens.input_ids.to(mask.device), attention_mask=mask)[0]
         return states.to(self.device), mask.bool().to(self.device)
 
     def picture_latents(self, picture: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from openwu.backbone.layers import find_groups
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.config import LayerGroup
 from openwu.errors import OpenwuError
+from openwu.placement import computes_on
 from openwu.protocols import BaseFacts, Prediction, RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
@@ -80,9 +81,9 @@ class InstructPix2Pix(PipelineBackbone):
         most = tokenizer.model_max_length
         self.check_length(tokenizer(list(instructions)).input_ids, most)
         tokens = tokenizer(list(instructions), padding="max_length", max_length=most, return_tensors="pt")
-        mask = tokens.attention_mask.to(encoder.device)
+        mask = tokens.attention_mask.to(computes_on(encoder))
         seen = mask if getattr(encoder.config, "use_attention_mask", False) else None
-        states = encoder(tokens.input_ids.to(encoder.device), attention_mask=seen)[0]
+        states = encoder(tokens.input_ids.to(mask.device), attention_mask=seen)[0]
         return states.to(self.device), mask.bool().to(self.device)
 
     def picture_latents(self, picture: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.backbone.quantised import Quantise
 from openwu.errors import InstructionError, OpenwuError
 from openwu.extras import library
+from openwu.placement import computes_on
 from openwu.protocols import RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
@@ -206,7 +207,7 @@ def last_states(encoder: Any, tokens: Tensor, mask: Tensor, patched: Mapping[str
     Taken by a hook from the module of that name: what a list of hidden states ends with differs between releases.
     """
     seen: list[Tensor] = []
-    device = encoder.device
+    device = computes_on(encoder)
     tokens, mask = tokens.to(device), mask.to(device)
     inputs = {name: value.to(device) for name, value in patched.items()}
     positions = rotary_positions(encoder, tokens, mask, inputs["image_grid_thw"])

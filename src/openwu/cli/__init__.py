@@ -191,7 +191,7 @@ def _add_base(edit: argparse.ArgumentParser) -> None:
     large.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that the base's folder brings, if it must"
     )
-    large.add_argument("--quantise", choices=("8bit", "4bit"), help="load a base that can be quantised in fewer bits")
+    large.add_argument("--quantise", choices=("8bit", "4bit"), help="load the base's layers in 8 or 4 bits")
     large.add_argument(
         "--offload", action="store_true", help="keep layers that do not fit on the GPU in the machine's memory"
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from openwu.errors import CheckpointError, InstructionError
 from openwu.extras import library, quiet
 from openwu.hashing import of_bytes
+from openwu.placement import computes_on
 from openwu.protocols import Backbone
 from openwu.types import BaseRequest, Condition, Segment
 
@@ -39,7 +40,7 @@ class Siglip2:
         try:
             with quiet(transformers.utils.logging):
                 place = {"revision": revision, "local_files_only": Path(weights).is_dir()}
-                device = _home(backbone)
+                device = computes_on(backbone.denoiser)
                 if device.type == "meta":
                     config = transformers.Siglip2Config.from_pretrained(weights, **place)
                     with torch.device("meta"):
@@ -103,17 +104,6 @@ class Siglip2:
         numbers = torch.arange(len(states), device=states.device).to(states).view(-1, 1, 1).expand(*states.shape[:2], 1)
         tokens: Tensor = torch.cat([states, numbers], dim=2)[seen["pixel_attention_mask"].bool()]
         return tokens
-
-
-def _home(backbone: Backbone) -> torch.device:
-    """Where a base computes: its weights may wait elsewhere, and be on the meta device meanwhile."""
-    own = getattr(backbone, "device", None)
-    if own is not None:
-        return torch.device(own)
-    for module in backbone.denoiser.modules():
-        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
-            return torch.device(device)
-    return next(backbone.denoiser.parameters()).device
 
 
 def _identity(model: nn.Module) -> str:
