@@ -77,8 +77,9 @@ class BasedEditor:
 
         `device` None: CUDA where there is one. `dtype` None: bfloat16 there, float32 on a CPU.
 
-        For bases that need it, and refused by the others: `trust_remote_code` runs the code that the base's folder
-        brings; `quantise` "8bit" or "4bit" by bitsandbytes; `offload` keeps layers that do not fit in the machine's memory.
+        For bases that have it, and refused by the others: `trust_remote_code` runs the code that the base's folder
+        brings; `quantise` "8bit" or "4bit", by bitsandbytes; `offload` keeps layers that do not fit in the machine's
+        memory.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         kind = backbone_class(model)

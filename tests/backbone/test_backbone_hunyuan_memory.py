@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_what_would() -> None:
     message = str(caught.value)
     assert "needs 199.0 GB (weights 159.7 GB, cache of a request 4.3 GB, generator and adapters 35.0 GB)" in message
     assert "free are cuda:0 141.0 GB, memory 256.0 GB" in message
-    assert "what would fit: --quantise 8bit (119.2 GB), --quantise 4bit (84.2 GB), --offload (199.0 GB)" in message
+    assert "what would fit: --quantise 8bit (119.3 GB), --quantise 4bit (84.2 GB), --offload (199.0 GB)" in message
     with pytest.raises(OpenwuError, match="no option makes it fit here; use more or larger GPUs"):
         check_room(headers, Room((24 * GB,), 64 * GB), **how)  # type: ignore[arg-type]
     with pytest.raises(OpenwuError, match=r"but free are memory 64\.0 GB"):
