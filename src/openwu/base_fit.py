@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -135,7 +136,8 @@ def placed(adapter: Adapter, backbone: Backbone) -> Adapter:
 def _home(modules: Mapping[str, nn.Module], target: Target) -> torch.device | None:
     """Where a target's module runs: offloaded ones say so by accelerate's hook, others have their weights there."""
     path = target.name if target.experts is None else target.name.rpartition(".")[0]
-    weighted = next((each for each in modules[path].modules() if getattr(each, "weight", None) is not None), None)
+    inside: list[Any] = list(modules[path].modules())
+    weighted = next((each for each in inside if getattr(each, "weight", None) is not None), None)
     # Parts may be offloaded one by one or whole, so that the hook is on a module around: the nearest one counts.
     around = [modules[path.rsplit(".", depth)[0]] for depth in range(path.count(".") + 1)]
     for module in (weighted, *around, modules.get("")):

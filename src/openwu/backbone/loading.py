@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,7 +227,7 @@ class HollowPart:
     folder: Path
     config: Any
 
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
         """Its modules on the meta device, made from the config; none where transformers cannot make it so."""
         try:
             index = json.loads((self.folder.parent / INDEX).read_text(encoding="utf-8"))
@@ -235,8 +235,8 @@ class HollowPart:
             with torch.device("meta"):
                 made: nn.Module = kind(self.config)
         except Exception:  # models of many authors; who asks for a module of it finds out later
-            return iter(())
-        return made.named_modules()
+            return []
+        return list(made.named_modules())
 
 
 def pipeline_fingerprint(folder: Path) -> str:

@@ -58,7 +58,7 @@ class Fewer:
 
 
 def wide_enough(shape: Sequence[int], how: Quantise) -> bool:
-    """Whether a weight is quantised: in 4 bits only where its rows are whole blocks, as in all published bases.
+    """Whether a weight is quantised: in 4 bits only where its rows are whole blocks, as they are in real bases.
 
     bitsandbytes 0.50 unpacks other weights wrongly on CPUs with AVX-512: [64, 32] comes back with an error of 40 %
     where 9 % are the rounding's. They stay as they are everywhere, so that a base is the same on all devices.
@@ -121,9 +121,10 @@ def differentiable_(model: nn.Module) -> None:
     weights have no backward, so that later gradients end there without a word, and widths that are no multiple of 64
     fail. Nothing changes on a GPU.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    each: Any
+    for each in model.modules():
+        if hasattr(each, "support_avx512bf16_for_cpu"):
+            each.support_avx512bf16_for_cpu = False
 
 
 def _quantised(library_: Any, linear: Any, how: Quantise, dtype: torch.dtype, device: torch.device) -> nn.Module:

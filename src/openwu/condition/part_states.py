@@ -33,7 +33,7 @@ class PartStates:
     def __init__(self, backbone: Backbone, part: str, module: str) -> None:
         """`part`: name in the pipeline, e.g. `text_encoder_2`; `module`: path in it, e.g. `encoder.block.11`."""
         parts = getattr(backbone, "pipeline", None)
-        held = getattr(parts, part, None) if isinstance(part, str) else None
+        held: Any = getattr(parts, part, None) if isinstance(part, str) else None
         if not hasattr(held, "named_modules"):
             known = [name for name, each in _parts(parts).items() if hasattr(each, "named_modules")]
             raise TargetError(

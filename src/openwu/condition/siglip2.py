@@ -64,7 +64,8 @@ class Siglip2:
     @property
     def own_bytes(self) -> int:
         """Bytes of its weights while it computes."""
-        return 4 * sum(value.numel() for value in self._model.parameters())
+        numbers: int = sum(value.numel() for value in self._model.parameters())
+        return 4 * numbers
 
     @property
     def condition_widths(self) -> Mapping[str, int]:
