@@ -163,6 +163,9 @@ def test_a_gpu_that_is_not_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -
         ("cuda", 2, {}, {"device_map": "auto", "max_memory": {0: 8 * GB, 1: 9 * GB}}),
         ("cuda", 1, {"offload": True}, {"device_map": "auto", "max_memory": {0: 8 * GB, "cpu": 19 * GB}}),
         ("cuda", 1, {"quantise": "8bit"}, {"device_map": {"": "cuda"}}),
+        # transformers takes a tenth of these off.
+        ("cuda", 2, {"quantise": "8bit"}, {"device_map": "auto", "max_memory": {0: 9 * GB, 1: 11 * GB}}),
+        ("cpu", 0, {"quantise": "8bit"}, {"device_map": {"": "cpu"}}),
     ],
 )
 def test_what_transformers_is_asked_for(

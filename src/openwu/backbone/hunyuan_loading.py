@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 EXTRA = "hunyuan"
 
+USED = 0.9
+"""Share of a budget that transformers uses where it quantises; the plan has room for that already."""
+
 Task = Literal["think", "recaption", "img_ratio"]
 """What the base is asked to write."""
 
@@ -108,7 +111,10 @@ def load_remote(
     need = check_room(headers, room, quantise=quantise, offload=offload, dtype=dtype, beside=beside)
     placed: dict[str, Any] = {"device_map": {"": str(device)}}
     if room.gpus and (len(room.gpus) > 1 or offload):
-        placed = {"device_map": "auto", "max_memory": gpu_budgets(need, room, offload=offload)}
+        budgets = gpu_budgets(need, room, offload=offload)
+        if quantise is not None:
+            budgets = {place: int(size / USED) for place, size in budgets.items()}
+        placed = {"device_map": "auto", "max_memory": budgets}
     if device.type == "cpu" and quantise is None:
         placed = {}
     else:
