@@ -3,8 +3,8 @@
 A kernel runs on a GPU only, where Triton is installed, and only after a first use on that very device: it must return
 what plain torch returns, within its tolerance, and take less time. That is found once per process for about a shape, on
 numbers drawn for it, and logged (`logging`, level DEBUG). A kernel that fails or differs is not used again in this
-process, with one warning; plain torch computes instead. `OPENWU_KERNELS=0` switches all of them off, and so does the scope
-`plain_torch()`.
+process, with one warning; plain torch computes instead. `OPENWU_KERNELS=0` switches all of them off, and so does the
+scope `plain_torch()`.
 
 No kernel is needed for anything: nothing here imports Triton.
 """
@@ -161,10 +161,8 @@ class Choices:
             if not error <= ways.tolerance:
                 raise ArithmeticError(f"differs from plain torch by {error:.2g}, more than {ways.tolerance:.2g}")
             ours, plain = (self.timer(run, device) for run in (ways.kernel, ways.reference))
-        choice = "kernel" if ours < plain else "plain torch"
-        _log.debug(
-            "%s for %s: kernel %.3g s, plain torch %.3g s, error %.2g: %s", name, key, ours, plain, error, choice
-        )
+        found = "kernel" if ours < plain else "plain torch"
+        _log.debug("%s %s: kernel %.3g s, plain torch %.3g s, error %.2g: %s", name, key, ours, plain, error, found)
         return ours < plain
 
     def _give_up(self, name: str, why: str) -> None:
