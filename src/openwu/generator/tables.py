@@ -2,6 +2,7 @@
 
 A pair (x[2k], x[2k+1]) read as x[2k] + i x[2k+1] is turned by one complex product, in place and without a temporary
 (`openwu.ops.rotary`).
+
 Shapes as in `blocks.py`: D head width, p positions of a base layer, n base layers, L condition tokens; the axis of
 length 1 is that of the heads.
 """

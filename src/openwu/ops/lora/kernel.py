@@ -51,7 +51,7 @@ def add_sorted_into(out: Tensor, y: Tensor, x: Tensor, a: Tensor, b: Tensor, sca
     block_rows = min(64, max(SMALLEST, triton.next_power_of_2(rows // groups)))
     tiles = triton.cdiv(rows, block_rows) + groups  # at least as many as the groups have, wherever they end
     splits = max(1, min(PROGRAMS // tiles, triton.cdiv(out_dim, BLOCK)))
-    with torch.cuda.device_of(y):
+    with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]
         _add_sorted[tiles, splits](
             y,
             x,

@@ -58,7 +58,7 @@ def forward_into(
         x = x.view(1, 1, -1, width)
     while x.ndim < LEADING + 1:
         x = x[None]
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _forward[(x.numel() // width,)](
             x,
             x if update is None else update,
@@ -93,7 +93,7 @@ def backward_into(
     """
     width = total.shape[-1]
     block = triton.next_power_of_2(width)
-    with torch.cuda.device_of(total):
+    with torch.cuda.device_of(total):  # type: ignore[no-untyped-call]
         _backward[(len(grad_weight_pd),)](
             total,
             inverse_r,
@@ -202,8 +202,10 @@ def _backward(  # type: ignore[no-untyped-def]
     inside = column < width
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     own = tl.zeros((block,), tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
-        at = row.to(tl.int64) * width + column
+    programs = tl.num_programs(0)
+    start = program.to(tl.int64) * width
+    for row in range(program, rows, programs):
+        at = start + column
         factor = tl.load(inverse + row)
         unit = tl.load(total + at, mask=inside, other=0.0).to(tl.float32) * factor
         came = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
@@ -213,4 +215,5 @@ def _backward(  # type: ignore[no-untyped-def]
         if adds:
             grad += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
+        start += programs.to(tl.int64) * width
     tl.store(grad_weight + program * width + column, own, mask=inside)

@@ -34,7 +34,9 @@ def rows(x: Tensor, turns: Tensor) -> Rows | None:
     """None where x is no sequence of rows at equal distances, or the table does not repeat over them."""
     *leading, heads, width = x.shape
     own = [1] * (x.ndim - turns.ndim) + list(turns.shape[:-2])
-    if width % 2 or x.stride(-1) != 1 or turns.dtype != torch.complex64 or len(own) != len(leading) or not x.numel():
+    if width % 2 or x.stride(-1) != 1 or not x.numel():
+        return None
+    if turns.dtype != torch.complex64 or turns.shape[-2] != 1 or len(own) != len(leading):
         return None
     turned = [i for i, size in enumerate(own) if size > 1]
     first, last = (turned[0], turned[-1] + 1) if turned else (0, 0)
@@ -64,7 +66,7 @@ def turn_into(out_rme: Tensor, x: Rows, *, inverse: bool) -> None:
     count, heads, width = x.x_rme.shape
     block_width = triton.next_power_of_2(width)
     block_heads = min(triton.next_power_of_2(heads), max(1, TILE // block_width))
-    with torch.cuda.device_of(x.x_rme):
+    with torch.cuda.device_of(x.x_rme):  # type: ignore[no-untyped-call]
         _turn[count, triton.cdiv(heads, block_heads)](
             x.x_rme,
             out_rme,
