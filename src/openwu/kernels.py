@@ -53,6 +53,16 @@ def plain_torch() -> Iterator[None]:
         _plain.reset(token)
 
 
+def plainly(run: Callable[[], Result]) -> Callable[[], Result]:
+    """The same without kernels: a side to compare with."""
+
+    def plain() -> Result:
+        with plain_torch():
+            return run()
+
+    return plain
+
+
 @functools.cache
 def _triton() -> str | None:
     """Triton's version; None where it is not installed."""
@@ -133,6 +143,14 @@ class Choices:
             self._give_up(name, f"{type(error).__name__}: {error}")
             return reference()
 
+    def found(self) -> dict[str, str]:
+        """For every kernel that was tried, for how many shapes it is used."""
+        with self._lock:
+            names = [str(key[0]) for key in self.chosen]
+            taken = [str(key[0]) for key, use in self.chosen.items() if use]
+            counts = {name: f"{taken.count(name)} of {names.count(name)} shapes" for name in sorted(set(names))}
+            return counts | dict.fromkeys(sorted(self.failed), "failed")
+
     def _takes(self, name: str, key: tuple[object, ...], device: torch.device, trial: Callable[[], Trial]) -> bool:
         key = (name, *key, device)
         with self._lock:
@@ -204,5 +222,6 @@ __all__ = [
     "bucket",
     "difference",
     "plain_torch",
+    "plainly",
     "usable",
 ]
