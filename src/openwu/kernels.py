@@ -160,8 +160,9 @@ class Choices:
                 try:
                     self.chosen[key] = self._tried(name, key, device, trial)
                 except torch.OutOfMemoryError:
-                    _log.debug("%s: no memory to try the kernel for %s; plain torch this time", name, key)
-                    return False
+                    # Not tried again at every call: that would empty torch's cache of memory each time.
+                    _log.debug("%s %s: no memory to try the kernel: plain torch", name, key)
+                    self.chosen[key] = False
                 except Exception as error:
                     self._give_up(name, f"{type(error).__name__}: {error}")
                     return False

@@ -25,6 +25,12 @@ NUMBERS = {
 }
 ODD = {"heads", "inner", "period", "second", "third", "rows", "groups"}
 """Whole numbers that need not be multiples of 16; the others are, at the released size."""
+ONES = {
+    "turn": ("heads", "inner", "period"),
+    "norm": ("second", "third"),
+    "norm_backward": ("rows",),
+    "add_sorted": ("groups", "rank"),
+}
 
 
 def test_kernels_compute_what_their_references_do() -> None:
@@ -68,39 +74,57 @@ def kernel_of(name: str, floats: str) -> tuple[Any, dict[str, str], dict[str, ob
     return kernel, types, constants, warps
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    ("name", "floats"), [*((name, BF16) for name in NUMBERS), ("turn", F32), ("norm", F32), ("norm_backward", F32)]
-)
-def test_kernels_compile_without_spilling(
-    name: str, floats: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def compiled(name: str, floats: str, capability: int, ones: bool) -> Any:
+    """`ones`: with the arguments of `ONES` equal to 1, for which Triton compiles another kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     kernel, types, constants, warps = kernel_of(name, floats)
     order = kernel.arg_names
     assert set(order) == set(types) | set(constants)
+    if ones:
+        constants = constants | dict.fromkeys(ONES[name], 1)
+    arguments = {argument: kind for argument, kind in types.items() if argument not in constants}
     source = ASTSource(
         fn=kernel,
-        signature={argument: types.get(argument, "constexpr") for argument in order},
+        signature={argument: arguments.get(argument, "constexpr") for argument in order},
         constexprs={(order.index(argument),): value for argument, value in constants.items()},
         attrs={
             (order.index(argument),): [["tt.divisibility", 16]]
-            for argument, kind in types.items()
+            for argument, kind in arguments.items()
             if kind != "fp32" and argument not in ODD
         },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def resources(cubin: Path) -> dict[str, int]:
+    """Registers of a thread (REG), and bytes of its stack and of what it spilled (STACK, LOCAL)."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    assert (found["STACK"], found["LOCAL"]) == (0, 0)  # nothing spilled
-    assert found["REG"] <= 128
-    assert compiled.metadata.shared <= 48 * 1024
-    assert re.search(r"ld\.global\S*\.v4", compiled.asm["ptx"])
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+CASES = [
+    *((name, BF16, capability, False) for name in NUMBERS for capability in (80, 90)),
+    *((name, BF16, 90, True) for name in NUMBERS),
+    *((name, F32, 90, False) for name in ("turn", "norm", "norm_backward")),
+]
+
+
+@pytest.mark.parametrize(("name", "floats", "capability", "ones"), CASES)
+def test_kernels_compile_without_spilling(
+    name: str, floats: str, capability: int, ones: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    found = compiled(name, floats, capability, ones)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(found.asm["cubin"])
+    used = resources(cubin)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert used["REG"] <= 128
+    assert found.metadata.shared <= 48 * 1024
+    if not ones:
+        assert re.search(r"ld\.global\S*\.v4", found.asm["ptx"])
     if name == "add_sorted":
-        assert re.search(r"(wg)?mma", compiled.asm["ptx"])  # tensor cores
+        assert re.search(r"(wg)?mma", found.asm["ptx"])  # tensor cores
