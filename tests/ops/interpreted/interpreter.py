@@ -6,6 +6,8 @@ keeps them as. With both put right, kernels in bfloat16 can be compared as close
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,26 @@ def widened(matrix: Any) -> Any:
     if matrix.dtype.scalar != tl.bfloat16:
         return matrix
     return Handle((matrix.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+@contextmanager
+def each_number_once() -> Iterator[None]:
+    """A scope in which no two programs may write the same number: on a GPU they would race, here the last one wins."""
+    written: list[Any] = []
+    store = Builder.create_masked_store
+
+    def noted(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        written.append(ptrs.data[mask.data].ravel())
+        return store(self, ptrs, value, mask, *rest)
+
+    Builder.create_masked_store = noted
+    try:
+        yield
+    finally:
+        Builder.create_masked_store = store
+    addresses = np.concatenate(written)
+    assert len(addresses) > 0
+    assert len(np.unique(addresses)) == len(addresses)
 
 
 def correct() -> None:
