@@ -133,7 +133,7 @@ class MeasuredAttention:
 
     def _choice(self, q_smqe: Tensor, k_smke: Tensor, v_smke: Tensor) -> str | None:
         s, m, q, e = q_smqe.shape
-        key = (_bucket(s), m, _bucket(q), _bucket(k_smke.shape[2]), e, q_smqe.dtype, q_smqe.device)
+        key = (bucket(s), m, bucket(q), bucket(k_smke.shape[2]), e, q_smqe.dtype, q_smqe.device)
         with self._lock:
             if key not in self.chosen:
                 self.chosen[key] = self._fastest(q_smqe, k_smke, v_smke)
@@ -154,7 +154,7 @@ class MeasuredAttention:
         return min(seconds, key=lambda name: seconds[name]) if seconds else None
 
 
-def _bucket(count: int) -> int:
+def bucket(count: int) -> int:
     """The next power of two."""
     return 1 << max(0, count - 1).bit_length()
 

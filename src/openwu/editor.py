@@ -245,7 +245,7 @@ class Editor:
             self.identity.digest,
             [condition_pixels(photo) for photo in photos],
             self.model.instruction.as_read(instruction),
-            how=f"{self.generator.options.described} autocast {autocast}",
+            how=f"{self.generator.described} autocast {autocast}",
             in_scope=not anyway,
         )
 

@@ -105,7 +105,7 @@ def test_nothing_is_measured_where_the_sides_differ(run: Callable[[], object], m
     def wrong(x: Tensor, *_: object) -> Tensor:
         return x
 
-    monkeypatch.setattr("openwu.generator.stages.turn_", wrong)
+    monkeypatch.setattr("openwu.ops.dispatch.rotate_", wrong)
     with pytest.raises(OpenwuError, match=r"differ by .*; not measured"):
         run()
 
@@ -130,6 +130,18 @@ def test_gpu_speed_row_works_at_any_size_on_any_device() -> None:
     shares = [100 * floor / row.sides[f"L {length} fast"].median for floor, length in zip(floors, (3, 9), strict=True)]
     assert row.value == min(shares)
     assert 0 < row.details["L 3: relative error of 8 bits"] < 0.2
+
+
+def test_gpu_speed_row_has_the_fast_path_without_kernels_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator_gpu, "available", lambda _: "triton 9")
+    generator = generator_gpu.random_generator(
+        small_config(d_model=64, layers=2, targets=1, blocks=1), torch.device("cpu")
+    )
+    row = generator_gpu.speed_row(generator, (3,), 1e9, repeats=1)
+    sides = {name: timing.median for name, timing in row.sides.items()}
+    assert set(sides) == {f"L 3 {name}" for name in ("clear", "fast", "fast, plain torch", "8 bits")}
+    ratio = sides["L 3 fast, plain torch"] / sides["L 3 fast"]
+    assert row.details["L 3: fast without / with kernels"] == pytest.approx(ratio)
 
 
 CURVES = {name: path for name, path in GROWTHS.items() if name.startswith("generator-")}

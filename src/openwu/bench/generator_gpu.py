@@ -2,7 +2,8 @@
 
 Enters: nothing; the rows raise OpenwuError where there is no CUDA device. Leaves: G1, the share of the machine's floor
 (the cost model's operations at the rate of a measured large product) that the fast path reaches, and G4, its peak
-memory against the clear path's. The parts run on any device at any size.
+memory against the clear path's. Where kernels of ours may run, G1 also times the fast path without them; the clear path
+has none. The parts run on any device at any size.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from openwu.errors import OpenwuError
 from openwu.generator.fast import FastGenerator, FastOptions
 from openwu.generator.fp8 import fp8
 from openwu.generator.model import ParameterGenerator
+from openwu.kernels import CHOICES, available, plainly
 from openwu.types import Adapter
 
 LENGTHS = (1024, 6144, 12288)
@@ -35,6 +38,8 @@ class Paths:
 
     clear: Callable[[], Adapter]
     fast: Callable[[], Adapter]
+    fast_plain: Callable[[], Adapter]
+    """Without kernels of ours"""
     eight_bits: Callable[[], Adapter]
 
     @classmethod
@@ -43,7 +48,8 @@ class Paths:
         condition = torch.randn(1, length, generator.config.input_dim, device=weight.device).to(weight.dtype)
         fast = FastGenerator(generator)
         eight_bits = FastGenerator(generator, FastOptions(make=fp8))
-        return cls(lambda: generator(condition), lambda: fast(condition), lambda: eight_bits(condition))
+        clear, ours = plainly(lambda: generator(condition)), lambda: fast(condition)
+        return cls(clear, ours, plainly(ours), lambda: eight_bits(condition))
 
 
 @torch.no_grad()
@@ -100,7 +106,7 @@ def random_generator(config: GeneratorConfig, device: torch.device) -> Parameter
 def speed_row(generator: ParameterGenerator, lengths: Sequence[int], rate: float, repeats: int) -> Row:
     """G1 for a generator of any size; `rate`: operations per second of a large product."""
     device = generator.hidden_in.weight.device
-    details: dict[str, float] = {"large products: TFLOP/s": rate / 1e12}
+    details: dict[str, Any] = {"large products: TFLOP/s": rate / 1e12}
     shares: list[float] = []
     sides: dict[str, Timing] = {}
     error = 0.0
@@ -111,6 +117,8 @@ def speed_row(generator: ParameterGenerator, lengths: Sequence[int], rate: float
             raise OpenwuError(f"G1: the two ways differ by {error:.2g} at L {length}; not measured")
         details[f"L {length}: relative error of 8 bits"] = adapter_error(paths.eight_bits(), paths.clear())
         runs = {"clear": paths.clear, "fast": paths.fast, "8 bits": paths.eight_bits}
+        if available(device):
+            runs["fast, plain torch"] = paths.fast_plain
         timings = interleaved({name: _waited(run, device) for name, run in runs.items()}, repeats)
         sides |= {f"L {length} {name}": timing for name, timing in timings.items()}
         # The whole cost, although the fast path keeps a part of the first block: the floor is that of the task.
@@ -119,6 +127,9 @@ def speed_row(generator: ParameterGenerator, lengths: Sequence[int], rate: float
         details[f"L {length}: floor s"] = floor
         details[f"L {length}: clear / fast"] = _ratio(timings, "clear", "fast")
         details[f"L {length}: fast / 8 bits (goal {FP8_GOAL})"] = _ratio(timings, "fast", "8 bits")
+        if available(device):
+            details[f"L {length}: fast without / with kernels"] = _ratio(timings, "fast, plain torch", "fast")
+            details["kernels"] = CHOICES.found()
         del paths, runs
     return Row(
         "G1",

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openwu.ops import dispatch
+
 NORM_EPS = 1e-6
 ROTARY_THETA = 10_000.0
 FEED_FORWARD_FACTOR = 4
@@ -77,14 +79,10 @@ def key_rotary(head_dim: int, rows: int, columns: int, keys: int, device: torch.
 
 
 def rotate(x_sqme: Tensor, angles: Rotary) -> Tensor:
-    """Turn each pair (x[2k], x[2k+1]) of every head; at least in float32, returned in x's dtype.
-
-    A pair is the complex number x[2k] + i x[2k+1], and turning it a product: one temporary instead of seven.
-    """
+    """Turn each pair (x[2k], x[2k+1]) of every head; at least in float32, returned in x's dtype."""
     wide = torch.promote_types(x_sqme.dtype, torch.float32)
     turns = torch.complex(angles.cos.to(wide), angles.sin.to(wide)).unsqueeze(-2)
-    pairs = torch.view_as_complex(x_sqme.to(wide).reshape(*x_sqme.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x_sqme.dtype)
+    return dispatch.rotated(x_sqme, turns)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -94,9 +92,11 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, self.weight.dtype)
-        normed = F.rms_norm(x.to(wide), tuple(self.normalized_shape), self.weight.to(wide), self.eps)
-        return normed.to(self.weight.dtype)
+        return dispatch.normed(x, self.weight, NORM_EPS, self.weight.dtype)
+
+    def after(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """x + update in x's dtype, and its norm."""
+        return dispatch.add_normed(x, update, self.weight, NORM_EPS, self.weight.dtype)
 
 
 class Attention(nn.Module):
@@ -169,15 +169,12 @@ class Block(nn.Module):
     def mix_positions(self, x_bnpd: Tensor, c_bld: Tensor, angles: BlockRotary, mask_bl: Tensor | None) -> Tensor:
         """The parts that every base layer passes by itself: along its positions, to the condition, feed-forward."""
         b, n, p, _ = x_bnpd.shape
-        residual = x_bnpd.dtype
-
         along_positions = self.norm2(x_bnpd).flatten(0, 1)
         update = self.self_attn_hw(along_positions, along_positions, angles.positions, angles.positions)
-        x_bnpd = x_bnpd + update.unflatten(0, (b, n)).to(residual)
+        x_bnpd, everywhere = self.norm3.after(x_bnpd, update.unflatten(0, (b, n)))
 
-        everywhere = self.norm3(x_bnpd).flatten(1, 2)
-        update = self.self_attn_cross(everywhere, c_bld, angles.cross_queries, angles.cross_keys, mask_bl)
-        x_bnpd = x_bnpd + update.unflatten(1, (n, p)).to(residual)
+        update = self.self_attn_cross(everywhere.flatten(1, 2), c_bld, angles.cross_queries, angles.cross_keys, mask_bl)
+        x_bnpd, everywhere = self.norm4.after(x_bnpd, update.unflatten(1, (n, p)))
 
-        out: Tensor = x_bnpd + self.feed_forward(self.norm4(x_bnpd)).to(residual)
+        out: Tensor = x_bnpd + self.feed_forward(everywhere).to(x_bnpd.dtype)
         return out

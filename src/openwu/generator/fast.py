@@ -5,7 +5,8 @@ Against the clear path of `model.py` and `blocks.py`, equal to rounding:
 - all intermediate results lie in a workspace of bounded size, cut by base layers or positions (`stages`);
 - queries, keys and values of one input are one product (`products`); rotary tables are kept (`tables`);
 - the first block up to its queries to the condition does not depend on the condition: computed once per checkpoint;
-- the products may run in 8 bits (`fp8`, not equal to rounding).
+- the products may run in 8 bits (`fp8`, not equal to rounding);
+- on a GPU, rotary embedding and norms may be kernels of ours (`openwu.ops`).
 
 What is kept follows the generator's weights: every call compares their storages and version counters. Weights changed
 without a count, through `.data` or by torch's fused optimisers (`AdamW(fused=True)`; the trainer counts for its own),
@@ -19,6 +20,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -33,6 +35,7 @@ from openwu.generator.products import JOINED_BYTES, Dense, MakeProduct, Norm, Pa
 from openwu.generator.stages import Pieces, Stages, normed, row_bytes
 from openwu.generator.tables import Tables
 from openwu.generator.workspace import Workspace
+from openwu.kernels import available, plain_torch
 from openwu.types import Adapter, Condition
 
 CHUNK_BYTES_CPU = 8 * 2**20
@@ -53,6 +56,8 @@ class FastOptions:
     """What computes the blocks' products; `fp8.fp8` in 8 bits."""
     joined_bytes: int = JOINED_BYTES
     """Weights of queries, keys and values are copied into one up to this size; larger ones write side by side."""
+    kernels: bool = True
+    """On a GPU, use kernels of ours where a first use finds them equal and faster (`openwu.kernels`)."""
 
     def __post_init__(self) -> None:
         for name in ("chunk_bytes", "chunk_layers"):
@@ -101,8 +106,19 @@ class FastGenerator:
 
     def __call__(self, condition: Condition | Tensor) -> Adapter:
         """One adapter per sample, without gradients."""
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), self.scope():
             return self._adapter(condition)
+
+    def scope(self) -> AbstractContextManager[None]:
+        """A scope of the kernels that the options allow."""
+        return nullcontext() if self.options.kernels else plain_torch()
+
+    @property
+    def described(self) -> str:
+        """`FastOptions.described`, and the kernels that may round elsewhere on the generator's device."""
+        with self.scope():
+            found = available(self.generator.hidden_in.weight.device)
+        return self.options.described if found is None else f"{self.options.described} kernels {found}"
 
     def __getstate__(self) -> tuple[ParameterGenerator, FastOptions]:
         """A copy, or what goes to another process, starts with nothing kept."""

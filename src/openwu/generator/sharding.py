@@ -83,7 +83,8 @@ class ShardedGenerator:
         for layout in self.generator.layout.groups:
             start, stop = spans(layout.num_layers, self.ranks)[self.rank]
             refined = self._refined if trains else self._refined_fast
-            tokens = refined(layout, c_bld, mask_bl)
+            with self._fast.scope():
+                tokens = refined(layout, c_bld, mask_bl)
             if gather:
                 tokens = self._gathered(tokens, layout)
             elif start == stop:

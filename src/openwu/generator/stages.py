@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openwu import kernels
 from openwu.attention import inference_attention
 from openwu.generator.blocks import FEED_FORWARD_FACTOR
 from openwu.generator.products import Norm, PackedBlock, Product
-from openwu.generator.tables import Turns, turn_
+from openwu.generator.tables import Turns
 from openwu.generator.workspace import Workspace
+from openwu.ops import dispatch
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Stages:
             heads = qkv.view(-1, p, 3 * d // self.head_dim, self.head_dim)
             q, k, v = _parts(self._turned(heads, 2 * d, self.turns.positions_p1e), 3)
             mixed = inference_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            self._add(x, mixed, self.weights.out_positions)
+            x += self._mixed(mixed, self.weights.out_positions).view(x.shape)
 
     def read(self, c_bld: Tensor, turns_l1e: Tensor, mask_bl: Tensor | None) -> Read:
         """Keys and values of the condition; valid until the next block reads."""
@@ -124,27 +127,27 @@ class Stages:
             mask = None if condition.mask_b11l is None else condition.mask_b11l[samples]
             k, v = condition.k_blme[samples], condition.v_blme[samples]
             mixed = inference_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-            self._add(x, mixed, self.weights.out_cross)
-            hidden = self._product(self.weights.fc1, self._normed(x, self.weights.norm4), "wide")
+            update = self._mixed(mixed, self.weights.out_cross)
+            hidden = self._product(self.weights.fc1, self._normed(x, self.weights.norm4, update), "wide")
             x += self._product(self.weights.fc2, F.silu(hidden, inplace=True), "out").view(x.shape)
 
-    def _add(self, x: Tensor, mixed_smqe: Tensor, out: Product) -> None:
-        """x += the heads' results, side by side, through a product."""
-        rows = mixed_smqe.transpose(1, 2).reshape(-1, x.shape[-1])
-        x += self._product(out, rows, "out").view(x.shape)
+    def _mixed(self, mixed_smqe: Tensor, out: Product) -> Tensor:
+        """The heads' results, side by side, through a product: `[r, d]`."""
+        rows = mixed_smqe.transpose(1, 2).flatten(-2)
+        return self._product(out, rows.reshape(-1, rows.shape[-1]), "out")
 
     def _product(self, product: Product, x_ri: Tensor, out: str) -> Tensor:
         return product.into(x_ri, self._take(out, (len(x_ri), product.out_features)))
 
-    def _normed(self, x: Tensor, norm: Norm) -> Tensor:
-        return normed(x, norm, self.dtype, self.workspace).view(-1, x.shape[-1])
+    def _normed(self, x: Tensor, norm: Norm, update: Tensor | None = None) -> Tensor:
+        added = None if update is None else update.view(x.shape)
+        return normed(x, norm, self.dtype, self.workspace, added).view(-1, x.shape[-1])
 
     def _turned(self, heads: Tensor, width: int, turns: Tensor) -> Tensor:
         """Turn the first `width` numbers of every row, heads `[..., m, e]`, in place."""
         turning = heads[..., : width // self.head_dim, :]
         wide = turns.dtype.to_real()
-        scratch = None if wide == self.dtype else self._take("scratch", tuple(turning.shape), wide)
-        turn_(turning, turns, scratch)
+        dispatch.rotate_(turning, turns, partial(self._take, "scratch", tuple(turning.shape), wide))
         return heads
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -157,12 +160,13 @@ def _parts(heads: Tensor, parts: int) -> tuple[Tensor, ...]:
     return heads.view(*rows, parts, heads_in_all // parts, width).unbind(-3)
 
 
-def normed(x: Tensor, norm: Norm, dtype: torch.dtype, workspace: Workspace) -> Tensor:
-    """RMSNorm of x in `dtype`, contiguous; computed at least in float32."""
-    if x.is_cuda:
-        # One kernel there; on a CPU it is a chain of them over fresh memory.
-        wide = torch.promote_types(x.dtype, norm.weight_d.dtype)
-        return F.rms_norm(x.to(wide), (x.shape[-1],), norm.weight_d.to(wide), norm.eps).to(dtype).contiguous()
+def normed(x: Tensor, norm: Norm, dtype: torch.dtype, workspace: Workspace, update: Tensor | None = None) -> Tensor:
+    """x += update where there is one; RMSNorm of x in `dtype`, contiguous, computed at least in float32."""
+    if x.device.type in kernels.DEVICES:
+        # torch's norm is one kernel there; on a CPU it is a chain of them over fresh memory.
+        return dispatch.add_normed_(x, update, norm.weight_d, norm.eps, dtype)
+    if update is not None:
+        x += update
     out = workspace.take("normed", tuple(x.shape), dtype, x.device)
     wide = norm.weight_d.dtype
     result = out if dtype == wide else workspace.take("scratch", tuple(x.shape), wide, x.device)

@@ -1,6 +1,8 @@
 """Rotary angles as complex numbers, kept between calls: positions go in, factors of modulus 1 come out.
 
-A pair (x[2k], x[2k+1]) read as x[2k] + i x[2k+1] is turned by one complex product, in place and without a temporary.
+A pair (x[2k], x[2k+1]) read as x[2k] + i x[2k+1] is turned by one complex product, in place and without a temporary
+(`openwu.ops.rotary`).
+
 Shapes as in `blocks.py`: D head width, p positions of a base layer, n base layers, L condition tokens; the axis of
 length 1 is that of the heads.
 """
@@ -79,10 +81,3 @@ class Tables:
 
 def _factors(table: Rotary, dtype: torch.dtype) -> Tensor:
     return torch.complex(table.cos.to(dtype), table.sin.to(dtype)).unsqueeze(-2)
-
-
-def turn_(x_rme: Tensor, turns_r1e: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """Turn every head of x in place. `scratch`: as large as x, in the turns' real dtype, where x has another one."""
-    wide = x_rme if scratch is None else scratch.copy_(x_rme)
-    torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(turns_r1e)
-    return x_rme if scratch is None else x_rme.copy_(scratch)

@@ -1,1 +1,1 @@
-"""Tensor arithmetic of adapters. `dispatch` chooses the implementation; only `openwu.adapter` imports from here."""
+"""Tensor arithmetic of adapters and of the generator's blocks. `dispatch` chooses the implementation."""
