@@ -32,12 +32,12 @@ import openwu
 from openwu.adapter.packed import PackedAdapter
 from openwu.adapter.store import AdapterStore
 from openwu.errors import TargetError
-from openwu.hashing import add_tensor, fastest, of_bytes, of_json
+from openwu.hashing import add_tensor, fastest, of_bytes, of_json, of_pieces
 from openwu.types import Adapter
 
 MEMORY_BYTES = 256 * 2**20
 DISK_BYTES = 2 * 2**30
-KEY_VERSION = 2
+KEY_VERSION = 3
 """Changed when a key would mean something else than before."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _COUNTED = ("memory_hits", "disk_hits", "misses", "evictions", "dropped", "unwritten")
@@ -253,7 +253,7 @@ def request_key(
     digest = of_json([KEY_VERSION, name, generator, how, instruction, seed, in_scope, shapes], new=new)
     for picture in pictures:
         # As bytes: BLAKE3 takes no wider numbers.
-        digest.update(np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data)
+        digest.update(of_pieces(np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data, new))
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from openwu.adapter.site import Active, Site, check_device
 from openwu.errors import TargetError
@@ -51,7 +52,7 @@ class StackedSite(Site):
         if self._rows is not None:
             group_s = group_s * self._rows + self._row_of(routed)
             ends = group_ends(group_s, len(a))
-        return dispatch.add_sorted(y, x.to(y.device), a, b, self.scale, group_s, ends)
+        return dispatch.add_sorted(y, x.to(y.device), a, b, self.scale, group_s, ends, in_place=self._first_to_see)
 
     def take(self, active: Active) -> None:
         a, b = active.per_row(self.path)  # [n, E, ...]
@@ -66,6 +67,12 @@ class StackedSite(Site):
         a, b = active.pair(self.path)
         wide = torch.promote_types(torch.promote_types(a.dtype, self._parameter.dtype), torch.float32)
         return active.scale * torch.bmm(b[0].to(wide), a[0].to(wide))
+
+    @property
+    def _first_to_see(self) -> bool:
+        """Whether no other hook has seen the product's output, which the product has just made: it is then ours."""
+        first = next(iter(self.module._forward_hooks.values()), None)
+        return first is self and not _global_forward_hooks
 
     def _row_of(self, routed: Routed) -> Tensor:
         """`[S]` row of the batch, or segment, that each routed row belongs to."""
