@@ -21,6 +21,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,13 @@ class _Weights:
     """
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        self._modules = [module for part in parts for module in part.modules()]
+        # The dicts themselves: modules keep theirs for life, and coming to them takes longer than looking into them.
+        self._groups: list[dict[str, object]] = [
+            group
+            for part in parts
+            for module in part.modules()
+            for group in (module._parameters, module._buffers, module._modules)
+        ]
         self._objects = self._held()
         tensors = [each for each in self._objects if isinstance(each, Tensor)]
         # torch does not count what happens to inference tensors, and nothing may change them in place.
@@ -217,15 +224,10 @@ class _Weights:
         return same and self._state == self._now()
 
     def _held(self) -> list[object]:
-        return [
-            each
-            for module in self._modules
-            for group in (module._parameters, module._buffers, module._modules)
-            for each in group.values()
-        ]
+        return list(chain.from_iterable(map(dict.values, self._groups)))
 
     def _now(self) -> tuple[list[int], list[int]]:
-        return [each.data_ptr() for each in self._tensors], [each._version for each in self._counted]
+        return list(map(Tensor.data_ptr, self._tensors)), [each._version for each in self._counted]
 
 
 def request_key(

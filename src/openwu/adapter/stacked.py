@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 
 from openwu.adapter.site import Active, Site, check_device
 from openwu.errors import TargetError
@@ -31,6 +30,7 @@ class StackedSite(Site):
 
     def __init__(self, target: Target, module: GroupedProduct, container: nn.Module) -> None:
         super().__init__(target.name, module, (target,))
+        self.makes_output = type(module) is GroupedProduct
         self._parameter = container.get_parameter(target.name.rpartition(".")[2])
         self._a: Tensor | None = None
         self._b: Tensor | None = None
@@ -52,7 +52,7 @@ class StackedSite(Site):
         if self._rows is not None:
             group_s = group_s * self._rows + self._row_of(routed)
             ends = group_ends(group_s, len(a))
-        return dispatch.add_sorted(y, x.to(y.device), a, b, self.scale, group_s, ends, in_place=self._first_to_see)
+        return dispatch.add_sorted(y, x.to(y.device), a, b, self.scale, group_s, ends, in_place=self.may_write(y))
 
     def take(self, active: Active) -> None:
         a, b = active.per_row(self.path)  # [n, E, ...]
@@ -67,12 +67,6 @@ class StackedSite(Site):
         a, b = active.pair(self.path)
         wide = torch.promote_types(torch.promote_types(a.dtype, self._parameter.dtype), torch.float32)
         return active.scale * torch.bmm(b[0].to(wide), a[0].to(wide))
-
-    @property
-    def _first_to_see(self) -> bool:
-        """Whether no other hook has seen the product's output, which the product has just made: it is then ours."""
-        first = next(iter(self.module._forward_hooks.values()), None)
-        return first is self and not _global_forward_hooks
 
     def _row_of(self, routed: Routed) -> Tensor:
         """`[S]` row of the batch, or segment, that each routed row belongs to."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from openwu.grouped import ALIGNMENT, grouped_product, has_grouped_mm
 
-
 ROWS = 32
 """Rows of a group, on average, from which on writing its update into the output by a product of its own is quicker."""
 
@@ -24,8 +23,8 @@ def add_grouped(
 ) -> Tensor:
     """y `[t, out]`, x `[t, in]`, a `[g, r, in]`, b `[g, out, r]`, ends `[g]` int32: where each group's rows end.
 
-    `in_place`: y may be written over. It is where nothing has gradients, which saves a second tensor of its size, and on
-    a CPU for groups of many rows a third one.
+    `in_place`: y may be written over. It is where nothing has gradients, which saves a tensor of its size, and on a CPU
+    for groups of many rows one more.
     """
     a, b = _padded(a.to(x.dtype), b.to(y.dtype))
     down = grouped_product(x, a, ends).to(y.dtype)
