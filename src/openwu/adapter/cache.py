@@ -203,7 +203,7 @@ class _Weights:
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
         # The dicts themselves: modules keep theirs for life, and coming to them takes longer than looking into them.
-        self._groups: list[dict[str, object]] = [
+        self._groups: list[dict[str, Any]] = [
             group
             for part in parts
             for module in part.modules()

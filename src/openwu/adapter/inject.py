@@ -169,7 +169,7 @@ class AdapterHandle:
             )
 
 
-class _Scope:
+class _Scope(AbstractContextManager[None]):
     """What `applied` returns. Not made by contextlib, whose generators take longer than a small layer's update."""
 
     def __init__(self, handle: AdapterHandle, *asked: Any) -> None:

@@ -175,14 +175,14 @@ class Site:
         """Whether a module's output may be written over: nobody else can have it, and nothing has gradients."""
         module = self.module
         return (
-            self.makes_output
+            not torch.compiler.is_compiling()  # first: what follows is not for tracing
+            and self.makes_output
             and not y.requires_grad
             and not (self._trained and torch.is_grad_enabled())
             # Somebody else's hook, or a forward pass that somebody has put in place of the module's own.
             and len(module._forward_hooks) == 1
             and not _global_forward_hooks
             and "forward" not in vars(module)
-            and not torch.compiler.is_compiling()
         )
 
     def _check_caller(self) -> None:
