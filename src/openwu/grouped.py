@@ -75,6 +75,8 @@ def grouped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
     if not has_grouped_mm(x_si, weight_goi):
         return looped_product(x_si, weight_goi, ends)
     product: Tensor = F.grouped_mm(x_si.contiguous(), weight_goi.transpose(1, 2), offs=ends)
+    if not product.requires_grad:
+        return product
     through: Tensor = _ContiguousGradient.apply(product)  # type: ignore[no-untyped-call]
     return through
 

@@ -183,17 +183,18 @@ class Adapter:
     A sum of adapters has their instructions with THEN between them."""
 
     def __post_init__(self) -> None:
-        names = [target.name for target in self.targets]
-        missing, unexpected = sorted(set(names) - set(self.weights)), sorted(set(self.weights) - set(names))
-        if missing or unexpected or not names:
+        names = {target.name for target in self.targets}
+        if not names or self.weights.keys() != names:
+            missing, unexpected = sorted(names - set(self.weights)), sorted(set(self.weights) - names)
             raise TargetError(f"adapter: weights do not fit targets; missing {missing}, unexpected {unexpected}")
         batch, rank = self.batch, self.rank
         if self.instructions and len(self.instructions) != batch:
             raise ValueError(f"instructions: expected none or {batch}, one per sample, got {len(self.instructions)}")
         for target in self.targets:
-            came = tuple(tuple(part.shape) for part in self.weights[target.name])
+            a, b = self.weights[target.name]
             expected = target.shapes(batch, rank)
-            if came != expected:
+            if (a.shape, b.shape) != expected:
+                came = tuple(a.shape), tuple(b.shape)
                 raise TargetError(f"adapter: {target.name}: expected A and B of shapes {expected}, got {came}")
 
     @property

@@ -19,9 +19,10 @@ from torch import nn
 
 from openwu.adapter import cache as cache_module
 from openwu.adapter.cache import AdapterCache, GeneratorIdentity, request_key
+from openwu.adapter.packed import PackedAdapter
 from openwu.adapter.store import ABANDONED, SUFFIX, AdapterStore, decode, encode
 from openwu.errors import CheckpointError, OpenwuError, TargetError
-from openwu.hashing import SHA256, Hash, fastest
+from openwu.hashing import PIECE, SHA256, Hash, fastest
 from openwu.types import Adapter, Target
 
 TARGETS = (Target("layer.0", 6, 4), Target("mix", 18, 5, kernel=(3, 3)), Target("moe.w1", 4, 3, experts=2))
@@ -86,6 +87,14 @@ def test_what_comes_back_belongs_to_the_caller(tmp_path: Path) -> None:
             assert same(found, adapter())
             assert found is not None
             found.weights["mix"][0].zero_()
+
+
+def test_a_packed_batch_comes_back_with_all_its_samples() -> None:
+    kept = replace(random_adapter(TARGETS, 3, dtype=torch.float32), instructions=("a", "b", "c"))
+    found = PackedAdapter.of(kept).adapter()
+    assert same(found, kept)
+    assert found == replace(found)  # with nothing missing, though it was not made by its constructor
+    assert same(found.select([2]), kept.select([2]))
 
 
 def test_adapters_in_training_are_kept_without_their_gradients() -> None:
@@ -410,6 +419,27 @@ def test_a_key_follows_everything_that_the_adapter_depends_on() -> None:
     assert keys[0] == request_key("g", [PICTURE.copy()], "blur it")
     wide = np.dstack((PICTURE, PICTURE))
     assert keys[0] == request_key("g", [wide[:, :, :3]], "blur it")  # whatever its layout in memory
+
+
+def test_a_key_follows_every_piece_of_a_large_picture_and_no_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pieces are hashed apart, by several threads: no pixel may be left out, none counted in another's place."""
+    picture = np.random.default_rng(0).integers(0, 256, (512, 520, 3), dtype=np.uint8)
+    known = request_key("g", [picture], "blur it")
+    keys = {known}
+    places = [0, PIECE - 1, PIECE, 2 * PIECE, picture.size - 1]
+    for place in places:
+        changed = picture.copy()
+        changed.reshape(-1)[place] ^= 1
+        keys.add(request_key("g", [changed], "blur it"))
+    swapped = picture.copy().reshape(-1)
+    swapped[:PIECE], swapped[PIECE : 2 * PIECE] = swapped[PIECE : 2 * PIECE].copy(), swapped[:PIECE].copy()
+    keys.add(request_key("g", [swapped.reshape(picture.shape)], "blur it"))
+    assert len(keys) == len(places) + 2
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert request_key("g", [picture], "blur it") == known
 
 
 def test_a_key_follows_the_hash_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,54 @@ def test_combining_is_deterministic_and_reads_no_old_memory() -> None:
     assert first.isfinite().all()
 
 
+@pytest.mark.parametrize("which", ["module", "everywhere", "none"])
+def test_what_another_hook_has_seen_stays_as_it_was(which: str) -> None:
+    """The update is written into a product's output, but not where somebody else may have kept it."""
+    torch.manual_seed(0)
+    model, targets = StackedMixture(8, 4).requires_grad_(False), stacked_targets(8, 4)
+    adapter = random_adapter(targets, 2, dtype=torch.float32)
+    x = torch.randn(2, 9, 8)
+    product = model.experts.products["gate_up_proj"]
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, _: object, y: Tensor) -> None:
+        if module is product:
+            kept.append((y, y.clone()))
+
+    hook = {
+        "module": lambda: product.register_forward_hook(keep),
+        "everywhere": lambda: nn.modules.module.register_module_forward_hook(keep),
+        "none": lambda: None,
+    }[which]()
+    with attach(model, targets) as handle, torch.no_grad():
+        after = product.register_forward_hook(keep)
+        with handle.applied(adapter):
+            came = model(x)
+        after.remove()
+    if hook is not None:
+        hook.remove()
+        seen, then = kept[0]
+        assert torch.equal(seen, then)
+        assert not torch.equal(seen, kept[-1][0])
+    torch.testing.assert_close(came, slowly(model, adapter, x, [0, 1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_with_and_without_gradients_the_result_is_the_same(mode: type[torch.no_grad]) -> None:
+    torch.manual_seed(0)
+    model, targets = StackedMixture(8, 4).requires_grad_(False), stacked_targets(8, 4)
+    trained = random_adapter(targets, 3, dtype=torch.float32, trained=True)
+    x = torch.randn(3, 7, 8)
+    with attach(model, targets) as handle:
+        with handle.applied(trained):
+            expected = model(x)
+        with mode(), handle.applied(trained.detach()):
+            came = model(x)
+    assert expected.requires_grad
+    assert not came.requires_grad
+    torch.testing.assert_close(came, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_merged_stacked_experts() -> None:
     torch.manual_seed(0)
     model, targets = StackedMixture().double(), stacked_targets()

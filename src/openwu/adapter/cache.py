@@ -21,6 +21,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ import openwu
 from openwu.adapter.packed import PackedAdapter
 from openwu.adapter.store import AdapterStore
 from openwu.errors import TargetError
-from openwu.hashing import add_tensor, fastest, of_bytes, of_json
+from openwu.hashing import add_tensor, fastest, of_bytes, of_json, of_pieces
 from openwu.types import Adapter
 
 MEMORY_BYTES = 256 * 2**20
 DISK_BYTES = 2 * 2**30
-KEY_VERSION = 2
+KEY_VERSION = 3
 """Changed when a key would mean something else than before."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _COUNTED = ("memory_hits", "disk_hits", "misses", "evictions", "dropped", "unwritten")
@@ -201,7 +202,13 @@ class _Weights:
     """
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        self._modules = [module for part in parts for module in part.modules()]
+        # The dicts themselves: modules keep theirs for life, and coming to them takes longer than looking into them.
+        self._groups: list[dict[str, Any]] = [
+            group
+            for part in parts
+            for module in part.modules()
+            for group in (module._parameters, module._buffers, module._modules)
+        ]
         self._objects = self._held()
         tensors = [each for each in self._objects if isinstance(each, Tensor)]
         # torch does not count what happens to inference tensors, and nothing may change them in place.
@@ -217,15 +224,10 @@ class _Weights:
         return same and self._state == self._now()
 
     def _held(self) -> list[object]:
-        return [
-            each
-            for module in self._modules
-            for group in (module._parameters, module._buffers, module._modules)
-            for each in group.values()
-        ]
+        return list(chain.from_iterable(map(dict.values, self._groups)))
 
     def _now(self) -> tuple[list[int], list[int]]:
-        return [each.data_ptr() for each in self._tensors], [each._version for each in self._counted]
+        return list(map(Tensor.data_ptr, self._tensors)), [each._version for each in self._counted]
 
 
 def request_key(
@@ -253,7 +255,7 @@ def request_key(
     digest = of_json([KEY_VERSION, name, generator, how, instruction, seed, in_scope, shapes], new=new)
     for picture in pictures:
         # As bytes: BLAKE3 takes no wider numbers.
-        digest.update(np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data)
+        digest.update(of_pieces(np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data, new))
     return digest.hexdigest()
 
 

@@ -22,9 +22,10 @@ import difflib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -71,14 +72,13 @@ class AdapterHandle:
             self._hooks.append(site.module.register_forward_hook(site, with_kwargs=True))
             _attached.add(site.module)
 
-    @contextmanager
     def applied(
         self,
         adapter: Adapter,
         rows: Sequence[int] | Tensor | None = None,
         *,
         segments: Sequence[int] | Tensor | None = None,
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Every forward pass inside the scope uses `adapter`.
 
         `rows[i]` is the sample whose adapter row i of the batch gets, -1 for none. Guidance that stacks `[cond |
@@ -91,27 +91,7 @@ class AdapterHandle:
 
         Raises TargetError at exit when the model did not reach a target, unless another exception is on its way.
         """
-        if not self._hooks:
-            raise TargetError("applied: the handle is detached; attach to the model again")
-        self.check_targets(adapter)
-        samples = _samples(adapter, rows)
-        packed = None if segments is None else _segments(adapter, samples, segments)
-        if not self._busy.acquire(blocking=False):
-            raise TargetError(
-                "applied: this handle is applying an adapter already; its scopes neither nest nor run in parallel"
-            )
-        try:
-            active = Active.of(adapter, samples, self._caller, packed)
-            for site in self._sites:
-                site.load(active)
-            self._caller.inside = True
-            yield
-            self._check_reached()
-        finally:
-            self._caller.inside = False
-            for site in self._sites:
-                site.clear()
-            self._busy.release()
+        return _Scope(self, adapter, rows, segments)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -138,6 +118,8 @@ class AdapterHandle:
 
     def check_targets(self, adapter: Adapter) -> None:
         """Raise TargetError for an adapter of other targets than those attached."""
+        if adapter.targets == self.targets:  # as a rule; hashing them all takes ten times as long
+            return
         ours, theirs = set(self.targets), set(adapter.targets)
         if ours != theirs:
             raise TargetError(
@@ -145,7 +127,38 @@ class AdapterHandle:
                 f"  missing from the adapter: {_listed(ours - theirs)}\n  unexpected: {_listed(theirs - ours)}"
             )
 
+    def _load(
+        self, adapter: Adapter, rows: Sequence[int] | Tensor | None, segments: Sequence[int] | Tensor | None
+    ) -> None:
+        """Begin a scope."""
+        if not self._hooks:
+            raise TargetError("applied: the handle is detached; attach to the model again")
+        self.check_targets(adapter)
+        samples = _samples(adapter, rows)
+        packed = None if segments is None else _segments(adapter, samples, segments)
+        if not self._busy.acquire(blocking=False):
+            raise TargetError(
+                "applied: this handle is applying an adapter already; its scopes neither nest nor run in parallel"
+            )
+        try:
+            active = Active.of(adapter, samples, self._caller, packed)
+            for site in self._sites:
+                site.load(active)
+            self._caller.inside = True
+        except BaseException:
+            self._clear()
+            raise
+
+    def _clear(self) -> None:
+        """End a scope."""
+        self._caller.inside = False
+        for site in self._sites:
+            site.clear()
+        self._busy.release()
+
     def _check_reached(self) -> None:
+        if all(site.reached for site in self._sites):
+            return
         reached = {target.name for site in self._sites if site.reached for target in site.targets}
         unreached = [target.name for target in self.targets if target.name not in reached]
         if unreached:
@@ -154,6 +167,23 @@ class AdapterHandle:
                 f"applied: the model did not reach {len(unreached)} of its {len(self.targets)} targets; {cause} "
                 f"(Hooks that were attached after torch.compile do not run.) Not reached: {', '.join(unreached)}"
             )
+
+
+class _Scope(AbstractContextManager[None]):
+    """What `applied` returns. Not made by contextlib, whose generators take longer than a small layer's update."""
+
+    def __init__(self, handle: AdapterHandle, *asked: Any) -> None:
+        self._handle, self._asked = handle, asked
+
+    def __enter__(self) -> None:
+        self._handle._load(*self._asked)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._handle._check_reached()
+        finally:
+            self._handle._clear()
 
 
 def resolve(model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None) -> list[Site]:
@@ -199,9 +229,9 @@ def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> tuple[int
     """`rows` as checked numbers."""
     if rows is None:
         return None
-    samples = tuple(int(row) for row in (rows.tolist() if isinstance(rows, Tensor) else rows))
-    wrong = sorted({sample for sample in samples if not -1 <= sample < adapter.batch})
-    if wrong or not samples:
+    samples = tuple(map(int, rows.tolist() if isinstance(rows, Tensor) else rows))
+    if not samples or min(samples) < -1 or max(samples) >= adapter.batch:
+        wrong = sorted({sample for sample in samples if not -1 <= sample < adapter.batch})
         raise TargetError(
             f"rows: expected for every input row a sample from 0 to {adapter.batch - 1}, or -1 for no adapter, "
             f"got {wrong or 'no rows'}"

@@ -19,13 +19,15 @@ class LinearSite(PairSite):
     def __init__(self, target: Target, module: nn.Linear) -> None:
         check_widths(target.name, module, target.in_dim, target.out_dim)
         super().__init__(module, target)
+        self.makes_output = type(module) is nn.Linear
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
         # Offloading moves a module's input inside its forward, after the hooks have seen it: follow the output.
-        x = x.to(y.device)
+        if x.device != y.device:
+            x = x.to(y.device)
         a, b = self.pair(y, x)
         if self._run_t is None:
-            return dispatch.add_linear(y, x, a, b, self.scale)
+            return dispatch.add_linear(y, x, a, b, self.scale, in_place=self.may_write(y))
         assert self._ends is not None
         flat_x = x.reshape(-1, x.shape[-1])
         if len(flat_x) != len(self._run_t):

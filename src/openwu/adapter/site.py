@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
@@ -112,6 +113,9 @@ class Active:
 class Site:
     """Base of the kinds of adapted module: `update` adapts its output, `weight_delta` equals that for its weight."""
 
+    makes_output = False
+    """Whether the module's own forward pass always returns a tensor that it has just made and does not keep."""
+
     def __init__(self, path: str, module: nn.Module, targets: Sequence[Target]) -> None:
         self.path = path
         self.module = module
@@ -166,6 +170,20 @@ class Site:
     def drop(self) -> None:
         """Forget what `take` kept."""
         raise NotImplementedError
+
+    def may_write(self, y: Tensor) -> bool:
+        """Whether a module's output may be written over: nobody else can have it, and nothing has gradients."""
+        module = self.module
+        return (
+            not torch.compiler.is_compiling()  # first: what follows is not for tracing
+            and self.makes_output
+            and not y.requires_grad
+            and not (self._trained and torch.is_grad_enabled())
+            # Somebody else's hook, or a forward pass that somebody has put in place of the module's own.
+            and len(module._forward_hooks) == 1
+            and not _global_forward_hooks
+            and "forward" not in vars(module)
+        )
 
     def _check_caller(self) -> None:
         """Refuse other threads, and the recomputation of a forward pass that ran outside of this scope.

@@ -30,6 +30,7 @@ class StackedSite(Site):
 
     def __init__(self, target: Target, module: GroupedProduct, container: nn.Module) -> None:
         super().__init__(target.name, module, (target,))
+        self.makes_output = type(module) is GroupedProduct
         self._parameter = container.get_parameter(target.name.rpartition(".")[2])
         self._a: Tensor | None = None
         self._b: Tensor | None = None
@@ -51,7 +52,7 @@ class StackedSite(Site):
         if self._rows is not None:
             group_s = group_s * self._rows + self._row_of(routed)
             ends = group_ends(group_s, len(a))
-        return dispatch.add_sorted(y, x.to(y.device), a, b, self.scale, group_s, ends)
+        return dispatch.add_sorted(y, x.to(y.device), a, b, self.scale, group_s, ends, in_place=self.may_write(y))
 
     def take(self, active: Active) -> None:
         a, b = active.per_row(self.path)  # [n, E, ...]

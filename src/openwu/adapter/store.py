@@ -12,18 +12,17 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
 
 from openwu.adapter.export.native import native_config, read_native
 from openwu.errors import CheckpointError, OpenwuError, TargetError
-from openwu.hashing import add_tensor, of_json
+from openwu.hashing import of_json
 from openwu.types import Adapter
 from openwu.writing import PARTIAL, whole_file
 
@@ -129,7 +128,8 @@ def encode(adapter: Adapter, key: str) -> bytes:
         for name, part in adapter.state_dict().items()
     }
     config = json.dumps(native_config(adapter))
-    data: bytes = save(own, metadata={"format": "pt", "adapter": config, "sha256": _checksum(key, config, own)})
+    checksum = _checksum(key, config, save(own))
+    data: bytes = save(own, metadata={"format": "pt", "adapter": config, "sha256": checksum})
     return data
 
 
@@ -137,18 +137,31 @@ def decode(data: bytes, key: str) -> Adapter:
     """The adapter that `encode` wrote under this key; CheckpointError for anything else."""
     try:
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = header["__metadata__"]
-        if metadata["sha256"] != _checksum(key, metadata["adapter"], tensors):
+        metadata = _header(data)[0]["__metadata__"]
+        if metadata["sha256"] != _checksum(key, metadata["adapter"], data):
             raise CheckpointError("expected the checksum of the file's contents; it is damaged or of another key")
         return read_native(json.loads(metadata["adapter"]), tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, TargetError) as error:
         raise CheckpointError(f"expected a whole cached adapter: {error}") from error
 
 
-def _checksum(key: str, config: str, tensors: Mapping[str, Tensor]) -> str:
-    """Over the contents, not the file: independent of how safetensors lays them out."""
-    digest = of_json([key, config])
-    for name in sorted(tensors):
-        add_tensor(digest, name, tensors[name])
+def _checksum(key: str, config: str, data: bytes) -> str:
+    """Over names, dtypes, shapes and bytes of the tensors of a safetensors file that was found to be a whole one.
+
+    Not over the file: independent of how safetensors lays them out, and of its metadata, which holds the checksum.
+    """
+    header, start = _header(data)
+    entries = sorted((name, entry) for name, entry in header.items() if name != "__metadata__")
+    digest = of_json([key, config, [[name, entry["dtype"], entry["shape"]] for name, entry in entries]])
+    view = memoryview(data)[start:]
+    for _, entry in entries:
+        begin, end = entry["data_offsets"]
+        digest.update(view[begin:end])
     return digest.hexdigest()
+
+
+def _header(data: bytes) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes begin."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header: dict[str, Any] = json.loads(data[8:start])
+    return header, start

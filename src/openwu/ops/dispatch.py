@@ -36,15 +36,18 @@ __all__ = [
 ]
 
 
-def add_sorted(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, group_t: Tensor, ends: Tensor) -> Tensor:
+def add_sorted(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, group_t: Tensor, ends: Tensor, *, in_place: bool = False
+) -> Tensor:
     """Rows sorted by group: y `[t, out]`, x `[t, in]`, a `[g, r, in]`, b `[g, out, r]`, group_t `[t]` ascending.
 
-    `ends` `[g]` int32: where each group's rows end, the last at t.
+    `ends` `[g]` int32: where each group's rows end, the last at t. `in_place`: y may be written over, since nobody else
+    holds it; whether it is, is left open.
     """
 
     def plain() -> Tensor:
         if grouped.fits(y, x, a):
-            return grouped.add_grouped(y, x, a, b, scale, ends)
+            return grouped.add_grouped(y, x, a, b, scale, ends, in_place=in_place)
         return lora.add_routed(y, x, a, b, scale, group_t)
 
     # Gradients are plain torch's: the kernel has none.

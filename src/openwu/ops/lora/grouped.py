@@ -14,12 +14,30 @@ from torch import Tensor
 
 from openwu.grouped import ALIGNMENT, grouped_product, has_grouped_mm
 
+ROWS = 32
+"""Rows of a group, on average, from which on writing its update into the output by a product of its own is quicker."""
 
-def add_grouped(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, ends: Tensor) -> Tensor:
-    """y `[t, out]`, x `[t, in]`, a `[g, r, in]`, b `[g, out, r]`, ends `[g]` int32: where each group's rows end."""
+
+def add_grouped(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, ends: Tensor, *, in_place: bool = False
+) -> Tensor:
+    """y `[t, out]`, x `[t, in]`, a `[g, r, in]`, b `[g, out, r]`, ends `[g]` int32: where each group's rows end.
+
+    `in_place`: y may be written over. It is where nothing has gradients, which saves a tensor of its size, and on a CPU
+    for groups of many rows one more.
+    """
     a, b = _padded(a.to(x.dtype), b.to(y.dtype))
-    up = grouped_product(grouped_product(x, a, ends).to(y.dtype), b, ends)
-    return torch.add(y, up, alpha=scale)
+    down = grouped_product(x, a, ends).to(y.dtype)
+    in_place = in_place and not (torch.is_grad_enabled() and (y.requires_grad or down.requires_grad or b.requires_grad))
+    # Only for plain tensors: of those that stand for others (fake, traced) nobody knows the groups' rows yet.
+    if in_place and y.device.type == "cpu" and type(y) is Tensor and len(y) >= ROWS * len(ends):
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        groups = y.split_with_sizes(sizes), down.split_with_sizes(sizes), b.transpose(1, 2).unbind()
+        for own, own_down, up in zip(*groups, strict=True):
+            own.addmm_(own_down, up, alpha=scale)
+        return y
+    up = grouped_product(down, b, ends)
+    return torch.add(y, up, alpha=scale, out=y if in_place else None)
 
 
 def fits(y: Tensor, x: Tensor, a: Tensor) -> bool:

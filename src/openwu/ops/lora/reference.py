@@ -1,7 +1,7 @@
 """The low-rank update in plain torch: a module's output y and input x enter, `y + scale * B (A x)` leaves.
 
-Every function returns a new tensor of y's shape and dtype and is differentiable in y, x, a and b. A is applied in x's
-dtype and B in y's, so an adapter may be stored in another dtype than the model computes in.
+Every function returns a new tensor of y's shape and dtype and is differentiable in y, x, a and b, unless it may write
+into y. A is applied in x's dtype and B in y's, so an adapter may be stored in another dtype than the model computes in.
 
 Shapes: n rows of a module's input, each with its own A and B, or s = 1 pair shared by all rows (never expanded); r
 LoRA rank; t routed tokens; c / o channels in and out; kh, kw kernel height and width.
@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def add_linear(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Linear module: y `[n, ..., out]`, x `[n, ..., in]`, a `[n or 1, r, in]`, b `[n or 1, out, r]`."""
-    a = a.to(x.dtype)
-    if a.shape[0] == 1:
-        return _add_up(y, x @ a[0].t(), b, scale)
+def add_linear(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, *, in_place: bool = False) -> Tensor:
+    """Linear module: y `[n, ..., out]`, x `[n, ..., in]`, a `[n or 1, r, in]`, b `[n or 1, out, r]`.
+
+    `in_place`: the result may be written into y; nothing may have gradients then.
+    """
+    if a.dtype != x.dtype:
+        a = a.to(x.dtype)
     rows = a.shape[0]
-    return _add_up(y, torch.bmm(x.reshape(rows, -1, x.shape[-1]), a.transpose(1, 2)), b, scale)
+    if rows == 1:
+        return _add_up(y, x @ a[0].t(), b, scale, in_place)
+    flat_x = x if x.ndim == 3 else x.reshape(rows, -1, x.shape[-1])
+    return _add_up(y, torch.bmm(flat_x, a.transpose(1, 2)), b, scale, in_place)
 
 
 def add_conv(
@@ -68,15 +73,24 @@ def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, sample_
     return torch.addmm(y, down.to(y.dtype), b.to(y.dtype).transpose(1, 2).flatten(0, 1), alpha=scale)
 
 
-def _add_up(y: Tensor, down: Tensor, b: Tensor, scale: float) -> Tensor:
+def _add_up(y: Tensor, down: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
     """y `[n, ..., out]` + scale * b `[n or 1, out, r]` applied to down `[n, ..., r]`, in one matrix product."""
-    b, down = b.to(y.dtype), down.to(y.dtype)
-    if b.shape[0] == 1:
-        flat_y, flat_down = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
-        return torch.addmm(flat_y, flat_down, b[0].t(), alpha=scale).view(y.shape)
+    # Nothing is asked of torch that would change nothing: of a small layer's update that would be half of the time.
+    if b.dtype != y.dtype:
+        b = b.to(y.dtype)
+    if down.dtype != y.dtype:
+        down = down.to(y.dtype)
     rows = b.shape[0]
+    if rows == 1:
+        flat_y, flat_down = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
+        out = flat_y if in_place else None
+        return torch.addmm(flat_y, flat_down, b[0].t(), alpha=scale, out=out).view(y.shape)
+    if y.ndim == 3:
+        return torch.baddbmm(y, down, b.transpose(1, 2), alpha=scale, out=y if in_place else None)
     flat_y, flat_down = y.reshape(rows, -1, y.shape[-1]), down.reshape(rows, -1, down.shape[-1])
-    return torch.baddbmm(flat_y, flat_down, b.transpose(1, 2), alpha=scale).view(y.shape)
+    return torch.baddbmm(flat_y, flat_down, b.transpose(1, 2), alpha=scale, out=flat_y if in_place else None).view(
+        y.shape
+    )
 
 
 def _pointwise(x: Tensor, a: Tensor) -> Tensor:
