@@ -126,6 +126,14 @@ def test_a_call_s_own_options_win(kontext: BasedEditor) -> None:
     assert seen[-1] == (3, 3)
 
 
+def test_in_turn_is_what_two_calls_make(kontext: BasedEditor) -> None:
+    photo = base_cases.picture(1, 60, 60)
+    first = kontext.edit(photo, "make it warm", seed=1)
+    second = kontext.edit(first.photo, "blur it", seed=1)
+    assert difference(kontext.edit(photo, "make it warm", then="blur it", in_turn=True, seed=1), second) == 0
+    assert difference(first, second) > 0
+
+
 def test_requests_that_cannot_be(kontext: BasedEditor) -> None:
     adapter = base_cases.adapter(kontext.backbone, 2)
     with pytest.raises(TargetError, match="adapter: expected one sample, got 2"):

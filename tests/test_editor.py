@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,36 @@ def test_then_adds_up_the_adapters_and_shows_all_tokens(editor: Editor, photo: I
         editor.edit(photo, "brighter", then="brighter", strength=0.5, seed=3),
     ):
         assert differ(other.image, both.image) > 1
+
+
+def test_in_turn_is_what_two_calls_make(editor: Editor, photo: Image.Image) -> None:
+    told: list[tuple[int, int]] = []
+    came = editor.edit(
+        photo, "brighter", then="blur it", in_turn=True, strength=0.5, seed=3, progress=lambda *at: told.append(at)
+    )
+    first = editor.edit(photo, "brighter", strength=0.5, seed=3)
+    second = editor.edit(first.photo, "blur it", strength=0.5, seed=3)
+    assert np.array_equal(came.photo.pixels, second.photo.pixels)
+    assert came.adapter.instructions == ("blur it",)
+    assert differ(came.image, editor.edit(photo, "brighter", then="blur it", strength=0.5, seed=3).image) > 1
+    assert came.timings.keys() == first.timings.keys()
+    assert told == [(1, 2), (2, 2)]
+    alone = editor.edit(photo, "brighter", in_turn=True, strength=0.5, seed=3)
+    assert np.array_equal(alone.photo.pixels, first.photo.pixels)
+
+
+def test_in_turn_refuses_before_the_first_pass(
+    editor: Editor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(instructions: Sequence[str], *_: object) -> None:
+        if "add a dragon" in instructions:
+            raise InstructionError("out of scope")
+
+    monkeypatch.setattr("openwu.editor.check_scope", check)
+    monkeypatch.setattr("openwu.editor.draw", lambda *_: pytest.fail("drawn"))
+    for then in ("add a dragon", ["blur it", "add a dragon"], [""]):
+        with pytest.raises(InstructionError):
+            editor.edit(photo, "brighter", then=then, in_turn=True)
 
 
 @pytest.mark.parametrize("then", ["blur it", ["blur it"], ("blur it",)])

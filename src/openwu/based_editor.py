@@ -31,6 +31,7 @@ from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.protocols import Backbone
 from openwu.requested import Progress, asked_of, listed, timed
+from openwu.requested import in_turn as edited_in_turn
 from openwu.types import Adapter, BaseRequest, Condition, EditRequest, EditResult, Picture, SamplingOptions
 
 
@@ -107,6 +108,7 @@ class BasedEditor:
         instruction: str = "",
         *,
         then: str | Sequence[str] = (),
+        in_turn: bool = False,
         strength: float = 1.0,
         seed: int = 0,
         adapter: Adapter | None = None,
@@ -124,7 +126,13 @@ class BasedEditor:
         if adapter is not None and then:
             raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
         request = EditRequest(listed(images), instruction, strength, seed, then, reasoning)
-        return self._edited([request], adapter, progress, options)[0]
+        if not in_turn or not then:
+            return self._edited([request], adapter, progress, options)[0]
+
+        def edit(pictures: list[Picture], text: str, told: Progress | None) -> EditResult:
+            return self._edited([EditRequest(pictures, text, strength, seed, (), reasoning)], None, told, options)[0]
+
+        return edited_in_turn(edit, request.images, asked_of(request, None), progress)
 
     def edit_batch(
         self,

@@ -30,6 +30,7 @@ from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.pictures.photo import Pixels
 from openwu.requested import Progress, asked_of, listed, timed
+from openwu.requested import in_turn as edited_in_turn
 from openwu.scope import check_scope
 from openwu.tiles import Tile
 from openwu.types import Adapter, EditRequest, EditResult, Picture, SamplingOptions
@@ -135,6 +136,7 @@ class Editor:
         instruction: str = "",
         *,
         then: str | Sequence[str] = (),
+        in_turn: bool = False,
         strength: float = 1.0,
         seed: int = 0,
         adapter: Adapter | None = None,
@@ -143,16 +145,25 @@ class Editor:
     ) -> EditResult:
         """Edit one picture; a second one in `images` is the reference of instructions such as "take its colours".
 
-        `then` asks for more in the same pass: the low-rank updates of all instructions are added up. `adapter` reuses
-        an adapter instead of generating one; without an instruction the base then reads the one that the adapter was
-        generated for. `anyway` tries instructions that the model does not know.
+        `then` asks for more in the same pass: the low-rank updates of all instructions are added up; with `in_turn`
+        each instruction has a pass of its own, of what the one before made, and the result's adapter is the last one's.
+        `adapter` reuses an adapter instead of generating one; without an instruction the base then reads the one that
+        the adapter was generated for. `anyway` tries instructions that the model does not know.
         """
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
         if adapter is not None and then:
             raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
         request = EditRequest(listed(images), instruction, strength, seed, then)
-        return self._edited([request], adapter, anyway, progress)[0]
+        if not in_turn or not then:
+            return self._edited([request], adapter, anyway, progress)[0]
+        asked = asked_of(request, None)
+        self._understand(asked, [len(request.images) > 1] * len(asked), anyway)  # all, before the first pass
+
+        def edit(pictures: list[Picture], text: str, told: Progress | None) -> EditResult:
+            return self._edited([EditRequest(pictures, text, strength, seed)], None, anyway, told)[0]
+
+        return edited_in_turn(edit, request.images, asked, progress)
 
     def edit_batch(
         self, requests: Sequence[EditRequest], *, anyway: bool = False, progress: Progress | None = None

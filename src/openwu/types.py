@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from PIL import Image
@@ -25,8 +25,8 @@ from openwu.errors import OpenwuError, TargetError
 if TYPE_CHECKING:
     from openwu.pictures import Photo
 
-Picture = str | Path | Image.Image
-"""What a user may pass as an image: a path or an opened PIL image."""
+Picture = Union[str, Path, Image.Image, "Photo"]
+"""What a user may pass as an image: a path, an opened PIL image, or the photo of an edit's result."""
 
 THEN = "\n"
 """Stands between the instructions of an adapter that is the sum of several; no instruction holds it."""

@@ -99,7 +99,10 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="what else to do, in the same pass (two commands come closer); may be repeated",
+        help="what else to do, in the same pass by adding up adapters (--in-turn comes closer); may be repeated",
+    )
+    edit.add_argument(
+        "--in-turn", action="store_true", help="a pass for each --then, of what the pass before made: slower, closer"
     )
     edit.add_argument(
         "--reference",

@@ -54,8 +54,13 @@ def check_picture(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> PictureH
         return PictureHeader(image.size, str(image.format), image.mode, image.has_transparency_data, notes)
 
 
-def read_picture(picture: str | Path | Image.Image, *, max_pixels: int = MAX_PIXELS) -> Photo:
-    """Read a picture upright, as RGB, with what must survive beside it. An opened PIL image gives its current frame."""
+def read_picture(picture: str | Path | Image.Image | Photo, *, max_pixels: int = MAX_PIXELS) -> Photo:
+    """Read a picture upright, as RGB, with what must survive beside it. An opened PIL image gives its current frame.
+
+    A photo that was read or edited before is taken as it is.
+    """
+    if isinstance(picture, Photo):
+        return picture
     if isinstance(picture, Image.Image):
         with _strict_pillow():
             _check_size(picture, "picture", max_pixels)
