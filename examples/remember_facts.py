@@ -93,7 +93,7 @@ class Plan:
     width: int = 64
     layers: int = 2
     base: StageConfig = StageConfig(  # noqa: RUF009
-        steps=250, shapes=((64, 0),), learning_rate=5e-3, matrix_learning_rate=1e-2, decay=0.3
+        steps=300, shapes=((64, 0),), learning_rate=5e-3, matrix_learning_rate=1e-2, decay=0.3
     )
     starts: int = 4
     """How many random beginnings the base may take: not every one comes to look things up."""
@@ -173,12 +173,14 @@ def look_back(model: Qwen3ForCausalLM) -> None:
 
 
 def trained_base(plan: Plan, log: Log) -> tuple[CausalLM, int]:
-    """A base that looks things up, and how many beginnings that took; after the last one it is taken as it is."""
+    """A base that looks things up, and how many beginnings that took; the best of them where none does."""
+    found: list[tuple[float, int, CausalLM]] = []
     for start in range(plan.starts):
         base = new_base(plan, start)
-        if train_base(base, plan, log) < BINDS:
+        found.append((train_base(base, plan, log), start, base))
+        if found[-1][0] < BINDS:
             break
-    return base, start + 1
+    return min(found)[2], len(found)
 
 
 def train_base(base: CausalLM, plan: Plan, log: Log) -> float:
