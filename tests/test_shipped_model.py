@@ -26,15 +26,17 @@ from openwu.evaluation.command import Findings, as_markdown
 from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
 from openwu.evaluation.goals import KNOWN_DAMAGE, goals
 from openwu.evaluation.strength import Graded
-from openwu.evaluation.suite import Report, Score, apply, draw_cases, evaluate_suite, generate, psnr_of
+from openwu.evaluation.suite import METHODS, Report, Score, apply, draw_cases, evaluate_suite, generate, psnr_of
 from openwu.evaluation.wording import Wording
+from openwu.training.recipe import EmbeddedRecipe, load_recipe
+from openwu.training.record import describe
 from openwu.types import Adapter, EditRequest
 from openwu.understanding import understanding
 
 ROOT = Path(__file__).parents[1]
 PAIRED = [name for name in EDITS if any(name in pair for pair in CONTRADICTORY_PAIRS)]
-STORED_METHODS = ["input", "base", "generated", "shuffled"]
-"""What the stored table compares; no shared LoRA comes with these weights."""
+SHARED = ROOT / "docs" / "results" / "shared"
+"""The baseline that the stored table compares with."""
 QUICK_SIDE = 192
 """Longest side in pixels where a claim is checked in every run of the tests."""
 
@@ -52,7 +54,7 @@ def report() -> Report:
 
 def measured(side: int, seeds: list[int]) -> Report:
     model = EmbeddedModel.from_pretrained(dtype=native_dtype())
-    return evaluate_suite(model, None, load_test_photographs(side), seeds, PAIRED)
+    return evaluate_suite(model, Adapter.from_pretrained(SHARED), load_test_photographs(side), seeds, PAIRED)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,10 @@ def test_adapters_of_other_requests_lose_the_gain(report: Report) -> None:
 def test_generated_adapters_beat_the_base_and_the_input(report: Report) -> None:
     assert report.mean("psnr", "generated") > report.mean("psnr", "base") + 2
     assert report.mean("psnr", "generated") > report.mean("psnr", "input") + 5
+
+
+def test_one_adapter_for_all_requests_stays_between(report: Report) -> None:
+    assert report.mean("psnr", "base") + 3 < report.mean("psnr", "shared") < report.mean("psnr", "generated") - 1
 
 
 @pytest.mark.parametrize("edit", ["warm", "denoise", "age"])
@@ -133,10 +139,10 @@ def test_the_stored_results_are_of_everything_that_the_model_knows(
     assert editor.model.config.instruction.labels == (*EDITS, OUT_OF_SCOPE)
     report = findings.report
     assert report.edits == list(EDITS)
-    assert report.methods == STORED_METHODS
+    assert report.methods == list(METHODS)
     assert {score.photograph for score in report.scores} == set(TEST_PHOTOGRAPHS)
     assert {score.seed for score in report.scores} == set(stored["seeds"])
-    assert len(report.scores) == len(EDITS) * len(STORED_METHODS) * len(TEST_PHOTOGRAPHS) * len(stored["seeds"])
+    assert len(report.scores) == len(EDITS) * len(METHODS) * len(TEST_PHOTOGRAPHS) * len(stored["seeds"])
     assert {each.edit for each in findings.wordings} == set(EDITS)
     assert {each.edit for each in findings.graded} == {name for name, edit in EDITS.items() if edit.graded}
     assert [(each.first, each.second) for each in findings.composed] == list(COMBINATIONS)
@@ -165,9 +171,20 @@ def test_the_card_shows_the_stored_results(stored: dict[str, Any], findings: Fin
         assert between.strip() == section.strip(), name
 
 
+def test_the_stored_baseline_learned_on_the_base_inside_the_package(editor: Editor) -> None:
+    model, shared = editor.model, Adapter.from_pretrained(SHARED)
+    assert set(shared.targets) == set(model.generator.targets)
+    told = json.loads((SHARED / "provenance.json").read_text(encoding="utf-8"))["recipe"]
+    recipe = load_recipe(ROOT / "recipes" / "shared_lora.py", [])
+    assert isinstance(recipe, EmbeddedRecipe)
+    assert told == json.loads(json.dumps(describe(recipe)))
+    shipped = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]
+    assert told["generator"]["steps"] == told["shared"]["steps"] == shipped["generator"]["steps"]
+
+
 def test_the_readme_shows_the_stored_results(stored: dict[str, Any], findings: Findings) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for method in STORED_METHODS:
+    for method in METHODS:
         assert f"{stored['summary'][f'pairs_psnr_{method}']:.1f}" in readme, method
     assert f"{len(findings.report.paired)} sub-tasks" in readme
 

@@ -1,8 +1,8 @@
 """Hashes: bytes, JSON values, files and tensors enter; a digest leaves, whose `hexdigest()` is 64 digits.
 
 What is written down (checkpoints, provenance, names of files that outlive an installation) is SHA-256. What only has to
-be told apart quickly is hashed by `fastest`: BLAKE3 where its package is installed, else SHA-256; where it is long, by
-several threads (`of_pieces`).
+be told apart quickly is hashed by `fastest`: BLAKE3 where its package is installed, else SHA-256, by several threads
+where it is long (`of_pieces`).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ import openwu
 from openwu.adapter.packed import PackedAdapter
 from openwu.adapter.store import AdapterStore
 from openwu.errors import TargetError
-from openwu.hashing import add_tensor, fastest, of_bytes, of_json, of_pieces
+from openwu.hashing import SHA256, add_tensor, fastest, of_bytes, of_json, of_pieces
 from openwu.types import Adapter
 
 MEMORY_BYTES = 256 * 2**20
@@ -254,8 +254,9 @@ def request_key(
     shapes = [[picture.dtype.str, *picture.shape] for picture in pictures]
     digest = of_json([KEY_VERSION, name, generator, how, instruction, seed, in_scope, shapes], new=new)
     for picture in pictures:
-        # As bytes: BLAKE3 takes no wider numbers.
-        digest.update(of_pieces(np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data, new))
+        # As bytes: BLAKE3 takes no wider numbers. It is through before a second thread has begun; SHA-256 is not.
+        data = np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data
+        digest.update(of_pieces(data, new) if name == SHA256.name else data)
     return digest.hexdigest()
 
 
