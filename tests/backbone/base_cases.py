@@ -16,6 +16,7 @@ from PIL import Image
 from openwu.backbone import BACKBONES, backbone_class
 from openwu.base_fit import generator_config, target_widths
 from openwu.generator.model import ParameterGenerator
+from openwu.training.based import based_stage
 from openwu.types import Adapter, BaseRequest, SamplingOptions, Target
 
 MULTIMODAL = ("qwen-image-edit", "qwen-image-edit-plus", "longcat-image-edit")
@@ -57,6 +58,23 @@ def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
 def requests(count: int = 2) -> list[BaseRequest]:
     texts = ("make it warm", "draw it as an oil painting", "blur")
     return [BaseRequest((picture(i),), texts[i % 3], seed=i) for i in range(count)]
+
+
+def losses_of_training(base: Any, made: ParameterGenerator, asked: Sequence[BaseRequest], steps: int) -> list[float]:
+    """The loss of a fixed question before and after some steps: one request wants black, the other white."""
+    batch = base.latent_batch(asked, [torch.zeros(3, 64, 64), torch.ones(3, 64, 64)])
+    stage = based_stage(base, made, lambda _: batch, validation=batch)
+    try:
+        losses = [stage.evaluate().scalars["validation"]]
+        optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+        for step in range(steps):
+            optimizer.zero_grad()
+            with stage.loss(step) as loss:
+                torch.autograd.backward(loss)
+            optimizer.step()
+        return [*losses, stage.evaluate().scalars["validation"]]
+    finally:
+        stage.handle.detach()
 
 
 def targets_of(base: Any) -> tuple[Target, ...]:
