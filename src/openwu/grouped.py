@@ -53,10 +53,51 @@ class Routed(NamedTuple):
 
 
 class GroupedProduct(nn.Module):
-    """One weight of all experts. It has no parameters: the stacked weight stays where the base model keeps it."""
+    """One weight of all experts. It has no parameters: the stacked weight stays where the base model keeps it.
+
+    An input made by `gather` or `multiply` has `room` columns free behind it: there `beside` puts what an adapter adds,
+    and copies nothing else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = 0
+        self._made: tuple[Tensor, Tensor] | None = None
+        """The next input, and the wider memory that it is the beginning of."""
+
+    def gather(self, x_ti: Tensor, routed: Routed) -> Tensor:
+        """The routed rows `[S, in]` of tokens x `[T, in]`; differentiable."""
+        out = self._rows(len(routed.token_s), x_ti)
+        return x_ti[routed.token_s] if out is None else torch.index_select(x_ti, 0, routed.token_s, out=out)
+
+    def multiply(self, x_si: Tensor, y_si: Tensor) -> Tensor:
+        """x * y `[S, in]`, of one dtype; differentiable."""
+        return torch.mul(x_si, y_si, out=self._rows(len(x_si), x_si, y_si))
+
+    def _rows(self, count: int, *likes: Tensor) -> Tensor | None:
+        """Memory `[count, in]` with room behind it; None where there shall be none, or gradients are wanted."""
+        like = likes[0]
+        if not self.room or torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() and any(each.requires_grad for each in likes):
+            return None
+        wide = like.new_empty(count, like.shape[1] + self.room)
+        self._made = wide[:, : like.shape[1]], wide
+        return self._made[0]
+
+    def beside(self, x_si: Tensor, tail_sc: Tensor) -> Tensor:
+        """`[x, tail]` `[S, in + c]`, behind x where there is room; differentiable."""
+        made, columns = self._made, x_si.shape[1] + tail_sc.shape[1]
+        if made is None or made[0] is not x_si or made[1].shape[1] < columns or tail_sc.requires_grad:
+            return torch.cat([x_si, tail_sc], 1)
+        wide = made[1][:, :columns]
+        wide[:, x_si.shape[1] :] = tail_sc
+        return wide
 
     def forward(self, x_si: Tensor, weight_eoi: Tensor, routed: Routed) -> Tensor:
         """x `[S, in]` sorted by expert, weight `[E, out, in]` -> `[S, out]`"""
+        if self._made is not None:
+            self._made = None
         return grouped_product(x_si, weight_eoi, routed.ends)
 
 
@@ -74,11 +115,17 @@ def grouped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
         return opaque
     if not has_grouped_mm(x_si, weight_goi):
         return looped_product(x_si, weight_goi, ends)
-    product: Tensor = F.grouped_mm(x_si.contiguous(), weight_goi.transpose(1, 2), offs=ends)
+    product: Tensor = F.grouped_mm(_rows_apart(x_si), weight_goi.transpose(1, 2), offs=ends)
     if not product.requires_grad:
         return product
     through: Tensor = _ContiguousGradient.apply(product)  # type: ignore[no-untyped-call]
     return through
+
+
+def _rows_apart(x_si: Tensor) -> Tensor:
+    """x as `grouped_mm` takes it: its rows may have room behind them, of whole multiples of ALIGNMENT bytes."""
+    fits = x_si.stride(1) == 1 and x_si.stride(0) * x_si.element_size() % ALIGNMENT == 0
+    return x_si if fits else x_si.contiguous()
 
 
 def looped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
@@ -112,7 +159,7 @@ class _ContiguousGradient(torch.autograd.Function):
 @torch.library.custom_op("openwu::grouped_product", mutates_args=())
 def _opaque_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
     if has_grouped_mm(x_si, weight_goi):
-        return F.grouped_mm(x_si.contiguous(), weight_goi.transpose(1, 2), offs=ends)
+        return F.grouped_mm(_rows_apart(x_si), weight_goi.transpose(1, 2), offs=ends)
     return looped_product(x_si, weight_goi, ends)
 
 

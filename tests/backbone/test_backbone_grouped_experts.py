@@ -88,6 +88,27 @@ def test_every_request_of_a_batch_has_its_own_experts(model: nn.Module) -> None:
         assert (together[row] - base[row]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_room_beside_the_weights_changes_no_result(model: nn.Module, batch: int) -> None:
+    """With the model's own gate, written where the product wants it, and with another one in its place."""
+    adapted = targets(group_experts(model))
+    adapter, tokens = adapter_for(adapted, batch), torch.arange(14).view(2, 7)
+    experts = type(model.get_submodule("layers.0.mlp.experts"))
+    usual = experts._apply_gate
+    try:
+        for gate in (usual, lambda held, gate_up: usual(held, gate_up).clamp(-0.1, 0.1)):
+            experts._apply_gate = gate
+            found = []
+            for room in (0, 16):
+                with attach(model, adapted, room=room) as handle, handle.applied(adapter):
+                    found.append(model(tokens).last_hidden_state)
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+            assert (found[0] - model(tokens).last_hidden_state).abs().max() > 1e-3
+    finally:
+        experts._apply_gate = usual
+
+
 def test_without_grouping_the_targets_are_refused_and_say_what_to_do(model: nn.Module) -> None:
     with pytest.raises(TargetError, match="group_experts"):
         attach(model, targets(["layers.0.mlp.experts"]))

@@ -55,6 +55,20 @@ def test_gpu_rows_need_a_gpu(measure: object) -> None:
         measure(quick=True)  # type: ignore[operator]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_gpu_rows_run_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, on the CPU in the device's place: their code and their gates, no figure."""
+    monkeypatch.setattr(apply_gpu, "cuda", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
+    for name, size in {"DIM": 64, "HIDDEN": 32, "EXPERTS": 4, "TOP_K": 2}.items():
+        monkeypatch.setattr(apply_gpu, name, size)
+    experts_row, batch_row = apply_gpu.measure_experts(quick=True), apply_gpu.measure_batch(quick=True)
+    check(experts_row)
+    check(batch_row)
+    assert set(experts_row.details["overhead by tokens"]) == {"ours", "ours, with room"}
+
+
 def test_a_side_that_leaves_out_samples_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixed_batch, "peft_model", lambda model, _: Deaf(model))
     with pytest.raises(OpenwuError, match="C4: both sides should agree"):

@@ -4,7 +4,7 @@ A target `<container>.<weight>` with E experts adapts one linear module in each 
 of that name, or the module that stacks it with others along its output (`FUSED`). The base model routes and combines
 as ever; only the linear modules' outputs change. Experts see routed tokens rather than rows: with several samples in
 a batch, the sample of each token follows from the router's output (`ExpertRouting`). Experts whose weights are stacked
-in one tensor are `stacked.py`'s.
+in one tensor are `stacked.py`'s, and `augmented.py`'s.
 
 Shapes: T tokens of a batch (rows * length), k experts per token, t tokens of one expert, b samples, r rank.
 """
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openwu.adapter.augmented import AugmentedSite
 from openwu.adapter.linear import check_widths, product
 from openwu.adapter.site import Active, Site, check_device
-from openwu.adapter.stacked import stacked_sites
+from openwu.adapter.stacked import StackedSite, stacked_products
 from openwu.errors import TargetError
 from openwu.ops import dispatch
 from openwu.types import Target
@@ -170,15 +171,24 @@ class ExpertSite(Site):
 
 
 def expert_sites(
-    modules: Mapping[str, nn.Module], container: str, targets: Sequence[Target], routing: ExpertRouting | None
+    modules: Mapping[str, nn.Module],
+    container: str,
+    targets: Sequence[Target],
+    routing: ExpertRouting | None,
+    room: int = 0,
 ) -> list[Site]:
-    """The sites of all `targets` in one container of experts; its router's comes first where routing is given."""
+    """The sites of all `targets` in one container of experts; its router's comes first where routing is given.
+
+    `room`: spare columns beside stacked weights.
+    """
     by_weight = {target.name.removeprefix(f"{container}."): target for target in targets}
     experts = targets[0].experts
     held = modules.get(container)
-    stacked = None if held is None else stacked_sites(container, held, targets)
-    if stacked is not None:
-        return stacked
+    stacked = None if held is None else stacked_products(container, held, targets)
+    if held is not None and stacked is not None:
+        if room:
+            return [AugmentedSite(target, product, held, room) for target, product in stacked]
+        return [StackedSite(target, product, held) for target, product in stacked]
     children = [] if held is None else [name for name, _ in held.named_children()]
     if children != [str(expert) for expert in range(len(children))] or {t.experts for t in targets} != {len(children)}:
         raise TargetError(

@@ -6,7 +6,7 @@
         loss.backward()                          # with gradient checkpointing: inside the scope
 
 Forward hooks add the update to the outputs of the target modules; nothing of the model is replaced, its state-dict
-names stay.
+names stay. With `room`, weights of stacked experts lie elsewhere in memory while the handle is attached.
 
 Checkpointing: `use_reentrant=False`, and backward inside the scope of its forward. Backward after the scope fails in
 torch ("a different number of tensors was saved"), backward in a later scope that has not run the model fails here.
@@ -30,6 +30,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from openwu.adapter.augmented import AugmentedSite
 from openwu.adapter.conv import ConvSite
 from openwu.adapter.experts import ExpertRouting, expert_sites
 from openwu.adapter.linear import LinearSite
@@ -44,19 +45,28 @@ _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules that carry a hook of some handle."""
 
 
-def attach(model: nn.Module, targets: Sequence[Target], *, routing: ExpertRouting | None = None) -> AdapterHandle:
+def attach(
+    model: nn.Module, targets: Sequence[Target], *, routing: ExpertRouting | None = None, room: int = 0
+) -> AdapterHandle:
     """Install the hooks for `targets` on `model` and return the handle that applies adapters to them.
 
     Raises one TargetError with everything that does not fit: missing modules, unsupported types, other widths.
     `routing` is for experts in batches with several adapters.
+
+    `room`: columns of memory to lay beside every row of stacked experts' weights, until `detach`. Where adapters that
+    are not trained fit (rank times the number of different adapters in a batch), a scope then costs a third or less of
+    what it costs without: `[W | scale B] [x, A x]` is computed in one product (`adapter.augmented`). No weight's
+    numbers change. Weights that are moved or replaced while attached lose their room, and nothing else.
     """
+    if isinstance(room, bool) or not isinstance(room, int) or room < 0:
+        raise TargetError(f"room: expected a number of columns from 0 (rank times adapters in a batch), got {room!r}")
     taken = [name or type(model).__name__ for name, module in model.named_modules() if module in _attached]
     if taken:
         raise TargetError(
             f"attach: {len(taken)} modules of the model already carry adapter hooks, {taken[0]} among them; "
             "use the handle that is there, or detach() it first"
         )
-    return AdapterHandle(targets, resolve(model, targets, routing))
+    return AdapterHandle(targets, resolve(model, targets, routing, room))
 
 
 class AdapterHandle:
@@ -69,7 +79,7 @@ class AdapterHandle:
         self._busy = threading.Lock()
         self._hooks: list[RemovableHandle] = []
         for site in self._sites:
-            self._hooks.append(site.module.register_forward_hook(site, with_kwargs=True))
+            self._hooks += site.install()
             _attached.add(site.module)
 
     def applied(
@@ -106,6 +116,7 @@ class AdapterHandle:
             hook.remove()
         self._hooks.clear()
         for site in self._sites:
+            site.uninstall()
             _attached.discard(site.module)
 
     def __enter__(self) -> AdapterHandle:
@@ -186,7 +197,9 @@ class _Scope(AbstractContextManager[None]):
             self._handle._clear()
 
 
-def resolve(model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None) -> list[Site]:
+def resolve(
+    model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None, room: int = 0
+) -> list[Site]:
     """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit."""
     modules = dict(model.named_modules(remove_duplicate=False))
     named = Counter(target.name for target in targets)
@@ -203,11 +216,13 @@ def resolve(model: nn.Module, targets: Sequence[Target], routing: ExpertRouting 
             problems.append(str(problem))
     for container, grouped in containers.items():
         try:
-            sites.extend(expert_sites(modules, container, grouped, routing))
+            sites.extend(expert_sites(modules, container, grouped, routing, room))
         except TargetError as problem:
             problems.append(str(problem))
     held = Counter(site.module for site in sites)
     problems += [f"{site.path}: the same module as another target" for site in sites if held[site.module] > 1]
+    if room and not problems and not any(isinstance(site, AugmentedSite) for site in sites):
+        problems.append("room: expected experts with stacked weights among the targets, found none; leave it out")
     if problems or not targets:
         raise TargetError.listing("the targets do not fit the model:", problems or ["no targets given"])
     return sites

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.hooks import RemovableHandle
 
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
@@ -125,6 +126,13 @@ class Site:
         self.scale = 1.0
         self._trained = False
         self._caller: Caller | None = None
+
+    def install(self) -> list[RemovableHandle]:
+        """Put the hooks on the module."""
+        return [self.module.register_forward_hook(self, with_kwargs=True)]
+
+    def uninstall(self) -> None:
+        """Undo what `install` did besides the hooks."""
 
     def load(self, active: Active) -> None:
         """Activate an adapter."""

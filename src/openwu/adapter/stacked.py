@@ -84,13 +84,15 @@ class StackedSite(Site):
         return routed.token_s // (tokens // rows)
 
 
-def stacked_sites(container: str, held: nn.Module, targets: Sequence[Target]) -> list[Site] | None:
-    """The sites of all `targets` of a container that stacks its experts; None where it has a module for each."""
+def stacked_products(
+    container: str, held: nn.Module, targets: Sequence[Target]
+) -> list[tuple[Target, GroupedProduct]] | None:
+    """Where the `targets` of a container that stacks its experts are computed; None where it has a module for each."""
     parameters = dict(held.named_parameters(recurse=False))
     if not any(target.name.rpartition(".")[2] in parameters for target in targets):
         return None
     products = getattr(held, "products", None)
-    sites: list[Site] = []
+    found: list[tuple[Target, GroupedProduct]] = []
     for target in targets:
         weight = target.name.rpartition(".")[2]
         expected = (target.experts, target.out_dim, target.in_dim)
@@ -103,5 +105,5 @@ def stacked_sites(container: str, held: nn.Module, targets: Sequence[Target]) ->
                 f"{target.name}: {container} computes its experts in one piece, so that no hook can reach this weight; "
                 "call openwu.backbone.grouped_experts.group_experts(model) before attach"
             )
-        sites.append(StackedSite(target, product, held))
-    return sites
+        found.append((target, product))
+    return found

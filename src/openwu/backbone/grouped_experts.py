@@ -9,7 +9,6 @@ Shapes: T tokens, k experts per token, S = T * k, E experts, H hidden width, I w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,12 +48,24 @@ def group_experts(model: nn.Module) -> list[str]:
 def forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """hidden_states `[T, H]`, indices and weights of the chosen experts `[T, k]` -> `[T, H]`"""
     products: Any = experts.products
-    apply_gate: Callable[[Tensor], Tensor] = getattr(experts, "_apply_gate")  # noqa: B009 (a method, not a tensor)
+    first, last = products["gate_up_proj"], products["down_proj"]
     gate_up_proj, down_proj = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
     routed = Routed.of(top_k_index, len(gate_up_proj))
-    inner = apply_gate(products["gate_up_proj"](hidden_states[routed.token_s], gate_up_proj, routed))
-    down = products["down_proj"](inner, down_proj, routed)
+    gate_up = first(first.gather(hidden_states, routed), gate_up_proj, routed)
+    down = last(_gated(experts, last, gate_up), down_proj, routed)
     return routed.combine(down, top_k_weights).to(hidden_states.dtype)
+
+
+def _gated(experts: nn.Module, last: GroupedProduct, gate_up_s: Tensor) -> Tensor:
+    """`[S, 2I]` -> `[S, I]`, the input of the last product. The usual gate's result is written where that has room."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    gate_of: Any = getattr(type(experts), "_apply_gate")  # noqa: B009 (a method that transformers adds)
+    if gate_of is not _default_apply_gate:
+        return gate_of(experts, gate_up_s)  # type: ignore[no-any-return]
+    gate, up = gate_up_s.chunk(2, -1)
+    act_fn: Any = experts.act_fn
+    return last.multiply(act_fn(gate), up)
 
 
 def _is_stacked(module: nn.Module) -> bool:

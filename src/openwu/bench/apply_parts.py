@@ -47,8 +47,11 @@ class StackedExperts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
         routed = Routed.of(chosen, len(self.gate_up_proj))
-        gate, up = self.products["gate_up_proj"](x[routed.token_s], self.gate_up_proj, routed).chunk(2, -1)
-        down = self.products["down_proj"](F.silu(gate) * up, self.down_proj, routed)
+        first, last = (self.products[name] for name in ("gate_up_proj", "down_proj"))
+        assert isinstance(first, GroupedProduct)
+        assert isinstance(last, GroupedProduct)
+        gate, up = first(first.gather(x, routed), self.gate_up_proj, routed).chunk(2, -1)
+        down = last(last.multiply(F.silu(gate), up), self.down_proj, routed)
         return routed.combine(down, torch.full_like(chosen, 1, dtype=x.dtype) / chosen.shape[1])
 
 
