@@ -60,7 +60,8 @@ def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> Non
         assert split["adapter overhead"] == timings["base with adapter"].fastest - timings["base alone"].fastest
         share = 100 * (split["generate"] + split["adapter overhead"]) / timings["whole edit"].fastest
         assert row.details[name]["share of the adapter, %"] == pytest.approx(share)
-        assert row.details[name]["share without reading and writing, %"] > share
+        # Of a smaller whole; on a busy machine the adapter may seem to cost less than nothing.
+        assert abs(row.details[name]["share without reading and writing, %"]) > abs(share)
         assert row.details[name]["tiles"] == tiles
     assert row.value == row.details["small"]["share of the adapter, %"]
 

@@ -24,7 +24,10 @@ SCALE = 0.5
 
 
 class Router(nn.Module):
-    """The k experts of the largest scores: x `[T, d]` -> indices `[T, k]`. All chosen experts count alike."""
+    """The k experts of the largest scores: x `[T, d]` -> indices `[T, k]`. All chosen experts count alike.
+
+    Scores are float32, as usual, so that batches of another size choose the same.
+    """
 
     def __init__(self, dim: int, experts: int, top_k: int) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class Router(nn.Module):
         self.top_k = top_k
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen: Tensor = self.scores(x).topk(self.top_k).indices
+        chosen: Tensor = F.linear(x.float(), self.scores.weight.float()).topk(self.top_k).indices
         return chosen
 
 
