@@ -62,6 +62,7 @@ class GroupedProduct(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.room = 0
+        """Columns that the adapter of the current scope adds to the input."""
         self._made: tuple[Tensor, Tensor] | None = None
         """The next input, and the wider memory that it is the beginning of."""
 
@@ -82,15 +83,17 @@ class GroupedProduct(nn.Module):
         if torch.is_grad_enabled() and any(each.requires_grad for each in likes):
             return None
         wide = like.new_empty(count, like.shape[1] + self.room)
+        # A product over x alone (an adapter's A) may read on behind x, times zero: in bfloat16 on a CPU it does.
+        wide[:, like.shape[1] :] = 0
         self._made = wide[:, : like.shape[1]], wide
         return self._made[0]
 
     def beside(self, x_si: Tensor, tail_sc: Tensor) -> Tensor:
-        """`[x, tail]` `[S, in + c]`, behind x where there is room; differentiable."""
-        made, columns = self._made, x_si.shape[1] + tail_sc.shape[1]
-        if made is None or made[0] is not x_si or made[1].shape[1] < columns or tail_sc.requires_grad:
+        """`[x, tail]` `[S, in + room]`, behind x where x was made for it; differentiable."""
+        made = self._made
+        if made is None or made[0] is not x_si or tail_sc.requires_grad:
             return torch.cat([x_si, tail_sc], 1)
-        wide = made[1][:, :columns]
+        wide = made[1]
         wide[:, x_si.shape[1] :] = tail_sc
         return wide
 

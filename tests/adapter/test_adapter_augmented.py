@@ -114,6 +114,17 @@ def test_one_adapter_after_another_leaves_nothing_behind() -> None:
                 torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_memory_behind_an_input_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 numbers of bfloat16 are a width at which torch's products on a CPU read on, and multiply by zero."""
+    model, targets = frozen(torch.bfloat16, (80, 80)), stacked_targets(80, 80)
+    adapter = random_adapter(targets, 1, dtype=torch.bfloat16)
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    with attach(model, targets, room=16) as handle, torch.no_grad(), handle.applied(adapter):
+        assert augmented(handle)
+        assert model(torch.randn(4, 64, 80, dtype=torch.bfloat16)).isfinite().all()
+
+
 def test_trained_adapters_and_too_many_take_the_other_way() -> None:
     model, targets = frozen(), stacked_targets(*WIDTHS)
     x = torch.randn(2, 5, 8)

@@ -60,12 +60,11 @@ class AugmentedSite(StackedSite):
             wide = weight.new_zeros(*weight.shape[:2], weight.shape[2] + self._room)
             wide[..., : weight.shape[2]] = weight
             self._wide, self._parameter.data = wide, wide[..., : weight.shape[2]]
-        self.module.room = self._room
         return [*super().install(), self.module.register_forward_pre_hook(self._widen)]
 
     def uninstall(self) -> None:
         """The weight lies as it lay before, unless somebody has put another in its place."""
-        wide, self._wide, self.module.room = self._wide, None, 0
+        wide, self._wide = self._wide, None
         if wide is not None and self._parameter.data_ptr() == wide.data_ptr():
             self._parameter.data = self._parameter.data.contiguous()
 
@@ -105,12 +104,12 @@ class AugmentedSite(StackedSite):
             self._place_n = torch.tensor([place.get(sample, -1) for sample in rows], device=a.device)
             self._rows, self._rank = len(rows), rank
             self._run_t = None if active.segments is None else active.segments.of_token
-        self._used = columns
+        self.module.room = self._used = columns
 
     def drop(self) -> None:
         super().drop()
-        self._tail_a = self._place_n = None
-        self._rows = None
+        self._tail_a = self._place_n = self._rows = None
+        self.module.room = 0
 
     def _widen(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """x `[S, in]`, weight `[E, out, in]` -> `[x, A x]` and `[W | scale B]`."""
