@@ -122,8 +122,9 @@ class StackedExperts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         routed = Routed.of(chosen, len(self.gate_up_proj))
-        gate, up = self.products["gate_up_proj"](x[routed.token_s], self.gate_up_proj, routed).chunk(2, -1)
-        down = self.products["down_proj"](F.silu(gate) * up, self.down_proj, routed)
+        first, last = self.products["gate_up_proj"], self.products["down_proj"]
+        gate, up = first(first.gather(x, routed), self.gate_up_proj, routed).chunk(2, -1)
+        down = last(last.multiply(F.silu(gate), up), self.down_proj, routed)
         return routed.combine(down, weights)
 
 
