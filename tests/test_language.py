@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
-from language_cases import config, generator, language_model
+from language_cases import SIZES, config, generator, language_model
 from openwu.backbone.causal_lm import CausalLM, Texts
 from openwu.condition.hidden_states import HiddenStates
 from openwu.errors import OpenwuError, TargetError
@@ -28,6 +29,13 @@ def base() -> CausalLM:
 @pytest.fixture
 def memory(base: CausalLM) -> LanguageMemory:
     return LanguageMemory(base, generator(base.layer_groups()))
+
+
+def mixture(room: int = 0) -> LanguageMemory:
+    """A language model with experts, and a generator for nothing but them."""
+    sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    base = language_model(Qwen3MoeConfig(**sizes))
+    return LanguageMemory(base, generator(base.layer_groups(only=("gate_up_proj", "down_proj"))), room=room)
 
 
 def test_a_context_is_read_without_any_adapter(memory: LanguageMemory) -> None:
@@ -71,6 +79,21 @@ def test_answers_follow_the_adapter_and_nothing_stays(memory: LanguageMemory) ->
     assert memory.answer(questions, max_new_tokens=6) == bare
 
 
+@pytest.mark.parametrize("room", [0, 16])
+def test_experts_answer_each_question_under_its_own_adapter(room: int) -> None:
+    """With the cache of keys and values; a batch is what its questions are alone."""
+    memory = mixture(room)
+    adapter = memory.adapt(CONTEXTS).detach().scaled(60.0)
+    questions = ["anna visits", "drinks"]
+    bare = memory.answer(questions, max_new_tokens=6)
+    told = memory.answer(questions, adapter, max_new_tokens=6)
+    assert told[0] != bare[0]
+    assert told[1] != bare[1]
+    assert told == [memory.answer([q], adapter.select([i]), max_new_tokens=6)[0] for i, q in enumerate(questions)]
+    assert memory.answer(questions, adapter, rows=[-1, 1], max_new_tokens=6) == [bare[0], told[1]]
+    assert memory.answer(questions, max_new_tokens=6) == bare
+
+
 def test_what_does_not_fit_is_refused(base: CausalLM) -> None:
     groups = base.layer_groups()
     with pytest.raises(OpenwuError, match="expected input_dim 16, the model's width, got 20"):
@@ -87,8 +110,10 @@ def test_what_does_not_fit_is_refused(base: CausalLM) -> None:
         LanguageMemory(wider, generator(groups))
 
 
-def test_the_loss_falls_through_the_frozen_model(memory: LanguageMemory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_the_loss_falls_through_the_frozen_model(kind: str, base: CausalLM, tmp_path: Path) -> None:
     """Two contexts whose answers differ: only adapters of their own can bring the loss down for both."""
+    memory = LanguageMemory(base, generator(base.layer_groups())) if kind == "dense" else mixture(room=16)
     base = memory.base
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     texts = base.turns([[("visits", "paris .")], [("visits", "rome .")]])

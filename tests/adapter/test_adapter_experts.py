@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import ROUTING, Mixture, PlainExpert, mixture_targets, random_adapter, relative_error
+from adapter_cases import (
+    ROUTING,
+    Mixture,
+    PlainExpert,
+    StackedMixture,
+    mixture_targets,
+    random_adapter,
+    relative_error,
+    stacked_targets,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -158,3 +167,41 @@ def test_experts_with_a_module_for_each_weight() -> None:
         with handle.applied(random_adapter(mixture_targets(), 1, dtype=torch.float32)):
             adapted = model(torch.ones(1, 2, 6))
         assert not torch.isclose(adapted, model(torch.ones(1, 2, 6))).any()
+
+
+class SharedBesideStacked(StackedMixture):
+    """A mixture that flattens its tokens for the shared expert, too."""
+
+    def __init__(self, dim: int = 6, hidden: int = 5) -> None:
+        super().__init__(dim, hidden)
+        self.shared_expert = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shared_expert(x.flatten(0, -2)).view(x.shape)
+
+
+def test_a_shared_expert_may_see_flattened_tokens() -> None:
+    torch.manual_seed(0)
+    model = SharedBesideStacked().double()
+    targets = [*stacked_targets(), Target("shared_expert", 6, 6)]
+    adapter = random_adapter(targets, 3, rank=2)
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+    rows = [2, -1, 0, 1]
+    with attach(model, targets) as handle:
+        with handle.applied(adapter, rows):
+            together = model(x)
+        for number, row in enumerate(rows):
+            with handle.applied(adapter, [row]):
+                torch.testing.assert_close(model(x[number : number + 1]), together[number : number + 1])
+        wrong = pytest.raises(TargetError, match=r"shared_expert: the adapter is for 3 rows, .* shape \(20, 6\)")
+        with wrong, handle.applied(adapter):
+            model.shared_expert(x.flatten(0, 1))
+
+
+def test_elsewhere_flattened_tokens_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6)).double()
+    targets = [Target("0", 6, 6)]
+    with attach(model, targets) as handle, handle.applied(random_adapter(targets, 2)):
+        model(torch.randn(2, 6, dtype=torch.float64))
+        with pytest.raises(TargetError, match=r"the adapter is for 2 rows, but the module's input has shape \(4, 6\)"):
+            model(torch.randn(4, 6, dtype=torch.float64))

@@ -19,8 +19,11 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
+    MixtralConfig,
     Phi3Config,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -33,6 +36,8 @@ from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.types import Adapter
 
 NEOX = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
+# Two experts and both chosen: every one has tokens, so every weight has a gradient.
+MIXED = {**SIZES, "moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 2}
 QUESTIONS = ["visits anna", "drinks carla milk . drinks ben", "ben"]
 
 
@@ -96,6 +101,9 @@ def test_layers_of_other_widths_are_groups_of_their_own(base: CausalLM) -> None:
         Gemma3TextConfig(**SIZES),
         Phi3Config(**SIZES),
         GPTNeoXConfig(**NEOX),
+        MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=2),
+        Qwen2MoeConfig(**MIXED, shared_expert_intermediate_size=8),
+        Qwen3MoeConfig(**MIXED, mlp_only_layers=[1]),
     ],
     ids=lambda each: each.model_type,
 )
@@ -110,16 +118,56 @@ def test_every_target_is_live(architecture: Any) -> None:
     with openwu.attach(base.model, adapter.targets) as handle, handle.applied(Adapter(adapter.targets, weights, 1.0)):
         base.logits(texts)[texts.mask.bool()].logsumexp(-1).sum().backward()
     dead = [
-        name for name, part in parts.items() if part.grad is None or not (part.grad.flatten(1).norm(dim=1) > 0).all()
+        name
+        for name, part in parts.items()
+        if part.grad is None or not (part.grad.flatten(2 if part.ndim == 4 else 1).norm(dim=-1) > 0).all()
     ]
     assert not dead
     assert not {"embed", "head", "norm"} & {word for name in parts for word in name.replace("_", ".").split(".")}
 
 
-def test_experts_and_foreign_layers_are_refused() -> None:
-    experts = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
-    with pytest.raises(TargetError, match=r"model.layers.0.mlp.experts.*: a mixture of experts; .* not supported yet"):
-        language_model(experts).layer_groups()
+def test_experts_are_targets_and_routers_are_not() -> None:
+    base = language_model(Qwen2MoeConfig(**MIXED, shared_expert_intermediate_size=12))
+    (group,) = base.layer_groups()
+    assert [target.name for target in group.targets] == [
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        "mlp.experts",
+        *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+    ]
+    weights = {name: (enter, leave, experts) for name, enter, leave, experts in group.weights()}
+    assert weights["mlp.experts.gate_up_proj"] == (16, 16, 2)
+    assert weights["mlp.experts.down_proj"] == (8, 16, 2)
+    (some,) = base.layer_groups(only=("down_proj", "q_proj"))
+    assert [name for name, *_ in some.weights()] == [
+        "self_attn.q_proj",
+        "mlp.experts.down_proj",
+        "mlp.shared_expert.down_proj",
+    ]
+    with pytest.raises(TargetError, match=r"only: expected names among \['down_proj', 'gate_proj', 'gate_up_proj', .*"):
+        base.layer_groups(only=("gate",))
+
+
+def test_grouping_the_experts_changes_rounding_alone() -> None:
+    """Against transformers' own way of computing them."""
+    base = language_model(Qwen3MoeConfig(**MIXED))
+    texts = base.read(["anna visits rome .", "ben drinks tea"])
+    came = base.logits(texts)
+    for module in base.model.modules():
+        if hasattr(module, "products"):
+            module.config._experts_implementation = "eager"
+    torch.testing.assert_close(came, base.logits(texts), rtol=1e-5, atol=1e-5)
+
+
+def test_foreign_experts_and_layers_are_refused() -> None:
+    foreign = language_model(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+    with pytest.raises(
+        TargetError, match=r"model.layers.0.mlp.experts: a mixture of experts whose .*only=\('k_proj', '"
+    ):
+        foreign.layer_groups()
+    with pytest.raises(TargetError, match=r"mlp.experts: a mixture of experts"):
+        foreign.layer_groups(only=("q_proj", "down_proj"))
+    (group,) = foreign.layer_groups(only=("q_proj", "v_proj"))
+    assert [target.name for target in group.targets] == ["self_attn.q_proj", "self_attn.v_proj"]
     with pytest.raises(TargetError, match=r"GPT2LMHeadModel: expected a list of 2 decoder layers with nn.Linear"):
         language_model(GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2)).layer_groups()
 

@@ -22,7 +22,7 @@ import difflib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -234,10 +234,20 @@ def _plain_site(modules: Mapping[str, nn.Module], target: Target, hint: bool) ->
         near = difflib.get_close_matches(target.name, modules, n=3) if hint else []
         raise TargetError(f"{target.name}: no such module" + (f"; near it are {', '.join(near)}" if near else ""))
     if isinstance(module, nn.Linear):
-        return LinearSite(target, module)
+        site = LinearSite(target, module)
+        # A shared expert may see its mixture's tokens as the other experts do.
+        site.flattened = any(f"{part}experts" in modules for part in _ancestors(target.name))
+        return site
     if isinstance(module, nn.Conv2d):
         return ConvSite(target, module)
     raise TargetError(f"{target.name}: expected an nn.Linear or nn.Conv2d, got {type(module).__name__}")
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Every module around the one of this name, as what stands in front of its children's names."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield f"{name}." if name else ""
 
 
 def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:

@@ -217,6 +217,9 @@ class Site:
 class PairSite(Site):
     """A site of one plain target: holds A `[n or 1, r, in]` and B `[n or 1, out, r]` for inputs of n rows."""
 
+    flattened = False
+    """Whether the module may see tokens `[n * length, in]` of n rows of equal lengths, as in a mixture of experts."""
+
     def __init__(self, module: nn.Module, target: Target) -> None:
         super().__init__(target.name, module, (target,))
         self._a: Tensor | None = None
@@ -230,13 +233,18 @@ class PairSite(Site):
         a, b = self._a, self._b
         assert a is not None
         assert b is not None
-        if self._run_t is None and self._rows is not None and (x.ndim < 2 or x.shape[0] != self._rows):
+        if self._run_t is None and self._rows is not None and not self._has_rows(x, self._rows):
             raise TargetError(
                 f"{self.path}: the adapter is for {self._rows} rows, but the module's input has shape "
                 f"{tuple(x.shape)}; pass applied(adapter, rows=...) with the sample index of every input row"
             )
         check_device(self.path, a, y)
         return a, b
+
+    def _has_rows(self, x: Tensor, rows: int) -> bool:
+        if self.flattened and x.ndim == 2:
+            return x.shape[0] % rows == 0
+        return x.ndim >= 2 and x.shape[0] == rows
 
     def take(self, active: Active) -> None:
         self._a, self._b = active.per_row(self.path)

@@ -1,8 +1,8 @@
 """A causal language model of transformers as a frozen base: texts enter, tokens and logits or answers leave.
 
 It knows nothing of adapters. `layer_groups` says which of its weights a generator can write for: the linear maps of
-attention and MLP in every decoder layer, found by walking the model and not by a table of architectures. Embeddings,
-norms and the output head are never among them.
+attention and MLP in every decoder layer, and the stacked weights of a mixture's experts, found by walking the model and
+not by a table of architectures. Embeddings, norms, routers and the output head are never among them.
 
 Shapes: b samples, n tokens of the longest text of a batch, V words of the vocabulary.
 """
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from openwu.backbone.causal_lm_folder import load_folder
-from openwu.config import LayerGroup, PlainTarget
+from openwu.backbone.grouped_experts import WEIGHTS, group_experts, is_stacked
+from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Token number that no loss counts, as everywhere in torch."""
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last names of linear maps that choose experts or weigh them; no adapter is written for these."""
 
 Turns = Sequence[tuple[str, str]]
 """A text as questions and answers in turn; only the answers are learned."""
@@ -47,8 +51,14 @@ class CausalLM:
     """A frozen language model with its tokenizer."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The model is frozen and put into evaluation mode (no dropout)."""
+        """The model is frozen and put into evaluation mode (no dropout).
+
+        Experts whose weights are stacked are computed by grouped products from now on (`group_experts`), which changes
+        no result but its rounding; adapters can reach them there.
+        """
         self.model: nn.Module = model.requires_grad_(False).eval()
+        if any(is_stacked(module) for module in self.model.modules()):
+            group_experts(self.model)
         self.tokenizer = tokenizer
         self._config = model.config.get_text_config()
 
@@ -80,18 +90,19 @@ class CausalLM:
         return tuple(f"{prefix}{index}" for index in range(len(stack)))
 
     def layer_groups(self, only: Iterable[str] | None = None) -> tuple[LayerGroup, ...]:
-        """What a generator can write for: the linear maps of every decoder layer.
+        """What a generator can write for: the linear maps and the experts of every decoder layer.
 
-        `only`: last names of the wanted weights, such as `("q_proj", "v_proj")`. Layers like the first one make up one
-        group; a layer with other widths is a group of its own. Raises TargetError where the layers hold a mixture of
-        experts, hold no linear maps, or lack a name in `only`.
+        `only`: last names of the wanted weights, such as `("q_proj", "v_proj")`; `gate_up_proj` and `down_proj` for
+        experts. Layers like the first one make up one group; a layer with other widths is a group of its own. Raises
+        TargetError where the layers lack a name in `only`, or hold experts of an unknown layout that are not left out.
         """
         prefix, stack = self._decoder()
         wanted = None if only is None else set(only)
-        alike = [_linear_targets(layer, f"{prefix}{index}", wanted) for index, layer in enumerate(stack)]
-        missing = (wanted or set()) - {target.name.rpartition(".")[2] for targets in alike for target in targets}
+        alike = [_targets(layer, f"{prefix}{index}", wanted) for index, layer in enumerate(stack)]
+        missing = (wanted or set()) - {name for targets in alike for target in targets for name in _last_names(target)}
         if missing or not any(alike):
-            found = sorted({name.rpartition(".")[2] for name, each in stack.named_modules() if _is_linear(each)})
+            every = [target for layer in stack for target in _known_targets(layer)]
+            found = sorted({name for target in every for name in _last_names(target)})
             raise TargetError(f"only: expected names among {found}, got {sorted(missing or wanted or ())}")
         run = next((index for index, targets in enumerate(alike) if targets != alike[0]), len(alike))
         groups = [LayerGroup(prefix, run, alike[0])] if alike[0] else []
@@ -205,20 +216,59 @@ class CausalLM:
         )
 
 
-def _linear_targets(layer: nn.Module, path: str, wanted: set[str] | None) -> tuple[PlainTarget, ...]:
-    """The linear maps of one decoder layer, in its own order."""
-    stacked = [name for name, parameter in layer.named_parameters() if parameter.ndim == 3 and "expert" in name]
-    listed = [name for name, each in layer.named_modules() if isinstance(each, nn.ModuleList) and "expert" in name]
-    if stacked or listed:
-        raise TargetError(
-            f"{path}.{(stacked + listed)[0]}: a mixture of experts; adapters of a language model's experts are not "
-            "supported yet. Use a dense model"
-        )
-    return tuple(
-        PlainTarget(name, module.in_features, module.out_features)
+def _targets(layer: nn.Module, path: str, wanted: set[str] | None) -> tuple[PlainTarget | GroupedTarget, ...]:
+    """What is wanted of one decoder layer, in its own order."""
+    foreign = _foreign_experts(layer)
+    for name in foreign:
+        inside = [weight.removesuffix(".weight") for weight, _ in layer.get_submodule(name).named_parameters()]
+        if wanted is None or wanted & {weight.rpartition(".")[2] for weight in inside}:
+            known = sorted({last for target in _known_targets(layer) for last in _last_names(target)})
+            raise TargetError(
+                f"{path}.{name}: a mixture of experts whose weights are not stacked as gate_up_proj [E, 2I, H] and "
+                f"down_proj [E, H, I] without biases; leave it out: layer_groups(only={tuple(known)})"
+            )
+    known_targets = [_chosen(target, wanted) for target in _known_targets(layer)]
+    return tuple(target for target in known_targets if target is not None)
+
+
+def _known_targets(layer: nn.Module) -> list[PlainTarget | GroupedTarget]:
+    """All linear maps and stacked experts of a decoder layer but routers, and what lies in experts of other layouts."""
+    foreign = tuple(f"{name}." for name in _foreign_experts(layer))
+    found: list[PlainTarget | GroupedTarget] = []
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS and not name.startswith(foreign):
+            found.append(PlainTarget(name, module.in_features, module.out_features))
+        elif is_stacked(module):
+            shapes = {weight: module.get_parameter(weight).shape for weight in WEIGHTS}  # [E, out, in]
+            weights = tuple(PlainTarget(weight, shape[2], shape[1]) for weight, shape in shapes.items())
+            found.append(GroupedTarget(name, len(module.get_parameter(WEIGHTS[0])), weights))
+    return found
+
+
+def _foreign_experts(layer: nn.Module) -> list[str]:
+    """Containers of experts whose layout is not known."""
+    return [
+        name
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and (wanted is None or name.rpartition(".")[2] in wanted)
-    )
+        if name.rpartition(".")[2] == "experts" and not is_stacked(module)
+    ]
+
+
+def _chosen(target: PlainTarget | GroupedTarget, wanted: set[str] | None) -> PlainTarget | GroupedTarget | None:
+    """A target, or as much of it as is wanted."""
+    if wanted is None:
+        return target
+    if isinstance(target, PlainTarget):
+        return target if _last_names(target)[0] in wanted else None
+    weights = tuple(weight for weight in target.weights if weight.name in wanted)
+    return GroupedTarget(target.name, target.num_experts, weights) if weights else None
+
+
+def _last_names(target: PlainTarget | GroupedTarget) -> list[str]:
+    """What `only` calls a target's weights."""
+    if isinstance(target, PlainTarget):
+        return [target.name.rpartition(".")[2]]
+    return [weight.name for weight in target.weights]
 
 
 def _is_linear(module: nn.Module) -> bool:

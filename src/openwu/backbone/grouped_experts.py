@@ -31,7 +31,7 @@ def group_experts(model: nn.Module) -> list[str]:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise OpenwuError("grouped experts: expected transformers 5 or later; pip install 'transformers>=5'") from error
-    found = {path: module for path, module in model.named_modules() if _is_stacked(module)}
+    found = {path: module for path, module in model.named_modules() if is_stacked(module)}
     if not found:
         raise TargetError(
             f"grouped experts: {type(model).__name__} has no experts with stacked weights gate_up_proj [E, 2I, H] and "
@@ -68,7 +68,7 @@ def _gated(experts: nn.Module, last: GroupedProduct, gate_up_s: Tensor) -> Tenso
     return last.multiply(act_fn(gate), up)
 
 
-def _is_stacked(module: nn.Module) -> bool:
+def is_stacked(module: nn.Module) -> bool:
     """Whether a module was made by transformers' `use_experts_implementation`, with the layout that `forward` knows."""
     parameters = dict(module.named_parameters(recurse=False))
     return (
