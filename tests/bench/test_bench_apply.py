@@ -105,12 +105,26 @@ def test_overhead_pairs_measurements() -> None:
 
 def test_counted_work() -> None:
     """3 rows, rank 2, 5 -> 7: A and B are 2 * 12 numbers each way."""
-    assert apply_growth.moved_bytes([Target("0", 5, 7)], rows=3, rank=2, groups=2) == 4 * (
-        3 * (5 + 4 + 14) + 2 * 2 * 12
+    target = Target("0", 5, 7)
+    assert apply_growth.operations([target, target], rows=3, rank=2) == 2 * (2 * 3 * 2 * 12)
+    assert apply_growth.moved_bytes([target], rows=3, rank=2, groups=2) == 4 * (3 * (5 + 4 + 14) + 2 * 2 * 12)
+
+
+def test_the_law_adds_up_what_was_measured_beside_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply_growth, "interleaved", lambda *_, **__: {"add": Timing((1.0,))})  # 2 * 3 * 7 * 4 bytes/s
+    target = Target("0", 5, 7)
+    point = apply_growth._point(2, Timing((9.0,)), Timing((0.5,)), [target], base=3.0, rows=3, rank=2, groups=2)
+    speed = 2 * 3 * 5 * 7 / 3.0
+    assert point.predicted == pytest.approx(
+        0.5
+        + apply_growth.operations([target], 3, 2) / speed
+        + apply_growth.moved_bytes([target], 3, 2, 2) / (2 * 3 * 7 * 4)
     )
+    assert (point.x, point.measured.median) == (2, 9.0)
 
 
 @pytest.mark.parametrize("name", ["rank", "adapters", "experts"])
 def test_growth(name: str) -> None:
     curve = getattr(apply_growth, f"measure_{name}")(quick=True)
-    assert curve.points[-1].predicted > curve.points[0].predicted
+    assert [point.x for point in curve.points] == {"rank": [4, 8], "adapters": [1, 2, 4], "experts": [4, 8]}[name]
+    assert 0 < curve.factor < math.inf

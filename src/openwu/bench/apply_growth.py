@@ -1,6 +1,8 @@
 """How the overhead of applied adapters grows: with the rank, with the number of adapters in a batch, with the experts.
 
-Predicted is the work that counting gives: bytes moved, since a low-rank update moves much and computes little.
+Predicted is what three measurements beside the curve add up to: the overhead of a layer of the same form that is too
+narrow to compute anything (entering a scope, Python, a call for every group), the update's operations at the speed of
+the layer's own products, and its bytes at the speed at which tensors of the output's size are added.
 
 Shapes: T tokens, S routed rows, r rank, b adapters, E experts.
 """
@@ -18,8 +20,16 @@ from openwu.bench.growth import Growth, Point
 from openwu.bench.row import Timing, interleaved
 from openwu.types import Target
 
+NARROW = 8
+"""Width of a layer that computes next to nothing; the least that grouped products of float32 take is 4."""
+LAW = "by a narrow layer's overhead, operations and bytes"
 ITEMSIZE = 4
 """Bytes of a float32 number."""
+
+
+def operations(targets: list[Target], rows: int, rank: int) -> float:
+    """Of `x A` and `(x A) B` for `rows` rows: a multiplication and an addition each."""
+    return 2.0 * rows * rank * sum(t.in_dim + t.out_dim for t in targets)
 
 
 def moved_bytes(targets: list[Target], rows: int, rank: int, groups: int) -> int:
@@ -35,7 +45,7 @@ def measure_rank(quick: bool) -> Growth:
     """A linear layer, 4 requests with an adapter each."""
     dim, tokens, repeats = _sizes(quick)
     points = [_dense(dim, tokens, rank, 4, repeats, x=rank) for rank in ((4, 8) if quick else (4, 8, 16, 32, 64))]
-    return Growth("overhead of a linear layer with 4 adapters, by bytes moved", "rank", tuple(points))
+    return Growth(f"overhead of a linear layer with 4 adapters, {LAW}", "rank", tuple(points))
 
 
 @torch.no_grad()
@@ -44,7 +54,7 @@ def measure_adapters(quick: bool) -> Growth:
     dim, tokens, repeats = _sizes(quick)
     counts = (1, 2, 4) if quick else (1, 2, 4, 8, 16, 32)
     points = [_dense(dim, tokens, 16, count, repeats, x=count) for count in counts]
-    return Growth("overhead of a linear layer at rank 16, by bytes moved", "adapters in the batch", tuple(points))
+    return Growth(f"overhead of a linear layer at rank 16, {LAW}", "adapters in the batch", tuple(points))
 
 
 @torch.no_grad()
@@ -52,34 +62,55 @@ def measure_experts(quick: bool) -> Growth:
     """A layer of experts, 4 chosen per token, 4 requests."""
     dim, tokens, repeats = _sizes(quick)
     points = [_experts(dim, tokens, count, repeats) for count in ((4, 8) if quick else (8, 16, 32, 64))]
-    return Growth("overhead of a layer of experts with 4 adapters, by bytes moved", "experts", tuple(points))
+    return Growth(f"overhead of a layer of experts with 4 adapters, {LAW}", "experts", tuple(points))
 
 
 def _sizes(quick: bool) -> tuple[int, int, int]:
     """Width, tokens, repeats."""
-    return (32, 64, 3) if quick else (256, 1024, 11)
+    return (32, 64, 3) if quick else (256, 1024, 31)
 
 
 def _dense(dim: int, tokens: int, rank: int, batch: int, repeats: int, x: int) -> Point:
     """A linear layer on `tokens` tokens that `batch` requests share equally."""
-    torch.manual_seed(0)
-    target = Target("0", dim, dim)
-    layer = nn.Sequential(nn.Linear(dim, dim))
-    inputs = torch.randn(batch, tokens // batch, dim)
-    return _point(layer, [target], inputs, rank, repeats, x, moved_bytes([target], tokens, rank, batch))
+
+    def overheads(dim: int, rank: int) -> tuple[Timing, float]:
+        torch.manual_seed(0)
+        layer, inputs = nn.Sequential(nn.Linear(dim, dim)), torch.randn(batch, tokens // batch, dim)
+        return _overhead(layer, [Target("0", dim, dim)], inputs, rank, repeats)
+
+    measured, base = overheads(dim, rank)
+    narrow, _ = overheads(NARROW, NARROW)
+    return _point(x, measured, narrow, [Target("0", dim, dim)], base, tokens, rank, batch)
 
 
 def _experts(dim: int, tokens: int, experts: int, repeats: int) -> Point:
-    torch.manual_seed(0)
-    layer = ExpertsLayer(dim, dim // 2, experts, 4).requires_grad_(False)
-    inputs = torch.randn(4, tokens // 4, dim)
-    moved = moved_bytes(layer.targets(), 4 * tokens, 16, 4 * experts)
-    return _point(layer, layer.targets(), inputs, 16, repeats, experts, moved)
+    """A layer of experts on tokens of 4 requests; rank 16."""
+
+    def overheads(dim: int, rank: int) -> tuple[Timing, float, list[Target]]:
+        torch.manual_seed(0)
+        layer = ExpertsLayer(dim, dim // 2, experts, 4).requires_grad_(False)
+        targets = layer.targets()
+        return *_overhead(layer, targets, torch.randn(4, tokens // 4, dim), rank, repeats), targets
+
+    measured, base, targets = overheads(dim, 16)
+    narrow, _, _ = overheads(NARROW, NARROW)
+    return _point(experts, measured, narrow, targets, base, 4 * tokens, 16, 4 * experts)
 
 
 def _point(
-    layer: nn.Module, targets: list[Target], inputs: Tensor, rank: int, repeats: int, x: int, moved: int
+    x: int, measured: Timing, narrow: Timing, targets: list[Target], base: float, rows: int, rank: int, groups: int
 ) -> Point:
+    """A size with its prediction in seconds; `base`: seconds of the layer's own products for as many rows."""
+    speed = 2.0 * rows * sum(t.in_dim * t.out_dim for t in targets) / base
+    y = torch.zeros(rows, max(t.out_dim for t in targets))
+    adding = interleaved({"add": lambda: torch.add(y, y, out=y)}, 31, warmup=5)["add"].median
+    bandwidth = 2 * y.nbytes / adding
+    predicted = operations(targets, rows, rank) / speed + moved_bytes(targets, rows, rank, groups) / bandwidth
+    return Point(x, measured, narrow.median + predicted)
+
+
+def _overhead(layer: nn.Module, targets: list[Target], inputs: Tensor, rank: int, repeats: int) -> tuple[Timing, float]:
+    """Seconds that adapters cost, and seconds of the layer without them."""
     adapter = random_adapter(targets, len(inputs), rank=rank, dtype=inputs.dtype, seed=0)
     with attach(layer, targets) as handle:
 
@@ -90,4 +121,4 @@ def _point(
         timed = interleaved({"base": lambda: run(False), "adapted": lambda: run(True)}, repeats)
     # An overhead that cannot be told from noise counts as a hundredth of the base.
     cost = max(overhead(timed["adapted"], timed["base"]), 0.01 * timed["base"].median)
-    return Point(x, Timing((cost,)), moved)
+    return Timing((cost,)), timed["base"].median
