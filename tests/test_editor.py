@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import nn
 
-from openwu import drawing
 from openwu.backbone.tiny import INPUT_CHANNELS
+from openwu.editing import drawing
 from openwu.editor import Editor, condition_view
 from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
 from openwu.pictures import read_picture

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu import drawing
 from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
+from openwu.editing import drawing
 from openwu.editor import Editor, native_dtype
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError

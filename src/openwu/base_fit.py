@@ -15,12 +15,12 @@ from torch import nn
 
 from openwu.adapter.experts import ExpertRouting
 from openwu.adapter.inject import AdapterHandle, attach
+from openwu.compute.placement import hook_device
 from openwu.condition import describe_encoder, make_encoder
 from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
+from openwu.files.hashing import of_bytes
 from openwu.generator.model import ParameterGenerator
-from openwu.hashing import of_bytes
-from openwu.placement import hook_device
 from openwu.protocols import Backbone, ConditionEncoder
 from openwu.types import Adapter, Target
 

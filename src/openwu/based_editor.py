@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 from openwu.backbone import backbone_class
 from openwu.base_fit import attach_generator, check_targets, encoder_for, placed
+from openwu.editing.requested import Progress, asked_of, listed, timed
+from openwu.editing.requested import in_turn as edited_in_turn
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.generator.fast import FastGenerator
 from openwu.generator.memory import bytes_beside
@@ -30,8 +32,6 @@ from openwu.generator.model import ParameterGenerator
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.protocols import Backbone
-from openwu.requested import Progress, asked_of, listed, timed
-from openwu.requested import in_turn as edited_in_turn
 from openwu.types import Adapter, BaseRequest, Condition, EditRequest, EditResult, Picture, SamplingOptions
 
 

@@ -22,17 +22,17 @@ from torch import Tensor
 from openwu.adapter.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.adapter.export.fit import with_kernels
 from openwu.backbone import BACKBONES
-from openwu.drawing import Job, as_unit, draw, tiles_of
+from openwu.editing.drawing import Job, as_unit, draw, tiles_of
+from openwu.editing.requested import Progress, asked_of, listed, timed
+from openwu.editing.requested import in_turn as edited_in_turn
+from openwu.editing.scope import check_scope
+from openwu.editing.tiles import Tile
 from openwu.embedded import WEIGHTS, EmbeddedModel
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.generator.fast import FastGenerator
 from openwu.instructions import check_instruction
 from openwu.pictures import Photo, read_picture
 from openwu.pictures.photo import Pixels
-from openwu.requested import Progress, asked_of, listed, timed
-from openwu.requested import in_turn as edited_in_turn
-from openwu.scope import check_scope
-from openwu.tiles import Tile
 from openwu.types import Adapter, EditRequest, EditResult, Picture, SamplingOptions
 
 if TYPE_CHECKING:

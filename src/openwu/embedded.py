@@ -28,9 +28,9 @@ from openwu.condition.embedded import EmbeddedConditionConfig, EmbeddedCondition
 from openwu.condition.instruction import InstructionConfig, InstructionEncoder
 from openwu.config import ConfigError, GeneratorConfig, LayerGroup, PlainTarget
 from openwu.errors import CheckpointError, TargetError
+from openwu.files.writing import whole_set
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter
-from openwu.writing import whole_set
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded model that comes with the package."""

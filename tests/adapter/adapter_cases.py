@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwu.adapter.experts import ExpertRouting
-from openwu.grouped import GroupedProduct, Routed
+from openwu.compute.grouped import GroupedProduct, Routed
 from openwu.types import Adapter, Target
 
 ROUTING = ExpertRouting(router="gate", indices=itemgetter(1))

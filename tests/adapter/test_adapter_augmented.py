@@ -13,8 +13,8 @@ from torch import Tensor
 
 from openwu.adapter.augmented import COLUMNS, AugmentedSite
 from openwu.adapter.inject import AdapterHandle, attach
+from openwu.compute.grouped import Routed
 from openwu.errors import TargetError
-from openwu.grouped import Routed
 
 WIDTHS = (8, 4)
 

@@ -22,7 +22,7 @@ from openwu.adapter.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.adapter.packed import PackedAdapter
 from openwu.adapter.store import ABANDONED, SUFFIX, AdapterStore, decode, encode
 from openwu.errors import CheckpointError, OpenwuError, TargetError
-from openwu.hashing import PIECE, SHA256, Hash, fastest
+from openwu.files.hashing import PIECE, SHA256, Hash, fastest
 from openwu.types import Adapter, Target
 
 TARGETS = (Target("layer.0", 6, 4), Target("mix", 18, 5, kernel=(3, 3)), Target("moe.w1", 4, 3, experts=2))

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from openwu.attention import training_attention
 from openwu.bench import GROWTHS, ROWS, generator_bytes, generator_gpu, generator_speed
 from openwu.bench.generator_sizes import generator_flops, released_config, small_config
 from openwu.bench.growth import Growth
 from openwu.bench.row import Row
 from openwu.bench.traffic import Traffic
+from openwu.compute.attention import training_attention
 from openwu.errors import OpenwuError
 from openwu.generator.fast import FastGenerator
 from openwu.generator.layout import GeneratorLayout

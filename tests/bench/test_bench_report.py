@@ -17,7 +17,7 @@ from openwu.bench.report import GROWTH_PICTURE, ROWS_PICTURE, read_results, sect
 from openwu.bench.result import Result, number, read_result, seconds
 from openwu.bench.row import Row, Timing
 from openwu.errors import OpenwuError
-from openwu.markdown import filled
+from openwu.files.markdown import filled
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from openwu import drawing
 from openwu.bench import cached, edit
 from openwu.bench.command import check_row
+from openwu.editing import drawing
 from openwu.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.pictures import read_picture

@@ -15,7 +15,7 @@ from openwu.errors import CheckpointError, OpenwuError
 from openwu.evaluation import command
 from openwu.evaluation.command import SECTIONS
 from openwu.evaluation.suite import METHODS, Report, Score
-from openwu.markdown import filled
+from openwu.files.markdown import filled
 
 FEW = ("brighten", "darken", "blur")
 SMALL = ["--side", "40", "--seeds", "3", "--photograph", "coffee", "--photograph", "rocket"]

@@ -9,7 +9,7 @@ from openwu.data.edits import FAMILIES
 from openwu.evaluation.pictures import HEAD, LABEL, grid, middle, to_image
 from openwu.evaluation.suite import METHODS, Report, Score
 from openwu.evaluation.tables import families_table, suite_table
-from openwu.markdown import table
+from openwu.files.markdown import table
 
 
 def flat(value: float, height: int, width: int) -> torch.Tensor:

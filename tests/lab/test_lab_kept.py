@@ -60,7 +60,7 @@ def test_fingerprints_differ_with_settings_and_weights() -> None:
     assert plain != fingerprint({"steps": 1}, module)
 
 
-UNIMPORTANT = {"errors", "hashing", "markdown", "origin", "cli", "pictures", "editor", "writing"}
+UNIMPORTANT = {"errors", "files", "cli", "pictures", "editor"}
 """Nothing that a part holds is computed there; the editor's module only chooses a dtype for the command."""
 
 

@@ -25,8 +25,8 @@ from torch.utils.hooks import RemovableHandle
 
 from openwu.adapter.site import Active, check_device
 from openwu.adapter.stacked import StackedSite
+from openwu.compute.grouped import GroupedProduct, Routed
 from openwu.errors import TargetError
-from openwu.grouped import GroupedProduct, Routed, grouped_product
 from openwu.types import Target
 
 COLUMNS = 16
@@ -124,7 +124,7 @@ class AugmentedSite(StackedSite):
             )
         x, _, routed = args
         check_device(self.path, a, x)
-        tail = grouped_product(x, a.to(x.dtype), routed.ends)
+        tail = self.module.alone(x, a.to(x.dtype), routed)
         if self._place_n is not None:
             tail = tail * self._own(routed, tail)
         width = x.shape[1]

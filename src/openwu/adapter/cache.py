@@ -33,7 +33,7 @@ import openwu
 from openwu.adapter.packed import PackedAdapter
 from openwu.adapter.store import AdapterStore
 from openwu.errors import TargetError
-from openwu.hashing import SHA256, add_tensor, fastest, of_bytes, of_json, of_pieces
+from openwu.files.hashing import SHA256, add_tensor, fastest, of_bytes, of_json, of_pieces
 from openwu.types import Adapter
 
 MEMORY_BYTES = 256 * 2**20

@@ -1,9 +1,10 @@
 """Mixtures whose experts are stacked in one tensor: a grouped product enters, the same with the updates leaves.
 
 A target `<container>.<weight>` with E experts adapts the parameter of that name `[E, out, in]`. The container computes
-it in `products[<weight>]`, an `openwu.grouped.GroupedProduct`, and there the hook sits: it receives the tokens sorted
-by expert. Within an expert they ascend, so tokens of one request lie side by side, and the (expert, request) groups of
-the update need no second permutation. Containers of transformers get their products from `backbone.grouped_experts`.
+it in `products[<weight>]`, a `GroupedProduct` of `compute.grouped`, and there the hook sits: it receives the tokens
+sorted by expert. Within an expert they ascend, so tokens of one request lie side by side, and the (expert, request)
+groups of the update need no second permutation. Containers of transformers get their products from
+`backbone.grouped_experts`.
 
 Shapes: T tokens, S routed rows, E experts, b samples, n rows of the batch (or segments), r rank, g = E or E * n groups.
 """
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from openwu.adapter.site import Active, Site, check_device
+from openwu.compute.grouped import GroupedProduct, Routed, group_ends
 from openwu.errors import TargetError
-from openwu.grouped import GroupedProduct, Routed, group_ends
 from openwu.ops import dispatch
 from openwu.types import Target
 

@@ -22,9 +22,9 @@ from safetensors.torch import load, save
 
 from openwu.adapter.export.native import native_config, read_native
 from openwu.errors import CheckpointError, OpenwuError, TargetError
-from openwu.hashing import of_json
+from openwu.files.hashing import of_json
+from openwu.files.writing import PARTIAL, whole_file
 from openwu.types import Adapter
-from openwu.writing import PARTIAL, whole_file
 
 SUFFIX = ".adapter.safetensors"
 _ENTRY = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")

@@ -17,8 +17,8 @@ from torch import Tensor
 from openwu.backbone.latents import PLACE, patches, token_rows
 from openwu.backbone.layers import double_and_single
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
+from openwu.compute.placement import computes_on
 from openwu.config import LayerGroup
-from openwu.placement import computes_on
 from openwu.protocols import BaseFacts, RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 

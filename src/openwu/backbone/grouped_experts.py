@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from openwu.compute.grouped import GroupedProduct, Routed
 from openwu.errors import OpenwuError, TargetError
-from openwu.grouped import GroupedProduct, Routed
 
 IMPLEMENTATION = "openwu"
 """Name under which transformers finds `forward`."""

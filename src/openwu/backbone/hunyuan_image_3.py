@@ -28,7 +28,7 @@ from openwu.backbone.latents import as_tensor, padded
 from openwu.backbone.quantised import Quantise
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
-from openwu.hashing import of_bytes
+from openwu.files.hashing import of_bytes
 from openwu.protocols import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
 from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from openwu.backbone.latents import PLACE, patches
 from openwu.backbone.layers import find_groups
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
+from openwu.compute.placement import computes_on
 from openwu.config import LayerGroup
 from openwu.errors import OpenwuError
-from openwu.placement import computes_on
 from openwu.protocols import BaseFacts, Prediction, RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openwu.errors import PictureError
-from openwu.hashing import of_bytes
+from openwu.files.hashing import of_bytes
 
 SHORTEST = 64
 """Sides that the bases work on are never shorter, in pixels."""

@@ -22,7 +22,7 @@ from openwu.backbone.headers import read_header
 from openwu.backbone.quantised import Fewer, check_quantise, quantise_
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
-from openwu.hashing import of_bytes
+from openwu.files.hashing import of_bytes
 
 INDEX = "model_index.json"
 HEADROOM = 1.1

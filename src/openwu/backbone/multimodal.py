@@ -23,9 +23,9 @@ from openwu.backbone.flow import noise_of, sample
 from openwu.backbone.latents import PLACE, padded, patches, token_rows
 from openwu.backbone.pipeline import PICTURES, PipelineBackbone, Step
 from openwu.backbone.quantised import Quantise
+from openwu.compute.placement import computes_on
 from openwu.errors import InstructionError, OpenwuError
 from openwu.extras import library
-from openwu.placement import computes_on
 from openwu.protocols import RowScope
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 

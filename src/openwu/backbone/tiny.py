@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.norm import RMSNorm
+from openwu.compute.norm import RMSNorm
 
 INPUT_CHANNELS = 8
 """The picture's three channels, noise, y, x, and the squares of y and x."""

@@ -17,8 +17,8 @@ from openwu.adapter.inject import AdapterHandle, attach
 from openwu.bench.apply_parts import RANK, ExpertsLayer, gate, overhead, random_adapter
 from openwu.bench.experts import looped
 from openwu.bench.row import Row, Timing, interleaved
+from openwu.compute.kernels import CHOICES, available, plainly
 from openwu.errors import OpenwuError
-from openwu.kernels import CHOICES, available, plainly
 from openwu.types import Adapter, Target
 
 DIM, HIDDEN, EXPERTS, TOP_K = 4096, 3072, 64, 8

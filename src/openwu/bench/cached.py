@@ -17,7 +17,7 @@ from openwu.bench.edit import INSTRUCTION, sample_picture
 from openwu.bench.row import Row, interleaved
 from openwu.editor import Editor, condition_view
 from openwu.errors import OpenwuError
-from openwu.hashing import fastest
+from openwu.files.hashing import fastest
 from openwu.pictures import read_picture
 from openwu.types import Adapter
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.bench.growth import Growth, Point
 from openwu.bench.row import Row, Timing, interleaved
-from openwu.drawing import MARGIN
+from openwu.editing.drawing import MARGIN
 from openwu.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.pictures import read_picture, write_picture

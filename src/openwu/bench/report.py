@@ -13,8 +13,8 @@ from openwu.bench.machine import described
 from openwu.bench.plan import PLAN
 from openwu.bench.result import Result, growth_table, judged, number, read_result
 from openwu.errors import OpenwuError
-from openwu.markdown import filled, table
-from openwu.writing import write_text
+from openwu.files.markdown import filled, table
+from openwu.files.writing import write_text
 
 ROWS_PICTURE = Path("results/performance-rows.png")
 GROWTH_PICTURE = Path("results/performance-growth.png")

@@ -16,10 +16,10 @@ from openwu.bench.growth import Growth
 from openwu.bench.machine import described, short_name
 from openwu.bench.row import Row, Timing
 from openwu.errors import OpenwuError
+from openwu.files.markdown import table
+from openwu.files.origin import origin, uncommitted
+from openwu.files.writing import write_text
 from openwu.lab.report import write_findings
-from openwu.markdown import table
-from openwu.origin import origin, uncommitted
-from openwu.writing import write_text
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Result:
     """See `machine.hardware`."""
     versions: dict[str, str]
     origin: dict[str, Any] = field(default_factory=lambda: {**origin(), "uncommitted": uncommitted()})
-    """Commit, version, threads; see `openwu.origin`."""
+    """Commit, version, threads; see `openwu.files.origin`."""
     rows: dict[str, Row] = field(default_factory=dict)
     growths: dict[str, Growth] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)

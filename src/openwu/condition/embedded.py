@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.norm import RMSNorm
+from openwu.compute.norm import RMSNorm
 from openwu.types import Condition
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.norm import RMSNorm
+from openwu.compute.norm import RMSNorm
 
 _WORD = re.compile(r"[a-z0-9]+|[一-鿿]|[^\sa-z0-9一-鿿]")
 NUM_DEGREES = 3

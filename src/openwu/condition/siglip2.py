@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from openwu.compute.placement import computes_on
 from openwu.errors import CheckpointError, InstructionError
 from openwu.extras import library, quiet
-from openwu.hashing import of_bytes
-from openwu.placement import computes_on
+from openwu.files.hashing import of_bytes
 from openwu.protocols import Backbone
 from openwu.types import BaseRequest, Condition, Segment
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from openwu.errors import DatasetError
-from openwu.hashing import of_files
+from openwu.files.hashing import of_files
 
 TRAINING_SIDES = (1024, 768, 512, 384)
 """Longest sides at which a photograph is kept for training: the edits are defined in pixels, so scale is variety."""

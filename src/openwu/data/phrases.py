@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from openwu.data.edits.core import LITTLE, NORMAL, STRONG
-from openwu.hashing import of_files
+from openwu.files.hashing import of_files
 
 OUT_OF_SCOPE = "out_of_scope"
 """The label of sentences that ask for something that no sub-task of the suite does."""

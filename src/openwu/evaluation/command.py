@@ -28,11 +28,11 @@ from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.strength import SCALES, Graded, evaluate_strength, strength_cells
 from openwu.evaluation.suite import Report, evaluate_suite, following
 from openwu.evaluation.wording import Wording, evaluate_wording
-from openwu.markdown import filled
-from openwu.origin import origin
+from openwu.files.markdown import filled
+from openwu.files.origin import origin
+from openwu.files.writing import write_json, write_text
 from openwu.types import Adapter
 from openwu.understanding import understanding
-from openwu.writing import write_json, write_text
 
 SMALL = 256
 """Longest side in pixels where many requests are compared with one another."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from openwu.errors import OpenwuError
+from openwu.files.writing import write_text
 from openwu.training.loop import SECONDS
 from openwu.training.recipe import STAGES
-from openwu.writing import write_text
 
 SHOWN = {"instruction": "held_out/", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}
 """Stage -> the beginning of the curves that are drawn."""

@@ -19,8 +19,8 @@ from openwu.embedded import EmbeddedModel
 from openwu.errors import OpenwuError
 from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.suite import apply, following, generate, make_cases
-from openwu.markdown import table
-from openwu.writing import write_text
+from openwu.files.markdown import table
+from openwu.files.writing import write_text
 
 SIDE = 256
 """Side in pixels of a picture on the page."""

@@ -12,7 +12,7 @@ from openwu.evaluation.goals import Goal
 from openwu.evaluation.strength import Graded, by_strength
 from openwu.evaluation.suite import Report
 from openwu.evaluation.wording import SPLITS, Wording, mean_psnr
-from openwu.markdown import table
+from openwu.files.markdown import table
 
 
 def goals_table(goals: Sequence[Goal]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openwu.config import RELEASED_GROUP, ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError
-from openwu.writing import whole_set
+from openwu.files.writing import whole_set
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openwu.compute.kernels import available, plain_torch
 from openwu.generator.blocks import Block
 from openwu.generator.layout import GroupLayout
 from openwu.generator.model import GroupTokens, ParameterGenerator
@@ -35,7 +36,6 @@ from openwu.generator.products import JOINED_BYTES, Dense, MakeProduct, Norm, Pa
 from openwu.generator.stages import Pieces, Stages, normed, row_bytes
 from openwu.generator.tables import Tables
 from openwu.generator.workspace import Workspace
-from openwu.kernels import available, plain_torch
 from openwu.types import Adapter, Condition
 
 CHUNK_BYTES_CPU = 8 * 2**20
@@ -57,7 +57,7 @@ class FastOptions:
     joined_bytes: int = JOINED_BYTES
     """Weights of queries, keys and values are copied into one up to this size; larger ones write side by side."""
     kernels: bool = True
-    """On a GPU, use kernels of ours where a first use finds them equal and faster (`openwu.kernels`)."""
+    """On a GPU, use kernels of ours where a first use finds them equal and faster (`openwu.compute.kernels`)."""
 
     def __post_init__(self) -> None:
         for name in ("chunk_bytes", "chunk_layers"):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwu import kernels
-from openwu.attention import inference_attention
+from openwu.compute import kernels
+from openwu.compute.attention import inference_attention
 from openwu.generator.blocks import FEED_FORWARD_FACTOR
 from openwu.generator.products import Norm, PackedBlock, Product
 from openwu.generator.tables import Turns

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openwu.hashing import add_tensor, of_json
-from openwu.writing import whole_set
+from openwu.files.hashing import add_tensor, of_json
+from openwu.files.writing import whole_set
 
 CODE = (
     *("lab", "training", "data", "embedded.py", "backbone", "condition", "generator", "adapter", "ops", "evaluation"),
-    *("attention.py", "config.py", "grouped.py", "norm.py", "planes.py", "types.py"),
+    *("compute", "config.py", "planes.py", "types.py"),
 )
 """What the numbers of a part depend on, in the package's folder: source, and the sentences beside it."""
 

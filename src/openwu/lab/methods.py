@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from openwu.attention import training_attention
+from openwu.compute.attention import training_attention
 from openwu.data.batches import PairBatch, PairSampler
 from openwu.data.photographs import Photograph
 from openwu.data.phrases import load_phrases

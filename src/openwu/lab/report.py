@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openwu.origin import origin
-from openwu.writing import write_json
+from openwu.files.origin import origin
+from openwu.files.writing import write_json
 
 
 def write_findings(path: Path, settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:

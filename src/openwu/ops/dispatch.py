@@ -2,7 +2,7 @@
 
 The `reference` of every operation defines its results. `lora.grouped` replaces it for sorted rows where torch has
 grouped products: on a CPU for float32, bfloat16 and float16, on CUDA for bfloat16, for widths of whole multiples of 16
-bytes. Triton kernels replace either on a GPU, where a first use finds them equal and faster (`openwu.kernels`).
+bytes. Triton kernels replace either on a GPU, where a first use finds them equal and faster (`openwu.compute.kernels`).
 
 Shapes: t sorted rows, g groups, r LoRA rank; m heads, e head width; d width of a residual stream.
 """
@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from openwu import kernels
-from openwu.kernels import CHOICES, bucket
+from openwu.compute import kernels
+from openwu.compute.kernels import CHOICES, bucket
 from openwu.ops import trials
 from openwu.ops.lora import grouped
 from openwu.ops.lora import reference as lora

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from openwu.grouped import group_ends
-from openwu.kernels import Trial
+from openwu.compute.grouped import group_ends
+from openwu.compute.kernels import Trial
 from openwu.ops.lora import grouped
 from openwu.ops.lora import reference as lora
 from openwu.ops.norm import reference as norm

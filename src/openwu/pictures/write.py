@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, features
 
 from openwu.errors import PictureError
+from openwu.files.writing import whole_file
 from openwu.pictures.formats import INSTALL, encode_deep, has_deep_colour, has_heif
 from openwu.pictures.photo import Photo
 from openwu.pictures.read import read_picture
-from openwu.writing import whole_file
 
 SUFFIXES = {
     ".jpg": "JPEG",

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openwu.errors import CheckpointError
+from openwu.files.writing import whole_file
 from openwu.training.average import Average
 from openwu.training.optimizer import StageOptimizer
 from openwu.training.processes import like, whole_state
-from openwu.writing import whole_file
 
 STATE = "state.safetensors"
 

@@ -13,8 +13,8 @@ from openwu.data.photographs import folder_hashes, load_folder
 from openwu.data.phrases import phrases_hash
 from openwu.embedded import SHARED, WEIGHTS, EmbeddedModel
 from openwu.errors import OpenwuError
-from openwu.hashing import of_files, of_json
-from openwu.origin import origin
+from openwu.files.hashing import of_files, of_json
+from openwu.files.origin import origin
 from openwu.training.checkpoint import load_weights
 from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
 from openwu.training.pairs import PairsStage, pairs_hashes, split_pairs

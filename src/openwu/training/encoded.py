@@ -20,7 +20,7 @@ from tqdm import tqdm
 from openwu.backbone.pipeline import PipelineBackbone
 from openwu.data.pairs import SHOWN, Pair, Pairs, content
 from openwu.errors import DatasetError, OpenwuError
-from openwu.hashing import of_bytes
+from openwu.files.hashing import of_bytes
 from openwu.protocols import ConditionEncoder
 from openwu.training.processes import Processes
 from openwu.training.rows import RowStore, joined

@@ -33,9 +33,9 @@ from openwu.config import ConfigError, GeneratorConfig
 from openwu.data.buckets import Buckets
 from openwu.data.pairs import Pair, Pairs, picture_size, read_pairs
 from openwu.errors import OpenwuError
+from openwu.files.hashing import of_json
+from openwu.files.origin import origin
 from openwu.generator.model import ParameterGenerator
-from openwu.hashing import of_json
-from openwu.origin import origin
 from openwu.protocols import ConditionEncoder
 from openwu.training.based import based_stage
 from openwu.training.checkpoint import check_recipe

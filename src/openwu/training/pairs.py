@@ -19,7 +19,7 @@ from openwu.data.batches import CORNERS, PairBatch
 from openwu.data.pairs import SHOWN, File, Pair, Pairs, content, load_picture
 from openwu.embedded import EmbeddedModel
 from openwu.errors import DatasetError
-from openwu.hashing import of_json
+from openwu.files.hashing import of_json
 from openwu.planes import place_planes
 from openwu.training.part import WHOLE, Part
 from openwu.training.recipe import PairsRecipe

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from openwu.data.pairs import Pair, content
 from openwu.errors import DatasetError
-from openwu.hashing import of_bytes, of_json
+from openwu.files.hashing import of_bytes, of_json
+from openwu.files.writing import whole_file
 from openwu.types import Condition, LatentBatch, Segment
-from openwu.writing import whole_file
 
 FORMAT = 1
 """Rises when files of rows get another meaning."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openwu.adapter.updates import spread, task_variances
-from openwu.attention import training_attention
+from openwu.compute.attention import training_attention
 from openwu.data.batches import PairBatch, PairSampler
 from openwu.data.photographs import Photograph
 from openwu.data.phrases import DEGREES, OUT_OF_SCOPE, sample_phrase

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwu import kernels
 from openwu.adapter.inject import attach
 from openwu.bench.apply_parts import ExpertsLayer, random_adapter
+from openwu.compute import kernels
+from openwu.compute.grouped import group_ends
+from openwu.compute.kernels import Choices, difference, plain_torch
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
 from openwu.generator.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
-from openwu.grouped import group_ends
-from openwu.kernels import Choices, difference, plain_torch
 from openwu.ops import dispatch, trials
 from openwu.ops.lora import kernel as lora_kernel
 from openwu.ops.lora import reference as lora

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.writing import whole_file
+from openwu.files.writing import whole_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openwu.grouped import ALIGNMENT, grouped_product, has_grouped_mm
+from openwu.compute.grouped import ALIGNMENT, grouped_product, has_grouped_mm
 
 ROWS = 32
 """Rows of a group, on average, from which on writing its update into the output by a product of its own is quicker."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from openwu.data.phrases import OUT_OF_SCOPE, load_phrases
+from openwu.editing.scope import check_scope, shown
 from openwu.errors import InstructionError
-from openwu.scope import check_scope, shown
 
 LABELS = ("brighten", OUT_OF_SCOPE, "black_and_white", "blur", "take_palette")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from openwu.attention import MeasuredAttention, _on, inference_attention, seconds_of, training_attention
+from openwu.compute.attention import MeasuredAttention, _on, inference_attention, seconds_of, training_attention
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from openwu import hashing
-from openwu.hashing import PIECE, SHA256, add_tensor, fastest, of_bytes, of_files, of_json, of_pieces
+from openwu.files import hashing
+from openwu.files.hashing import PIECE, SHA256, add_tensor, fastest, of_bytes, of_files, of_json, of_pieces
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openwu.norm import RMSNorm
+from openwu.compute.norm import RMSNorm
 
 
 def test_it_is_the_formula() -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openwu.editing.tiles import Tile, blend_weights
 from openwu.errors import OpenwuError
 from openwu.pictures import Photo
-from openwu.tiles import Tile, blend_weights
 
 
 class Canvas:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openwu.tiles import Tile, blend_weights, tile_grid
+from openwu.editing.tiles import Tile, blend_weights, tile_grid
 
 ALIGN = 4
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openwu.canvas import Canvas
+from openwu.editing.canvas import Canvas
+from openwu.editing.requested import Progress
+from openwu.editing.tiles import Tile, tile_grid
 from openwu.embedded import EmbeddedModel
 from openwu.pictures import Photo
 from openwu.pictures.photo import Pixels
 from openwu.planes import noise_plane, place_planes
-from openwu.requested import Progress
-from openwu.tiles import Tile, tile_grid
 from openwu.types import Adapter
 
 CORE, MARGIN = 768, 128

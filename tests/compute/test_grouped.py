@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from openwu.grouped import GroupedProduct, Routed, group_ends, grouped_product, has_grouped_mm, looped_product
+from openwu.compute.grouped import GroupedProduct, Routed, group_ends, grouped_product, has_grouped_mm, looped_product
 
 few = settings(max_examples=30, deadline=None)
 
@@ -110,4 +110,19 @@ def test_compiled_products(dtype: torch.dtype, width: int) -> None:
         dy = torch.randn_like(expected)
         torch.testing.assert_close(
             torch.autograd.grad(came, (x, weight), dy), torch.autograd.grad(expected, (x, weight), dy), **tolerance
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_lies_behind_a_row_does_not_matter(dtype: torch.dtype) -> None:
+    """A part of a larger tensor whose rest is no number, at widths where torch's own product reads on."""
+    sizes = torch.tensor([100, 30, 0, 60])
+    ends = sizes.cumsum(0).to(torch.int32)
+    for width in (80, 144):
+        larger = torch.full((int(sizes.sum()), width + 16), float("nan"), dtype=dtype)
+        x = larger[:, :width]
+        x.copy_(torch.randn(x.shape))
+        weight = torch.randn(len(sizes), 16, width).to(dtype)
+        torch.testing.assert_close(
+            grouped_product(x, weight, ends), grouped_product(x.clone().contiguous(), weight, ends)
         )

@@ -28,7 +28,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from openwu.attention import bucket, seconds_of
+from openwu.compute.attention import bucket, seconds_of
 
 VARIABLE = "OPENWU_KERNELS"
 DEVICES = ("cuda",)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwu import kernels
 from openwu.adapter.cache import request_key
+from openwu.compute import kernels
+from openwu.compute.kernels import Choices, Trial, available, difference, plain_torch, usable
 from openwu.generator.fast import FastGenerator, FastOptions
-from openwu.kernels import Choices, Trial, available, difference, plain_torch, usable
 
 CPU = torch.device("cpu")
 X = torch.arange(1.0, 5.0)
@@ -46,7 +46,7 @@ class Ways:
 def test_an_equal_and_faster_kernel_is_tried_once_for_a_key_and_then_used(caplog: pytest.LogCaptureFixture) -> None:
     ways = Ways(X * 1.0005)
     choices = Choices(ways.timer)
-    with caplog.at_level(logging.DEBUG, "openwu.kernels"):
+    with caplog.at_level(logging.DEBUG, "openwu.compute.kernels"):
         assert [ways.run(choices) for _ in range(3)] == ["kernel"] * 3
     assert ways.trials == 1
     assert [record.levelno for record in caplog.records] == [logging.DEBUG]

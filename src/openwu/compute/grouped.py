@@ -83,10 +83,14 @@ class GroupedProduct(nn.Module):
         if torch.is_grad_enabled() and any(each.requires_grad for each in likes):
             return None
         wide = like.new_empty(count, like.shape[1] + self.room)
-        # A product over x alone (an adapter's A) may read on behind x, times zero: in bfloat16 on a CPU it does.
-        wide[:, like.shape[1] :] = 0
+        wide[:, like.shape[1] :] = 0  # `alone` reads x where it lies
         self._made = wide[:, : like.shape[1]], wide
         return self._made[0]
+
+    def alone(self, x_si: Tensor, weight_goi: Tensor, routed: Routed) -> Tensor:
+        """The product of an input with other matrices `[g, out, in]`, an adapter's A, before `beside`."""
+        made = self._made is not None and self._made[0] is x_si
+        return grouped_product(x_si, weight_goi, routed.ends, apart=made)
 
     def beside(self, x_si: Tensor, tail_sc: Tensor) -> Tensor:
         """`[x, tail]` `[S, in + room]`, behind x where x was made for it; differentiable."""
@@ -110,25 +114,25 @@ def group_ends(group_s: Tensor, groups: int) -> Tensor:
     return torch.searchsorted(group_s, numbers, right=True).to(torch.int32)
 
 
-def grouped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
-    """Row s of x `[S, in]` times its group's matrix of weight `[g, out, in]`: `[S, out]`. The last end must be S."""
+def grouped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor, *, apart: bool = False) -> Tensor:
+    """Row s of x `[S, in]` times its group's matrix of weight `[g, out, in]`: `[S, out]`. The last end must be S.
+
+    `apart`: rows of x may be read where they lie, although there is memory between them; it must hold numbers, whole
+    multiples of ALIGNMENT bytes of them.
+    """
     if torch.compiler.is_compiling() and x_si.device.type == "cpu":
         # While tracing torch knows `grouped_mm` in bfloat16 only; compiled code sees one opaque operation instead.
         opaque: Tensor = _opaque_product(x_si, weight_goi, ends)
         return opaque
     if not has_grouped_mm(x_si, weight_goi):
         return looped_product(x_si, weight_goi, ends)
-    product: Tensor = F.grouped_mm(_rows_apart(x_si), weight_goi.transpose(1, 2), offs=ends)
+    # In bfloat16 on a CPU (oneDNN) rows are read on beyond their end, times zero: what is no number there spoils them.
+    rows = x_si if apart else x_si.contiguous()
+    product: Tensor = F.grouped_mm(rows, weight_goi.transpose(1, 2), offs=ends)
     if not product.requires_grad:
         return product
     through: Tensor = _ContiguousGradient.apply(product)  # type: ignore[no-untyped-call]
     return through
-
-
-def _rows_apart(x_si: Tensor) -> Tensor:
-    """x as `grouped_mm` takes it: its rows may have room behind them, of whole multiples of ALIGNMENT bytes."""
-    fits = x_si.stride(1) == 1 and x_si.stride(0) * x_si.element_size() % ALIGNMENT == 0
-    return x_si if fits else x_si.contiguous()
 
 
 def looped_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ class _ContiguousGradient(torch.autograd.Function):
 @torch.library.custom_op("openwu::grouped_product", mutates_args=())
 def _opaque_product(x_si: Tensor, weight_goi: Tensor, ends: Tensor) -> Tensor:
     if has_grouped_mm(x_si, weight_goi):
-        return F.grouped_mm(_rows_apart(x_si), weight_goi.transpose(1, 2), offs=ends)
+        return F.grouped_mm(x_si.contiguous(), weight_goi.transpose(1, 2), offs=ends)
     return looped_product(x_si, weight_goi, ends)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openwu.writing import PARTIAL, whole_file, whole_set, write_json, write_text
+from openwu.files.writing import PARTIAL, whole_file, whole_set, write_json, write_text
 
 
 def held(folder: Path) -> dict[str, bytes]:
