@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +199,27 @@ def test_an_input_that_somebody_else_made_is_copied_not_written_behind() -> None
         own.copy_(part)
         torch.testing.assert_close(product(own, weight, routed), y)
         model(torch.randn(1, 3, 8))  # the scope wants every target reached
+
+
+def test_no_memory_for_room_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, targets = frozen(), stacked_targets(*WIDTHS)
+    places = [parameter.stride() for parameter in model.parameters()]
+    zeros, made = Tensor.new_zeros, []
+
+    def few(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(args)
+        if len(made) == len(targets):
+            raise torch.OutOfMemoryError("out of memory")
+        return zeros(*args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "new_zeros", few)
+    with pytest.raises(torch.OutOfMemoryError):
+        attach(model, targets, room=16)
+    assert [parameter.stride() for parameter in model.parameters()] == places
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    monkeypatch.undo()
+    with attach(model, targets, room=16):
+        pass
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])

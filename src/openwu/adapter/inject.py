@@ -78,9 +78,13 @@ class AdapterHandle:
         self._caller = Caller()
         self._busy = threading.Lock()
         self._hooks: list[RemovableHandle] = []
-        for site in self._sites:
-            self._hooks += site.install()
-            _attached.add(site.module)
+        try:
+            for site in self._sites:
+                self._hooks += site.install()
+                _attached.add(site.module)
+        except BaseException:  # memory for room, say
+            self.detach()
+            raise
 
     def applied(
         self,
