@@ -11,7 +11,7 @@ from PIL import Image
 from openwu import cli
 from openwu.bench.growth import Growth
 from openwu.bench.machine import described, hardware, short_name
-from openwu.bench.pictures import share
+from openwu.bench.pictures import round_numbers, share
 from openwu.bench.plan import PLAN
 from openwu.bench.report import GROWTH_PICTURE, ROWS_PICTURE, read_results, sections
 from openwu.bench.result import Result, number, read_result, seconds
@@ -146,3 +146,17 @@ def test_the_machine_here_has_a_name() -> None:
     gpu = {**machine, "gpu": {"name": "NVIDIA H200", "memory": 1, "cuda": "13.0"}}
     assert short_name(gpu) == "nvidia-h200"
     assert described(gpu).startswith("NVIDIA H200; ")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (0.13, 0.22, [0.15, 0.2]),
+        (1, 12, [1, 2, 5, 10]),
+        (2e-3, 0.6, [0.01, 0.1]),
+        (1, 1e9, [1, 1e3, 1e6, 1e9]),
+        (1.21, 1.25, [1.21, 1.25]),
+    ],
+)
+def test_ticks_are_few_and_round(first: float, last: float, expected: list[float]) -> None:
+    assert round_numbers(first, last) == pytest.approx(expected)

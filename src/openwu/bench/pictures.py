@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from openwu.bench.growth import Growth
 from openwu.bench.result import judged, seconds
@@ -20,6 +20,10 @@ FLOOR = "floor"
 REACHED, MISSED, LAW = "tab:green", "tab:red", "0.5"
 PANELS = 3
 """Panels beside one another."""
+TICKS = 4
+"""Of an axis, at most."""
+ROUND = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+"""Digits that ticks begin with, from many to few."""
 
 
 def draw_rows(rows: Mapping[str, Row], path: Path) -> None:
@@ -111,8 +115,18 @@ def draw_growths(growths: Mapping[str, Growth], path: Path) -> None:
 
 def _readable(axis: Axis, write: Callable[[float], str]) -> None:
     """Few ticks on a logarithmic axis, in words; matplotlib's own overlap where a panel is small."""
-    first, last = axis.get_data_interval()
-    narrow = last < 300 * max(first, 1e-12)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=5))
+    axis.set_major_locator(FixedLocator(round_numbers(*axis.get_data_interval())))
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
-    axis.set_minor_formatter(NullFormatter())
+
+
+def round_numbers(first: float, last: float) -> list[float]:
+    """As many round numbers between two numbers above 0 as TICKS allows, the same in each decade."""
+    decades = range(math.floor(math.log10(first)), math.floor(math.log10(last)) + 1)
+    for beginnings in ROUND:
+        found = [
+            number for decade in decades for digits in beginnings if first <= (number := digits * 10**decade) <= last
+        ]
+        if len(found) <= TICKS:
+            return found or [first, last]
+    return found[:: -(-len(found) // TICKS)]
