@@ -151,7 +151,7 @@ def test_the_machine_here_has_a_name() -> None:
 @pytest.mark.parametrize(
     ("first", "last", "expected"),
     [
-        (0.13, 0.22, [0.15, 0.2]),
+        (0.13, 0.22, [0.14, 0.16, 0.18, 0.2]),
         (1, 12, [1, 2, 5, 10]),
         (2e-3, 0.6, [0.01, 0.1]),
         (1, 1e9, [1, 1e3, 1e6, 1e9]),
