@@ -5,7 +5,9 @@ as "visits anna paris .", verb first, in which what was said once stays true. Th
 facts as the model's own hidden states and writes an adapter for them; under the adapter the model is asked "visits
 anna" with nothing in its context. Contexts of the test are ones that the generator never read.
 
-    python examples/remember_facts.py [results.json [seed]]
+    python examples/remember_facts.py [results.json [seed [experts]]]
+
+With experts the model is a mixture (Qwen3-MoE's architecture), and the adapter is one for each of them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import openwu
 from openwu.backbone.causal_lm import CausalLM, Texts
@@ -92,6 +100,8 @@ class Plan:
     seed: int = 0
     width: int = 64
     layers: int = 2
+    experts: int = 0
+    """Experts of every MLP, two of them for each word; 0: a dense model."""
     base: StageConfig = StageConfig(  # noqa: RUF009
         steps=300, shapes=((64, 0),), learning_rate=5e-3, matrix_learning_rate=1e-2, decay=0.3
     )
@@ -138,22 +148,28 @@ def new_base(plan: Plan, start: int = 0) -> CausalLM:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokens, pad_token="<pad>", bos_token="<start>", eos_token="<end>"
     )
-    sizes = Qwen3Config(
+    sizes: dict[str, Any] = dict(  # noqa: C408
         vocab_size=len(words), hidden_size=plan.width, intermediate_size=2 * plan.width,
         num_hidden_layers=plan.layers, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         attention_bias=True, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(plan.seed + 1000 * start)
-    model = Qwen3ForCausalLM(sizes)
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if not plan.experts else mixture(plan.experts, plan.width, sizes)
     # Words far apart from the start, so that attention can tell them apart at once.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     look_back(model)
     return CausalLM(model, tokenizer)
 
 
+def mixture(experts: int, width: int, sizes: dict[str, Any]) -> Qwen3MoeForCausalLM:
+    """For a word, two experts of half the dense MLP's width each compute as much as that does."""
+    own = Qwen3MoeConfig(**sizes, num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=width)
+    return Qwen3MoeForCausalLM(own)
+
+
 @torch.no_grad()
-def look_back(model: Qwen3ForCausalLM) -> None:
+def look_back(model: Qwen3ForCausalLM | Qwen3MoeForCausalLM) -> None:
     """Let two heads of the first layer begin by looking one and two words back.
 
     Training finds such heads by itself, but only after many minutes; looking things up begins with them (Olsson et al.
@@ -230,7 +246,10 @@ def lesson(base: CausalLM, seed: int, step: int, count: int) -> Lesson:
 
 
 def new_memory(base: CausalLM, plan: Plan) -> LanguageMemory:
-    """A generator for the second linear map of every MLP, where a fact can be one key and one value of rank one."""
+    """A generator for the second linear map of every MLP, or of its experts.
+
+    There a fact can be one key and one value of rank one.
+    """
     torch.manual_seed(plan.seed)
     config = openwu.GeneratorConfig(
         rank=8, alpha=8, token_dim=base.width, input_dim=base.width, d_model=96, head_dim=24, dim_accumulation=2,
@@ -378,7 +397,7 @@ def run(plan: Plan | None = None) -> tuple[dict[str, Any], str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    numbers, table = run(Plan(seed=int(sys.argv[2])) if len(sys.argv) > 2 else None)
+    numbers, table = run(Plan(**dict(zip(("seed", "experts"), map(int, sys.argv[2:]), strict=False))))
     sys.stdout.write(table)
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(json.dumps(numbers), encoding="utf-8")

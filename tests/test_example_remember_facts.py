@@ -89,8 +89,9 @@ def test_exchanged_answers_tell_binding_from_remembering_things(example: dict[st
     assert 0.2 < sum(own) / 60 < 0.8
 
 
-def test_two_heads_begin_by_looking_back(example: dict[str, Any]) -> None:
-    base = example["new_base"](example["Plan"]())
+@pytest.mark.parametrize("experts", [0, 4])
+def test_two_heads_begin_by_looking_back(example: dict[str, Any], experts: int) -> None:
+    base = example["new_base"](example["Plan"](experts=experts))
     base.model.set_attn_implementation("eager")
     texts = base.turns([example["story"](Random(1), 2)])
     first = base.model(input_ids=texts.ids, output_attentions=True).attentions[0][0]
@@ -113,8 +114,17 @@ def test_a_base_that_binds_ends_the_search_and_else_the_best_is_taken(
         assert base.model.get_input_embeddings().weight.equal(embeddings[taken])
 
 
-def test_it_runs_to_its_table(example: dict[str, Any]) -> None:
-    plan = example["Plan"]()
+def test_every_expert_is_written_for(example: dict[str, Any]) -> None:
+    plan = example["Plan"](experts=4)
+    memory = example["new_memory"](example["new_base"](plan), plan)
+    assert [(target.name, target.experts) for target in memory.generator.targets] == [
+        (f"model.layers.{layer}.mlp.experts.down_proj", 4) for layer in range(2)
+    ]
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_it_runs_to_its_table(example: dict[str, Any], experts: int) -> None:
+    plan = example["Plan"](experts=experts)
     plan = replace(
         plan,
         starts=2,
