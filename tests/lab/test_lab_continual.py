@@ -10,11 +10,12 @@ import torch
 from lab_cases import adapter, updates
 from torch import Tensor
 
+from openwu.data.batches import PairSampler
 from openwu.data.photographs import Photograph, load_folder
 from openwu.embedded import EmbeddedModel
 from openwu.lab import continual as module
 from openwu.lab import methods
-from openwu.lab.continual import WAYS, Course, Memory, Seen, continual
+from openwu.lab.continual import WAYS, Course, Memory, PastSelf, Seen, continual
 from openwu.lab.geometry import update_distances
 from openwu.lab.methods import Budget, new_method
 
@@ -47,6 +48,9 @@ def test_every_way_goes_through_all_groups(embedded_model: EmbeddedModel, photog
     assert found.stored_bytes["generator"] == found.stored_bytes["sft"] == 0
     assert found.stored_bytes["retrieval"] == 3 * found.stored_bytes["shared"]
     assert found.stored_bytes["generator, distilled"] > 3 * 2 * 3 * 96 * 96
+    parts = embedded_model.condition, embedded_model.generator
+    own_bytes = sum(parameter.nbytes for part in parts for parameter in part.parameters())
+    assert found.stored_bytes["generator, past self"] == own_bytes
     stored = json.loads(json.dumps(found.to_json()))
     assert [each["way"] for each in stored["ways"]] == list(WAYS)
 
@@ -84,10 +88,30 @@ def test_distillation_keeps_what_was_written(
         method = new_method(embedded_model, "generated", ("darken", "fade"), BUDGET, 0)
         memory = module._remember(method, photographs, ("darken",), 0)
         module._learn(
-            method, photographs, ("fade",), (), memory if kept else None, Budget(30, 2, 32), ("generator", 2, 0)
+            method, photographs, ("fade",), None, memory if kept else None, Budget(30, 2, 32), ("generator", 2, 0)
         )
         drifts.append(_drift(method, memory))
     assert drifts[0] < 0.5 * drifts[1]
+
+
+def test_the_past_self_answers_as_it_did(embedded_model: EmbeddedModel, photographs: list[Photograph]) -> None:
+    """The requests are the sampler's; the answers are what was made of them, whatever is learned meanwhile."""
+    method = new_method(embedded_model, "generated", ("darken", "fade"), BUDGET, 0)
+    requests = PairSampler(photographs, ("darken", "fade"), ((4, 32),), 96, 0)
+    past = PastSelf(method, requests)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        asked = requests.batch(3)
+        text = method.model.instruction(asked.sentences)
+        was = method.model.edit(asked.picture, asked.planes, text, method.model.adapt(asked.whole, text)).float()
+        for parameter in method.trained.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        now = method.model.edit(asked.picture, asked.planes, text, method.model.adapt(asked.whole, text)).float()
+    came = past.batch(3)
+    assert torch.equal(came.target, was)
+    assert not torch.allclose(came.target, now, atol=1e-2)
+    assert not torch.allclose(came.target, asked.target, atol=1e-2)
+    assert came.sentences == asked.sentences
+    assert torch.equal(came.picture, asked.picture)
 
 
 @torch.no_grad()

@@ -5,9 +5,12 @@ is after each group, and from that what has been forgotten.
 
 - `shared`: one LoRA that goes on with every group. `sft`: the whole base does.
 - `retrieval`: a new LoRA per task, chosen by the nearest training sentences among those seen so far.
-- `generator`: goes on with every group and nothing else, the control. `generator, replay`: half of every batch is of
-  earlier groups. `generator, distilled`: conditions and adapters of earlier groups are stored, and the generator shall
-  go on writing those adapters; no picture of them is shown to the base again.
+- `generator`: goes on with every group and nothing else, the control. `generator, replay`: half of the batches are of
+  earlier groups. `generator, past self`: the same, but how they should come out is said by the generator as it was
+  before the group, through the base, on the photographs at hand; of earlier groups only sentences are known, and no
+  edited picture (Li and Hoiem 2016, learning without forgetting). `generator, distilled`: conditions and adapters of
+  earlier groups are stored, and the generator shall go on writing those adapters; no picture of them is shown to the
+  base again.
 
 Shapes: b requests.
 """
@@ -15,7 +18,7 @@ Shapes: b requests.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +40,7 @@ from openwu.lab.methods import (
     Budget,
     Method,
     batch_loss,
+    copied,
     new_method,
     retrieved,
 )
@@ -52,9 +56,12 @@ WAYS: Mapping[str, str] = {
     "retrieval": "single",
     "generator": "generated",
     "generator, replay": "generated",
+    "generator, past self": "generated",
     "generator, distilled": "generated",
 }
 """Way to go on -> the method of `methods.py` that it trains."""
+REHEARSING = ("generator, replay", "generator, past self")
+"""Ways whose every other batch is of earlier groups."""
 STORED = 4
 """Requests of every earlier task whose condition and adapter are stored for distillation."""
 DISTILLED_AT_ONCE = 8
@@ -80,6 +87,27 @@ class Memory:
     def join(self, other: Memory) -> Memory:
         pictures = torch.cat([self.pictures, other.pictures])
         return Memory(pictures, self.sentences + other.sentences, Adapter.stack([self.adapter, other.adapter]))
+
+
+class PastSelf:
+    """Condition encoder and generator as they are when this is made. They say how requests should come out."""
+
+    def __init__(self, method: Method, requests: PairSampler) -> None:
+        self._model, self._requests = copied(method.model), requests
+
+    @property
+    def stored_bytes(self) -> int:
+        parts = self._model.condition, self._model.generator
+        return sum(parameter.nbytes for part in parts for parameter in part.parameters())
+
+    @torch.no_grad()
+    def batch(self, step: int) -> PairBatch:
+        """The requests of a step, with what was made of them then for their answers."""
+        batch, model = self._requests.batch(step), self._model
+        text = model.instruction(batch.sentences)
+        with torch.autocast("cpu", torch.bfloat16):
+            edited = model.edit(batch.picture, batch.planes, text, model.adapt(batch.whole, text))
+        return replace(batch, target=edited.float())
 
 
 @dataclass(frozen=True)
@@ -179,16 +207,20 @@ def continual(
     def gone(way: str, seed: int) -> Part:
         method, cases = new_method(model, WAYS[way], tasks, budget, seed), draw(test, tasks, seed)
         memory: Memory | None = None
+        old: PairSampler | PastSelf | None = None
         seen = _look(way, method, cases, groups, 0, seed)
         for number, group in enumerate(groups, start=1):
-            earlier = [task for done in groups[: number - 1] for task in done]
-            replayed = earlier if way == "generator, replay" else []
-            _learn(method, photographs, group, replayed, memory, budget, (way, number, seed))
+            earlier = tuple(task for done in groups[: number - 1] for task in done)
+            if earlier and way in REHEARSING:
+                shapes = ((budget.requests, budget.crop),)
+                requests = PairSampler(photographs, earlier, shapes, SIDE, 100 * seed + number)
+                old = requests if way == "generator, replay" else PastSelf(method, requests)
+            _learn(method, photographs, group, old, memory, budget, (way, number, seed))
             if way == "generator, distilled":
                 fresh = _remember(method, photographs, group, seed)
                 memory = fresh if memory is None else memory.join(fresh)
             seen += _look(way, method, cases, groups, number, seed)
-        stored = _stored_bytes(way, method, memory, photographs)
+        stored = _stored_bytes(way, method, old if isinstance(old, PastSelf) else memory, photographs)
         return Part({"seen": [vars(each) for each in seen], "stored_bytes": stored})
 
     for seed in seeds:
@@ -203,12 +235,12 @@ def _learn(
     method: Method,
     photographs: list[Photograph],
     group: Sequence[str],
-    replayed: Sequence[str],
+    old: PairSampler | PastSelf | None,
     memory: Memory | None,
     budget: Budget,
     which: tuple[str, int, int],
 ) -> None:
-    """One group; `replayed`: earlier tasks that take up every other batch; `memory`: what shall stay as it was."""
+    """One group; `old`: what every other batch is taken from; `memory`: adapters that shall stay as they were."""
     way, number, seed = which
     steps = budget.steps
     config = StageConfig(
@@ -218,11 +250,7 @@ def _learn(
         **dict[str, Any](method.rates),
     )
     optimizer = StageOptimizer(method.trained, config)
-    new, old = (
-        PairSampler(photographs, tuple(tasks), config.shapes, SIDE, 100 * seed + number) if tasks else None
-        for tasks in (group, replayed)
-    )
-    assert new is not None
+    new = PairSampler(photographs, tuple(group), config.shapes, SIDE, 100 * seed + number)
     for step in tqdm(range(steps), desc=f"{way}, group {number}, seed {seed}", unit="step"):
         batch = (old if old is not None and step % 2 else new).batch(step)
         loss = batch_loss(method.model, batch, method.adapt, falling_floor(FIRST_FLOOR, step / steps))
@@ -284,9 +312,9 @@ def _look(
     return seen
 
 
-def _stored_bytes(way: str, method: Method, memory: Memory | None, photographs: list[Photograph]) -> int:
+def _stored_bytes(way: str, method: Method, kept: Memory | PastSelf | None, photographs: list[Photograph]) -> int:
     if isinstance(method.trained, AdapterBank) or way == "shared":
         return sum(parameter.nbytes for parameter in method.trained.parameters())
     if way == "generator, replay":  # the photographs that pairs of earlier tasks are made of
         return sum(scale.nbytes for photograph in photographs for scale in photograph.scales)
-    return memory.stored_bytes if memory is not None else 0
+    return kept.stored_bytes if kept is not None else 0
