@@ -58,11 +58,12 @@ def forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
 
 def _gated(experts: nn.Module, last: GroupedProduct, gate_up_s: Tensor) -> Tensor:
     """`[S, 2I]` -> `[S, I]`, the input of the last product. The usual gate's result is written where that has room."""
-    from transformers.integrations.moe import _default_apply_gate
+    from transformers.integrations import moe
 
-    gate_of: Any = getattr(type(experts), "_apply_gate")  # noqa: B009 (a method that transformers adds)
-    if gate_of is not _default_apply_gate:
-        return gate_of(experts, gate_up_s)  # type: ignore[no-any-return]
+    gate_of: Any = getattr(experts, "_apply_gate")  # noqa: B009 (a method, not a tensor)
+    usual = getattr(moe, "_default_apply_gate", None)  # not part of transformers' interface
+    if usual is None or getattr(gate_of, "__func__", None) is not usual:
+        return gate_of(gate_up_s)  # type: ignore[no-any-return]
     gate, up = gate_up_s.chunk(2, -1)
     act_fn: Any = experts.act_fn
     return last.multiply(act_fn(gate), up)
