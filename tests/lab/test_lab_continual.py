@@ -99,9 +99,10 @@ def test_the_past_self_answers_as_it_did(embedded_model: EmbeddedModel, photogra
     method = new_method(embedded_model, "generated", ("darken", "fade"), BUDGET, 0)
     requests = PairSampler(photographs, ("darken", "fade"), ((4, 32),), 96, 0)
     past = PastSelf(method, requests)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        asked = requests.batch(3)
+    asked = requests.batch(3)
+    with torch.no_grad():
         text = method.model.instruction(asked.sentences)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         was = method.model.edit(asked.picture, asked.planes, text, method.model.adapt(asked.whole, text)).float()
         for parameter in method.trained.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
