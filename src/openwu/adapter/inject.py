@@ -54,9 +54,9 @@ def attach(
     `routing` is for experts in batches with several adapters.
 
     `room`: columns of memory to lay beside every row of stacked experts' weights, until `detach`. Where adapters that
-    are not trained fit (rank times the number of different adapters in a batch), a scope then costs a third or less of
-    what it costs without: `[W | scale B] [x, A x]` is computed in one product (`adapter.augmented`). No weight's
-    numbers change. Weights that are moved or replaced while attached lose their room, and nothing else.
+    are not trained fit (rank times the number of different adapters in a batch), they cost about half of what they cost
+    without: `[W | scale B] [x, A x]` is computed in one product (`adapter.augmented`). No weight's numbers change.
+    Weights that are moved or replaced while attached lose their room, and nothing else.
     """
     if isinstance(room, bool) or not isinstance(room, int) or room < 0:
         raise TargetError(f"room: expected a number of columns from 0 (rank times adapters in a batch), got {room!r}")
