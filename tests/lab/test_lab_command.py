@@ -187,5 +187,6 @@ def test_the_quick_experiments_hold_on_the_shipped_model(words: tuple[str, ...],
     if file == "continual":
         forgotten = {each["way"]: each["forgetting"]["value"] for each in stored["ways"]}
         assert abs(forgotten["retrieval"]) < abs(forgotten["shared"]) + 1
+        assert forgotten["generator, past self"] < 0.25 * forgotten["generator"]
     if file == "scaling":
         assert stored["lines"]["generator"]["residual"] < 3
