@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import openwu
-from openwu.lab.audit import Ladder, audit
-from openwu.lab.command import ladder_table
-from openwu.lab.subject import Subject
+from openwu.cli.lab import ladder_table
+from openwu.evaluation.experiments.audit import Ladder, audit
+from openwu.evaluation.experiments.subject import Subject
 
 WIDTH, RANK = 12, 4
 TARGETS = (openwu.Target("1", WIDTH, WIDTH),)

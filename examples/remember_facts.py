@@ -36,18 +36,17 @@ from transformers import (
 )
 
 import openwu
-from openwu.backbone.causal_lm import CausalLM, Texts
-from openwu.lab.audit import Ladder, audit
-from openwu.lab.command import ladder_table
-from openwu.lab.intervals import Mean, mean_over
-from openwu.lab.subject import Subject
-from openwu.language import LanguageMemory
-from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objective import NextToken
-from openwu.training.optimizer import StageOptimizer
-from openwu.training.own import OwnStage
-from openwu.training.recipe import StageConfig
-from openwu.training.schedule import part_of_peak
+from openwu.backbones.causal_lm.base import CausalLM, Texts
+from openwu.cli.lab import ladder_table
+from openwu.evaluation.experiments.audit import Ladder, audit
+from openwu.evaluation.experiments.geometry import Mean, mean_over
+from openwu.evaluation.experiments.subject import Subject
+from openwu.memory.language import LanguageMemory
+from openwu.training.config import StageConfig
+from openwu.training.loop import LoopConfig, part_of_peak, train_stage
+from openwu.training.objectives import NextToken
+from openwu.training.optimizers import StageOptimizer
+from openwu.training.stage import OwnStage
 
 NAMES = (
     "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo",

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 import openwu
+from openwu.cli.lab import ladder_table
 from openwu.config import LayerGroup, PlainTarget
-from openwu.lab.audit import Ladder, audit
-from openwu.lab.command import ladder_table
-from openwu.lab.subject import Subject
+from openwu.evaluation.experiments.audit import Ladder, audit
+from openwu.evaluation.experiments.subject import Subject
+from openwu.training.config import StageConfig
+from openwu.training.distributed import is_main, joined_until_done
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objective import FlowMatching, Question
-from openwu.training.own import OwnStage
-from openwu.training.processes import is_main, joined_until_done
-from openwu.training.recipe import StageConfig
+from openwu.training.objectives import FlowMatching, Question
+from openwu.training.stage import OwnStage
 
 WIDTH, POINTS = 64, 64
 LOOP = LoopConfig(recipe="{}", checkpoint_every=10_000, evaluate_every=10_000, log_every=50)

@@ -1,13 +1,13 @@
 """How the embedded model is made: sizes, stages, sub-tasks. `openwu train recipes/embedded.py` runs it."""
 
-from openwu.backbone.tiny import TinyEditorConfig
-from openwu.condition.embedded import EmbeddedConditionConfig
-from openwu.condition.instruction import InstructionConfig
+from openwu.backbones.embedded.condition import EmbeddedConditionConfig
+from openwu.backbones.embedded.instruction import InstructionConfig
+from openwu.backbones.embedded.model import EmbeddedConfig, tiny_layer_groups
+from openwu.backbones.embedded.network import TinyEditorConfig
 from openwu.config import GeneratorConfig
-from openwu.data.edits import BASE_EDITS, EDITS
-from openwu.data.phrases import OUT_OF_SCOPE
-from openwu.embedded import EmbeddedConfig, tiny_layer_groups
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.data.suite import BASE_EDITS, EDITS
+from openwu.data.suite.phrases import OUT_OF_SCOPE
+from openwu.training.config import EmbeddedRecipe, StageConfig
 
 HARD = ("deblur", "remove_motion_blur", "denoise", "remove_jpeg", "restore")
 """What the base learns slowly: it meets these twice as often."""

@@ -6,7 +6,7 @@ openwu train recipes/embedded_on.py
 from dataclasses import replace
 from pathlib import Path
 
-from openwu.training.recipe import EmbeddedRecipe, load_recipe
+from openwu.training.config import EmbeddedRecipe, load_recipe
 
 MISSED = ("deblur", "white_balance", "scratches", "remove_motion_blur", "colourise")
 """What fell short of its goal, or barely reached it, comes up more often."""

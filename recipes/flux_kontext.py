@@ -5,7 +5,7 @@ openwu train recipes/flux_kontext.py data=FOLDER_OR_JSONL base=FOLDER_OR_HUB_ID
 For one GPU of 80 GB. docs/train-a-large-base.md goes through it; nobody has trained with these numbers yet.
 """
 
-from openwu.training.recipe import BasedRecipe, StageConfig
+from openwu.training.config import BasedRecipe, StageConfig
 
 
 def recipe() -> BasedRecipe:

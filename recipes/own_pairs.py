@@ -3,7 +3,7 @@
 openwu train recipes/own_pairs.py data=FOLDER_OR_JSONL
 """
 
-from openwu.training.recipe import PairsRecipe, StageConfig
+from openwu.training.config import PairsRecipe, StageConfig
 
 
 def recipe() -> PairsRecipe:

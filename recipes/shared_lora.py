@@ -9,7 +9,7 @@ As many steps, samples and draws as the generator's first training (recipes/embe
 from dataclasses import replace
 from pathlib import Path
 
-from openwu.training.recipe import EmbeddedRecipe, load_recipe
+from openwu.training.config import EmbeddedRecipe, load_recipe
 
 
 def recipe() -> EmbeddedRecipe:

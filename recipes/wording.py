@@ -3,7 +3,7 @@
 openwu train recipes/wording.py
 """
 
-from openwu.training.recipe import StageConfig, WordingRecipe
+from openwu.training.config import StageConfig, WordingRecipe
 
 
 def recipe() -> WordingRecipe:

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu.backbone.tiny import TinyEditorConfig
-from openwu.condition.embedded import EmbeddedConditionConfig
-from openwu.condition.instruction import InstructionConfig
+from openwu.backbones.embedded.condition import EmbeddedConditionConfig
+from openwu.backbones.embedded.instruction import InstructionConfig
+from openwu.backbones.embedded.model import EmbeddedConfig, EmbeddedModel, tiny_layer_groups
+from openwu.backbones.embedded.network import TinyEditorConfig
 from openwu.config import GeneratorConfig
-from openwu.editor import Editor
-from openwu.embedded import EmbeddedConfig, EmbeddedModel, tiny_layer_groups
+from openwu.editor.editor import Editor
 
 LABELS = ("brighten", "darken", "blur", "out_of_scope")
 

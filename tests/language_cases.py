@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from openwu.backbone.causal_lm import CausalLM
+from openwu.backbones.causal_lm.base import CausalLM
 from openwu.config import GeneratorConfig, LayerGroup
 from openwu.generator.model import ParameterGenerator
 

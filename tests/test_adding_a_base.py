@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import openwu
-from openwu.backbone import BACKBONES, backbone_class
+from openwu.backbones import BACKBONES, backbone_class
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-base.md").read_text(encoding="utf-8")

@@ -9,14 +9,14 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from language_cases import SIZES, config, generator, language_model
-from openwu.backbone.causal_lm import CausalLM, Texts
-from openwu.condition.hidden_states import HiddenStates
+from openwu.backbones.causal_lm.base import CausalLM, Texts
+from openwu.conditions.hidden_states import HiddenStates
 from openwu.errors import OpenwuError, TargetError
-from openwu.language import LanguageMemory
+from openwu.memory.language import LanguageMemory
+from openwu.training.config import StageConfig
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objective import NextToken
-from openwu.training.own import OwnStage
-from openwu.training.recipe import StageConfig
+from openwu.training.objectives import NextToken
+from openwu.training.stage import OwnStage
 
 CONTEXTS = ["anna visits paris .", "ben drinks tea . carla visits rome ."]
 

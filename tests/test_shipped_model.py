@@ -15,23 +15,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS
-from openwu.data.photographs import TEST_PHOTOGRAPHS, load_test_photographs
-from openwu.data.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
-from openwu.editing import drawing
-from openwu.editor import Editor, native_dtype
-from openwu.embedded import WEIGHTS, EmbeddedModel
+from openwu.backbones.embedded import drawing
+from openwu.backbones.embedded.model import WEIGHTS, EmbeddedModel
+from openwu.cli.evaluate import Findings, as_markdown
+from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
+from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_test_photographs
+from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
+from openwu.editor.editor import Editor, native_dtype
 from openwu.errors import InstructionError
-from openwu.evaluation.command import Findings, as_markdown
 from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
-from openwu.evaluation.goals import KNOWN_DAMAGE, goals
 from openwu.evaluation.strength import Graded
 from openwu.evaluation.suite import METHODS, Report, Score, apply, draw_cases, evaluate_suite, generate, psnr_of
-from openwu.evaluation.wording import Wording
-from openwu.training.recipe import EmbeddedRecipe, load_recipe
+from openwu.evaluation.tables import KNOWN_DAMAGE, goals
+from openwu.evaluation.wording import Wording, understanding
+from openwu.training.config import EmbeddedRecipe, load_recipe
 from openwu.training.record import describe
 from openwu.types import Adapter, EditRequest
-from openwu.understanding import understanding
 
 ROOT = Path(__file__).parents[1]
 PAIRED = [name for name in EDITS if any(name in pair for pair in CONTRADICTORY_PAIRS)]
@@ -222,7 +221,7 @@ def test_files_are_small_and_safe() -> None:
 
 
 def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
-    from openwu.training.recipe import load_recipe
+    from openwu.training.config import load_recipe
     from openwu.training.record import describe
 
     recipe = describe(load_recipe(ROOT / "recipes" / "embedded.py", []))

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from openwu.base_fit import fingerprint
-from openwu.data import phrases
+from openwu.backbones.embedded.model import WEIGHTS
 from openwu.data.pairs import Pair, Pairs
-from openwu.data.photographs import folder_hashes
-from openwu.embedded import WEIGHTS
-from openwu.training.pairs import pairs_hashes
-from openwu.training.rows import RowStore
+from openwu.data.suite import phrases
+from openwu.data.suite.photographs import folder_hashes
+from openwu.editor.compatibility import fingerprint
+from openwu.training.embedded.own_pairs import pairs_hashes
+from openwu.training.encoded_rows import RowStore
 
 ROW = "8c70cbea961550c91b7e6c1be661d004ea2eb83094fa44c231b7a8b15515457a"
 PHOTOS = Path(__file__).parents[1] / "photos"
@@ -62,14 +62,14 @@ def test_names_of_encoded_rows(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_seeds_of_conditions_that_read_noise(pair: Pair) -> None:
-    from openwu.training.encoded import _seed_of
+    from openwu.training.encoded_rows import _seed_of
 
     assert _seed_of(pair, "make it é") == 871957628
 
 
 def test_what_a_training_of_a_large_base_depends_on() -> None:
-    from openwu.training.large import _depends_on
-    from openwu.training.recipe import BasedRecipe, StageConfig
+    from openwu.training.config import BasedRecipe, StageConfig
+    from openwu.training.pipelines import _depends_on
 
     depends = json.loads(
         _depends_on(
@@ -80,7 +80,7 @@ def test_what_a_training_of_a_large_base_depends_on() -> None:
 
 
 def test_folders_of_large_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from openwu.backbone import loading
+    from openwu.backbones.diffusers import loading
 
     monkeypatch.setattr(loading, "_SAMPLES", 3)
     monkeypatch.setattr(loading, "_SAMPLE", 4)
@@ -96,7 +96,7 @@ def test_folders_of_large_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_of_siglip2() -> None:
-    from openwu.condition.siglip2 import _identity
+    from openwu.conditions.siglip2 import _identity
 
     module = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)).requires_grad_(False)
     for number, value in enumerate(module.state_dict().values()):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from openwu.adapter.inject import attach
+from openwu.adapters.inject import attach
 from openwu.errors import TargetError
 from openwu.types import THEN, Adapter, Target
 

@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openwu.adapter.cache import AdapterCache
-    from openwu.adapter.inject import AdapterHandle, attach
+    from openwu.adapters.inject import AdapterHandle, attach
     from openwu.config import GeneratorConfig
-    from openwu.editor import Editor
+    from openwu.editor.cache import AdapterCache
+    from openwu.editor.editor import Editor
     from openwu.errors import OpenwuError
     from openwu.generator.model import ParameterGenerator
     from openwu.types import Adapter, Condition, EditRequest, EditResult, Target
@@ -21,17 +21,17 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Adapter": "openwu.types",
-    "AdapterCache": "openwu.adapter.cache",
-    "AdapterHandle": "openwu.adapter.inject",
+    "AdapterCache": "openwu.editor.cache",
+    "AdapterHandle": "openwu.adapters.inject",
     "Condition": "openwu.types",
     "EditRequest": "openwu.types",
     "EditResult": "openwu.types",
-    "Editor": "openwu.editor",
+    "Editor": "openwu.editor.editor",
     "GeneratorConfig": "openwu.config",
     "OpenwuError": "openwu.errors",
     "ParameterGenerator": "openwu.generator.model",
     "Target": "openwu.types",
-    "attach": "openwu.adapter.inject",
+    "attach": "openwu.adapters.inject",
 }
 
 __all__ = [

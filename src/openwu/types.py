@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from openwu.errors import OpenwuError, TargetError
 
 if TYPE_CHECKING:
-    from openwu.pictures import Photo
+    from openwu.images import Photo
 
 Picture = Union[str, Path, Image.Image, "Photo"]
 """What a user may pass as an image: a path, an opened PIL image, or the photo of an edit's result."""
@@ -32,14 +32,14 @@ THEN = "\n"
 """Stands between the instructions of an adapter that is the sum of several; no instruction holds it."""
 
 ADAPTER_WRITERS: dict[str, str] = {
-    "openwu": "openwu.adapter.export.native:save_native",
-    "peft": "openwu.adapter.export.peft:save_peft",
-    "diffusers": "openwu.adapter.export.diffusers:save_diffusers",
-    "comfyui": "openwu.adapter.export.comfyui:save_comfyui",
+    "openwu": "openwu.export.native:save_native",
+    "peft": "openwu.export.peft:save_peft",
+    "diffusers": "openwu.export.single_file:save_diffusers",
+    "comfyui": "openwu.export.single_file:save_comfyui",
 }
 """Format name -> "module:function" that writes an adapter folder. One line adds a format."""
 
-ADAPTER_READER = "openwu.adapter.export.read:load_adapter"
+ADAPTER_READER = "openwu.export.read:load_adapter"
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ class EditResult:
     """What comes back."""
 
     photo: Photo
-    """The edited pixels in the depth in which they were read, and all else that survives; see `openwu.pictures`."""
+    """The edited pixels in the depth in which they were read, and all else that survives; see `openwu.images`."""
     adapter: Adapter = field(repr=False)
     """The adapter of this request alone (b = 1), before `strength`."""
     timings: Mapping[str, float]

@@ -17,11 +17,11 @@ from openwu.bench.generator_sizes import generator_flops, released_config, small
 from openwu.bench.growth import Growth
 from openwu.bench.row import Row
 from openwu.bench.traffic import Traffic
-from openwu.compute.attention import training_attention
 from openwu.errors import OpenwuError
-from openwu.generator.fast import FastGenerator
+from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.layout import GeneratorLayout
 from openwu.generator.model import ParameterGenerator
+from openwu.kernels.attention import training_attention
 
 
 def test_sizes_are_those_that_rows_speak_of() -> None:
@@ -105,7 +105,7 @@ def test_nothing_is_measured_where_the_sides_differ(run: Callable[[], object], m
     def wrong(x: Tensor, *_: object) -> Tensor:
         return x
 
-    monkeypatch.setattr("openwu.ops.dispatch.rotate_", wrong)
+    monkeypatch.setattr("openwu.kernels.dispatch.rotate_", wrong)
     with pytest.raises(OpenwuError, match=r"differ by .*; not measured"):
         run()
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from openwu.backbones.embedded import drawing
 from openwu.bench import cached, edit
 from openwu.bench.command import check_row
-from openwu.editing import drawing
-from openwu.editor import Editor
+from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
-from openwu.pictures import read_picture
+from openwu.images import read_picture
 from openwu.types import Adapter
 
 

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openwu.data.batches import CORNERS, DIALLED_SHARE, PairBatch, PairSampler
-from openwu.data.edits import EDITS, STRONG, Scene
-from openwu.data.photographs import Photograph
-from openwu.data.phrases import DEGREES
-from openwu.planes import place_planes
+from openwu.backbones.embedded.network import place_planes
+from openwu.data.suite import EDITS, STRONG, Scene
+from openwu.data.suite.batches import CORNERS, DIALLED_SHARE, PairBatch, PairSampler
+from openwu.data.suite.photographs import Photograph
+from openwu.data.suite.phrases import DEGREES
 
 TASKS = ("brighten", "darken", "blur", "invert", "add_noise")
 KNOWN = ("brighten", "fade", "sunset", "vignette", "blur", "pencil", "age", "add_noise", "rain", "invert", "hue_shift")
@@ -49,7 +49,7 @@ def same(one: PairBatch, other: PairBatch) -> bool:
 @pytest.fixture
 def degrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sentence is the degree that was asked for."""
-    monkeypatch.setattr("openwu.data.batches.sample_phrase", lambda _name, _generator, degree: degree)
+    monkeypatch.setattr("openwu.data.suite.batches.sample_phrase", lambda _name, _generator, degree: degree)
 
 
 def corner(batch: PairBatch, i: int) -> tuple[int, int]:
@@ -200,7 +200,7 @@ def test_second_pictures_are_there_for_those_who_need_them(photographs: list[Pho
 
 
 def test_sentences_ask_for_the_task(sampler: PairSampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openwu.data.batches.sample_phrase", lambda name, _generator, degree: f"{degree}: {name}")
+    monkeypatch.setattr("openwu.data.suite.batches.sample_phrase", lambda name, _generator, degree: f"{degree}: {name}")
     for step in range(4):
         batch = sampler.batch(step)
         assert [sentence.split(": ")[1] for sentence in batch.sentences] == list(batch.names)

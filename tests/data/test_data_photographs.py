@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openwu.data.photographs import (
+from openwu.data.suite.photographs import (
     TEST_PHOTOGRAPHS,
     VALIDATION,
     Photograph,

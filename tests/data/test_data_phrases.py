@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from openwu.data.edits import EDITS
-from openwu.data.phrases import (
+from openwu.data.suite import EDITS
+from openwu.data.suite.phrases import (
     DEGREES,
     LANGUAGES,
     OUT_OF_SCOPE,
@@ -127,7 +127,9 @@ def test_one_word_for_the_picture_is_as_good_as_another() -> None:
 def test_no_variation_is_a_held_out_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     held_out = "please make this photo blurry"
     assert held_out in load_phrases()["blur"]["en"]["held_out"]
-    monkeypatch.setattr("openwu.data.phrases.vary", lambda _sentence, _language, _generator: held_out.upper() + "!")
+    monkeypatch.setattr(
+        "openwu.data.suite.phrases.vary", lambda _sentence, _language, _generator: held_out.upper() + "!"
+    )
     drawn = {sample_phrase("blur", torch.Generator().manual_seed(i), "en") for i in range(20)}
     assert drawn <= set(load_phrases()["blur"]["en"]["train"])
 
@@ -172,7 +174,7 @@ def test_a_frame_takes_the_end_mark_away() -> None:
 @pytest.mark.parametrize("degree", ["little", "strong"])
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_degree_is_asked_for_in_training_words(degree: str, language: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openwu.data.phrases.vary", lambda sentence, _language, _generator: sentence)
+    monkeypatch.setattr("openwu.data.suite.phrases.vary", lambda sentence, _language, _generator: sentence)
     generator = torch.Generator().manual_seed(0)
     sentences = load_phrases()["blur"][language]["train"]
     frames = load_strength_words()[degree][language]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from openwu.embedded import EmbeddedModel
-from openwu.training.shared import SharedAdapter
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.training.embedded.stages import SharedAdapter
 from openwu.types import Adapter
 
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from openwu import cli
+from openwu.cli import evaluate as command
+from openwu.cli.evaluate import SECTIONS
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.evaluation import command
-from openwu.evaluation.command import SECTIONS
 from openwu.evaluation.suite import METHODS, Report, Score
 from openwu.files.markdown import filled
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openwu.data.edits import EDITS
-from openwu.data.edits.core import Scene
-from openwu.data.phrases import load_phrases
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.data.suite import EDITS
+from openwu.data.suite.core import Scene
+from openwu.data.suite.phrases import load_phrases
 from openwu.evaluation import composition
 from openwu.evaluation.composition import COMBINATIONS, Composed, evaluate_composition, mean_gap
 from openwu.evaluation.suite import Cases, apply, psnr_of

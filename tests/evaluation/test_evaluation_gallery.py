@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from openwu import cli
-from openwu.data.edits import EDITS
-from openwu.data.phrases import OUT_OF_SCOPE, load_phrases
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.data.suite import EDITS
+from openwu.data.suite.phrases import OUT_OF_SCOPE, load_phrases
 from openwu.errors import OpenwuError
 from openwu.evaluation import gallery
 from openwu.evaluation.gallery import write_gallery

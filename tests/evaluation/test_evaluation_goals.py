@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openwu.data.edits import CONTRADICTORY_PAIRS, EDITS
-from openwu.embedded import EmbeddedModel
-from openwu.evaluation import goals as goals_module
-from openwu.evaluation.goals import KNOWN_DAMAGE, Goal, goals, repair_gains
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
+from openwu.evaluation import tables as goals_module
 from openwu.evaluation.suite import Cases, Report, Score, psnr_of
-from openwu.evaluation.tables import goals_table, missed_list
+from openwu.evaluation.tables import KNOWN_DAMAGE, Goal, goals, goals_table, missed_list, repair_gains
 from openwu.evaluation.wording import Wording
 from openwu.types import Adapter
 

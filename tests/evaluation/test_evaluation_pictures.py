@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from openwu.data.edits import FAMILIES
+from openwu.data.suite import FAMILIES
 from openwu.evaluation.pictures import HEAD, LABEL, grid, middle, to_image
 from openwu.evaluation.suite import METHODS, Report, Score
 from openwu.evaluation.tables import families_table, suite_table

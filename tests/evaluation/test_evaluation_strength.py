@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from openwu.data.edits import EDITS
-from openwu.data.phrases import DEGREES, load_phrases, load_strength_words
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.data.suite import EDITS
+from openwu.data.suite.phrases import DEGREES, load_phrases, load_strength_words
 from openwu.evaluation import strength as strength_module
 from openwu.evaluation.strength import SCALES, SHOWN, Graded, by_strength, evaluate_strength, strength_cells
 from openwu.evaluation.suite import Cases, generate

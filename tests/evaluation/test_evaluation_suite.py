@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from openwu.data.edits import EDITS
-from openwu.data.edits.core import Scene
-from openwu.data.phrases import load_phrases
-from openwu.editor import Editor
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.backbones.embedded.network import noise_plane, place_planes
+from openwu.data.suite import EDITS
+from openwu.data.suite.core import Scene
+from openwu.data.suite.phrases import load_phrases
+from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.evaluation.pictures import to_image
 from openwu.evaluation.suite import (
@@ -29,7 +30,6 @@ from openwu.evaluation.suite import (
     run_methods,
     sorted_position,
 )
-from openwu.planes import noise_plane, place_planes
 from openwu.types import Adapter
 
 FEW = ("brighten", "darken", "blur")

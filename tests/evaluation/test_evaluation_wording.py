@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from openwu.data.phrases import LANGUAGES, load_phrases
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.data.suite.phrases import LANGUAGES, load_phrases
 from openwu.evaluation import wording as wording_module
 from openwu.evaluation.suite import Cases, psnr_of
 from openwu.evaluation.tables import wording_table

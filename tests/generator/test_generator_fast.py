@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
-from openwu.generator.fast import FastGenerator, FastOptions
+from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter, Condition
 

@@ -8,10 +8,9 @@ import torch
 from openwu.bench.generator_sizes import small_config
 from openwu.bench.generator_speed import adapter_error
 from openwu.errors import OpenwuError
-from openwu.generator.fast import FastGenerator, FastOptions
-from openwu.generator.fp8 import LARGEST, Fp8, fp8, quantised
+from openwu.generator.inference.fast import FastGenerator, FastOptions
+from openwu.generator.inference.products import LARGEST, Dense, Fp8, fp8, quantised
 from openwu.generator.model import ParameterGenerator
-from openwu.generator.products import Dense
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

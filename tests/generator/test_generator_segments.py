@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openwu.config import ConfigError, GeneratorConfig, LayerGroup, PlainTarget
-from openwu.generator.fast import FastGenerator, FastOptions
+from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Condition, Segment
 

@@ -12,7 +12,7 @@ from torch import distributed, multiprocessing
 
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError
-from openwu.generator.fast import FastOptions
+from openwu.generator.inference.fast import FastOptions
 from openwu.generator.model import ParameterGenerator
 from openwu.generator.sharding import ShardedGenerator, spans, sum_gradients
 from openwu.types import Condition

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from openwu.embedded import EmbeddedConfig
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.backbones.embedded.model import EmbeddedConfig
+from openwu.training.config import EmbeddedRecipe, StageConfig
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from openwu.training.recipe import BasedRecipe, load_recipe
+from openwu.training.config import BasedRecipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LARGE = ("flux_kontext", "flux2_klein", "qwen_image_edit")

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 import openwu
 from openwu.config import LayerGroup, PlainTarget
 from openwu.errors import OpenwuError
+from openwu.training.config import StageConfig
+from openwu.training.distributed import is_main, joined_until_done
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objective import FlowMatching, Question
-from openwu.training.own import OwnStage
-from openwu.training.processes import is_main, joined_until_done
-from openwu.training.recipe import StageConfig
+from openwu.training.objectives import FlowMatching, Question
+from openwu.training.stage import OwnStage
 
 WIDTH, ROWS = 16, 6
 

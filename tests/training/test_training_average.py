@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from openwu.cli.train import new_model, train
 from openwu.errors import CheckpointError
-from openwu.training.average import Average
 from openwu.training.checkpoint import STATE, load_weights
-from openwu.training.command import new_model, train
+from openwu.training.config import EmbeddedRecipe, StageConfig
 from openwu.training.loop import Evaluation, LoopConfig, train_stage
-from openwu.training.part import WHOLE, Part
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.training.micro_batch import WHOLE, Part
+from openwu.training.optimizers import Average
 from openwu.training.record import describe
 
 DECAY = 0.8

@@ -9,10 +9,10 @@ import pytest
 import tiny_pipelines
 import torch
 
-from openwu.backbone import backbone_class
+from openwu.backbones import backbone_class
 from openwu.errors import OpenwuError, TargetError
-from openwu.training.based import based_stage, objective_of
-from openwu.training.objective import Diffusion, FlowMatching
+from openwu.training.objectives import Diffusion, FlowMatching
+from openwu.training.pipelines import based_stage, objective_of
 from openwu.types import LatentBatch
 
 TARGETS = [torch.full((3, 64, 64), 0.2), torch.full((3, 64, 64), 0.9)]

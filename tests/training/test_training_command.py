@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from openwu import cli
-from openwu.data.batches import PairSampler
-from openwu.data.edits import EDITS
-from openwu.data.photographs import Photograph, folder_hashes, load_folder
-from openwu.data.phrases import OUT_OF_SCOPE
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.cli.train import new_model, run, train
+from openwu.data.suite import EDITS
+from openwu.data.suite.batches import PairSampler
+from openwu.data.suite.photographs import Photograph, folder_hashes, load_folder
+from openwu.data.suite.phrases import OUT_OF_SCOPE
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE
-from openwu.training.command import new_model, run, train
-from openwu.training.loss import falling_floor, picture_loss
-from openwu.training.recipe import STAGES, EmbeddedRecipe
+from openwu.training.config import STAGES, EmbeddedRecipe
+from openwu.training.embedded.losses import falling_floor, picture_loss
+from openwu.training.embedded.stages import DROPPED, generator_stage, new_shared_adapter, shared_stage
 from openwu.training.record import PROVENANCE, describe
-from openwu.training.stages import DROPPED, generator_stage, new_shared_adapter, shared_stage
 from openwu.types import Adapter
 
 
@@ -97,10 +97,10 @@ def test_another_version_of_the_data_is_refused(
     recipe: EmbeddedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(recipe, tmp_path, stages=("instruction", "base"))
-    monkeypatch.setattr("openwu.training.command.folder_hashes", lambda _: {"other.jpg": "0"})
+    monkeypatch.setattr("openwu.cli.train.folder_hashes", lambda _: {"other.jpg": "0"})
     with pytest.raises(CheckpointError, match=r"base.*\(changed: photographs\)"):
         train(recipe, tmp_path, stages=("instruction", "base"))
-    monkeypatch.setattr("openwu.training.command.phrases_hash", lambda: "0")
+    monkeypatch.setattr("openwu.cli.train.phrases_hash", lambda: "0")
     with pytest.raises(CheckpointError, match=r"instruction.*\(changed: sentences\)"):
         train(recipe, tmp_path, stages=("instruction",))
 
@@ -252,7 +252,7 @@ def test_the_baseline_starts_as_no_change(recipe: EmbeddedRecipe) -> None:
 
 def test_the_command_line_trains(recipe: EmbeddedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("openwu.training.command.load_recipe", lambda *_: replace(recipe, seed=2))
+    monkeypatch.setattr("openwu.cli.train.load_recipe", lambda *_: replace(recipe, seed=2))
     assert run("recipe.py", [], stages=["instruction"]) == Path("runs/tiny")
     assert set(states(Path("runs/tiny"))) == {"instruction"}
     with pytest.raises(OpenwuError, match=r"stages: expected some of .*, got \['bass'\]"):

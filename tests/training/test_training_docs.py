@@ -12,7 +12,7 @@ import pytest
 
 from openwu import cli
 from openwu.data.pairs import _wrong_fields
-from openwu.training.recipe import StageConfig, load_recipe
+from openwu.training.config import StageConfig, load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from openwu import cli
-from openwu.backbone import backbone_class, multimodal
-from openwu.backbone.pipeline import PipelineBackbone
+from openwu.backbones import backbone_class
+from openwu.backbones.diffusers import multimodal
+from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
-from openwu.training import large
-from openwu.training.large import train_based
-from openwu.training.recipe import BasedRecipe, StageConfig
+from openwu.training import pipelines as large
+from openwu.training.config import BasedRecipe, StageConfig
+from openwu.training.pipelines import train_based
 
 EVERY = tuple(large_cases.LARGE)
 CLASSES = {name: backbone_class(name.replace("_", "-")) for name in EVERY}

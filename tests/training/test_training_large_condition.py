@@ -17,16 +17,16 @@ import torch
 import transformers
 
 import openwu
-from openwu.backbone import backbone_class
-from openwu.backbone.headers import read_header
-from openwu.backbone.loading import part_numbers
-from openwu.backbone.pipeline import PipelineBackbone
-from openwu.condition.part_states import PartStates
-from openwu.condition.segments import Segments
+from openwu.backbones import backbone_class
+from openwu.backbones.diffusers.loading import part_numbers
+from openwu.backbones.diffusers.pipeline import PipelineBackbone
+from openwu.conditions.part_states import PartStates
+from openwu.conditions.segments import Segments
 from openwu.errors import OpenwuError, TargetError
-from openwu.training.large import new_config, train_based
+from openwu.files.headers import read_header
+from openwu.training.config import BasedRecipe, load_recipe
 from openwu.training.memory import needs_of
-from openwu.training.recipe import BasedRecipe, load_recipe
+from openwu.training.pipelines import new_config, train_based
 
 LAYER = {"name": "part-states", "part": "text_encoder_2", "module": "encoder.block.0"}
 PROBE = {"name": "denoiser-states", "module": "transformer_blocks.1"}

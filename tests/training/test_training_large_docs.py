@@ -12,9 +12,9 @@ import large_cases
 import pytest
 
 from openwu import cli
-from openwu.backbone.pipeline import PipelineBackbone
-from openwu.training.large import train_based
-from openwu.training.recipe import BasedRecipe, load_recipe
+from openwu.backbones.diffusers.pipeline import PipelineBackbone
+from openwu.training.config import BasedRecipe, load_recipe
+from openwu.training.pipelines import train_based
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "train-a-large-base.md").read_text(encoding="utf-8")

@@ -13,12 +13,12 @@ import tiny_pipelines
 import torch
 
 import openwu
-from openwu.backbone import backbone_class
-from openwu.backbone.loading import part_numbers, weight_files
-from openwu.backbone.pipeline import PipelineBackbone
+from openwu.backbones import backbone_class
+from openwu.backbones.diffusers.loading import part_numbers, weight_files
+from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import OpenwuError
-from openwu.training.large import new_config, train_based
 from openwu.training.memory import needs_of
+from openwu.training.pipelines import new_config, train_based
 
 pytest.importorskip("bitsandbytes")
 

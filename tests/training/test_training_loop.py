@@ -22,15 +22,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 from torch import Tensor, nn
 
-from openwu.data.photographs import Photograph, load_folder
+from openwu.cli.train import new_model, train
+from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE, load_weights
-from openwu.training.command import new_model, train
-from openwu.training.loop import Evaluation, LoopConfig, train_stage
-from openwu.training.part import WHOLE, Part
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
-from openwu.training.schedule import part_of_peak
-from openwu.training.stages import InstructionStage, base_stage, generator_stage
+from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.embedded.stages import InstructionStage, base_stage, generator_stage
+from openwu.training.loop import Evaluation, LoopConfig, part_of_peak, train_stage
+from openwu.training.micro_batch import WHOLE, Part
 
 LOOP = LoopConfig(json.dumps({"seed": 0}), checkpoint_every=2, evaluate_every=3, log_every=1)
 CONFIG = StageConfig(steps=8, shapes=((1, 1),), learning_rate=1e-2, warmup=2, decay=0.5)
@@ -209,8 +208,8 @@ def test_the_loss_falls(recipe: EmbeddedRecipe, tmp_path: Path, name: str) -> No
 
 RECIPE = """
 import json
-from openwu.embedded import EmbeddedConfig
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.backbones.embedded.model import EmbeddedConfig
+from openwu.training.config import EmbeddedRecipe, StageConfig
 
 def recipe():
     model = EmbeddedConfig.from_dict(json.loads({model!r}))

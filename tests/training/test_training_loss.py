@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from openwu.training.loss import FLOOR, falling_floor, picture_loss, psnr, squared_errors
+from openwu.training.embedded.losses import FLOOR, falling_floor, picture_loss, psnr, squared_errors
 
 
 def test_the_loss_is_the_mean_logarithm_of_every_pictures_error() -> None:

@@ -10,11 +10,11 @@ import large_cases
 import pytest
 import torch
 
-from openwu.backbone import backbone_class
-from openwu.backbone.loading import check_weights, part_numbers, pipeline_fingerprint, weight_files
+from openwu.backbones import backbone_class
+from openwu.backbones.diffusers.loading import check_weights, part_numbers, pipeline_fingerprint, weight_files
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.training.large import new_config, new_generator
 from openwu.training.memory import Needs, needs_of
+from openwu.training.pipelines import new_config, new_generator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwu.training.objective import (
+from openwu.training.objectives import (
     IGNORED,
     Diffusion,
     FlowMatching,

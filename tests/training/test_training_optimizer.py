@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openwu.adapter.cache import GeneratorIdentity
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
-from openwu.generator.fast import FastGenerator
+from openwu.editor.cache import GeneratorIdentity
+from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.training.checkpoint import load_state, save_state
-from openwu.training.optimizer import StageOptimizer
-from openwu.training.recipe import StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.optimizers import StageOptimizer
 
 ADAMW = StageConfig(steps=8, shapes=((1, 1),), learning_rate=1e-2, weight_decay=0.0)
 BOTH = replace(ADAMW, matrix_learning_rate=5e-2)

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import openwu
 from openwu.errors import OpenwuError
+from openwu.training.config import StageConfig
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objective import FlowMatching, Question, Regression
-from openwu.training.own import OwnStage
-from openwu.training.part import Part
-from openwu.training.recipe import StageConfig
+from openwu.training.micro_batch import Part
+from openwu.training.objectives import FlowMatching, Question, Regression
+from openwu.training.stage import OwnStage
 
 TARGET = openwu.Target("0", 3, 3)
 LOOP = LoopConfig(recipe="{}", checkpoint_every=2, evaluate_every=2, log_every=1)

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwu.data.photographs import load_folder
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.cli.train import new_model, train
+from openwu.data.suite.photographs import load_folder
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_weights
-from openwu.training.command import new_model, train
+from openwu.training.config import STAGES, EmbeddedRecipe
+from openwu.training.embedded.stages import InstructionStage, base_stage, generator_stage, shared_stage
 from openwu.training.loop import Stage
-from openwu.training.part import WHOLE, Drawn, Part, take_rows
-from openwu.training.recipe import STAGES, EmbeddedRecipe
+from openwu.training.micro_batch import WHOLE, Drawn, Part, take_rows
 from openwu.training.record import describe
-from openwu.training.stages import InstructionStage, base_stage, generator_stage, shared_stage
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (7, 3), (10, 4), (24, 5)])

@@ -18,15 +18,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from openwu.embedded import EmbeddedConfig
+from openwu.backbones.embedded.model import EmbeddedConfig
+from openwu.cli.train import train
 from openwu.errors import OpenwuError
-from openwu.training import processes as module
+from openwu.training import distributed as module
 from openwu.training.checkpoint import STATE, load_weights, read_state_header
-from openwu.training.command import train
-from openwu.training.part import Part
-from openwu.training.processes import Processes
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
-from openwu.training.step import Updates
+from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.distributed import Processes
+from openwu.training.loop import Updates
+from openwu.training.micro_batch import Part
 
 SCRIPT = Path(__file__).parent / "process_cases.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -125,8 +125,8 @@ def test_what_is_not_finite_stops_all_and_names_the_sample_of_any(tmp_path: Path
 
 RECIPE = """
 import json
-from openwu.embedded import EmbeddedConfig
-from openwu.training.recipe import EmbeddedRecipe, StageConfig
+from openwu.backbones.embedded.model import EmbeddedConfig
+from openwu.training.config import EmbeddedRecipe, StageConfig
 
 def recipe():
     pictures = StageConfig(steps=3, shapes=((2, 16), (3, 32)), learning_rate=2e-3, warmup=2)

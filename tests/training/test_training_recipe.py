@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from openwu.data.edits import EDITS
-from openwu.data.phrases import OUT_OF_SCOPE
+from openwu.cli.train import train
+from openwu.data.suite import EDITS
+from openwu.data.suite.phrases import OUT_OF_SCOPE
 from openwu.errors import OpenwuError
-from openwu.training.command import train
-from openwu.training.recipe import EmbeddedRecipe, StageConfig, load_recipe
+from openwu.training.config import EmbeddedRecipe, StageConfig, load_recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "embedded.py"
 

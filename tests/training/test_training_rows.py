@@ -11,8 +11,8 @@ import torch
 
 from openwu.data.pairs import Pair
 from openwu.errors import DatasetError
-from openwu.training.part import take_rows
-from openwu.training.rows import RowStore, from_tensors, joined, to_device, to_tensors
+from openwu.training.encoded_rows import RowStore, from_tensors, joined, to_device, to_tensors
+from openwu.training.micro_batch import take_rows
 from openwu.types import BaseRequest, Condition, LatentBatch, Segment
 
 TARGETS = [torch.full((3, 64, 64), 0.2), torch.full((3, 64, 64), 0.9)]

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from openwu.training.recipe import SCHEDULES, StageConfig
-from openwu.training.schedule import FALLS, part_of_peak
+from openwu.training.config import SCHEDULES, StageConfig
+from openwu.training.loop import FALLS, part_of_peak
 
 CONFIG = StageConfig(steps=100, shapes=((1, 1),), learning_rate=2.0, warmup=10, decay=0.4)
 

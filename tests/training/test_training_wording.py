@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from openwu.embedded import EmbeddedModel
-from openwu.training.command import train_wording
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.cli.train import train_wording
+from openwu.training.config import StageConfig, WordingRecipe, load_recipe
+from openwu.training.embedded.wording import WordingStage
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.part import Part
-from openwu.training.recipe import StageConfig, WordingRecipe, load_recipe
+from openwu.training.micro_batch import Part
 from openwu.training.record import PROVENANCE
-from openwu.training.wording import WordingStage
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "wording.py"
 

@@ -112,10 +112,10 @@ def _exports(folder: Path) -> Iterator[Output]:
         scale=0.5,
         instructions=("make it warmer",),
     )
-    for format in ("openwu", "peft", "diffusers", "comfyui"):
-        adapter.save_pretrained(folder / format, format=format)
-        for file in sorted((folder / format).iterdir()):
-            yield Output(f"export {format} {file.name}", file.read_bytes())
+    for style in ("openwu", "peft", "diffusers", "comfyui"):
+        adapter.save_pretrained(folder / style, format=style)
+        for file in sorted((folder / style).iterdir()):
+            yield Output(f"export {style} {file.name}", file.read_bytes())
 
 
 def _photo(name: str) -> Image.Image:
@@ -137,7 +137,7 @@ def _bytes(tensors: dict[str, Tensor]) -> bytes:
 
 def _means(values: Tensor) -> tuple[float, ...]:
     flat = values.flatten().double()
-    return tuple(round(float(part.mean()), 6) for part in flat.chunk(8)) + (round(float(flat.std()), 6),)
+    return (*(round(float(part.mean()), 6) for part in flat.chunk(8)), round(float(flat.std()), 6))
 
 
 def digest(output: Output) -> str:

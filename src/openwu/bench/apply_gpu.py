@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from openwu.adapter.inject import AdapterHandle, attach
+from openwu.adapters.inject import AdapterHandle, attach
 from openwu.bench.apply_parts import RANK, ExpertsLayer, gate, overhead, random_adapter
 from openwu.bench.experts import looped
 from openwu.bench.row import Row, Timing, interleaved
-from openwu.compute.kernels import CHOICES, available, plainly
 from openwu.errors import OpenwuError
+from openwu.kernels.attention_choice import CHOICES, available, plainly
 from openwu.types import Adapter, Target
 
 DIM, HIDDEN, EXPERTS, TOP_K = 4096, 3072, 64, 8

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from openwu.adapter.inject import attach
+from openwu.adapters.inject import attach
 from openwu.bench.apply_parts import ExpertsLayer, overhead, random_adapter
 from openwu.bench.growth import Growth, Point
 from openwu.bench.row import Timing, interleaved

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwu.bench.row import Timing
-from openwu.compute.grouped import GroupedProduct, Routed
 from openwu.errors import OpenwuError
+from openwu.kernels.grouped import GroupedProduct, Routed
 from openwu.types import Adapter, Target
 
 RANK = 16

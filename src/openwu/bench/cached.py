@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import torch
 
-from openwu.adapter.cache import AdapterCache
-from openwu.adapter.export.fit import with_kernels
 from openwu.bench.edit import INSTRUCTION, sample_picture
 from openwu.bench.row import Row, interleaved
-from openwu.editor import Editor, condition_view
+from openwu.editor.cache import AdapterCache
+from openwu.editor.editor import Editor, condition_view
 from openwu.errors import OpenwuError
+from openwu.export.fit import with_kernels
 from openwu.files.hashing import fastest
-from openwu.pictures import read_picture
+from openwu.images import read_picture
 from openwu.types import Adapter
 
 GOAL = 20.0

@@ -27,7 +27,7 @@ from openwu.bench.result import Result, judged, number, seconds
 from openwu.bench.row import Row
 from openwu.cli.console import Parser, UsageError, complain, note
 from openwu.errors import OpenwuError
-from openwu.lab.report import columns
+from openwu.evaluation.experiments.results import columns
 
 GROWTH = "growth"
 """Theme of all curves."""

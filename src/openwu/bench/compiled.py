@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from openwu.adapter.inject import attach
+from openwu.adapters.inject import attach
 from openwu.bench.apply_parts import RANK, gate, load_peft, overhead, random_adapter, times_lower
 from openwu.bench.row import Row, interleaved
 from openwu.errors import OpenwuError

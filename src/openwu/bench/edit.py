@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from openwu.backbones.embedded.drawing import MARGIN
+from openwu.backbones.embedded.network import noise_plane, place_planes
 from openwu.bench.growth import Growth, Point
 from openwu.bench.row import Row, Timing, interleaved
-from openwu.editing.drawing import MARGIN
-from openwu.editor import Editor
+from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
-from openwu.pictures import read_picture, write_picture
-from openwu.planes import noise_plane, place_planes
+from openwu.images import read_picture, write_picture
 from openwu.types import Adapter, EditRequest
 
 INSTRUCTION = "make it look like an old photograph"

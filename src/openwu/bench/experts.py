@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from openwu.adapter.inject import AdapterHandle, attach
+from openwu.adapters.inject import AdapterHandle, attach
 from openwu.bench.apply_parts import RANK, ExpertsLayer, LoopedUpdate, gate, overhead, random_adapter, times_lower
 from openwu.bench.row import Row, Timing, interleaved
 from openwu.types import Adapter

@@ -15,7 +15,7 @@ from openwu.bench.row import Row
 from openwu.bench.traffic import Traffic
 from openwu.errors import OpenwuError
 from openwu.generator.blocks import Block, block_rotary
-from openwu.generator.fast import FastGenerator
+from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 
 CONDITION_TOKENS = 256

@@ -18,12 +18,12 @@ import torch
 from openwu.bench.generator_sizes import generator_flops, released_config
 from openwu.bench.generator_speed import adapter_error
 from openwu.bench.row import Row, Timing, interleaved
-from openwu.compute.kernels import CHOICES, available, plainly
 from openwu.config import GeneratorConfig
 from openwu.errors import OpenwuError
-from openwu.generator.fast import FastGenerator, FastOptions
-from openwu.generator.fp8 import fp8
+from openwu.generator.inference.fast import FastGenerator, FastOptions
+from openwu.generator.inference.products import fp8
 from openwu.generator.model import ParameterGenerator
+from openwu.kernels.attention_choice import CHOICES, available, plainly
 from openwu.types import Adapter
 
 LENGTHS = (1024, 6144, 12288)

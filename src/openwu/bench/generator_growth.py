@@ -16,7 +16,7 @@ from openwu.bench.generator_sizes import generator_flops, small_config
 from openwu.bench.growth import Growth, Point
 from openwu.bench.row import interleaved
 from openwu.config import GeneratorConfig
-from openwu.generator.fast import FastGenerator, FastOptions
+from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
 
 LENGTH = 256

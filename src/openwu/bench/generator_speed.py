@@ -12,7 +12,7 @@ from openwu.bench.generator_sizes import generator_flops, small_config
 from openwu.bench.row import Row, interleaved
 from openwu.config import GeneratorConfig
 from openwu.errors import OpenwuError
-from openwu.generator.fast import FastGenerator, FastOptions
+from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwu.adapter.inject import AdapterHandle, attach
+from openwu.adapters.inject import AdapterHandle, attach
 from openwu.bench.apply_parts import RANK, SCALE, gate, load_peft, overhead, random_adapter, times_lower
 from openwu.bench.row import Row, Timing, interleaved
 from openwu.types import Adapter, Target

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from openwu.adapter.inject import attach
+from openwu.adapters.inject import attach
 from openwu.bench.apply_parts import RANK, ExpertsLayer, gate, load_peft, overhead, random_adapter
 from openwu.bench.row import Row, interleaved
 from openwu.types import Adapter

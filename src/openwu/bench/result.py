@@ -16,10 +16,10 @@ from openwu.bench.growth import Growth
 from openwu.bench.machine import described, short_name
 from openwu.bench.row import Row, Timing
 from openwu.errors import OpenwuError
+from openwu.evaluation.experiments.results import write_findings
 from openwu.files.markdown import table
 from openwu.files.origin import origin, uncommitted
 from openwu.files.writing import write_text
-from openwu.lab.report import write_findings
 
 
 @dataclass

@@ -68,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(run="openwu.cli.models:run")
     _add_export(verbs)
     _add_train(verbs)
-    _add_handed_on(verbs, "eval", "measure a model", "openwu.evaluation.command:run")
-    _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.lab.command:run_audit")
+    _add_handed_on(verbs, "eval", "measure a model", "openwu.cli.evaluate:run")
+    _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.cli.lab:run_audit")
     _add_handed_on(verbs, "bench", "measure speed and memory against the alternatives", "openwu.bench.command:run")
-    _add_handed_on(verbs, "lab", "test a claim of functional memory", "openwu.lab.command:run_lab")
+    _add_handed_on(verbs, "lab", "test a claim of functional memory", "openwu.cli.lab:run_lab")
     return parser
 
 
@@ -219,7 +219,7 @@ def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
     train.add_argument(
         "--stage", action="append", dest="stages", metavar="NAME", help="train only this stage; may be repeated"
     )
-    train.set_defaults(run="openwu.training.command:run")
+    train.set_defaults(run="openwu.cli.train:run")
 
 
 def _finite(text: str) -> float:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from openwu.cli.console import UsageError, complain, note, say
 from openwu.cli.plan import Job, check, plan
 from openwu.errors import InstructionError, OpenwuError
-from openwu.instructions import check_instruction
-from openwu.pictures import read_picture, side_by_side, write_picture
+from openwu.images import read_picture, side_by_side, write_picture
+from openwu.images.instruction import check_instruction
 
 if TYPE_CHECKING:
-    from openwu.adapter.cache import CacheStatistics
-    from openwu.based_editor import BasedEditor
-    from openwu.editor import Editor
+    from openwu.editor.based_editor import BasedEditor
+    from openwu.editor.cache import CacheStatistics
+    from openwu.editor.editor import Editor
     from openwu.types import Adapter
 
 PLACE, SAMPLING = ("device", "revision", "trust_remote_code", "quantise", "offload"), ("steps", "guidance", "pixels")
@@ -80,7 +80,7 @@ def _instruction(arguments: argparse.Namespace) -> str:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Editor | BasedEditor, Adapter | None]:
-    from openwu.editor import Editor
+    from openwu.editor.editor import Editor
     from openwu.types import Adapter
 
     adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from openwu.cli.console import UsageError, note, say
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.exporting import export, find_base, fits
-from openwu.reloading import Base
+from openwu.export.proof import Base, export, find_base, fits
 from openwu.types import Adapter
 
 

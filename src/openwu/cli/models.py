@@ -39,7 +39,7 @@ def _embedded(weights: Path, files: list[Path]) -> None:
 
 
 def _bases() -> None:
-    from openwu.backbone import BACKBONES, backbone_class
+    from openwu.backbones import BACKBONES, backbone_class
 
     say("")
     say("Large bases, each with a generator trained for it; licences as published in November 2026, yours to check:")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openwu.cli.console import UsageError
 from openwu.errors import OpenwuError, PictureError
-from openwu.pictures import check_fits, check_output, check_picture, default_suffix, is_picture_suffix, read_picture
+from openwu.images import check_fits, check_output, check_picture, default_suffix, is_picture_suffix, read_picture
 
 
 @dataclass(frozen=True)

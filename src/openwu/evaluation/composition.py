@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.data.edits import EDITS, Scene
-from openwu.data.phrases import load_phrases
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.data.suite import EDITS, Scene
+from openwu.data.suite.phrases import load_phrases
 from openwu.evaluation.suite import Cases, apply, generate, make_cases, psnr_of
 from openwu.types import Adapter
 

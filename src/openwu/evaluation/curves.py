@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from openwu.errors import OpenwuError
 from openwu.files.writing import write_text
+from openwu.training.config import STAGES
 from openwu.training.loop import SECONDS
-from openwu.training.recipe import STAGES
 
 SHOWN = {"instruction": "held_out/", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}
 """Stage -> the beginning of the curves that are drawn."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.data.edits import FAMILIES, Edit, Scene
-from openwu.data.phrases import load_phrases
-from openwu.embedded import EmbeddedModel
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.data.suite import FAMILIES, Edit, Scene
+from openwu.data.suite.phrases import load_phrases
 from openwu.errors import OpenwuError
 from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.suite import apply, following, generate, make_cases

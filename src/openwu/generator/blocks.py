@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.ops import dispatch
+from openwu.kernels import dispatch
 
 NORM_EPS = 1e-6
 ROTARY_THETA = 10_000.0

@@ -1,9 +1,6 @@
-"""Folders of generator weights: `config.json` + safetensors go in, a module with its weights comes out, or the reverse.
+"""What a generator needs in memory before it is loaded: its folder enters, bytes leave.
 
-The format is that of the released checkpoint, names included: `model.safetensors`, or several files and
-`model.safetensors.index.json`. Never pickle. Loading builds the module without memory (meta device), compares every
-name, shape and dtype from the files' headers, raises all problems in one `CheckpointError`, and only then fills the
-module tensor by tensor, so that it never exists twice. Saving writes everything to a temporary folder and renames it.
+Shapes: n base layers of a group, hw positions of one, d width.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from openwu.config import RELEASED_GROUP, ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError
 from openwu.files.writing import whole_set
+from openwu.generator.layout import GeneratorLayout
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -247,3 +245,24 @@ def _error(folder: Path, problems: Iterable[str]) -> CheckpointError:
     listed = list(problems)
     count = "1 problem" if len(listed) == 1 else f"{len(listed)} problems"
     return CheckpointError.listing(f"{folder}: {count} in this checkpoint:", listed)
+
+
+FEED_FORWARD = 10
+"""Numbers per position and width in a block's feed-forward: the residual, its norm, 4 before and 4 after silu."""
+
+COPIES = 3
+"""An adapter as generated, at its strength, and stacked for the base's call."""
+
+
+def bytes_beside(folder: Path, dtype: torch.dtype | None) -> int:
+    """Weights, activations and adapters of one request at a time; `dtype` None: that of the files."""
+    config, numbers, stored = read_shape(folder)
+    return needed(config, numbers, dtype or stored)
+
+
+def needed(config: GeneratorConfig, numbers: int, dtype: torch.dtype) -> int:
+    """The same for a generator of `numbers` parameters: groups go through the blocks one after another."""
+    layout = GeneratorLayout.of(config)
+    positions = max(group.num_positions for group in layout.groups)
+    activations = FEED_FORWARD * positions * config.d_model
+    return (numbers + activations + COPIES * layout.adapter_size) * dtype.itemsize

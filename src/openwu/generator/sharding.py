@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 from openwu.errors import OpenwuError
 from openwu.generator.blocks import Block, Rotary
-from openwu.generator.fast import FastGenerator, FastOptions
+from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.layout import GroupLayout
 from openwu.generator.model import GroupTokens, ParameterGenerator
 from openwu.types import Adapter, Condition, Target

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from openwu.errors import CheckpointError
 from openwu.files.writing import whole_file
-from openwu.training.average import Average
-from openwu.training.optimizer import StageOptimizer
-from openwu.training.processes import like, whole_state
+from openwu.training.distributed import like, whole_state
+from openwu.training.optimizers import Average, StageOptimizer
 
 STATE = "state.safetensors"
 

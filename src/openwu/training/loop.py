@@ -7,10 +7,12 @@ micro-batches nor several processes (`torchrun`, `accelerate launch`) change wha
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +21,93 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_state, save_state
-from openwu.training.part import Part
-from openwu.training.processes import Processes
-from openwu.training.recipe import StageConfig
-from openwu.training.schedule import part_of_peak
-from openwu.training.step import Updates
+from openwu.training.config import StageConfig
+from openwu.training.distributed import Processes, spread, whole, without_reduction
+from openwu.training.micro_batch import Part
+from openwu.training.optimizers import Average, StageOptimizer
+
+FALLS: dict[str, Callable[[float], float]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
+    "constant": lambda _: 1.0,
+}
+"""Name of a schedule -> what is left of the peak when this part (1 to 0) of the fall's steps is left."""
+
+
+def part_of_peak(config: StageConfig, step: int) -> float:
+    """The learning rates of a step as part of their peaks: linear warm-up, constant, then the fall of the schedule."""
+    rise = min(1.0, (step + 1) / max(1, config.warmup))
+    left = (config.steps - step) / max(1.0, config.decay * config.steps)
+    return min(rise, FALLS[config.schedule](min(1.0, left)))
+
+
+class Updates:
+    """Makes the updates of a stage, and owns what they need: optimiser, moving average, the module as it is spread."""
+
+    def __init__(self, stage: Stage, config: StageConfig, processes: Processes, shard: bool = False) -> None:
+        self.stage, self.config, self.processes = stage, config, processes
+        if shard and config.matrix_learning_rate:
+            raise OpenwuError(
+                "shard: Muon needs whole matrices and cannot train sharded weights; set matrix_learning_rate to 0, "
+                "or train without shard"
+            )
+        self.around = spread(stage.trained, processes, shard)
+        self.optimizer = StageOptimizer(stage.trained, config)
+        self.average = Average(stage.trained, config.ema)
+
+    def make(self, step: int) -> tuple[float, float]:
+        """One update; returns the loss and the gradient's norm before clipping.
+
+        Raises OpenwuError, before any weight is touched, when one of them is not finite.
+        """
+        parameters = [each for each in self.stage.trained.parameters() if each.requires_grad]
+        self.optimizer.zero_grad()
+        loss = self._gradients(step)
+        if not math.isfinite(loss):
+            raise self._diverged(step, f"the loss is {loss}")
+        norm = float(whole(nn.utils.clip_grad_norm_(parameters, self.config.clip)))
+        if not math.isfinite(norm):
+            raise self._diverged(step, f"the loss is {loss:.4g}, but its gradient's norm is {norm}")
+        self.optimizer.step(part_of_peak(self.config, step))
+        self.average.update(step)
+        return loss, norm
+
+    def _parts(self) -> list[Part]:
+        """Of the batch, those that this process computes."""
+        each = self.config.accumulate
+        return [Part(self.processes.rank * each + i, self.processes.count * each) for i in range(each)]
+
+    def _gradients(self, step: int) -> float:
+        """Add up the gradients of this process's parts; the loss of the whole batch."""
+        total: Tensor | None = None
+        *earlier, last = self._parts()
+        for part in (*earlier, last):
+            with without_reduction(self.around, part is not last), ExitStack() as scope:
+                loss: Tensor = self.around(partial(self._entered, scope, step, part))
+                # Gradients are averaged over processes, and are to be added up.
+                torch.autograd.backward(loss * self.processes.count)
+                total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return float(self.processes.sum(total))
+
+    def _entered(self, scope: ExitStack, step: int, part: Part) -> Tensor:
+        return scope.enter_context(self.stage.loss(step, part))
+
+    def _diverged(self, step: int, what: str) -> OpenwuError:
+        """Names the samples."""
+        with torch.no_grad():
+            own = [s for part in self._parts() for s in self.around(partial(self.stage.not_finite, step, part))]
+        samples = self.processes.gathered(own)
+        named = (
+            f"Samples whose loss is not finite: {', '.join(samples)}" if samples else "Every sample's loss is finite"
+        )
+        return OpenwuError(
+            f"{self.stage.name}: {what} at step {step}; the last checkpoint is kept. {named}. "
+            "Look at them, or lower learning_rate or clip"
+        )
+
 
 SECONDS = "seconds.txt"
 """File in a stage's folder: seconds between checkpoints, whatever process they passed in."""

@@ -17,7 +17,7 @@ from openwu.config import GeneratorConfig
 from openwu.errors import OpenwuError
 from openwu.generator.layout import GeneratorLayout
 from openwu.generator.model import ParameterGenerator
-from openwu.training.recipe import BasedRecipe
+from openwu.training.config import BasedRecipe
 
 FLOAT = 4
 """Bytes of a number in float32."""

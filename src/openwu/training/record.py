@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openwu.embedded import EmbeddedConfig
+from openwu.backbones.embedded.model import EmbeddedConfig
 from openwu.files.writing import write_text
+from openwu.training.config import Recipe, StageConfig
+from openwu.training.distributed import is_main
 from openwu.training.loop import SECONDS
-from openwu.training.processes import is_main
-from openwu.training.recipe import Recipe, StageConfig
 
 PROVENANCE = "provenance.json"
 

@@ -1,0 +1,282 @@
+"""Apply generated adapters to a frozen base model: a model and targets enter, a handle with an `applied` scope leaves.
+
+    handle = attach(model, adapter.targets)      # before torch.compile
+    with handle.applied(adapter):
+        loss = criterion(model(x))               # every sample of the batch has its own adapter
+        loss.backward()                          # with gradient checkpointing: inside the scope
+
+Forward hooks add the update to the outputs of the target modules; nothing of the model is replaced, its state-dict
+names stay. With `room`, weights of stacked experts lie elsewhere in memory while the handle is attached.
+
+Checkpointing: `use_reentrant=False`, and backward inside the scope of its forward. Backward after the scope fails in
+torch ("a different number of tensors was saved"), backward in a later scope that has not run the model fails here.
+
+Threads: an adapter belongs to the thread that applied it. Another thread that runs the model meanwhile gets a
+TargetError (from code compiled with `fullgraph=True` torch's own error; compiled code that trains A and B cannot tell
+threads apart and does not check).
+"""
+
+from __future__ import annotations
+
+import difflib
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from openwu.adapters.augmented import AugmentedSite
+from openwu.adapters.experts import ExpertRouting, expert_sites
+from openwu.adapters.linear import ConvSite, LinearSite
+from openwu.adapters.site import Active, Caller, Segments, Site
+from openwu.errors import TargetError
+from openwu.types import Adapter, Target
+
+HINTS = 5
+"""How many missing modules get a hint: looking for near names takes long in a large model."""
+
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that carry a hook of some handle."""
+
+
+def attach(
+    model: nn.Module, targets: Sequence[Target], *, routing: ExpertRouting | None = None, room: int = 0
+) -> AdapterHandle:
+    """Install the hooks for `targets` on `model` and return the handle that applies adapters to them.
+
+    Raises one TargetError with everything that does not fit: missing modules, unsupported types, other widths.
+    `routing` is for experts in batches with several adapters.
+
+    `room`: columns of memory to lay beside every row of stacked experts' weights, until `detach`. Where adapters that
+    are not trained fit (rank times the number of different adapters in a batch), they cost about half of what they cost
+    without: `[W | scale B] [x, A x]` is computed in one product (`adapter.augmented`). No weight's numbers change.
+    Weights that are moved or replaced while attached lose their room, and nothing else.
+    """
+    if isinstance(room, bool) or not isinstance(room, int) or room < 0:
+        raise TargetError(f"room: expected a number of columns from 0 (rank times adapters in a batch), got {room!r}")
+    taken = [name or type(model).__name__ for name, module in model.named_modules() if module in _attached]
+    if taken:
+        raise TargetError(
+            f"attach: {len(taken)} modules of the model already carry adapter hooks, {taken[0]} among them; "
+            "use the handle that is there, or detach() it first"
+        )
+    return AdapterHandle(targets, resolve(model, targets, routing, room))
+
+
+class AdapterHandle:
+    """The hooks on one model: `applied` is a scope, `detach` (or leaving the handle's own context) removes them."""
+
+    def __init__(self, targets: Sequence[Target], sites: Sequence[Site]) -> None:
+        self.targets = tuple(targets)
+        self._sites = tuple(sites)
+        self._caller = Caller()
+        self._busy = threading.Lock()
+        self._hooks: list[RemovableHandle] = []
+        try:
+            for site in self._sites:
+                self._hooks += site.install()
+                _attached.add(site.module)
+        except BaseException:  # memory for room, say
+            self.detach()
+            raise
+
+    def applied(
+        self,
+        adapter: Adapter,
+        rows: Sequence[int] | Tensor | None = None,
+        *,
+        segments: Sequence[int] | Tensor | None = None,
+    ) -> AbstractContextManager[None]:
+        """Every forward pass inside the scope uses `adapter`.
+
+        `rows[i]` is the sample whose adapter row i of the batch gets, -1 for none. Guidance that stacks `[cond |
+        uncond]` blocks tiles them: `[0, 1, 0, 1]`, or `[0, 1, -1, -1]`. Default: row i has sample i, or every row has
+        the only sample.
+
+        `segments`: for requests of different lengths packed in one sequence. Their lengths in tokens, in order; then
+        `rows[i]` is the sample of segment i. Inputs may be `[T, d]` or `[1, T, d]`; every adapted module must see all
+        T tokens.
+
+        Raises TargetError at exit when the model did not reach a target, unless another exception is on its way.
+        """
+        return _Scope(self, adapter, rows, segments)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted modules."""
+        return self._sites
+
+    def detach(self) -> None:
+        """Remove the hooks; the model is as it was before `attach`."""
+        if self._busy.locked():
+            raise TargetError("detach: an adapter is applied; leave its scope first")
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for site in self._sites:
+            site.uninstall()
+            _attached.discard(site.module)
+
+    def __enter__(self) -> AdapterHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def check_targets(self, adapter: Adapter) -> None:
+        """Raise TargetError for an adapter of other targets than those attached."""
+        if adapter.targets == self.targets:  # as a rule; hashing them all takes ten times as long
+            return
+        ours, theirs = set(self.targets), set(adapter.targets)
+        if ours != theirs:
+            raise TargetError(
+                "applied: the adapter's targets are not those attached to the model\n"
+                f"  missing from the adapter: {_listed(ours - theirs)}\n  unexpected: {_listed(theirs - ours)}"
+            )
+
+    def _load(
+        self, adapter: Adapter, rows: Sequence[int] | Tensor | None, segments: Sequence[int] | Tensor | None
+    ) -> None:
+        """Begin a scope."""
+        if not self._hooks:
+            raise TargetError("applied: the handle is detached; attach to the model again")
+        self.check_targets(adapter)
+        samples = _samples(adapter, rows)
+        packed = None if segments is None else _segments(adapter, samples, segments)
+        if not self._busy.acquire(blocking=False):
+            raise TargetError(
+                "applied: this handle is applying an adapter already; its scopes neither nest nor run in parallel"
+            )
+        try:
+            active = Active.of(adapter, samples, self._caller, packed)
+            for site in self._sites:
+                site.load(active)
+            self._caller.inside = True
+        except BaseException:
+            self._clear()
+            raise
+
+    def _clear(self) -> None:
+        """End a scope."""
+        self._caller.inside = False
+        for site in self._sites:
+            site.clear()
+        self._busy.release()
+
+    def _check_reached(self) -> None:
+        if all(site.reached for site in self._sites):
+            return
+        reached = {target.name for site in self._sites if site.reached for target in site.targets}
+        unreached = [target.name for target in self.targets if target.name not in reached]
+        if unreached:
+            cause = "does it compute them some other way, fused for example?" if reached else "did it run in the scope?"
+            raise TargetError(
+                f"applied: the model did not reach {len(unreached)} of its {len(self.targets)} targets; {cause} "
+                f"(Hooks that were attached after torch.compile do not run.) Not reached: {', '.join(unreached)}"
+            )
+
+
+class _Scope(AbstractContextManager[None]):
+    """What `applied` returns. Not made by contextlib, whose generators take longer than a small layer's update."""
+
+    def __init__(self, handle: AdapterHandle, *asked: Any) -> None:
+        self._handle, self._asked = handle, asked
+
+    def __enter__(self) -> None:
+        self._handle._load(*self._asked)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._handle._check_reached()
+        finally:
+            self._handle._clear()
+
+
+def resolve(
+    model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None, room: int = 0
+) -> list[Site]:
+    """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named = Counter(target.name for target in targets)
+    problems = [f"{name}: named {count} times" for name, count in named.items() if count > 1]
+    sites: list[Site] = []
+    containers: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.experts is not None:
+            containers.setdefault(target.name.rpartition(".")[0], []).append(target)
+            continue
+        try:
+            sites.append(_plain_site(modules, target, hint=len(problems) < HINTS))
+        except TargetError as problem:
+            problems.append(str(problem))
+    for container, grouped in containers.items():
+        try:
+            sites.extend(expert_sites(modules, container, grouped, routing, room))
+        except TargetError as problem:
+            problems.append(str(problem))
+    held = Counter(site.module for site in sites)
+    problems += [f"{site.path}: the same module as another target" for site in sites if held[site.module] > 1]
+    if room and not problems and not any(isinstance(site, AugmentedSite) for site in sites):
+        problems.append("room: expected experts with stacked weights among the targets, found none; leave it out")
+    if problems or not targets:
+        raise TargetError.listing("the targets do not fit the model:", problems or ["no targets given"])
+    return sites
+
+
+def _plain_site(modules: Mapping[str, nn.Module], target: Target, hint: bool) -> Site:
+    module = modules.get(target.name)
+    if module is None:
+        near = difflib.get_close_matches(target.name, modules, n=3) if hint else []
+        raise TargetError(f"{target.name}: no such module" + (f"; near it are {', '.join(near)}" if near else ""))
+    if isinstance(module, nn.Linear):
+        site = LinearSite(target, module)
+        # A shared expert may see its mixture's tokens as the other experts do.
+        site.flattened = any(f"{part}experts" in modules for part in _ancestors(target.name))
+        return site
+    if isinstance(module, nn.Conv2d):
+        return ConvSite(target, module)
+    raise TargetError(f"{target.name}: expected an nn.Linear or nn.Conv2d, got {type(module).__name__}")
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Every module around the one of this name, as what stands in front of its children's names."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield f"{name}." if name else ""
+
+
+def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    """`rows` as checked numbers."""
+    if rows is None:
+        return None
+    samples = tuple(map(int, rows.tolist() if isinstance(rows, Tensor) else rows))
+    if not samples or min(samples) < -1 or max(samples) >= adapter.batch:
+        wrong = sorted({sample for sample in samples if not -1 <= sample < adapter.batch})
+        raise TargetError(
+            f"rows: expected for every input row a sample from 0 to {adapter.batch - 1}, or -1 for no adapter, "
+            f"got {wrong or 'no rows'}"
+        )
+    return samples
+
+
+def _segments(adapter: Adapter, samples: tuple[int, ...] | None, segments: Sequence[int] | Tensor) -> Segments:
+    """`segments` checked, where the adapter is."""
+    lengths = [int(length) for length in (segments.tolist() if isinstance(segments, Tensor) else segments)]
+    count = len(samples) if samples is not None else None if adapter.batch == 1 else adapter.batch
+    if not lengths or min(lengths) < 0 or count not in (None, len(lengths)):
+        raise TargetError(
+            f"segments: expected a number of tokens for each of {count or 'one or more'} segments, got {lengths}"
+        )
+    return Segments.of(lengths, adapter.weights[adapter.targets[0].name][0].device)
+
+
+def _listed(targets: set[Target]) -> str:
+    return "; ".join(sorted(f"{t.name} ({t.in_dim} -> {t.out_dim})" for t in targets)) or "none"

@@ -1,0 +1,82 @@
+"""Mixtures of experts of transformers (5 and later), whose weights are stacked: a model enters, its experts computed by
+grouped products leave.
+
+`group_experts` registers one way more to compute the experts with transformers, by the interface that it has for this,
+and gives every container the modules in which its products are computed. Parameters and state-dict names stay.
+
+Shapes: T tokens, k experts per token, S = T * k, E experts, H hidden width, I width inside an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from openwu.errors import OpenwuError, TargetError
+from openwu.kernels.grouped import GroupedProduct, Routed
+
+IMPLEMENTATION = "openwu"
+"""Name under which transformers finds `forward`."""
+
+WEIGHTS = ("gate_up_proj", "down_proj")
+
+
+def group_experts(model: nn.Module) -> list[str]:
+    """Compute all stacked experts of a transformers model by grouped products. Returns the paths of their containers.
+
+    Raises OpenwuError without transformers 5, TargetError where the model has no such experts.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise OpenwuError("grouped experts: expected transformers 5 or later; pip install 'transformers>=5'") from error
+    found = {path: module for path, module in model.named_modules() if is_stacked(module)}
+    if not found:
+        raise TargetError(
+            f"grouped experts: {type(model).__name__} has no experts with stacked weights gate_up_proj [E, 2I, H] and "
+            "down_proj [E, H, I], without biases"
+        )
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+    for module in found.values():
+        module.products = nn.ModuleDict({name: GroupedProduct() for name in WEIGHTS})
+        # What `model.set_experts_implementation` would set; that one exists for whole models only.
+        module.config._experts_implementation = IMPLEMENTATION
+    return list(found)
+
+
+def forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """hidden_states `[T, H]`, indices and weights of the chosen experts `[T, k]` -> `[T, H]`"""
+    products: Any = experts.products
+    first, last = products["gate_up_proj"], products["down_proj"]
+    gate_up_proj, down_proj = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
+    routed = Routed.of(top_k_index, len(gate_up_proj))
+    gate_up = first(first.gather(hidden_states, routed), gate_up_proj, routed)
+    down = last(_gated(experts, last, gate_up), down_proj, routed)
+    return routed.combine(down, top_k_weights).to(hidden_states.dtype)
+
+
+def _gated(experts: nn.Module, last: GroupedProduct, gate_up_s: Tensor) -> Tensor:
+    """`[S, 2I]` -> `[S, I]`, the input of the last product. The usual gate's result is written where that has room."""
+    from transformers.integrations import moe
+
+    gate_of: Any = getattr(experts, "_apply_gate")  # noqa: B009 (a method, not a tensor)
+    usual = getattr(moe, "_default_apply_gate", None)  # not part of transformers' interface
+    if usual is None or getattr(gate_of, "__func__", None) is not usual:
+        return gate_of(gate_up_s)  # type: ignore[no-any-return]
+    gate, up = gate_up_s.chunk(2, -1)
+    act_fn: Any = experts.act_fn
+    return last.multiply(act_fn(gate), up)
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether a module was made by transformers' `use_experts_implementation`, with the layout that `forward` knows."""
+    parameters = dict(module.named_parameters(recurse=False))
+    return (
+        set(parameters) == set(WEIGHTS)
+        and all(parameter.ndim == 3 for parameter in parameters.values())
+        and getattr(module, "has_gate", False)
+        and not getattr(module, "is_transposed", True)
+        and not getattr(module, "has_post_expert_norm", False)
+        and hasattr(module, "_apply_gate")
+    )

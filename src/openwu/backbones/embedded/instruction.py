@@ -1,0 +1,202 @@
+"""Reads an instruction in English or Chinese.
+
+Enters: sentences. Leaves: instruction tokens `[b, K, width]`, as many for a short sentence as for a long one, and the
+probability of every sub-task and of "out of scope".
+
+A sentence becomes words (English) or characters (Chinese). A word is the sum of learned vectors of its hashed letter
+n-grams, so that a mistyped word stays close to the right one; rows of the table that no training sentence touched are
+zero, so that unknown letters add nothing. The encoder is trained to tell the sub-tasks apart and then frozen for
+everyone who reads it: the base model, the condition, and every baseline.
+
+Tokens are drawn most of the way towards what is typical of the sub-task and degree that the sentence is taken for, so
+that a wording that no training saw reads nearly like those that were seen, while what is new about it stays visible.
+
+Shapes: b sentences, t words, g n-grams of a word, K instruction tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openwu.kernels.norm import RMSNorm
+
+_WORD = re.compile(r"[a-z0-9]+|[一-鿿]|[^\sa-z0-9一-鿿]")
+NUM_DEGREES = 3
+"""Degrees that words of strength ask for: little, normal, strong."""
+SETTLED = 0.7
+"""How far tokens are drawn towards what is typical of the sub-task and degree that they are taken for, 0 to 1."""
+_MARKS = re.compile(r"['’]")
+
+
+@dataclass(frozen=True)
+class InstructionConfig:
+    """Sizes of the instruction encoder."""
+
+    labels: tuple[str, ...]
+    """What the encoder learns to tell apart: sub-task names and the label for sentences out of scope."""
+    width: int = 128
+    """Width of a word vector and of an instruction token."""
+    num_tokens: int = 8
+    """K, the number of instruction tokens."""
+    num_layers: int = 2
+    """Number of transformer layers over the words."""
+    heads: int = 4
+    """Attention heads of each layer."""
+    buckets: int = 8192
+    """Rows of the hashed n-gram table."""
+    max_words: int = 64
+    """Words read of one sentence; what comes after is not read."""
+    max_grams: int = 24
+    """n-grams read of one word."""
+
+    def __post_init__(self) -> None:
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels: expected at least two different names, got {self.labels}")
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
+
+
+def split_words(sentence: str) -> list[str]:
+    """Lower-case English words, single Chinese characters, single marks."""
+    return _WORD.findall(_MARKS.sub("", sentence.lower()))
+
+
+def word_grams(words: Sequence[str], at: int) -> list[str]:
+    """What identifies a word: itself and its letter n-grams (3 to 5); a Chinese character: the pair with the next."""
+    word = words[at]
+    if not word.isascii():
+        following = words[at + 1] if at + 1 < len(words) else "$"
+        return [word, word + following]
+    marked = f"<{word}>"
+    grams = [f"={word}"]
+    for size in (3, 4, 5):
+        grams += [marked[start : start + size] for start in range(len(marked) - size + 1)]
+    return grams
+
+
+def hash_words(sentences: Sequence[str], config: InstructionConfig) -> Tensor:
+    """Sentences -> rows of the table `[b, t, g]`, 0 where there is nothing."""
+    hashed: list[list[list[int]]] = []
+    for sentence in sentences:
+        words = split_words(sentence)[: config.max_words] or ["$"]
+        hashed.append(
+            [
+                [
+                    1 + zlib.crc32(gram.encode()) % (config.buckets - 1)
+                    for gram in word_grams(words, at)[: config.max_grams]
+                ]
+                for at in range(len(words))
+            ]
+        )
+    longest = max(len(words) for words in hashed)
+    widest = max(len(grams) for words in hashed for grams in words)
+    rows = torch.zeros(len(hashed), longest, widest, dtype=torch.long)
+    for b, sentence_rows in enumerate(hashed):
+        for t, grams in enumerate(sentence_rows):
+            rows[b, t, : len(grams)] = torch.tensor(grams)
+    return rows
+
+
+class InstructionEncoder(nn.Module):
+    """Sentences -> instruction tokens, and the sub-task they ask for."""
+
+    def __init__(self, config: InstructionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.table = nn.Embedding(config.buckets, width, padding_idx=0)
+        nn.init.zeros_(self.table.weight)
+        self.place = nn.Parameter(torch.randn(config.max_words, width) * 0.1)
+        self.layers = nn.ModuleList(WordLayer(width, config.heads) for _ in range(config.num_layers))
+        self.query = nn.Parameter(torch.randn(config.num_tokens, width))
+        self.read = WordLayer(width, config.heads)
+        self.norm = RMSNorm(width)
+        self.classify = nn.Linear(config.num_tokens * width, len(config.labels))
+        self.grade = nn.Linear(config.num_tokens * width, NUM_DEGREES)
+        self.centres = nn.Parameter(torch.zeros(len(config.labels), config.num_tokens, width))
+        self.degree_centres = nn.Parameter(torch.zeros(NUM_DEGREES, config.num_tokens, width))
+
+    def as_read(self, sentence: str) -> str:
+        """The words that are read, and nothing else: sentences of which this is the same have the same tokens."""
+        return " ".join(split_words(sentence)[: self.config.max_words])
+
+    def forward(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """-> `[b, K, width]`. `dropped`: in training, the share of n-grams to leave out, and the draws' generator."""
+        return self.settled(self.read_words(sentences, dropped))
+
+    def settled(self, tokens: Tensor) -> Tensor:
+        """Tokens as read `[b, K, width]` -> drawn towards what is typical of what they are taken for."""
+        edits, degrees = self.log_probabilities(tokens).exp(), self.degree_log_probabilities(tokens).exp()
+        typical = torch.einsum("bl,lkw->bkw", edits.to(tokens.dtype), self.centres)
+        typical = typical + torch.einsum("bd,dkw->bkw", degrees.to(tokens.dtype), self.degree_centres)
+        return torch.lerp(tokens, typical.to(tokens.dtype), SETTLED)
+
+    def off_centre(self, tokens: Tensor, labels: Tensor, degrees: Tensor) -> Tensor:
+        """Mean squared distance of the centres of labels and degrees `[b]` from the tokens; moves the centres alone."""
+        return (tokens.detach() - self.centres[labels] - self.degree_centres[degrees]).square().mean()
+
+    def read_words(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """The tokens as the words alone make them, before `settled`."""
+        return self.read_rows(self.table_rows(sentences, dropped))
+
+    def table_rows(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """`hash_words`, with a share of the n-grams left out where asked for: `[b, t, g]`."""
+        rows = hash_words(sentences, self.config).to(self.query.device)
+        if dropped is not None:
+            share, generator = dropped
+            kept = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
+            rows = torch.where(kept.any(2).any(1)[:, None, None], kept, rows)  # Something of every sentence stays.
+        return rows
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the table `[b, t, g]` -> tokens `[b, K, width]`."""
+        present = rows > 0
+        grams = self.table(rows).sum(2)
+        words = grams / present.sum(2, keepdim=True).clamp(min=1).sqrt().to(grams.dtype)
+        real = present.any(2)  # [b, t]
+        x = words + self.place[: rows.shape[1]]
+        for layer in self.layers:
+            x = layer(x, x, real)
+        query = self.query.expand(len(rows), -1, -1)
+        tokens: Tensor = self.norm(self.read(query, x, real))
+        return tokens
+
+    def log_probabilities(self, tokens: Tensor) -> Tensor:
+        """Instruction tokens `[b, K, width]` -> log-probability of each label `[b, labels]`."""
+        return F.log_softmax(self.classify(tokens.flatten(1)).float(), dim=-1)
+
+    def degree_log_probabilities(self, tokens: Tensor) -> Tensor:
+        """Instruction tokens -> log-probability of "a little", no word of strength, "strongly" `[b, 3]`."""
+        return F.log_softmax(self.grade(tokens.flatten(1)).float(), dim=-1)
+
+
+class WordLayer(nn.Module):
+    """Pre-norm attention from x to the words, then a feed-forward layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = RMSNorm(width)
+        self.norm_words = RMSNorm(width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = RMSNorm(width)
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.fc2 = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        b, n, width = x.shape
+        q = self.q(self.norm1(x)).view(b, n, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(self.norm_words(words)).view(b, words.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
+        x = x + self.out(mixed.transpose(1, 2).reshape(b, n, width))
+        out: Tensor = x + self.fc2(F.silu(self.fc1(self.norm2(x))))
+        return out

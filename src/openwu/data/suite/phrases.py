@@ -1,0 +1,156 @@
+"""The sentences that people use to ask for an edit, by sub-task, language and split.
+
+Enters: phrases.json beside this file. Leaves: training sentences with everyday variations (politeness, capitals, end
+marks, slips of the keyboard, other words for the picture, words of strength), and held-out sentences exactly as
+written, which no variation of a training sentence ever equals.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openwu.data.suite.core import LITTLE, NORMAL, STRONG
+from openwu.files.hashing import of_files
+
+OUT_OF_SCOPE = "out_of_scope"
+"""The label of sentences that ask for something that no sub-task of the suite does."""
+
+LANGUAGES = ("en", "zh")
+
+DEGREES = {"little": LITTLE, "normal": NORMAL, "strong": STRONG}
+"""What words of strength ask for; "normal" is none of them."""
+
+_FILE = Path(__file__).parent / "phrases.json"
+
+Phrases = dict[str, dict[str, dict[str, list[str]]]]
+
+_BEFORE = {
+    "en": (
+        "please ", "can you ", "could you please ", "hey, ", "i want you to ", "just ",
+        "would you ", "hi, ", "ok, ", "i need you to ", "now ", "i'd like you to ", "pls ", "kindly ",
+    ),
+    "zh": (
+        "请", "帮我", "麻烦", "能不能", "请帮我", "我想",
+        "请你", "可以", "你好，", "麻烦你", "给我", "那个，", "现在", "我要",
+    ),
+}  # fmt: skip
+_AFTER = {
+    "en": (" please", ", thanks", " for me", "!", ".", "?", " pls", ", thank you", " ok?", "...", " if you can"),
+    "zh": ("，谢谢", "吧", "！", "。", "？", "好吗", "可以吗", "行吗", "谢谢啦", "～", "，拜托"),
+}
+_NOUNS = {
+    "en": ("photo", "picture", "image", "pic", "shot", "photograph", "snapshot"),
+    "zh": ("照片", "图片", "画面", "相片", "图像", "影像"),
+}
+"""Words for the picture: one as good as another."""
+_NO_LETTER = re.compile(r"[\W_]+")
+_NOUN = {
+    "en": re.compile(rf"\b({'|'.join(_NOUNS['en'])})\b"),
+    "zh": re.compile("|".join(_NOUNS["zh"])),
+}
+
+
+@cache
+def load_phrases() -> Phrases:
+    """Sub-task name (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out", "fresh") -> sentences.
+
+    Fresh sentences are held out too; see `openwu.evaluation.wording`.
+    """
+    stored = _stored()
+    return {**stored["edits"], OUT_OF_SCOPE: stored[OUT_OF_SCOPE]}
+
+
+@cache
+def load_strength_words() -> Phrases:
+    """Degree ("little", "strong") -> language -> split -> frames with {} where the sentence goes."""
+    frames: Phrases = _stored()["strength"]
+    return frames
+
+
+def phrases_hash() -> str:
+    """SHA-256 of the file with all sentences."""
+    return of_files([_FILE]).hexdigest()
+
+
+@cache
+def _stored() -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
+    return stored
+
+
+def sample_phrase(name: str, generator: torch.Generator, language: str | None = None, degree: str = "normal") -> str:
+    """A training sentence for the sub-task `name`, varied as people vary it, asking for a degree (see `DEGREES`)."""
+    if language is None:
+        language = LANGUAGES[_draw(generator, len(LANGUAGES))]
+    sentences = load_phrases()[name][language]["train"]
+    sentence = sentences[_draw(generator, len(sentences))]
+    if degree != "normal":
+        frames = load_strength_words()[degree][language]["train"]
+        sentence = frame(frames[_draw(generator, len(frames))], sentence)
+    varied = vary(sentence, language, generator)
+    return sentence if letters(varied) in _held_out() else varied
+
+
+def frame(words: str, sentence: str) -> str:
+    """Put a sentence into words of strength; its own end mark goes."""
+    return words.format(sentence.rstrip(".!?。！？"))
+
+
+def letters(sentence: str) -> str:
+    """A sentence without capitals, spaces and marks: what differs only there counts as the same."""
+    return _NO_LETTER.sub("", sentence.lower())
+
+
+@cache
+def _held_out() -> frozenset[str]:
+    """The letters of all sentences that are never trained on."""
+    kept = (
+        sentence
+        for languages in load_phrases().values()
+        for splits in languages.values()
+        for split, sentences in splits.items()
+        if split != "train"
+        for sentence in sentences
+    )
+    return frozenset(map(letters, kept))
+
+
+def vary(sentence: str, language: str, generator: torch.Generator) -> str:
+    """Sometimes with another word for the picture, polite, capitalised, mistyped."""
+    if _draw(generator, 3) == 0:
+        nouns = _NOUNS[language]
+        sentence = _NOUN[language].sub(nouns[_draw(generator, len(nouns))], sentence)
+    if _draw(generator, 3) == 0:
+        before = _BEFORE[language]
+        sentence = before[_draw(generator, len(before))] + sentence
+    if _draw(generator, 3) == 0:
+        after = _AFTER[language]
+        sentence = sentence.rstrip(".!?。！？") + after[_draw(generator, len(after))]
+    if language == "en" and _draw(generator, 4) == 0:
+        sentence = mistype(sentence, generator)
+    if _draw(generator, 4) == 0:
+        sentence = sentence.capitalize()
+    return sentence
+
+
+def mistype(sentence: str, generator: torch.Generator) -> str:
+    """One slip: two neighbouring letters swapped, one dropped, or one doubled."""
+    if len(sentence) < 4:
+        return sentence
+    at = 1 + _draw(generator, len(sentence) - 2)
+    slips = (
+        sentence[: at - 1] + sentence[at] + sentence[at - 1] + sentence[at + 1 :],
+        sentence[:at] + sentence[at + 1 :],
+        sentence[:at] + sentence[at] + sentence[at:],
+    )
+    return slips[_draw(generator, len(slips))]
+
+
+def _draw(generator: torch.Generator, below: int) -> int:
+    return int(torch.randint(below, (), generator=generator))

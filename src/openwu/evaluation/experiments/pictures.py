@@ -1,0 +1,143 @@
+"""Pictures of what experiments found: a ladder, a map, matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from openwu.evaluation.experiments.audit import Ladder
+from openwu.evaluation.experiments.conflict import Contest
+from openwu.evaluation.experiments.continual import Course
+from openwu.evaluation.experiments.geometry import Mean
+from openwu.evaluation.experiments.gradients import Conflict
+from openwu.evaluation.experiments.manifold import Manifold
+from openwu.evaluation.experiments.scaling import Scaling
+from openwu.evaluation.pictures import grid
+
+
+def draw_ladder(ladder: Ladder, path: Path) -> Path:
+    """Mean score of every rung with its interval, worst at the bottom."""
+    means = {rung: ladder.mean(rung) for rung in ladder.scores}
+    figure = Figure(figsize=(6.4, 0.4 * len(means) + 1.1), layout="constrained")
+    panel = figure.subplots()
+    _draw_means(panel, means, "matched")
+    panel.set_xlabel(f"mean score ({ladder.unit}), 95% interval over tasks and cases")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_means(panel: Axes, means: Mapping[str, Mean], marked: str) -> None:
+    """A row for each mean with its interval, the largest on top."""
+    ordered = sorted(means.items(), key=lambda each: each[1].value)
+    for place, (name, mean) in enumerate(ordered):
+        ends = [[mean.value - mean.low], [mean.high - mean.value]]
+        colour = "tab:orange" if name == marked else "tab:blue"
+        panel.errorbar(mean.value, place, xerr=ends, fmt="o", capsize=3, color=colour)
+    panel.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+    panel.grid(axis="x", alpha=0.3)
+
+
+def draw_map(found: Manifold, families: Mapping[str, Sequence[str]], path: Path) -> Path:
+    """The first two principal components; a colour per family, a name per task."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    panel = figure.subplots()
+    for number, (family, tasks) in enumerate(families.items()):
+        own = [i for i, task in enumerate(found.tasks) if task in tasks]
+        if own:
+            x, y = found.points[own].t().tolist()
+            panel.scatter(x, y, s=14, color=f"C{number}", label=family)
+    for task in dict.fromkeys(found.tasks):
+        own = [i for i, other in enumerate(found.tasks) if other == task]
+        x, y = found.points[own].mean(0).tolist()
+        panel.annotate(task, (x, y), fontsize=6)
+    panel.set_xlabel(f"first component ({found.shares[0]:.0%} of the variance)")
+    panel.set_ylabel(f"second component ({found.shares[1]:.0%})")
+    panel.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_conflicts(found: Sequence[Conflict], path: Path) -> Path:
+    """A matrix of cosines for each set of parameters, opposites beside one another."""
+    figure = Figure(figsize=(4.6 * len(found), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for panel, each in zip(panels, found, strict=True):
+        order = [task for pair in each.opposites for task in pair]
+        order += [task for task in each.tasks if task not in order]
+        index = [each.tasks.index(task) for task in order]
+        shown = panel.imshow(each.cosine.mean(0)[index][:, index].numpy(), vmin=-1, vmax=1, cmap="RdBu")
+        panel.set_title(f"{each.where}\nopposites {each.contradictory.value:.2f}", fontsize="small")
+        panel.set_xticks(range(len(order)), order, rotation=90, fontsize=4)
+        panel.set_yticks(range(len(order)), order, fontsize=4)
+    figure.colorbar(shown, ax=panels, shrink=0.7, label="cosine of gradients")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_contest(found: Contest, path: Path) -> Path:
+    """Every method on the new tasks and on what the base knew before."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for panel, old in zip(figure.subplots(1, 2), (False, True), strict=True):
+        names = [name for name in found.methods if any(o.method == name and o.old == old for o in found.outcomes)]
+        _draw_means(panel, {name: found.mean(name, old=old) for name in names}, "generated")
+        panel.set_title("the base's old tasks" if old else "contradictory tasks", fontsize="medium")
+        panel.set_xlabel("PSNR (dB), 95% interval")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_cells(found: Contest, path: Path) -> Path:
+    """A row per new task: input, every method, target."""
+    titles = ["input", *found.methods, "target"]
+    rows = {task: [cells[title] for title in titles] for task, cells in found.cells.items()}
+    grid(rows, titles).save(path, quality=85)
+    return path
+
+
+def draw_course(found: Course, path: Path) -> Path:
+    """Every way: mean over the tasks of the first group, and over all tasks learned so far, after each group."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    first, learned = figure.subplots(1, 2)
+    for way in found.ways:
+        seen = [each for each in found.seen if each.way == way]
+        steps = sorted({each.after for each in seen})
+        for panel, chosen in (
+            (first, {step: [s.psnr for s in seen if s.after == step and s.group == 1] for step in steps}),
+            (learned, {step: [s.psnr for s in seen if s.after == step and s.group <= step] for step in steps[1:]}),
+        ):
+            panel.plot(list(chosen), [sum(values) / len(values) for values in chosen.values()], "o-", label=way)
+    first.set_title("the first group's tasks", fontsize="medium")
+    learned.set_title("all tasks learned so far", fontsize="medium")
+    for panel in (first, learned):
+        panel.set_xlabel("groups learned")
+        panel.set_ylabel("PSNR (dB)")
+        panel.grid(alpha=0.3)
+    learned.legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_scaling(found: Scaling, path: Path) -> Path:
+    """Quality against parameters, a panel for each axis, with its fitted line."""
+    figure = Figure(figsize=(4 * len(found.axes), 3.2), layout="constrained")
+    for panel, axis in zip(figure.subplots(1, len(found.axes), squeeze=False)[0], found.axes, strict=True):
+        sizes, line = found.sizes(axis), found.line(axis)
+        for size, parameters in sizes.items():
+            mean = found.mean(axis, size)
+            panel.errorbar(
+                parameters, mean.value, yerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="o", capsize=3,
+                color="tab:blue",
+            )  # fmt: skip
+        ends = [min(sizes.values()), max(sizes.values())]
+        panel.plot(ends, [line.offset + line.slope * math.log10(n) for n in ends], "--", color="tab:gray")
+        panel.set_xscale("log")
+        panel.set_title(f"{axis}: {line.slope:+.2f} dB for ten times the parameters", fontsize="small")
+        panel.set_xlabel(f"parameters of the {axis}")
+        panel.set_ylabel("mean PSNR (dB)")
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,181 @@
+"""Does quality grow with the generator, and with the base? Trainings of equal length at several sizes.
+
+Enters: a model, tasks, sizes. Leaves: quality on unseen photographs against parameters, with a fitted line per axis and
+what it leaves unexplained.
+
+The two axes are separate: generators of several sizes on one frozen base, or bases of several sizes, each trained on
+the base's own tasks first, with a generator of one size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openwu.backbones.embedded.model import EmbeddedConfig, EmbeddedModel, tiny_layer_groups
+from openwu.data.suite.photographs import Photograph
+from openwu.evaluation.experiments.embedded import draw, score
+from openwu.evaluation.experiments.geometry import Mean, mean_over
+from openwu.evaluation.experiments.methods import Budget, Method, fit, generated_on
+from openwu.evaluation.experiments.results import Keep, Part, keep_nothing
+
+GENERATOR_SIZES = ((128, 1), (256, 1), (384, 2), (512, 3))
+"""(width, blocks)"""
+AXES = ("generator", "base")
+"""What varies."""
+BASE_WIDTHS = (96, 128, 192, 256)
+"""Widths of the base's blocks; feed-forward layers are three times as wide."""
+BASE_RATES = {"learning_rate": 2.5e-3, "matrix_learning_rate": 1e-2}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size, one seed."""
+
+    axis: str
+    """What varies, one of AXES."""
+    size: str
+    parameters: int
+    """Of what varies."""
+    seed: int
+    scores: dict[str, float]
+    """Task -> mean PSNR in dB over the test photographs."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """PSNR = offset + slope * log10(parameters), by least squares over sizes and seeds."""
+
+    slope: float
+    """dB for ten times as many parameters"""
+    offset: float
+    residual: float
+    """Root mean square of what the line leaves, dB"""
+
+
+@dataclass
+class Scaling:
+    """All that was found."""
+
+    points: list[Point]
+
+    @property
+    def axes(self) -> list[str]:
+        return list(dict.fromkeys(point.axis for point in self.points))
+
+    def sizes(self, axis: str) -> dict[str, int]:
+        """Size -> parameters."""
+        return {point.size: point.parameters for point in self.points if point.axis == axis}
+
+    def mean(self, axis: str, size: str) -> Mean:
+        """Over tasks and seeds."""
+        found = [point.scores for point in self.points if (point.axis, point.size) == (axis, size)]
+        return mean_over([s for each in found for s in each.values()], [task for each in found for task in each])
+
+    def line(self, axis: str) -> Line:
+        own = [point for point in self.points if point.axis == axis]
+        x = np.log10([point.parameters for point in own])
+        y = np.array([sum(point.scores.values()) / len(point.scores) for point in own])
+        slope, offset = np.polyfit(x, y, 1)
+        residual = float(np.sqrt(np.mean((y - slope * x - offset) ** 2)))
+        return Line(float(slope), float(offset), residual)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "lines": {axis: dataclasses.asdict(self.line(axis)) for axis in self.axes},
+            "sizes": [
+                {"axis": axis, "size": size, "parameters": parameters, **dataclasses.asdict(self.mean(axis, size))}
+                for axis in self.axes
+                for size, parameters in self.sizes(axis).items()
+            ],
+            "points": [dataclasses.asdict(point) for point in self.points],
+        }
+
+
+def scaling(
+    model: EmbeddedModel,
+    photographs: list[Photograph],
+    test: dict[str, Tensor],
+    tasks: Sequence[str],
+    base_tasks: Sequence[str],
+    budget: Budget,
+    base_steps: int,
+    seeds: Sequence[int],
+    generator_sizes: Sequence[tuple[int, int]] = GENERATOR_SIZES,
+    base_widths: Sequence[int] = BASE_WIDTHS,
+    keep: Keep = keep_nothing,
+) -> Scaling:
+    """Generators on the model's own base; then bases of other widths, trained on `base_tasks` for `base_steps`.
+
+    `keep`: where finished parts are found again; a part is one size with one seed.
+    """
+    found = Scaling([])
+
+    def measured(axis: str, size: str, changed: Callable[[], EmbeddedModel], seed: int) -> Part:
+        resized, cases = changed(), draw(test, tasks, seed)
+        varies = resized.backbone if axis == "base" else resized.generator
+        method = generated_on(resized, seed)
+        fit(method, photographs, tasks, budget, budget.steps, method.rates, seed)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            values = score(resized, cases, method.serve(cases))
+        scores = {
+            task: float(np.mean([v for case, v in zip(cases, values, strict=True) if case.edit == task]))
+            for task in tasks
+        }
+        return Part(vars(Point(axis, size, sum(parameter.numel() for parameter in varies.parameters()), seed, scores)))
+
+    for seed in seeds:
+        sized: list[tuple[str, str, Callable[[], EmbeddedModel]]] = [
+            ("generator", f"width {width}, {blocks} blocks", partial(_with_generator, model, width, blocks))
+            for width, blocks in generator_sizes
+        ]
+        trained = partial(_with_base, model, photographs, base_tasks, budget, base_steps, seed)
+        sized += [("base", f"width {width}", partial(trained, width)) for width in base_widths]
+        for axis, size, changed in sized:
+            part = keep(f"{axis}, {size}, seed {seed}", partial(measured, axis, size, changed, seed))
+            found.points.append(Point(**part.values))
+    return found
+
+
+def _with_generator(model: EmbeddedModel, width: int, blocks: int) -> EmbeddedModel:
+    """A generator of another size on the model's base."""
+    generator = dataclasses.replace(model.config.generator, d_model=width, num_pg_layers=blocks)
+    changed = EmbeddedModel(dataclasses.replace(model.config, generator=generator)).requires_grad_(False)
+    changed.instruction.load_state_dict(model.instruction.state_dict())
+    changed.backbone.load_state_dict(model.backbone.state_dict())
+    return changed
+
+
+def _with_base(
+    model: EmbeddedModel,
+    photographs: list[Photograph],
+    base_tasks: Sequence[str],
+    budget: Budget,
+    steps: int,
+    seed: int,
+    width: int,
+) -> EmbeddedModel:
+    """A base of another width, trained on its own tasks and frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed = EmbeddedModel(with_base_width(model.config, width)).requires_grad_(False)
+    changed.instruction.load_state_dict(model.instruction.state_dict())
+    base = changed.backbone.requires_grad_(True)
+    method = Method(f"base, width {width}", base, changed, lambda *_: None, lambda _: None, BASE_RATES)
+    fit(method, photographs, base_tasks, budget, steps, method.rates, seed)
+    changed.backbone.requires_grad_(False)
+    return changed
+
+
+def with_base_width(config: EmbeddedConfig, width: int) -> EmbeddedConfig:
+    """The same model with a base of another width, and a generator whose tokens fit it."""
+    backbone = dataclasses.replace(config.backbone, d_model=width, ffn_dim=3 * width)
+    generator = dataclasses.replace(config.generator, token_dim=width, groups=tiny_layer_groups(backbone))
+    return dataclasses.replace(config, backbone=backbone, generator=generator)

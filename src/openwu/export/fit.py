@@ -1,0 +1,152 @@
+"""Modules with ranks and scales of their own enter, one `Adapter` with one rank and one scale leaves.
+
+Smaller ranks are filled up with zeros, which changes nothing. The scale that most modules have becomes the adapter's;
+the others' ratio to it goes into their B, rounded once in B's dtype.
+
+Shapes: E experts, r rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openwu.adapters.inject import resolve
+from openwu.errors import CheckpointError, OpenwuError, TargetError
+from openwu.types import Adapter, Target
+
+
+def with_kernels(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The same adapter, its targets knowing the kernels of the model's convolutions."""
+    modules = dict(model.named_modules())
+
+    def known(target: Target) -> Target:
+        module = modules.get(target.name)
+        if isinstance(module, nn.Conv2d):
+            height, width = module.kernel_size
+            return replace(target, kernel=(height, width))
+        return replace(target, kernel=None) if isinstance(module, nn.Linear) else target
+
+    return replace(adapter, targets=tuple(known(target) for target in adapter.targets))
+
+
+def fitted(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter with its convolutions' kernels; one TargetError lists every target that the model has not."""
+    stacked = [target for target in adapter.targets if expert_parameter(model, target) is not None]
+    if rest := [target for target in adapter.targets if target not in stacked]:
+        resolve(model, rest)
+    for target in stacked:
+        shape = tuple(_parameter(model, target).shape)
+        inner = (target.in_dim, target.out_dim) if transposed(model, target) else (target.out_dim, target.in_dim)
+        if shape != (target.experts, *inner):
+            raise TargetError(f"{target.name}: expected a parameter of shape {(target.experts, *inner)}, got {shape}")
+    return with_kernels(adapter, model)
+
+
+def expert_parameter(model: nn.Module, target: Target) -> nn.Module | None:
+    """The module that holds an expert target as one parameter of three dimensions; None where none does."""
+    container, _, weight = target.name.rpartition(".")
+    module = dict(model.named_modules()).get(container) if target.experts is not None else None
+    held = None if module is None else module._parameters.get(weight)
+    return module if held is not None and held.ndim == 3 else None
+
+
+def transposed(model: nn.Module, target: Target) -> bool:
+    """Whether such a parameter is `[E, in, out]`; else it is `[E, out, in]`. transformers' attribute says so."""
+    return bool(getattr(expert_parameter(model, target), "is_transposed", False))
+
+
+def single(adapter: Adapter, format: str, model: nn.Module | None) -> Adapter:
+    """The adapter for a format that holds one sample."""
+    if adapter.batch != 1:
+        raise OpenwuError(
+            f"{format}: a folder holds one sample, got {adapter.batch}; save each adapter.select([i]) (--sample N)"
+        )
+    return adapter if model is None else fitted(adapter, model)
+
+
+def refuse_experts(adapter: Adapter, format: str) -> None:
+    """For formats that know no mixtures of experts."""
+    if experts := [target.name for target in adapter.targets if target.experts is not None]:
+        raise OpenwuError(
+            f"{format}: the format has no experts, got {', '.join(experts)}; save with format='peft' or 'openwu'"
+        )
+
+
+def in_file_shape(adapter: Adapter, target: Target) -> tuple[Tensor, Tensor]:
+    """A and B of a plain target as other tools store them: `[r, in]` and `[out, r]`; of a convolution `[r, in, kh, kw]`
+    and `[out, r, 1, 1]`, where its kernel is known."""
+    a, b = (part[0] for part in adapter.weights[target.name])
+    if target.kernel is None:
+        return a, b
+    return a.reshape(len(a), -1, *target.kernel), b[:, :, None, None]
+
+
+def folded(b: Tensor, factor: float) -> Tensor:
+    """`factor * B` in B's dtype, rounded once."""
+    if factor == 1:
+        return b
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return (b.to(wide) * factor).to(b.dtype)
+
+
+def _parameter(model: nn.Module, target: Target) -> Tensor:
+    return model.get_parameter(target.name)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The low-rank update of one weight, `scale * B A`."""
+
+    a: Tensor
+    """[(E,) r, in]"""
+    b: Tensor
+    """[(E,) out, r]"""
+    scale: float
+    kernel: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, name: str, a: Tensor, b: Tensor, scale: float) -> Update:
+        """Of tensors as files hold them: A `[r, in]` or `[r, in, kh, kw]`, B `[out, r]` or `[out, r, 1, 1]`."""
+        kernel = (a.shape[2], a.shape[3]) if a.ndim == 4 else None
+        plain = a.ndim in (2, 4) and b.ndim in (2, 4) and b.shape[2:].numel() == 1
+        if not plain or a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise CheckpointError(
+                f"{name}: expected A [r, in] or [r, in, kh, kw] and B [out, r] or [out, r, 1, 1], "
+                f"got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        return cls(a.flatten(1), b.flatten(1), scale, kernel)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-2]
+
+    def target(self, name: str) -> Target:
+        """The weight that it updates."""
+        experts = self.a.shape[0] if self.a.ndim == 3 else None
+        return Target(name, self.a.shape[-1], self.b.shape[-2], experts, self.kernel)
+
+
+def combine(updates: Mapping[str, Update]) -> Adapter:
+    """One sample's adapter of the updates, target name -> update, in their order."""
+    if not updates:
+        raise CheckpointError("expected the LoRA of at least one module, got none")
+    for name, update in updates.items():
+        if not (update.a.is_floating_point() and update.b.is_floating_point()):
+            raise CheckpointError(f"{name}: expected floating-point numbers, got {update.a.dtype} and {update.b.dtype}")
+    scale = Counter(update.scale for update in updates.values()).most_common(1)[0][0]
+    if scale == 0:
+        # Of alpha 0 nothing can be a ratio.
+        scale = 1.0
+    rank = max(update.rank for update in updates.values())
+    weights = {}
+    for name, update in updates.items():
+        more = rank - update.rank
+        a, b = update.a, folded(update.b, update.scale / scale)
+        weights[name] = (F.pad(a, (0, 0, 0, more))[None], F.pad(b, (0, more))[None])
+    return Adapter(tuple(update.target(name) for name, update in updates.items()), weights, scale)

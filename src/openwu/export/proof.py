@@ -1,0 +1,333 @@
+"""Export of an adapter with proof: an adapter and its base enter, a folder that the target library reads leaves.
+
+The export is written beside its place, reloaded there by the library (PEFT, diffusers) or, for ComfyUI, which is no
+library, by a resolver that does what ComfyUI does with keys. Every adapted module then answers the same random input
+with the reloaded adapter and with live injection. Only what agrees takes its place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openwu.adapters.inject import attach, resolve
+from openwu.adapters.site import Site
+from openwu.backbones.diffusers.lora_reload import INDEX, denoiser_name, load_lora, read_pipeline
+from openwu.backbones.embedded.model import WEIGHTS as EMBEDDED_WEIGHTS
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.errors import CheckpointError, ExportError, TargetError
+from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, WEIGHTS, read_tensors, replaced
+from openwu.export.fit import expert_parameter, single
+from openwu.types import Adapter
+
+ROWS = 8
+SIDE = 9
+"""Rows of a linear module's random input; a convolution's is `[1, c, SIDE, SIDE]`, or larger for larger kernels."""
+NOISE = 1e-6
+"""Rounding of a module's output in float32, relative to it."""
+TOLERANCE = 1e-4
+"""How far the reloaded update may be from the live one, relative to it; more where the file rounded the scale."""
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that an adapter is for. A check uses it up: the library's layers stay in it."""
+
+    model: nn.Module
+    component: str | None = None
+    """Where it stands in its diffusers pipeline."""
+    pipeline: Any = None
+    run: Callable[[nn.Module], Tensor] | None = None
+    """The whole model's answer to fixed random inputs, where it is known how to call it."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """What the base answers with the adapter injected: the reference of every check."""
+
+    adapter: Adapter
+    base: Base
+    inputs: Mapping[str, Tensor]
+    """Path of an adapted module -> its random input."""
+    plain: Mapping[str, Tensor]
+    """Path -> output without the adapter; "" is the whole model, where it can be run."""
+    adapted: Mapping[str, Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, adapter: Adapter, base: Base) -> Live:
+        """Inject the adapter (b = 1) into the base, both in float32, and let every adapted module answer."""
+        adapter, model = adapter.to(torch.float32), base.model.float()
+        draw = torch.Generator().manual_seed(0)
+        injected = [target for target in adapter.targets if expert_parameter(model, target) is None]
+        if not injected:
+            return cls(adapter, base, {}, {}, {})
+        part = Adapter(tuple(injected), {t.name: adapter.weights[t.name] for t in injected}, adapter.scale)
+        run = base.run if len(injected) == len(adapter.targets) else None
+        with attach(model, injected) as handle:
+            sites = list(handle.sites)
+            inputs = {site.path: _input(site, draw) for site in sites}
+            plain = {site.path: site.module(inputs[site.path]) for site in sites}
+            whole = {} if run is None else {"": run(model)}
+            with handle.applied(part):
+                adapted = {site.path: site.module(inputs[site.path]) for site in sites}
+            if run is not None:
+                with handle.applied(part):
+                    adapted[""] = run(model)
+        return cls(adapter, base, inputs, plain | whole, adapted)
+
+
+def check_peft(live: Live, folder: Path) -> str:
+    """`PeftModel.from_pretrained` around the base."""
+    import peft
+
+    with _quiet():
+        loaded = peft.PeftModel.from_pretrained(live.base.model, str(folder))
+    keys = read_tensors(folder / WEIGHTS)[0]
+    _same_keys(
+        "PEFT", keys, (f"{PEFT_PREFIX}{name}.lora_{{}}.weight" for name in _lora_layers(loaded.base_model.model))
+    )
+    return _compare("PEFT", f"PEFT {version('peft')}", live, loaded.base_model.model, keys)
+
+
+def check_diffusers(live: Live, folder: Path) -> str:
+    """`load_lora_weights` of the base's pipeline."""
+    component = live.base.component
+    assert component is not None
+    with _quiet():
+        loaded = load_lora(live.base.pipeline, component, folder)
+    keys = read_tensors(folder / DIFFUSERS_WEIGHTS)[0]
+    _same_keys("diffusers", keys, (f"{component}.{name}.lora_{{}}.weight" for name in _lora_layers(loaded)))
+    return _compare("diffusers", f"diffusers {version('diffusers')}", live, loaded, keys)
+
+
+@torch.no_grad()
+def check_comfyui(live: Live, folder: Path) -> str:
+    """Stems looked up among the base's weights, then added to them, by the rules of ComfyUI."""
+    tensors = read_tensors(folder / COMFYUI_WEIGHTS)[0]
+    known: dict[str, nn.Parameter] = {}
+    for name, weight in live.base.model.named_parameters():
+        if name.endswith(".weight"):
+            module = name.removesuffix(".weight")
+            for stem in (f"diffusion_model.{module}", f"transformer.{module}", f"lora_unet_{module.replace('.', '_')}"):
+                known[stem] = weight
+    used: set[str] = set()
+    for stem, weight in known.items():
+        up, down, alpha = (tensors.get(f"{stem}.{end}") for end in ("lora_up.weight", "lora_down.weight", "alpha"))
+        if up is None or down is None:
+            continue
+        scale = 1.0 if alpha is None else float(alpha) / len(down)
+        weight.add_(scale * (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape))
+        used |= {f"{stem}.{end}" for end in ("lora_up.weight", "lora_down.weight", "alpha")}
+    if unmatched := sorted(set(tensors) - used):
+        raise ExportError(f"ComfyUI: {len(unmatched)} keys would not be loaded: {_shown(unmatched)}")
+    return _compare("ComfyUI", "ComfyUI's rules for keys (ComfyUI itself was not run)", live, live.base.model, tensors)
+
+
+def check_native(adapter: Adapter, folder: Path) -> str:
+    """Our own folder holds the same numbers."""
+    came, expected = Adapter.from_pretrained(folder).state_dict(), adapter.state_dict()
+    if wrong := [name for name in expected if not torch.equal(came[name], expected[name].cpu())]:
+        raise ExportError(f"openwu: other numbers came back for {_shown(wrong)}")
+    return f"read back: the same {len(expected)} tensors"
+
+
+CHECKS: dict[str, Callable[[Live, Path], str]] = {
+    "peft": check_peft,
+    "diffusers": check_diffusers,
+    "comfyui": check_comfyui,
+}
+"""Foreign format -> its check; a line beside one in `ADAPTER_WRITERS`."""
+
+LIBRARIES = {"peft": ("peft",), "diffusers": ("diffusers", "peft")}
+"""Format -> the packages that its check needs."""
+
+
+def _lora_layers(model: nn.Module) -> Iterator[str]:
+    """Paths of the modules in which PEFT has put a LoRA."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and len(module.lora_A):
+            yield name
+
+
+def _same_keys(library: str, written: Iterable[str], patterns: Iterable[str]) -> None:
+    loaded = {pattern.format(part) for pattern in patterns for part in "AB"}
+    ignored, invented = sorted(set(written) - loaded), sorted(loaded - set(written))
+    if ignored or invented:
+        raise ExportError(
+            f"{library}: it loads other modules than were written; not loaded: {_shown(ignored) or 'none'}; "
+            f"not written: {_shown(invented) or 'none'}"
+        )
+
+
+@torch.no_grad()
+def _compare(library: str, told: str, live: Live, loaded: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """Every module's answer with the reloaded adapter against that with live injection."""
+    rough = max(torch.finfo(tensor.dtype).eps for tensor in tensors.values() if tensor.ndim > 1)
+    # Only diffusers' files have the scale in B, rounded to its dtype.
+    tolerance = max(TOLERANCE, 2 * rough) if library == "diffusers" else TOLERANCE
+    answers = {path: loaded.get_submodule(path)(x) for path, x in live.inputs.items()}
+    if "" in live.adapted:
+        assert live.base.run is not None
+        answers[""] = live.base.run(loaded)
+    worst, wrong = 0.0, []
+    for path, came in answers.items():
+        expected = live.adapted[path]
+        update, off = float((expected - live.plain[path]).norm()), float((came - expected).norm())
+        if not off <= tolerance * update + NOISE * float(expected.norm()):
+            wrong.append(f"{path or 'the whole model'} (off by {off:.3g}, the update is {update:.3g})")
+        worst = max(worst, off / update if update else 0.0)
+    count = len(live.inputs)
+    for path, delta, expected in _parameter_deltas(live, loaded):
+        off, update, count = float((delta - expected).norm()), float(expected.norm()), count + 1
+        if not off <= tolerance * update:
+            wrong.append(f"{path} (off by {off:.3g}, the update is {update:.3g})")
+        worst = max(worst, off / update if update else 0.0)
+    if wrong:
+        raise ExportError(f"{library}: {len(wrong)} modules answer otherwise than with live injection: {_shown(wrong)}")
+    whole = " and the whole model" if "" in live.adapted else ""
+    return f"{told}: {count} modules{whole} answer as with live injection, to {worst:.1e} of the update"
+
+
+def _parameter_deltas(live: Live, loaded: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Experts held as one parameter are not injected live: PEFT's change of the weight, and ours, `[E, ...]`."""
+    for target in live.adapter.targets:
+        container, _, name = target.name.rpartition(".")
+        wrapper = loaded.get_submodule(container) if target.experts is not None else None
+        while wrapper is not None and getattr(wrapper, "parameter_name", name) != name:
+            wrapper = wrapper.get_submodule("base_layer")
+        if wrapper is None or not hasattr(wrapper, "parameter_name"):
+            continue
+        a, b = (part[0] for part in live.adapter.weights[target.name])
+        delta = live.adapter.scale * b @ a
+        held: Any = wrapper
+        swapped = bool(getattr(held.get_base_layer(), "is_transposed", False))
+        yield target.name, held.get_delta_weight("default"), delta.mT if swapped else delta
+
+
+def _input(site: Site, draw: torch.Generator) -> Tensor:
+    module = site.module
+    if isinstance(module, nn.Conv2d):
+        side = max(SIDE, *((k - 1) * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)))
+        return torch.randn(1, module.in_channels, side, side, generator=draw)
+    assert isinstance(module, nn.Linear)
+    return torch.randn(ROWS, module.in_features, generator=draw)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries warn of what is compared afterwards; what they raise is told as ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise ExportError(f"the library cannot read the export: {type(error).__name__}: {error}") from error
+
+
+def _shown(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an export."""
+
+    checked: bool
+    told: str
+    """What was compared and how well it agreed, or why nothing was."""
+
+
+def find_base(folder: Path | None) -> Base:
+    """The base in a folder: a diffusers pipeline or an embedded model; of None, the embedded model inside the package.
+
+    Raises CheckpointError, or ImportError where the folder needs a library that is not there.
+    """
+    if folder is not None and (folder / INDEX).is_file():
+        component = denoiser_name(folder)
+        pipeline = read_pipeline(folder, component)
+        return Base(getattr(pipeline, component).requires_grad_(False), component, pipeline)
+    if folder is not None and not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder}: expected a base model's folder with {INDEX} (a diffusers pipeline) or {CONFIG} (an embedded "
+            "model); openwu.export.proof.export takes any other base as a module"
+        )
+    model = EmbeddedModel.from_pretrained(EMBEDDED_WEIGHTS if folder is None else folder)
+    model.handle.detach()
+    config = model.config.backbone
+    draw = torch.Generator().manual_seed(0)
+    picture = torch.rand(1, 3, config.cell, config.cell, generator=draw)
+    planes = torch.randn(1, 3, config.cell, config.cell, generator=draw)
+    text = torch.randn(1, 4, config.text_dim, generator=draw)
+    return Base(model.backbone, run=lambda base: torch.as_tensor(base(picture, planes, text)))
+
+
+def fits(adapter: Adapter, base: Base) -> bool:
+    """Whether the base has all of the adapter's targets."""
+    try:
+        resolve(base.model, adapter.targets)
+    except TargetError:
+        return False
+    return True
+
+
+def export(
+    adapter: Adapter,
+    output: Path,
+    format: str,
+    *,
+    base: Base | None = None,
+    component: str | None = None,
+    check: bool = True,
+    unavailable: str = "",
+) -> Outcome:
+    """Write one sample's adapter in a format and prove that the library reads it; ExportError where it does not.
+
+    A failure leaves nothing behind and whatever was at `output` as it was. Without `base` nothing is compared, and
+    `unavailable` says why there is none.
+    """
+    if component is None and base is not None and format in ("diffusers", "comfyui"):
+        component = base.component
+    model = None if base is None else base.model
+    with replaced(output.resolve()) as draft:
+        adapter.save_pretrained(draft, format, component=component, model=model)
+        return _checked(adapter, draft, format, base, check, unavailable)
+
+
+def _checked(
+    adapter: Adapter,
+    folder: Path,
+    format: str,
+    base: Base | None,
+    check: bool,
+    unavailable: str,
+) -> Outcome:
+    missing = [name for name in LIBRARIES.get(format, ()) if importlib.util.find_spec(name) is None]
+    if not check:
+        return Outcome(False, "the check was left out")
+    if format == "openwu":
+        return Outcome(True, check_native(adapter, folder))
+    if missing:
+        return Outcome(False, f"{' and '.join(missing)} not installed; pip install 'openwu[diffusers]' has both")
+    if base is None:
+        return Outcome(False, unavailable or "no base model to compare on; pass --base FOLDER")
+    if format == "diffusers" and base.pipeline is None:
+        return Outcome(
+            False, "diffusers loads LoRA into its pipelines, and the base is none; pass --base PIPELINE_FOLDER"
+        )
+    live = Live.of(single(adapter, format, base.model), base)
+    return Outcome(True, CHECKS[format](live, folder))

@@ -1,0 +1,59 @@
+"""A path enters, the adapter that it holds leaves: a folder of ours or of PEFT, or a LoRA file, in a folder or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from openwu.errors import CheckpointError, TargetError
+from openwu.export.files import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config, read_tensors
+from openwu.export.fit import fitted
+from openwu.export.lora_file import read_lora_file
+from openwu.export.native import FORMAT, read_native
+from openwu.export.peft import read_peft
+from openwu.types import Adapter
+
+SUFFIX = ".safetensors"
+
+
+def load_adapter(path: Path, model: nn.Module | None = None, skip_text_encoders: bool = False) -> Adapter:
+    """Read any format, on the CPU, in the dtypes of the file. `model`: must have every target, and explains names."""
+    try:
+        file = _lora_file(path)
+        if file is not None:
+            adapter = read_lora_file(read_tensors(file)[0], model, skip_text_encoders)
+        else:
+            adapter = _read_folder(path, model)
+        return adapter if model is None else fitted(adapter, model)
+    except (CheckpointError, TargetError) as error:
+        told = str(error)
+        raise CheckpointError(told if told.startswith(str(path)) else f"{path}: {told}") from error
+
+
+def _lora_file(path: Path) -> Path | None:
+    """The file where a path holds one LoRA file; None where it is a folder with a config, or should be."""
+    if path.is_file():
+        if path.suffix != SUFFIX:
+            raise CheckpointError(f"expected a folder or a {SUFFIX} file, got a {path.suffix or 'nameless'} file")
+        return path
+    if not path.is_dir() or (path / CONFIG).exists():
+        return None
+    if (path / DIFFUSERS_WEIGHTS).is_file():
+        return path / DIFFUSERS_WEIGHTS
+    files = [file for file in sorted(path.glob(f"*{SUFFIX}")) if file.name != WEIGHTS]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"expected one {SUFFIX} file, got {names}; name the one that is meant")
+    return files[0] if files else None
+
+
+def _read_folder(folder: Path, model: nn.Module | None) -> Adapter:
+    config = read_config(folder)
+    tensors, metadata = read_tensors(folder / WEIGHTS)
+    if config.get("format") == FORMAT:
+        return read_native(config, tensors)
+    if config.get("peft_type") == "LORA":
+        return read_peft(config, tensors, metadata, model)
+    came = {key: config[key] for key in ("format", "peft_type") if key in config}
+    raise CheckpointError(f"{CONFIG}: expected format {FORMAT!r} or peft_type 'LORA', got {came or 'neither key'}")

@@ -1,0 +1,41 @@
+"""RMS normalisation that keeps its input's dtype. Enters and leaves: `[..., width]`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight in `dtype`, computed in the wider of x's and the weight's dtype."""
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps).to(dtype)
+
+
+def add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x + update in x's dtype, and its norm; differentiable in x, update and weight."""
+    x = x + update.to(x.dtype)
+    return x, normed(x, weight, eps, dtype)
+
+
+def add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x += update where there is one; its norm, contiguous."""
+    if update is not None:
+        x += update
+    return normed(x, weight, eps, dtype).contiguous()
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019), eps 1e-6, with weight.
+
+    Under autocast a float32 weight would make the result, and with it a residual stream, float32: the weight follows
+    the input instead.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-6)

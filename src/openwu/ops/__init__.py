@@ -1,1 +1,0 @@
-"""Tensor arithmetic of adapters and of the generator's blocks. `dispatch` chooses the implementation."""

@@ -1,1 +1,0 @@
-"""Turning the pairs of attention heads by angles, one file per implementation; `reference` defines the result."""

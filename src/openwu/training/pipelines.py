@@ -1,0 +1,299 @@
+"""A generator for a large base, from pairs: a recipe enters, a generator's folder with its provenance leaves.
+
+In this order, so that what is wrong shows before what takes long: pairs, the base's folder, the begun training, memory,
+then loading, then the encoders' say on every pair (once; it stays on disk), then the training without the encoders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from openwu.adapters.inject import AdapterHandle
+from openwu.backbones import backbone_class
+from openwu.backbones.diffusers.loading import (
+    check_class,
+    check_weights,
+    free_memory,
+    local_folder,
+    part_numbers,
+    pipeline_fingerprint,
+    weight_files,
+)
+from openwu.backbones.diffusers.pipeline import PipelineBackbone
+from openwu.backbones.protocol import Backbone, ConditionEncoder
+from openwu.backbones.quantised import Quantise, check_quantise
+from openwu.conditions import chosen_encoder, describe_encoder
+from openwu.config import ConfigError, GeneratorConfig
+from openwu.data.buckets import Buckets
+from openwu.data.pairs import Pair, Pairs, picture_size, read_pairs
+from openwu.editor.compatibility import attach_generator, generator_config
+from openwu.errors import OpenwuError
+from openwu.files.hashing import of_json
+from openwu.files.origin import origin
+from openwu.generator.model import ParameterGenerator
+from openwu.training.checkpoint import check_recipe
+from openwu.training.config import BasedRecipe
+from openwu.training.distributed import Processes, is_main
+from openwu.training.embedded.own_pairs import pairs_hashes, split_pairs
+from openwu.training.encoded_rows import Encoded, RowStore, to_device
+from openwu.training.loop import LoopConfig, train_stage
+from openwu.training.memory import needs_of
+from openwu.training.objectives import Diffusion, FlowMatching, Objective, Question
+from openwu.training.record import describe, export_folders, seconds_of, write_provenance
+from openwu.training.stage import OwnStage
+from openwu.types import LatentBatch
+
+
+def objective_of(backbone: Backbone) -> Objective:
+    """The loss that the base was trained with."""
+    if backbone.prediction == "flow":
+        return FlowMatching()
+    assert backbone.signal is not None
+    return Diffusion(backbone.prediction, backbone.signal.float().cpu())
+
+
+def based_stage(
+    backbone: Backbone,
+    generator: ParameterGenerator,
+    batches: Callable[[int], LatentBatch],
+    *,
+    handle: AdapterHandle | None = None,
+    objective: Objective | None = None,
+    validation: LatentBatch | None = None,
+    seed: int = 0,
+    name: str = "generator",
+) -> OwnStage[LatentBatch]:
+    """One generator, end to end through one frozen base.
+
+    `batches`: the latent batch of any step, by its number alone. `handle`: the hooks on the base's denoiser, where
+    there are some already. `objective`: `objective_of(backbone)` if none. What the base is told is dropped at random
+    as its guidance was trained; validation batches are left whole.
+    """
+    if handle is None:
+        handle = attach_generator(backbone, generator)
+
+    def batch(step: int) -> LatentBatch:
+        draws = torch.Generator().manual_seed(seed * 7_000_003 + step)
+        return backbone.without_conditions(batches(step), draws)
+
+    def predict(asked: LatentBatch, question: Question) -> Tensor:
+        assert question.given is not None
+        assert question.time is not None
+        # The base computes in its weights' dtype: autocast would keep what leaves its norms in float32, twice as large.
+        with torch.autocast(weight.device.type, enabled=False):
+            return backbone.predict(asked, question.given, question.time)
+
+    weight = generator.hidden_in.weight
+    return OwnStage(
+        name,
+        generator,
+        handle,
+        batch,
+        adapt=lambda asked: generator(asked.condition.to(weight.device, weight.dtype)),
+        target=lambda asked: asked.target,
+        predict=predict,
+        objective=objective or objective_of(backbone),
+        seed=seed,
+        validation=validation,
+    )
+
+
+STAGE = "generator"
+_ELSEWHERE = ("name", "export", "checkpoint_every", "evaluate_every", "log_every", "data", "base", "revision", "cache",
+              "encoders", "device", "checkpoint_base", "checkpoint_generator", "validated")  # fmt: skip
+"""Fields on which the trained weights do not depend, or that are described by what is found there."""
+
+
+def train_based(recipe: BasedRecipe, folder: Path, stop_after: int | None = None) -> None:
+    """`stop_after`: leave after so many updates, for tests and trials."""
+    for name, what in (("data", "a JSONL file or a folder of pairs"), ("base", "the base's folder or hub id")):
+        if getattr(recipe, name) is None:
+            raise OpenwuError(f"{name}: expected {what}; pass {name}=PATH")
+    assert recipe.data is not None
+    assert recipe.base is not None
+    kind = pipeline_class(recipe)
+    training, held_back = split_pairs(read_pairs(recipe.data), recipe.held_back)
+    hashes = pairs_hashes(training, held_back)
+    base = local_folder(recipe.base, recipe.revision)
+    check_class(base, kind.pipelines)
+    check_weights(base)
+    fingerprint = pipeline_fingerprint(base)
+    every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
+    loop = LoopConfig(_depends_on(recipe, hashes, fingerprint), *every, stop_after)
+    check_recipe(folder / STAGE, loop.recipe)
+
+    check_quantise(recipe.quantise)
+    device = device_of(recipe)
+    hollow = kind.hollow(base)
+    hollow.pixels = recipe.pixels
+    config = new_config(recipe, hollow)
+    # Without weights: it shows what is wrong with the choice. Conditions of other widths change little in memory.
+    reader = getattr(chosen_encoder(recipe.condition, hollow), "own_bytes", 0)
+    _check_memory(recipe, config, base, kind, device, (training, held_back), reader)
+
+    with_cache = bool(recipe.cache)
+    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+    backbone = kind.from_pretrained(
+        base, device="cpu" if with_cache else device, dtype=dtype, quantise=cast("Quantise | None", recipe.quantise)
+    )
+    backbone.pixels = recipe.pixels
+    encoder = chosen_encoder(recipe.condition, backbone)
+    made_by = f"{fingerprint} {recipe.model} {recipe.pixels} {dtype}" + (
+        f" {recipe.quantise}" if recipe.quantise else ""
+    )
+    if encoder is not None:
+        made_by += f" {json.dumps(describe_encoder(encoder), sort_keys=True)} {getattr(encoder, 'identity', '')}"
+        config = new_config(recipe, backbone, encoder)
+    store = RowStore(folder / recipe.cache, made_by)
+    encoded = Encoded(backbone, store if with_cache else None, device, encoder)
+    judged = _judged(held_back, backbone, recipe.validated)
+    if with_cache:
+        encoded.fill([training, judged], Processes.joined(device))
+        kept = device if recipe.encoders == "keep" else torch.device("meta" if recipe.encoders == "drop" else "cpu")
+        backbone.place(encoders=kept, denoiser=device)
+        encoded.place_encoder(kept)
+
+    generator = new_generator(recipe, config).to(device)
+    stage = _stage(recipe, backbone, generator, encoded, (training, judged))
+    try:
+        done = train_stage(stage, recipe.generator, loop, folder / STAGE)
+    finally:
+        stage.handle.detach()
+    if done:
+        for target in export_folders(recipe, folder):
+            generator.save_pretrained(target)
+            seconds = {STAGE: seconds_of(folder / STAGE)}
+            made = {**origin(), "seconds": seconds, "recipe": describe(recipe), "base": fingerprint, "pairs": hashes}
+            write_provenance(target, made)
+
+
+def pipeline_class(recipe: BasedRecipe) -> type[PipelineBackbone]:
+    """The backbone of the recipe's base; raises OpenwuError for one that this training cannot take."""
+    kind = backbone_class(recipe.model)
+    if not issubclass(kind, PipelineBackbone):
+        raise OpenwuError(
+            f"model: expected a base in a diffusers pipeline, got {recipe.model}; train others with "
+            "openwu.training.pipelines.based_stage"
+        )
+    if kind.encodes_in_training and recipe.cache and recipe.encoders != "keep":
+        raise OpenwuError(
+            f"encoders: expected 'keep' for {recipe.model}, whose encoders are asked in every step, "
+            f"got {recipe.encoders!r}; pass encoders=keep"
+        )
+    return kind
+
+
+def device_of(recipe: BasedRecipe) -> torch.device:
+    """Where this process computes."""
+    if recipe.device is not None:
+        return torch.device(recipe.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def new_config(
+    recipe: BasedRecipe, backbone: PipelineBackbone, encoder: ConditionEncoder | None = None
+) -> GeneratorConfig:
+    """The generator's config, for conditions of the base or of an encoder; of the former a hollow backbone suffices."""
+    sizes = ("rank", "alpha", "token_dim", "d_model", "head_dim", "dim_accumulation")
+    try:
+        return generator_config(
+            backbone,
+            encoder=encoder,
+            num_pg_layers=recipe.blocks,
+            **{name: getattr(recipe, name) for name in sizes},
+        )
+    except ConfigError as error:
+        raise OpenwuError(f"recipe: {error}") from error
+
+
+def new_generator(recipe: BasedRecipe, config: GeneratorConfig) -> ParameterGenerator:
+    """Weights from the recipe's seed, without touching the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        generator = ParameterGenerator(config, b_init_std=recipe.b_init_std)
+    generator.gradient_checkpointing = recipe.checkpoint_generator
+    return generator
+
+
+def _check_memory(
+    recipe: BasedRecipe,
+    config: GeneratorConfig,
+    base: Path,
+    kind: type[PipelineBackbone],
+    device: torch.device,
+    pairs: tuple[Pairs, Pairs],
+    reader: int,
+) -> None:
+    """Say what is needed, and refuse what cannot fit."""
+    pictures = max(len(pair.images) for part in pairs for pair in part.pairs)
+    saved, part = 0, kind.denoiser_name
+    if recipe.quantise is not None:
+        fewer = kind.fewer(cast("Quantise", recipe.quantise))
+        saved = fewer.saved(base, weight_files(base / part), 2 if recipe.bf16 else 4)
+    needs = needs_of(recipe, config, part_numbers(base), part, device, pictures, saved=saved, reader=reader)
+    free = free_memory(device)
+    warning = needs.check(device, free)
+    if is_main():
+        sys.stderr.write(needs.text(device, free) + (warning or ""))
+
+
+def _stage(
+    recipe: BasedRecipe,
+    backbone: PipelineBackbone,
+    generator: ParameterGenerator,
+    encoded: Encoded,
+    pairs: tuple[Pairs, Pairs],
+) -> OwnStage[LatentBatch]:
+    if recipe.checkpoint_base:
+        backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    training, judged = pairs
+    buckets = _buckets(training, backbone, recipe.generator.shapes[0][0], recipe.seed)
+    validation = None
+    if len(judged):
+        asked = [(pair, text) for pair in judged.pairs for text in pair.instructions]
+        validation = to_device(encoded.batch(asked), encoded.device)
+    stage = based_stage(
+        backbone,
+        generator,
+        lambda step: to_device(encoded.batch(buckets.step(step)), encoded.device),
+        validation=validation,
+        seed=recipe.seed,
+    )
+    stage.bf16 = recipe.bf16
+    stage.names = lambda step: [f"{pair.where} ({text!r})" for pair, text in buckets.step(step)]
+    return stage
+
+
+def _buckets(pairs: Pairs, backbone: PipelineBackbone, count: int, seed: int) -> Buckets:
+    def shape(pair: Pair) -> object:
+        return backbone.training_shape([picture_size(image) for image in pair.images])
+
+    return Buckets.of(pairs, shape, count, seed)
+
+
+def _judged(held_back: Pairs, backbone: PipelineBackbone, most: int) -> Pairs:
+    """Pairs held back of their commonest shape, with their first wordings: one batch."""
+    groups = _buckets(held_back, backbone, most, 0).groups
+    largest = max(groups, key=len).pairs[:most] if groups else ()
+    return Pairs(tuple(dataclasses.replace(pair, instructions=pair.instructions[:1]) for pair in largest))
+
+
+def _depends_on(recipe: BasedRecipe, hashes: dict[str, str], fingerprint: str) -> str:
+    """What the trained weights depend on."""
+    described = {key: value for key, value in describe(recipe).items() if key not in _ELSEWHERE}
+    described["generator"].pop("accumulate", None)
+    if described["quantise"] is None:  # as before there was a choice
+        del described["quantise"]
+    pairs = of_json(hashes).hexdigest()
+    return json.dumps({**described, "base": fingerprint, "pairs": pairs}, sort_keys=True)

@@ -1,0 +1,332 @@
+"""HunyuanImage-3.0-Instruct on its stand-in: condition, targets, adapters on every row, and requests of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import hunyuan_stand_in
+import pytest
+import torch
+from base_cases import adapter, nothing, picture, requests, targets_of
+
+from openwu import attach
+from openwu.adapters.experts import ExpertRouting
+from openwu.adapters.merge import merged
+from openwu.backbones.hunyuan_image_3.base import HunyuanImage3, chosen_experts
+from openwu.backbones.hunyuan_image_3.dialogue import inputs_of
+from openwu.config import LayerGroup
+from openwu.editor.compatibility import generator_config, placed
+from openwu.errors import OpenwuError, TargetError
+from openwu.types import BaseRequest, LatentBatch, SamplingOptions, Target
+
+FAST = SamplingOptions(steps=2)
+LEVEL = 1 / 255
+"""The base's pictures have 8 bits: one level may fall to the other side."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return hunyuan_stand_in.made()
+
+
+@pytest.fixture
+def base(model: Any) -> HunyuanImage3:
+    """Requests are not remembered from one test to the next."""
+    made = HunyuanImage3(model)
+    made.reasoning_tokens = 4
+    made.most_together = 4
+    return made
+
+
+def edited(base: Any, asked: Sequence[BaseRequest], weights: Any, options: SamplingOptions = FAST) -> Any:
+    with attach(base.denoiser, weights.targets, routing=ExpertRouting(*base.routing)) as handle:
+
+        def rows(owners: Sequence[int]) -> Any:
+            present = sorted(set(owners))
+            return handle.applied(weights.select(present), rows=[present.index(owner) for owner in owners])
+
+        return base.generate(asked, options, rows)
+
+
+def test_targets_have_the_released_names_and_stand_in_the_released_order(base: HunyuanImage3) -> None:
+    (group,) = base.layer_groups()
+    names = [name for name, *_ in group.weights()]
+    assert (group.prefix, group.num_layers) == ("model.layers.", 2)
+    assert names == [
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.shared_mlp.gate_and_up_proj",
+        "mlp.shared_mlp.down_proj",
+        "mlp.experts.w1",
+        "mlp.experts.w2",
+        "mlp.experts.w3",
+    ]
+    assert generator_config(base, token_dim=32, d_model=32, head_dim=16).is_released_form
+    found = {target.name: target for target in targets_of(base)}
+    assert found["model.layers.1.mlp.experts.w2"] == Target("model.layers.1.mlp.experts.w2", 12, 32, 4)
+    assert found["model.layers.0.self_attn.qkv_proj"] == Target("model.layers.0.self_attn.qkv_proj", 32, 64)
+
+
+def test_every_target_of_every_expert_receives_gradient(base: HunyuanImage3, model: Any) -> None:
+    weights = adapter(base, 2)
+    for pair in weights.weights.values():
+        for part in pair:
+            part.requires_grad_()
+    asked = [BaseRequest((picture(i),), "a long instruction, so that every expert reads " * 2) for i in (1, 2)]
+    rows = inputs_of(model, asked, ["", ""], None)["rows"]
+    with attach(model, weights.targets, routing=ExpertRouting(*base.routing)) as handle, handle.applied(weights):
+        states, _, _ = model.prefill([row.detach() for row in rows])
+    states.square().mean().backward()
+    dead = []
+    for name, pair in weights.weights.items():
+        for part, factor in zip("AB", pair, strict=True):
+            assert factor.grad is not None
+            lead = 2 if "experts" in name else 1
+            if not bool((factor.grad.flatten(lead).abs().amax(lead) > 0).all()):
+                dead.append(f"{name}.{part}")
+    assert dead == []
+
+
+def test_the_condition_is_the_last_layer_s_output_before_the_last_norm(base: HunyuanImage3, model: Any) -> None:
+    request = BaseRequest((picture(1), picture(2)), "make it warm", seed=5, reasoning="because")
+    tokens = base.condition([request]).tokens
+    with torch.no_grad():
+        (row,) = inputs_of(model, [request], ["because"], "img_ratio")["rows"]
+        x, seen, _ = model.padded([row])
+        for layer in model.model.layers:
+            x, _ = layer(x, seen)
+    assert tokens.shape == (1, len(row), 32)
+    torch.testing.assert_close(tokens, x)
+    assert not torch.allclose(tokens, model.model.ln_f(x), atol=1e-2)
+
+
+def test_the_condition_depends_on_seed_reasoning_pictures_and_words(base: HunyuanImage3) -> None:
+    first = BaseRequest((picture(1),), "warm", seed=1, reasoning="abc")
+    same = base.condition([first]).tokens
+    for other in (
+        BaseRequest((picture(1),), "warm", seed=2, reasoning="abc"),
+        BaseRequest((picture(1),), "warm", seed=1, reasoning="abd"),
+        BaseRequest((picture(2),), "warm", seed=1, reasoning="abc"),
+        BaseRequest((picture(1),), "cold", seed=1, reasoning="abc"),
+    ):
+        assert (base.condition([other]).tokens - same).abs().max() > 1e-3
+    torch.manual_seed(99)
+    assert torch.equal(base.condition([first]).tokens, same)
+
+
+def test_noise_of_the_global_source_is_the_request_s_too(base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, vae = base.model.vae.encode, base.model.vae  # type: ignore[attr-defined]
+    monkeypatch.setattr(vae, "encode", lambda picture, _: real(picture, None))
+    request = BaseRequest((picture(1),), "warm", seed=1, reasoning="")
+    first = base.condition([request]).tokens
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    assert torch.equal(base.condition([request]).tokens, first)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(base.condition([BaseRequest((picture(1),), "warm", seed=2, reasoning="")]).tokens, first)
+
+
+def test_a_batch_of_conditions_is_its_samples(base: HunyuanImage3) -> None:
+    asked = [requests(2)[0], BaseRequest((picture(3), picture(4)), "a longer instruction")]
+    together = base.condition(asked)
+    assert together.mask is not None
+    for i, request in enumerate(asked):
+        torch.testing.assert_close(together.tokens[i][together.mask[i]], base.condition([request]).tokens[0])
+    assert base.condition(asked[:1]).mask is None
+
+
+def test_the_base_reasons_once_and_a_given_reasoning_is_taken(
+    base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[tuple[str | None, str, Any]] = []
+    prepare = base.model.prepare_model_inputs
+
+    def listening(**how: Any) -> Any:
+        tasks.append((how.get("bot_task"), how["image_size"], how["cot_text"]))
+        assert how["system_prompt"] == ["en_unified:"], "the one that the folder is used with"
+        return prepare(**how)
+
+    monkeypatch.setattr(base.model, "prepare_model_inputs", listening)
+    request = requests(1)[0]
+    base.condition([request])
+    base.generate([request], FAST, nothing)
+    (first, _, none), (second, _, thought), (third, _, read), (fourth, size, drawn) = tasks
+    assert (first, second, third, fourth) == ("think", "recaption", "img_ratio", None)
+    assert none is None
+    assert read == drawn
+    assert (len(thought[0]), len(read[0])) == (5, 10), "each part's token, and what was written"
+    assert read[0].startswith(thought[0] + ")")
+    assert size.startswith("<img_ratio_"), "the ratio is not asked for again"
+    tasks.clear()
+    base.generate([BaseRequest(request.pictures, request.instruction, 1, reasoning="thus")], FAST, nothing)
+    assert [(task, cot) for task, _, cot in tasks] == [("img_ratio", ["thus"]), (None, ["thus"])]
+
+
+def test_requests_with_and_without_reasoning_do_not_share_a_call(base: HunyuanImage3) -> None:
+    """The folder's code takes no empty reasoning."""
+    asked = [BaseRequest((picture(i),), "warm", seed=i, reasoning=text) for i, text in enumerate(("", "so", "", "as"))]
+    seen: list[list[int]] = []
+
+    def rows(owners: Sequence[int]) -> Any:
+        seen.append(sorted(set(owners)))
+        return nothing(owners)
+
+    together = base.generate(asked, FAST, rows)
+    assert not any({0, 2} & set(each) and {1, 3} & set(each) for each in seen)
+    for request, came in zip(asked, together, strict=True):
+        (alone,) = base.generate([request], FAST, nothing)
+        torch.testing.assert_close(came, alone, rtol=0, atol=1.01 * LEVEL)
+
+
+def test_an_answer_without_a_ratio_leaves_the_shape_to_the_base(base: HunyuanImage3, model: Any) -> None:
+    asked = requests(2)
+    write = model._write
+    model._write = lambda row, _, most: write(row, "text", most)
+    try:
+        pictures = base.generate(asked, FAST, nothing)
+    finally:
+        del model._write
+    assert [picture.shape for picture in pictures] == [(3, 32, 32), (3, 32, 32)]
+
+
+def test_answers_of_other_kinds_say_what_was_agreed_on(base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = requests(1)[0]
+    monkeypatch.setattr(base.model, "generate", lambda **_: torch.zeros(1, 9, dtype=torch.int64))
+    with pytest.raises(OpenwuError, match=r"generate: expected 1 of str from the folder's code, got Tensor; .*RemoteM"):
+        base.condition([request])
+    monkeypatch.undo()
+    base.condition([request])
+    monkeypatch.setattr(base.model, "generate", lambda **_: [request.pictures[0], None])
+    with pytest.raises(OpenwuError, match=r"expected 1 of Image from the folder's code, got \['Image', 'NoneType'\]"):
+        base.generate([request], FAST, nothing)
+
+
+def test_only_so_many_requests_are_remembered(base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openwu.backbones.hunyuan_image_3.base.REMEMBERED", 2)
+    for seed in range(4):
+        base.condition([BaseRequest((picture(1),), "warm", seed=seed, reasoning="")])
+    assert len(base._readings) == 2
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_an_adapter_changes_the_picture_as_merged_weights_do(base: HunyuanImage3, guidance: float) -> None:
+    asked, weights, options = requests(1), adapter(base, 1), SamplingOptions(steps=2, guidance=guidance)
+    (alone,) = base.generate(asked, options, nothing)
+    (changed,) = edited(base, asked, weights, options)
+    assert (changed - alone).abs().max() > 0.1
+    with merged(base.denoiser, weights):
+        (expected,) = base.generate(asked, options, nothing)
+    torch.testing.assert_close(changed, expected, rtol=0, atol=1.01 * LEVEL)
+    (unchanged,) = edited(base, asked, weights.scaled(0.0), options)
+    torch.testing.assert_close(unchanged, alone, rtol=0, atol=1.01 * LEVEL)
+
+
+def test_each_request_of_a_batch_has_its_own_adapter_seed_and_pictures(base: HunyuanImage3) -> None:
+    asked = [
+        *requests(2),
+        BaseRequest((picture(7), picture(8, 48, 96)), "sharpen it", seed=5, reasoning="a longer thought"),
+        requests(1)[0],
+    ]
+    weights = adapter(base, 4)
+    calls: list[Sequence[int]] = []
+    with attach(base.denoiser, weights.targets, routing=ExpertRouting(*base.routing)) as handle:
+
+        @contextmanager
+        def rows(owners: Sequence[int]) -> Iterator[None]:
+            calls.append(owners)
+            present = sorted(set(owners))
+            with handle.applied(weights.select(present), rows=[present.index(owner) for owner in owners]):
+                yield
+
+        together = base.generate(asked, FAST, rows)
+    assert max(len(set(owners)) for owners in calls) > 1, "the sizes of this test's pictures must be alike"
+    assert all(list(owners) == list(owners[: len(owners) // 2]) * 2 for owners in calls)
+    base.most_together = 1
+    for i, request in enumerate(asked):
+        (alone,) = edited(base, [request], weights.select([i]))
+        torch.testing.assert_close(together[i], alone, rtol=0, atol=1.01 * LEVEL)
+    assert (together[0] - together[3]).abs().max() > 0.1, "the same request under two adapters"
+
+
+def test_progress_counts_the_steps_of_every_call(base: HunyuanImage3) -> None:
+    seen: list[tuple[int, int]] = []
+    base.most_together = 1
+    base.generate(requests(2), FAST, nothing, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_one_request_needs_no_routing_and_several_say_so(base: HunyuanImage3, model: Any) -> None:
+    """A router that says nothing of indices: one request at a time is served all the same."""
+    weights = adapter(base, 2)
+    asked = requests(2)
+    routing = ExpertRouting("gate", lambda output: chosen_experts(output[0]))
+    with attach(model, weights.targets, routing=routing) as handle:
+        base.generate(asked[:1], FAST, lambda rows: handle.applied(weights.select([0]), rows=rows))
+        with pytest.raises(TargetError, match=r"router: expected one tensor .*; edit one request at a time"):
+            base.generate(asked, FAST, lambda rows: handle.applied(weights, rows=rows))
+
+
+def test_options_that_it_has_not_and_training(base: HunyuanImage3, model: Any) -> None:
+    with pytest.raises(OpenwuError, match="pixels: expected none for HunyuanImage3, which chooses among its own sizes"):
+        base.options(SamplingOptions(pixels=4096))
+    with pytest.raises(OpenwuError, match="true_guidance: expected none"):
+        base.options(SamplingOptions(true_guidance=2.0))
+    assert base.options(SamplingOptions()) == SamplingOptions(steps=50, guidance=3.0)
+    kept, model.generation_config = model.generation_config, None
+    try:
+        with pytest.raises(OpenwuError, match=r"guidance: expected a number, since generation_config\.json"):
+            base.options(SamplingOptions())
+    finally:
+        model.generation_config = kept
+    batch = LatentBatch(torch.zeros(1), {}, base.condition(requests(1)))
+    for call in (
+        lambda: base.latent_batch(requests(1), [torch.zeros(3, 8, 8)]),
+        lambda: base.predict(batch, torch.zeros(1), torch.zeros(1)),
+        lambda: base.without_conditions(batch, torch.Generator()),
+    ):
+        with pytest.raises(OpenwuError, match="training: not supported through hunyuan-image-3"):
+            call()
+
+
+def test_layers_that_are_not_as_released(base: HunyuanImage3, model: Any) -> None:
+    mixture = model.model.layers[1].mlp
+    kept = mixture.experts
+    mixture.experts = torch.nn.ModuleList(kept[:3])
+    try:
+        with pytest.raises(TargetError, match="expected layers of equal widths, got 2 kinds"):
+            base.layer_groups()
+        mixture.experts = torch.nn.Identity()
+        with pytest.raises(TargetError, match=r"model\.layers\.1: .*mlp\.experts\.0\.down_proj, found none"):
+            base.layer_groups()
+    finally:
+        mixture.experts = kept
+    assert isinstance(base.layer_groups()[0], LayerGroup)
+
+
+def test_pairs_stand_where_their_weights_compute() -> None:
+    base = HunyuanImage3(hunyuan_stand_in.made())
+    weights = adapter(base, 1)
+    base.model.model.layers[1].to("meta")
+    base.model.model.layers[0].self_attn.o_proj._hf_hook = type("Hook", (), {"execution_device": "meta"})()
+    moved = placed(weights, base)
+    for name, pair in moved.weights.items():
+        expected = "meta" if "layers.1." in name or name.endswith("0.self_attn.o_proj") else "cpu"
+        assert {part.device.type for part in pair} == {expected}, name
+
+
+def test_layers_that_wait_elsewhere_compute_the_same() -> None:
+    """accelerate's hooks, as offloading sets them, with the CPU in the place of the GPU."""
+    accelerate = pytest.importorskip("accelerate")
+    base = HunyuanImage3(hunyuan_stand_in.made())
+    base.reasoning_tokens = 2
+    asked, weights = requests(1), adapter(base, 1)
+    condition = base.condition(asked).tokens
+    (expected,) = edited(base, asked, weights)
+    for layer in base.model.model.layers:
+        accelerate.cpu_offload(layer, torch.device("cpu"))
+    assert base.model.model.layers[1].mlp.experts[0].down_proj.weight.is_meta
+    torch.testing.assert_close(base.condition(asked).tokens, condition)
+    (came,) = edited(base, asked, placed(weights, base))
+    torch.testing.assert_close(came, expected, rtol=0, atol=1.01 * LEVEL)

@@ -1,0 +1,242 @@
+"""The whole path with large bases of random weights: from Python, from saved folders, and what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import base_cases
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import openwu
+from openwu.config import GeneratorConfig
+from openwu.editor.based_editor import BasedEditor
+from openwu.editor.compatibility import check_targets, encoder_for, fingerprint, target_widths
+from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
+from openwu.types import BaseRequest, EditRequest, SamplingOptions
+
+
+@pytest.fixture(params=("instruct-pix2pix", "flux-kontext"))
+def editor(request: pytest.FixtureRequest) -> Any:
+    base = base_cases.backbone(request.param)
+    made = BasedEditor(base, base_cases.generator(base), options=base_cases.FAST, name=request.param)
+    yield made
+    made.handle.detach()
+
+
+@pytest.fixture
+def kontext() -> Any:
+    base = base_cases.backbone("flux-kontext")
+    made = BasedEditor(base, base_cases.generator(base), options=base_cases.FAST)
+    yield made
+    made.handle.detach()
+
+
+def pixels(result: openwu.EditResult) -> np.ndarray[Any, Any]:
+    return np.asarray(result.photo.pixels, np.int32)
+
+
+def difference(one: openwu.EditResult, other: openwu.EditResult) -> int:
+    return int(np.abs(pixels(one) - pixels(other)).max())
+
+
+def test_an_edit_follows_adapter_seed_and_strength_and_keeps_the_photograph_s_size(editor: BasedEditor) -> None:
+    photo = base_cases.picture(1, 50, 70)
+    result = editor.edit(photo, "make it warm", seed=3)
+    assert result.image.size == (50, 70)
+    assert set(result.timings) == {"read", "condition", "generate", "edit"}
+    assert result.adapter.instructions == ("make it warm",)
+    assert difference(result, editor.edit(photo, "make it warm", seed=3)) == 0
+    assert difference(result, editor.edit(photo, "make it warm", seed=4)) > 3
+    assert difference(result, editor.edit(photo, "make it warm", seed=3, strength=0.0)) > 3
+    again = editor.edit(photo, seed=3, adapter=editor.adapt(photo, "make it warm"))
+    assert difference(result, again) == 0
+
+
+def test_a_batch_is_its_requests_one_at_a_time(editor: BasedEditor) -> None:
+    requests = [
+        EditRequest([base_cases.picture(1, 60, 60)], "make it warm", seed=1),
+        EditRequest([base_cases.picture(2, 60, 60)], "blur it", strength=0.5, seed=2),
+        EditRequest([base_cases.picture(1, 60, 60)], "blur it", seed=1, then=["make it warm"]),
+    ]
+    together = editor.edit_batch(requests)
+    for request, result in zip(requests, together, strict=True):
+        alone = editor.edit(
+            request.images, request.instruction, then=request.then, strength=request.strength, seed=request.seed
+        )
+        assert difference(result, alone) <= 1
+    assert together[2].adapter.rank == 2 * together[0].adapter.rank
+    assert editor.edit_batch([]) == []
+
+
+def test_adapters_are_the_clear_generator_s(editor: BasedEditor) -> None:
+    """Generated at once and on the fast path, against one at a time on the clear one."""
+    texts = ("make it warm", "draw it in oil, please", "blur")
+    requests = [EditRequest([base_cases.picture(i, 60, 60 + 30 * i)], text, seed=i) for i, text in enumerate(texts)]
+    calls: list[int] = []
+    condition = editor.encoder.condition
+
+    def counted(asked: Any) -> Any:
+        calls.append(len(asked))
+        return condition(asked)
+
+    editor.encoder.condition = counted  # type: ignore[method-assign]
+    try:
+        results = editor.edit_batch(requests, options=SamplingOptions(steps=1, pixels=base_cases.PIXELS, batch=2))
+    finally:
+        del editor.encoder.condition  # type: ignore[attr-defined]
+    assert calls == [2, 1]
+    for request, result in zip(requests, results, strict=True):
+        assert result.adapter.instructions == (request.instruction,)
+        (picture,) = request.images
+        assert isinstance(picture, Image.Image)
+        with torch.no_grad():
+            expected = editor.generator(condition([BaseRequest((picture,), request.instruction, request.seed)]))
+        for name, pair in expected.weights.items():
+            for clear, fast in zip(pair, result.adapter.weights[name], strict=True):
+                torch.testing.assert_close(fast, clear, rtol=1e-4, atol=1e-5)
+
+
+def test_references_reach_the_adapter(kontext: BasedEditor) -> None:
+    photo = base_cases.picture(1)
+    one, other = (kontext.edit([photo, base_cases.picture(seed)], "take its colours") for seed in (2, 3))
+    assert difference(one, other) > 0
+
+
+def test_sixteen_bits_and_transparency_survive(kontext: BasedEditor, tmp_path: Path) -> None:
+    image = base_cases.picture(1, 70, 66).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((70, 66)))
+    image.save(tmp_path / "clear.png")
+    result = kontext.edit(tmp_path / "clear.png", "make it warm")
+    assert result.photo.alpha is not None
+    assert np.array_equal(result.photo.alpha, np.asarray(image)[:, :, 3])
+
+
+def test_a_call_s_own_options_win(kontext: BasedEditor) -> None:
+    seen: list[tuple[int, int]] = []
+    kontext.edit(
+        base_cases.picture(1),
+        "make it warm",
+        options=SamplingOptions(steps=3, pixels=4096, true_guidance=2.0),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (3, 3)
+
+
+def test_in_turn_is_what_two_calls_make(kontext: BasedEditor) -> None:
+    photo = base_cases.picture(1, 60, 60)
+    first = kontext.edit(photo, "make it warm", seed=1)
+    second = kontext.edit(first.photo, "blur it", seed=1)
+    assert difference(kontext.edit(photo, "make it warm", then="blur it", in_turn=True, seed=1), second) == 0
+    assert difference(first, second) > 0
+
+
+def test_requests_that_cannot_be(kontext: BasedEditor) -> None:
+    adapter = base_cases.adapter(kontext.backbone, 2)
+    with pytest.raises(TargetError, match="adapter: expected one sample, got 2"):
+        kontext.edit(base_cases.picture(1), adapter=adapter)
+    with pytest.raises(InstructionError, match="then: expected nothing beside a given adapter"):
+        kontext.edit(base_cases.picture(1), adapter=adapter.select([0]), then="more")
+    with pytest.raises(PictureError, match="images: expected the picture to edit"):
+        kontext.edit([], "warm")
+    with pytest.raises(InstructionError):
+        kontext.edit(base_cases.picture(1), "")
+
+
+def test_a_generator_of_another_base_is_refused_with_both_fingerprints() -> None:
+    pix2pix, klein = base_cases.backbone("instruct-pix2pix"), base_cases.backbone("flux2-klein")
+    ours, theirs = (fingerprint(target_widths(base.layer_groups())) for base in (klein, pix2pix))
+    with pytest.raises(TargetError) as caught:
+        BasedEditor(pix2pix, base_cases.generator(klein), name="instruct-pix2pix")
+    message = str(caught.value)
+    assert ours in message
+    assert theirs in message
+    assert "transformer_blocks.0.attn.to_q (32 -> 32, here none)" in message
+    assert "this instruct-pix2pix" in message
+
+
+def test_a_generator_may_adapt_less_but_must_read_the_same_condition() -> None:
+    base = base_cases.backbone("flux-kontext")
+    config = base_cases.generator(base).config.to_dict()
+    fewer = GeneratorConfig.from_dict({**config, "groups": config["groups"][:1]})
+    check_targets(fewer, base, "flux-kontext")
+    blind = {key: value for key, value in config.items() if key != "more_inputs"}
+    with pytest.raises(
+        TargetError, match=r"reads conditions of widths 16 \{\}, but this flux-kontext makes 16 \{'pict"
+    ):
+        encoder_for(GeneratorConfig.from_dict(blind), base, "flux-kontext")
+
+
+def test_a_fingerprint_depends_on_names_and_widths_alone() -> None:
+    widths = {"a": (1, 2, None), "b": (3, 4, None)}
+    assert fingerprint(widths) == fingerprint(dict(reversed(widths.items())))
+    assert fingerprint(widths) != fingerprint({**widths, "b": (3, 5, None)})
+    assert fingerprint(widths) != fingerprint({"a": (1, 2, None)})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and a generator for it, on disk."""
+    root = tmp_path_factory.mktemp("large")
+    base = base_cases.backbone("flux-kontext")
+    base.pipeline.save_pretrained(root / "base")
+    base_cases.generator(base).save_pretrained(root / "generator")
+    return root / "base", root / "generator"
+
+
+def test_from_folders_in_python_and_on_the_command_line(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openwu import cli
+
+    base, generator = folders
+    base_cases.picture(1, 80, 60).save(tmp_path / "photo.png")
+    line = f"edit {tmp_path}/photo.png --instruction warm --model flux-kontext --base {base} --generator {generator}"
+    assert cli.main([*line.split(), "--steps", "2", "--pixels", "4096", "--output", f"{tmp_path}/out.png"]) == 0
+    assert "edit" in capsys.readouterr().out
+    editor = openwu.Editor.from_pretrained("flux-kontext", base=base, generator=generator, options=base_cases.FAST)
+    expected = editor.edit(tmp_path / "photo.png", "warm").image
+    with Image.open(tmp_path / "out.png") as written:
+        assert np.abs(np.asarray(written, np.int32) - np.asarray(expected, np.int32)).max() <= 1
+
+
+def test_folders_and_options_that_do_not_belong_together(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openwu import cli
+
+    base, generator = folders
+    with pytest.raises(OpenwuError, match=r"generator=FOLDER \(--generator\) together, got model=flux-kontext, base="):
+        openwu.Editor.from_pretrained("flux-kontext", base=base)  # type: ignore[call-overload]
+    with pytest.raises(OpenwuError, match="together"):
+        openwu.Editor.from_pretrained("flux-kontext")
+    with pytest.raises(OpenwuError, match="model: expected one of instruct-pix2pix"):
+        openwu.Editor.from_pretrained("stable-cascade", base=base, generator=generator)
+    with pytest.raises(OpenwuError, match=r"expected a folder with config\.json"):
+        openwu.Editor.from_pretrained("flux-kontext", base=base, generator=tmp_path / "none")
+    with pytest.raises(OpenwuError, match=r"base: expected a folder with a diffusers pipeline"):
+        openwu.Editor.from_pretrained("flux-kontext", base=tmp_path / "no base", generator=tmp_path / "none")
+    with pytest.raises(OpenwuError, match=r"expected a pipeline of class StableDiffusionInstructPix2PixPipeline"):
+        openwu.Editor.from_pretrained("instruct-pix2pix", base=base, generator=tmp_path / "none")
+    with pytest.raises(OpenwuError, match=r"/none: expected a folder with config\.json"):  # nothing is downloaded first
+        openwu.Editor.from_pretrained("flux-kontext", base="nobody/nothing", generator=tmp_path / "none")
+    with pytest.raises(OpenwuError, match="expected none of them for the embedded model"):
+        openwu.Editor.from_pretrained(device="cpu")  # type: ignore[call-overload]
+    base_cases.picture(1).save(tmp_path / "photo.png")
+    assert cli.main(["edit", f"{tmp_path}/photo.png", "--instruction", "warm", "--steps", "3"]) == 2
+    assert "--steps: expected only with --base and --generator" in capsys.readouterr().err
+
+
+def test_models_lists_every_base_with_its_licence_and_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    from openwu import cli
+    from openwu.backbones import BACKBONES, backbone_class
+
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    for name in BACKBONES:
+        assert name in out.splitlines()
+        assert backbone_class(name).facts.licence in out
+    assert "pip install 'openwu[diffusers]'" in out

@@ -1,0 +1,182 @@
+"""The released system's path on its stand-in: from folders, in Python and on the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import base_cases
+import hunyuan_stand_in
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import openwu
+from openwu import cli
+from openwu.adapters.merge import merged
+from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
+from openwu.editor.based_editor import BasedEditor
+from openwu.errors import InstructionError, OpenwuError
+from openwu.types import BaseRequest, EditRequest, SamplingOptions
+
+FAST = SamplingOptions(steps=2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("released")
+    model = hunyuan_stand_in.save(root / "base")
+    base_cases.generator(HunyuanImage3(model)).save_pretrained(root / "generator")
+    return root / "base", root / "generator"
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The stand-in works with the transformers that is here, and thinks briefly."""
+    monkeypatch.setattr(HunyuanImage3, "transformers_version", transformers.__version__)
+    monkeypatch.setattr(HunyuanImage3, "reasoning_tokens", 3)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def editor(folders: tuple[Path, Path]) -> Any:
+    base, generator = folders
+    made = openwu.Editor.from_pretrained(
+        "hunyuan-image-3", base=base, generator=generator, device="cpu", options=FAST, trust_remote_code=True
+    )
+    yield made
+    made.handle.detach()
+
+
+def pixels(result: openwu.EditResult) -> np.ndarray[Any, Any]:
+    return np.asarray(result.photo.pixels, np.int32)
+
+
+def difference(one: openwu.EditResult, other: openwu.EditResult) -> int:
+    return int(np.abs(pixels(one) - pixels(other)).max())
+
+
+def test_the_generator_has_the_released_form(folders: tuple[Path, Path]) -> None:
+    config = (folders[1] / "config.json").read_text()
+    assert '"pg_mapping"' in config
+    assert '"groups"' not in config
+
+
+def test_an_edit_follows_adapter_seed_reasoning_and_strength(editor: BasedEditor) -> None:
+    photo = base_cases.picture(1, 50, 70)
+    result = editor.edit(photo, "make it warm", seed=3)
+    assert result.image.size == (50, 70)
+    assert difference(result, editor.edit(photo, "make it warm", seed=3)) == 0
+    assert difference(result, editor.edit(photo, "make it warm", seed=4)) > 3
+    assert difference(result, editor.edit(photo, "make it warm", seed=3, strength=0.0)) > 3
+    assert difference(result, editor.edit(photo, "make it warm", seed=3, reasoning="it is cold")) > 3
+    first, other = (editor.adapt(photo, "make it warm", seed=seed).weights for seed in (3, 4))
+    assert any((first[name][1] - other[name][1]).abs().max() > 1e-6 for name in first), "the condition has the seed"
+    ours = result.adapter.weights
+    assert all(torch.equal(pair[1], ours[name][1]) for name, pair in first.items())
+
+
+def test_an_edit_is_the_base_with_merged_weights(editor: BasedEditor) -> None:
+    photo = base_cases.picture(1, 40, 40)
+    result = editor.edit(photo, "make it warm", seed=3)
+    request = BaseRequest((photo,), "make it warm", 3)
+    editor.handle.detach()
+    with merged(editor.backbone.denoiser, result.adapter):
+
+        def rows(_: Any) -> Any:
+            return base_cases.nothing(_)
+
+        (picture,) = editor.backbone.generate([request], FAST, rows)
+    expected = torch.nn.functional.interpolate(picture[None], (40, 40), mode="bicubic", antialias=True)[0]
+    came = torch.from_numpy(pixels(result)).permute(2, 0, 1) / 255
+    assert (came - expected.clamp(0, 1)).abs().max() < 2.5 / 255
+
+
+def test_a_batch_is_its_requests_one_at_a_time(editor: BasedEditor) -> None:
+    requests = [
+        EditRequest([base_cases.picture(1, 60, 60)], "make it warm", seed=1),
+        EditRequest([base_cases.picture(2, 60, 60), base_cases.picture(3)], "blur it", strength=0.5, seed=2),
+        EditRequest([base_cases.picture(1, 60, 60)], "blur it", seed=1, then=["make it warm"], reasoning="both"),
+    ]
+    alone = [
+        editor.edit(
+            each.images,
+            each.instruction,
+            then=each.then,
+            strength=each.strength,
+            seed=each.seed,
+            reasoning=each.reasoning,
+        )
+        for each in requests
+    ]
+    editor.backbone.most_together = 3  # type: ignore[attr-defined]
+    for one, together in zip(alone, editor.edit_batch(requests), strict=True):
+        assert difference(one, together) <= 2
+
+
+def test_on_the_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, generator = folders
+    base_cases.picture(1, 80, 60).save(tmp_path / "photo.png")
+    place = f"--model hunyuan-image-3 --base {base} --generator {generator} --device cpu --steps 2"
+    line = (
+        f"edit {tmp_path}/photo.png --instruction warm {place} --reasoning because --output {tmp_path}/out.png".split()
+    )
+    assert cli.main(line) == 1
+    assert "ask for it with --trust-remote-code" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+    assert cli.main([*line, "--trust-remote-code"]) == 0
+    editor = openwu.Editor.from_pretrained(
+        "hunyuan-image-3", base=base, generator=generator, device="cpu", options=FAST, trust_remote_code=True
+    )
+    expected = editor.edit(tmp_path / "photo.png", "warm", reasoning="because").image
+    with Image.open(tmp_path / "out.png") as written:
+        assert written.size == (80, 60)
+        assert np.abs(np.asarray(written, np.int32) - np.asarray(expected, np.int32)).max() <= 1
+    assert cli.main([*line, "--trust-remote-code", "--overwrite", "--offload"]) == 1
+    assert "offload: expected a GPU" in capsys.readouterr().err
+
+
+def test_options_of_other_bases_and_of_the_embedded_model(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, generator = folders
+    with pytest.raises(OpenwuError, match="trust_remote_code, offload: expected none for flux-kontext"):
+        openwu.Editor.from_pretrained(
+            "flux-kontext", base=base, generator=generator, trust_remote_code=True, offload=True
+        )
+    with pytest.raises(OpenwuError, match="trust_remote_code, quantise, offload: expected none of them for the embedd"):
+        openwu.Editor.from_pretrained(trust_remote_code=True)  # type: ignore[call-overload]
+    base_cases.picture(1).save(tmp_path / "photo.png")
+    line = f"edit {tmp_path}/photo.png --instruction warm --model hunyuan-image-3 --base none --generator nothing"
+    assert cli.main(line.split()) == 1
+    assert "trust_remote_code: none brings Python code" in capsys.readouterr().err
+    assert cli.main([*line.split(), "--trust-remote-code"]) == 1
+    assert "none: expected a folder, got a path that does not exist" in capsys.readouterr().err
+    line = f"edit {tmp_path}/photo.png --instruction warm --trust-remote-code --reasoning because".split()
+    assert cli.main(line) == 2
+    assert "--trust-remote-code, --reasoning: expected only with --base" in capsys.readouterr().err
+    pix2pix = base_cases.backbone("instruct-pix2pix")
+    editor = BasedEditor(pix2pix, base_cases.generator(pix2pix), options=base_cases.FAST)
+    try:
+        with pytest.raises(
+            InstructionError, match="reasoning: expected none for InstructPix2Pix, which does not reason"
+        ):
+            editor.edit(base_cases.picture(1), "warm", reasoning="because")
+        with pytest.raises(InstructionError, match="reasoning: expected none"):
+            editor.adapt(base_cases.picture(1), "warm", reasoning="because")
+    finally:
+        editor.handle.detach()
+
+
+def test_the_embedded_editor_does_not_reason(editor_of_photos: openwu.Editor) -> None:
+    with pytest.raises(InstructionError, match="reasoning: expected none for the embedded model"):
+        editor_of_photos.edit_batch([EditRequest([base_cases.picture(1)], "warm", reasoning="because")])
+
+
+@pytest.fixture
+def editor_of_photos(model_folder: Path) -> openwu.Editor:
+    return openwu.Editor.from_pretrained(model_folder, dtype=torch.float32)

@@ -1,0 +1,661 @@
+"""The whole path from a picture and a sentence to a picture, with an untrained model: plumbing, not quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+from torch import nn
+
+from openwu.backbones.embedded import drawing
+from openwu.backbones.embedded.network import INPUT_CHANNELS, noise_plane, place_planes
+from openwu.editor.editor import Editor, condition_view
+from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
+from openwu.images import read_picture
+from openwu.types import THEN, Adapter, EditRequest
+
+Scene = Callable[..., NDArray[np.uint8]]
+
+
+def pixels(image: Image.Image) -> NDArray[np.int64]:
+    return np.asarray(image).astype(np.int64)
+
+
+def differ(one: Image.Image, other: Image.Image) -> int:
+    """Largest difference, in 8-bit steps."""
+    return int(np.abs(pixels(one) - pixels(other)).max())
+
+
+@pytest.fixture
+def referring(editor: Editor) -> Editor:
+    """An editor that takes every instruction for "make its colours those of the reference"."""
+    labels = ("take_palette", "brighten", "blur", "out_of_scope")
+    config = editor.model.config
+    editor.model.config = replace(config, instruction=replace(config.instruction, labels=labels))
+    with torch.no_grad():
+        editor.model.instruction.classify.bias[0] = 100
+    return editor
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything above one pixel goes in tiles of 128 + 2 * 64 pixels."""
+    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
+        monkeypatch.setattr(drawing, name, value)
+
+
+# What may be passed
+
+
+def test_paths_images_and_lists_are_alike(editor: Editor, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    expected = editor.edit(photo, "brighter").image
+    assert differ(expected, photo) > 3
+    for images in (str(tmp_path / "photo.png"), tmp_path / "photo.png", [photo], (tmp_path / "photo.png",)):
+        assert differ(editor.edit(images, "brighter").image, expected) == 0
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_one_picture_or_two_per_request(editor: Editor, photo: Image.Image, count: int) -> None:
+    for refused in (
+        lambda: editor.edit([photo] * count, "brighter"),
+        lambda: editor.adapt([photo] * count, "brighter"),
+        lambda: editor.edit_batch([EditRequest([photo], "brighter"), EditRequest([photo] * count, "brighter")]),
+    ):
+        with pytest.raises(PictureError, match=f"one picture and .*at most one reference picture.*got {count}"):
+            refused()
+
+
+def test_a_picture_that_is_not_there(editor: Editor) -> None:
+    with pytest.raises(PictureError, match="no such file"):
+        editor.edit("nowhere.png", "brighter")
+
+
+@pytest.mark.parametrize("instruction", ["", "  ", "123"])
+def test_an_empty_instruction_is_refused_even_anyway(editor: Editor, photo: Image.Image, instruction: str) -> None:
+    for refused in (
+        lambda anyway: editor.edit(photo, instruction, anyway=anyway),
+        lambda anyway: editor.edit(photo, "brighter", then=instruction, anyway=anyway),
+        lambda anyway: editor.adapt(photo, instruction, anyway=anyway),
+        lambda anyway: editor.edit_batch([EditRequest([photo], instruction)], anyway=anyway),
+    ):
+        for anyway in (False, True):
+            with pytest.raises(InstructionError, match="expected"):
+                refused(anyway)
+
+
+def test_out_of_scope_is_refused_and_anyway_overrides(editor: Editor, photo: Image.Image) -> None:
+    expected = editor.edit(photo, "brighter").image
+    outside = editor.model.config.instruction.labels.index("out_of_scope")
+    with torch.no_grad():
+        editor.model.instruction.classify.bias[outside] = 100
+    for refused in (
+        lambda: editor.edit(photo, "brighter"),
+        lambda: editor.adapt(photo, "brighter"),
+        lambda: editor.edit_batch([EditRequest([photo], "brighter")]),
+    ):
+        with pytest.raises(InstructionError, match="does not know how to 'brighter'"):
+            refused()
+    assert differ(editor.edit(photo, "brighter", anyway=True).image, expected) == 0
+    assert differ(editor.edit_batch([EditRequest([photo], "brighter")], anyway=True)[0].image, expected) == 0
+    adapter = editor.adapt(photo, "brighter", anyway=True)
+    assert differ(editor.edit(photo, "brighter", adapter=adapter).image, expected) == 0
+
+
+@pytest.mark.parametrize("model", ["nowhere", "file"])
+def test_a_model_that_is_no_folder(tmp_path: Path, model: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OpenwuError, match="model: expected a folder"):
+        Editor.from_pretrained(tmp_path / model)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Editor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(editor: Editor, model_folder: Path, photo: Image.Image, dtype: torch.dtype) -> None:
+    """What the editor does by default on processors that compute in bfloat16."""
+    rough = Editor.from_pretrained(model_folder, dtype=dtype)
+    exact, image = editor.edit(photo, "brighter").image, rough.edit(photo, "brighter").image
+    assert np.abs(pixels(image) - pixels(exact)).mean() < 0.1 * np.abs(pixels(exact) - pixels(photo)).mean()
+    requests = [EditRequest([photo], "brighter"), EditRequest([photo], "把照片调亮一点", 2.0, 1)]
+    assert differ(rough.edit_batch(requests)[0].image, image) <= 6
+
+
+def test_the_default_dtype_is_the_processors(
+    model_folder: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for capabilities, dtype in (({"amx_bf16": True}, torch.bfloat16), ({}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert Editor.from_pretrained(model_folder).dtype == dtype
+
+
+# Adapters, strength, seed
+
+
+def test_an_adapter_can_be_made_first_kept_and_used_again(editor: Editor, photo: Image.Image, tmp_path: Path) -> None:
+    direct = editor.edit(photo, "brighter", strength=1.5)
+    adapter = editor.adapt(photo, "brighter")
+    adapter.save_pretrained(tmp_path / "adapter")
+    loaded = Adapter.from_pretrained(tmp_path / "adapter")
+    for again in (direct.adapter, adapter, loaded):
+        assert again.batch == 1
+        assert differ(editor.edit(photo, "brighter", strength=1.5, adapter=again).image, direct.image) == 0
+
+
+def test_an_adapter_is_the_generators_own_also_after_its_weights_changed(editor: Editor, photo: Image.Image) -> None:
+    text = editor.model.instruction(["brighter"])
+    condition = editor.model.condition(condition_view(read_picture(photo)), text)
+    for _ in range(2):
+        expected = editor.model.generator(condition).detach().state_dict()
+        came = editor.adapt(photo, "brighter").state_dict()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(came[key], tensor, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for parameter in editor.model.generator.parameters():
+                parameter.mul_(1.2)
+
+
+def test_an_adapter_needs_no_instruction(editor: Editor, photo: Image.Image) -> None:
+    adapter = editor.adapt(photo, "brighter")
+    assert differ(editor.edit(photo, adapter=adapter).image, editor.edit(photo, adapter=adapter.scaled(0)).image) > 1
+
+
+def test_the_adapter_of_a_batch_is_refused(editor: Editor, photo: Image.Image) -> None:
+    adapter = editor.adapt(photo, "brighter")
+    with pytest.raises(TargetError, match="expected one sample, got 2"):
+        editor.edit(photo, "brighter", adapter=Adapter.stack([adapter, adapter]))
+
+
+def test_strength(editor: Editor, photo: Image.Image) -> None:
+    unit = read_picture(photo)
+    picture = torch.from_numpy(unit.floats()).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        text = editor.model.instruction(["brighter"])
+        planes = torch.cat([noise_plane(*photo.size, 0).float(), place_planes(photo.height, photo.width)])[None]
+        base = editor.model.backbone(picture, planes, text)
+    expected = base[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+    images = {strength: editor.edit(photo, "brighter", strength=strength).image for strength in (0.0, 1.0, -1.0, 2.0)}
+    assert np.array_equal(pixels(images[0.0]), expected)
+    for one, other in ((0.0, 1.0), (1.0, -1.0), (1.0, 2.0), (0.0, -1.0)):
+        assert differ(images[one], images[other]) > 1
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(editor: Editor, photo: Image.Image, strength: float) -> None:
+    with pytest.raises(ValueError, match="strength: expected finite"):
+        editor.edit(photo, "brighter", strength=strength)
+
+
+def test_a_result_without_numbers_is_an_error_and_no_picture(editor: Editor, photo: Image.Image) -> None:
+    with pytest.raises(OpenwuError, match="smaller strength"):
+        editor.edit(photo, "brighter", strength=1e38)
+
+
+def test_the_seed_changes_what_uses_noise_and_nothing_else(editor: Editor, photo: Image.Image) -> None:
+    first, same, other = (editor.edit(photo, "brighter", seed=seed).image for seed in (5, 5, 6))
+    assert differ(first, same) == 0
+    assert differ(first, other) > 0
+    with torch.no_grad():
+        editor.model.backbone.embed.weight[:, 3::INPUT_CHANNELS] = 0
+        editor.model.backbone.pixels.stem.weight[:, 3] = 0
+    # Adapters of the stem would read the noise, too.
+    quiet = [editor.edit(photo, "brighter", strength=0, seed=seed).image for seed in (5, 6)]
+    assert differ(*quiet) == 0
+
+
+def weights_differ(one: Adapter, other: Adapter) -> float:
+    return max(
+        float((one.weights[name][i] - other.weights[name][i]).abs().max()) for name in one.weights for i in (0, 1)
+    )
+
+
+# A second picture
+
+
+def test_the_base_never_sees_the_reference(referring: Editor, scene: Scene, photo: Image.Image) -> None:
+    """Everything in the base up to the first adapted product is bit-equal whatever the reference shows."""
+    references = [Image.fromarray(scene(30, 50, seed)) for seed in (1, 2)]
+    base = referring.model.backbone
+    adapted = {target.name for target in referring.model.generator.targets}
+    assert {name.partition(".")[0] for name in adapted} == {"blocks", "pixels"}
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], out: Any = None) -> None:
+            parts = args if out is None else (*args, out)
+            seen.update({f"{name}/{i}": part.clone() for i, part in enumerate(parts)})
+
+        return hook
+
+    # What the base is called with, what no adapter has touched yet, and what goes into the first adapted modules.
+    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in (("base", base), ("embed", base.embed))]
+    hooks += [getattr(base, name).register_forward_hook(keep(f"{name}_out")) for name in ("embed", "text_norm")]
+    for name in ("blocks.0.qkv", "blocks.0.text_kv", "pixels.stem"):
+        hooks.append(base.get_submodule(name).register_forward_pre_hook(keep(name)))
+    results, activations = [], []
+    for reference in references:
+        results.append(referring.edit([photo, reference], "use the colours of the reference"))
+        activations.append(dict(seen))
+        seen.clear()
+    for hook in hooks:
+        hook.remove()
+    assert len(activations[0]) == 11
+    assert activations[0].keys() == activations[1].keys()
+    for name, value in activations[0].items():
+        assert torch.equal(value, activations[1][name]), name
+    assert weights_differ(results[0].adapter, results[1].adapter) > 1e-3
+    assert differ(results[0].image, results[1].image) > 1
+    silent = [referring.edit([photo, each], "use its colours", strength=0).image for each in references]
+    assert differ(*silent) == 0
+
+
+def test_a_reference_is_asked_for_by_name_where_it_is_missing(referring: Editor, photo: Image.Image) -> None:
+    asked = "use the colours of the reference"
+    pair = EditRequest([photo, photo], asked)
+    for refused in (
+        lambda: referring.edit(photo, asked),
+        lambda: referring.edit(photo, "brighter", then=asked),
+        lambda: referring.adapt(photo, asked),
+        lambda: referring.edit_batch([pair, EditRequest([photo], asked)]),
+    ):
+        with pytest.raises(InstructionError, match=r"second picture, but only one came; .*--reference FILE"):
+            refused()
+    assert referring.edit(photo, asked, anyway=True).image.size == photo.size
+
+
+def test_a_second_picture_that_nobody_asked_for_does_no_harm(editor: Editor, photo: Image.Image, scene: Scene) -> None:
+    second = Image.fromarray(scene(300, 9, 4))
+    result = editor.edit([photo, second], "brighter")
+    assert result.image.size == photo.size
+    adapter = editor.adapt([photo, second], "brighter")
+    assert weights_differ(adapter, result.adapter) == 0
+
+
+def test_references_of_a_batch_stay_with_their_requests(editor: Editor, scene: Scene) -> None:
+    """With and without references, of several sizes."""
+    pictures = [Image.fromarray(scene(24, 20, seed)) for seed in range(3)]
+    seconds = [Image.fromarray(scene(*size, 7)) for size in ((9, 31), (40, 16))]
+    requests = [EditRequest([pictures[0], seconds[0]], "brighter"), EditRequest([pictures[1]], "brighter")]
+    requests.append(EditRequest([pictures[2], seconds[1]], "brighter"))
+    for request, result in zip(requests, editor.edit_batch(requests), strict=True):
+        alone = editor.edit(request.images, "brighter")
+        assert differ(result.image, alone.image) <= 1
+        assert weights_differ(result.adapter, alone.adapter) < 1e-4
+    swapped = editor.adapt([pictures[0], seconds[1]], "brighter")
+    assert weights_differ(swapped, editor.adapt(requests[0].images, "brighter")) > 1e-3
+
+
+# Several instructions in one pass
+
+
+def test_then_adds_up_the_adapters_and_shows_all_tokens(editor: Editor, photo: Image.Image) -> None:
+    both = editor.edit(photo, "brighter", then="blur it", strength=0.5, seed=3)
+    adapters = [editor.adapt(photo, text) for text in ("brighter", "blur it")]
+    summed = Adapter.sum(adapters)
+    assert (both.adapter.rank, summed.rank) == (8, 8)
+    assert weights_differ(both.adapter, summed) < 1e-6
+    assert both.adapter.instructions == (f"brighter{THEN}blur it",)
+    picture = torch.from_numpy(read_picture(photo).floats()).permute(2, 0, 1)[None]
+    planes = torch.cat([noise_plane(*photo.size, 3).float(), place_planes(photo.height, photo.width)])[None]
+    with torch.inference_mode():
+        text = torch.cat([editor.model.instruction([text]) for text in ("brighter", "blur it")], dim=1)
+        out = editor.model.edit(picture, planes, text, summed.scaled(0.5))
+    expected = out[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+    assert np.abs(pixels(both.image) - expected).max() <= 1
+    for other in (
+        editor.edit(photo, "brighter", strength=0.5, seed=3),
+        editor.edit(photo, "blur it", strength=0.5, seed=3),
+        editor.edit(photo, "brighter", then="brighter", strength=0.5, seed=3),
+    ):
+        assert differ(other.image, both.image) > 1
+
+
+def test_in_turn_is_what_two_calls_make(editor: Editor, photo: Image.Image) -> None:
+    told: list[tuple[int, int]] = []
+    came = editor.edit(
+        photo, "brighter", then="blur it", in_turn=True, strength=0.5, seed=3, progress=lambda *at: told.append(at)
+    )
+    first = editor.edit(photo, "brighter", strength=0.5, seed=3)
+    second = editor.edit(first.photo, "blur it", strength=0.5, seed=3)
+    assert np.array_equal(came.photo.pixels, second.photo.pixels)
+    assert came.adapter.instructions == ("blur it",)
+    assert differ(came.image, editor.edit(photo, "brighter", then="blur it", strength=0.5, seed=3).image) > 1
+    assert came.timings.keys() == first.timings.keys()
+    assert told == [(1, 2), (2, 2)]
+    alone = editor.edit(photo, "brighter", in_turn=True, strength=0.5, seed=3)
+    assert np.array_equal(alone.photo.pixels, first.photo.pixels)
+
+
+def test_in_turn_refuses_before_the_first_pass(
+    editor: Editor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(instructions: Sequence[str], *_: object) -> None:
+        if "add a dragon" in instructions:
+            raise InstructionError("out of scope")
+
+    monkeypatch.setattr("openwu.editor.editor.check_scope", check)
+    monkeypatch.setattr("openwu.editor.editor.draw", lambda *_: pytest.fail("drawn"))
+    for then in ("add a dragon", ["blur it", "add a dragon"], [""]):
+        with pytest.raises(InstructionError):
+            editor.edit(photo, "brighter", then=then, in_turn=True)
+
+
+@pytest.mark.parametrize("then", ["blur it", ["blur it"], ("blur it",)])
+def test_then_may_be_one_text_or_several(editor: Editor, photo: Image.Image, then: Any) -> None:
+    expected = editor.edit(photo, "brighter", then=["blur it"])
+    assert differ(editor.edit(photo, "brighter", then=then).image, expected.image) == 0
+    batch = editor.edit_batch([EditRequest([photo], "brighter", then=then)])
+    assert differ(batch[0].image, expected.image) == 0
+    three = editor.edit(photo, "brighter", then=["blur it", "darker"])
+    assert three.adapter.rank == 12
+
+
+def test_the_sum_is_the_same_in_either_order(editor: Editor, photo: Image.Image) -> None:
+    one, other = (
+        Adapter.sum([editor.adapt(photo, text) for text in texts]) for texts in (("brighter", "blur it"),) * 2
+    )
+    reversed_ = Adapter.sum([editor.adapt(photo, text) for text in ("blur it", "brighter")])
+    assert weights_differ(one, other) == 0
+    for name, (a, b) in one.weights.items():
+        theirs = reversed_.weights[name]
+        torch.testing.assert_close(b @ a, theirs[1] @ theirs[0])
+        assert torch.equal(a[:, :4], theirs[0][:, 4:])
+        assert torch.equal(b[..., 4:], theirs[1][..., :4])
+    images = [editor.edit(photo, "brighter", adapter=adapter).image for adapter in (one, reversed_)]
+    assert differ(*images) <= 1
+
+
+def test_a_batch_may_mix_one_instruction_and_several(editor: Editor, scene: Scene) -> None:
+    asked = (
+        ((24, 20), "brighter", ("blur it",), 1.0),
+        ((24, 20), "darker", (), 1.0),
+        ((33, 18), "blur it", ("brighter",), -0.5),
+        ((24, 20), "blur it", ("darker",), 2.0),
+        ((24, 20), "brighter", ("blur it", "darker"), 1.0),
+        ((24, 20), "brighter", (), 0.5),
+    )
+    requests = [
+        EditRequest([Image.fromarray(scene(*size, seed))], text, strength, seed, then)
+        for seed, (size, text, then, strength) in enumerate(asked)
+    ]
+    results = editor.edit_batch(requests)
+    assert [result.adapter.rank for result in results] == [8, 4, 8, 8, 12, 4]
+    for request, result in zip(requests, results, strict=True):
+        alone = editor.edit(
+            request.images, request.instruction, then=request.then, strength=request.strength, seed=request.seed
+        )
+        assert differ(result.image, alone.image) <= 1
+        assert weights_differ(result.adapter, alone.adapter) < 1e-4
+        assert result.adapter.instructions == alone.adapter.instructions
+    assert differ(results[0].image, editor.edit(requests[0].images, "brighter").image) > 1
+
+
+def test_a_saved_sum_is_used_again_without_words(editor: Editor, photo: Image.Image, tmp_path: Path) -> None:
+    first = editor.edit(photo, " brighter\nplease ", then=["blur it", "darker"])
+    first.adapter.save_pretrained(tmp_path / "sum")
+    loaded = Adapter.from_pretrained(tmp_path / "sum")
+    assert loaded.instructions == ("brighter please\nblur it\ndarker",)
+    assert differ(editor.edit(photo, adapter=loaded).image, first.image) == 0
+    # Other words reach the base, which reads them itself, under the same adapter.
+    other = editor.edit(photo, "brighter", adapter=loaded)
+    assert weights_differ(other.adapter, first.adapter) == 0
+    assert differ(other.image, first.image) > 0
+
+
+def test_then_beside_a_given_adapter_is_refused(editor: Editor, photo: Image.Image) -> None:
+    adapter = editor.adapt(photo, "brighter")
+    with pytest.raises(InstructionError, match=r"then: expected nothing beside a given adapter.*Adapter\.sum"):
+        editor.edit(photo, "brighter", then="blur it", adapter=adapter)
+
+
+def test_every_instruction_is_checked_for_scope(editor: Editor, photo: Image.Image) -> None:
+    labels = editor.model.config.instruction.labels
+    with torch.no_grad():
+        tokens = editor.model.instruction(["brighter", "add a dragon"]).flatten(1)
+        # Out of scope is what lies nearer to the second sentence.
+        across = tokens[1] - tokens[0]
+        editor.model.instruction.classify.weight.zero_()
+        editor.model.instruction.classify.bias.zero_()
+        editor.model.instruction.classify.weight[labels.index("out_of_scope")] = across
+        editor.model.instruction.classify.bias[labels.index("out_of_scope")] = -across @ (tokens.sum(0) / 2)
+    assert editor.edit(photo, "brighter").image.size == photo.size
+    with pytest.raises(InstructionError, match="'add a dragon'"):
+        editor.edit(photo, "brighter", then="add a dragon")
+    assert editor.edit(photo, "brighter", then="add a dragon", anyway=True).adapter.rank == 8
+
+
+# Batches
+
+
+def test_a_batch_equals_its_edits(editor: Editor, scene: Scene) -> None:
+    """One size shares a forward pass. One 8-bit step is allowed: sums are ordered differently in a batch."""
+    images = [Image.fromarray(scene(w, h, i)) for i, (w, h) in enumerate(((40, 28), (33, 47), (40, 28), (40, 28)))]
+    requests = [
+        EditRequest([image], instruction, strength, seed)
+        for image, instruction, strength, seed in zip(
+            images, ("brighter", "blur it", "darker", "brighter"), (1.0, 2.0, -1.0, 0.5), (0, 3, 4, 0), strict=True
+        )
+    ]
+    results = editor.edit_batch(requests)
+    assert len(results) == len(requests)
+    for image, request, result in zip(images, requests, results, strict=True):
+        alone = editor.edit(image, request.instruction, strength=request.strength, seed=request.seed)
+        assert result.image.size == image.size
+        assert differ(result.image, alone.image) <= 1
+        assert result.adapter.batch == 1
+        for name, (a, b) in result.adapter.weights.items():
+            torch.testing.assert_close(a, alone.adapter.weights[name][0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(b, alone.adapter.weights[name][1], atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_of_a_batch_keep_their_order(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pictures fit into a pass, three come."""
+    images = [Image.fromarray(scene(20, 20, seed)) for seed in range(3)]
+    expected = [editor.edit(image, "brighter").image for image in images]
+    monkeypatch.setattr(drawing, "WHOLE", 2 * 20 * 20)
+    for result, alone in zip(editor.edit_batch([EditRequest([i], "brighter") for i in images]), expected, strict=True):
+        assert differ(result.image, alone) <= 1
+
+
+def test_an_empty_batch(editor: Editor) -> None:
+    assert editor.edit_batch([]) == []
+
+
+def test_progress_and_timings(editor: Editor, scene: Scene, small_tiles: None) -> None:
+    calls: list[tuple[int, int]] = []
+    images = [Image.fromarray(scene(*size)) for size in ((200, 30), (20, 20))]
+    results = editor.edit_batch(
+        [EditRequest([image], "brighter") for image in images], progress=lambda *call: calls.append(call)
+    )
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert list(results[0].timings) == ["read", "condition", "generate", "edit"]
+    assert all(seconds >= 0 for seconds in results[0].timings.values())
+
+
+# Nothing stays behind
+
+
+def test_an_error_leaves_no_adapter_behind(editor: Editor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = editor.edit(photo, "brighter").image
+    before = editor.edit(photo, "brighter", strength=0).image
+    with monkeypatch.context() as patched:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("out of luck")
+
+        patched.setattr(editor.model.backbone.pixels, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            editor.edit(photo, "brighter")
+    assert not any(site.active for site in editor.model.handle._sites)
+    assert differ(editor.edit(photo, "brighter").image, expected) == 0
+    assert differ(editor.edit(photo, "brighter", strength=0).image, before) == 0
+
+
+def test_editing_leaves_the_weights_alone(editor: Editor, photo: Image.Image) -> None:
+    before = {name: value.clone() for name, value in editor.model.state_dict().items()}
+    editor.edit(photo, "brighter", strength=3)
+    assert all(torch.equal(value, before[name]) for name, value in editor.model.state_dict().items())
+    assert editor.model.state_dict().keys() == before.keys()
+
+
+# Pictures as people have them
+
+
+def test_alpha_profile_and_size_survive(editor: Editor, scene: Scene) -> None:
+    image = Image.fromarray(scene(21, 13))
+    alpha = Image.fromarray(np.arange(13 * 21, dtype=np.uint16).reshape(13, 21).astype(np.uint8))
+    image.putalpha(alpha)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.info["icc_profile"] = profile
+    edited = editor.edit(image, "brighter").image
+    assert (edited.mode, edited.size) == ("RGBA", (21, 13))
+    assert np.array_equal(pixels(edited.getchannel("A")), pixels(alpha))
+    assert edited.info["icc_profile"] == profile
+    assert differ(edited.convert("RGB"), image.convert("RGB")) > 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (500, 1), (1, 500), (3, 7), (65, 63)])
+def test_any_size_comes_back(editor: Editor, scene: Scene, size: tuple[int, int]) -> None:
+    image = Image.fromarray(scene(*size))
+    edited = editor.edit(image, "brighter").image
+    assert edited.size == size
+    assert differ(edited, image) > 0
+
+
+def test_thin_pictures_in_tiles(editor: Editor, scene: Scene, small_tiles: None) -> None:
+    for size in ((1, 300), (300, 1), (193, 2)):
+        assert editor.edit(Image.fromarray(scene(*size)), "brighter").image.size == size
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_16_bit_grey_keeps_its_bits(editor: Editor, tiled: bool, request: pytest.FixtureRequest) -> None:
+    if tiled:
+        request.getfixturevalue("small_tiles")
+    nn.init.zeros_(editor.model.backbone.pixels.out.weight)  # a base that changes nothing
+    values = (np.arange(150 * 200, dtype=np.uint32).reshape(150, 200) * 2).astype(np.uint16)
+    edited = editor.edit(Image.fromarray(values), "brighter", strength=0).image
+    assert edited.mode == "I;16"
+    assert np.abs(pixels(edited) - values).max() <= (1 if tiled else 0)
+
+
+def test_the_condition_sees_single_pixels_of_the_whole_picture() -> None:
+    wide = read_picture(Image.fromarray(np.random.default_rng(0).integers(0, 255, (3, 4000, 3), dtype=np.uint8)))
+    view = condition_view(wide)
+    assert view.shape == (1, 3, 1, 1000)
+    assert torch.equal(view[0, :, 0, 7] * 255, torch.from_numpy(wide.pixels[0, 28]).float())
+    assert condition_view(read_picture(Image.new("RGB", (9, 5)))).shape == (1, 3, 5, 9)
+
+
+# Tiles
+
+
+class LocalBase(nn.Module):
+    """Edits every pixel from its neighbourhood of 9 x 9, as the picture, the noise and the places are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blur = nn.Conv2d(6, 3, 9, padding=4, padding_mode="replicate")
+        nn.init.normal_(self.blur.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, picture: torch.Tensor, planes: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.blur(torch.cat([picture, planes], 1)).mul(0.5).add(0.5)
+        return out
+
+
+def test_tiles_of_a_local_base_equal_the_whole(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = LocalBase()
+    monkeypatch.setattr(editor.model, "edit", lambda picture, planes, text, _: base(picture, planes, text))
+    image = Image.fromarray(scene(331, 290))
+    whole = editor.edit(image, "brighter").image
+    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
+        monkeypatch.setattr(drawing, name, value)
+    # Only a tile's outermost 4 pixels differ, and they have a weight of at most 4 / 128.
+    tiled = editor.edit(image, "brighter").image
+    assert differ(tiled, whole) <= 6
+    assert np.abs(pixels(tiled) - pixels(whole)).mean() < 0.2
+    requests = [EditRequest([image], "brighter"), EditRequest([image.rotate(180)], "brighter", seed=1)]
+    first, second = (result.image for result in editor.edit_batch(requests))
+    assert differ(first, tiled) <= 1
+    assert differ(second, whole) > 20
+
+
+def test_tiles_that_disagree_meet_in_a_slope(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch, small_tiles: None
+) -> None:
+    """Every tile comes out darker by 20 steps of 255 than the one before it."""
+    calls = iter(range(100))
+    monkeypatch.setattr(editor.model, "adapted", lambda *_: lambda picture, *_: picture - next(calls) * 20 / 255)
+    edited = pixels(editor.edit(Image.new("RGB", (331, 290), (250, 250, 250)), "brighter").image)
+    assert edited.max() - edited.min() > 90
+    slope = 20 * 3 / 128  # from row to row of tiles: three tiles later
+    assert max(np.abs(np.diff(edited, axis=axis)).max() for axis in (0, 1)) <= np.ceil(slope) + 1
+
+
+def test_no_seam_shows_where_tiles_meet(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the result in one piece, steps between pixels are no larger at borders of tiles than elsewhere."""
+    image = Image.fromarray(scene(331, 290))
+    whole = pixels(editor.edit(image, "brighter").image)
+    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
+        monkeypatch.setattr(drawing, name, value)
+    tiled = pixels(editor.edit(image, "brighter").image)
+    change = np.abs(tiled - np.asarray(image)).max()
+    assert change > 10
+    assert np.abs(tiled - whole).mean() < 0.05 * change
+    borders = [64, 128, 192, 256]  # every place where a tile or a core begins or ends
+    for axis in (0, 1):
+        step = np.abs(np.diff(tiled - whole, axis=axis)).mean(axis=(1 - axis, 2))
+        at = np.array([border - 1 for border in borders if border < tiled.shape[axis]])
+        elsewhere = np.delete(step, at)
+        assert step[at].mean() <= 1.5 * elsewhere.mean() + 0.05
+
+
+def test_tiles_equal_the_whole_wherever_no_cut_is_near(
+    editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real base: its windows, shifts and convolutions reach less than 48 pixels here."""
+    image = Image.fromarray(scene(410, 330))
+    whole = pixels(editor.edit(image, "brighter", strength=1.5).image)
+    for name, value in (("CORE", 192), ("MARGIN", 64), ("WHOLE", 1)):
+        monkeypatch.setattr(drawing, name, value)
+    tiled = pixels(editor.edit(image, "brighter", strength=1.5).image)
+    error = np.abs(tiled - whole).max(-1)
+    near = np.zeros(error.shape, bool)
+    for cut in (128, 256):  # where a tile begins or ends inside the picture
+        near[cut - 48 : cut + 48] = True
+        near[:, cut - 48 : cut + 48] = True
+    assert near.mean() < 0.85
+    assert np.abs(tiled - np.asarray(image)).max() > 10
+    assert error[~near].max() <= 1
+    assert error.mean() < 0.5
+
+
+def test_tiles_get_windows_of_the_whole_pictures_planes(
+    editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch, small_tiles: None
+) -> None:
+    """A vignette must be the picture's, not each tile's: noise and places are cut from those of the whole."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(picture: torch.Tensor, planes: torch.Tensor, *_: Any) -> torch.Tensor:
+        calls.append((picture, planes))
+        return picture * (1 - planes[:, 1:].square().mean(1, keepdim=True))
+
+    monkeypatch.setattr(editor.model, "adapted", lambda *_: record)
+    image = Image.fromarray(scene(331, 290))
+    tiled = editor.edit(image, "brighter", seed=9).image
+    planes = torch.cat([noise_plane(331, 290, 9).float(), place_planes(290, 331)])
+    unit = torch.from_numpy(read_picture(image).floats()).permute(2, 0, 1)
+    grid = editor.tiles(331, 290)
+    assert len(grid) == len(calls) == 6
+    for tile, (picture, own) in zip(grid, calls, strict=True):
+        assert torch.equal(own[0], planes[:, *tile.window])
+        torch.testing.assert_close(picture[0], unit[:, *tile.window])
+    assert planes[1:, 0, 0].tolist() == pytest.approx([1 / 290 - 1, 1 / 331 - 1])
+    whole = (unit * (1 - planes[1:].square().mean(0))).mul(255).round().permute(1, 2, 0).numpy()
+    assert np.abs(pixels(tiled) - whole).max() <= 1

@@ -1,0 +1,77 @@
+"""Cosines of gradients: of known losses, and of the embedded model's sub-tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.data.suite.photographs import load_folder
+from openwu.evaluation.experiments import embedded_gradients
+from openwu.evaluation.experiments.embedded_gradients import generator_conflict, shared_conflicts
+from openwu.evaluation.experiments.gradients import Conflict, gradient, task_cosines
+
+TASKS, OPPOSITES = ("warm", "cool", "fog"), (("warm", "cool"),)
+
+
+def test_a_gradient_is_autograds() -> None:
+    layer = nn.Linear(2, 1)
+    found = gradient(layer, lambda: (layer(torch.tensor([[3.0, 4.0]]))).sum())
+    assert found.tolist() == [3, 4, 1]
+    assert layer.weight.grad is None
+    assert gradient(layer, lambda: layer.weight.sum(), lambda name: name == "bias").tolist() == [0]
+
+
+def test_cosines_compare_different_samples_alone() -> None:
+    """Two tasks that pull apart, each with noise that both share in a sample: the noise must not make them alike."""
+    noise = 10 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    noise -= noise.mean(1, keepdim=True)
+
+    def sample(task: str, which: int) -> Tensor:
+        return (1.0 if task == "up" else -1.0) * 30 * torch.ones(50) + noise[which]
+
+    cosine = task_cosines("test", ("up", "down"), sample, 4)
+    assert cosine[0, 0] > 0.8
+    assert cosine[0, 1] == pytest.approx(-float(cosine[0, 0]), abs=0.05)
+    assert torch.equal(cosine, cosine.t())
+    with pytest.raises(ValueError, match="samples: expected at least 2"):
+        task_cosines("test", ("up", "down"), sample, 1)
+
+
+def test_means_over_pairs() -> None:
+    first = torch.tensor([[0.9, -0.5, 0.1], [-0.5, 0.8, 0.2], [0.1, 0.2, 0.7]])
+    found = Conflict("here", TASKS, torch.stack([first, first]), OPPOSITES)
+    assert found.contradictory.value == pytest.approx(-0.5)
+    assert found.all_pairs.value == pytest.approx((-0.5 + 0.1 + 0.2) / 3)
+    assert found.same_task.value == pytest.approx(0.8)
+    stored = json.loads(json.dumps(found.to_json()))
+    assert stored["contradictory"]["value"] == pytest.approx(-0.5)
+
+
+def test_sub_tasks_of_the_embedded_model(embedded_model: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_gradients, "SIDE", 64)
+    monkeypatch.setattr(embedded_gradients, "CROP", 32)
+    monkeypatch.setattr(embedded_gradients, "REQUESTS", 2)
+    photographs = load_folder(Path("photos"), validation=True)
+    before = {name: value.clone() for name, value in embedded_model.state_dict().items()}
+    found = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0, 3), (0, 1))
+    untold = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0,), (0,), told=False)
+    assert [each.where for each in untold] == ["shared LoRA, base not told, after 0 steps"]
+    assert not torch.equal(untold[0].cosine[0], found[0].cosine[0])
+    found.append(generator_conflict(embedded_model, photographs, TASKS, OPPOSITES, (0,)))
+    assert [each.where for each in found] == [
+        "shared LoRA after 0 steps",
+        "shared LoRA after 3 steps",
+        "generator, trained",
+    ]
+    assert [each.cosine.shape for each in found] == [(2, 3, 3), (2, 3, 3), (1, 3, 3)]
+    for each in found:
+        assert bool(each.cosine.isfinite().all())
+        assert each.cosine.abs().max() <= 1 + 1e-4
+    assert not torch.equal(found[0].cosine, found[1].cosine)
+    assert all(torch.equal(before[name], value) for name, value in embedded_model.state_dict().items())
+    assert not any(p.requires_grad for p in embedded_model.parameters())
