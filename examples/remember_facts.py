@@ -46,7 +46,7 @@ from openwu.training.config import StageConfig
 from openwu.training.loop import LoopConfig, part_of_peak, train_stage
 from openwu.training.objectives import NextToken
 from openwu.training.optimizers import StageOptimizer
-from openwu.training.stage import OwnStage
+from openwu.training.stage import GeneratorStage
 
 NAMES = (
     "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo",
@@ -263,7 +263,7 @@ def train_generator(memory: LanguageMemory, plan: Plan, log: Log, folder: Path) 
     def adapt(some: Lesson) -> openwu.Adapter:
         return memory.adapt(some.contexts)
 
-    stage = OwnStage(
+    stage = GeneratorStage(
         "generator",
         memory.generator,
         memory.handle,

@@ -28,7 +28,7 @@ from openwu.training.config import StageConfig
 from openwu.training.distributed import is_main, joined_until_done
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.objectives import FlowMatching, Question
-from openwu.training.stage import OwnStage
+from openwu.training.stage import GeneratorStage
 
 WIDTH, POINTS = 64, 64
 LOOP = LoopConfig(recipe="{}", checkpoint_every=10_000, evaluate_every=10_000, log_every=50)
@@ -121,7 +121,7 @@ def train(base_steps: int = 600, steps: int = 600, folder: Path | None = None) -
     """The audit, and how far from the wanted place circles lie on average: the base's, and with adapters."""
     base, generator = trained_base(base_steps), new_generator()
     handle = openwu.attach(base, generator.targets)
-    stage = OwnStage(
+    stage = GeneratorStage(
         "generator",
         generator,
         handle,

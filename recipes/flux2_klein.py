@@ -5,11 +5,11 @@ openwu train recipes/flux2_klein.py data=FOLDER_OR_JSONL base=FOLDER_OR_HUB_ID
 For one GPU of 80 GB. docs/train-a-large-base.md goes through it; nobody has trained with these numbers yet.
 """
 
-from openwu.training.config import BasedRecipe, StageConfig
+from openwu.training.config import PipelineRun, StageConfig
 
 
-def recipe() -> BasedRecipe:
-    return BasedRecipe(
+def recipe() -> PipelineRun:
+    return PipelineRun(
         name="flux2_klein",
         model="flux2-klein",
         # 8 requests an update, 4 at a time.

@@ -5,11 +5,11 @@ openwu train recipes/qwen_image_edit.py data=FOLDER_OR_JSONL base=FOLDER_OR_HUB_
 For one GPU of 80 GB. docs/train-a-large-base.md goes through it; nobody has trained with these numbers yet.
 """
 
-from openwu.training.config import BasedRecipe, StageConfig
+from openwu.training.config import PipelineRun, StageConfig
 
 
-def recipe() -> BasedRecipe:
-    return BasedRecipe(
+def recipe() -> PipelineRun:
+    return PipelineRun(
         name="qwen_image_edit",
         model="qwen-image-edit",
         # 8 requests an update, 1 at a time.

@@ -16,7 +16,7 @@ from openwu.memory.language import LanguageMemory
 from openwu.training.config import StageConfig
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.objectives import NextToken
-from openwu.training.stage import OwnStage
+from openwu.training.stage import GeneratorStage
 
 CONTEXTS = ["anna visits paris .", "ben drinks tea . carla visits rome ."]
 
@@ -31,11 +31,13 @@ def memory(base: CausalLM) -> LanguageMemory:
     return LanguageMemory(base, generator(base.layer_groups()))
 
 
-def mixture(room: int = 0) -> LanguageMemory:
+def mixture(spare_columns: int = 0) -> LanguageMemory:
     """A language model with experts, and a generator for nothing but them."""
     sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     base = language_model(Qwen3MoeConfig(**sizes))
-    return LanguageMemory(base, generator(base.layer_groups(only=("gate_up_proj", "down_proj"))), room=room)
+    return LanguageMemory(
+        base, generator(base.layer_groups(only=("gate_up_proj", "down_proj"))), spare_columns=spare_columns
+    )
 
 
 def test_a_context_is_read_without_any_adapter(memory: LanguageMemory) -> None:
@@ -80,9 +82,9 @@ def test_answers_follow_the_adapter_and_nothing_stays(memory: LanguageMemory) ->
 
 
 @pytest.mark.parametrize("room", [0, 16])
-def test_experts_answer_each_question_under_its_own_adapter(room: int) -> None:
+def test_experts_answer_each_question_under_its_own_adapter(spare_columns: int) -> None:
     """With the cache of keys and values; a batch is what its questions are alone."""
-    memory = mixture(room)
+    memory = mixture(spare_columns)
     adapter = memory.adapt(CONTEXTS).detach().scaled(60.0)
     questions = ["anna visits", "drinks"]
     bare = memory.answer(questions, max_new_tokens=6)
@@ -113,7 +115,7 @@ def test_what_does_not_fit_is_refused(base: CausalLM) -> None:
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_the_loss_falls_through_the_frozen_model(kind: str, base: CausalLM, tmp_path: Path) -> None:
     """Two contexts whose answers differ: only adapters of their own can bring the loss down for both."""
-    memory = LanguageMemory(base, generator(base.layer_groups())) if kind == "dense" else mixture(room=16)
+    memory = LanguageMemory(base, generator(base.layer_groups())) if kind == "dense" else mixture(spare_columns=16)
     base = memory.base
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     texts = base.turns([[("visits", "paris .")], [("visits", "rome .")]])
@@ -121,7 +123,7 @@ def test_the_loss_falls_through_the_frozen_model(kind: str, base: CausalLM, tmp_
     def predict(some: Texts, _: object) -> torch.Tensor:
         return base.logits(some)
 
-    stage = OwnStage(
+    stage = GeneratorStage(
         "facts",
         memory.generator,
         memory.handle,

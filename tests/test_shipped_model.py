@@ -359,5 +359,5 @@ def test_words_of_strength_are_heard(editor: Editor, photograph: Image.Image) ->
 
 
 def test_an_impossible_instruction_is_refused_with_the_nearest_edits(editor: Editor, photograph: Image.Image) -> None:
-    with pytest.raises(InstructionError, match=r"nearest edits.*--anyway"):
+    with pytest.raises(InstructionError, match=r"nearest edits.*--allow-out-of-scope"):
         editor.edit(photograph, "add a dragon")

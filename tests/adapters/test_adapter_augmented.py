@@ -60,9 +60,12 @@ def test_it_is_what_it_is_without_room(
     x = x.to(dtype).requires_grad_()
     dy = torch.randn(x.shape).to(dtype)
     came: list[tuple[Tensor, Tensor, Tensor]] = []
-    for room in (0, 3 * rank):
-        with attach(model, targets, room=room) as handle, handle.applied(adapter, rows, segments=lengths):
-            if room:
+    for spare_columns in (0, 3 * rank):
+        with (
+            attach(model, targets, spare_columns=spare_columns) as handle,
+            handle.applied(adapter, rows, segments=lengths),
+        ):
+            if spare_columns:
                 assert augmented(handle) == (rows is None or max(rows) >= 0)
             y = model(x)
             (dx,) = torch.autograd.grad(y, x, dy)
@@ -78,7 +81,7 @@ def test_it_changes_the_output_and_no_weight() -> None:
     before, base = copy.deepcopy(model.state_dict()), model(x := torch.randn(2, 9, 8))
     places = [parameter.stride() for parameter in model.parameters()]
     adapter = random_adapter(targets, 2, dtype=torch.float32)
-    with attach(model, targets, room=20) as handle:
+    with attach(model, targets, spare_columns=20) as handle:
         assert model.experts.down_proj.stride() != places[-1]
         torch.testing.assert_close(model(x), base)
         with handle.applied(adapter), torch.no_grad():
@@ -96,7 +99,7 @@ def test_one_adapter_after_another_leaves_nothing_behind() -> None:
     model, targets = frozen(), stacked_targets(*WIDTHS)
     x = torch.randn(3, 5, 8)
     cases = [(3, 5, None), (1, 2, None), (3, 1, [2, -1, 2]), (2, 3, [0, 1, 1]), (1, 5, [-1, -1, -1])]
-    with attach(model, targets, room=48) as handle, torch.no_grad():
+    with attach(model, targets, spare_columns=48) as handle, torch.no_grad():
         for site in handle.sites:
             assert isinstance(site, AugmentedSite)
             assert site._wide is not None
@@ -121,7 +124,7 @@ def test_memory_behind_an_input_is_not_read(monkeypatch: pytest.MonkeyPatch) -> 
     adapter = random_adapter(targets, 1, dtype=torch.bfloat16)
     empty = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-    with attach(model, targets, room=16) as handle, torch.no_grad(), handle.applied(adapter):
+    with attach(model, targets, spare_columns=16) as handle, torch.no_grad(), handle.applied(adapter):
         assert augmented(handle)
         assert model(torch.randn(4, 64, 80, dtype=torch.bfloat16)).isfinite().all()
 
@@ -133,13 +136,13 @@ def test_trained_adapters_and_too_many_take_the_other_way() -> None:
     wide = random_adapter(targets, 2, rank=COLUMNS, dtype=torch.float32)
     dy = torch.randn_like(x)
     found = []
-    for room in (0, COLUMNS):
-        with attach(model, targets, room=room) as handle:
+    for spare_columns in (0, COLUMNS):
+        with attach(model, targets, spare_columns=spare_columns) as handle:
             with handle.applied(trained):
-                assert not room or not augmented(handle)
+                assert not spare_columns or not augmented(handle)
                 gradients = torch.autograd.grad(model(x), list(trained.state_dict().values()), dy)
             with handle.applied(wide):
-                assert not room or not augmented(handle)
+                assert not spare_columns or not augmented(handle)
                 found.append((*gradients, model(x)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -150,7 +153,7 @@ def test_a_trained_base_keeps_its_gradients() -> None:
     """A base whose own weights are trained: the augmented product would hide them from autograd."""
     model, targets = frozen().requires_grad_(), stacked_targets(*WIDTHS)
     adapter = random_adapter(targets, 1, dtype=torch.float32)
-    with attach(model, targets, room=16) as handle, handle.applied(adapter):
+    with attach(model, targets, spare_columns=16) as handle, handle.applied(adapter):
         assert not augmented(handle)
         model(torch.randn(2, 5, 8)).sum().backward()
     gradient = model.experts.down_proj.grad
@@ -163,7 +166,7 @@ def test_gradients_that_begin_inside_of_a_scope_are_not_lost_without_a_word(trai
     model, targets = frozen().requires_grad_(trained == "base"), stacked_targets(*WIDTHS)
     adapter = random_adapter(targets, 1, dtype=torch.float32, trained=trained == "adapter")
     x = torch.randn(2, 5, 8)
-    with attach(model, targets, room=16) as handle, torch.no_grad(), handle.applied(adapter):
+    with attach(model, targets, spare_columns=16) as handle, torch.no_grad(), handle.applied(adapter):
         assert augmented(handle)
         model(x)
         with torch.enable_grad(), pytest.raises(TargetError, match="was entered without gradients"):
@@ -175,7 +178,7 @@ def test_weights_that_were_moved_lose_their_room_and_nothing_else() -> None:
     x, adapter = torch.randn(2, 5, 8), random_adapter(targets, 1, dtype=torch.float32)
     with attach(model, targets) as handle, handle.applied(adapter):
         expected = model(x)
-    with attach(model, targets, room=16) as handle:
+    with attach(model, targets, spare_columns=16) as handle:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         with handle.applied(adapter):
@@ -189,7 +192,7 @@ def test_an_input_that_somebody_else_made_is_copied_not_written_behind() -> None
     product, weight = model.experts.products["gate_up_proj"], model.experts.gate_up_proj
     adapter = random_adapter(targets, 1, dtype=torch.float32)
     routed = Routed.of(torch.randint(4, (6, 2)), 4)
-    with attach(model, targets, room=16) as handle, torch.no_grad(), handle.applied(adapter):
+    with attach(model, targets, spare_columns=16) as handle, torch.no_grad(), handle.applied(adapter):
         own = product.gather(torch.randn(6, 8), routed)
         larger = torch.randn(len(own), 8 + 16)
         kept, part = larger.clone(), larger[:, :8]
@@ -214,11 +217,11 @@ def test_no_memory_for_room_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Tensor, "new_zeros", few)
     with pytest.raises(torch.OutOfMemoryError):
-        attach(model, targets, room=16)
+        attach(model, targets, spare_columns=16)
     assert [parameter.stride() for parameter in model.parameters()] == places
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     monkeypatch.undo()
-    with attach(model, targets, room=16):
+    with attach(model, targets, spare_columns=16):
         pass
 
 
@@ -227,7 +230,7 @@ def test_attached_in_one_mode_and_applied_in_another(mode: type[torch.no_grad]) 
     model, targets = frozen(), stacked_targets(*WIDTHS)
     x, adapter = torch.randn(2, 5, 8), random_adapter(targets, 2, dtype=torch.float32)
     with mode():
-        handle = attach(model, targets, room=32)
+        handle = attach(model, targets, spare_columns=32)
     with handle.applied(adapter):
         first = model(x)
     with torch.inference_mode(), handle.applied(adapter):
@@ -238,22 +241,24 @@ def test_attached_in_one_mode_and_applied_in_another(mode: type[torch.no_grad]) 
 
 @pytest.mark.parametrize(
     ("room", "message"),
-    [(-1, "room: expected a number of columns from 0 .* got -1"), (True, "got True"), (1.5, r"got 1\.5")],
+    [(-1, "spare_columns: expected a number of columns from 0 .* got -1"), (True, "got True"), (1.5, r"got 1\.5")],
 )
-def test_rooms_that_are_none(room: int, message: str) -> None:
+def test_rooms_that_are_none(spare_columns: int, message: str) -> None:
     with pytest.raises(TargetError, match=message):
-        attach(frozen(), stacked_targets(*WIDTHS), room=room)
+        attach(frozen(), stacked_targets(*WIDTHS), spare_columns=spare_columns)
 
 
 def test_room_needs_stacked_experts_of_plain_numbers() -> None:
-    with pytest.raises(TargetError, match="room: expected experts with stacked weights among the targets, found none"):
-        attach(Mixture(), mixture_targets(), room=16)
+    with pytest.raises(
+        TargetError, match="spare_columns: expected experts with stacked weights among the targets, found none"
+    ):
+        attach(Mixture(), mixture_targets(), spare_columns=16)
     with torch.device("meta"):
         model = StackedMixture(*WIDTHS)
     with pytest.raises(
         TargetError, match=r"gate_up_proj: room for adapters needs plain .* on meta; attach without room"
     ):
-        attach(model, stacked_targets(*WIDTHS), room=16)
+        attach(model, stacked_targets(*WIDTHS), spare_columns=16)
 
 
 def test_compiled_with_changing_adapters() -> None:
@@ -267,7 +272,7 @@ def test_compiled_with_changing_adapters() -> None:
             with handle.applied(adapter):
                 expected.append(model(x))
     torch._dynamo.reset()
-    with attach(model, targets, room=16) as handle, torch.no_grad():
+    with attach(model, targets, spare_columns=16) as handle, torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager")
         for number, (adapter, y) in enumerate(zip(adapters, expected, strict=True)):
             with handle.applied(adapter), torch._dynamo.config.patch(error_on_recompile=number > 0):

@@ -17,7 +17,7 @@ TARGET = Target("0", 6, 5)
 ROWS = [1, -1, 0]
 
 
-class Kept(nn.Linear):
+class ResultCache(nn.Linear):
     """Returns a tensor that it keeps."""
 
     held: Tensor
@@ -97,7 +97,7 @@ def kept_by_forward(layer: nn.Linear) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "keep"),
-    [(nn.Linear, kept_by_hook), (nn.Linear, kept_by_forward), (Kept, lambda layer: lambda: layer.held)],
+    [(nn.Linear, kept_by_hook), (nn.Linear, kept_by_forward), (ResultCache, lambda layer: lambda: layer.held)],
 )
 @torch.no_grad()
 def test_what_somebody_else_has_stays_as_it_was(kind: type[nn.Linear], keep: Any) -> None:

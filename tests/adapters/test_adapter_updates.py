@@ -7,7 +7,7 @@ import torch
 from adapter_cases import SMALL_TARGETS, random_adapter
 from torch import Tensor
 
-from openwu.adapters.updates import inner_products, spread, task_variances
+from openwu.adapters.updates import inner_products, relative_std, task_variances
 from openwu.types import Adapter, Target
 
 TASKS = ("blur", "blur", "fog", "fog", "fog")
@@ -46,18 +46,18 @@ def test_variances_are_those_of_the_updates_and_no_factors() -> None:
         expected = {"within": within, "across": across, "within_over_across": within / across}
         assert variances == pytest.approx(expected, rel=1e-9)
         deviation = (updates - updates.mean(0)).square().sum(1).mean()
-        assert spread(one) == pytest.approx(float((deviation / size).sqrt()), rel=1e-9)
+        assert relative_std(one) == pytest.approx(float((deviation / size).sqrt()), rel=1e-9)
 
 
 def test_spread_tells_collapse_from_variety() -> None:
     def adapter(b: Tensor) -> Adapter:
         return Adapter((Target("x", 2, 3),), {"x": (torch.ones(len(b), 1, 2), b)}, 1.0)
 
-    assert spread(adapter(torch.ones(4, 3, 1))) == 0
-    assert spread(adapter(torch.zeros(4, 3, 1))) == 0
+    assert relative_std(adapter(torch.ones(4, 3, 1))) == 0
+    assert relative_std(adapter(torch.zeros(4, 3, 1))) == 0
     opposite = torch.ones(4, 3, 1) * torch.tensor([1.0, -1, 1, -1])[:, None, None]
-    assert spread(adapter(opposite)) == pytest.approx(1)
-    assert 0 < spread(adapter(torch.ones(4, 3, 1) + 0.1 * opposite)) < 0.2
+    assert relative_std(adapter(opposite)) == pytest.approx(1)
+    assert 0 < relative_std(adapter(torch.ones(4, 3, 1) + 0.1 * opposite)) < 0.2
 
 
 def test_what_a_batch_has_no_pairs_for_is_left_out() -> None:

@@ -58,15 +58,15 @@ def released_beside() -> int:
 
 
 def released_needs() -> dict[str, Needs]:
-    headers, beside = released_decoder(), released_beside()
-    return {way: needs(headers, quantise=how, beside=beside) for way, how in WAYS.items()}
+    headers, reserve_bytes = released_decoder(), released_beside()
+    return {way: needs(headers, quantise=how, reserve_bytes=reserve_bytes) for way, how in WAYS.items()}
 
 
 def table() -> list[str]:
     """The rows of the page's table."""
     rows = []
     for way, need in released_needs().items():
-        parts = [f"{size / 1e9:.1f}" for size in (need.weights, need.cache, need.beside, need.total)]
+        parts = [f"{size / 1e9:.1f}" for size in (need.weights, need.cache, need.reserve_bytes, need.total)]
         machines = [f"{count} x {size}" for size in (80, 141) for count in (_fewest(need, size),) if count]
         rows.append(f"| {way} | {' | '.join(parts)} | {', '.join(machines)} |")
     return rows

@@ -100,8 +100,8 @@ def test_room_beside_the_weights_changes_no_result(model: nn.Module, batch: int)
         for gate in (usual, lambda held, gate_up: usual(held, gate_up).clamp(-0.1, 0.1)):
             experts._apply_gate = gate
             found = []
-            for room in (0, 16):
-                with attach(model, adapted, room=room) as handle, handle.applied(adapter):
+            for spare_columns in (0, 16):
+                with attach(model, adapted, spare_columns=spare_columns) as handle, handle.applied(adapter):
                     found.append(model(tokens).last_hidden_state)
             torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
             assert (found[0] - model(tokens).last_hidden_state).abs().max() > 1e-3

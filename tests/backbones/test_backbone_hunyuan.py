@@ -36,7 +36,7 @@ def base(model: Any) -> HunyuanImage3:
     """Requests are not remembered from one test to the next."""
     made = HunyuanImage3(model)
     made.reasoning_tokens = 4
-    made.most_together = 4
+    made.max_batch = 4
     return made
 
 
@@ -243,7 +243,7 @@ def test_each_request_of_a_batch_has_its_own_adapter_seed_and_pictures(base: Hun
         together = base.generate(asked, FAST, rows)
     assert max(len(set(owners)) for owners in calls) > 1, "the sizes of this test's pictures must be alike"
     assert all(list(owners) == list(owners[: len(owners) // 2]) * 2 for owners in calls)
-    base.most_together = 1
+    base.max_batch = 1
     for i, request in enumerate(asked):
         (alone,) = edited(base, [request], weights.select([i]))
         torch.testing.assert_close(together[i], alone, rtol=0, atol=1.01 * LEVEL)
@@ -252,7 +252,7 @@ def test_each_request_of_a_batch_has_its_own_adapter_seed_and_pictures(base: Hun
 
 def test_progress_counts_the_steps_of_every_call(base: HunyuanImage3) -> None:
     seen: list[tuple[int, int]] = []
-    base.most_together = 1
+    base.max_batch = 1
     base.generate(requests(2), FAST, nothing, lambda done, total: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -284,7 +284,7 @@ def test_options_that_it_has_not_and_training(base: HunyuanImage3, model: Any) -
     for call in (
         lambda: base.latent_batch(requests(1), [torch.zeros(3, 8, 8)]),
         lambda: base.predict(batch, torch.zeros(1), torch.zeros(1)),
-        lambda: base.without_conditions(batch, torch.Generator()),
+        lambda: base.drop_conditions(batch, torch.Generator()),
     ):
         with pytest.raises(OpenwuError, match="training: not supported through hunyuan-image-3"):
             call()

@@ -132,7 +132,7 @@ def test_too_little_memory_is_said_before_any_code_runs(saved: Path, monkeypatch
     monkeypatch.setattr(hunyuan_loading.Room, "of", classmethod(lambda *_: Room((), 10**5)))
     monkeypatch.setattr(hunyuan_loading, "library", lambda *_: pytest.fail("must not load"))
     with pytest.raises(OpenwuError, match=r"generator and adapters 7\.0 GB\), but free are memory 0\.0 GB"):
-        load(saved, beside=7 * GB)
+        load(saved, reserve_bytes=7 * GB)
 
 
 def test_ways_of_loading_that_cannot_be(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_what_transformers_is_asked_for(
     for module in (hunyuan_loading, quantised):
         monkeypatch.setattr(module, "library", lambda *_: fake)
     monkeypatch.setattr(hunyuan_loading.Room, "of", classmethod(lambda *_: Room((10 * GB,) * gpus, 20 * GB)))
-    load(saved, device=device, beside=GB, **how)
+    load(saved, device=device, reserve_bytes=GB, **how)
     assert (seen["trust_remote_code"], seen["moe_impl"], seen["dtype"]) == (True, "eager", "auto")
     assert seen["device_map"] == expected["device_map"]
     budgets = {place: round(size / GB) for place, size in seen.get("max_memory", {}).items()}

@@ -23,7 +23,7 @@ from openwu.backbones.hunyuan_image_3.memory import (
     read_headers,
 )
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.generator.checkpoint import bytes_beside, read_shape
+from openwu.generator.checkpoint import generator_bytes, read_shape
 from openwu.generator.layout import GeneratorLayout
 from openwu.generator.model import ParameterGenerator
 
@@ -68,14 +68,14 @@ def test_what_stands_beside_is_counted_from_the_generator_s_folder(tmp_path: Pat
     assert (numbers, dtype) == (generator.num_parameters, torch.float32)
     (layout,) = GeneratorLayout.of(config).groups
     expected = numbers + 10 * layout.num_positions * 32 + 3 * 2 * 16 * 8
-    assert bytes_beside(tmp_path / "generator", None) == 4 * expected
-    assert bytes_beside(tmp_path / "generator", torch.bfloat16) == 2 * expected
+    assert generator_bytes(tmp_path / "generator", None) == 4 * expected
+    assert generator_bytes(tmp_path / "generator", torch.bfloat16) == 2 * expected
     with pytest.raises(CheckpointError, match="got none"):
-        bytes_beside(tmp_path / "nowhere", None)
+        generator_bytes(tmp_path / "nowhere", None)
 
 
 def test_what_fits() -> None:
-    need = Needs(weights=100 * GB, layer=5 * GB, cache=2 * GB, beside=10 * GB)
+    need = Needs(weights=100 * GB, layer=5 * GB, cache=2 * GB, reserve_bytes=10 * GB)
     assert fits(need, Room((), 120 * GB))
     assert not fits(need, Room((), 110 * GB))
     assert fits(need, Room((), None))
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_what_would() -> None:
 
 
 def test_budgets_leave_room_for_generator_and_cache() -> None:
-    need = Needs(weights=100 * GB, layer=5 * GB, cache=2 * GB, beside=10 * GB)
+    need = Needs(weights=100 * GB, layer=5 * GB, cache=2 * GB, reserve_bytes=10 * GB)
     assert gpu_budgets(need, Room((100 * GB, 100 * GB), 64 * GB), offload=False) == {0: 83 * GB, 1: 94 * GB}
     assert gpu_budgets(need, Room((100 * GB,), 100 * GB, first=3), offload=True) == {3: 83 * GB, "cpu": 95 * GB}
     assert gpu_budgets(need, Room((8 * GB,), None), offload=True) == {0: 0, "cpu": 100 * GB}

@@ -35,7 +35,7 @@ LEVEL = 1 / 255
 def hunyuan() -> Any:
     base = HunyuanImage3(hunyuan_stand_in.made())
     base.reasoning_tokens = 2
-    base.most_together = 2
+    base.max_batch = 2
     return base
 
 

@@ -151,8 +151,8 @@ def test_only_maps_in_the_layers_are_quantised_and_the_estimate_is_what_is_held(
         assert estimate < needs(read_headers(folder)).weights
     else:
         inside = {name for name in linear if "transformer_blocks." in name}
-        fewer, files = base.fewer(how), weight_files(folder / "transformer")
-        estimate = 4 * part_numbers(folder)["transformer"] - fewer.saved(folder, files, 4)
+        quantisation_plan, files = base.quantisation_plan(how), weight_files(folder / "transformer")
+        estimate = 4 * part_numbers(folder)["transformer"] - quantisation_plan.saved(folder, files, 4)
     assert set(found) == inside
     assert held(base.denoiser) == estimate
     base.generate(requests(1), FAST if folder.name == "klein" else SamplingOptions(steps=1), nothing)
@@ -192,7 +192,7 @@ def test_every_map_computes_its_unpacked_weight_plus_the_update(base: Any) -> No
 def test_an_adapter_changes_the_picture_and_a_batch_is_its_requests(base: Any) -> None:
     asked, weights = requests(2), adapter(base, 2)
     if isinstance(base, HunyuanImage3):
-        base.most_together = 4
+        base.max_batch = 4
     options = SamplingOptions(steps=2) if isinstance(base, HunyuanImage3) else FAST
     plain = base.generate(asked, options, nothing)
     together = edited(base, asked, weights)
@@ -305,14 +305,14 @@ def test_what_cannot_be(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OpenwuError, match="quantise: expected 8bit, 4bit or nothing, got '2bit'"):
         kind.check(folders["flux2-klein"], quantise="2bit")
     folder = folders["flux2-klein"]
-    fewer = kind.fewer("4bit")
+    quantisation_plan = kind.quantisation_plan("4bit")
     full = weight_bytes(folder, torch.bfloat16)
     monkeypatch.setattr(loading, "free_memory", lambda _: int(1.1 * full) - 1)
     with pytest.raises(OpenwuError, match=r"use quantise \(8bit, 4bit\), a smaller dtype"):
         loading.check_memory(folder, torch.bfloat16, torch.device("cuda"))
-    loading.check_memory(folder, torch.bfloat16, torch.device("cuda"), fewer)
+    loading.check_memory(folder, torch.bfloat16, torch.device("cuda"), quantisation_plan)
     with pytest.raises(OpenwuError, match="in bfloat16 and 4bit, but cpu"):
-        loading.check_memory(folder, torch.bfloat16, torch.device("cpu"), fewer)
+        loading.check_memory(folder, torch.bfloat16, torch.device("cpu"), quantisation_plan)
 
     def missing(name: str, extra: str) -> Any:
         raise OpenwuError(f"needs {name}; pip install 'openwu[{extra}]'")

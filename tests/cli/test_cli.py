@@ -77,19 +77,19 @@ class FakeEditor:
         instruction: str,
         *,
         then: tuple[str, ...],
-        in_turn: bool,
+        sequential: bool,
         strength: float,
         seed: int,
         adapter: FakeAdapter | None,
-        anyway: bool,
+        allow_out_of_scope: bool,
         progress: Callable[[int, int], None],
     ) -> FakeResult:
         self.asked.append(
             {"images": images, "instruction": instruction, "then": then, "strength": strength, "seed": seed}
         )
-        self.in_turn = in_turn
-        if "dragon" in instruction and not anyway:
-            raise InstructionError("instruction: the model does not know how to; try --anyway")
+        self.sequential = sequential
+        if "dragon" in instruction and not allow_out_of_scope:
+            raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
         progress(1, 2)
         if Path(images[0]).name in self.fails:
             raise self.fails[Path(images[0]).name]
@@ -152,9 +152,9 @@ def test_several_instructions_reach_the_editor_in_their_order(here: Path, editor
     assert edit("a.png", "b.png", "--then", " blur \n it ", "--then", "加一点雾") == 0
     assert [asked["instruction"] for asked in editor.asked] == ["invert it"] * 2
     assert [asked["then"] for asked in editor.asked] == [("blur it", "加一点雾")] * 2
-    assert not editor.in_turn
-    assert edit("a.png", "--then", "blur it", "--in-turn", "--overwrite") == 0
-    assert editor.in_turn
+    assert not editor.sequential
+    assert edit("a.png", "--then", "blur it", "--sequential", "--overwrite") == 0
+    assert editor.sequential
 
 
 def test_the_reference_goes_with_every_photo(here: Path, editor: FakeEditor) -> None:
@@ -262,8 +262,8 @@ def test_a_cache_is_reported(here: Path, editor: FakeEditor, capsys: pytest.Capt
         (["a.png", "--adapter", "x", "--then", "blur it"], None, 2, "--then: an adapter of --adapter is complete"),
         (["a.png", "--adapter", "x", "--then", "blur it"], "warm", 2, "generate with --instruction and --then instead"),
         (["a.png", "--then", "blur it"], None, 2, "--instruction: expected what to do, got nothing"),
-        (["a.png", "--in-turn"], "warm", 2, "--in-turn: expected with --then"),
-        (["a.png", "--then", "blur it", "--in-turn", "--save-adapter", "x"], "warm", 2, "an adapter each"),
+        (["a.png", "--sequential"], "warm", 2, "--sequential: expected with --then"),
+        (["a.png", "--then", "blur it", "--sequential", "--save-adapter", "x"], "warm", 2, "an adapter each"),
         (["a.png", "--then", ""], "warm", 2, "instruction: expected text, got nothing"),
         (["a.png", "--then", "blur it", "--then", "😀"], "warm", 2, "expected words"),
         (["a.png", "--reference", "missing.png"], "warm", 1, "missing.png: no such file"),
@@ -639,9 +639,9 @@ def test_anyway_tries_what_the_model_refuses(
     here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert edit("a.png", "--output", "out.png", instruction="add a dragon") == 1
-    assert "--anyway" in capsys.readouterr().err
+    assert "--allow-out-of-scope" in capsys.readouterr().err
     assert not Path("out.png").exists()
-    assert edit("a.png", "--output", "out.png", "--anyway", instruction="add a dragon") == 0
+    assert edit("a.png", "--output", "out.png", "--allow-out-of-scope", instruction="add a dragon") == 0
     assert Path("out.png").exists()
 
 

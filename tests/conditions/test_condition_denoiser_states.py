@@ -37,7 +37,7 @@ def test_states_are_the_module_s_output_in_a_whole_run(encoder: DenoiserStates) 
     )
     batch = base.latent_batch([request], [torch.ones(3, 64, 64)])
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(request.seed))
-    time = torch.tensor([1.0]) if base.signal is None else torch.tensor([999])
+    time = torch.tensor([1.0]) if base.alphas_cumprod is None else torch.tensor([999])
     base.predict(batch, noise, time)
     hook.remove()
     expected = torch.cat(seen[0], dim=1) if isinstance(seen[0], tuple) else seen[0]

@@ -130,7 +130,7 @@ def test_in_turn_is_what_two_calls_make(kontext: BasedEditor) -> None:
     photo = base_cases.picture(1, 60, 60)
     first = kontext.edit(photo, "make it warm", seed=1)
     second = kontext.edit(first.photo, "blur it", seed=1)
-    assert difference(kontext.edit(photo, "make it warm", then="blur it", in_turn=True, seed=1), second) == 0
+    assert difference(kontext.edit(photo, "make it warm", then="blur it", sequential=True, seed=1), second) == 0
     assert difference(first, second) > 0
 
 

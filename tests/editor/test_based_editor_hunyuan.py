@@ -113,7 +113,7 @@ def test_a_batch_is_its_requests_one_at_a_time(editor: BasedEditor) -> None:
         )
         for each in requests
     ]
-    editor.backbone.most_together = 3  # type: ignore[attr-defined]
+    editor.backbone.max_batch = 3  # type: ignore[attr-defined]
     for one, together in zip(alone, editor.edit_batch(requests), strict=True):
         assert difference(one, together) <= 2
 

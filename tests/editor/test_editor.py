@@ -81,14 +81,18 @@ def test_a_picture_that_is_not_there(editor: Editor) -> None:
 @pytest.mark.parametrize("instruction", ["", "  ", "123"])
 def test_an_empty_instruction_is_refused_even_anyway(editor: Editor, photo: Image.Image, instruction: str) -> None:
     for refused in (
-        lambda anyway: editor.edit(photo, instruction, anyway=anyway),
-        lambda anyway: editor.edit(photo, "brighter", then=instruction, anyway=anyway),
-        lambda anyway: editor.adapt(photo, instruction, anyway=anyway),
-        lambda anyway: editor.edit_batch([EditRequest([photo], instruction)], anyway=anyway),
+        lambda allow_out_of_scope: editor.edit(photo, instruction, allow_out_of_scope=allow_out_of_scope),
+        lambda allow_out_of_scope: editor.edit(
+            photo, "brighter", then=instruction, allow_out_of_scope=allow_out_of_scope
+        ),
+        lambda allow_out_of_scope: editor.adapt(photo, instruction, allow_out_of_scope=allow_out_of_scope),
+        lambda allow_out_of_scope: editor.edit_batch(
+            [EditRequest([photo], instruction)], allow_out_of_scope=allow_out_of_scope
+        ),
     ):
-        for anyway in (False, True):
+        for allow_out_of_scope in (False, True):
             with pytest.raises(InstructionError, match="expected"):
-                refused(anyway)
+                refused(allow_out_of_scope)
 
 
 def test_out_of_scope_is_refused_and_anyway_overrides(editor: Editor, photo: Image.Image) -> None:
@@ -103,9 +107,11 @@ def test_out_of_scope_is_refused_and_anyway_overrides(editor: Editor, photo: Ima
     ):
         with pytest.raises(InstructionError, match="does not know how to 'brighter'"):
             refused()
-    assert differ(editor.edit(photo, "brighter", anyway=True).image, expected) == 0
-    assert differ(editor.edit_batch([EditRequest([photo], "brighter")], anyway=True)[0].image, expected) == 0
-    adapter = editor.adapt(photo, "brighter", anyway=True)
+    assert differ(editor.edit(photo, "brighter", allow_out_of_scope=True).image, expected) == 0
+    assert (
+        differ(editor.edit_batch([EditRequest([photo], "brighter")], allow_out_of_scope=True)[0].image, expected) == 0
+    )
+    adapter = editor.adapt(photo, "brighter", allow_out_of_scope=True)
     assert differ(editor.edit(photo, "brighter", adapter=adapter).image, expected) == 0
 
 
@@ -267,7 +273,7 @@ def test_a_reference_is_asked_for_by_name_where_it_is_missing(referring: Editor,
     ):
         with pytest.raises(InstructionError, match=r"second picture, but only one came; .*--reference FILE"):
             refused()
-    assert referring.edit(photo, asked, anyway=True).image.size == photo.size
+    assert referring.edit(photo, asked, allow_out_of_scope=True).image.size == photo.size
 
 
 def test_a_second_picture_that_nobody_asked_for_does_no_harm(editor: Editor, photo: Image.Image, scene: Scene) -> None:
@@ -320,7 +326,7 @@ def test_then_adds_up_the_adapters_and_shows_all_tokens(editor: Editor, photo: I
 def test_in_turn_is_what_two_calls_make(editor: Editor, photo: Image.Image) -> None:
     told: list[tuple[int, int]] = []
     came = editor.edit(
-        photo, "brighter", then="blur it", in_turn=True, strength=0.5, seed=3, progress=lambda *at: told.append(at)
+        photo, "brighter", then="blur it", sequential=True, strength=0.5, seed=3, progress=lambda *at: told.append(at)
     )
     first = editor.edit(photo, "brighter", strength=0.5, seed=3)
     second = editor.edit(first.photo, "blur it", strength=0.5, seed=3)
@@ -329,7 +335,7 @@ def test_in_turn_is_what_two_calls_make(editor: Editor, photo: Image.Image) -> N
     assert differ(came.image, editor.edit(photo, "brighter", then="blur it", strength=0.5, seed=3).image) > 1
     assert came.timings.keys() == first.timings.keys()
     assert told == [(1, 2), (2, 2)]
-    alone = editor.edit(photo, "brighter", in_turn=True, strength=0.5, seed=3)
+    alone = editor.edit(photo, "brighter", sequential=True, strength=0.5, seed=3)
     assert np.array_equal(alone.photo.pixels, first.photo.pixels)
 
 
@@ -344,7 +350,7 @@ def test_in_turn_refuses_before_the_first_pass(
     monkeypatch.setattr("openwu.editor.editor.draw", lambda *_: pytest.fail("drawn"))
     for then in ("add a dragon", ["blur it", "add a dragon"], [""]):
         with pytest.raises(InstructionError):
-            editor.edit(photo, "brighter", then=then, in_turn=True)
+            editor.edit(photo, "brighter", then=then, sequential=True)
 
 
 @pytest.mark.parametrize("then", ["blur it", ["blur it"], ("blur it",)])
@@ -428,7 +434,7 @@ def test_every_instruction_is_checked_for_scope(editor: Editor, photo: Image.Ima
     assert editor.edit(photo, "brighter").image.size == photo.size
     with pytest.raises(InstructionError, match="'add a dragon'"):
         editor.edit(photo, "brighter", then="add a dragon")
-    assert editor.edit(photo, "brighter", then="add a dragon", anyway=True).adapter.rank == 8
+    assert editor.edit(photo, "brighter", then="add a dragon", allow_out_of_scope=True).adapter.rank == 8
 
 
 # Batches

@@ -145,8 +145,8 @@ def test_what_was_merely_tried_is_still_refused(cached: Editor, photo: Image.Ima
     labels = cached.model.config.instruction.labels
     with torch.no_grad():
         cached.model.instruction.classify.bias[labels.index("out_of_scope")] = 100
-    cached.adapt(photo, "brighter", anyway=True)
-    cached.edit(photo, "brighter", anyway=True)
+    cached.adapt(photo, "brighter", allow_out_of_scope=True)
+    cached.edit(photo, "brighter", allow_out_of_scope=True)
     assert counts(cached) == (1, 1)
     for refused in (cached.adapt, cached.edit):
         with pytest.raises(InstructionError, match="does not know how to"):

@@ -33,7 +33,7 @@ def test_a_refusal_names_the_sentence_the_nearest_edits_and_a_way_out(instructio
     examples = [load_phrases()[name][language]["train"][0] for name in ("black_and_white", "blur", "take_palette")]
     assert f"black and white ({examples[0]!r}), blur ({examples[1]!r}), take palette ({examples[2]!r})." in message
     assert "brighten" not in message
-    for way in ("--anyway", "anyway=True", "--model FOLDER"):
+    for way in ("--allow-out-of-scope", "allow_out_of_scope=True", "--model FOLDER"):
         assert way in message
 
 

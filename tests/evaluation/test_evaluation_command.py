@@ -92,8 +92,8 @@ def test_the_command_writes_tables_numbers_and_pictures(
     ]
     assert cli.main([*arguments, *SMALL]) == 0
     given = json.loads((tmp_path / "three" / "suite.json").read_text(encoding="utf-8"))
-    beside = json.loads((output / "suite.json").read_text(encoding="utf-8"))
-    assert given["scores"] == beside["scores"]
+    reserve_bytes = json.loads((output / "suite.json").read_text(encoding="utf-8"))
+    assert given["scores"] == reserve_bytes["scores"]
 
 
 @pytest.mark.parametrize("broken", SECTIONS)

@@ -28,7 +28,7 @@ from openwu.evaluation.experiments.methods import (
     method_loss,
     new_method,
 )
-from openwu.evaluation.experiments.results import Kept
+from openwu.evaluation.experiments.results import ResultCache
 
 TASKS, OLD = ("darken", "fade"), ("warm",)
 BUDGET = Budget(steps=3, requests=2, crop=32, wide_rank=6)
@@ -125,7 +125,7 @@ def test_a_stopped_experiment_goes_on_with_the_first_part_that_is_missing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    budget, kept = replace(BUDGET, steps=1), Kept(tmp_path)
+    budget, kept = replace(BUDGET, steps=1), ResultCache(tmp_path)
     trained: list[str] = []
 
     def counted(method: Method, *rest: Any) -> None:

@@ -13,7 +13,7 @@ import openwu
 from openwu.cli import lab as command
 from openwu.cli import main
 from openwu.errors import OpenwuError
-from openwu.evaluation.experiments.results import CODE, Kept, Part, fingerprint
+from openwu.evaluation.experiments.results import CODE, Part, ResultCache, fingerprint
 
 PART = Part({"scores": [1.5, 2.0], "name": "雨"}, {"task/input": torch.rand(3, 2, 2)})
 
@@ -23,14 +23,14 @@ def never() -> Part:
 
 
 def test_a_part_is_made_once_and_found_as_it_was(tmp_path: Path) -> None:
-    Kept(tmp_path / "new")("shared, wide, seed 0", lambda: PART)
-    found = Kept(tmp_path / "new")("shared, wide, seed 0", never)
+    ResultCache(tmp_path / "new")("shared, wide, seed 0", lambda: PART)
+    found = ResultCache(tmp_path / "new")("shared, wide, seed 0", never)
     assert found.values == PART.values
     torch.testing.assert_close(dict(found.tensors), dict(PART.tensors))
 
 
 def test_a_part_that_fails_leaves_nothing_and_another_name_is_another_part(tmp_path: Path) -> None:
-    keep = Kept(tmp_path)
+    keep = ResultCache(tmp_path)
     with pytest.raises(AssertionError, match="made again"):
         keep("one", never)
     assert list(tmp_path.iterdir()) == []
@@ -41,7 +41,7 @@ def test_a_part_that_fails_leaves_nothing_and_another_name_is_another_part(tmp_p
 
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 def test_a_broken_part_is_made_again(tmp_path: Path, suffix: str) -> None:
-    keep = Kept(tmp_path)
+    keep = ResultCache(tmp_path)
     keep("one", lambda: PART)
     file = tmp_path / f"one.{suffix}"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -89,7 +89,7 @@ def test_parts_of_other_photographs_stand_elsewhere(
 
     def stop(*arguments: object) -> None:
         keep = arguments[-1]
-        assert isinstance(keep, Kept)
+        assert isinstance(keep, ResultCache)
         folders.append(keep.folder)
         raise OpenwuError("enough")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting_cases import FILES, adapter_of, answer, random_adapter, relative_error
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from exporting_cases import FILES, adapter_of, answer, random_adapter, relative_error
 from openwu import cli, types
 from openwu.errors import ExportError
 from openwu.export.files import write

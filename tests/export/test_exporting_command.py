@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting_cases import FILES, random_adapter
 from safetensors.torch import load_file
 
-from exporting_cases import FILES, random_adapter
 from openwu import cli
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.export.files import COMFYUI_WEIGHTS

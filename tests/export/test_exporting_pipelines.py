@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting_cases import PIPELINES, adapter_of, answer, relative_error
 from safetensors.torch import load_file, save_file
 
-from exporting_cases import PIPELINES, adapter_of, answer, relative_error
 from openwu import cli
 from openwu.errors import CheckpointError, ExportError
 from openwu.export.files import COMFYUI_WEIGHTS

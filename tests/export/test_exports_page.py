@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from exporting_cases import PIPELINES, adapter_of, answer, relative_error
 from PIL import Image
 
-from exporting_cases import PIPELINES, adapter_of, answer, relative_error
 from openwu import cli
 from openwu.export.files import COMFYUI_WEIGHTS
 from openwu.types import ADAPTER_WRITERS

@@ -130,17 +130,17 @@ def test_what_lies_behind_a_row_does_not_matter(dtype: torch.dtype) -> None:
 
 def test_a_tail_is_put_behind_an_input_that_has_room_and_nothing_is_copied() -> None:
     product, routed = GroupedProduct(), Routed.of(torch.randint(3, (5, 2)), 3)
-    product.room = 4
+    product.spare_columns = 4
     tail = torch.randn(10, 4)
     made = [lambda: product.gather(torch.randn(5, 8), routed), lambda: product.multiply(*torch.randn(2, 10, 8))]
     for make in made:
         x = make()
         assert x.shape == (10, 8)
         expected = torch.cat([x, tail], 1)
-        wide = product.beside(x, tail)
+        wide = product.reserve_bytes(x, tail)
         assert wide.data_ptr() == x.data_ptr()
         assert torch.equal(wide, expected)
     foreign = torch.randn(10, 12)
     kept = foreign.clone()
-    assert torch.equal(product.beside(foreign[:, :8], tail), torch.cat([kept[:, :8], tail], 1))
+    assert torch.equal(product.reserve_bytes(foreign[:, :8], tail), torch.cat([kept[:, :8], tail], 1))
     assert torch.equal(foreign, kept)

@@ -14,7 +14,7 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from openwu.training.config import BasedRecipe, load_recipe
+from openwu.training.config import PipelineRun, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LARGE = ("flux_kontext", "flux2_klein", "qwen_image_edit")
@@ -58,17 +58,17 @@ def write_pairs(folder: Path, sizes: tuple[tuple[int, int], ...] = ((64, 64),) *
         target = image.point(lambda value: value // 3) if i % 2 else image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         image.save(folder / f"{i}.png")
         target.save(folder / f"{i}_after.png")
-        said = "make it dark" if i % 2 else "turn it upside down, please"
+        prediction = "make it dark" if i % 2 else "turn it upside down, please"
         task = "dark" if i % 2 else "turned"
-        lines.append({"images": [f"{i}.png"], "instruction": said, "target": f"{i}_after.png", "task": task})
+        lines.append({"images": [f"{i}.png"], "instruction": prediction, "target": f"{i}_after.png", "task": task})
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     return folder / "pairs.jsonl"
 
 
-def recipe(name: str, base: Path, pairs: Path, **changes: Any) -> BasedRecipe:
+def recipe(name: str, base: Path, pairs: Path, **changes: Any) -> PipelineRun:
     """A shipped recipe at a size for tests."""
     made = load_recipe(RECIPES / f"{name}.py", [*SMALL, f"base={base}", f"data={pairs}"])
-    assert isinstance(made, BasedRecipe)
+    assert isinstance(made, PipelineRun)
     return replace(made, **changes)
 
 

@@ -24,8 +24,8 @@ from openwu.errors import OpenwuError
 from openwu.training.config import StageConfig
 from openwu.training.distributed import is_main, joined_until_done
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objectives import FlowMatching, Question
-from openwu.training.stage import OwnStage
+from openwu.training.objectives import FlowMatching, NoisySample
+from openwu.training.stage import GeneratorStage
 
 WIDTH, ROWS = 16, 6
 
@@ -61,7 +61,7 @@ def new_trained() -> Sometimes:
     return Sometimes(openwu.ParameterGenerator(config, b_init_std=1e-1))
 
 
-def new_stage(trained: Sometimes, killed: Callable[[int], None], sometimes: bool = True) -> OwnStage[Tensor]:
+def new_stage(trained: Sometimes, killed: Callable[[int], None], sometimes: bool = True) -> GeneratorStage[Tensor]:
     """Requests `[b, 2, 4]`; only the first of a batch have the part that not all have, and `sometimes` none has it."""
     base = Base().requires_grad_(False)
 
@@ -78,12 +78,12 @@ def new_stage(trained: Sometimes, killed: Callable[[int], None], sometimes: bool
         adapter: openwu.Adapter = trained.generator(requests)
         return adapter
 
-    def predict(_: Tensor, question: Question) -> Tensor:
-        assert question.given is not None
-        out: Tensor = base(question.given)
+    def predict(_: Tensor, question: NoisySample) -> Tensor:
+        assert question.x_t is not None
+        out: Tensor = base(question.x_t)
         return out
 
-    return OwnStage(
+    return GeneratorStage(
         "own",
         trained,
         openwu.attach(base, trained.generator.targets),

@@ -18,7 +18,7 @@ from openwu.errors import CheckpointError
 from openwu.training.checkpoint import STATE, load_weights
 from openwu.training.config import EmbeddedRecipe, StageConfig
 from openwu.training.loop import Evaluation, LoopConfig, train_stage
-from openwu.training.micro_batch import WHOLE, Part
+from openwu.training.micro_batch import WHOLE, MicroBatch
 from openwu.training.optimizers import Average
 from openwu.training.record import describe
 
@@ -43,12 +43,12 @@ class Fit:
     judged: list[Tensor] = field(default_factory=list)
 
     @contextmanager
-    def loss(self, step: int, _part: Part = WHOLE) -> Iterator[Tensor]:
+    def loss(self, step: int, _part: MicroBatch = WHOLE) -> Iterator[Tensor]:
         self.met.append(self.trained.weight.detach().clone())
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         yield (self.trained(x) - x.sum(1, keepdim=True)).square().mean()
 
-    def not_finite(self, _step: int, _part: Part = WHOLE) -> list[str]:
+    def not_finite(self, _step: int, _part: MicroBatch = WHOLE) -> list[str]:
         return []
 
     def evaluate(self) -> Evaluation:

@@ -48,7 +48,7 @@ def test_the_objective_is_the_base_s_own() -> None:
     objective = objective_of(base)
     assert isinstance(objective, Diffusion)
     assert objective.predicts == "epsilon"
-    assert torch.equal(objective.signal, base.pipeline.scheduler.alphas_cumprod)
+    assert torch.equal(objective.alphas_cumprod, base.pipeline.scheduler.alphas_cumprod)
 
 
 def test_a_latent_batch_noised_by_the_objective_is_what_the_scheduler_makes() -> None:
@@ -56,14 +56,14 @@ def test_a_latent_batch_noised_by_the_objective_is_what_the_scheduler_makes() ->
     base = base_cases.backbone("instruct-pix2pix")
     batch = base.latent_batch(base_cases.requests(2), TARGETS)
     objective = objective_of(base)
-    question = objective.ask(batch.target, torch.Generator().manual_seed(3))
-    assert question.given is not None
+    question = objective.sample(batch.target, torch.Generator().manual_seed(3))
+    assert question.x_t is not None
     assert question.time is not None
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
-    expected = scheduler.add_noise(batch.target, question.wanted, question.time)
-    torch.testing.assert_close(question.given, expected, rtol=1e-5, atol=1e-5)
+    expected = scheduler.add_noise(batch.target, question.target, question.time)
+    torch.testing.assert_close(question.x_t, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", base_cases.NAMES)
@@ -93,7 +93,7 @@ def test_instruct_pix2pix_drops_texts_and_pictures_as_it_was_trained() -> None:
         {name: value.expand(4000, *[-1] * (value.ndim - 1)) for name, value in one.inputs.items()},
         one.condition,
     )
-    dropped = base.without_conditions(many, torch.Generator().manual_seed(0))
+    dropped = base.drop_conditions(many, torch.Generator().manual_seed(0))
     empty, _ = base.text_states([""])
     no_text = (dropped.inputs["text"] == empty).flatten(1).all(1)
     no_picture = (dropped.inputs["source"] == 0).flatten(1).all(1)
@@ -104,7 +104,7 @@ def test_instruct_pix2pix_drops_texts_and_pictures_as_it_was_trained() -> None:
     assert dropped.condition is one.condition
     flow = base_cases.backbone("flux-kontext")
     batch: Any = object()
-    assert flow.without_conditions(batch, torch.Generator()) is batch
+    assert flow.drop_conditions(batch, torch.Generator()) is batch
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -119,7 +119,7 @@ def test_the_xl_base_without_its_text_is_told_what_its_pipeline_tells_it(zeros: 
     kept = base.pipeline.config.force_zeros_for_empty_prompt
     base.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     try:
-        dropped = base.without_conditions(many, torch.Generator().manual_seed(0)).inputs
+        dropped = base.drop_conditions(many, torch.Generator().manual_seed(0)).inputs
         _, text, _, vector = base.pipeline.encode_prompt("what", device="cpu", do_classifier_free_guidance=True)
     finally:
         base.pipeline.register_to_config(force_zeros_for_empty_prompt=kept)

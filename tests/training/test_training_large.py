@@ -18,7 +18,7 @@ from openwu.backbones.diffusers import multimodal
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.training import pipelines as large
-from openwu.training.config import BasedRecipe, StageConfig
+from openwu.training.config import PipelineRun, StageConfig
 from openwu.training.pipelines import train_based
 
 EVERY = tuple(large_cases.LARGE)
@@ -175,10 +175,10 @@ def test_in_half_precision_the_base_has_its_own_dtype(
     seen: set[tuple[bool, torch.dtype, torch.dtype]] = set()
     original = CLASSES["flux_kontext"].predict
 
-    def noted(self: Any, batch: Any, given: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        said: torch.Tensor = original(self, batch, given, time)
-        seen.add((torch.is_autocast_enabled("cpu"), given.dtype, said.dtype))
-        return said
+    def noted(self: Any, batch: Any, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        prediction: torch.Tensor = original(self, batch, x_t, time)
+        seen.add((torch.is_autocast_enabled("cpu"), x_t.dtype, prediction.dtype))
+        return prediction
 
     monkeypatch.setattr(CLASSES["flux_kontext"], "predict", noted)
     train_based(replace(recipe, bf16=True), tmp_path / "run")
@@ -193,11 +193,11 @@ def test_without_its_encoders_the_base_holds_no_weights_of_theirs(
     placed: list[Any] = []
     original = large.based_stage
 
-    def noted(backbone: Any, *given: Any, **more: Any) -> Any:
+    def noted(backbone: Any, *x_t: Any, **more: Any) -> Any:
         parts = {**backbone.encoders(), "denoiser": backbone.denoiser}
         placed.append({name: next(part.parameters()).device.type for name, part in parts.items()})
-        placed.append((backbone.denoiser.is_gradient_checkpointing, given[0].gradient_checkpointing))
-        return original(backbone, *given, **more)
+        placed.append((backbone.denoiser.is_gradient_checkpointing, x_t[0].gradient_checkpointing))
+        return original(backbone, *x_t, **more)
 
     monkeypatch.setattr(large, "based_stage", noted)
     train_based(recipe, tmp_path / "run", stop_after=1)
@@ -260,7 +260,7 @@ def test_pairs_that_the_base_cannot_take_are_named_together(bases: dict[str, Pat
 def test_bad_fields(changes: dict[str, Any]) -> None:
     fields: dict[str, Any] = {"name": "x", "model": "x", "generator": StageConfig(4, ((2, 0),), 1e-3), **changes}
     with pytest.raises(ValueError, match="expected"):
-        BasedRecipe(**fields)
+        PipelineRun(**fields)
 
 
 def test_encoders_are_placed_only_while_they_are_asked(
@@ -290,9 +290,9 @@ def test_a_pair_whose_loss_is_not_finite_is_named(
     recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], large_cases.write_pairs(tmp_path / "p"))
     original = CLASSES["flux_kontext"].predict
 
-    def second_broken(self: Any, *given: Any) -> torch.Tensor:
-        said: torch.Tensor = original(self, *given)
-        return said + torch.tensor([0.0, torch.nan]).view(-1, 1, 1)
+    def second_broken(self: Any, *x_t: Any) -> torch.Tensor:
+        prediction: torch.Tensor = original(self, *x_t)
+        return prediction + torch.tensor([0.0, torch.nan]).view(-1, 1, 1)
 
     monkeypatch.setattr(CLASSES["flux_kontext"], "predict", second_broken)
     with pytest.raises(OpenwuError, match=r"Samples whose loss is not finite: pairs.jsonl:\d \('[a-z, ]+'\)\. Look"):

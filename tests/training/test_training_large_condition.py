@@ -24,7 +24,7 @@ from openwu.conditions.part_states import PartStates
 from openwu.conditions.segments import Segments
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.headers import read_header
-from openwu.training.config import BasedRecipe, load_recipe
+from openwu.training.config import PipelineRun, load_recipe
 from openwu.training.memory import needs_of
 from openwu.training.pipelines import new_config, train_based
 
@@ -79,7 +79,7 @@ def test_a_chosen_condition_is_trained_and_edited_with(choice: str, base: Path, 
 def test_a_choice_on_the_command_line_and_a_wrong_one() -> None:
     file = large_cases.RECIPES / "flux_kontext.py"
     made = load_recipe(file, [f"condition=({PROBE!r},)"])
-    assert isinstance(made, BasedRecipe)
+    assert isinstance(made, PipelineRun)
     assert made.condition == (PROBE,)
     with pytest.raises(
         OpenwuError, match=r"override condition: condition: expected encoders such as .* got \{'name': 'cl"

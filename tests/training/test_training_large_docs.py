@@ -13,7 +13,7 @@ import pytest
 
 from openwu import cli
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
-from openwu.training.config import BasedRecipe, load_recipe
+from openwu.training.config import PipelineRun, load_recipe
 from openwu.training.pipelines import train_based
 
 ROOT = Path(__file__).parents[2]
@@ -30,13 +30,13 @@ def test_the_page_has_commands() -> None:
 def test_commands_are_real(words: list[str]) -> None:
     arguments = cli._parser().parse_args(words)
     if words[0] == "train":
-        assert isinstance(load_recipe(ROOT / arguments.recipe, arguments.overrides), BasedRecipe)
+        assert isinstance(load_recipe(ROOT / arguments.recipe, arguments.overrides), PipelineRun)
 
 
 @pytest.mark.parametrize("name", large_cases.LARGE)
 def test_recipes_load(name: str) -> None:
     recipe = load_recipe(ROOT / "recipes" / f"{name}.py", ["data=x", "base=y", "cache=", "generator.shapes=((1,0),)"])
-    assert isinstance(recipe, BasedRecipe)
+    assert isinstance(recipe, PipelineRun)
     assert recipe.cache == ""
     assert recipe.name == name
 
@@ -44,7 +44,7 @@ def test_recipes_load(name: str) -> None:
 def test_the_table_names_fields() -> None:
     table = PAGE.partition("| field |")[2].partition("\n\n")[0]
     named = re.findall(r"`([\w.]+)`", "\n".join(line.split("|")[1] for line in table.splitlines()[2:]))
-    known = {each.name for each in fields(BasedRecipe)}
+    known = {each.name for each in fields(PipelineRun)}
     assert named
     assert {name for name in named if not name.startswith("generator.")} <= known
 

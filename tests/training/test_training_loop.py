@@ -29,7 +29,7 @@ from openwu.training.checkpoint import STATE, load_weights
 from openwu.training.config import EmbeddedRecipe, StageConfig
 from openwu.training.embedded.stages import InstructionStage, base_stage, generator_stage
 from openwu.training.loop import Evaluation, LoopConfig, part_of_peak, train_stage
-from openwu.training.micro_batch import WHOLE, Part
+from openwu.training.micro_batch import WHOLE, MicroBatch
 
 LOOP = LoopConfig(json.dumps({"seed": 0}), checkpoint_every=2, evaluate_every=3, log_every=1)
 CONFIG = StageConfig(steps=8, shapes=((1, 1),), learning_rate=1e-2, warmup=2, decay=0.5)
@@ -45,13 +45,13 @@ class Regression:
     steps: list[int] = field(default_factory=list)
 
     @contextmanager
-    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
+    def loss(self, step: int, part: MicroBatch = WHOLE) -> Iterator[Tensor]:
         self.steps.append(step)
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))[part.rows(4)]
         loss = (self.trained(x) - x.sum(1, keepdim=True)).square().mean() * part.share(4)
         yield loss * math.nan if step == self.broken_at else loss
 
-    def not_finite(self, step: int, _part: Part = WHOLE) -> list[str]:
+    def not_finite(self, step: int, _part: MicroBatch = WHOLE) -> list[str]:
         return ["the second", "the third"] if step == self.broken_at else []
 
     def evaluate(self) -> Evaluation:
@@ -116,9 +116,11 @@ def test_stopping_and_continuing_changes_nothing(
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(OpenwuError, match="regression: the loss is nan at step 5; the last checkpoint is kept") as said:
+    with pytest.raises(
+        OpenwuError, match="regression: the loss is nan at step 5; the last checkpoint is kept"
+    ) as prediction:
         train_stage(Regression(broken_at=5), CONFIG, LOOP, tmp_path)
-    assert "Samples whose loss is not finite: the second, the third. " in str(said.value)
+    assert "Samples whose loss is not finite: the second, the third. " in str(prediction.value)
     mended = Regression()
     assert train_stage(mended, CONFIG, LOOP, tmp_path)
     assert mended.steps == [4, 5, 6, 7]
@@ -132,7 +134,7 @@ def test_a_gradient_that_is_no_number_touches_no_weight(tmp_path: Path) -> None:
 
     class Rooted(Regression):
         @contextmanager
-        def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
+        def loss(self, step: int, part: MicroBatch = WHOLE) -> Iterator[Tensor]:
             with super().loss(step, part) as loss:
                 yield loss + (loss - loss).sqrt() if step == 5 else loss
 
@@ -195,7 +197,7 @@ def test_the_loss_falls(recipe: EmbeddedRecipe, tmp_path: Path, name: str) -> No
     measured = stage.loss
 
     @contextmanager
-    def noted(step: int, part: Part) -> Iterator[Tensor]:
+    def noted(step: int, part: MicroBatch) -> Iterator[Tensor]:
         with measured(step, part) as loss:
             losses.append(float(loss.detach()))
             yield loss

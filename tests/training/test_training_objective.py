@@ -13,8 +13,8 @@ from openwu.training.objectives import (
     Diffusion,
     FlowMatching,
     NextToken,
+    NoisySample,
     Objective,
-    Question,
     Regression,
     scaled_linear,
 )
@@ -33,42 +33,42 @@ def target() -> Tensor:
 
 @pytest.mark.parametrize("objective", [*PICTURES, Diffusion("v")])
 def test_the_wanted_answer_costs_least_and_draws_are_the_generators(objective: Objective, target: Tensor) -> None:
-    question, same, other = (objective.ask(target, seeded(s)) for s in (1, 1, 2))
-    best = objective.losses(question.wanted, question)
+    question, same, other = (objective.sample(target, seeded(s)) for s in (1, 1, 2))
+    best = objective.losses(question.target, question)
     assert best.shape == (4,)
-    assert bool((objective.losses(question.wanted + 0.1, question) > best).all())
-    assert torch.equal(question.wanted, same.wanted)
-    if question.given is not None:
+    assert bool((objective.losses(question.target + 0.1, question) > best).all())
+    assert torch.equal(question.target, same.target)
+    if question.x_t is not None:
         assert question.time is not None
-        assert question.given.shape == target.shape
+        assert question.x_t.shape == target.shape
         assert question.time.shape == (4,)
-        assert not torch.equal(question.given, other.given)
+        assert not torch.equal(question.x_t, other.x_t)
 
 
 def test_regression_is_the_error_or_its_logarithm(target: Tensor) -> None:
-    question = Regression().ask(target, seeded(0))
-    said = target + torch.tensor([0.0, 0.1, 0.2, 0.3]).view(4, 1, 1, 1)
-    torch.testing.assert_close(Regression().losses(said, question), torch.tensor([0.0, 0.01, 0.04, 0.09]))
-    logs = Regression(floor=0.01).losses(said, question)
+    question = Regression().sample(target, seeded(0))
+    prediction = target + torch.tensor([0.0, 0.1, 0.2, 0.3]).view(4, 1, 1, 1)
+    torch.testing.assert_close(Regression().losses(prediction, question), torch.tensor([0.0, 0.01, 0.04, 0.09]))
+    logs = Regression(floor=0.01).losses(prediction, question)
     torch.testing.assert_close(logs.exp(), torch.tensor([0.01, 0.02, 0.05, 0.10]))
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(), FlowMatching(spread=None)])
 def test_a_flow_leads_from_noise_to_the_target(objective: FlowMatching, target: Tensor) -> None:
-    question = objective.ask(target, seeded(3))
-    assert question.given is not None
+    question = objective.sample(target, seeded(3))
+    assert question.x_t is not None
     assert question.time is not None
     time = question.time.view(4, 1, 1, 1)
-    torch.testing.assert_close(question.given - time * question.wanted, target)
-    noise = question.given + (1 - time) * question.wanted
-    torch.testing.assert_close(noise - target, question.wanted)
+    torch.testing.assert_close(question.x_t - time * question.target, target)
+    noise = question.x_t + (1 - time) * question.target
+    torch.testing.assert_close(noise - target, question.target)
 
 
 def test_times_follow_their_distribution() -> None:
     many = torch.zeros(20_000, 1)
-    uniform = FlowMatching(spread=None).ask(many, seeded(0)).time
-    logistic = FlowMatching().ask(many, seeded(0)).time
-    shifted = FlowMatching(spread=None, shift=3.0).ask(many, seeded(0)).time
+    uniform = FlowMatching(spread=None).sample(many, seeded(0)).time
+    logistic = FlowMatching().sample(many, seeded(0)).time
+    shifted = FlowMatching(spread=None, shift=3.0).sample(many, seeded(0)).time
     assert uniform is not None
     assert logistic is not None
     assert shifted is not None
@@ -81,14 +81,14 @@ def test_times_follow_their_distribution() -> None:
 @pytest.mark.parametrize("predicts", ["epsilon", "v"])
 def test_a_diffusions_answer_gives_the_target_back(predicts: str, target: Tensor) -> None:
     objective = Diffusion(predicts)
-    question = objective.ask(target, seeded(4))
-    assert question.given is not None
+    question = objective.sample(target, seeded(4))
+    assert question.x_t is not None
     assert question.time is not None
-    kept = objective.signal[question.time].view(4, 1, 1, 1)
+    kept = objective.alphas_cumprod[question.time].view(4, 1, 1, 1)
     if predicts == "epsilon":
-        back = (question.given - (1 - kept).sqrt() * question.wanted) / kept.sqrt()
+        back = (question.x_t - (1 - kept).sqrt() * question.target) / kept.sqrt()
     else:
-        back = kept.sqrt() * question.given - (1 - kept).sqrt() * question.wanted
+        back = kept.sqrt() * question.x_t - (1 - kept).sqrt() * question.target
     torch.testing.assert_close(back, target, atol=1e-3, rtol=1e-3)
 
 
@@ -103,23 +103,23 @@ def test_the_schedule_is_stable_diffusions() -> None:
 
 def test_next_tokens_are_scored_by_what_stands_before_them() -> None:
     tokens = torch.tensor([[3, 1, 2, 0], [2, 2, IGNORED, IGNORED]])
-    question = NextToken().ask(tokens, seeded(0))
+    question = NextToken().sample(tokens, seeded(0))
     sure = torch.zeros(2, 4, 5)
     for row, column in ((0, 0), (0, 1), (0, 2), (1, 0)):
         sure[row, column, tokens[row, column + 1]] = 30.0
     torch.testing.assert_close(NextToken().losses(sure, question), torch.zeros(2))
     flat = NextToken().losses(torch.zeros(2, 4, 5), question)
     torch.testing.assert_close(flat, torch.full((2,), 5.0).log())
-    assert NextToken().losses(sure, replace(question, wanted=torch.full((2, 4), IGNORED))).tolist() == [0, 0]
+    assert NextToken().losses(sure, replace(question, target=torch.full((2, 4), IGNORED))).tolist() == [0, 0]
 
 
 def test_gradients_reach_the_answer(target: Tensor) -> None:
     for objective in PICTURES:
-        question = objective.ask(target, seeded(0))
-        said = torch.zeros_like(target, requires_grad=True)
-        torch.autograd.backward(objective.losses(said, question).sum())
-        assert said.grad is not None
-        assert bool((said.grad != 0).any())
+        question = objective.sample(target, seeded(0))
+        prediction = torch.zeros_like(target, requires_grad=True)
+        torch.autograd.backward(objective.losses(prediction, question).sum())
+        assert prediction.grad is not None
+        assert bool((prediction.grad != 0).any())
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,12 @@ def test_gradients_reach_the_answer(target: Tensor) -> None:
         (lambda: FlowMatching(spread=0.0), "spread: expected a number above 0"),
         (lambda: FlowMatching(shift=-1.0), "shift: expected a number above 0"),
         (lambda: Diffusion("x"), "predicts: expected 'epsilon' or 'v', got 'x'"),
-        (lambda: Diffusion(signal=torch.tensor([0.1, 0.9])), "signal: expected"),
-        (lambda: NextToken().ask(torch.rand(2, 3), seeded(0)), "target: expected token numbers"),
-        (lambda: Regression().losses(torch.rand(2, 3), Question(torch.rand(2, 4))), "prediction: expected the target"),
+        (lambda: Diffusion(alphas_cumprod=torch.tensor([0.1, 0.9])), "alphas_cumprod: expected"),
+        (lambda: NextToken().sample(torch.rand(2, 3), seeded(0)), "target: expected token numbers"),
+        (
+            lambda: Regression().losses(torch.rand(2, 3), NoisySample(torch.rand(2, 4))),
+            "prediction: expected the target",
+        ),
     ],
 )
 def test_errors_name_the_field(make: object, message: str) -> None:

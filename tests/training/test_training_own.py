@@ -15,9 +15,9 @@ import openwu
 from openwu.errors import OpenwuError
 from openwu.training.config import StageConfig
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.micro_batch import Part
-from openwu.training.objectives import FlowMatching, Question, Regression
-from openwu.training.stage import OwnStage
+from openwu.training.micro_batch import MicroBatch
+from openwu.training.objectives import FlowMatching, NoisySample, Regression
+from openwu.training.stage import GeneratorStage
 
 TARGET = openwu.Target("0", 3, 3)
 LOOP = LoopConfig(recipe="{}", checkpoint_every=2, evaluate_every=2, log_every=1)
@@ -38,18 +38,18 @@ class Writer(nn.Module):
         return openwu.Adapter((TARGET,), {"0": (a[:, None, :], b[:, :, None])}, 1.0)
 
 
-def stage(writer: Writer, base: nn.Module, handle: openwu.AdapterHandle) -> OwnStage[Tensor]:
+def stage(writer: Writer, base: nn.Module, handle: openwu.AdapterHandle) -> GeneratorStage[Tensor]:
     """The base shall return the request's first number in every place."""
 
     def batches(step: int) -> Tensor:
         return torch.randn(4, 2, generator=torch.Generator().manual_seed(step))
 
-    def predict(requests: Tensor, question: Question) -> Tensor:
-        assert question.given is None
+    def predict(requests: Tensor, question: NoisySample) -> Tensor:
+        assert question.x_t is None
         out: Tensor = base(torch.ones(len(requests), 3))
         return out
 
-    return OwnStage(
+    return GeneratorStage(
         "writer",
         writer,
         handle,
@@ -75,8 +75,8 @@ def test_the_loss_is_the_bases_under_each_samples_adapter(base: nn.Module) -> No
     requests = own.batches(5)
     adapter = writer(requests)
     a, b = adapter.weights["0"]
-    said = base(torch.ones(4, 3)) + (b @ a @ torch.ones(3, 1))[:, :, 0]
-    expected = (said - requests[:, :1]).square().mean()
+    prediction = base(torch.ones(4, 3)) + (b @ a @ torch.ones(3, 1))[:, :, 0]
+    expected = (prediction - requests[:, :1]).square().mean()
     with own.loss(5) as loss:
         torch.testing.assert_close(loss, expected)
         torch.autograd.backward(loss)
@@ -137,7 +137,7 @@ class Deep(nn.Module):
         return torch.tanh(layer(x)) + x
 
 
-def deep_stage(recompute: bool, writer: Writer, bf16: bool = False) -> tuple[OwnStage[Tensor], Deep]:
+def deep_stage(recompute: bool, writer: Writer, bf16: bool = False) -> tuple[GeneratorStage[Tensor], Deep]:
     """Both layers have the request's adapter."""
     base = Deep(recompute).requires_grad_(False)
     targets = tuple(openwu.Target(f"layers.{i}", 3, 3) for i in range(2))
@@ -146,7 +146,7 @@ def deep_stage(recompute: bool, writer: Writer, bf16: bool = False) -> tuple[Own
         pair = writer(requests).weights["0"]
         return openwu.Adapter(targets, {target.name: pair for target in targets}, 1.0)
 
-    return OwnStage(
+    return GeneratorStage(
         "deep",
         writer,
         openwu.attach(base, targets),
@@ -201,9 +201,9 @@ def test_parts_of_a_batch_have_its_noise_and_its_rows(base: nn.Module) -> None:
         writer = Writer()
         own = stage(writer, base, handle := openwu.attach(base, (TARGET,)))
         own.objective = FlowMatching()
-        own.predict = lambda _, question: base(question.given) * (1 - question.time[:, None])
+        own.predict = lambda _, question: base(question.x_t) * (1 - question.time[:, None])
         for index in range(count):
-            with own.loss(2, Part(index, count)) as loss:
+            with own.loss(2, MicroBatch(index, count)) as loss:
                 torch.autograd.backward(loss)
         handle.detach()
         assert writer.linear.weight.grad is not None
@@ -221,13 +221,13 @@ def test_rows_of_a_batch_may_be_taken_by_a_function(base: nn.Module) -> None:
         return batch[which]
 
     own.rows = rows
-    with own.loss(0, Part(1, 2)):
+    with own.loss(0, MicroBatch(1, 2)):
         assert taken == [slice(2, 4)]
     own.target = lambda requests: (
         requests[:, :1].expand(-1, 3) / torch.tensor([1.0, 1.0, 0.0, 1.0])[: len(requests), None]
     )
-    assert own.not_finite(0, Part(0, 2)) == []
-    assert own.not_finite(0, Part(1, 2)) == ["number 2 of the batch"]
+    assert own.not_finite(0, MicroBatch(0, 2)) == []
+    assert own.not_finite(0, MicroBatch(1, 2)) == ["number 2 of the batch"]
 
 
 def test_tasks_and_a_sheet_are_logged(base: nn.Module, tmp_path: Path) -> None:

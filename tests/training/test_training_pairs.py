@@ -20,7 +20,7 @@ from openwu.data.pairs import Pairs, read_pairs
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.training.config import PairsRecipe, StageConfig, load_recipe
 from openwu.training.embedded.own_pairs import OwnPairSampler, PairsStage, pairs_hashes, split_pairs
-from openwu.training.micro_batch import Part
+from openwu.training.micro_batch import MicroBatch
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "own_pairs.py"
 SIDE = 32
@@ -72,8 +72,8 @@ def test_picture_and_target_are_cut_alike(data: Path) -> None:
     assert sorted(batch.names) == ["darken"] * 3 + ["invert"] * 3
     for i, name in enumerate(batch.names):
         # Halving and inverting commute with cutting and scaling, up to the rounding of bytes.
-        wanted = batch.picture[i] / 2 if name == "darken" else 1 - batch.picture[i]
-        torch.testing.assert_close(batch.target[i], wanted, atol=2.5 / 255, rtol=0)
+        target = batch.picture[i] / 2 if name == "darken" else 1 - batch.picture[i]
+        torch.testing.assert_close(batch.target[i], target, atol=2.5 / 255, rtol=0)
         assert bool(batch.present[i]) == (name == "invert") == bool(batch.reference[i].any())
     assert torch.equal(batch.picture, batch.whole[:, :, :16, :16])
     assert torch.equal(batch.planes[0, 1:], place_planes(SIDE, SIDE)[:, :16, :16])
@@ -102,7 +102,7 @@ def test_openwu_train_learns_pairs_and_the_model_edits(
     assert len(provenance["pairs"]) == 6
     output = tmp_path / "edited.png"
     command = ["edit", str(data / "0_in.png"), "--instruction", "darken", "--model", str(tmp_path / "run" / "model")]
-    assert cli.main([*command, "--output", str(output), "--anyway", "--quiet"]) == 0
+    assert cli.main([*command, "--output", str(output), "--allow-out-of-scope", "--quiet"]) == 0
     with Image.open(output) as edited:
         assert edited.size == (48, 40)
 
@@ -175,8 +175,8 @@ def test_broken_pairs_are_named_by_their_line(recipe: PairsRecipe, monkeypatch: 
     broken[3] = torch.nan
     monkeypatch.setattr(OwnPairSampler, "batch", lambda *_: replace(sound, target=broken))
     pair, sentence = training.step(0, 4, recipe.seed)[3]
-    assert stage.not_finite(0, Part(1, 2)) == [f"{pair.where} ({sentence!r})"]
-    assert stage.not_finite(0, Part(0, 2)) == []
+    assert stage.not_finite(0, MicroBatch(1, 2)) == [f"{pair.where} ({sentence!r})"]
+    assert stage.not_finite(0, MicroBatch(0, 2)) == []
 
 
 def test_the_recipe_of_the_tree_is_sound() -> None:

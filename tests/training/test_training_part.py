@@ -18,13 +18,13 @@ from openwu.training.checkpoint import load_weights
 from openwu.training.config import STAGES, EmbeddedRecipe
 from openwu.training.embedded.stages import InstructionStage, base_stage, generator_stage, shared_stage
 from openwu.training.loop import Stage
-from openwu.training.micro_batch import WHOLE, Drawn, Part, take_rows
+from openwu.training.micro_batch import WHOLE, MicroBatch, StepBatchCache, take_rows
 from openwu.training.record import describe
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (7, 3), (10, 4), (24, 5)])
 def test_parts_are_the_batch_once(size: int, count: int) -> None:
-    parts = [Part(index, count) for index in range(count)]
+    parts = [MicroBatch(index, count) for index in range(count)]
     rows = [list(range(size))[part.rows(size)] for part in parts]
     assert [row for each in rows for row in each] == list(range(size))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
@@ -33,7 +33,7 @@ def test_parts_are_the_batch_once(size: int, count: int) -> None:
 
 def test_too_many_parts_are_refused() -> None:
     with pytest.raises(OpenwuError, match=r"a batch of 3 cannot be cut into 4 parts \(processes x accumulate\)"):
-        Part(0, 4).rows(3)
+        MicroBatch(0, 4).rows(3)
 
 
 class Named(NamedTuple):
@@ -77,8 +77,8 @@ def test_a_batch_is_drawn_once_for_its_parts() -> None:
         drawn.append(step)
         return step
 
-    batches = Drawn(draw)
-    assert [batches.at(step, Part(i, 2)) for step in (4, 5) for i in range(2)] == [4, 4, 5, 5]
+    batches = StepBatchCache(draw)
+    assert [batches.at(step, MicroBatch(i, 2)) for step in (4, 5) for i in range(2)] == [4, 4, 5, 5]
     assert drawn == [4, 5]
     assert [batches.at(7, WHOLE) for _ in range(2)] == [7, 7]
     assert drawn == [4, 5, 7, 7]
@@ -106,7 +106,7 @@ def gradients(stage: Stage, step: int, count: int) -> tuple[float, dict[str, Ten
     stage.trained.zero_grad()
     total = 0.0
     for index in range(count):
-        with stage.loss(step, Part(index, count)) as loss:
+        with stage.loss(step, MicroBatch(index, count)) as loss:
             torch.autograd.backward(loss)
             total += float(loss.detach())
     return total, {n: p.grad.clone() for n, p in stage.trained.named_parameters() if p.grad is not None}
@@ -132,8 +132,8 @@ def test_broken_requests_of_a_part_are_named(recipe: EmbeddedRecipe, monkeypatch
     broken = sound.target.clone()
     broken[2] = torch.nan
     monkeypatch.setattr(type(stage.batches), "batch", lambda *_: replace(sound, target=broken))
-    assert stage.not_finite(1, Part(0, 2)) == []
-    assert stage.not_finite(1, Part(1, 2)) == [f"{sound.names[2]} ({sound.sentences[2]!r})"]
+    assert stage.not_finite(1, MicroBatch(0, 2)) == []
+    assert stage.not_finite(1, MicroBatch(1, 2)) == [f"{sound.names[2]} ({sound.sentences[2]!r})"]
 
 
 def accumulating(recipe: EmbeddedRecipe, count: int) -> EmbeddedRecipe:

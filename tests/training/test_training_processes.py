@@ -26,7 +26,7 @@ from openwu.training.checkpoint import STATE, load_weights, read_state_header
 from openwu.training.config import EmbeddedRecipe, StageConfig
 from openwu.training.distributed import Processes
 from openwu.training.loop import Updates
-from openwu.training.micro_batch import Part
+from openwu.training.micro_batch import MicroBatch
 
 SCRIPT = Path(__file__).parent / "process_cases.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -185,7 +185,7 @@ def test_processes_that_see_other_checkpoints_are_refused(monkeypatch: pytest.Mo
 def test_each_process_computes_its_own_parts() -> None:
     updates = Updates(new_stage(new_trained(), lambda _: None), _config(accumulate=2), Processes())
     updates.processes = Processes(1, 3)
-    assert updates._parts() == [Part(2, 6), Part(3, 6)]
+    assert updates._parts() == [MicroBatch(2, 6), MicroBatch(3, 6)]
 
 
 def test_muon_with_shards_is_refused() -> None:

@@ -14,7 +14,7 @@ from openwu.cli.train import train_wording
 from openwu.training.config import StageConfig, WordingRecipe, load_recipe
 from openwu.training.embedded.wording import WordingStage
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.micro_batch import Part
+from openwu.training.micro_batch import MicroBatch
 from openwu.training.record import PROVENANCE
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "wording.py"
@@ -39,14 +39,14 @@ def test_understood_sentences_keep_their_tokens_and_others_are_drawn_to_what_is_
     sentences = ["make it darker", "warmer please", "把照片调亮"]
     read = encoder.read_words(sentences).detach()
     taken = encoder.log_probabilities(encoder.settled(read)).argmax(1)
-    wanted = torch.where(torch.tensor([True, False, True]), taken, (taken + 1) % len(stage.labels))
+    target = torch.where(torch.tensor([True, False, True]), taken, (taken + 1) % len(stage.labels))
     degrees = torch.tensor([1, 2, 0])
-    expected = stage.expected(sentences, wanted, degrees)
+    expected = stage.expected(sentences, target, degrees)
     assert torch.equal(expected[[0, 2]], read[[0, 2]])
-    torch.testing.assert_close(expected[1], (encoder.centres[wanted[1]] + encoder.degree_centres[2]).detach())
+    torch.testing.assert_close(expected[1], (encoder.centres[target[1]] + encoder.degree_centres[2]).detach())
     with torch.no_grad():
         encoder.place.add_(1)  # what was expected does not move with what is trained
-    assert torch.equal(stage.expected(sentences, wanted, degrees), expected)
+    assert torch.equal(stage.expected(sentences, target, degrees), expected)
 
 
 def test_holding_keeps_tokens_nearer_to_what_was_expected(recipe: WordingRecipe, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_holding_keeps_tokens_nearer_to_what_was_expected(recipe: WordingRecipe,
         drawn = stage.drawn(3)
         tokens = model.instruction.read_rows(drawn.rows)
         away[hold] = float(
-            (tokens.detach() - stage.expected(drawn.sentences, drawn.wanted, drawn.degrees)).square().mean()
+            (tokens.detach() - stage.expected(drawn.sentences, drawn.target, drawn.degrees)).square().mean()
         )
     assert away[10.0] < 0.7 * away[0.0]
 
@@ -71,7 +71,7 @@ def test_parts_of_a_batch_add_up(recipe: WordingRecipe) -> None:
     for count in (1, 3):
         losses = []
         for index in range(count):
-            with stage.loss(5, Part(index, count)) as loss:
+            with stage.loss(5, MicroBatch(index, count)) as loss:
                 losses.append(float(loss.detach()))
         totals.append(sum(losses))
     assert totals[0] == pytest.approx(totals[1], abs=1e-5)

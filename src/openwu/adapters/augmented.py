@@ -2,13 +2,13 @@
 
     y = W x + scale B (A x) = [W | scale B] [x, A x]
 
-The weights lie in memory with `room` spare columns beside each row; a scope writes scale B there, and the product that
-the base computes anyway reads a few columns more. Against an update of its own (`stacked.py`), no result is read and
-written again, and there is one grouped product less. Several requests share the room: each has columns of its own, and
-A x is zero in those of the others, so that the groups stay the experts'.
+The weights lie in memory with spare columns beside each row; a scope writes scale B there, and the product that the
+base computes anyway reads a few columns more. Against an update of its own (`stacked.py`), no result is read and
+written again, and there is one grouped product less. Several requests share the spare columns: each has its own, and A x
+is zero in those of the others, so that the groups stay the experts'.
 
 Nothing is merged: W's numbers are never written. Where A, B or W are trained, a scope takes `stacked.py`'s way, and so
-do adapters for which the room is too small.
+do adapters for which there are too few spare columns.
 
 Shapes: S routed rows, E experts, b samples, r rank, c = b * r columns in use (rounded up), room >= c.
 """
@@ -36,7 +36,7 @@ COLUMNS = 16
 class AugmentedSite(StackedSite):
     """One weight of all experts, `[E, out, in]`, with room beside it."""
 
-    def __init__(self, target: Target, module: GroupedProduct, container: nn.Module, room: int) -> None:
+    def __init__(self, target: Target, module: GroupedProduct, container: nn.Module, spare_columns: int) -> None:
         super().__init__(target, module, container)
         weight = self._parameter
         if not weight.is_floating_point() or type(weight) is not nn.Parameter or weight.is_meta:
@@ -44,7 +44,7 @@ class AugmentedSite(StackedSite):
                 f"{target.name}: room for adapters needs plain floating-point weights in memory, got "
                 f"{type(weight).__name__} in {weight.dtype} on {weight.device}; attach without room"
             )
-        self._room = _rounded(room)
+        self._room = _rounded(spare_columns)
         self._wide: Tensor | None = None
         """`[E, out, in + room]`"""
         self._tail_a: Tensor | None = None
@@ -54,7 +54,7 @@ class AugmentedSite(StackedSite):
         self._used, self._rank = 0, 0
 
     def install(self) -> list[RemovableHandle]:
-        """Lay the weight out anew: one more copy of this weight for a moment, `room` columns more for good."""
+        """Lay the weight out anew: one more copy of this weight for a moment, `spare_columns` columns more for good."""
         weight = self._parameter.data
         with torch.inference_mode(mode=False):  # the room is written to in every scope, of whatever mode
             wide = weight.new_zeros(*weight.shape[:2], weight.shape[2] + self._room)
@@ -104,12 +104,12 @@ class AugmentedSite(StackedSite):
             self._place_n = torch.tensor([place.get(sample, -1) for sample in rows], device=a.device)
             self._rows, self._rank = len(rows), rank
             self._run_t = None if active.segments is None else active.segments.of_token
-        self.module.room = self._used = columns
+        self.module.spare_columns = self._used = columns
 
     def drop(self) -> None:
         super().drop()
         self._tail_a = self._place_n = self._rows = None
-        self.module.room = 0
+        self.module.spare_columns = 0
 
     def _widen(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """x `[S, in]`, weight `[E, out, in]` -> `[x, A x]` and `[W | scale B]`."""
@@ -128,7 +128,7 @@ class AugmentedSite(StackedSite):
         if self._place_n is not None:
             tail = tail * self._own(routed, tail)
         width = x.shape[1]
-        return self.module.beside(x, tail), wide[..., : width + self._used], routed
+        return self.module.reserve_bytes(x, tail), wide[..., : width + self._used], routed
 
     def _own(self, routed: Routed, tail: Tensor) -> Tensor:
         """`[S, c]` 1 in the columns of a routed row's own sample, 0 in all others."""

@@ -175,19 +175,19 @@ def expert_sites(
     container: str,
     targets: Sequence[Target],
     routing: ExpertRouting | None,
-    room: int = 0,
+    spare_columns: int = 0,
 ) -> list[Site]:
     """The sites of all `targets` in one container of experts; its router's comes first where routing is given.
 
-    `room`: spare columns beside stacked weights.
+    `spare_columns`: spare columns beside stacked weights.
     """
     by_weight = {target.name.removeprefix(f"{container}."): target for target in targets}
     experts = targets[0].experts
     held = modules.get(container)
     stacked = None if held is None else stacked_products(container, held, targets)
     if held is not None and stacked is not None:
-        if room:
-            return [AugmentedSite(target, product, held, room) for target, product in stacked]
+        if spare_columns:
+            return [AugmentedSite(target, product, held, spare_columns) for target, product in stacked]
         return [StackedSite(target, product, held) for target, product in stacked]
     children = [] if held is None else [name for name, _ in held.named_children()]
     if children != [str(expert) for expert in range(len(children))] or {t.experts for t in targets} != {len(children)}:

@@ -6,7 +6,7 @@
         loss.backward()                          # with gradient checkpointing: inside the scope
 
 Forward hooks add the update to the outputs of the target modules; nothing of the model is replaced, its state-dict
-names stay. With `room`, weights of stacked experts lie elsewhere in memory while the handle is attached.
+names stay. With `spare_columns`, weights of stacked experts lie elsewhere in memory while the handle is attached.
 
 Checkpointing: `use_reentrant=False`, and backward inside the scope of its forward. Backward after the scope fails in
 torch ("a different number of tensors was saved"), backward in a later scope that has not run the model fails here.
@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from openwu.adapters.augmented import AugmentedSite
 from openwu.adapters.experts import ExpertRouting, expert_sites
 from openwu.adapters.linear import ConvSite, LinearSite
-from openwu.adapters.site import Active, Caller, Segments, Site
+from openwu.adapters.site import Active, Caller, PackedSequences, Site
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 
@@ -45,27 +45,29 @@ _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def attach(
-    model: nn.Module, targets: Sequence[Target], *, routing: ExpertRouting | None = None, room: int = 0
+    model: nn.Module, targets: Sequence[Target], *, routing: ExpertRouting | None = None, spare_columns: int = 0
 ) -> AdapterHandle:
     """Install the hooks for `targets` on `model` and return the handle that applies adapters to them.
 
     Raises one TargetError with everything that does not fit: missing modules, unsupported types, other widths.
     `routing` is for experts in batches with several adapters.
 
-    `room`: columns of memory to lay beside every row of stacked experts' weights, until `detach`. Where adapters that
-    are not trained fit (rank times the number of different adapters in a batch), they cost about half of what they cost
+    `spare_columns`: columns of memory beside every row of stacked experts' weights, until `detach`. Where adapters
+    that are not trained fit (rank times the number of different adapters in a batch), they cost about half of what they cost
     without: `[W | scale B] [x, A x]` is computed in one product (`adapter.augmented`). No weight's numbers change.
     Weights that are moved or replaced while attached lose their room, and nothing else.
     """
-    if isinstance(room, bool) or not isinstance(room, int) or room < 0:
-        raise TargetError(f"room: expected a number of columns from 0 (rank times adapters in a batch), got {room!r}")
+    if isinstance(spare_columns, bool) or not isinstance(spare_columns, int) or spare_columns < 0:
+        raise TargetError(
+            f"spare_columns: expected a number from 0 (rank times adapters in a batch), got {spare_columns!r}"
+        )
     taken = [name or type(model).__name__ for name, module in model.named_modules() if module in _attached]
     if taken:
         raise TargetError(
             f"attach: {len(taken)} modules of the model already carry adapter hooks, {taken[0]} among them; "
             "use the handle that is there, or detach() it first"
         )
-    return AdapterHandle(targets, resolve(model, targets, routing, room))
+    return AdapterHandle(targets, resolve(model, targets, routing, spare_columns))
 
 
 class AdapterHandle:
@@ -201,7 +203,7 @@ class _Scope(AbstractContextManager[None]):
 
 
 def resolve(
-    model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None, room: int = 0
+    model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None, spare_columns: int = 0
 ) -> list[Site]:
     """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -219,13 +221,15 @@ def resolve(
             problems.append(str(problem))
     for container, grouped in containers.items():
         try:
-            sites.extend(expert_sites(modules, container, grouped, routing, room))
+            sites.extend(expert_sites(modules, container, grouped, routing, spare_columns))
         except TargetError as problem:
             problems.append(str(problem))
     held = Counter(site.module for site in sites)
     problems += [f"{site.path}: the same module as another target" for site in sites if held[site.module] > 1]
-    if room and not problems and not any(isinstance(site, AugmentedSite) for site in sites):
-        problems.append("room: expected experts with stacked weights among the targets, found none; leave it out")
+    if spare_columns and not problems and not any(isinstance(site, AugmentedSite) for site in sites):
+        problems.append(
+            "spare_columns: expected experts with stacked weights among the targets, found none; leave it out"
+        )
     if problems or not targets:
         raise TargetError.listing("the targets do not fit the model:", problems or ["no targets given"])
     return sites
@@ -267,7 +271,7 @@ def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> tuple[int
     return samples
 
 
-def _segments(adapter: Adapter, samples: tuple[int, ...] | None, segments: Sequence[int] | Tensor) -> Segments:
+def _segments(adapter: Adapter, samples: tuple[int, ...] | None, segments: Sequence[int] | Tensor) -> PackedSequences:
     """`segments` checked, where the adapter is."""
     lengths = [int(length) for length in (segments.tolist() if isinstance(segments, Tensor) else segments)]
     count = len(samples) if samples is not None else None if adapter.batch == 1 else adapter.batch
@@ -275,7 +279,7 @@ def _segments(adapter: Adapter, samples: tuple[int, ...] | None, segments: Seque
         raise TargetError(
             f"segments: expected a number of tokens for each of {count or 'one or more'} segments, got {lengths}"
         )
-    return Segments.of(lengths, adapter.weights[adapter.targets[0].name][0].device)
+    return PackedSequences.of(lengths, adapter.weights[adapter.targets[0].name][0].device)
 
 
 def _listed(targets: set[Target]) -> str:

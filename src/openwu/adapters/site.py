@@ -31,7 +31,7 @@ class Caller(threading.local):
 
 
 @dataclass(frozen=True)
-class Segments:
+class PackedSequences:
     """Runs of tokens in a packed sequence, one after another, each with the adapter of one sample."""
 
     lengths: tuple[int, ...]
@@ -41,7 +41,7 @@ class Segments:
     """`[T]` run of every token"""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
         each = torch.tensor(lengths)
         of_token = torch.repeat_interleave(torch.arange(len(lengths)), each)
         return cls(tuple(lengths), each.cumsum(0).to(device, torch.int32), of_token.to(device))
@@ -61,7 +61,7 @@ class Active:
     batch: int
     rows: tuple[int, ...] | None
     """Sample of every input row, -1 for none; None: as many rows as samples, or any number of rows for one sample."""
-    segments: Segments | None
+    segments: PackedSequences | None
     """Where `rows` are runs of tokens rather than entries of the batch."""
     trained: bool
     """Whether gradients flow into A and B."""
@@ -70,7 +70,7 @@ class Active:
 
     @classmethod
     def of(
-        cls, adapter: Adapter, rows: tuple[int, ...] | None, caller: Caller, segments: Segments | None = None
+        cls, adapter: Adapter, rows: tuple[int, ...] | None, caller: Caller, segments: PackedSequences | None = None
     ) -> Active:
         trained = any(a.requires_grad or b.requires_grad for a, b in adapter.weights.values())
         return cls(adapter.weights, adapter.scale, adapter.batch, rows, segments, trained, caller)

@@ -31,7 +31,7 @@ def inner_products(first: Adapter, second: Adapter | None = None) -> Tensor:
     return total * (first.scale * second.scale)
 
 
-def spread(adapter: Adapter) -> float:
+def relative_std(adapter: Adapter) -> float:
     """How much updates differ between samples: their standard deviation over their root mean square; 0 is collapse."""
     products = inner_products(adapter.detach())
     square = float(products.diagonal().mean())

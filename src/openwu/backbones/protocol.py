@@ -101,7 +101,7 @@ class Backbone(ConditionEncoder, Protocol):
     def prediction(self) -> Prediction: ...
 
     @property
-    def signal(self) -> Tensor | None:
+    def alphas_cumprod(self) -> Tensor | None:
         """A diffusion's share of the target's variance at every step [steps]; None for flow matching."""
         ...
 
@@ -121,7 +121,7 @@ class Backbone(ConditionEncoder, Protocol):
         """
         ...
 
-    def without_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
+    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
         """The batch with some of what the base is told taken away at random, where its guidance was trained so."""
         ...
 

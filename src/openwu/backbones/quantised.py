@@ -40,7 +40,7 @@ _CHATTER = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
 
 
 @dataclass(frozen=True)
-class Fewer:
+class QuantisationPlan:
     """What of a pipeline is quantised."""
 
     how: Quantise

@@ -40,17 +40,17 @@ def measure_experts(quick: bool) -> Row:
         base, loop = finished(partial(layer, x)), finished(partial(looped, layer, adapter, x))
         expected = loop()
         found = interleaved({"loop": loop}, 5 if quick else 10)
-        for room in (RANK, 0):
-            with attach(layer, adapter.targets, room=room) as handle:
+        for spare_columns in (RANK, 0):
+            with attach(layer, adapter.targets, spare_columns=spare_columns) as handle:
                 runs = {"ours": applied(handle, layer, adapter, x)}
-                if not room and available(device):
+                if not spare_columns and available(device):
                     runs["ours, plain torch"] = plainly(runs["ours"])
                 error = max(error, *(gate("G2", run(), expected, TOLERANCE) for run in runs.values()))
                 timed = interleaved({"base": base, **runs}, 5 if quick else 30, warmup=3)
             for name in runs:
                 share = overhead(timed[name], timed["base"]) / timed["base"].median
-                shares.setdefault(name + ", with room" * bool(room), {})[str(tokens)] = share
-            found |= {name + ", with room" * bool(room): timing for name, timing in timed.items()}
+                shares.setdefault(name + ", with room" * bool(spare_columns), {})[str(tokens)] = share
+            found |= {name + ", with room" * bool(spare_columns): timing for name, timing in timed.items()}
         sides |= {f"{name}, {tokens} tokens": timing for name, timing in found.items()}
     judged = shares["ours, with room"]
     return Row(
@@ -91,7 +91,7 @@ def measure_batch(quick: bool) -> Row:
         for count in counts:
             x = torch.randn(count, 128 if quick else 1024, DIM, device=device, dtype=torch.bfloat16)
             adapter = random_adapter(targets, count, dtype=torch.bfloat16, seed=count).to(device)
-            with attach(layer, targets, room=RANK * count if kind == "experts" else 0) as handle:
+            with attach(layer, targets, spare_columns=RANK * count if kind == "experts" else 0) as handle:
                 ours = applied(handle, layer, adapter, x)
                 alone = [applied(handle, layer, adapter.select([i]), x[i : i + 1]) for i in range(count)]
                 one_by_one = finished(partial(joined, alone))

@@ -1,7 +1,7 @@
 """C3: a layer of experts, what the adapter costs: grouped products against a loop over experts, on the same base.
 
-Both sides hook the same grouped products of the base, so that only the adapter's path differs. `room` lays the base's
-weights out anew: ours is then compared with that base, the loop always with the base as it was.
+Both sides hook the same grouped products of the base, so that only the adapter's path differs. `spare_columns` lays the
+base's weights out anew: ours is then compared with that base, the loop always with the base as it was.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def measure(quick: bool) -> Row:
     ratios: dict[str, float] = {}
     sides: dict[str, Timing] = {}
     error = 0.0
-    for name, (batch, room) in WAYS.items():
+    for name, (batch, spare_columns) in WAYS.items():
         adapter = random_adapter(layer.targets(), batch, dtype=x.dtype, seed=batch)
-        with attach(layer, adapter.targets, room=room) as handle, handle.applied(adapter):
+        with attach(layer, adapter.targets, spare_columns=spare_columns) as handle, handle.applied(adapter):
             grouped = layer(x)
         error = max(error, gate("C3", grouped, looped(layer, adapter, x), TOLERANCE, layer(x)))
         timed = interleaved({"base": lambda: layer(x), "loop": partial(looped, layer, adapter, x)}, repeats)
         timed = {f"loop's {side}" if side == "base" else side: timing for side, timing in timed.items()}
-        with attach(layer, adapter.targets, room=room) as handle:
+        with attach(layer, adapter.targets, spare_columns=spare_columns) as handle:
 
             def ours(adapter: Adapter = adapter, handle: AdapterHandle = handle) -> Tensor:
                 with handle.applied(adapter):

@@ -99,10 +99,10 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="what else to do, in the same pass by adding up adapters (--in-turn comes closer); may be repeated",
+        help="what else to do, in the same pass by adding up adapters (--sequential comes closer); may be repeated",
     )
     edit.add_argument(
-        "--in-turn", action="store_true", help="a pass for each --then, of what the pass before made: slower, closer"
+        "--sequential", action="store_true", help="a pass for each --then, of what the pass before made: slower, closer"
     )
     edit.add_argument(
         "--reference",
@@ -138,7 +138,9 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     edit.add_argument(
         "--cache", metavar="FOLDER", help="look adapters up in this folder before generating them, and keep new ones"
     )
-    edit.add_argument("--anyway", action="store_true", help="try instructions that the model does not know, too")
+    edit.add_argument(
+        "--allow-out-of-scope", action="store_true", help="try instructions that the model does not know, too"
+    )
     edit.add_argument("--overwrite", action="store_true", help="replace outputs that exist already")
     edit.add_argument("--quiet", action="store_true", help="print nothing but errors")
     edit.set_defaults(run="openwu.cli.edit:run")

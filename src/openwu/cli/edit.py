@@ -68,10 +68,12 @@ def _instruction(arguments: argparse.Namespace) -> str:
         raise UsageError("--cache: the adapter of --adapter needs no look-up; leave one of them out")
     if arguments.adapter and arguments.then:
         raise UsageError("--then: an adapter of --adapter is complete; generate with --instruction and --then instead")
-    if arguments.in_turn and not arguments.then:
-        raise UsageError("--in-turn: expected with --then, which says what comes next; add that or leave it out")
-    if arguments.in_turn and arguments.save_adapter:
-        raise UsageError("--save-adapter: edits in turn have an adapter each; leave out --in-turn, or save one by one")
+    if arguments.sequential and not arguments.then:
+        raise UsageError("--sequential: expected with --then, which says what comes next; add that or leave it out")
+    if arguments.sequential and arguments.save_adapter:
+        raise UsageError(
+            "--save-adapter: edits in turn have an adapter each; leave out --sequential, or save one by one"
+        )
     if arguments.instruction is not None:
         return check_instruction(arguments.instruction)
     if not arguments.adapter:
@@ -119,11 +121,11 @@ def _edit(
             [str(job.photo), *arguments.reference],
             instructions[0],
             then=instructions[1:],
-            in_turn=arguments.in_turn,
+            sequential=arguments.sequential,
             strength=arguments.strength,
             seed=arguments.seed,
             adapter=adapter,
-            anyway=arguments.anyway,
+            allow_out_of_scope=arguments.allow_out_of_scope,
             progress=progress,
             **({} if arguments.reasoning is None else {"reasoning": arguments.reasoning}),
         )

@@ -36,7 +36,7 @@ from openwu.evaluation.experiments.pictures import (
     draw_map,
     draw_scaling,
 )
-from openwu.evaluation.experiments.results import Kept, columns, fingerprint, write_findings
+from openwu.evaluation.experiments.results import ResultCache, columns, fingerprint, write_findings
 from openwu.evaluation.experiments.scaling import AXES, BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
@@ -290,13 +290,13 @@ def _shortened(budget: Budget, options: argparse.Namespace) -> Budget:
     return dataclasses.replace(budget, steps=options.steps, search_steps=search_steps)
 
 
-def _kept(what: str, settings: Mapping[str, object], model: EmbeddedModel) -> Kept:
+def _kept(what: str, settings: Mapping[str, object], model: EmbeddedModel) -> ResultCache:
     """Where finished parts stand: whatever they depend on is in the folder's name, all but their seed."""
     # "quick" counts: it chooses the test photographs, also where --edit and --steps say all else.
     meant = {key: value for key, value in settings.items() if key not in ("seeds", "output", "axis")}
     meant["photos"] = folder_hashes(Path(str(settings["photos"])))
     digits = fingerprint(meant, model.instruction, model.backbone)
-    return Kept(Path(str(settings["output"])) / "parts" / f"{what}-{digits}")
+    return ResultCache(Path(str(settings["output"])) / "parts" / f"{what}-{digits}")
 
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:

@@ -16,7 +16,7 @@ from openwu.errors import OpenwuError
 from openwu.files.hashing import of_files, of_json
 from openwu.files.origin import origin
 from openwu.training.checkpoint import load_weights
-from openwu.training.config import STAGES, BasedRecipe, EmbeddedRecipe, PairsRecipe, WordingRecipe, load_recipe
+from openwu.training.config import STAGES, EmbeddedRecipe, PairsRecipe, PipelineRun, WordingRecipe, load_recipe
 from openwu.training.distributed import joined_until_done
 from openwu.training.embedded.own_pairs import PairsStage, pairs_hashes, split_pairs
 from openwu.training.embedded.stages import InstructionStage, SharedAdapter, base_stage, generator_stage, shared_stage
@@ -24,7 +24,7 @@ from openwu.training.embedded.wording import WordingStage
 from openwu.training.loop import SECONDS, LoopConfig, Stage, train_stage
 from openwu.training.record import describe, export_folders, seconds_of, stored_provenance, write_provenance
 
-_ONLY_STAGES = {PairsRecipe: "generator", WordingRecipe: "wording", BasedRecipe: "generator"}
+_ONLY_STAGES = {PairsRecipe: "generator", WordingRecipe: "wording", PipelineRun: "generator"}
 
 
 def run(recipe: str, overrides: list[str], *, output: str | None = None, stages: list[str] | None = None) -> Path:
@@ -41,7 +41,7 @@ def run(recipe: str, overrides: list[str], *, output: str | None = None, stages:
             train(config, folder, tuple(stage for stage in STAGES if stage in asked))
         elif isinstance(config, PairsRecipe):
             train_pairs(config, folder)
-        elif isinstance(config, BasedRecipe):
+        elif isinstance(config, PipelineRun):
             from openwu.training.pipelines import train_based
 
             train_based(config, folder)

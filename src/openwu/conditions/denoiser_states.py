@@ -59,8 +59,8 @@ class DenoiserStates:
         # Nothing is to be learned here: any picture of the base's size does where a wanted one stands in training.
         batch = self.backbone.latent_batch([request], [torch.zeros(3, 64, 64)])
         noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(request.seed))
-        signal = self.backbone.signal
-        step = self.time if signal is None else round(self.time * (len(signal) - 1))
+        alphas_cumprod = self.backbone.alphas_cumprod
+        step = self.time if alphas_cumprod is None else round(self.time * (len(alphas_cumprod) - 1))
         time = torch.tensor([step], device=batch.target.device)
         said: list[Tensor] = []
 

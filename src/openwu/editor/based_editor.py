@@ -25,9 +25,9 @@ from openwu.backbones import backbone_class
 from openwu.backbones.protocol import Backbone
 from openwu.editor.compatibility import attach_generator, check_targets, encoder_for, placed
 from openwu.editor.requests import Progress, asked_of, listed, timed
-from openwu.editor.requests import in_turn as edited_in_turn
+from openwu.editor.requests import sequential as edited_in_turn
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
-from openwu.generator.checkpoint import bytes_beside
+from openwu.generator.checkpoint import generator_bytes
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.images import Photo, read_picture
@@ -95,7 +95,7 @@ class BasedEditor:
             check(base, revision=revision, **options_taken)
         how: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, **options_taken}
         if "beside" in taken:
-            how["beside"] = bytes_beside(Path(generator), dtype)
+            how["beside"] = generator_bytes(Path(generator), dtype)
         # The generator is loaded first: it is the smaller one, and what is wrong with it shows soon. Where the base's
         # memory is planned, the base first: the plan leaves room for the generator.
         made = kind.from_pretrained(base, **how) if "beside" in taken else None
@@ -108,25 +108,25 @@ class BasedEditor:
         instruction: str = "",
         *,
         then: str | Sequence[str] = (),
-        in_turn: bool = False,
+        sequential: bool = False,
         strength: float = 1.0,
         seed: int = 0,
         adapter: Adapter | None = None,
-        anyway: bool = False,  # noqa: ARG002
+        allow_out_of_scope: bool = False,  # noqa: ARG002
         progress: Progress | None = None,
         options: SamplingOptions | None = None,
         reasoning: str | None = None,
     ) -> EditResult:
         """Edit one picture; further ones in `images` are references. See `Editor.edit`.
 
-        `anyway` is there for calls that do not know which editor they have: these bases refuse no instruction.
+        `allow_out_of_scope` changes nothing: these bases refuse no instruction.
         """
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
         if adapter is not None and then:
             raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
         request = EditRequest(listed(images), instruction, strength, seed, then, reasoning)
-        if not in_turn or not then:
+        if not sequential or not then:
             return self._edited([request], adapter, progress, options)[0]
 
         def edit(pictures: list[Picture], text: str, told: Progress | None) -> EditResult:
@@ -138,7 +138,7 @@ class BasedEditor:
         self,
         requests: Sequence[EditRequest],
         *,
-        anyway: bool = False,  # noqa: ARG002
+        allow_out_of_scope: bool = False,  # noqa: ARG002
         progress: Progress | None = None,
         options: SamplingOptions | None = None,
     ) -> list[EditResult]:
@@ -152,7 +152,7 @@ class BasedEditor:
         images: Picture | Sequence[Picture],
         instruction: str,
         *,
-        anyway: bool = False,  # noqa: ARG002
+        allow_out_of_scope: bool = False,  # noqa: ARG002
         seed: int = 0,
         reasoning: str | None = None,
     ) -> Adapter:
@@ -217,7 +217,7 @@ class BasedEditor:
 
     def _together(self, requests: Sequence[BaseRequest], batch: int) -> list[Sequence[BaseRequest]]:
         """Requests whose adapters are generated at once. Bases that plan their memory leave room for one or so."""
-        size = min(batch, getattr(self.backbone, "most_together", batch))
+        size = min(batch, getattr(self.backbone, "max_batch", batch))
         return [requests[start : start + size] for start in range(0, len(requests), size)]
 
     def _generate(self, condition: Condition, instructions: Sequence[str]) -> list[Adapter]:

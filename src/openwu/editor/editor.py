@@ -26,7 +26,7 @@ from openwu.backbones.embedded.scope import check_scope
 from openwu.backbones.embedded.tiles import Tile
 from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.requests import Progress, asked_of, listed, timed
-from openwu.editor.requests import in_turn as edited_in_turn
+from openwu.editor.requests import sequential as edited_in_turn
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.export.fit import with_kernels
 from openwu.generator.inference.fast import FastGenerator
@@ -136,58 +136,62 @@ class Editor:
         instruction: str = "",
         *,
         then: str | Sequence[str] = (),
-        in_turn: bool = False,
+        sequential: bool = False,
         strength: float = 1.0,
         seed: int = 0,
         adapter: Adapter | None = None,
-        anyway: bool = False,
+        allow_out_of_scope: bool = False,
         progress: Progress | None = None,
     ) -> EditResult:
         """Edit one picture; a second one in `images` is the reference of instructions such as "take its colours".
 
-        `then` asks for more in the same pass: the low-rank updates of all instructions are added up; with `in_turn`
+        `then` asks for more in the same pass: the low-rank updates of all instructions are added up; with `sequential`
         each instruction has a pass of its own, of what the one before made, and the result's adapter is the last one's.
         `adapter` reuses an adapter instead of generating one; without an instruction the base then reads the one that
-        the adapter was generated for. `anyway` tries instructions that the model does not know.
+        the adapter was generated for. `allow_out_of_scope` tries instructions that the model does not know.
         """
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
         if adapter is not None and then:
             raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
         request = EditRequest(listed(images), instruction, strength, seed, then)
-        if not in_turn or not then:
-            return self._edited([request], adapter, anyway, progress)[0]
+        if not sequential or not then:
+            return self._edited([request], adapter, allow_out_of_scope, progress)[0]
         asked = asked_of(request, None)
-        self._understand(asked, [len(request.images) > 1] * len(asked), anyway)  # all, before the first pass
+        self._understand(
+            asked, [len(request.images) > 1] * len(asked), allow_out_of_scope
+        )  # all, before the first pass
 
         def edit(pictures: list[Picture], text: str, told: Progress | None) -> EditResult:
-            return self._edited([EditRequest(pictures, text, strength, seed)], None, anyway, told)[0]
+            return self._edited([EditRequest(pictures, text, strength, seed)], None, allow_out_of_scope, told)[0]
 
         return edited_in_turn(edit, request.images, asked, progress)
 
     def edit_batch(
-        self, requests: Sequence[EditRequest], *, anyway: bool = False, progress: Progress | None = None
+        self, requests: Sequence[EditRequest], *, allow_out_of_scope: bool = False, progress: Progress | None = None
     ) -> list[EditResult]:
         """Edit many pictures, each with its own adapter; the adapters are generated together.
 
         Very small pictures of one size share forward passes of the base; others are edited one after another, which is
         quicker (`EmbeddedModel.merging_pays`).
         """
-        return self._edited(list(requests), None, anyway, progress) if requests else []
+        return self._edited(list(requests), None, allow_out_of_scope, progress) if requests else []
 
-    def adapt(self, images: Picture | Sequence[Picture], instruction: str, *, anyway: bool = False) -> Adapter:
+    def adapt(
+        self, images: Picture | Sequence[Picture], instruction: str, *, allow_out_of_scope: bool = False
+    ) -> Adapter:
         """Only generate, or take from the cache: the adapter (b = 1) of a request."""
         photos, asked = _read(EditRequest(listed(images), instruction)), [check_instruction(instruction)]
 
         def generate(_: Sequence[int]) -> Adapter:
-            return self._generate([photos], self._understand(asked, [len(photos) > 1], anyway), asked)
+            return self._generate([photos], self._understand(asked, [len(photos) > 1], allow_out_of_scope), asked)
 
         with torch.no_grad():  # not inference mode: a caller may train on what comes back
-            return self._cached([photos], asked, generate, anyway)[0]
+            return self._cached([photos], asked, generate, allow_out_of_scope)[0]
 
     @torch.no_grad()
     def _edited(
-        self, requests: list[EditRequest], given: Adapter | None, anyway: bool, progress: Progress | None
+        self, requests: list[EditRequest], given: Adapter | None, allow_out_of_scope: bool, progress: Progress | None
     ) -> list[EditResult]:
         timings: dict[str, float] = {}
         if any(request.reasoning is not None for request in requests):
@@ -201,7 +205,7 @@ class Editor:
         owner = [index for index, instructions in enumerate(asked) for _ in instructions]
         flat = [instruction for instructions in asked for instruction in instructions]
         with timed(timings, "condition"):
-            text = self._understand(flat, [len(photos[i]) > 1 for i in owner], anyway or given is not None)
+            text = self._understand(flat, [len(photos[i]) > 1 for i in owner], allow_out_of_scope or given is not None)
         with timed(timings, "generate"):
             if given is None:
                 seen = [photos[i] for i in owner]
@@ -209,7 +213,7 @@ class Editor:
                 def generate(places: Sequence[int]) -> Adapter:
                     return self._generate([seen[k] for k in places], text[list(places)], [flat[k] for k in places])
 
-                each = self._cached(seen, flat, generate, anyway)
+                each = self._cached(seen, flat, generate, allow_out_of_scope)
                 adapters = [Adapter.sum([each[k] for k in _of(owner, i)]) for i in range(len(requests))]
             else:
                 adapters = [given.to(self.dtype)]
@@ -221,10 +225,10 @@ class Editor:
             edited = draw(self.model, jobs, progress)
         return [EditResult(photo, adapters[i], timings) for i, photo in enumerate(edited)]
 
-    def _understand(self, instructions: Sequence[str], referenced: Sequence[bool], anyway: bool) -> Tensor:
-        """-> instruction tokens `[b, K, text_dim]`; raises InstructionError out of scope unless `anyway`."""
+    def _understand(self, instructions: Sequence[str], referenced: Sequence[bool], allow_out_of_scope: bool) -> Tensor:
+        """Instruction tokens `[b, K, text_dim]`; InstructionError out of scope unless `allow_out_of_scope`."""
         tokens: Tensor = self.model.instruction(instructions)
-        if not anyway:
+        if not allow_out_of_scope:
             logs = self.model.instruction.log_probabilities(tokens)
             check_scope(instructions, logs, self.model.config.instruction.labels, referenced)
         return tokens
@@ -234,13 +238,16 @@ class Editor:
         photos: Sequence[Sequence[Photo]],
         instructions: Sequence[str],
         generate: Callable[[Sequence[int]], Adapter],
-        anyway: bool,
+        allow_out_of_scope: bool,
     ) -> list[Adapter]:
         """One adapter (b = 1) per instruction, from the cache where it has them; `generate` makes those at places."""
         if self.cache is None:
             each = generate(range(len(instructions)))
             return [each.select([place]) for place in range(len(instructions))]
-        keys = [self.adapter_key(*each, anyway=anyway) for each in zip(photos, instructions, strict=True)]
+        keys = [
+            self.adapter_key(*each, allow_out_of_scope=allow_out_of_scope)
+            for each in zip(photos, instructions, strict=True)
+        ]
         found = self.cache.fetch(keys, generate)
         # Another spelling may have been the first: a result names the one that was asked for.
         return [
@@ -248,7 +255,7 @@ class Editor:
             for one, text in zip(found, instructions, strict=True)
         ]
 
-    def adapter_key(self, photos: Sequence[Photo], instruction: str, *, anyway: bool = False) -> str:
+    def adapter_key(self, photos: Sequence[Photo], instruction: str, *, allow_out_of_scope: bool = False) -> str:
         """Under which key the cache keeps the adapter of a request: of what it depends on, and nothing else."""
         # Autocast computes with the same weights in another dtype.
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -257,7 +264,7 @@ class Editor:
             [condition_pixels(photo) for photo in photos],
             self.model.instruction.as_read(instruction),
             how=f"{self.generator.described} autocast {autocast}",
-            in_scope=not anyway,
+            in_scope=not allow_out_of_scope,
         )
 
     def _generate(self, photos: Sequence[Sequence[Photo]], text: Tensor, instructions: Sequence[str]) -> Adapter:

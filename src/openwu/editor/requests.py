@@ -26,7 +26,7 @@ def listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
     return list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
 
 
-def in_turn(
+def sequential(
     edit: Callable[[list[Picture], str, Progress | None], EditResult],
     images: Sequence[Picture],
     instructions: Sequence[str],

@@ -81,8 +81,8 @@ def key_rotary(head_dim: int, rows: int, columns: int, keys: int, device: torch.
 def rotate(x_sqme: Tensor, angles: Rotary) -> Tensor:
     """Turn each pair (x[2k], x[2k+1]) of every head; at least in float32, returned in x's dtype."""
     wide = torch.promote_types(x_sqme.dtype, torch.float32)
-    turns = torch.complex(angles.cos.to(wide), angles.sin.to(wide)).unsqueeze(-2)
-    return dispatch.rotated(x_sqme, turns)
+    rotary = torch.complex(angles.cos.to(wide), angles.sin.to(wide)).unsqueeze(-2)
+    return dispatch.rotated(x_sqme, rotary)
 
 
 class RMSNorm(nn.RMSNorm):

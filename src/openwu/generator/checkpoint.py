@@ -254,7 +254,7 @@ COPIES = 3
 """An adapter as generated, at its strength, and stacked for the base's call."""
 
 
-def bytes_beside(folder: Path, dtype: torch.dtype | None) -> int:
+def generator_bytes(folder: Path, dtype: torch.dtype | None) -> int:
     """Weights, activations and adapters of one request at a time; `dtype` None: that of the files."""
     config, numbers, stored = read_shape(folder)
     return needed(config, numbers, dtype or stored)

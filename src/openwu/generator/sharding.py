@@ -133,7 +133,7 @@ class ShardedGenerator:
             stages, keys = fast.stages(number, layout, c_bld.shape[1], dtype, c_bld.device)
             if mask_bl is not None:
                 keys = keys[(mask_bl.cumsum(dim=1) - 1).clamp(min=0)]
-            own = replace(stages, turns=stages.turns.of_layers(start, stop))
+            own = replace(stages, rotary=stages.rotary.of_layers(start, stop))
             if number:
                 x = self._exchanged(x, layout, to_layers=False)
             if last > first:

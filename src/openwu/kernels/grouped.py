@@ -55,13 +55,13 @@ class Routed(NamedTuple):
 class GroupedProduct(nn.Module):
     """One weight of all experts. It has no parameters: the stacked weight stays where the base model keeps it.
 
-    An input made by `gather` or `multiply` has `room` columns free behind it: there `beside` puts what an adapter adds,
+    An input made by `gather` or `multiply` has `spare_columns` columns free behind it: there `beside` puts what an adapter adds,
     and copies nothing else.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.room = 0
+        self.spare_columns = 0
         """Columns that the adapter of the current scope adds to the input."""
         self._made: tuple[Tensor, Tensor] | None = None
         """The next input, and the wider memory that it is the beginning of."""
@@ -78,11 +78,11 @@ class GroupedProduct(nn.Module):
     def _rows(self, count: int, *likes: Tensor) -> Tensor | None:
         """Memory `[count, in]` with room behind it; None where there shall be none, or gradients are wanted."""
         like = likes[0]
-        if not self.room or torch.compiler.is_compiling():
+        if not self.spare_columns or torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() and any(each.requires_grad for each in likes):
             return None
-        wide = like.new_empty(count, like.shape[1] + self.room)
+        wide = like.new_empty(count, like.shape[1] + self.spare_columns)
         wide[:, like.shape[1] :] = 0  # `alone` reads x where it lies
         self._made = wide[:, : like.shape[1]], wide
         return self._made[0]
@@ -92,8 +92,8 @@ class GroupedProduct(nn.Module):
         made = self._made is not None and self._made[0] is x_si
         return grouped_product(x_si, weight_goi, routed.ends, apart=made)
 
-    def beside(self, x_si: Tensor, tail_sc: Tensor) -> Tensor:
-        """`[x, tail]` `[S, in + room]`, behind x where x was made for it; differentiable."""
+    def reserve_bytes(self, x_si: Tensor, tail_sc: Tensor) -> Tensor:
+        """`[x, tail]` `[S, in + spare_columns]`, behind x where x was made for it; differentiable."""
         made = self._made
         if made is None or made[0] is not x_si or tail_sc.requires_grad:
             return torch.cat([x_si, tail_sc], 1)

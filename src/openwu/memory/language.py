@@ -28,12 +28,12 @@ class LanguageMemory:
     """A frozen language model and a generator that writes an adapter from what the model has read."""
 
     def __init__(
-        self, base: CausalLM, generator: ParameterGenerator, *, reads: str | None = None, room: int = 0
+        self, base: CausalLM, generator: ParameterGenerator, *, reads: str | None = None, spare_columns: int = 0
     ) -> None:
         """`reads`: path of the module whose output is the condition; None: the last but one of the decoder layers.
 
-        The last layer has already turned to the next word; those before it say more of what was read. `room`: spare
-        columns beside the weights of stacked experts, see `openwu.attach`. Raises
+        The last layer has already turned to the next word; those before it say more of what was read. `spare_columns`:
+        spare columns beside the weights of stacked experts, see `openwu.attach`. Raises
         OpenwuError where the generator's `input_dim` is not the model's width, TargetError where its targets do not
         fit the model.
         """
@@ -44,7 +44,7 @@ class LanguageMemory:
         self.base, self.generator = base, generator
         self.fast = FastGenerator(generator)
         self.encoder = HiddenStates(base.model, reads or base.layers[max(0, len(base.layers) - 2)])
-        self.handle = attach(base.model, generator.targets, room=room)
+        self.handle = attach(base.model, generator.targets, spare_columns=spare_columns)
 
     def condition(self, contexts: Sequence[str]) -> Condition:
         """Tokens `[b, L, d]` and their mask: what the model says of each context, without an adapter."""

@@ -60,15 +60,15 @@ def load_state(
     step = check_recipe(folder, recipe)
     tensors = load_file(path)
     averages = _under("average/", tensors)
-    wanted = {} if average is None else average.values
-    if averages.keys() != wanted.keys():
+    target = {} if average is None else average.values
+    if averages.keys() != target.keys():
         raise CheckpointError(
-            f"{path}: expected moving averages of {len(wanted)} parameters, got {len(averages)}; "
+            f"{path}: expected moving averages of {len(target)} parameters, got {len(averages)}; "
             "set ema as it was, or train into another folder"
         )
     _fill(module, _under("weight/", tensors))
     with torch.no_grad():
-        for name, value in wanted.items():
+        for name, value in target.items():
             value.copy_(like(averages[name], value))
     remembered: dict[str, dict[str, Tensor]] = {}
     for stored, value in _under("optimizer/", tensors).items():
@@ -128,6 +128,6 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     module.load_state_dict({name: like(v, own[name]) if name in own else v for name, v in weights.items()})
 
 
-def _changed_fields(stored: str, given: str) -> str:
-    before, after = json.loads(stored), json.loads(given)
+def _changed_fields(stored: str, x_t: str) -> str:
+    before, after = json.loads(stored), json.loads(x_t)
     return ", ".join(sorted(key for key in {*before, *after} if before.get(key) != after.get(key)))

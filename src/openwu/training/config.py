@@ -1,7 +1,7 @@
 """What a recipe returns: every number that decides which weights come out of a training.
 
 A recipe is a Python file with a function `recipe()` that returns an EmbeddedRecipe, PairsRecipe, WordingRecipe or
-BasedRecipe; a variant calls a base recipe and replaces fields. Command-line overrides (`key=value`, dots for nesting)
+PipelineRun; a variant calls a base recipe and replaces fields. Command-line overrides (`key=value`, dots for nesting)
 replace fields in the same way.
 """
 
@@ -208,7 +208,7 @@ class WordingRecipe:
 
 
 @dataclass(frozen=True)
-class BasedRecipe:
+class PipelineRun:
     """How a generator for a large frozen base is made from pairs, end to end through the base."""
 
     name: str
@@ -291,8 +291,8 @@ class BasedRecipe:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
-Recipe = EmbeddedRecipe | PairsRecipe | WordingRecipe | BasedRecipe
-RECIPES = (EmbeddedRecipe, PairsRecipe, WordingRecipe, BasedRecipe)
+Recipe = EmbeddedRecipe | PairsRecipe | WordingRecipe | PipelineRun
+RECIPES = (EmbeddedRecipe, PairsRecipe, WordingRecipe, PipelineRun)
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

@@ -93,7 +93,7 @@ def joined_until_done() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-class Around(nn.Module):
+class ForwardWrapper(nn.Module):
     """Runs anything that uses `trained` inside a module's forward, which is where DDP and FSDP2 look for it."""
 
     def __init__(self, trained: nn.Module) -> None:
@@ -110,7 +110,7 @@ def spread(trained: nn.Module, processes: Processes, shard: bool) -> nn.Module:
     `shard`: the parameters of `trained`, in place, become shards of which each process holds one; the items of its
     module lists are gathered one at a time.
     """
-    around = Around(trained)
+    around = ForwardWrapper(trained)
     if processes.count == 1:
         return around
     device = next(trained.parameters()).device
@@ -137,9 +137,9 @@ def _runs(module: nn.Module) -> bool:
 
 
 @contextmanager
-def without_reduction(around: nn.Module, wanted: bool) -> Iterator[None]:
+def without_reduction(around: nn.Module, target: bool) -> Iterator[None]:
     """Backward passes inside, if `wanted`, only add to this process's gradients: another part of the batch follows."""
-    if wanted and isinstance(around, nn.parallel.DistributedDataParallel):
+    if target and isinstance(around, nn.parallel.DistributedDataParallel):
         with around.no_sync():
             yield
     else:

@@ -45,10 +45,10 @@ class RowStore:
 
     def path(self, pair: Pair, sentence: str) -> Path:
         """Where the row of a pair with one of its wordings stands, whether it is there or not."""
-        said = of_json([FORMAT, self.made_by, sentence, len(pair.images)])
+        prediction = of_json([FORMAT, self.made_by, sentence, len(pair.images)])
         for file in (*pair.images, pair.target):
-            said.update(of_bytes([content(file)]).digest())
-        name = said.hexdigest()
+            prediction.update(of_bytes([content(file)]).digest())
+        name = prediction.hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, path: Path) -> LatentBatch | None:

@@ -25,7 +25,7 @@ from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_state, save_state
 from openwu.training.config import StageConfig
 from openwu.training.distributed import Processes, spread, whole, without_reduction
-from openwu.training.micro_batch import Part
+from openwu.training.micro_batch import MicroBatch
 from openwu.training.optimizers import Average, StageOptimizer
 
 FALLS: dict[str, Callable[[float], float]] = {
@@ -74,10 +74,10 @@ class Updates:
         self.average.update(step)
         return loss, norm
 
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[MicroBatch]:
         """Of the batch, those that this process computes."""
         each = self.config.accumulate
-        return [Part(self.processes.rank * each + i, self.processes.count * each) for i in range(each)]
+        return [MicroBatch(self.processes.rank * each + i, self.processes.count * each) for i in range(each)]
 
     def _gradients(self, step: int) -> float:
         """Add up the gradients of this process's parts; the loss of the whole batch."""
@@ -92,7 +92,7 @@ class Updates:
         assert total is not None
         return float(self.processes.sum(total))
 
-    def _entered(self, scope: ExitStack, step: int, part: Part) -> Tensor:
+    def _entered(self, scope: ExitStack, step: int, part: MicroBatch) -> Tensor:
         return scope.enter_context(self.stage.loss(step, part))
 
     def _diverged(self, step: int, what: str) -> OpenwuError:
@@ -130,7 +130,7 @@ class Stage(Protocol):
     @property
     def trained(self) -> nn.Module: ...
 
-    def loss(self, step: int, part: Part, /) -> AbstractContextManager[Tensor]:
+    def loss(self, step: int, part: MicroBatch, /) -> AbstractContextManager[Tensor]:
         """A scope with the part's share of the step's loss: the sum over its samples / the samples of the whole batch.
 
         Backward runs inside the scope: adapters stay applied until then, as gradient checkpointing needs. Every draw
@@ -138,7 +138,7 @@ class Stage(Protocol):
         """
         ...
 
-    def not_finite(self, step: int, part: Part, /) -> Sequence[str]:
+    def not_finite(self, step: int, part: MicroBatch, /) -> Sequence[str]:
         """The samples of a part whose loss is not finite, in words that let a user find them."""
         ...
 

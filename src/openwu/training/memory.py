@@ -17,7 +17,7 @@ from openwu.config import GeneratorConfig
 from openwu.errors import OpenwuError
 from openwu.generator.layout import GeneratorLayout
 from openwu.generator.model import ParameterGenerator
-from openwu.training.config import BasedRecipe
+from openwu.training.config import PipelineRun
 
 FLOAT = 4
 """Bytes of a number in float32."""
@@ -76,7 +76,7 @@ class Needs:
 
 
 def needs_of(
-    recipe: BasedRecipe,
+    recipe: PipelineRun,
     config: GeneratorConfig,
     numbers: Mapping[str, int],
     denoiser: str,
@@ -117,7 +117,7 @@ def needs_of(
     )
 
 
-def _denoiser_numbers(recipe: BasedRecipe, config: GeneratorConfig, pictures: int) -> int:
+def _denoiser_numbers(recipe: PipelineRun, config: GeneratorConfig, pictures: int) -> int:
     """What one row keeps: inputs and outputs of linear maps, or of one layer and the inputs of all others."""
     tokens = recipe.pixels // PIXELS_A_TOKEN * (1 + pictures) + TEXT_TOKENS
     layers = [(group.num_layers, list(group.weights())) for group in config.groups]
@@ -127,7 +127,7 @@ def _denoiser_numbers(recipe: BasedRecipe, config: GeneratorConfig, pictures: in
     return tokens * (max(each) + sum(count * weights[0][1] for count, weights in layers))
 
 
-def _generator_numbers(recipe: BasedRecipe, config: GeneratorConfig, layout: GeneratorLayout) -> int:
+def _generator_numbers(recipe: PipelineRun, config: GeneratorConfig, layout: GeneratorLayout) -> int:
     largest = max(group.num_positions for group in layout.groups)
     if recipe.checkpoint_generator:
         return int(config.d_model * (KEPT * largest + config.num_pg_layers * layout.num_positions))

@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """One of `count` parts of a batch, as equal as they can be."""
 
     index: int = 0
@@ -41,17 +41,17 @@ class Part:
         return float(rows.stop - rows.start) / size
 
 
-WHOLE = Part()
+WHOLE = MicroBatch()
 
 
-class Drawn(Generic[Batch]):
+class StepBatchCache(Generic[Batch]):
     """The batch of a step, drawn once for all parts of it that one process computes."""
 
     def __init__(self, draw: Callable[[int], Batch]) -> None:
         self._draw = draw
         self._latest: tuple[int, Batch] | None = None
 
-    def at(self, step: int, part: Part) -> Batch:
+    def at(self, step: int, part: MicroBatch) -> Batch:
         if part.count == 1:
             return self._draw(step)
         if self._latest is None or self._latest[0] != step:

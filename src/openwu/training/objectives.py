@@ -23,12 +23,12 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Question:
+class NoisySample:
     """What a base is asked in one step of training."""
 
-    wanted: Tensor
+    target: Tensor
     """What it should say: [b, ...], or token numbers [b, n]."""
-    given: Tensor | None = None
+    x_t: Tensor | None = None
     """The noisy target [b, ...]; None where the base starts from the request alone."""
     time: Tensor | None = None
     """How noisy it is [b]: 0 clean to 1 noise (flow matching), or the number of a diffusion step."""
@@ -37,11 +37,11 @@ class Question:
 class Objective(Protocol):
     """One kind of training."""
 
-    def ask(self, target: Tensor, generator: torch.Generator, /) -> Question:
+    def sample(self, target: Tensor, generator: torch.Generator, /) -> NoisySample:
         """A question about clean targets; the draws depend on the generator alone."""
         ...
 
-    def losses(self, said: Tensor, question: Question) -> Tensor:
+    def losses(self, prediction: Tensor, question: NoisySample) -> Tensor:
         """The loss of every sample `[b]`."""
         ...
 
@@ -53,11 +53,11 @@ class Regression:
     floor: float | None = None
     """None: the mean squared error. A number: log(mse + floor), which weighs easy and hard samples alike."""
 
-    def ask(self, target: Tensor, _generator: torch.Generator, /) -> Question:
-        return Question(target)
+    def sample(self, target: Tensor, _generator: torch.Generator, /) -> NoisySample:
+        return NoisySample(target)
 
-    def losses(self, said: Tensor, question: Question) -> Tensor:
-        error = squared_errors(said, question.wanted)
+    def losses(self, prediction: Tensor, question: NoisySample) -> Tensor:
+        error = squared_errors(prediction, question.target)
         return error if self.floor is None else (error + self.floor).log()
 
 
@@ -80,7 +80,7 @@ class FlowMatching:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
 
-    def ask(self, target: Tensor, generator: torch.Generator) -> Question:
+    def sample(self, target: Tensor, generator: torch.Generator) -> NoisySample:
         count = target.shape[0]
         if self.spread is None:
             time = torch.rand(count, generator=generator)
@@ -89,10 +89,10 @@ class FlowMatching:
         time = (self.shift * time / (1 + (self.shift - 1) * time)).to(target.device)
         noise = _noise_like(target, generator)
         along = _spread_out(time, target)
-        return Question(noise - target, (1 - along) * target + along * noise, time)
+        return NoisySample(noise - target, (1 - along) * target + along * noise, time)
 
-    def losses(self, said: Tensor, question: Question) -> Tensor:
-        return squared_errors(said, question.wanted)
+    def losses(self, prediction: Tensor, question: NoisySample) -> Tensor:
+        return squared_errors(prediction, question.target)
 
 
 @dataclass(frozen=True)
@@ -101,45 +101,53 @@ class Diffusion:
 
     predicts: str = "epsilon"
     """ "epsilon": the noise; "v": sqrt(signal) noise - sqrt(1 - signal) target."""
-    signal: Tensor = field(default_factory=lambda: scaled_linear(), repr=False)
+    alphas_cumprod: Tensor = field(default_factory=lambda: scaled_linear(), repr=False)
     """How much of the target's variance is left at every step [steps], falling from near 1 to near 0: the scheduler's
     alphas_cumprod."""
 
     def __post_init__(self) -> None:
         if self.predicts not in ("epsilon", "v"):
             raise ValueError(f"predicts: expected 'epsilon' or 'v', got {self.predicts!r}")
-        falls = bool((self.signal.diff() <= 0).all())
-        if self.signal.ndim != 1 or not len(self.signal) or not falls or not bool((self.signal >= 0).all()):
+        falls = bool((self.alphas_cumprod.diff() <= 0).all())
+        if (
+            self.alphas_cumprod.ndim != 1
+            or not len(self.alphas_cumprod)
+            or not falls
+            or not bool((self.alphas_cumprod >= 0).all())
+        ):
             raise ValueError(
-                f"signal: expected [steps] numbers from near 1 falling to near 0, got shape {tuple(self.signal.shape)}"
+                "alphas_cumprod: expected [steps] numbers from near 1 falling to near 0, "
+                f"got shape {tuple(self.alphas_cumprod.shape)}"
             )
 
-    def ask(self, target: Tensor, generator: torch.Generator) -> Question:
-        step = torch.randint(len(self.signal), (target.shape[0],), generator=generator)
-        kept = _spread_out(self.signal[step].to(target), target)
+    def sample(self, target: Tensor, generator: torch.Generator) -> NoisySample:
+        step = torch.randint(len(self.alphas_cumprod), (target.shape[0],), generator=generator)
+        kept = _spread_out(self.alphas_cumprod[step].to(target), target)
         noise = _noise_like(target, generator)
-        given = kept.sqrt() * target + (1 - kept).sqrt() * noise
+        x_t = kept.sqrt() * target + (1 - kept).sqrt() * noise
         velocity = kept.sqrt() * noise - (1 - kept).sqrt() * target
-        return Question(noise if self.predicts == "epsilon" else velocity, given, step.to(target.device))
+        return NoisySample(noise if self.predicts == "epsilon" else velocity, x_t, step.to(target.device))
 
-    def losses(self, said: Tensor, question: Question) -> Tensor:
-        return squared_errors(said, question.wanted)
+    def losses(self, prediction: Tensor, question: NoisySample) -> Tensor:
+        return squared_errors(prediction, question.target)
 
 
 @dataclass(frozen=True)
 class NextToken:
     """Cross entropy of every token of a text given those before it; targets `[b, n]`, IGNORED where nothing counts."""
 
-    def ask(self, target: Tensor, _generator: torch.Generator, /) -> Question:
+    def sample(self, target: Tensor, _generator: torch.Generator, /) -> NoisySample:
         if target.is_floating_point() or target.ndim != 2:
             raise ValueError(f"target: expected token numbers [b, n], got {target.dtype} {list(target.shape)}")
-        return Question(target)
+        return NoisySample(target)
 
-    def losses(self, said: Tensor, question: Question) -> Tensor:
+    def losses(self, prediction: Tensor, question: NoisySample) -> Tensor:
         """`said`: logits `[b, n, V]` at every token; those at the last one say nothing about the text."""
-        wanted = question.wanted[:, 1:]
-        each = F.cross_entropy(said[:, :-1].float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
-        return each.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+        target = question.target[:, 1:]
+        each = F.cross_entropy(
+            prediction[:, :-1].float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none"
+        )
+        return each.sum(1) / (target != IGNORED).sum(1).clamp(min=1)
 
 
 def scaled_linear(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:

@@ -41,15 +41,15 @@ from openwu.files.hashing import of_json
 from openwu.files.origin import origin
 from openwu.generator.model import ParameterGenerator
 from openwu.training.checkpoint import check_recipe
-from openwu.training.config import BasedRecipe
+from openwu.training.config import PipelineRun
 from openwu.training.distributed import Processes, is_main
 from openwu.training.embedded.own_pairs import pairs_hashes, split_pairs
 from openwu.training.encoded_rows import Encoded, RowStore, to_device
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.memory import needs_of
-from openwu.training.objectives import Diffusion, FlowMatching, Objective, Question
+from openwu.training.objectives import Diffusion, FlowMatching, NoisySample, Objective
 from openwu.training.record import describe, export_folders, seconds_of, write_provenance
-from openwu.training.stage import OwnStage
+from openwu.training.stage import GeneratorStage
 from openwu.types import LatentBatch
 
 
@@ -57,8 +57,8 @@ def objective_of(backbone: Backbone) -> Objective:
     """The loss that the base was trained with."""
     if backbone.prediction == "flow":
         return FlowMatching()
-    assert backbone.signal is not None
-    return Diffusion(backbone.prediction, backbone.signal.float().cpu())
+    assert backbone.alphas_cumprod is not None
+    return Diffusion(backbone.prediction, backbone.alphas_cumprod.float().cpu())
 
 
 def based_stage(
@@ -71,7 +71,7 @@ def based_stage(
     validation: LatentBatch | None = None,
     seed: int = 0,
     name: str = "generator",
-) -> OwnStage[LatentBatch]:
+) -> GeneratorStage[LatentBatch]:
     """One generator, end to end through one frozen base.
 
     `batches`: the latent batch of any step, by its number alone. `handle`: the hooks on the base's denoiser, where
@@ -83,17 +83,17 @@ def based_stage(
 
     def batch(step: int) -> LatentBatch:
         draws = torch.Generator().manual_seed(seed * 7_000_003 + step)
-        return backbone.without_conditions(batches(step), draws)
+        return backbone.drop_conditions(batches(step), draws)
 
-    def predict(asked: LatentBatch, question: Question) -> Tensor:
-        assert question.given is not None
+    def predict(asked: LatentBatch, question: NoisySample) -> Tensor:
+        assert question.x_t is not None
         assert question.time is not None
         # The base computes in its weights' dtype: autocast would keep what leaves its norms in float32, twice as large.
         with torch.autocast(weight.device.type, enabled=False):
-            return backbone.predict(asked, question.given, question.time)
+            return backbone.predict(asked, question.x_t, question.time)
 
     weight = generator.hidden_in.weight
-    return OwnStage(
+    return GeneratorStage(
         name,
         generator,
         handle,
@@ -113,7 +113,7 @@ _ELSEWHERE = ("name", "export", "checkpoint_every", "evaluate_every", "log_every
 """Fields on which the trained weights do not depend, or that are described by what is found there."""
 
 
-def train_based(recipe: BasedRecipe, folder: Path, stop_after: int | None = None) -> None:
+def train_based(recipe: PipelineRun, folder: Path, stop_after: int | None = None) -> None:
     """`stop_after`: leave after so many updates, for tests and trials."""
     for name, what in (("data", "a JSONL file or a folder of pairs"), ("base", "the base's folder or hub id")):
         if getattr(recipe, name) is None:
@@ -176,7 +176,7 @@ def train_based(recipe: BasedRecipe, folder: Path, stop_after: int | None = None
             write_provenance(target, made)
 
 
-def pipeline_class(recipe: BasedRecipe) -> type[PipelineBackbone]:
+def pipeline_class(recipe: PipelineRun) -> type[PipelineBackbone]:
     """The backbone of the recipe's base; raises OpenwuError for one that this training cannot take."""
     kind = backbone_class(recipe.model)
     if not issubclass(kind, PipelineBackbone):
@@ -192,7 +192,7 @@ def pipeline_class(recipe: BasedRecipe) -> type[PipelineBackbone]:
     return kind
 
 
-def device_of(recipe: BasedRecipe) -> torch.device:
+def device_of(recipe: PipelineRun) -> torch.device:
     """Where this process computes."""
     if recipe.device is not None:
         return torch.device(recipe.device)
@@ -202,7 +202,7 @@ def device_of(recipe: BasedRecipe) -> torch.device:
 
 
 def new_config(
-    recipe: BasedRecipe, backbone: PipelineBackbone, encoder: ConditionEncoder | None = None
+    recipe: PipelineRun, backbone: PipelineBackbone, encoder: ConditionEncoder | None = None
 ) -> GeneratorConfig:
     """The generator's config, for conditions of the base or of an encoder; of the former a hollow backbone suffices."""
     sizes = ("rank", "alpha", "token_dim", "d_model", "head_dim", "dim_accumulation")
@@ -217,7 +217,7 @@ def new_config(
         raise OpenwuError(f"recipe: {error}") from error
 
 
-def new_generator(recipe: BasedRecipe, config: GeneratorConfig) -> ParameterGenerator:
+def new_generator(recipe: PipelineRun, config: GeneratorConfig) -> ParameterGenerator:
     """Weights from the recipe's seed, without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -227,7 +227,7 @@ def new_generator(recipe: BasedRecipe, config: GeneratorConfig) -> ParameterGene
 
 
 def _check_memory(
-    recipe: BasedRecipe,
+    recipe: PipelineRun,
     config: GeneratorConfig,
     base: Path,
     kind: type[PipelineBackbone],
@@ -239,8 +239,8 @@ def _check_memory(
     pictures = max(len(pair.images) for part in pairs for pair in part.pairs)
     saved, part = 0, kind.denoiser_name
     if recipe.quantise is not None:
-        fewer = kind.fewer(cast("Quantise", recipe.quantise))
-        saved = fewer.saved(base, weight_files(base / part), 2 if recipe.bf16 else 4)
+        plan = kind.quantisation_plan(cast("Quantise", recipe.quantise))
+        saved = plan.saved(base, weight_files(base / part), 2 if recipe.bf16 else 4)
     needs = needs_of(recipe, config, part_numbers(base), part, device, pictures, saved=saved, reader=reader)
     free = free_memory(device)
     warning = needs.check(device, free)
@@ -249,12 +249,12 @@ def _check_memory(
 
 
 def _stage(
-    recipe: BasedRecipe,
+    recipe: PipelineRun,
     backbone: PipelineBackbone,
     generator: ParameterGenerator,
     encoded: Encoded,
     pairs: tuple[Pairs, Pairs],
-) -> OwnStage[LatentBatch]:
+) -> GeneratorStage[LatentBatch]:
     if recipe.checkpoint_base:
         backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
     training, judged = pairs
@@ -289,7 +289,7 @@ def _judged(held_back: Pairs, backbone: PipelineBackbone, most: int) -> Pairs:
     return Pairs(tuple(dataclasses.replace(pair, instructions=pair.instructions[:1]) for pair in largest))
 
 
-def _depends_on(recipe: BasedRecipe, hashes: dict[str, str], fingerprint: str) -> str:
+def _depends_on(recipe: PipelineRun, hashes: dict[str, str], fingerprint: str) -> str:
     """What the trained weights depend on."""
     described = {key: value for key, value in describe(recipe).items() if key not in _ELSEWHERE}
     described["generator"].pop("accumulate", None)

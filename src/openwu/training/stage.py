@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from openwu.adapters.inject import AdapterHandle
-from openwu.adapters.updates import spread, task_variances
+from openwu.adapters.updates import relative_std, task_variances
 from openwu.errors import OpenwuError
 from openwu.training.loop import Evaluation
-from openwu.training.micro_batch import WHOLE, Drawn, Part, take_rows
-from openwu.training.objectives import Objective, Question
+from openwu.training.micro_batch import WHOLE, MicroBatch, StepBatchCache, take_rows
+from openwu.training.objectives import NoisySample, Objective
 from openwu.types import Adapter
 
 Batch = TypeVar("Batch")
@@ -33,7 +33,7 @@ Batch = TypeVar("Batch")
 
 
 @dataclass
-class OwnStage(Generic[Batch]):
+class GeneratorStage(Generic[Batch]):
     """One generator, end to end through one frozen base."""
 
     name: str
@@ -49,7 +49,7 @@ class OwnStage(Generic[Batch]):
     """Condition and generator: one adapter for every sample of a batch."""
     target: Callable[[Batch], Tensor]
     """The clean answers [b, ...]."""
-    predict: Callable[[Batch, Question], Tensor]
+    predict: Callable[[Batch, NoisySample], Tensor]
     """What the base says; called while the batch's adapters are applied."""
     objective: Objective
     seed: int = 0
@@ -75,16 +75,16 @@ class OwnStage(Generic[Batch]):
     def __post_init__(self) -> None:
         if not any(parameter.requires_grad for parameter in self.trained.parameters()):
             raise OpenwuError("trained: expected a module with parameters that require gradients, got none")
-        self._drawn = Drawn(lambda step: self.batches(step))
+        self._drawn = StepBatchCache(lambda step: self.batches(step))
 
     @contextmanager
-    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
+    def loss(self, step: int, part: MicroBatch = WHOLE) -> Iterator[Tensor]:
         """The part's share of the step's loss; the adapters are applied until the scope ends."""
         batch, question, share = self._asked(step, part)
         with self.answered(batch, question) as (losses, _):
             yield losses.mean() * share
 
-    def not_finite(self, step: int, part: Part = WHOLE) -> list[str]:
+    def not_finite(self, step: int, part: MicroBatch = WHOLE) -> list[str]:
         batch, question, share = self._asked(step, part)
         with self.answered(batch, question) as (losses, _):
             finite = losses.isfinite().tolist()
@@ -96,20 +96,20 @@ class OwnStage(Generic[Batch]):
         return [names[number] for number in broken]
 
     @contextmanager
-    def answered(self, batch: Batch, question: Question) -> Iterator[tuple[Tensor, Adapter]]:
+    def answered(self, batch: Batch, question: NoisySample) -> Iterator[tuple[Tensor, Adapter]]:
         """The loss of every sample `[b]` and the adapters, which are applied inside the scope."""
         with self._precision():
             adapter = self.adapt(batch)
         with self.handle.applied(adapter):
             with self._precision():
-                said = self.predict(batch, question)
-            yield self.objective.losses(said, question), adapter
+                prediction = self.predict(batch, question)
+            yield self.objective.losses(prediction, question), adapter
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         if self.validation is None:
             return Evaluation({})
-        question = self.objective.ask(self.target(self.validation), torch.Generator().manual_seed(self.seed))
+        question = self.objective.sample(self.target(self.validation), torch.Generator().manual_seed(self.seed))
         with self.answered(self.validation, question) as (losses, adapter), self._precision():
             sheet = None if self.sheet is None else self.sheet(self.validation)
         scalars = {"validation": float(losses.mean())}
@@ -117,14 +117,14 @@ class OwnStage(Generic[Batch]):
             scalars |= adapter_scalars(adapter, None if self.tasks is None else self.tasks(self.validation))
         return Evaluation(scalars, sheet)
 
-    def _asked(self, step: int, part: Part) -> tuple[Batch, Question, float]:
+    def _asked(self, step: int, part: MicroBatch) -> tuple[Batch, NoisySample, float]:
         """A part of a step's batch, its question, and its share of the batch. The draws are those of the whole."""
         whole = self._drawn.at(step, part)
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        question = self.objective.ask(self.target(whole), draws)
+        question = self.objective.sample(self.target(whole), draws)
         if part.count == 1:
             return whole, question, 1.0
-        size = len(question.wanted)
+        size = len(question.target)
         own = part.rows(size)
         return self.rows(whole, own), take_rows(question, own), part.share(size)
 
@@ -136,4 +136,4 @@ class OwnStage(Generic[Batch]):
 def adapter_scalars(adapter: Adapter, tasks: Sequence[str] | None) -> dict[str, float]:
     """What is logged of generated adapters: `adapter/spread`, and with tasks what `task_variances` says."""
     variances = {} if tasks is None else task_variances(adapter, tasks)
-    return {f"adapter/{name}": value for name, value in {"spread": spread(adapter), **variances}.items()}
+    return {f"adapter/{name}": value for name, value in {"spread": relative_std(adapter), **variances}.items()}

@@ -89,11 +89,11 @@ def test_rotary(case: str, dtype: torch.dtype) -> None:
     close(came, expected)
     ours, theirs = (gradients([out], [inputs]) for out in (came, rotary.rotated(inputs, turns)))
     close(ours[0], theirs[0])
-    beside = whole[..., turned:, :].clone()
+    reserve_bytes = whole[..., turned:, :].clone()
     with interpreter.each_number_once():
         rotary_kernel.rotate_(rows)
     assert torch.equal(x, came)
-    assert torch.equal(whole[..., turned:, :], beside)
+    assert torch.equal(whole[..., turned:, :], reserve_bytes)
 
 
 def test_rotary_leaves_what_it_cannot_address() -> None:
@@ -121,7 +121,7 @@ def test_norm_of_a_strided_stream_in_place(dtypes: tuple[torch.dtype, ...], widt
     weight = draw(width, dtype=weighted, seed=1)
     update = draw(2, 3, 2, width, dtype=added, seed=2)
     x = whole[:, :, 1:3]
-    beside = whole[:, :, 3:].clone()
+    reserve_bytes = whole[:, :, 3:].clone()
     for each in (update, None):
         expected = x.clone()
         normed = norm.add_normed_(expected, each, weight, EPS, result)
@@ -129,7 +129,7 @@ def test_norm_of_a_strided_stream_in_place(dtypes: tuple[torch.dtype, ...], widt
             came = norm_kernel.add_normed_(x, each, weight, EPS, result)
         close(came, normed)
         assert torch.equal(x, expected)  # the sum is rounded as two steps round it
-    assert torch.equal(whole[:, :, 3:], beside)
+    assert torch.equal(whole[:, :, 3:], reserve_bytes)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

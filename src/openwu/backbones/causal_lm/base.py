@@ -31,7 +31,7 @@ IGNORED = -100
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last names of linear maps that choose experts or weigh them; no adapter is written for these."""
 
-Turns = Sequence[tuple[str, str]]
+Dialogue = Sequence[tuple[str, str]]
 """A text as questions and answers in turn; only the answers are learned."""
 
 
@@ -117,7 +117,7 @@ class CausalLM:
         """Whole texts, padded on the right; every token counts in a loss but the first, which nothing precedes."""
         return self.turns([[("", text)] for text in texts])
 
-    def turns(self, samples: Sequence[Turns]) -> Texts:
+    def turns(self, samples: Sequence[Dialogue]) -> Texts:
         """Questions and answers of each sample one after another, padded on the right; only answers are wanted.
 
         Question and answer are tokenized apart, so that the tokens before an answer are those that `generate` sees. An

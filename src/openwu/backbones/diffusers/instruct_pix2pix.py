@@ -60,9 +60,9 @@ class InstructPix2Pix(PipelineBackbone):
         return kinds[says]
 
     @property
-    def signal(self) -> Tensor:
-        signal: Tensor = self.pipeline.scheduler.alphas_cumprod
-        return signal
+    def alphas_cumprod(self) -> Tensor:
+        alphas_cumprod: Tensor = self.pipeline.scheduler.alphas_cumprod
+        return alphas_cumprod
 
     @property
     def condition_widths(self) -> Mapping[str, int]:
@@ -98,7 +98,7 @@ class InstructPix2Pix(PipelineBackbone):
         return LatentBatch(target, {"source": source, "text": text}, self.condition(requests))
 
     @torch.no_grad()
-    def without_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
+    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
         """Texts become empty and pictures zero, at random; the generator still reads the whole request."""
         drawn = torch.rand(len(batch.target), generator=generator)
         no_text = (drawn < 2 * DROPPED).view(-1, 1, 1).to(self.device)

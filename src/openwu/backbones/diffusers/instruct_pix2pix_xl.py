@@ -70,7 +70,7 @@ class InstructPix2PixXL(InstructPix2Pix):
         return LatentBatch(target, inputs, self.condition(requests))
 
     @torch.no_grad()
-    def without_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
+    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
         """Texts become what guidance tells in their place, and pictures zero, at random."""
         drawn = torch.rand(len(batch.target), generator=generator)
         no_text = (drawn < 2 * DROPPED).to(self.device)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from openwu.backbones.quantised import Fewer, check_quantise, quantise_
+from openwu.backbones.quantised import QuantisationPlan, check_quantise, quantise_
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
 from openwu.files.hashing import of_bytes
@@ -47,21 +47,21 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     extra: str = "diffusers",
-    fewer: Fewer | None = None,
+    quantisation_plan: QuantisationPlan | None = None,
 ) -> Any:
     """A pipeline of one of `classes` from a folder or a hub id; `dtype` None: float32 on a CPU, else bfloat16.
 
     `fewer`: what to quantise. The machine's memory holds all weights first: what is known to fit is the result.
     """
-    if fewer is not None:
-        check_quantise(fewer.how)
+    if quantisation_plan is not None:
+        check_quantise(quantisation_plan.how)
     diffusers = library("diffusers", extra)
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     path = local_folder(folder, revision)
     found = check_class(path, classes)
     variant = check_weights(path)
-    check_memory(path, dtype, device, fewer)
+    check_memory(path, dtype, device, quantisation_plan)
     try:
         with quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
             pipeline = getattr(diffusers, found).from_pretrained(
@@ -69,8 +69,14 @@ def load_pipeline(
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: diffusers cannot load this pipeline: {error}") from error
-    if fewer is not None:
-        quantise_(getattr(pipeline, fewer.part), fewer.paths(path), fewer.how, dtype, device)
+    if quantisation_plan is not None:
+        quantise_(
+            getattr(pipeline, quantisation_plan.part),
+            quantisation_plan.paths(path),
+            quantisation_plan.how,
+            dtype,
+            device,
+        )
     return pipeline.to(device)
 
 
@@ -155,19 +161,21 @@ def check_weights(folder: Path) -> str | None:
     return variants.pop() if variants else None
 
 
-def check_memory(folder: Path, dtype: torch.dtype, device: torch.device, fewer: Fewer | None = None) -> None:
+def check_memory(
+    folder: Path, dtype: torch.dtype, device: torch.device, quantisation_plan: QuantisationPlan | None = None
+) -> None:
     """Raise when the weights in `dtype` do not fit into the device's free memory, with the numbers.
 
     In the machine's memory all of them stand before some are quantised; on another device only what is quantised.
     """
     needed = weight_bytes(folder, dtype)
-    if fewer is not None and device.type != "cpu":
-        needed -= fewer.saved(folder, weight_files(folder / fewer.part), dtype.itemsize)
+    if quantisation_plan is not None and device.type != "cpu":
+        needed -= quantisation_plan.saved(folder, weight_files(folder / quantisation_plan.part), dtype.itemsize)
     needed, free = int(HEADROOM * needed), free_memory(device)
     if free is not None and needed > free:
-        how = str(dtype).removeprefix("torch.") + ("" if fewer is None else f" and {fewer.how}")
+        how = str(dtype).removeprefix("torch.") + ("" if quantisation_plan is None else f" and {quantisation_plan.how}")
         less = "a smaller dtype, another device or a smaller base"
-        if fewer is None and device.type != "cpu":
+        if quantisation_plan is None and device.type != "cpu":
             less = "quantise (8bit, 4bit), " + less
         raise OpenwuError(
             f"{folder}: the weights need about {needed / 1e9:.1f} GB in {how}, but "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from openwu.backbones.diffusers.latents import as_tensor, padded, place_of, resized, token_rows, working_size
 from openwu.backbones.diffusers.loading import check_local, hollow_pipeline, load_pipeline
 from openwu.backbones.protocol import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
-from openwu.backbones.quantised import Fewer, Quantise, check_quantise, inner_linear_maps
+from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_maps
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
 from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions, Segment
@@ -52,7 +52,7 @@ class PipelineBackbone(Backbone, ABC):
     guided_by: ClassVar[tuple[str, ...]] = ()
     """Weights of guidance that the base has beside `guidance`."""
     encodes_in_training: ClassVar[bool] = False
-    """Whether `without_conditions` asks the encoders, so that they are needed in every step."""
+    """Whether `drop_conditions` asks the encoders, so that they are needed in every step."""
 
     def __init__(self, pipeline: Any) -> None:
         """`pipeline`: one of `pipelines`, loaded. It is frozen here."""
@@ -81,19 +81,26 @@ class PipelineBackbone(Backbone, ABC):
         Raises CheckpointError for a folder that is no such pipeline or has no safetensors, OpenwuError for packages
         that are not installed and for too little memory.
         """
-        place = {"device": device, "dtype": dtype, "revision": revision}
-        fewer = None if quantise is None else cls.fewer(quantise)
-        return cls(load_pipeline(folder, cls.pipelines, extra=cls.facts.extra, fewer=fewer, **place))  # type: ignore[arg-type]
+        pipeline = load_pipeline(
+            folder,
+            cls.pipelines,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            extra=cls.facts.extra,
+            quantisation_plan=None if quantise is None else cls.quantisation_plan(quantise),
+        )
+        return cls(pipeline)
 
     @classmethod
-    def fewer(cls, quantise: Quantise) -> Fewer:
+    def quantisation_plan(cls, quantise: Quantise) -> QuantisationPlan:
         """What is quantised of a folder's pipeline."""
 
         def paths(folder: Path) -> list[str]:
             hollow = cls.hollow(folder)
             return inner_linear_maps(hollow.denoiser, hollow.layer_groups())
 
-        return Fewer(quantise, cls.denoiser_name, paths)
+        return QuantisationPlan(quantise, cls.denoiser_name, paths)
 
     @classmethod
     def check(
@@ -147,7 +154,7 @@ class PipelineBackbone(Backbone, ABC):
         return "flow"
 
     @property
-    def signal(self) -> Tensor | None:
+    def alphas_cumprod(self) -> Tensor | None:
         return None
 
     @property
@@ -190,7 +197,7 @@ class PipelineBackbone(Backbone, ABC):
     def call(self, requests: Sequence[BaseRequest], options: SamplingOptions, rows: RowScope, step: Step) -> Tensor:
         """One call of the pipeline, for requests whose pictures have the base's sizes -> `[b, 3, h, w]` in 0..1."""
 
-    def without_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:  # noqa: ARG002
+    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:  # noqa: ARG002
         """The batch as it is: flow models of this kind are distilled, or trained on without dropping conditions."""
         return batch
 

@@ -30,7 +30,8 @@ def check_scope(
             raise InstructionError(
                 f"instruction: the embedded model does not know how to {instruction!r}; the nearest edits it knows "
                 f"are: {', '.join(shown(name, instruction) for name in nearest)}. Ask for one of them, try anyway with "
-                "--anyway (anyway=True), or pass a larger model with --model FOLDER (Editor.from_pretrained(folder))"
+                "--allow-out-of-scope (allow_out_of_scope=True), or pass a larger model with --model FOLDER "
+                "(Editor.from_pretrained(folder))"
             )
         if not second and label in EDITS and EDITS[label].needs_reference:
             raise InstructionError(

@@ -72,7 +72,7 @@ class HunyuanImage3(Backbone):
     steps: ClassVar[int] = 50
     reasoning_tokens: int = 2048
     """At most so many tokens of each of the two parts of its reasoning."""
-    most_together: int = 1
+    max_batch: int = 1
     """Requests that share a call, at most. 1: whether the folder's code draws several at once has not been tried, and
     noise that it takes from the global source would be that of the first."""
 
@@ -92,7 +92,7 @@ class HunyuanImage3(Backbone):
         trust_remote_code: bool = False,
         quantise: Quantise | None = None,
         offload: bool = False,
-        beside: int = 0,
+        reserve_bytes: int = 0,
     ) -> Self:
         """Load the user's own download. `dtype` None: that of the files. `device` `cuda`: spread over all GPUs.
 
@@ -112,7 +112,7 @@ class HunyuanImage3(Backbone):
             trust_remote_code=trust_remote_code,
             quantise=quantise,
             offload=offload,
-            beside=beside,
+            reserve_bytes=reserve_bytes,
         )
         return cls(model)
 
@@ -135,7 +135,7 @@ class HunyuanImage3(Backbone):
         return "flow"
 
     @property
-    def signal(self) -> Tensor | None:
+    def alphas_cumprod(self) -> Tensor | None:
         return None
 
     @property
@@ -163,7 +163,7 @@ class HunyuanImage3(Backbone):
         """Not supported."""
         _no_training()
 
-    def without_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:  # noqa: ARG002
+    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:  # noqa: ARG002
         """Not supported."""
         _no_training()
 
@@ -182,7 +182,7 @@ class HunyuanImage3(Backbone):
         """See `protocols.Backbone`: the adapter acts on everything the base reads and on both guidance rows."""
         options = self.options(options)
         readings = [self._known(request) or self._read(request)[0] for request in requests]
-        chunks = _chunks(readings, min(options.batch, self.most_together))
+        chunks = _chunks(readings, min(options.batch, self.max_batch))
         assert options.steps is not None
         assert options.guidance is not None
         edited: dict[int, Tensor] = {}

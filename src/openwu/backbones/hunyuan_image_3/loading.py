@@ -98,7 +98,7 @@ def load_remote(
     trust_remote_code: bool,
     quantise: Quantise | None,
     offload: bool,
-    beside: int,
+    reserve_bytes: int,
 ) -> RemoteModel:
     """The model on `device` (`cuda`: spread over all GPUs), its tokenizer read. Raises for all that a user can mend."""
     check_trust(folder, trust_remote_code)
@@ -108,7 +108,7 @@ def load_remote(
     room, headers = Room.of(device), read_headers(path)
     if device.type == "cuda" and not room.gpus:
         raise OpenwuError(f"device: expected a machine with a CUDA GPU for {device}, found none; use --device cpu")
-    need = check_room(headers, room, quantise=quantise, offload=offload, dtype=dtype, beside=beside)
+    need = check_room(headers, room, quantise=quantise, offload=offload, dtype=dtype, reserve_bytes=reserve_bytes)
     placed: dict[str, Any] = {"device_map": {"": str(device)}}
     if room.gpus and (len(room.gpus) > 1 or offload):
         budgets = gpu_budgets(need, room, offload=offload)

@@ -69,12 +69,12 @@ class Needs:
     """Its largest decoder layer: what several GPUs may each leave unused, since layers are not cut."""
     cache: int
     """Keys and values of a request's rows."""
-    beside: int
+    reserve_bytes: int
     """Generator, its activations, and adapters, all on the first device."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.beside
+        return self.weights + self.cache + self.reserve_bytes
 
 
 def read_headers(folder: Path) -> Headers:
@@ -107,7 +107,7 @@ def read_headers(folder: Path) -> Headers:
 
 
 def needs(
-    headers: Headers, *, quantise: Quantise | None = None, dtype: torch.dtype | None = None, beside: int = 0
+    headers: Headers, *, quantise: Quantise | None = None, dtype: torch.dtype | None = None, reserve_bytes: int = 0
 ) -> Needs:
     """What a base of these tensors takes. `dtype` None: floats stay in the dtype of the files."""
     layers: dict[str, int] = {}
@@ -120,7 +120,7 @@ def needs(
             layers[found[1]] = layers.get(found[1], 0) + size
         else:
             rest += size
-    return Needs(rest + sum(layers.values()), max(layers.values(), default=0), _cache(headers, dtype), beside)
+    return Needs(rest + sum(layers.values()), max(layers.values(), default=0), _cache(headers, dtype), reserve_bytes)
 
 
 def fits(need: Needs, room: Room, *, offload: bool = False) -> bool:
@@ -129,9 +129,9 @@ def fits(need: Needs, room: Room, *, offload: bool = False) -> bool:
         return room.cpu is None or need.total <= HEADROOM * room.cpu
     together = int(HEADROOM * sum(room.gpus)) - need.layer * (len(room.gpus) - 1)
     if not offload:
-        return need.total <= together and need.beside + need.cache <= HEADROOM * room.gpus[0]
+        return need.total <= together and need.reserve_bytes + need.cache <= HEADROOM * room.gpus[0]
     # Layers wait in the machine's memory and visit the GPU one at a time, the next one while the last is still there.
-    least = need.beside + need.cache + 2 * need.layer <= HEADROOM * room.gpus[0]
+    least = need.reserve_bytes + need.cache + 2 * need.layer <= HEADROOM * room.gpus[0]
     return least and (room.cpu is None or need.total <= together + HEADROOM * room.cpu)
 
 
@@ -142,22 +142,22 @@ def check_room(
     quantise: Quantise | None,
     offload: bool,
     dtype: torch.dtype | None,
-    beside: int,
+    reserve_bytes: int,
 ) -> Needs:
     """The needs of what was asked for; OpenwuError with the numbers, and what would fit, where it does not."""
-    asked = needs(headers, quantise=quantise, dtype=dtype, beside=beside)
+    asked = needs(headers, quantise=quantise, dtype=dtype, reserve_bytes=reserve_bytes)
     if fits(asked, room, offload=offload):
         return asked
     ways: dict[str, tuple[Needs, bool]] = {}
     if room.gpus:
         for label, how in (("--quantise 8bit", "8bit"), ("--quantise 4bit", "4bit"), ("--offload", None)):
-            ways[label] = (needs(headers, quantise=how, dtype=dtype, beside=beside), how is None)  # type: ignore[arg-type]
+            ways[label] = (needs(headers, quantise=how, dtype=dtype, reserve_bytes=reserve_bytes), how is None)  # type: ignore[arg-type]
     fitting = [f"{label} ({_gb(way.total)})" for label, (way, moved) in ways.items() if fits(way, room, offload=moved)]
     have = [f"cuda:{number} {_gb(free)}" for number, free in enumerate(room.gpus, start=room.first)]
     have += [] if room.cpu is None else [f"memory {_gb(room.cpu)}"]
     raise OpenwuError(
         f"memory: this base needs {_gb(asked.total)} (weights {_gb(asked.weights)}, cache of a request "
-        f"{_gb(asked.cache)}, generator and adapters {_gb(asked.beside)}), but free are "
+        f"{_gb(asked.cache)}, generator and adapters {_gb(asked.reserve_bytes)}), but free are "
         f"{', '.join(have) or 'nothing'}; "
         + (
             f"what would fit: {', '.join(fitting)}"
@@ -169,7 +169,7 @@ def check_room(
 
 def gpu_budgets(need: Needs, room: Room, *, offload: bool) -> dict[int | str, int]:
     """What transformers may fill with weights: bytes of every GPU, and of the machine where layers are offloaded."""
-    reserved = [need.beside + need.cache, *[need.cache // len(room.gpus)] * (len(room.gpus) - 1)]
+    reserved = [need.reserve_bytes + need.cache, *[need.cache // len(room.gpus)] * (len(room.gpus) - 1)]
     budgets: dict[int | str, int] = {
         room.first + number: max(0, int(HEADROOM * free) - kept)
         for number, (free, kept) in enumerate(zip(room.gpus, reserved, strict=True))

@@ -43,7 +43,7 @@ def keep_nothing(_: str, make: Callable[[], Part], /) -> Part:
     return make()
 
 
-class Kept:
+class ResultCache:
     """Parts in a folder: `NAME.json`, and `NAME.safetensors` beside it."""
 
     def __init__(self, folder: Path) -> None:

@@ -152,9 +152,9 @@ class FastGenerator:
     ) -> tuple[Stages, Tensor]:
         """A packed block's parts for one group, and the factors that turn so many keys."""
         head_dim, real = self.generator.config.head_dim, torch.promote_types(dtype, torch.float32)
-        turns = self.tables.turns(head_dim, layout, real, device)
+        rotary = self.tables.rotary(head_dim, layout, real, device)
         pieces = self._pieces(dtype, device)
-        stages = Stages(self._packed[number], turns, head_dim, dtype, pieces, self.workspace)
+        stages = Stages(self._packed[number], rotary, head_dim, dtype, pieces, self.workspace)
         return stages, self.tables.cross_keys(head_dim, layout, keys, real, device)
 
     def _drop(self) -> None:

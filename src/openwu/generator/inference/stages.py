@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from openwu.generator.blocks import FEED_FORWARD_FACTOR
 from openwu.generator.inference.products import Norm, PackedBlock, Product
-from openwu.generator.inference.tables import Turns, Workspace
+from openwu.generator.inference.tables import RotaryTables, Workspace
 from openwu.kernels import attention_choice as kernels
 from openwu.kernels import dispatch
 from openwu.kernels.attention import inference_attention
@@ -66,7 +66,7 @@ class Stages:
     """One block's parts, over a workspace."""
 
     weights: PackedBlock
-    turns: Turns
+    rotary: RotaryTables
     head_dim: int
     dtype: torch.dtype
     """Of the products, not of the stream."""
@@ -76,13 +76,13 @@ class Stages:
     def mix_layers_(self, x_bnpd: Tensor) -> None:
         """x += attention along base layers."""
         b, n, p, d = x_bnpd.shape
-        turns = self.turns.layers_n1e[:, None]
+        rotary = self.rotary.layers_n1e[:, None]
         for samples, positions in self.pieces.of_positions(b, n, p):
             x = x_bnpd[samples, :, positions]
             shape = x.shape[:3]
             qkv = self._product(self.weights.qkv_layers, self._normed(x, self.weights.norm1), "wide")
             heads = qkv.view(*shape, -1, self.head_dim)
-            q, k, v = _parts(self._turned(heads, 2 * d, turns), 3)
+            q, k, v = _parts(self._turned(heads, 2 * d, rotary), 3)
             mixed = self._take("normed", (*shape, d))
             for sample in range(shape[0]):
                 # [n, q, m, e] -> [q, m, n, e], as strides
@@ -97,7 +97,7 @@ class Stages:
             x = x_bnpd[samples, layers]
             qkv = self._product(self.weights.qkv_positions, self._normed(x, self.weights.norm2), "wide")
             heads = qkv.view(-1, p, 3 * d // self.head_dim, self.head_dim)
-            q, k, v = _parts(self._turned(heads, 2 * d, self.turns.positions_p1e), 3)
+            q, k, v = _parts(self._turned(heads, 2 * d, self.rotary.positions_p1e), 3)
             mixed = inference_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             x += self._mixed(mixed, self.weights.out_positions).view(x.shape)
 
@@ -114,7 +114,7 @@ class Stages:
         d = x_klpd.shape[-1]
         q = self._product(self.weights.queries, self._normed(x_klpd, self.weights.norm3), out)
         heads = q.view(*x_klpd.shape[:3], -1, self.head_dim)
-        return self._turned(heads, d, self.turns.cross_queries_np1e[layers]).flatten(1, 2)
+        return self._turned(heads, d, self.rotary.cross_queries_np1e[layers]).flatten(1, 2)
 
     def answer_(self, x_bnpd: Tensor, condition: Read, asked_bqme: Tensor | None = None) -> None:
         """x += attention to the condition, then x += feed-forward. `asked_bqme`: queries if they are known."""
@@ -142,15 +142,15 @@ class Stages:
         added = None if update is None else update.view(x.shape)
         return normed(x, norm, self.dtype, self.workspace, added).view(-1, x.shape[-1])
 
-    def _turned(self, heads: Tensor, width: int, turns: Tensor) -> Tensor:
+    def _turned(self, heads: Tensor, width: int, rotary: Tensor) -> Tensor:
         """Turn the first `width` numbers of every row, heads `[..., m, e]`, in place."""
         turning = heads[..., : width // self.head_dim, :]
-        wide = turns.dtype.to_real()
-        dispatch.rotate_(turning, turns, partial(self._take, "scratch", tuple(turning.shape), wide))
+        wide = rotary.dtype.to_real()
+        dispatch.rotate_(turning, rotary, partial(self._take, "scratch", tuple(turning.shape), wide))
         return heads
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        return self.workspace.take(name, shape, dtype or self.dtype, self.turns.layers_n1e.device)
+        return self.workspace.take(name, shape, dtype or self.dtype, self.rotary.layers_n1e.device)
 
 
 def _parts(heads: Tensor, parts: int) -> tuple[Tensor, ...]:

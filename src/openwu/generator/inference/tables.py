@@ -57,14 +57,14 @@ KEPT = 16
 
 
 @dataclass(frozen=True)
-class Turns:
+class RotaryTables:
     """The factors of a group's own positions."""
 
     layers_n1e: Tensor
     positions_p1e: Tensor
     cross_queries_np1e: Tensor
 
-    def of_layers(self, start: int, stop: int) -> Turns:
+    def of_layers(self, start: int, stop: int) -> RotaryTables:
         """Those of some base layers, which read the condition as these and no others."""
         return replace(self, cross_queries_np1e=self.cross_queries_np1e[start:stop])
 
@@ -74,25 +74,25 @@ class Tables:
 
     def __init__(self, kept: int = KEPT) -> None:
         self.kept = kept
-        self._tables: OrderedDict[tuple[object, ...], Turns | Tensor] = OrderedDict()
+        self._tables: OrderedDict[tuple[object, ...], RotaryTables | Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._tables)
 
-    def turns(self, head_dim: int, layout: GroupLayout, dtype: torch.dtype, device: torch.device) -> Turns:
+    def rotary(self, head_dim: int, layout: GroupLayout, dtype: torch.dtype, device: torch.device) -> RotaryTables:
         """The factors of a group; `dtype` of their real and imaginary parts."""
         key = (head_dim, layout.num_layers, layout.num_tokens, layout.columns, dtype, device)
         found = self._tables.pop(key, None)
         if found is None:
             # The keys' part of the tables is made by itself: its length changes from request to request.
             angles = block_rotary(*key[:4], 1, device)
-            found = Turns(
+            found = RotaryTables(
                 _factors(angles.layers, dtype),
                 _factors(angles.positions, dtype),
                 _factors(angles.cross_queries, dtype).view(layout.num_layers, layout.positions_per_layer, 1, -1),
             )
         self._keep(key, found)
-        assert isinstance(found, Turns)
+        assert isinstance(found, RotaryTables)
         return found
 
     def cross_keys(
@@ -107,7 +107,7 @@ class Tables:
         assert isinstance(found, Tensor)
         return found
 
-    def _keep(self, key: tuple[object, ...], table: Turns | Tensor) -> None:
+    def _keep(self, key: tuple[object, ...], table: RotaryTables | Tensor) -> None:
         self._tables[key] = table
         while len(self._tables) > self.kept:
             self._tables.popitem(last=False)

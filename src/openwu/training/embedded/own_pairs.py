@@ -23,7 +23,7 @@ from openwu.errors import DatasetError
 from openwu.files.hashing import of_json
 from openwu.training.config import PairsRecipe
 from openwu.training.embedded.stages import PictureStage, generated_by
-from openwu.training.micro_batch import WHOLE, Part
+from openwu.training.micro_batch import WHOLE, MicroBatch
 
 UNNAMED = "pairs"
 """What curves call the task of pairs that name none."""
@@ -74,7 +74,7 @@ class PairsStage(PictureStage):
         validation = OwnPairSampler(judged, ((count, recipe.side),), recipe.side, recipe.seed + 9)
         super().__init__("generator", recipe, model, *generated_by(model), (self.pairs, validation))
 
-    def not_finite(self, step: int, part: Part = WHOLE) -> list[str]:
+    def not_finite(self, step: int, part: MicroBatch = WHOLE) -> list[str]:
         """Named by where they stand in the user's data."""
         _, losses = self.losses(step, part)
         size = self.pairs.size(step)

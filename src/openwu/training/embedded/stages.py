@@ -25,7 +25,7 @@ from openwu.kernels.attention import training_attention
 from openwu.training.config import EmbeddedRecipe, PairsRecipe, StageConfig
 from openwu.training.embedded.losses import falling_floor, picture_losses, psnr
 from openwu.training.loop import Evaluation
-from openwu.training.micro_batch import WHOLE, Drawn, Part, take_rows
+from openwu.training.micro_batch import WHOLE, MicroBatch, StepBatchCache, take_rows
 from openwu.training.stage import adapter_scalars
 from openwu.types import Adapter, Target
 
@@ -115,7 +115,7 @@ class InstructionStage:
         return Sentences(sentences, rows, wanted, degrees, noise)
 
     @contextmanager
-    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
+    def loss(self, step: int, part: MicroBatch = WHOLE) -> Iterator[Tensor]:
         drawn = self.drawn(step)
         own = part.rows(self.size)
         wanted, degrees = drawn.wanted[own], drawn.degrees[own]
@@ -130,7 +130,7 @@ class InstructionStage:
         """What ties the tokens `[b, K, width]` to something, besides being understood: learns what is typical."""
         return self.encoder.off_centre(tokens, wanted, degrees)
 
-    def not_finite(self, step: int, _part: Part = WHOLE) -> list[str]:
+    def not_finite(self, step: int, _part: MicroBatch = WHOLE) -> list[str]:
         return [f"the sentences of step {step}"]
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class PictureStage:
         self._trained = trained
         self.config: StageConfig = getattr(recipe, name)
         self.batches, self.validation = batches
-        self._drawn = Drawn(lambda step: self.batches.batch(step))
+        self._drawn = StepBatchCache(lambda step: self.batches.batch(step))
         model.requires_grad_(False)
         trained.requires_grad_(True)
 
@@ -177,16 +177,16 @@ class PictureStage:
         return self._trained
 
     @contextmanager
-    def loss(self, step: int, part: Part = WHOLE) -> Iterator[Tensor]:
+    def loss(self, step: int, part: MicroBatch = WHOLE) -> Iterator[Tensor]:
         _, losses = self.losses(step, part)
         yield losses.mean() * part.share(self.batches.size(step))
 
-    def not_finite(self, step: int, part: Part = WHOLE) -> list[str]:
+    def not_finite(self, step: int, part: MicroBatch = WHOLE) -> list[str]:
         batch, losses = self.losses(step, part)
         finite = losses.isfinite().tolist()
         return [f"{n} ({s!r})" for n, s, fine in zip(batch.names, batch.sentences, finite, strict=True) if not fine]
 
-    def losses(self, step: int, part: Part = WHOLE) -> tuple[PairBatch, Tensor]:
+    def losses(self, step: int, part: MicroBatch = WHOLE) -> tuple[PairBatch, Tensor]:
         """A part of a step's batch and the loss of each of its requests `[b]`."""
         whole = self._drawn.at(step, part)
         # What is left out of sentences is drawn for the whole batch, so that it does not depend on the parts.
