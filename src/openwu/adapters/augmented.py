@@ -4,8 +4,8 @@
 
 The weights lie in memory with spare columns beside each row; a scope writes scale B there, and the product that the
 base computes anyway reads a few columns more. Against an update of its own (`stacked.py`), no result is read and
-written again, and there is one grouped product less. Several requests share the spare columns: each has its own, and A x
-is zero in those of the others, so that the groups stay the experts'.
+written again, and there is one grouped product less. Several requests share the spare columns: each has its own, and
+A x is zero in those of the others, so that the groups stay the experts'.
 
 Nothing is merged: W's numbers are never written. Where A, B or W are trained, a scope takes `stacked.py`'s way, and so
 do adapters for which there are too few spare columns.

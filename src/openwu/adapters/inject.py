@@ -53,8 +53,8 @@ def attach(
     `routing` is for experts in batches with several adapters.
 
     `spare_columns`: columns of memory beside every row of stacked experts' weights, until `detach`. Where adapters
-    that are not trained fit (rank times the number of different adapters in a batch), they cost about half of what they cost
-    without: `[W | scale B] [x, A x]` is computed in one product (`adapter.augmented`). No weight's numbers change.
+    that are not trained fit (rank times the number of different adapters in a batch), they cost about half of what they
+    cost without: `[W | scale B] [x, A x]` is computed in one product (`adapter.augmented`). No weight's numbers change.
     Weights that are moved or replaced while attached lose their room, and nothing else.
     """
     if isinstance(spare_columns, bool) or not isinstance(spare_columns, int) or spare_columns < 0:

@@ -55,8 +55,8 @@ class Routed(NamedTuple):
 class GroupedProduct(nn.Module):
     """One weight of all experts. It has no parameters: the stacked weight stays where the base model keeps it.
 
-    An input made by `gather` or `multiply` has `spare_columns` columns free behind it: there `beside` puts what an adapter adds,
-    and copies nothing else.
+    An input made by `gather` or `multiply` has `spare_columns` columns free behind it: there `beside` puts what an
+    adapter adds, and copies nothing else.
     """
 
     def __init__(self) -> None:
