@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from openwu.adapters.inject import attach
-from openwu.bench.apply_parts import ExpertsLayer, random_adapter
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
 from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
@@ -27,6 +26,7 @@ from openwu.kernels import norm_triton as norm_kernel
 from openwu.kernels import rotary_triton as rotary_kernel
 from openwu.kernels.attention_choice import Choices, difference, plain_torch
 from openwu.kernels.grouped import group_ends
+from openwu_bench.adapters import ExpertsLayer, random_adapter
 
 interpreter.correct()
 
