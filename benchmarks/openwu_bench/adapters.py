@@ -96,7 +96,7 @@ class LoopedUpdate:
     def __call__(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         x, routed = args[0], args[2]
         y = y.clone()
-        samples = routed.token_s // (len(routed.place_tk) // self.rows)
+        samples = routed.token_s // (len(routed.row_tk) // self.rows)
         start = 0
         for expert, end in enumerate(routed.ends.tolist()):
             if end == start:

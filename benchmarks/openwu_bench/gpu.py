@@ -23,7 +23,7 @@ from openwu.errors import OpenwuError
 from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.inference.products import fp8
 from openwu.generator.model import ParameterGenerator
-from openwu.kernels.attention_choice import CHOICES, available, plainly
+from openwu.kernels.autotune import CHOICES, available, without_kernels
 from openwu.types import Adapter, Target
 from openwu_bench.adapters import RANK, ExpertsLayer, adapted, gate, looped, overhead, random_adapter
 from openwu_bench.generator import adapter_error, generator_flops, released_config
@@ -58,7 +58,7 @@ class Paths:
         condition = torch.randn(1, length, generator.config.input_dim, device=weight.device).to(weight.dtype)
         fast = partial(FastGenerator(generator), condition)
         quantised = partial(FastGenerator(generator, FastOptions(make=fp8)), condition)
-        return cls(plainly(lambda: generator(condition)), fast, plainly(fast), quantised)
+        return cls(without_kernels(lambda: generator(condition)), fast, without_kernels(fast), quantised)
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def measure_experts(quick: bool) -> Row:
             with attach(layer, adapter.targets, spare_columns=spare_columns) as handle:
                 runs = {"ours": synchronised(adapted(handle, layer, adapter, x), device)}
                 if not spare_columns and available(device):
-                    runs["ours, plain torch"] = plainly(runs["ours"])
+                    runs["ours, plain torch"] = without_kernels(runs["ours"])
                 error = max(error, *(gate("G2", run(), expected, TOLERANCE) for run in runs.values()))
                 timed = interleaved({"base": base, **runs}, 5 if quick else 30, warmup=3)
             for name in runs:
