@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import openwu
 from openwu import cli
+from openwu.cli import bench as bench_verb
 from openwu.errors import OpenwuError
 from openwu_bench import CURVES, ROWS, PlannedRow, command, needs_gpu
 from openwu_bench.measurement import Curve, Row, Timing
@@ -204,6 +204,6 @@ def test_unknown_names_are_usage_errors(
 def test_without_a_source_checkout_the_verb_says_where_the_benchmarks_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(openwu, "__file__", str(tmp_path / "site-packages" / "openwu" / "__init__.py"))
+    monkeypatch.setattr(bench_verb, "FOLDER", tmp_path / "benchmarks")
     assert cli.main(["bench", "--list"]) == cli.FAILED
     assert "not of the installed package; run `pip install -e .` in a checkout" in capsys.readouterr().err

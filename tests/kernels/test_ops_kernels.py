@@ -59,7 +59,7 @@ def kernel_of(name: str, floats: str) -> tuple[Any, dict[str, str], dict[str, ob
     constants: dict[str, object]
     if name == "rotate":
         kernel, constants, warps = rotary._rotate_kernel, {"inverse": False, "block_heads": 32, "block_width": 128}, 4
-        types |= {"x": floats, "out": floats, "turns": F32}
+        types |= {"x": floats, "out": floats, "rotations": F32}
     elif name == "norm":
         kernel, constants, warps = norm._forward, {"adds": True, "keeps": True, "block": 4096}, norm._warps(4096)
         types |= dict.fromkeys(("x", "update", "total", "out"), floats) | {"weight": F32, "inverse": F32, "eps": "fp32"}

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-import openwu
+from openwu.version import __version__
 
 
 def origin() -> dict[str, Any]:
     """Return version, commit, date, torch version, processor and threads."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "openwu": openwu.__version__,
+        "openwu": __version__,
         "commit": commit(),
         "torch": torch.__version__,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",

@@ -268,7 +268,7 @@ def test_adapters_of_stacked_experts(chosen: Choices, samples: int) -> None:
 
 
 TRIALS: dict[str, Callable[[], kernels.Trial]] = {
-    "_turn": lambda: trials.of_rotate_(draw(2, 2, 8)),
+    "_rotate_kernel": lambda: trials.of_rotate_(draw(2, 2, 8)),
     "_add_sorted": lambda: trials.of_sorted(draw(9, 8), draw(9, 8), draw(3, 2, 8), draw(3, 8, 2), 0.0),
     "_forward": lambda: trials.of_add_normed_(draw(3, 8), draw(3, 8), draw(8), EPS, torch.float32),
     "_backward": lambda: trials.of_add_normed(draw(3, 8), draw(3, 8), draw(8), EPS, torch.float32),
