@@ -17,6 +17,7 @@ from openwu.errors import OpenwuError
 from openwu_bench import CURVES, ROWS, PlannedRow, command, needs_gpu
 from openwu_bench.measurement import Curve, Row, Timing
 
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 QUICK: list[bool] = []
 
 
@@ -207,3 +208,22 @@ def test_without_a_source_checkout_the_verb_says_where_the_benchmarks_are(
     monkeypatch.setattr(bench_verb, "FOLDER", tmp_path / "benchmarks")
     assert cli.main(["bench", "--list"]) == cli.FAILED
     assert "not of the installed package; run `pip install -e .` in a checkout" in capsys.readouterr().err
+
+
+def test_the_row_that_the_page_shows_is_measured(
+    rows: dict[str, PlannedRow],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    section = PAGE.read_text(encoding="utf-8").partition("## Adding a row or a curve")[2]
+    code, entry = (block.partition("```")[0] for block in section.split("```python\n")[1:3])
+    module = types.ModuleType("my_row")
+    exec(compile(code, str(PAGE), "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_row", module)
+    exec(entry, {"ROWS": rows, "PlannedRow": PlannedRow})
+    assert bench(tmp_path, "C9", "--quick") == 0
+    assert "addmm, against a product and an addition" in capsys.readouterr().out
+    example = stored(tmp_path)["example"]
+    assert isinstance(example, dict)
+    assert list(example["rows"][0]["sides"]) == ["fused", "plain"]
