@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from openwu.version import __version__
+
 if TYPE_CHECKING:
     from openwu.adapters.inject import AdapterHandle, attach
     from openwu.config import GeneratorConfig
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from openwu.errors import OpenwuError
     from openwu.generator.model import ParameterGenerator
     from openwu.types import Adapter, Condition, EditRequest, EditResult, Target
-
-__version__ = "0.1.0"
 
 _WHERE = {
     "Adapter": "openwu.types",

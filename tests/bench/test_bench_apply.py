@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from openwu.bench import ROWS, apply_gpu, apply_growth, experts, mixed_batch, peft_experts
-from openwu.bench.apply_parts import gate, overhead, times_lower
-from openwu.bench.row import Row, Timing
 from openwu.errors import OpenwuError
 from openwu.types import Target
+from openwu_bench import adapters_curves, adapters_dense, adapters_experts, gpu
+from openwu_bench.adapters import gate, overhead, times_lower
+from openwu_bench.measurement import Row, Timing
 
 
 def check(row: Row, tolerance: float = 1e-5) -> None:
@@ -25,31 +25,25 @@ def check(row: Row, tolerance: float = 1e-5) -> None:
 
 
 def test_experts() -> None:
-    check(experts.measure(quick=True))
+    check(adapters_experts.measure_loop(quick=True))
 
 
-@pytest.mark.parametrize("row", [mixed_batch, peft_experts])
-def test_rows_against_peft(row: object) -> None:
+@pytest.mark.parametrize("measure", [adapters_dense.measure_mixed_batch, adapters_experts.measure_peft])
+def test_rows_against_peft(measure: Callable[[bool], Row]) -> None:
     pytest.importorskip("peft")
-    check(row.measure(quick=True))  # type: ignore[attr-defined]
+    check(measure(True))
 
 
 @pytest.mark.slow
 def test_compiled() -> None:
     pytest.importorskip("peft")
-    row = importlib.import_module("openwu.bench.compiled").measure(quick=True)
+    row = adapters_dense.measure_compiled(quick=True)
     check(row)
     assert row.details["recompilations"]["ours"] == 0
 
 
-def test_rows_are_found() -> None:
-    for name in ("C3", "C4", "C5", "C6", "G2", "G3"):
-        module, _, function = ROWS[name].partition(":")
-        assert callable(getattr(importlib.import_module(module), function))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-@pytest.mark.parametrize("measure", [apply_gpu.measure_experts, apply_gpu.measure_batch])
+@pytest.mark.parametrize("measure", [gpu.measure_experts, gpu.measure_batch])
 def test_gpu_rows_need_a_gpu(measure: object) -> None:
     with pytest.raises(OpenwuError, match=r"G[23]: expected a CUDA device"):
         measure(quick=True)  # type: ignore[operator]
@@ -58,21 +52,21 @@ def test_gpu_rows_need_a_gpu(measure: object) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_gpu_rows_run_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small, on the CPU in the device's place: their code and their gates, no figure."""
-    monkeypatch.setattr(apply_gpu, "cuda", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "cuda_device", lambda _: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
     for name, size in {"DIM": 64, "HIDDEN": 32, "EXPERTS": 4, "TOP_K": 2}.items():
-        monkeypatch.setattr(apply_gpu, name, size)
-    experts_row, batch_row = apply_gpu.measure_experts(quick=True), apply_gpu.measure_batch(quick=True)
-    check(experts_row, apply_gpu.TOLERANCE)
-    check(batch_row, apply_gpu.TOLERANCE)
-    assert set(experts_row.details["overhead by tokens"]) == {"ours", "ours, with room"}
+        monkeypatch.setattr(gpu, name, size)
+    experts_row, batch_row = gpu.measure_experts(quick=True), gpu.measure_batch(quick=True)
+    check(experts_row, gpu.TOLERANCE)
+    check(batch_row, gpu.TOLERANCE)
+    assert set(experts_row.details["overhead by tokens"]) == {"ours", "ours, spare columns"}
 
 
 def test_a_side_that_leaves_out_samples_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed_batch, "peft_model", lambda model, _: Deaf(model))
+    monkeypatch.setattr(adapters_dense, "peft_model", lambda model, _: Deaf(model))
     with pytest.raises(OpenwuError, match="C4: both sides should agree"):
-        mixed_batch.measure(quick=True)
+        adapters_dense.measure_mixed_batch(quick=True)
 
 
 class Deaf(nn.Module):
@@ -106,25 +100,27 @@ def test_overhead_pairs_measurements() -> None:
 def test_counted_work() -> None:
     """3 rows, rank 2, 5 -> 7: A and B are 2 * 12 numbers each way."""
     target = Target("0", 5, 7)
-    assert apply_growth.operations([target, target], rows=3, rank=2) == 2 * (2 * 3 * 2 * 12)
-    assert apply_growth.moved_bytes([target], rows=3, rank=2, groups=2) == 4 * (3 * (5 + 4 + 14) + 2 * 2 * 12)
+    assert adapters_curves.operations([target, target], rows=3, rank=2) == 2 * (2 * 3 * 2 * 12)
+    assert adapters_curves.moved_bytes([target], rows=3, rank=2, groups=2) == 4 * (3 * (5 + 4 + 14) + 2 * 2 * 12)
 
 
 def test_the_law_adds_up_what_was_measured_beside_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apply_growth, "interleaved", lambda *_, **__: {"add": Timing((1.0,))})  # 2 * 3 * 7 * 4 bytes/s
+    monkeypatch.setattr(
+        adapters_curves, "interleaved", lambda *_, **__: {"add": Timing((1.0,))}
+    )  # 2 * 3 * 7 * 4 bytes/s
     target = Target("0", 5, 7)
-    point = apply_growth._point(2, Timing((9.0,)), Timing((0.5,)), [target], base=3.0, rows=3, rank=2, groups=2)
+    point = adapters_curves._point(2, Timing((9.0,)), Timing((0.5,)), [target], base=3.0, rows=3, rank=2, groups=2)
     speed = 2 * 3 * 5 * 7 / 3.0
     assert point.predicted == pytest.approx(
         0.5
-        + apply_growth.operations([target], 3, 2) / speed
-        + apply_growth.moved_bytes([target], 3, 2, 2) / (2 * 3 * 7 * 4)
+        + adapters_curves.operations([target], 3, 2) / speed
+        + adapters_curves.moved_bytes([target], 3, 2, 2) / (2 * 3 * 7 * 4)
     )
     assert (point.x, point.measured.median) == (2, 9.0)
 
 
 @pytest.mark.parametrize("name", ["rank", "adapters", "experts"])
 def test_growth(name: str) -> None:
-    curve = getattr(apply_growth, f"measure_{name}")(quick=True)
+    curve = getattr(adapters_curves, f"measure_{name}")(quick=True)
     assert [point.x for point in curve.points] == {"rank": [4, 8], "adapters": [1, 2, 4], "experts": [4, 8]}[name]
     assert 0 < curve.factor < math.inf

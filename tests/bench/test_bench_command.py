@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from openwu import cli
-from openwu.bench import GROWTHS, ROWS, command
-from openwu.bench.growth import Growth
-from openwu.bench.plan import PLAN, needs_gpu
-from openwu.bench.row import Row, Timing
+from openwu.cli import bench as bench_verb
 from openwu.errors import OpenwuError
+from openwu_bench import CURVES, ROWS, PlannedRow, command, needs_gpu
+from openwu_bench.measurement import Curve, Row, Timing
 
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 QUICK: list[bool] = []
 
 
@@ -54,20 +55,25 @@ def stopped(quick: bool) -> Row:
     raise KeyboardInterrupt
 
 
-def curve(quick: bool) -> dict[str, object]:
-    return {"what": "a loop; linear", "unit": "tokens", "points": [(1, 0.5, 1), (2, [1.0, 1.0], 2), (4, 2.0, 4)]}
+def curve(quick: bool) -> Curve:
+    points = [(1, [0.5], 1), (2, [1.0, 1.0], 2), (4, [2.0], 4)]
+    return Curve.from_json({"what": "a loop; linear", "unit": "tokens", "points": points})
+
+
+def planned(name: str, function: str) -> PlannedRow:
+    return replace(ROWS[name], measure=f"made_up_rows:{function}")
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, PlannedRow]:
     """Rows and curves that take no time, in place of the real ones."""
     module = types.ModuleType("made_up_rows")
     for made in (c1, c2, broken, unable, misnamed, endless, tensors, stopped, curve):
         setattr(module, made.__name__, made)
     monkeypatch.setitem(sys.modules, "made_up_rows", module)
-    found = {"C1": "made_up_rows:c1", "C2": "made_up_rows:c2"}
+    found = {"C1": planned("C1", "c1"), "C2": planned("C2", "c2")}
     monkeypatch.setattr(command, "ROWS", found)
-    monkeypatch.setattr(command, "GROWTHS", {"loop": "made_up_rows:curve"})
+    monkeypatch.setattr(command, "CURVES", {"loop": "made_up_rows:curve"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     QUICK.clear()
     return found
@@ -83,16 +89,15 @@ def stored(folder: Path) -> dict[str, object]:
     return {each["theme"]: each for each in found}
 
 
-def test_every_row_is_planned_and_can_be_resolved() -> None:
-    assert set(ROWS) <= set(PLAN)
-    assert not set(PLAN) & set(GROWTHS)
-    for path in (*ROWS.values(), *GROWTHS.values()):
-        assert callable(command._resolve(path))
-    assert [name for name in PLAN if needs_gpu(name)] == ["G1", "G2", "G3", "G4"]
+def test_every_row_and_curve_can_be_resolved() -> None:
+    assert not set(ROWS) & set(CURVES)
+    for path in (*(row.measure for row in ROWS.values()), *CURVES.values()):
+        assert callable(command.resolve(path))
+    assert [name for name in ROWS if needs_gpu(name)] == ["G1", "G2", "G3", "G4"]
 
 
 def test_a_run_prints_a_table_and_writes_every_timing(
-    rows: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rows: dict[str, PlannedRow], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench(tmp_path / "new", "C2", "C1", "loop", "C1") == 0
     assert QUICK == [False]
@@ -120,21 +125,19 @@ def test_a_run_prints_a_table_and_writes_every_timing(
 
 
 def test_without_names_everything_that_can_be_measured_is(
-    rows: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rows: dict[str, PlannedRow], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench(tmp_path, "--quick") == 0
     assert QUICK == [True]
-    errors = capsys.readouterr().err
-    assert "G1: skipped, nobody has written it yet" in errors
     files = {file.name.split("_")[0] for file in tmp_path.iterdir()}
     assert files == {"quick-generator", "quick-growth"}
-    rows["G1"] = "made_up_rows:c1"
+    rows["G1"] = planned("G1", "c1")
     assert bench(tmp_path) == 0
     assert "G1: skipped, it needs a GPU, and no CUDA device is here" in capsys.readouterr().err
     assert bench(tmp_path, "G1") == 1  # asked for by name
 
 
-def test_a_run_never_replaces_another_one_s_files(rows: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_never_replaces_another_one_s_files(rows: dict[str, PlannedRow], tmp_path: Path) -> None:
     for _ in range(3):
         assert bench(tmp_path, "C1") == 0
     names = sorted(file.name for file in tmp_path.glob("*.json"))
@@ -154,9 +157,9 @@ def test_a_run_never_replaces_another_one_s_files(rows: dict[str, str], tmp_path
     ],
 )
 def test_a_row_that_fails_is_said_and_stored_and_stops_no_other(
-    rows: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], made: str, words: str
+    rows: dict[str, PlannedRow], tmp_path: Path, capsys: pytest.CaptureFixture[str], made: str, words: str
 ) -> None:
-    rows["C3"] = f"made_up_rows:{made}"
+    rows["C3"] = planned("C3", made)
     assert bench(tmp_path, "C3", "C1") == 1
     captured = capsys.readouterr()
     assert words in captured.err
@@ -166,25 +169,27 @@ def test_a_row_that_fails_is_said_and_stored_and_stops_no_other(
     assert (adapters["rows"], list(adapters["failed"])) == ([], ["C3"])
 
 
-def test_what_was_measured_before_a_stop_is_kept(rows: dict[str, str], tmp_path: Path) -> None:
-    rows["C3"] = "made_up_rows:stopped"
+def test_what_was_measured_before_a_stop_is_kept(rows: dict[str, PlannedRow], tmp_path: Path) -> None:
+    rows["C3"] = planned("C3", "stopped")
     assert bench(tmp_path, "C1", "C3", "C2") == cli.STOPPED
     generator = stored(tmp_path)["generator"]
     assert isinstance(generator, dict)
     assert [row["name"] for row in generator["rows"]] == ["C1"]
 
 
-def test_the_list_measures_nothing(rows: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_measures_nothing(
+    rows: dict[str, PlannedRow], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench(tmp_path, "--list") == 0
     output = capsys.readouterr().out
-    assert all(name in output for name in (*PLAN, "loop"))
+    assert all(name in output for name in (*rows, "loop"))
     assert not QUICK
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", [["C99"], ["c1"], ["--fast"]])
 def test_unknown_names_are_usage_errors(
-    rows: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+    rows: dict[str, PlannedRow], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     try:
         code: object = bench(tmp_path, *words)
@@ -194,9 +199,31 @@ def test_unknown_names_are_usage_errors(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("openwu: error: ")
     assert words[0] in line
-    assert words[0].startswith("-") or all(name in line for name in (*PLAN, "loop"))
+    assert words[0].startswith("-") or all(name in line for name in (*rows, "loop"))
 
 
-def test_plain_data_and_curves_are_alike(rows: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys.modules["made_up_rows"], "curve", lambda quick: Growth.read(curve(quick)))
-    assert bench(tmp_path, "loop") == 0
+def test_without_a_source_checkout_the_verb_says_where_the_benchmarks_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_verb, "FOLDER", tmp_path / "benchmarks")
+    assert cli.main(["bench", "--list"]) == cli.FAILED
+    assert "not of the installed package; run `pip install -e .` in a checkout" in capsys.readouterr().err
+
+
+def test_the_row_that_the_page_shows_is_measured(
+    rows: dict[str, PlannedRow],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    section = PAGE.read_text(encoding="utf-8").partition("## Adding a row or a curve")[2]
+    code, entry = (block.partition("```")[0] for block in section.split("```python\n")[1:3])
+    module = types.ModuleType("my_row")
+    exec(compile(code, str(PAGE), "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_row", module)
+    exec(entry, {"ROWS": rows, "PlannedRow": PlannedRow})
+    assert bench(tmp_path, "C9", "--quick") == 0
+    assert "addmm, against a product and an addition" in capsys.readouterr().out
+    example = stored(tmp_path)["example"]
+    assert isinstance(example, dict)
+    assert list(example["rows"][0]["sides"]) == ["fused", "plain"]

@@ -12,16 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from openwu.bench import GROWTHS, ROWS, generator_bytes, generator_gpu, generator_speed
-from openwu.bench.generator_sizes import generator_flops, released_config, small_config
-from openwu.bench.growth import Growth
-from openwu.bench.row import Row
-from openwu.bench.traffic import Traffic
 from openwu.errors import OpenwuError
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.layout import GeneratorLayout
 from openwu.generator.model import ParameterGenerator
 from openwu.kernels.attention import training_attention
+from openwu_bench import CURVES, generator_bytes, gpu
+from openwu_bench.generator import generator_flops, released_config, small_config, speed_row
+from openwu_bench.generator_bytes import MemoryTraffic
+from openwu_bench.measurement import Curve, Row
 
 
 def test_sizes_are_those_that_rows_speak_of() -> None:
@@ -59,22 +58,17 @@ def test_cost_model_counts_what_torch_counts(length: int) -> None:
 def test_traffic_counts_results_and_not_views() -> None:
     x = torch.randn(8, 16)
     out = torch.empty(8, 16)
-    with torch.no_grad(), Traffic() as traffic:
+    with torch.no_grad(), MemoryTraffic() as traffic:
         x.view(16, 8).t()[1:]
         torch.empty(100)
     assert (traffic.written, traffic.allocated) == (0, 400)
-    with torch.no_grad(), Traffic() as traffic:
+    with torch.no_grad(), MemoryTraffic() as traffic:
         torch.mul(x, 2, out=out)
         out[2:4].add_(1)
         F.silu(out)
         out.split(4, dim=1)
     assert (traffic.written, traffic.allocated) == ((128 + 32 + 128) * 4, 128 * 4)
     assert traffic.by_operation == {"aten::mul": 512, "aten::add_": 128, "aten::silu": 512}
-
-
-def test_rows_are_listed() -> None:
-    assert ROWS["C1"] == "openwu.bench.generator_speed:measure"
-    assert ROWS["C2"] == "openwu.bench.generator_bytes:measure"
 
 
 def test_bytes_row_reaches_its_goal_and_says_what_it_leaves_out() -> None:
@@ -86,9 +80,9 @@ def test_bytes_row_reaches_its_goal_and_says_what_it_leaves_out() -> None:
 
 
 def test_speed_row_times_both_sides() -> None:
-    row = generator_speed.measured(small_config(d_model=64, layers=2, targets=1, blocks=2), repeats=2)
-    assert set(row.sides) == {"clear", "fast", "fast, first block not kept"}
-    assert row.value == row.sides["clear"].median / row.sides["fast"].median > 0
+    row = speed_row(small_config(d_model=64, layers=2, targets=1, blocks=2), repeats=2)
+    assert set(row.sides) == {"reference", "fast", "fast, first block not kept"}
+    assert row.value == row.sides["reference"].median / row.sides["fast"].median > 0
     assert row.error < 1e-5
     assert "d 64, n 2, hw 192, 2 blocks" in row.title
 
@@ -97,7 +91,7 @@ def test_speed_row_times_both_sides() -> None:
     "run",
     [
         lambda: generator_bytes.measure(quick=True),
-        lambda: generator_speed.measured(small_config(d_model=64, layers=2, targets=1, blocks=2), repeats=1),
+        lambda: speed_row(small_config(d_model=64, layers=2, targets=1, blocks=2), repeats=1),
     ],
     ids=["bytes", "speed"],
 )
@@ -111,7 +105,7 @@ def test_nothing_is_measured_where_the_sides_differ(run: Callable[[], object], m
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure for minutes")
-@pytest.mark.parametrize("measure", [generator_gpu.measure_speed, generator_gpu.measure_memory])
+@pytest.mark.parametrize("measure", [gpu.measure_speed, gpu.measure_memory])
 def test_gpu_rows_say_what_they_need(measure: Callable[[bool], Row]) -> None:
     with pytest.raises(OpenwuError, match=r"G[14]: expected a CUDA device with about 80 GB of memory, got none"):
         measure(True)
@@ -119,43 +113,43 @@ def test_gpu_rows_say_what_they_need(measure: Callable[[bool], Row]) -> None:
 
 def test_gpu_speed_row_works_at_any_size_on_any_device() -> None:
     config = small_config(d_model=64, layers=2, targets=1, blocks=2)
-    generator = generator_gpu.random_generator(config, torch.device("cpu"))
+    generator = gpu.random_generator(config, torch.device("cpu"))
     assert next(generator.parameters()).dtype == torch.bfloat16
-    rate = generator_gpu.matmul_rate(torch.device("cpu"), 32)
+    rate = gpu.matmul_rate(torch.device("cpu"), 32)
     assert rate > 0
-    row = generator_gpu.speed_row(generator, (3, 9), 1e9, repeats=1)
+    row = gpu.speed_row(generator, (3, 9), 1e9, repeats=1)
     assert len(row.sides) == 6
     floors = [row.details[f"L {length}: floor s"] for length in (3, 9)]
     assert floors[0] == sum(generator_flops(config, 3).values()) / 1e9 < floors[1]
     shares = [100 * floor / row.sides[f"L {length} fast"].median for floor, length in zip(floors, (3, 9), strict=True)]
     assert row.value == min(shares)
-    assert 0 < row.details["L 3: relative error of 8 bits"] < 0.2
+    assert 0 < row.details["L 3: relative error of fp8"] < 0.2
 
 
 def test_gpu_speed_row_has_the_fast_path_without_kernels_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generator_gpu, "available", lambda _: "triton 9")
-    generator = generator_gpu.random_generator(
-        small_config(d_model=64, layers=2, targets=1, blocks=1), torch.device("cpu")
-    )
-    row = generator_gpu.speed_row(generator, (3,), 1e9, repeats=1)
+    monkeypatch.setattr(gpu, "available", lambda _: "triton 9")
+    generator = gpu.random_generator(small_config(d_model=64, layers=2, targets=1, blocks=1), torch.device("cpu"))
+    row = gpu.speed_row(generator, (3,), 1e9, repeats=1)
     sides = {name: timing.median for name, timing in row.sides.items()}
-    assert set(sides) == {f"L 3 {name}" for name in ("clear", "fast", "fast, plain torch", "8 bits")}
+    assert set(sides) == {f"L 3 {name}" for name in ("reference", "fast", "fast, plain torch", "fp8")}
     ratio = sides["L 3 fast, plain torch"] / sides["L 3 fast"]
     assert row.details["L 3: fast without / with kernels"] == pytest.approx(ratio)
 
 
-CURVES = {name: path for name, path in GROWTHS.items() if name.startswith("generator-")}
+GENERATOR_CURVES = {name: path for name, path in CURVES.items() if name.startswith("generator-")}
 
 
-@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("name", GENERATOR_CURVES)
 def test_growth_is_measured_beside_the_cost_model(name: str) -> None:
     module, _, function = CURVES[name].partition(":")
     curve = getattr(importlib.import_module(module), function)(True)
     small, large = curve.points
     assert small.x < large.x
     assert large.predicted == small.predicted if name == "generator-pieces" else large.predicted > small.predicted
-    assert Growth.read(json.loads(json.dumps(curve.to_json()))) == curve
+    assert Curve.from_json(json.loads(json.dumps(curve.to_json()))) == curve
 
 
 def test_curves_of_the_generator_are_listed() -> None:
-    assert set(CURVES) == {f"generator-{what}" for what in ("condition", "targets", "layers", "width", "pieces")}
+    assert set(GENERATOR_CURVES) == {
+        f"generator-{what}" for what in ("condition", "targets", "layers", "width", "pieces")
+    }

@@ -9,15 +9,13 @@ import pytest
 from PIL import Image
 
 from openwu import cli
-from openwu.bench.growth import Growth
-from openwu.bench.machine import described, hardware, short_name
-from openwu.bench.pictures import round_numbers, share
-from openwu.bench.plan import PLAN
-from openwu.bench.report import GROWTH_PICTURE, ROWS_PICTURE, read_results, sections
-from openwu.bench.result import Result, number, read_result, seconds
-from openwu.bench.row import Row, Timing
 from openwu.errors import OpenwuError
 from openwu.files.markdown import filled
+from openwu_bench import ROWS
+from openwu_bench.figures import round_numbers, share
+from openwu_bench.measurement import Curve, Row, Timing
+from openwu_bench.report import CURVES_FIGURE, ROWS_FIGURE, read_results, sections
+from openwu_bench.result import Result, described, hardware, number, read_result, seconds, short_name
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {
@@ -43,12 +41,12 @@ def c7(value: float) -> Row:
     return Row("C7", "an edit", value, "%", 25.0, at_least=False, sides=sides, details={"floor": 0.25})
 
 
-CURVE = Growth.read({"what": "a loop", "unit": "tokens", "points": [(1, 0.5, 1), (2, 1.0, 2), (4, 4.0, 4)]})
+CURVE = Curve.from_json({"what": "a loop", "unit": "tokens", "points": [(1, [0.5], 1), (2, [1.0], 2), (4, [4.0], 4)]})
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = result(3, c7(18.0))
-    written.growths["loop"] = CURVE
+    written.curves["loop"] = CURVE
     written.failed["C8"] = "too hard"
     written.write(tmp_path)
     assert written.file == tmp_path / "edit_intel-core-i7-4-cores_2026-01-03.json"
@@ -63,13 +61,13 @@ def test_the_newest_measurement_counts_and_the_rest_is_not_measured(tmp_path: Pa
     assert lines["C7"].startswith(
         "| C7 | an edit | 20.5 % | at most 25 % | yes | edit_intel-core-i7-4-cores_2026-01-09"
     )
-    for name in set(PLAN) - {"C7"}:
+    for name in set(ROWS) - {"C7"}:
         assert "| not measured |" in lines[name]
 
 
 def test_the_command_fills_the_page_and_draws(tmp_path: Path) -> None:
     made = result(3, c7(30.0))
-    made.growths["loop"] = CURVE
+    made.curves["loop"] = CURVE
     made.write(tmp_path / "results_of_runs")
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "page.md"
@@ -81,7 +79,7 @@ def test_the_command_fills_the_page_and_draws(tmp_path: Path) -> None:
     assert "| 4 | 4 s | 2.52 s | 1.59 |" in text  # factor: the geometric mean of 0.5, 0.5 and 1
     assert "(../results_of_runs/edit_intel-core-i7-4-cores_2026-01-03.md)" in text
     assert text.count("kept") == 3
-    for picture in (ROWS_PICTURE, GROWTH_PICTURE):
+    for picture in (ROWS_FIGURE, CURVES_FIGURE):
         assert f"]({picture.as_posix()})" in text
         with Image.open(page.parent / picture) as image:
             assert min(image.size) > 100
@@ -91,14 +89,14 @@ def test_the_command_fills_the_page_and_draws(tmp_path: Path) -> None:
         file.unlink()
     assert cli.main(words) == 0
     assert "Not measured yet." in page.read_text(encoding="utf-8")
-    assert not (page.parent / ROWS_PICTURE).exists()
+    assert not (page.parent / ROWS_FIGURE).exists()
 
 
 def test_the_page_in_the_docs_is_what_the_committed_results_make() -> None:
     page = ROOT / "docs" / "performance.md"
-    results = read_results(ROOT / "benchmarks")
+    results = read_results(ROOT / "benchmarks" / "results")
     assert filled(page, sections(results, page), "--page") == page.read_text(encoding="utf-8")
-    for picture in (ROWS_PICTURE, GROWTH_PICTURE):
+    for picture in (ROWS_FIGURE, CURVES_FIGURE):
         assert (page.parent / picture).exists() == (picture.as_posix() in page.read_text(encoding="utf-8"))
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from openwu.bench.row import Row, Timing, interleaved
+from openwu_bench.measurement import Row, Timing, interleaved
 
 
 def test_sides_are_run_in_turn_and_warm_up_is_not_counted() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openwu.bench.generator_sizes import small_config
-from openwu.bench.generator_speed import adapter_error
 from openwu.errors import OpenwuError
 from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.inference.products import LARGEST, Dense, Fp8, fp8, quantised
 from openwu.generator.model import ParameterGenerator
+from openwu_bench.generator import adapter_error, small_config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from openwu.kernels.attention import MeasuredAttention, _on, inference_attention, seconds_of, training_attention
+from openwu.kernels.attention import MeasuredAttention, _on, inference_attention, training_attention
+from openwu.kernels.autotune import seconds_of
 
 CPU = torch.device("cpu")
 
@@ -99,7 +100,7 @@ def test_no_more_than_so_many_choices_are_remembered() -> None:
         measured.append(1)
         return seconds_of(run, device)
 
-    attention = MeasuredAttention({"plain": plain}, counting, remembered=2)
+    attention = MeasuredAttention({"plain": plain}, counting, cached_shapes=2)
     for keys in (1, 2, 4, 2, 8, 2):
         attention(*inputs(keys=keys))
     assert len(measured) == 4  # 2 was used again and again, and stayed

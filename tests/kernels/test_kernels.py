@@ -11,8 +11,8 @@ from torch import Tensor
 
 from openwu.editor.cache import request_key
 from openwu.generator.inference.fast import FastGenerator, FastOptions
-from openwu.kernels import attention_choice as kernels
-from openwu.kernels.attention_choice import Choices, Trial, available, difference, plain_torch, usable
+from openwu.kernels import autotune as kernels
+from openwu.kernels.autotune import Choices, Trial, available, plain_torch, relative_error, usable
 
 CPU = torch.device("cpu")
 X = torch.arange(1.0, 5.0)
@@ -46,7 +46,7 @@ class Ways:
 def test_an_equal_and_faster_kernel_is_tried_once_for_a_key_and_then_used(caplog: pytest.LogCaptureFixture) -> None:
     ways = Ways(X * 1.0005)
     choices = Choices(ways.timer)
-    with caplog.at_level(logging.DEBUG, "openwu.kernels.attention_choice"):
+    with caplog.at_level(logging.DEBUG, "openwu.kernels.autotune"):
         assert [ways.run(choices) for _ in range(3)] == ["kernel"] * 3
     assert ways.trials == 1
     assert [record.levelno for record in caplog.records] == [logging.DEBUG]
@@ -108,7 +108,7 @@ def test_want_of_memory_is_no_fault_of_the_kernel() -> None:
 
 def test_shapes_are_forgotten_in_the_order_of_their_use() -> None:
     ways = Ways()
-    choices = Choices(ways.timer, remembered=2)
+    choices = Choices(ways.timer, cached_shapes=2)
     for key in (1, 2, 1, 3, 1, 2):
         ways.run(choices, key)
     assert ways.trials == 4
@@ -130,9 +130,9 @@ def test_one_wrong_number_among_many_shows() -> None:
     expected = torch.ones(1000)
     came = expected.clone()
     came[-1] = 1.1
-    assert difference([came], [expected]) == pytest.approx(0.05, rel=1e-3)
-    assert difference([expected], [expected]) == 0
-    assert difference([torch.zeros(3)], [torch.zeros(3)]) == 0
+    assert relative_error([came], [expected]) == pytest.approx(0.05, rel=1e-3)
+    assert relative_error([expected], [expected]) == 0
+    assert relative_error([torch.zeros(3)], [torch.zeros(3)]) == 0
 
 
 @pytest.fixture

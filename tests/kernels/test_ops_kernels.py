@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 
 BF16, F32, I32 = "*bf16", "*fp32", "i32"
 NUMBERS = {
-    "turn": "x_row x_head out_row out_head heads width inner period",
+    "rotate": "x_row x_head out_row out_head heads width inner period",
     "norm": "second third first_stride second_stride third_stride width",
     "norm_backward": "rows width",
     "add_sorted": "groups in_dim out_dim rank y_row x_row outputs",
@@ -26,7 +26,7 @@ NUMBERS = {
 ODD = {"heads", "inner", "period", "second", "third", "rows", "groups"}
 """Whole numbers that need not be multiples of 16; the others are, at the released size."""
 ONES = {
-    "turn": ("heads", "inner", "period"),
+    "rotate": ("heads", "inner", "period"),
     "norm": ("second", "third"),
     "norm_backward": ("rows",),
     "add_sorted": ("groups", "rank"),
@@ -57,9 +57,9 @@ def kernel_of(name: str, floats: str) -> tuple[Any, dict[str, str], dict[str, ob
 
     types = dict.fromkeys(NUMBERS[name].split(), I32)
     constants: dict[str, object]
-    if name == "turn":
-        kernel, constants, warps = rotary._turn, {"inverse": False, "block_heads": 32, "block_width": 128}, 4
-        types |= {"x": floats, "out": floats, "turns": F32}
+    if name == "rotate":
+        kernel, constants, warps = rotary._rotate_kernel, {"inverse": False, "block_heads": 32, "block_width": 128}, 4
+        types |= {"x": floats, "out": floats, "rotations": F32}
     elif name == "norm":
         kernel, constants, warps = norm._forward, {"adds": True, "keeps": True, "block": 4096}, norm._warps(4096)
         types |= dict.fromkeys(("x", "update", "total", "out"), floats) | {"weight": F32, "inverse": F32, "eps": "fp32"}
@@ -108,7 +108,7 @@ def resources(cubin: Path) -> dict[str, int]:
 CASES = [
     *((name, BF16, capability, False) for name in NUMBERS for capability in (80, 90)),
     *((name, BF16, 90, True) for name in NUMBERS),
-    *((name, F32, 90, False) for name in ("turn", "norm", "norm_backward")),
+    *((name, F32, 90, False) for name in ("rotate", "norm", "norm_backward")),
 ]
 
 

@@ -124,11 +124,11 @@ class AugmentedSite(StackedSite):
             )
         x, _, routed = args
         check_device(self.path, a, x)
-        tail = self.module.alone(x, a.to(x.dtype), routed)
+        tail = self.module.product(x, a.to(x.dtype), routed)
         if self._place_n is not None:
             tail = tail * self._own(routed, tail)
         width = x.shape[1]
-        return self.module.reserve_bytes(x, tail), wide[..., : width + self._used], routed
+        return self.module.append_columns(x, tail), wide[..., : width + self._used], routed
 
     def _own(self, routed: Routed, tail: Tensor) -> Tensor:
         """`[S, c]` 1 in the columns of a routed row's own sample, 0 in all others."""

@@ -71,7 +71,7 @@ class StackedSite(Site):
 
     def _row_of(self, routed: Routed) -> Tensor:
         """`[S]` row of the batch, or segment, that each routed row belongs to."""
-        tokens, rows, run_t = len(routed.place_tk), self._rows, self._run_t
+        tokens, rows, run_t = len(routed.row_tk), self._rows, self._run_t
         assert rows is not None
         if run_t is not None:
             if len(run_t) != tokens:

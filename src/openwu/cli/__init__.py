@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_handed_on(verbs, "eval", "measure a model", "openwu.cli.evaluate:run")
     _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.cli.lab:run_audit")
-    _add_handed_on(verbs, "bench", "measure speed and memory against the alternatives", "openwu.bench.command:run")
+    _add_handed_on(verbs, "bench", "measure speed and memory against the alternatives", "openwu.cli.bench:run")
     _add_handed_on(verbs, "lab", "test a claim of functional memory", "openwu.cli.lab:run_lab")
     return parser
 

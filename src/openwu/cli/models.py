@@ -14,6 +14,7 @@ from typing import Any
 
 import openwu
 from openwu.cli.console import say
+from openwu.files.headers import read_header
 
 PACKAGE = Path(openwu.__file__).parent
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
@@ -57,7 +58,7 @@ def _bases() -> None:
 
 
 def _facts(weights: Path, files: list[Path]) -> dict[str, str]:
-    counts = {file.stem: _parameters(file) for file in files}
+    counts = {file.stem: sum(math.prod(shape) for _, shape in read_header(file).values()) for file in files}
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     size = sum(file.stat().st_size for file in files) / 1e6
     phrases: dict[str, dict[str, Any]] = json.loads((PACKAGE / "data" / "phrases.json").read_text("utf-8"))["edits"]
@@ -71,10 +72,3 @@ def _facts(weights: Path, files: list[Path]) -> dict[str, str]:
         "card": CARD,
         "folder": str(weights),
     }
-
-
-def _parameters(file: Path) -> int:
-    """Numbers in a safetensors file, from its header alone: eight bytes of length, then JSON."""
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

@@ -30,11 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import openwu
 from openwu.editor.store import AdapterStore
 from openwu.errors import TargetError
 from openwu.files.hashing import SHA256, add_tensor, fastest, of_bytes, of_json, of_pieces
 from openwu.types import Adapter, Target
+from openwu.version import __version__
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class GeneratorIdentity:
         return known[1]
 
     def _compute(self) -> str:
-        digest = of_json([openwu.__version__, code_digest(), self._config])
+        digest = of_json([__version__, code_digest(), self._config])
         for name, part in sorted(self._parts.items()):
             for key, tensor in part.state_dict().items():
                 add_tensor(digest, f"{name}.{key}", tensor)
@@ -313,7 +313,7 @@ def request_key(
 @functools.cache
 def code_digest() -> str:
     """A hash of the package's source, so that changed code never finds what older code made."""
-    folder = Path(openwu.__file__).parent
+    folder = Path(__file__).parents[1]
     files = sorted(folder.rglob("*.py"))
     return of_bytes(
         json.dumps(file.relative_to(folder).as_posix()).encode() + file.read_bytes() for file in files

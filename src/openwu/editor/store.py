@@ -14,7 +14,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +22,7 @@ from safetensors.torch import load, save
 from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.export.native import native_config, read_native
 from openwu.files.hashing import of_json
+from openwu.files.headers import parse_header
 from openwu.files.writing import PARTIAL, whole_file
 from openwu.types import Adapter
 
@@ -137,7 +137,7 @@ def decode(data: bytes, key: str) -> Adapter:
     """The adapter that `encode` wrote under this key; CheckpointError for anything else."""
     try:
         tensors = load(data)
-        metadata = _header(data)[0]["__metadata__"]
+        metadata = parse_header(data).metadata
         if metadata["sha256"] != _checksum(key, metadata["adapter"], data):
             raise CheckpointError("expected the checksum of the file's contents; it is damaged or of another key")
         return read_native(json.loads(metadata["adapter"]), tensors)
@@ -146,22 +146,15 @@ def decode(data: bytes, key: str) -> Adapter:
 
 
 def _checksum(key: str, config: str, data: bytes) -> str:
-    """Over names, dtypes, shapes and bytes of the tensors of a safetensors file that was found to be a whole one.
+    """Hash names, dtypes, shapes and bytes of the tensors of a complete safetensors file.
 
-    Not over the file: independent of how safetensors lays them out, and of its metadata, which holds the checksum.
+    Not the file itself: independent of its layout, and of its metadata, which holds the checksum.
     """
-    header, start = _header(data)
-    entries = sorted((name, entry) for name, entry in header.items() if name != "__metadata__")
-    digest = of_json([key, config, [[name, entry["dtype"], entry["shape"]] for name, entry in entries]])
-    view = memoryview(data)[start:]
-    for _, entry in entries:
-        begin, end = entry["data_offsets"]
+    header = parse_header(data)
+    entries = sorted(header.tensors.items())
+    digest = of_json([key, config, [[name, dtype, shape] for name, (dtype, shape) in entries]])
+    view = memoryview(data)
+    for name, _ in entries:
+        begin, end = header.spans[name]
         digest.update(view[begin:end])
     return digest.hexdigest()
-
-
-def _header(data: bytes) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where their bytes begin."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header: dict[str, Any] = json.loads(data[8:start])
-    return header, start

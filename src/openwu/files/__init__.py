@@ -1,1 +1,1 @@
-"""What is written down: digests, files that appear whole or not at all, tables in Markdown, where numbers come from."""
+"""Files: digests, atomic writes, safetensors headers, Markdown tables, and provenance of results."""

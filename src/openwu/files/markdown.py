@@ -1,4 +1,4 @@
-"""Markdown that code writes: cells enter and a table leaves, or sections enter and a page with them in their places."""
+"""Write Markdown tables, and fill the marked sections of a page."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from openwu.errors import OpenwuError
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with an empty line after it."""
+    """Return a Markdown table with an empty line after it."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
 
 
 def filled(page: Path, sections: Mapping[str, str], option: str) -> str:
-    """The page's text with each section between its marks, `<!-- name: begin -->` and `<!-- name: end -->`.
+    """Return the page's text with each section between its marks, `<!-- name: begin -->` and `<!-- name: end -->`.
 
-    `option` named the page; errors say so.
+    `option`: the command-line option that named the page, for error messages. Raises OpenwuError for a missing page or
+    mark.
     """
     try:
         text = page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where numbers and weights come from: version, commit, date, machine. Leaves: plain values for JSON."""
+"""Provenance of results and weights: version, commit, date and machine, as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-import openwu
+from openwu.version import __version__
 
 
 def origin() -> dict[str, Any]:
-    """Which code ran, when, on what."""
+    """Return version, commit, date, torch version, processor and threads."""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "openwu": openwu.__version__,
+        "openwu": __version__,
         "commit": commit(),
         "torch": torch.__version__,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -25,13 +25,13 @@ def origin() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the working directory, None outside of a repository."""
-    found = _git("rev-parse", "HEAD")
-    return None if found is None else found.strip()
+    """Return the commit of the working directory; None outside a repository."""
+    output = _git("rev-parse", "HEAD")
+    return None if output is None else output.strip()
 
 
 def uncommitted() -> bool:
-    """Whether files that the repository knows differ from that commit, so that it does not say all about the code."""
+    """Whether tracked files differ from that commit."""
     return bool(_git("status", "--porcelain", "--untracked-files=no"))
 
 

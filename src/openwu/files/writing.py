@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all: a path enters, a place to write to leaves, which takes that path at the end.
+"""Write files and sets of files atomically: complete, or not at all.
 
-What is written stands beside its goal under a name of its own, so that any number of processes may write the same file,
-and is renamed over it; after an error, Ctrl-C included, nothing of it is left. What stood there stays until then, and
-its permissions stay for good.
+Data is written to a temporary name beside the target, so that any number of processes may write the same file, and is
+renamed over it; after an error, Ctrl-C included, nothing of it is left. The old file stays until then, and its
+permissions are kept.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from pathlib import Path
 from stat import S_IMODE
 
 PARTIAL = re.compile(r"\.openwu-[0-9a-f]{16}\.part")
-"""Names of what is being written; where such a file is old, its process was killed."""
+"""Temporary names; where such a file is old, its process was killed."""
 
 
 @contextmanager
 def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
-    """An empty file beside `path`, to be written to or replaced in the block; then it takes the place of `path`.
+    """Yield an empty temporary file to write to or replace in the block; afterwards it replaces `path` atomically.
 
-    A symbolic link stays, and what it points to is replaced. `durable`: on the disk before it is renamed, so that even
-    a power failure leaves the old or the new; False where a reader can tell, by a checksum. Raises OSError.
+    A symbolic link stays, and its target is replaced. `durable`: sync to disk before renaming, so that even a power
+    failure leaves the old or the new file; False where readers verify a checksum. Raises OSError.
     """
-    goal = Path(path).resolve()
-    part = goal.with_name(_hidden())
+    target = Path(path).resolve()
+    part = target.with_name(_temporary_name())
     try:
         part.touch(exist_ok=False)
         mode = part.stat().st_mode
         yield part
-        _finish(part, goal, mode, durable)
-        part.replace(goal)
+        _finish(part, target, mode, durable)
+        part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_set(folder: Path, last: str, *, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """An empty folder, to be filled in the block with files that are one thing only together; then they go to `folder`.
+    """Yield an empty temporary folder to fill with files that belong together; afterwards they move to `folder`.
 
-    `last` names the file without which the others count for nothing: its old self is removed first, and it comes last,
-    so that a crash between leaves a folder that is visibly incomplete, never a mixture of two. `stale`: patterns of the
-    old thing's files, which are removed with it; all others in the folder stay. Raises OSError.
+    `last` names the file that makes the set valid: its old version is removed first and the new one is moved last, so
+    that a crash in between leaves a visibly incomplete folder, never a mixture of two sets. `stale`: glob patterns of
+    the old set's files, which are removed; all others in the folder stay. Raises OSError.
     """
     existed = folder.is_dir()
-    draft = folder / _hidden() if existed else folder.with_name(_hidden())
+    draft = folder / _temporary_name() if existed else folder.with_name(_temporary_name())
     try:
         draft.mkdir(parents=True)
         yield draft
@@ -69,13 +69,13 @@ def whole_set(folder: Path, last: str, *, stale: Iterable[str] = ()) -> Iterator
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """A file of UTF-8 text, whole or not at all."""
+    """Write UTF-8 text atomically."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, values: Mapping[str, object]) -> None:
-    """A JSON object with a line for each value and each entry of a long list: a diff of two runs stays readable."""
+    """Write a JSON object atomically, with a line per value and per entry of a long list, for readable diffs."""
     lines = [f" {json.dumps(key)}: {_entries(value)}" for key, value in values.items()]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -86,18 +86,18 @@ def _entries(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _hidden() -> str:
-    """Short, since it may replace a name that is as long as the file system allows."""
+def _temporary_name() -> str:
+    """Return a short name: the target's may be as long as the file system allows."""
     return f".openwu-{secrets.token_hex(8)}.part"
 
 
-def _finish(part: Path, goal: Path, mode: int, durable: bool) -> None:
-    """Bytes to the disk; permissions as `goal` has them, or `mode`: safetensors writes for a file's owner alone."""
+def _finish(part: Path, target: Path, mode: int, durable: bool) -> None:
+    """Sync to disk; set the permissions of `target`, else `mode`: safetensors writes files for their owner alone."""
     if durable:
-        with part.open("r+b") as file:  # Windows forces only what is open for writing
+        with part.open("r+b") as file:  # Windows syncs only files open for writing
             os.fsync(file.fileno())
     with suppress(FileNotFoundError):
-        mode = goal.stat().st_mode
+        mode = target.stat().st_mode
     if S_IMODE(part.stat().st_mode) != S_IMODE(mode):
-        with suppress(OSError):  # file systems without permissions; what was written is worth more
+        with suppress(OSError):  # file systems without permissions; keep the data
             part.chmod(S_IMODE(mode))

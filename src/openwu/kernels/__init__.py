@@ -1,3 +1,1 @@
-"""How things are computed: which kernel attention runs on, products of many small matrices, norms, Triton or plain
-torch, and on which device.
-"""
+"""Kernels: attention, grouped products, norms, rotary embedding, low-rank updates; Triton beside plain torch."""

@@ -1,15 +1,15 @@
-"""Which kernel scaled dot product attention runs on: queries, keys and values go in, a choice or the result comes out.
+"""Scaled dot product attention on the fastest backend: a fixed one for training on a CPU, a measured one on a GPU.
 
-All choices compute the same function to rounding. Three cases:
+All backends compute the same function to rounding. Three cases:
 
 - training on a CPU, at the embedded model's sizes: plain matrix products, whose backward pass is about twice as fast as
   the fused kernel's (docs/log.md);
-- inference on a GPU: measured at first use, by about the shape, among the kernels that accept the inputs;
+- inference on a GPU: measured at first use, per shape bucket, among the backends that accept the inputs;
 - everywhere else: torch's own choice.
 
-torch keeps what kernels are allowed in flags of the whole process. Whatever sets or depends on them here holds `_FLAGS`
-meanwhile, so threads of ours never see one another's; attention that other libraries run in another thread at that very
-moment does, since torch has no flags of a thread.
+torch keeps the allowed backends in flags of the whole process. Whatever sets or depends on them here holds `_FLAGS`, so
+threads of ours never see one another's flags; attention that other libraries run in another thread at that very moment
+does, since torch has no thread-local flags.
 
 Shapes: s sequences, m heads, q queries, k keys, e head width.
 """
@@ -17,7 +17,6 @@ Shapes: s sequences, m heads, q queries, k keys, e head width.
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,50 +27,50 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from openwu.kernels.autotune import CACHED_SHAPES, bucket, seconds_of
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q `[s, m, q, e]`, k and v `[s, m, k, e]` -> `[s, m, q, e]`"""
 
-ON_CPU_IN_TRAINING = SDPBackend.MATH
-
 _FLAGS = threading.RLock()
-"""Held while torch's flags of allowed kernels are changed, and while something runs under changed ones."""
+"""Held while torch's flags of allowed backends are changed, and while something runs under changed ones."""
 
 
-class _SharedScope:
-    """A scope of the whole process: the first thread to enter sets torch's flags, the last to leave puts them back."""
+class _BackendScope:
+    """Process-wide scope of one backend: the first thread in it sets torch's flags, the last out restores them."""
 
     def __init__(self, backend: SDPBackend) -> None:
         self.backend = backend
-        self._inside = 0
+        self._threads = 0
         self._flags: AbstractContextManager[object] = nullcontext()
 
     def __enter__(self) -> None:
         with _FLAGS:
-            if not self._inside:
+            if not self._threads:
                 self._flags = sdpa_kernel(self.backend)
                 self._flags.__enter__()
-            self._inside += 1
+            self._threads += 1
 
     def __exit__(self, *_: object) -> None:
         with _FLAGS:
-            self._inside -= 1
-            if not self._inside:
+            self._threads -= 1
+            if not self._threads:
                 self._flags.__exit__(None, None, None)
 
 
-_IN_TRAINING = _SharedScope(ON_CPU_IN_TRAINING)
+_TRAINING_ON_CPU = _BackendScope(SDPBackend.MATH)
 
 
 @contextmanager
 def training_attention(device: torch.device) -> Iterator[None]:
-    """A scope whose attention runs on what trains fastest on this device; several threads may be in it at once."""
-    with _IN_TRAINING if device.type == "cpu" else nullcontext():
+    """Run attention in this scope on the backend that trains fastest on the device; threads may share the scope."""
+    with _TRAINING_ON_CPU if device.type == "cpu" else nullcontext():
         yield
 
 
 def _on(backend: SDPBackend) -> Attend:
     def attend(q_smqe: Tensor, k_smke: Tensor, v_smke: Tensor) -> Tensor:
-        # A kernel is chosen before this returns, even where it runs later.
+        # The backend is chosen before this returns, even where it runs later.
         with _FLAGS, sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q_smqe, k_smke, v_smke)
 
@@ -85,51 +84,35 @@ CUDA_BACKENDS: Mapping[str, Attend] = {
 }
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """The shortest of three times, after one run that is not counted."""
-    found = []
-    for _ in range(4):
-        _wait(device)
-        began = time.perf_counter()
-        run()
-        _wait(device)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
-
-
-REMEMBERED = 256
-"""Shapes whose choice is kept; what was not used for longest is measured again."""
-
-
 class MeasuredAttention:
-    """Attention without a mask that times its kernels once for about a shape and then keeps to the fastest.
+    """Attention without a mask on the fastest of several backends, timed once per shape bucket.
 
-    Numbers of sequences, queries and keys count up to the next power of two, so that prompts of many lengths do not
-    measure at each of them. Threads may share one: they wait while one of them measures.
+    Numbers of sequences, queries and keys are rounded up to powers of two, so that prompts of many lengths share a
+    measurement. Thread-safe: threads wait while one of them measures.
     """
 
     def __init__(
         self,
         backends: Mapping[str, Attend] = CUDA_BACKENDS,
         timer: Callable[[Callable[[], object], torch.device], float] = seconds_of,
-        remembered: int = REMEMBERED,
+        cached_shapes: int = CACHED_SHAPES,
     ) -> None:
         self.backends = backends
         self.timer = timer
-        self.remembered = remembered
+        self.cached_shapes = cached_shapes
         self.chosen: OrderedDict[tuple[object, ...], str | None] = OrderedDict()
-        """Name of the fastest kernel by shape, dtype and device; None where none of them takes the inputs."""
+        """Shape bucket, dtype and device -> name of the fastest backend; None where none accepts the inputs."""
         self._lock = threading.Lock()
 
     def __call__(self, q_smqe: Tensor, k_smke: Tensor, v_smke: Tensor) -> Tensor:
         name = self._choice(q_smqe, k_smke, v_smke)
         if name is None:
-            return _torchs_choice(q_smqe, k_smke, v_smke)
+            return _default_attention(q_smqe, k_smke, v_smke)
         try:
             return self.backends[name](q_smqe, k_smke, v_smke)
         except RuntimeError:
-            # It took another shape of those that count as this one. If it was for want of memory, so is the next.
-            return _torchs_choice(q_smqe, k_smke, v_smke)
+            # It accepted another shape of this bucket. Where memory was lacking, the next call raises too.
+            return _default_attention(q_smqe, k_smke, v_smke)
 
     def _choice(self, q_smqe: Tensor, k_smke: Tensor, v_smke: Tensor) -> str | None:
         s, m, q, e = q_smqe.shape
@@ -137,7 +120,7 @@ class MeasuredAttention:
         with self._lock:
             if key not in self.chosen:
                 self.chosen[key] = self._fastest(q_smqe, k_smke, v_smke)
-                while len(self.chosen) > self.remembered:
+                while len(self.chosen) > self.cached_shapes:
                     self.chosen.popitem(last=False)
             else:
                 self.chosen.move_to_end(key)
@@ -146,7 +129,7 @@ class MeasuredAttention:
     def _fastest(self, q_smqe: Tensor, k_smke: Tensor, v_smke: Tensor) -> str | None:
         seconds: dict[str, float] = {}
         for name, attend in self.backends.items():
-            # A kernel that does not take these shapes or this device says so with a RuntimeError.
+            # A backend that does not accept these shapes or this device raises RuntimeError.
             try:
                 seconds[name] = self.timer(partial(attend, q_smqe, k_smke, v_smke), q_smqe.device)
             except RuntimeError:
@@ -154,13 +137,8 @@ class MeasuredAttention:
         return min(seconds, key=lambda name: seconds[name]) if seconds else None
 
 
-def bucket(count: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, count - 1).bit_length()
-
-
-def _torchs_choice(q_smqe: Tensor, k_smke: Tensor, v_smke: Tensor, mask: Tensor | None = None) -> Tensor:
-    # On a CPU nothing but a training's scope changes flags, and waiting would keep threads from computing.
+def _default_attention(q_smqe: Tensor, k_smke: Tensor, v_smke: Tensor, mask: Tensor | None = None) -> Tensor:
+    # On a CPU only `training_attention` changes flags, and a lock would keep threads from computing.
     with _FLAGS if q_smqe.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q_smqe, k_smke, v_smke, attn_mask=mask)
 
@@ -169,12 +147,7 @@ _ON_CUDA = MeasuredAttention()
 
 
 def inference_attention(q_smqe: Tensor, k_smke: Tensor, v_smke: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of an inference; `mask` broadcasts to `[s, m, q, k]`, False where a key must not be seen."""
+    """Compute attention without gradients; `mask` broadcasts to `[s, m, q, k]`, False where a key is masked."""
     if mask is None and q_smqe.is_cuda:
         return _ON_CUDA(q_smqe, k_smke, v_smke)
-    return _torchs_choice(q_smqe, k_smke, v_smke, mask)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return _default_attention(q_smqe, k_smke, v_smke, mask)

@@ -2,7 +2,7 @@
 
 The `reference` of every operation defines its results. `lora.grouped` replaces it for sorted rows where torch has
 grouped products: on a CPU for float32, bfloat16 and float16, on CUDA for bfloat16, for widths of whole multiples of 16
-bytes. Triton kernels replace either on a GPU, where a first use finds them equal and faster (`attention_choice`).
+bytes. Triton kernels replace either on a GPU, where a first use finds them equal and faster (`autotune`).
 
 Shapes: t sorted rows, g groups, r LoRA rank; m heads, e head width; d width of a residual stream.
 """
@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from openwu.kernels import attention_choice as kernels
+from openwu.kernels import autotune as kernels
 from openwu.kernels import low_rank as grouped
 from openwu.kernels import low_rank as lora
 from openwu.kernels import norm, rotary, trials
-from openwu.kernels.attention_choice import CHOICES, bucket
+from openwu.kernels.autotune import CHOICES, bucket
 from openwu.kernels.low_rank import add_conv, add_linear, add_routed
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""RMS normalisation that keeps its input's dtype. Enters and leaves: `[..., width]`."""
+"""RMSNorm and residual addition in plain torch: the reference of `norm_triton`. x: `[..., width]`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from torch.nn import functional as F
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight in `dtype`, computed in the wider of x's and the weight's dtype."""
+    """Return x / sqrt(mean(x^2) + eps) * weight in `dtype`, computed in the wider dtype of x and weight."""
     wide = torch.promote_types(x.dtype, weight.dtype)
     return F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps).to(dtype)
 
 
 def add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x + update in x's dtype, and its norm; differentiable in x, update and weight."""
+    """Return x + update in x's dtype, and its norm in `dtype`; differentiable in x, update and weight."""
     x = x + update.to(x.dtype)
     return x, normed(x, weight, eps, dtype)
 
 
 def add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x += update where there is one; its norm, contiguous."""
+    """Add an update to x in place, if any; return the norm in `dtype`, contiguous."""
     if update is not None:
         x += update
     return normed(x, weight, eps, dtype).contiguous()
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019), eps 1e-6, with weight.
+    """RMSNorm (Zhang and Sennrich 2019) with weight, eps 1e-6, in the input's dtype.
 
-    Under autocast a float32 weight would make the result, and with it a residual stream, float32: the weight follows
-    the input instead.
+    The weight is cast to the input's dtype: under autocast a float32 weight would make the result, and with it the
+    residual stream, float32.
     """
 
     def __init__(self, width: int) -> None:

@@ -1,9 +1,9 @@
-"""Residual addition and RMSNorm as one Triton kernel, forward and backward; statistics are float32.
+"""Residual addition and RMSNorm as one Triton kernel, forward and backward, with float32 statistics.
 
-Same results as `reference`; where that computes a norm in half precision, the kernel's is rounded less often. The
-stream keeps its dtype: the sum is rounded to it before the norm reads it, as two steps would do.
+Same results as `norm`; where that computes a norm in half precision, the kernel rounds less often. The residual stream
+keeps its dtype: the sum is rounded to it before the norm reads it, as two separate steps would do.
 
-Shapes: r rows, d width; x and update `[..., d]`, weight `[d]`. A row is one program's, so d is at most `WIDEST`.
+Shapes: r rows, d width; x and update `[..., d]`, weight `[d]`. One program handles a row, so d is at most `MAX_WIDTH`.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WIDEST = 16384
+MAX_WIDTH = 16384
 PARTS = 512
-"""Programs of the backward pass, each of which sums its rows' gradient of the weight: the order of sums is fixed."""
+"""Programs of the backward pass; each sums the weight's gradient over its rows, in a fixed order."""
 LEADING = 3
+"""Leading axes whose strides the kernel takes."""
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes this x: rows of neighbouring numbers along at most three axes."""
+    """Whether the kernel accepts this x: contiguous rows along at most three axes."""
     strided = x.ndim <= LEADING + 1 or x.is_contiguous()
-    return strided and x.stride(-1) == 1 and x.numel() > 0 and x.shape[-1] <= WIDEST and weight.is_contiguous()
+    return strided and x.stride(-1) == 1 and x.numel() > 0 and x.shape[-1] <= MAX_WIDTH and weight.is_contiguous()
 
 
 def add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x += update where there is one, in place; its norm, new and contiguous."""
+    """Add an update to x in place, if any; return the norm, new and contiguous."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     forward_into(x, out, None, x, None if update is None else update.contiguous(), weight, eps)
     return out
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """The norm of x, differentiable in x and weight."""
+    """Return the norm of x; differentiable in x and weight."""
     out: Tensor = _AddNormed.apply(x, None, weight, eps, dtype)[1]  # type: ignore[no-untyped-call]
     return out
 
 
 def add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x + update in x's dtype, and its norm; differentiable in x, update and weight."""
+    """Return x + update in x's dtype, and its norm; differentiable in x, update and weight."""
     out: tuple[Tensor, Tensor] = _AddNormed.apply(x, update, weight, eps, dtype)  # type: ignore[no-untyped-call]
     return out
 
@@ -50,8 +51,11 @@ def add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: tor
 def forward_into(
     total: Tensor, out: Tensor, inverse_r: Tensor | None, x: Tensor, update: Tensor | None, weight: Tensor, eps: float
 ) -> None:
-    """Write x + update to `total` (of x's strides; not written without an update), its norm to `out` (contiguous) and
-    1 / sqrt(mean square + eps) of every row to `inverse_r` (float32)."""
+    """Run the forward kernel, which writes three results.
+
+    x + update to `total` (with x's strides; not written without an update), its norm to `out` (contiguous) and
+    1 / sqrt(mean square + eps) of every row to `inverse_r` (float32).
+    """
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
     if x.is_contiguous():
@@ -87,9 +91,9 @@ def backward_into(
     grad_out: Tensor,
     grad_total: Tensor | None,
 ) -> None:
-    """Write x's gradient `[..., d]`, and that of the weight in parts `[p, d]` float32, whose sum it is. All contiguous.
+    """Write x's gradient `[..., d]`, and partial sums `[p, d]` float32 of the weight's gradient. All are contiguous.
 
-    `grad_total`: what reaches the stream on its own way.
+    `grad_total`: the gradient of the residual stream itself.
     """
     width = total.shape[-1]
     block = triton.next_power_of_2(width)
@@ -171,7 +175,7 @@ def _forward(  # type: ignore[no-untyped-def]
     inside = column < width
     numbers = tl.load(x + at + column, mask=inside, other=0.0)
     if adds:
-        # In the stream's dtype, however wide the update is: what the norm reads is what the stream holds.
+        # Rounded to the stream's dtype, so that the norm reads what the stream stores.
         added = tl.load(update + row * width + column, mask=inside, other=0.0).to(numbers.dtype)
         numbers = (numbers.to(tl.float32) + added.to(tl.float32)).to(numbers.dtype)
         tl.store(total + at + column, numbers, mask=inside)
@@ -201,19 +205,19 @@ def _backward(  # type: ignore[no-untyped-def]
     column = tl.arange(0, block)
     inside = column < width
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    own = tl.zeros((block,), tl.float32)
+    partial = tl.zeros((block,), tl.float32)
     programs = tl.num_programs(0)
     start = program.to(tl.int64) * width
     for row in range(program, rows, programs):
         at = start + column
         factor = tl.load(inverse + row)
         unit = tl.load(total + at, mask=inside, other=0.0).to(tl.float32) * factor
-        came = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
-        own += came * unit
-        came = came * scale
-        grad = factor * (came - unit * (tl.sum(came * unit, axis=0) / width))
+        upstream = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
+        partial += upstream * unit
+        upstream = upstream * scale
+        grad = factor * (upstream - unit * (tl.sum(upstream * unit, axis=0) / width))
         if adds:
             grad += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
         start += programs.to(tl.int64) * width
-    tl.store(grad_weight + program * width + column, own, mask=inside)
+    tl.store(grad_weight + program * width + column, partial, mask=inside)

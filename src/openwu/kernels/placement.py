@@ -1,6 +1,6 @@
-"""Where does a module compute? A module enters, a device leaves.
+"""Find the device on which a module computes, with offloaded weights too.
 
-Weights that wait in memory or on disk are on the meta device between passes; accelerate's hooks say where they go.
+Offloaded weights are on the meta device between forward passes; accelerate's hooks know where they are moved to.
 """
 
 from __future__ import annotations
@@ -8,14 +8,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+HOOK = "_hf_hook"
+"""Attribute of a module under which accelerate stores its hook."""
+
 
 def hook_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate's hook on this very module takes it; None without one."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    """Return the device to which accelerate's hook on this very module moves it; None without one."""
+    hook = vars(module).get(HOOK)
+    device = None if hook is None else vars(hook).get("execution_device")
     return None if device is None else torch.device(device)
 
 
 def computes_on(module: nn.Module) -> torch.device:
-    """Where a module takes its inputs: what the first hook in it says, or the place of its first weight."""
-    found = next((device for each in module.modules() if (device := hook_device(each)) is not None), None)
-    return found or next((weight.device for weight in module.parameters()), torch.device("cpu"))
+    """Return the device of a module's inputs: that of the first hook in it, else of its first weight, else the CPU."""
+    device = next((device for each in module.modules() if (device := hook_device(each)) is not None), None)
+    return device or next((weight.device for weight in module.parameters()), torch.device("cpu"))

@@ -1,8 +1,10 @@
-"""Rotary embedding in plain torch: heads and factors of modulus 1 enter, the same heads turned leave.
+"""Rotary position embedding in plain torch: the reference of `rotary_triton`.
 
-A pair (x[2k], x[2k+1]) read as x[2k] + i x[2k+1] is turned by one complex product: one temporary instead of seven.
+A pair (x[2k], x[2k+1]), read as the complex number x[2k] + i x[2k+1], is rotated by one complex product: one temporary
+instead of seven.
 
-Shapes: m heads, e head width; x `[..., m, e]`, turns `[..., 1, e / 2]` complex, whose leading axes broadcast to x's.
+Shapes: m heads, e head width; x `[..., m, e]`, rotations `[..., 1, e / 2]` complex of modulus 1, whose leading axes
+broadcast to x's.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ import torch
 from torch import Tensor
 
 
-def rotated(x: Tensor, turns: Tensor) -> Tensor:
-    """A new tensor in x's dtype, computed in the turns' precision; differentiable in x."""
-    pairs = torch.view_as_complex(x.to(turns.dtype.to_real()).reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+def rotated(x: Tensor, rotations: Tensor) -> Tensor:
+    """Return x rotated, a new tensor in x's dtype, computed in the precision of the rotations; differentiable in x."""
+    pairs = torch.view_as_complex(x.to(rotations.dtype.to_real()).reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
-def rotate_(x: Tensor, turns: Tensor, scratch: Callable[[], Tensor]) -> Tensor:
-    """x, turned in place. `scratch`: gives memory of x's shape in the turns' real dtype, where x has another one."""
-    if x.dtype == turns.dtype.to_real():
-        torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(turns)
+def rotate_(x: Tensor, rotations: Tensor, scratch: Callable[[], Tensor]) -> Tensor:
+    """Rotate x in place. `scratch` returns a buffer of x's shape in the rotations' real dtype, if x has another."""
+    if x.dtype == rotations.dtype.to_real():
+        torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(rotations)
         return x
     wide = scratch().copy_(x)
-    torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(turns)
+    torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)).mul_(rotations)
     return x.copy_(wide)

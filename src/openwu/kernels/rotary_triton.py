@@ -1,8 +1,9 @@
-"""Rotary embedding as one Triton kernel: reads and writes every number once, and keeps float32 in registers.
+"""Rotary position embedding as one Triton kernel: reads and writes every element once, in float32 registers.
 
-Same result as `reference`, to the rounding of float32. The gradient is the inverse turn of the gradient.
+Same result as `rotary`, to the rounding of float32. The gradient is the inverse rotation of the gradient.
 
-Shapes: r rows (all leading axes of x), m heads, e head width; x `[..., m, e]`, turns `[..., 1, e / 2]` complex64.
+Shapes: r rows (all leading axes of x), m heads, e head width, t rows of the table; x `[..., m, e]`, rotations
+`[..., 1, e / 2]` complex64.
 """
 
 from __future__ import annotations
@@ -17,60 +18,60 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILE = 4096
-"""Numbers that one program turns."""
+"""Elements per program."""
 
 
 class Rows(NamedTuple):
-    """x as rows of heads, and which row of the table turns which: row i goes by table row (i / inner) % period."""
+    """x as rows of heads, and the table of rotations: row i uses table row (i // inner) % period."""
 
     x_rme: Tensor
-    turns_te2: Tensor
-    """`[period, e / 2, 2]` float32: cosine and sine side by side"""
+    rotations_te2: Tensor
+    """`[period, e / 2, 2]` float32: cosine and sine interleaved."""
     inner: int
     period: int
 
 
-def rows(x: Tensor, turns: Tensor) -> Rows | None:
-    """None where x is no sequence of rows at equal distances, or the table does not repeat over them."""
+def rows(x: Tensor, rotations: Tensor) -> Rows | None:
+    """View x as rows; None where they have no common stride, or where the table does not repeat over them."""
     *leading, heads, width = x.shape
-    own = [1] * (x.ndim - turns.ndim) + list(turns.shape[:-2])
+    table = [1] * (x.ndim - rotations.ndim) + list(rotations.shape[:-2])
     if width % 2 or x.stride(-1) != 1 or not x.numel():
         return None
-    if turns.dtype != torch.complex64 or turns.shape[-2] != 1 or len(own) != len(leading):
+    if rotations.dtype != torch.complex64 or rotations.shape[-2] != 1 or len(table) != len(leading):
         return None
-    turned = [i for i, size in enumerate(own) if size > 1]
-    first, last = (turned[0], turned[-1] + 1) if turned else (0, 0)
-    if own[first:last] != leading[first:last] or not turns.is_contiguous():
+    varying = [i for i, size in enumerate(table) if size > 1]
+    first, last = (varying[0], varying[-1] + 1) if varying else (0, 0)
+    if table[first:last] != leading[first:last] or not rotations.is_contiguous():
         return None
     try:
         x_rme = x.view(-1, heads, width)
     except RuntimeError:
         return None
-    period = prod(own)
-    return Rows(x_rme, torch.view_as_real(turns).view(period, width // 2, 2), prod(leading[last:]), period)
+    period = prod(table)
+    return Rows(x_rme, torch.view_as_real(rotations).view(period, width // 2, 2), prod(leading[last:]), period)
 
 
 def rotate_(x: Rows) -> None:
-    """x, turned in place."""
-    turn_into(x.x_rme, x, inverse=False)
+    """Rotate x in place."""
+    rotate_into(x.x_rme, x, inverse=False)
 
 
 def rotated(x: Rows) -> Tensor:
-    """`[r, m, e]`, new and contiguous; differentiable in x."""
-    out: Tensor = _Rotated.apply(x.x_rme, x.turns_te2, x.inner)  # type: ignore[no-untyped-call]
+    """Return x rotated `[r, m, e]`, new and contiguous; differentiable in x."""
+    out: Tensor = _Rotated.apply(x.x_rme, x.rotations_te2, x.inner)  # type: ignore[no-untyped-call]
     return out
 
 
-def turn_into(out_rme: Tensor, x: Rows, *, inverse: bool) -> None:
-    """Write x's turned rows to out, which may be x itself. `inverse`: turned back."""
+def rotate_into(out_rme: Tensor, x: Rows, *, inverse: bool) -> None:
+    """Write x's rotated rows to out, which may be x itself. `inverse`: rotate back."""
     count, heads, width = x.x_rme.shape
     block_width = triton.next_power_of_2(width)
     block_heads = min(triton.next_power_of_2(heads), max(1, TILE // block_width))
     with torch.cuda.device_of(x.x_rme):  # type: ignore[no-untyped-call]
-        _turn[count, triton.cdiv(heads, block_heads)](
+        _rotate_kernel[count, triton.cdiv(heads, block_heads)](
             x.x_rme,
             out_rme,
-            x.turns_te2,
+            x.rotations_te2,
             x.x_rme.stride(0),
             x.x_rme.stride(1),
             out_rme.stride(0),
@@ -87,28 +88,28 @@ def turn_into(out_rme: Tensor, x: Rows, *, inverse: bool) -> None:
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_rme: Tensor, turns_te2: Tensor, inner: int) -> Tensor:
-        ctx.save_for_backward(turns_te2)
+    def forward(ctx: Any, x_rme: Tensor, rotations_te2: Tensor, inner: int) -> Tensor:
+        ctx.save_for_backward(rotations_te2)
         ctx.inner = inner
         out = torch.empty(x_rme.shape, dtype=x_rme.dtype, device=x_rme.device)
-        turn_into(out, Rows(x_rme, turns_te2, inner, len(turns_te2)), inverse=False)
+        rotate_into(out, Rows(x_rme, rotations_te2, inner, len(rotations_te2)), inverse=False)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rme: Tensor) -> tuple[Tensor, None, None]:
-        (turns_te2,) = ctx.saved_tensors
+        (rotations_te2,) = ctx.saved_tensors
         grad_rme = grad_rme.contiguous()
         out = torch.empty_like(grad_rme)
-        turn_into(out, Rows(grad_rme, turns_te2, ctx.inner, len(turns_te2)), inverse=True)
+        rotate_into(out, Rows(grad_rme, rotations_te2, ctx.inner, len(rotations_te2)), inverse=True)
         return out, None, None
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _turn(  # type: ignore[no-untyped-def]
+def _rotate_kernel(  # type: ignore[no-untyped-def]
     x,
     out,
-    turns,
+    rotations,
     x_row,
     x_head,
     out_row,
@@ -121,21 +122,21 @@ def _turn(  # type: ignore[no-untyped-def]
     block_heads: tl.constexpr,
     block_width: tl.constexpr,
 ):
-    # 64 bits: a piece of the released generator's stream has more than 2^31 numbers.
+    # 64 bits: a chunk of the released generator's stream has more than 2^31 elements.
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * block_heads + tl.arange(0, block_heads)
     column = tl.arange(0, block_width)
     table = (row // inner) % period
-    factors = tl.load(turns + table * width + column, mask=column < width, other=0.0)
+    factors = tl.load(rotations + table * width + column, mask=column < width, other=0.0)
     cos, sin = tl.split(tl.reshape(factors, (block_width // 2, 2)))
     if inverse:
         sin = -sin
     inside = (head[:, None] < heads) & (column[None, :] < width)
     pairs = tl.load(x + row * x_row + head[:, None] * x_head + column[None, :], mask=inside, other=0.0)
     real, imaginary = tl.split(tl.reshape(pairs.to(tl.float32), (block_heads, block_width // 2, 2)))
-    turned = tl.join(
+    rotated_pairs = tl.join(
         real * cos[None, :] - imaginary * sin[None, :],
         real * sin[None, :] + imaginary * cos[None, :],
     )
-    result = tl.reshape(turned, (block_heads, block_width)).to(out.dtype.element_ty)
+    result = tl.reshape(rotated_pairs, (block_heads, block_width)).to(out.dtype.element_ty)
     tl.store(out + row * out_row + head[:, None] * out_head + column[None, :], result, mask=inside)

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from openwu.adapters.inject import attach
-from openwu.bench.apply_parts import ExpertsLayer, random_adapter
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
 from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
-from openwu.kernels import attention_choice as kernels
+from openwu.kernels import autotune as kernels
 from openwu.kernels import dispatch, norm, rotary, trials
 from openwu.kernels import low_rank as lora
 from openwu.kernels import low_rank_triton as lora_kernel
 from openwu.kernels import norm_triton as norm_kernel
 from openwu.kernels import rotary_triton as rotary_kernel
-from openwu.kernels.attention_choice import Choices, difference, plain_torch
+from openwu.kernels.autotune import Choices, plain_torch, relative_error
 from openwu.kernels.grouped import group_ends
+from openwu_bench.adapters import ExpertsLayer, random_adapter
 
 interpreter.correct()
 
@@ -58,7 +58,7 @@ def turning(*shape: int) -> Tensor:
 
 
 def close(came: Tensor, expected: Tensor) -> None:
-    assert difference([came], [expected]) <= TOLERANCE[came.dtype]
+    assert relative_error([came], [expected]) <= TOLERANCE[came.dtype]
 
 
 def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -89,11 +89,11 @@ def test_rotary(case: str, dtype: torch.dtype) -> None:
     close(came, expected)
     ours, theirs = (gradients([out], [inputs]) for out in (came, rotary.rotated(inputs, turns)))
     close(ours[0], theirs[0])
-    reserve_bytes = whole[..., turned:, :].clone()
+    untouched = whole[..., turned:, :].clone()
     with interpreter.each_number_once():
         rotary_kernel.rotate_(rows)
     assert torch.equal(x, came)
-    assert torch.equal(whole[..., turned:, :], reserve_bytes)
+    assert torch.equal(whole[..., turned:, :], untouched)
 
 
 def test_rotary_leaves_what_it_cannot_address() -> None:
@@ -121,7 +121,7 @@ def test_norm_of_a_strided_stream_in_place(dtypes: tuple[torch.dtype, ...], widt
     weight = draw(width, dtype=weighted, seed=1)
     update = draw(2, 3, 2, width, dtype=added, seed=2)
     x = whole[:, :, 1:3]
-    reserve_bytes = whole[:, :, 3:].clone()
+    untouched = whole[:, :, 3:].clone()
     for each in (update, None):
         expected = x.clone()
         normed = norm.add_normed_(expected, each, weight, EPS, result)
@@ -129,7 +129,7 @@ def test_norm_of_a_strided_stream_in_place(dtypes: tuple[torch.dtype, ...], widt
             came = norm_kernel.add_normed_(x, each, weight, EPS, result)
         close(came, normed)
         assert torch.equal(x, expected)  # the sum is rounded as two steps round it
-    assert torch.equal(whole[:, :, 3:], reserve_bytes)
+    assert torch.equal(whole[:, :, 3:], untouched)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -153,7 +153,7 @@ def test_norm_and_gradients(dtypes: tuple[torch.dtype, ...], rows: int, monkeypa
     pairs += zip(gradients([total], [x, update]), gradients([x + update.to(stream)], [x, update]), strict=True)
     for came, expected in pairs:
         assert came.dtype == expected.dtype
-        assert difference([came], [expected]) <= 4 * TOLERANCE[torch.bfloat16 if result != stream else result]
+        assert relative_error([came], [expected]) <= 4 * TOLERANCE[torch.bfloat16 if result != stream else result]
 
 
 SEGMENTS = {  # ends of groups, widths in and out, rank
@@ -183,7 +183,7 @@ def test_low_rank_of_sorted_rows(case: str, dtype: torch.dtype, stored: torch.dt
     # In float64, with A x rounded as every way rounds it.
     wide = lora.add_routed(*(each.double() for each in (y, x, a.to(dtype), b.to(dtype))), 0.75, group_t)
     assert came.dtype == dtype
-    assert difference([came], [wide.to(dtype)]) <= (1e-5 if dtype == torch.float32 else 2 * TOLERANCE[dtype])
+    assert relative_error([came], [wide.to(dtype)]) <= (1e-5 if dtype == torch.float32 else 2 * TOLERANCE[dtype])
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Choices]:
     choices = Choices(timer=lambda _run, _device: float(next(seconds)))
     monkeypatch.setattr(kernels, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(dispatch, "CHOICES", choices)
-    monkeypatch.setattr(trials, "MOST", 2**7)
+    monkeypatch.setattr(trials, "MAX_ELEMENTS", 2**7)
     yield choices
     assert not choices.failed
     assert all(choices.chosen.values())
@@ -268,7 +268,7 @@ def test_adapters_of_stacked_experts(chosen: Choices, samples: int) -> None:
 
 
 TRIALS: dict[str, Callable[[], kernels.Trial]] = {
-    "_turn": lambda: trials.of_rotate_(draw(2, 2, 8)),
+    "_rotate_kernel": lambda: trials.of_rotate_(draw(2, 2, 8)),
     "_add_sorted": lambda: trials.of_sorted(draw(9, 8), draw(9, 8), draw(3, 2, 8), draw(3, 8, 2), 0.0),
     "_forward": lambda: trials.of_add_normed_(draw(3, 8), draw(3, 8), draw(8), EPS, torch.float32),
     "_backward": lambda: trials.of_add_normed(draw(3, 8), draw(3, 8), draw(8), EPS, torch.float32),
@@ -286,6 +286,6 @@ def test_a_kernel_that_does_nothing_is_found_out(name: str, monkeypatch: pytest.
             monkeypatch.setattr(module, name, Idle())
     trial = TRIALS[name]()
     with torch.enable_grad():
-        error = difference(trial.kernel(), trial.reference())
+        error = relative_error(trial.kernel(), trial.reference())
     # An update of scale 0 changes nothing, so the result is NaN, as the memory was.
     assert not error <= trial.tolerance

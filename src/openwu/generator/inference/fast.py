@@ -34,7 +34,7 @@ from openwu.generator.inference.stages import Pieces, Stages, normed, row_bytes
 from openwu.generator.inference.tables import Tables, Workspace
 from openwu.generator.layout import GroupLayout
 from openwu.generator.model import GroupTokens, ParameterGenerator
-from openwu.kernels.attention_choice import available, plain_torch
+from openwu.kernels.autotune import available, plain_torch
 from openwu.types import Adapter, Condition
 
 CHUNK_BYTES_CPU = 8 * 2**20
@@ -56,7 +56,7 @@ class FastOptions:
     joined_bytes: int = JOINED_BYTES
     """Weights of queries, keys and values are copied into one up to this size; larger ones write side by side."""
     kernels: bool = True
-    """On a GPU, use kernels of ours where a first use finds them equal and faster (`attention_choice`)."""
+    """On a GPU, use kernels of ours where a first use finds them equal and faster (`autotune`)."""
 
     def __post_init__(self) -> None:
         for name in ("chunk_bytes", "chunk_layers"):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from openwu.generator.blocks import FEED_FORWARD_FACTOR
 from openwu.generator.inference.products import Norm, PackedBlock, Product
 from openwu.generator.inference.tables import RotaryTables, Workspace
-from openwu.kernels import attention_choice as kernels
+from openwu.kernels import autotune as kernels
 from openwu.kernels import dispatch
 from openwu.kernels.attention import inference_attention
 

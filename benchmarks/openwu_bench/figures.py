@@ -1,9 +1,9 @@
-"""Pictures of benchmark results: rows and curves enter, PNG files leave."""
+"""Draw benchmark rows and scaling curves as PNG files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,23 +11,22 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from openwu.bench.growth import Growth
-from openwu.bench.result import judged, seconds
-from openwu.bench.row import Row
+from openwu_bench.measurement import Curve, Row, Timing
+from openwu_bench.result import seconds, verdict
 
 FLOOR = "floor"
-"""Key in a row's details: seconds below which no implementation can come on that machine."""
+"""Key in a row's details: the least seconds that any implementation needs on that machine."""
 REACHED, MISSED, LAW = "tab:green", "tab:red", "0.5"
 PANELS = 3
-"""Panels beside one another."""
+"""Panels per line."""
 TICKS = 4
-"""Of an axis, at most."""
-ROUND = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
-"""Digits that ticks begin with, from many to few."""
+"""Most ticks of an axis."""
+TICK_DIGITS = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+"""Leading digits of ticks, from many to few."""
 
 
 def draw_rows(rows: Mapping[str, Row], path: Path) -> None:
-    """On top, every row's value as a share of its goal; below, a panel for each with the times of its sides."""
+    """Draw every row's value as a share of its goal and, below, a panel with the times of its sides for each."""
     timed = {name: row for name, row in rows.items() if row.sides}
     sides = [len(row.sides) for row in timed.values()]
     lines = [max(2.3, 0.2 * max(sides[at : at + PANELS]) + 0.8) for at in range(0, len(sides), PANELS)]
@@ -47,18 +46,18 @@ def draw_rows(rows: Mapping[str, Row], path: Path) -> None:
 
 
 def share(row: Row) -> float:
-    """How many times better than its goal a row is; below 1 it misses it."""
+    """Return how many times better than its goal a row is; below 1 it misses it."""
     better, worse = (row.value, row.goal) if row.at_least else (row.goal, row.value)
-    # A cost may be nothing at all, or below it within the noise of two timings.
+    # The difference of two timings may be 0 or, within noise, negative.
     return max(better, 1e-3) / max(worse, 1e-3)
 
 
 def _draw_goals(panel: Axes, rows: Mapping[str, Row]) -> None:
-    for place, row in enumerate(list(rows.values())[::-1]):
-        panel.plot([1, share(row)], [place, place], color=REACHED if row.reached else MISSED, linewidth=3)
-        panel.plot(share(row), place, "o", color=REACHED if row.reached else MISSED)
-        value, goal, _ = judged(row)
-        panel.annotate(f" {value} ({goal})", (share(row), place), va="bottom", fontsize=8)
+    for y, row in enumerate(list(rows.values())[::-1]):
+        panel.plot([1, share(row)], [y, y], color=REACHED if row.reached else MISSED, linewidth=3)
+        panel.plot(share(row), y, "o", color=REACHED if row.reached else MISSED)
+        value, goal, _ = verdict(row)
+        panel.annotate(f" {value} ({goal})", (share(row), y), va="bottom", fontsize=8)
     panel.axvline(1, color="black", linewidth=1)
     panel.set_xscale("log")
     _readable(panel.xaxis, lambda value: f"{value:g}")
@@ -69,10 +68,8 @@ def _draw_goals(panel: Axes, rows: Mapping[str, Row]) -> None:
 
 
 def _draw_sides(panel: Axes, row: Row) -> None:
-    for place, timing in enumerate(list(row.sides.values())[::-1]):
-        first, third = timing.quartiles
-        ends = [[timing.median - first], [third - timing.median]]
-        panel.errorbar(timing.median, place, xerr=ends, fmt="o", capsize=3, color="tab:blue")
+    for y, timing in enumerate(list(row.sides.values())[::-1]):
+        panel.errorbar(timing.median, y, xerr=_bars([timing]), fmt="o", capsize=3, color="tab:blue")
     floor = row.details.get(FLOOR)
     if isinstance(floor, int | float) and floor > 0:
         panel.axvline(floor, color="black", linestyle="--", linewidth=1, label="floor")
@@ -85,48 +82,50 @@ def _draw_sides(panel: Axes, row: Row) -> None:
     panel.grid(axis="x", alpha=0.3)
 
 
-def draw_growths(growths: Mapping[str, Growth], path: Path) -> None:
-    """A panel for each curve, both axes logarithmic: dots measured with quartiles, a line for the law."""
-    lines = math.ceil(len(growths) / PANELS)
+def draw_curves(curves: Mapping[str, Curve], path: Path) -> None:
+    """Draw a panel per curve, both axes logarithmic: measured medians with quartiles, and the prediction as a line."""
+    lines = math.ceil(len(curves) / PANELS)
     figure = Figure(figsize=(12, 3.4 * lines), layout="constrained")
     panels = list(figure.subplots(lines, PANELS, squeeze=False).flat)
-    for panel, (name, growth) in zip(panels, growths.items(), strict=False):
-        sizes = [point.x for point in growth.points]
-        medians = [point.measured.median for point in growth.points]
-        quartiles = [point.measured.quartiles for point in growth.points]
-        ends = [
-            [median - first for median, (first, _) in zip(medians, quartiles, strict=True)],
-            [third - median for median, (_, third) in zip(medians, quartiles, strict=True)],
-        ]
-        panel.plot(sizes, [growth.factor * point.predicted for point in growth.points], color=LAW, label="law")
-        panel.errorbar(sizes, medians, yerr=ends, fmt="o", capsize=3, color="tab:blue", label="measured")
+    for panel, (name, curve) in zip(panels, curves.items(), strict=False):
+        sizes = [point.x for point in curve.points]
+        timings = [point.measured for point in curve.points]
+        panel.plot(sizes, [curve.factor * point.predicted for point in curve.points], color=LAW, label="law")
+        medians = [timing.median for timing in timings]
+        panel.errorbar(sizes, medians, yerr=_bars(timings), fmt="o", capsize=3, color="tab:blue", label="measured")
         panel.set_xscale("log")
         _readable(panel.xaxis, lambda value: f"{value:g}")
         panel.set_yscale("log")
         _readable(panel.yaxis, seconds)
-        panel.set_xlabel(growth.unit)
+        panel.set_xlabel(curve.unit)
         panel.set_title(name, fontsize=9)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
-    for panel in panels[len(growths) :]:
+    for panel in panels[len(curves) :]:
         panel.set_axis_off()
     figure.savefig(path, dpi=100)
 
 
+def _bars(timings: Sequence[Timing]) -> list[list[float]]:
+    """Lengths of error bars from the median down to the first and up to the third quartile."""
+    return [
+        [timing.median - timing.quartiles[0] for timing in timings],
+        [timing.quartiles[1] - timing.median for timing in timings],
+    ]
+
+
 def _readable(axis: Axis, write: Callable[[float], str]) -> None:
-    """Few ticks on a logarithmic axis, in words; matplotlib's own overlap where a panel is small."""
+    """Set few, formatted ticks on a logarithmic axis; matplotlib's own overlap where a panel is small."""
     axis.set_major_locator(FixedLocator(round_numbers(*axis.get_data_interval())))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
 
 
 def round_numbers(first: float, last: float) -> list[float]:
-    """As many round numbers between two numbers above 0 as TICKS allows, the same in each decade."""
+    """Return at most TICKS round numbers between two positive numbers, with the same digits in each decade."""
     decades = range(math.floor(math.log10(first)), math.floor(math.log10(last)) + 1)
-    for beginnings in ROUND:
-        found = [
-            number for decade in decades for digits in beginnings if first <= (number := digits * 10**decade) <= last
-        ]
+    for leading in TICK_DIGITS:
+        found = [number for decade in decades for digits in leading if first <= (number := digits * 10**decade) <= last]
         if len(found) <= TICKS:
             return found or [first, last]
     return found[:: -(-len(found) // TICKS)]

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from openwu.backbones.embedded import drawing
-from openwu.bench import cached, edit
-from openwu.bench.command import check_row
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.images import read_picture
 from openwu.types import Adapter
+from openwu_bench import editor as bench
+from openwu_bench.command import check_row
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def editors(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Editor]
         return made[-1]
 
     monkeypatch.setattr(Editor, "from_pretrained", untrained)
-    monkeypatch.setattr(edit, "QUICK_SIZES", {"small": (48, 32, 3), "wide": (288, 144, 2)})
-    monkeypatch.setattr(edit, "QUICK_GROWTH_SIZES", ((32, 32), (48, 32), (288, 144)))
-    monkeypatch.setattr(edit, "QUICK_REQUEST_SIDE", 32)
-    monkeypatch.setattr(cached, "QUICK_SIDE", 64)
-    for module in (drawing, edit):
+    monkeypatch.setattr(bench, "QUICK_SIZES", {"small": (48, 32, 3), "wide": (288, 144, 2)})
+    monkeypatch.setattr(bench, "QUICK_CURVE_SIZES", ((32, 32), (48, 32), (288, 144)))
+    monkeypatch.setattr(bench, "QUICK_REQUEST_SIDE", 32)
+    monkeypatch.setattr(bench, "QUICK_CACHE_SIDE", 64)
+    for module in (drawing, bench):
         monkeypatch.setattr(module, "MARGIN", 16)
     monkeypatch.setattr(drawing, "CORE", 64)
     monkeypatch.setattr(drawing, "WHOLE", 64 * 64)
@@ -44,7 +44,7 @@ def editors(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Editor]
 
 
 def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> None:
-    row = edit.measure(quick=True)
+    row = bench.measure_share(quick=True)
     check_row(row, "C7")
     assert (row.unit, row.goal, row.at_least) == ("%", 25.0, False)
     assert row.error <= 1 / 255
@@ -69,10 +69,10 @@ def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> Non
 @pytest.mark.parametrize("size", [(48, 32), (288, 144)])
 def test_the_timed_passes_are_those_of_the_edit(editors: list[Editor], size: tuple[int, int]) -> None:
     editor = Editor.from_pretrained()
-    picture = edit.sample_picture(*size)
-    result = editor.edit(picture, edit.INSTRUCTION)
+    picture = bench.sample_picture(*size)
+    result = editor.edit(picture, bench.INSTRUCTION)
     for adapter, alike in ((result.adapter, True), (None, False)):
-        passes = edit.base_passes(editor, picture, adapter)()
+        passes = bench.base_passes(editor, picture, adapter)()
         tiles = editor.tiles(*size)
         assert [tuple(each.shape[-2:]) for each in passes] == [(tile.height, tile.width) for tile in tiles]
         corner = passes[0][0, :, :32, :32].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
@@ -84,7 +84,7 @@ def test_the_timed_passes_apply_the_adapter_as_the_edit_does(
 ) -> None:
     """Merged weights and hooks differ in rounding, which in bfloat16 is more than C7 lets pass, and in time."""
     editor = Editor.from_pretrained()
-    picture = edit.sample_picture(48, 32)
+    picture = bench.sample_picture(48, 32)
     asked: list[int] = []
     adapted = editor.model.adapted
 
@@ -93,29 +93,29 @@ def test_the_timed_passes_apply_the_adapter_as_the_edit_does(
         return adapted(adapter, pixels)
 
     monkeypatch.setattr(editor.model, "adapted", heard)
-    result = editor.edit(picture, edit.INSTRUCTION)
-    edit.base_passes(editor, picture, result.adapter)()
+    result = editor.edit(picture, bench.INSTRUCTION)
+    bench.base_passes(editor, picture, result.adapter)()
     assert asked == [48 * 32] * 2
 
 
 def test_c7_is_not_measured_where_something_else_would_be_timed(
     editors: list[Editor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes = edit.base_passes
-    monkeypatch.setattr(edit, "base_passes", lambda editor, picture, _: passes(editor, picture, None))
+    passes = bench.base_passes
+    monkeypatch.setattr(bench, "base_passes", lambda editor, picture, _: passes(editor, picture, None))
     with pytest.raises(OpenwuError, match="C7: the adapter changed nothing"):
-        edit.measure(quick=True)
+        bench.measure_share(quick=True)
 
     def brighter(editor: Editor, picture: Image.Image, adapter: Adapter | None) -> Any:
         return passes(editor, picture.point(lambda value: min(value + 20, 255)), adapter)
 
-    monkeypatch.setattr(edit, "base_passes", brighter)
+    monkeypatch.setattr(bench, "base_passes", brighter)
     with pytest.raises(OpenwuError, match="C7: the timed passes differ from the edit by"):
-        edit.measure(quick=True)
+        bench.measure_share(quick=True)
 
 
 def test_c8_times_what_the_editor_does_with_its_cache(editors: list[Editor]) -> None:
-    row = cached.measure(quick=True)
+    row = bench.measure_cache(quick=True)
     check_row(row, "C8")
     assert row.error == 0
     assert set(row.sides) == {"generate", "hit in memory", "hit on disk", "read the picture"}
@@ -134,19 +134,19 @@ def test_c8_is_not_measured_where_the_cache_is_asked_for_something_else(
     number = count()
     monkeypatch.setattr(Editor, "adapter_key", lambda *_, **__: f"{next(number):064d}")
     with pytest.raises(OpenwuError, match="C8: the editor kept its adapter under another key"):
-        cached.measure(quick=True)
+        bench.measure_cache(quick=True)
 
 
 def test_c8_compares_what_it_finds(editors: list[Editor]) -> None:
-    adapter = Editor.from_pretrained().adapt(edit.sample_picture(32, 32), "brighter")
-    assert cached._difference(adapter, adapter) == 0
+    adapter = Editor.from_pretrained().adapt(bench.sample_picture(32, 32), "brighter")
+    assert bench._cache_error(adapter, adapter) == 0
     for found in (None, replace(adapter, instructions=("darker",)), adapter.scaled(2.0)):
         with pytest.raises(OpenwuError, match="C8: "):
-            cached._difference(found, adapter)
+            bench._cache_error(found, adapter)
 
 
 def test_the_curve_of_sizes_counts_the_pixels_of_overlapping_tiles(editors: list[Editor]) -> None:
-    growth = edit.measure_size(quick=True)
+    growth = bench.measure_size(quick=True)
     assert [point.x for point in growth.points] == [32 * 32 / 1e6, 48 * 32 / 1e6, 288 * 144 / 1e6]
     (editor,) = editors
     tiled = sum(tile.height * tile.width for tile in editor.tiles(288, 144))
@@ -168,7 +168,7 @@ def test_the_curve_of_batches_gives_each_request_a_picture_of_its_own(
         return edit_batch(self, requests, **options)
 
     monkeypatch.setattr(Editor, "edit_batch", watched)
-    growth = edit.measure_batch(quick=True)
-    assert [(point.x, point.predicted) for point in growth.points] == [(n, n) for n in edit.QUICK_REQUESTS]
-    assert {len(pictures) for pictures in asked} == set(edit.QUICK_REQUESTS)
+    growth = bench.measure_batch(quick=True)
+    assert [(point.x, point.predicted) for point in growth.points] == [(n, n) for n in bench.QUICK_REQUESTS]
+    assert {len(pictures) for pictures in asked} == set(bench.QUICK_REQUESTS)
     assert all(len(set(pictures)) == len(pictures) for pictures in asked)

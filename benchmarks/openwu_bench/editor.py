@@ -1,10 +1,10 @@
-"""C7, and how an edit's cost grows: the embedded model edits pictures of its own making, on the CPU.
+"""C7, C8 and the editor's curves: the embedded model edits synthetic pictures on the CPU.
 
-Enters: sizes. Leaves: what of a whole edit the adapter costs, generating it and applying it, against the frozen base
-alone on the same tiles; and seconds against picture size and against the number of requests.
+C7 is the adapter's share of a whole edit: generating it, and what applying it adds to the frozen base alone on the same
+tiles. The whole edit is what a user waits for: read the picture, encode the instruction, generate, run the base with
+the adapter, write a file. C8 compares an adapter from the cache with generating it again.
 
-The whole edit is what a user waits for: read the picture, read the instruction, generate, run the base with the
-adapter, write a file. Shapes: h, w the sides of a picture.
+Shapes: h, w the sides of a picture.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,35 +24,41 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.backbones.embedded.drawing import MARGIN
 from openwu.backbones.embedded.network import noise_plane, place_planes
-from openwu.bench.growth import Growth, Point
-from openwu.bench.row import Row, Timing, interleaved
-from openwu.editor.editor import Editor
+from openwu.editor.cache import AdapterCache
+from openwu.editor.editor import Editor, condition_view
 from openwu.errors import OpenwuError
+from openwu.export.fit import with_kernels
+from openwu.files.hashing import fastest
 from openwu.images import read_picture, write_picture
 from openwu.types import Adapter, EditRequest
+from openwu_bench.measurement import Curve, Point, Row, Timing, interleaved
 
 INSTRUCTION = "make it look like an old photograph"
-GOAL = 25.0
-"""Largest share of the edit of one megapixel that the adapter may cost, in per cent."""
+SHARE_GOAL = 25.0
+"""Largest share of a one-megapixel edit that the adapter may cost, in per cent."""
+CACHE_GOAL = 20.0
+"""How many times faster a cache hit should be than generating."""
 SIZES = {"1 MP": (1024, 1024, 7), "8 MP": (4096, 2048, 3)}
 QUICK_SIZES = {"0.07 MP": (256, 256, 2), "0.26 MP": (512, 512, 2)}
 """Name -> width, height, repetitions. The first one is judged."""
-GROWTH_SIZES = ((512, 512), (1024, 512), (1024, 1024), (2048, 1024), (2048, 2048), (4096, 2048))
-QUICK_GROWTH_SIZES = ((128, 128), (256, 128), (256, 256))
+CURVE_SIZES = ((512, 512), (1024, 512), (1024, 1024), (2048, 1024), (2048, 2048), (4096, 2048))
+QUICK_CURVE_SIZES = ((128, 128), (256, 128), (256, 256))
 REQUESTS, QUICK_REQUESTS = (1, 2, 4, 8, 16, 32), (1, 2, 4)
 REQUEST_SIDE, QUICK_REQUEST_SIDE = 256, 64
 REPETITIONS, QUICK_REPETITIONS = 3, 2
+CACHE_SIDE, QUICK_CACHE_SIDE = 1024, 256
+CACHE_REPETITIONS, QUICK_CACHE_REPETITIONS = 25, 3
 
 
-def measure(quick: bool) -> Row:
-    """C7: (generating + what applying adds to the base) / whole edit, in per cent."""
+def measure_share(quick: bool) -> Row:
+    """Measure row C7: (generating + what applying adds to the base) / whole edit, in per cent."""
     editor = Editor.from_pretrained()
     sides: dict[str, Timing] = {}
     details: dict[str, object] = {"dtype": str(editor.dtype).removeprefix("torch."), "instruction": INSTRUCTION}
     shares, errors = [], []
     for name, (width, height, repetitions) in (QUICK_SIZES if quick else SIZES).items():
         picture = sample_picture(width, height)
-        errors.append(_difference(editor, picture))
+        errors.append(_pass_error(editor, picture))
         found = _time_edit(editor, picture, repetitions)
         sides |= {f"{side}, {name}": timing for side, timing in found.items()}
         split = _split({side: timing.fastest for side, timing in found.items()})
@@ -68,48 +75,47 @@ def measure(quick: bool) -> Row:
             "peak memory of the process so far, bytes": _peak_memory(),
         }
     title = f"generating and applying an adapter in an edit of {next(iter(QUICK_SIZES if quick else SIZES))}"
-    return Row("C7", title, shares[0], "%", GOAL, at_least=False, sides=sides, error=max(errors), details=details)
+    return Row("C7", title, shares[0], "%", SHARE_GOAL, at_least=False, sides=sides, error=max(errors), details=details)
 
 
-def measure_size(quick: bool) -> Growth:
-    """Seconds of an edit against megapixels. The law: multiplications of the generator, which are the same for every
-    size, and of the base, which are so many for every pixel of its tiles, overlaps included.
+def measure_size(quick: bool) -> Curve:
+    """Measure seconds of an edit against megapixels.
+
+    The cost model counts FLOPs: the generator's, the same for every size, and the base's, proportional to the pixels of
+    its tiles, overlaps included.
     """
     editor = Editor.from_pretrained()
-    sizes = QUICK_GROWTH_SIZES if quick else GROWTH_SIZES
-    runs = {size: _editing(editor, sample_picture(*size)) for size in sizes}
-    found = interleaved({str(size): run for size, run in runs.items()}, QUICK_REPETITIONS if quick else REPETITIONS)
+    sizes = QUICK_CURVE_SIZES if quick else CURVE_SIZES
+    runs = {str(size): partial(editor.edit, sample_picture(*size), INSTRUCTION) for size in sizes}
+    found = interleaved(runs, QUICK_REPETITIONS if quick else REPETITIONS)
     small = sample_picture(*sizes[0])
-    once = _operations(lambda: editor.adapt(small, INSTRUCTION))
-    per_pixel = _operations(base_passes(editor, small, None)) / (small.width * small.height)
+    once = _flops(lambda: editor.adapt(small, INSTRUCTION))
+    per_pixel = _flops(base_passes(editor, small, None)) / (small.width * small.height)
     tiled = [sum(tile.height * tile.width for tile in editor.tiles(*size)) for size in sizes]
     points = tuple(
         Point(w * h / 1e6, found[str((w, h))], once + per_pixel * pixels)
         for (w, h), pixels in zip(sizes, tiled, strict=True)
     )
     what = "an edit with the embedded model; the law counts operations, of overlapping tiles too"
-    return Growth(what, "megapixels", points)
+    return Curve(what, "megapixels", points)
 
 
-def measure_batch(quick: bool) -> Growth:
-    """Seconds of one `edit_batch` against its requests, each with its own adapter; the law is linear."""
+def measure_batch(quick: bool) -> Curve:
+    """Measure seconds of one `edit_batch` against its requests, each with its own adapter; the cost model is linear."""
     editor = Editor.from_pretrained()
     side = QUICK_REQUEST_SIDE if quick else REQUEST_SIDE
     counts = QUICK_REQUESTS if quick else REQUESTS
     requests = [EditRequest([sample_picture(side, side, seed)], INSTRUCTION) for seed in range(counts[-1])]
 
-    def edit_first(count: int) -> Callable[[], object]:
-        return lambda: editor.edit_batch(requests[:count])
-
-    runs = {str(count): edit_first(count) for count in counts}
+    runs = {str(count): partial(editor.edit_batch, requests[:count]) for count in counts}
     found = interleaved(runs, QUICK_REPETITIONS if quick else REPETITIONS)
     points = tuple(Point(float(count), found[str(count)], float(count)) for count in counts)
     what = f"a batch of edits of {side} x {side} pixels, each its own adapter; the law is linear"
-    return Growth(what, "requests", points)
+    return Curve(what, "requests", points)
 
 
 def sample_picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth colours with grain, from a seed."""
+    """Return a picture of smooth colours with grain, drawn from a seed."""
     generator = np.random.default_rng(seed)
     small = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -118,9 +124,9 @@ def sample_picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -> Callable[[], list[torch.Tensor]]:
-    """The base's own forward passes over the tiles of an edit, with its adapter or with none: `[1, 3, h, w]` each.
+    """Return the base's forward passes over the tiles of an edit, with the adapter or with none: `[1, 3, h, w]` each.
 
-    The adapter is applied as the editor does it, merging included where that is quicker.
+    The adapter is applied as the editor does it, merging included where that is faster.
     """
     photo = read_picture(picture)
     pixels = torch.from_numpy(photo.floats()).permute(2, 0, 1)[None]
@@ -144,19 +150,15 @@ def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -
     return run
 
 
-def _operations(run: Callable[[], object]) -> float:
-    """Floating-point operations of the matrix products, convolutions and attention of one run."""
+def _flops(run: Callable[[], object]) -> float:
+    """Count the FLOPs of the matrix products, convolutions and attention of one run."""
     with FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
 
 
-def _editing(editor: Editor, picture: Image.Image) -> Callable[[], object]:
-    return lambda: editor.edit(picture, INSTRUCTION)
-
-
 def _time_edit(editor: Editor, picture: Image.Image, repetitions: int) -> dict[str, Timing]:
-    """Whole edits with their stages, the base with the adapter and the base alone, in turn; a warm-up of each first."""
+    """Time whole edits with their stages, the base with the adapter and the base alone, alternately."""
     adapter = editor.adapt(picture, INSTRUCTION)
     adapted, alone = base_passes(editor, picture, adapter), base_passes(editor, picture, None)
     stages: list[Mapping[str, float]] = []
@@ -166,9 +168,9 @@ def _time_edit(editor: Editor, picture: Image.Image, repetitions: int) -> dict[s
 
         def edit() -> None:
             result = editor.edit(source, INSTRUCTION)
-            began = time.perf_counter()
+            start = time.perf_counter()
             write_picture(result.photo, target)
-            stages.append({**result.timings, "write": time.perf_counter() - began})
+            stages.append({**result.timings, "write": time.perf_counter() - start})
 
         sides = {"whole edit": edit, "base with adapter": adapted, "base alone": alone}
         found = interleaved(sides, repetitions)
@@ -177,7 +179,7 @@ def _time_edit(editor: Editor, picture: Image.Image, repetitions: int) -> dict[s
 
 
 def _peak_memory() -> int | None:
-    """Python and torch included; None where the system does not say."""
+    """Return the peak memory of the process in bytes; None where the system does not say."""
     try:
         import resource
     except ImportError:  # Windows
@@ -187,7 +189,7 @@ def _peak_memory() -> int | None:
 
 
 def _split(fastest: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by stage. The editor's own stage `edit` is the base, what the adapter adds to it, and the pixels."""
+    """Split an edit into seconds by stage; the editor's stage `edit` is base, adapter overhead and pixels."""
     return {
         "read": fastest["read"],
         "condition": fastest["condition"],
@@ -199,10 +201,10 @@ def _split(fastest: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _difference(editor: Editor, picture: Image.Image) -> float:
-    """Gate: the timed passes are those of the edit. Returns the largest difference of pixels, as a share of white.
+def _pass_error(editor: Editor, picture: Image.Image) -> float:
+    """Check that the timed passes are those of the edit; return the largest difference of pixels, as a share of white.
 
-    Raises OpenwuError where a reused adapter gives another picture, or none at all changes nothing.
+    Raises OpenwuError where a reused adapter gives another picture, or leaving the adapter out changes nothing.
     """
     first = editor.edit(picture, INSTRUCTION)
     again = editor.edit(picture, INSTRUCTION, adapter=first.adapter)
@@ -215,15 +217,77 @@ def _difference(editor: Editor, picture: Image.Image) -> float:
     worst = 0.0
     for tile, edited in zip(tiles, adapted, strict=True):
         # Where no neighbour is blended in, an edit's pixels are those of the pass, rounded.
-        inner = _alone(tile.top, tile.height, picture.height), _alone(tile.left, tile.width, picture.width)
+        inner = (
+            _without_overlap(tile.top, tile.height, picture.height),
+            _without_overlap(tile.left, tile.width, picture.width),
+        )
         expected = edited[0].float().clamp(0, 1).mul(255).round().permute(1, 2, 0)[inner].numpy()
-        came = first.photo.pixels[tile.window][inner]
-        worst = max(worst, float(np.abs(expected - came).max()) / 255)
+        actual = first.photo.pixels[tile.window][inner]
+        worst = max(worst, float(np.abs(expected - actual).max()) / 255)
     if worst > 1 / 255:
         raise OpenwuError(f"C7: the timed passes differ from the edit by {worst:.3f}")
     return worst
 
 
-def _alone(start: int, length: int, side: int) -> slice:
-    """The part of a tile along one side that no neighbour reaches."""
+def _without_overlap(start: int, length: int, side: int) -> slice:
+    """Return the part of a tile along one side that no neighbour overlaps."""
     return slice(2 * MARGIN if start else 0, length - 2 * MARGIN if start + length < side else length)
+
+
+def measure_cache(quick: bool) -> Row:
+    """Measure row C8: seconds of generating / seconds of a cache hit in memory; one on disk is in the details.
+
+    Both sides start from pixels and instruction and end with the adapter; reading the file is timed separately.
+    """
+    side = QUICK_CACHE_SIDE if quick else CACHE_SIDE
+    picture = sample_picture(side, side)
+    photo = read_picture(picture)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        memory, disk = AdapterCache(), AdapterCache(folder, memory_bytes=0)
+        editor = Editor.from_pretrained(cache=memory)
+        model = editor.model
+
+        def generate() -> Adapter:
+            text = model.instruction([INSTRUCTION])
+            adapter = editor.generator(model.condition(condition_view(photo), text).tokens)
+            return replace(with_kernels(adapter, model.backbone), instructions=(INSTRUCTION,))
+
+        def look_up(cache: AdapterCache) -> Adapter | None:
+            return cache.get(editor.adapter_key([photo], INSTRUCTION))
+
+        first = editor.adapt(picture, INSTRUCTION)
+        if look_up(memory) is None:
+            raise OpenwuError("C8: the editor kept its adapter under another key than the one that is timed")
+        disk.put(editor.adapter_key([photo], INSTRUCTION), first)
+        error = max(_cache_error(each, first) for each in (generate(), look_up(memory), look_up(disk)))
+        sides = {
+            "generate": generate,
+            "hit in memory": lambda: look_up(memory),
+            "hit on disk": lambda: look_up(disk),
+            "read the picture": lambda: read_picture(picture),
+        }
+        found = interleaved(sides, QUICK_CACHE_REPETITIONS if quick else CACHE_REPETITIONS)
+    generated, read = found["generate"].median, found["read the picture"].median
+    ratios = {name: generated / found[name].median for name in ("hit in memory", "hit on disk")}
+    details = {
+        "side of the picture": side,
+        "hash": fastest().name,
+        "bytes of an adapter": sum(part.nbytes for part in first.state_dict().values()),
+        "times sooner from disk": ratios["hit on disk"],
+        "times sooner with reading a picture in memory": (generated + read) / (found["hit in memory"].median + read),
+        "times sooner from disk with reading": (generated + read) / (found["hit on disk"].median + read),
+    }
+    title = "an adapter from the cache against generating it again"
+    return Row("C8", title, ratios["hit in memory"], "x", CACHE_GOAL, sides=found, error=error, details=details)
+
+
+def _cache_error(found: Adapter | None, expected: Adapter) -> float:
+    """Return the largest difference of any weight, relative to the largest weight; a cached adapter must be equal."""
+    if found is None or found.instructions != expected.instructions:
+        raise OpenwuError("C8: the cache has nothing, or an adapter of another instruction")
+    ours, theirs = found.state_dict(), expected.state_dict()
+    scale = max(float(part.abs().max()) for part in theirs.values())
+    worst = max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in theirs) / scale
+    if worst > 1e-2:
+        raise OpenwuError(f"C8: what was found differs from what was generated by {worst:.1g}")
+    return worst

@@ -1,4 +1,4 @@
-"""What the rows about applying adapters share: layers of experts, random adapters, gates, overheads.
+"""Parts of the rows about applying adapters: experts layers, random adapters, correctness gates, overheads.
 
 Shapes: T tokens, k experts per token, E experts, d width, h hidden width of an expert, b samples.
 """
@@ -6,7 +6,7 @@ Shapes: T tokens, k experts per token, E experts, d width, h hidden width of an 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,17 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openwu.bench.row import Timing
+from openwu.adapters.inject import AdapterHandle
 from openwu.errors import OpenwuError
 from openwu.kernels.grouped import GroupedProduct, Routed
 from openwu.types import Adapter, Target
+from openwu_bench.measurement import Timing
 
 RANK = 16
 SCALE = 0.5
 
 
 class Router(nn.Module):
-    """The k experts of the largest scores: x `[T, d]` -> indices `[T, k]`. All chosen experts count alike.
+    """Choose the k experts with the largest scores: x `[T, d]` -> indices `[T, k]`.
 
     Scores are float32, as usual, so that batches of another size choose the same.
     """
@@ -40,7 +41,10 @@ class Router(nn.Module):
 
 
 class StackedExperts(nn.Module):
-    """Weights of all experts in one tensor, as in transformers: gate_up_proj `[E, 2h, d]`, down_proj `[E, d, h]`."""
+    """Experts with stacked weights, as in transformers: gate_up_proj `[E, 2h, d]`, down_proj `[E, d, h]`.
+
+    All chosen experts have the same weight.
+    """
 
     def __init__(self, dim: int, hidden: int, experts: int) -> None:
         super().__init__()
@@ -59,12 +63,13 @@ class StackedExperts(nn.Module):
 
 
 class ExpertsLayer(nn.Module):
-    """A router and its stacked experts: x `[n, length, d]` -> the same shape."""
+    """Router and stacked experts: x `[n, length, d]` -> the same shape."""
 
     def __init__(self, dim: int, hidden: int, experts: int, top_k: int) -> None:
         super().__init__()
         self.router = Router(dim, experts, top_k)
         self.experts = StackedExperts(dim, hidden, experts)
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
@@ -80,9 +85,9 @@ class ExpertsLayer(nn.Module):
 
 
 class LoopedUpdate:
-    """The update of stacked experts as one loop over experts and samples: a hook for a `GroupedProduct`.
+    """Low-rank update of stacked experts as a loop over experts and samples: a forward hook of a `GroupedProduct`.
 
-    What an implementation does that walks through the experts. It may wait for the device, and does so once per weight.
+    The naive reference. It waits for the device once per weight.
     """
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, rows: int) -> None:
@@ -91,7 +96,7 @@ class LoopedUpdate:
     def __call__(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         x, routed = args[0], args[2]
         y = y.clone()
-        samples = routed.token_s // (len(routed.place_tk) // self.rows)
+        samples = routed.token_s // (len(routed.row_tk) // self.rows)
         start = 0
         for expert, end in enumerate(routed.ends.tolist()):
             if end == start:
@@ -105,10 +110,38 @@ class LoopedUpdate:
         return y
 
 
+def looped(layer: ExpertsLayer, adapter: Adapter, x: Tensor) -> Tensor:
+    """Run the layer with every expert's update added in a loop."""
+    hooks = [
+        layer.experts.products[name].register_forward_hook(
+            LoopedUpdate(*adapter.weights[f"experts.{name}"], adapter.scale, rows=len(x))
+        )
+        for name in ("gate_up_proj", "down_proj")
+    ]
+    try:
+        y: Tensor = layer(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return y
+
+
+def adapted(
+    handle: AdapterHandle, layer: Callable[[Tensor], Tensor], adapter: Adapter, x: Tensor
+) -> Callable[[], Tensor]:
+    """Return a function that runs the layer with the adapter, entering the scope included."""
+
+    def run() -> Tensor:
+        with handle.applied(adapter):
+            return layer(x)
+
+    return run
+
+
 def random_adapter(
     targets: Sequence[Target], batch: int, *, rank: int = RANK, dtype: torch.dtype, seed: int
 ) -> Adapter:
-    """A and B of random numbers, so that neither side can skip anything."""
+    """Return an adapter whose A and B are random numbers, so that neither side can skip anything."""
     draw = torch.Generator().manual_seed(seed)
     weights = {}
     for target in targets:
@@ -118,9 +151,12 @@ def random_adapter(
     return Adapter(tuple(targets), weights, SCALE)
 
 
-def gate(row: str, came: Tensor, expected: Tensor, tolerance: float, base: Tensor | None = None) -> float:
-    """The relative difference of two results; OpenwuError where it is too large or nothing was adapted."""
-    error = float((came - expected).float().norm() / expected.float().norm())
+def gate(row: str, actual: Tensor, expected: Tensor, tolerance: float, base: Tensor | None = None) -> float:
+    """Return the relative difference of two results; raise OpenwuError where it is too large.
+
+    With the result of the `base` alone, also raise where the adapter changes hardly anything.
+    """
+    error = float((actual - expected).float().norm() / expected.float().norm())
     if not error <= tolerance:
         raise OpenwuError(f"{row}: both sides should agree to {tolerance:.0e}, but they differ by {error:.1e}")
     if base is not None and float((expected - base).float().norm() / base.float().norm()) < 10 * tolerance:
@@ -129,17 +165,17 @@ def gate(row: str, came: Tensor, expected: Tensor, tolerance: float, base: Tenso
 
 
 def overhead(adapted: Timing, base: Timing) -> float:
-    """Seconds that the adapter costs: median of the differences between measurements made one after the other."""
+    """Return the seconds that the adapter costs: the median difference of measurements taken in pairs."""
     return statistics.median(a - b for a, b in zip(adapted.seconds, base.seconds, strict=True))
 
 
 def times_lower(ours: float, theirs: float, resolution: float) -> float:
-    """How many times lower our overhead is. One below what can be told from noise counts as `resolution` seconds."""
+    """Return how many times lower our overhead is; one below `resolution` seconds is noise and counts as that."""
     return theirs / max(ours, resolution)
 
 
 def load_peft() -> ModuleType:
-    """PEFT, or an OpenwuError that says how to get it."""
+    """Import PEFT, or raise an OpenwuError that says how to install it."""
     try:
         import peft
     except ImportError as error:

@@ -1,0 +1,118 @@
+"""Benchmarks of openwu: every row checks that both sides agree, then times them alternately.
+
+A row is a function `measure(quick: bool) -> Row`, a curve a function `measure(quick: bool) -> Curve`. One entry of
+`ROWS` or `CURVES` adds one; `openwu bench` runs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row of the benchmark, described without running it: one that was never measured is reported as such."""
+
+    theme: str
+    """Names the result file."""
+    title: str
+    """What is measured, and what it is compared with."""
+    goal: str
+    measure: str
+    """Function that measures it, as "module:function"."""
+
+
+ROWS = {
+    "C1": PlannedRow(
+        "generator",
+        "a small generator on the CPU, against a plain reference",
+        "at least 1.1 x",
+        "openwu_bench.generator:measure",
+    ),
+    "C2": PlannedRow(
+        "generator",
+        "bytes materialised per block, against the plain reference",
+        "at most 0.45 x",
+        "openwu_bench.generator_bytes:measure",
+    ),
+    "C3": PlannedRow(
+        "adapters",
+        "an experts layer, overhead of the adapter, against a loop over experts",
+        "at least 2 x lower",
+        "openwu_bench.adapters_experts:measure_loop",
+    ),
+    "C4": PlannedRow(
+        "adapters",
+        "a dense layer, 8 and 32 adapters in a batch, against PEFT",
+        "overhead at least 5 x lower",
+        "openwu_bench.adapters_dense:measure_mixed_batch",
+    ),
+    "C5": PlannedRow(
+        "adapters",
+        "an experts layer, one adapter, against PEFT",
+        "at least 1.3 x",
+        "openwu_bench.adapters_experts:measure_peft",
+    ),
+    "C6": PlannedRow(
+        "adapters",
+        "20 adapters in turn, compiled, against PEFT's hot swap",
+        "at least 5 x, no recompilation",
+        "openwu_bench.adapters_dense:measure_compiled",
+    ),
+    "C7": PlannedRow(
+        "edit",
+        "generating and applying an adapter, 1 megapixel, against the whole edit",
+        "at most 25 %",
+        "openwu_bench.editor:measure_share",
+    ),
+    "C8": PlannedRow(
+        "edit",
+        "an adapter from the cache, against generating it again",
+        "at least 20 x",
+        "openwu_bench.editor:measure_cache",
+    ),
+    "G1": PlannedRow(
+        "generator",
+        "the generator at released size, against the device's limit",
+        "at least 80 % of it",
+        "openwu_bench.gpu:measure_speed",
+    ),
+    "G2": PlannedRow(
+        "adapters",
+        "one experts layer at released size, against no adapter",
+        "at most 3 % more at 8192 tokens",
+        "openwu_bench.gpu:measure_experts",
+    ),
+    "G3": PlannedRow(
+        "adapters",
+        "1 to 8 adapters in a batch, against one after another",
+        "at most 10 % overhead at 8",
+        "openwu_bench.gpu:measure_batch",
+    ),
+    "G4": PlannedRow(
+        "generator",
+        "peak memory of G1, against the plain reference",
+        "at most 0.65 x",
+        "openwu_bench.gpu:measure_memory",
+    ),
+}
+"""Name -> row. C rows run on a CPU, G rows on a GPU."""
+
+CURVES = {
+    "generator-condition": "openwu_bench.generator:measure_condition",
+    "generator-targets": "openwu_bench.generator:measure_targets",
+    "generator-layers": "openwu_bench.generator:measure_layers",
+    "generator-width": "openwu_bench.generator:measure_width",
+    "generator-pieces": "openwu_bench.generator:measure_pieces",
+    "apply-rank": "openwu_bench.adapters_curves:measure_rank",
+    "apply-adapters": "openwu_bench.adapters_curves:measure_adapters",
+    "apply-experts": "openwu_bench.adapters_curves:measure_experts",
+    "edit-size": "openwu_bench.editor:measure_size",
+    "edit-batch": "openwu_bench.editor:measure_batch",
+}
+"""Name -> "module:function" that measures a curve."""
+
+
+def needs_gpu(name: str) -> bool:
+    """Whether a row runs on a GPU only."""
+    return name in ROWS and name.startswith("G")
