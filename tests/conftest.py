@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from openwu.backbones.embedded.condition import EmbeddedConditionConfig
+from openwu.backbones.embedded.config import tiny_layer_groups
 from openwu.backbones.embedded.instruction import InstructionConfig
-from openwu.backbones.embedded.model import EmbeddedConfig, EmbeddedModel, tiny_layer_groups
 from openwu.backbones.embedded.network import TinyEditorConfig
 from openwu.config import GeneratorConfig
 from openwu.editor.editor import Editor
+from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 
 LABELS = ("brighten", "darken", "blur", "out_of_scope")
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from openwu.backbones.embedded import drawing
-from openwu.backbones.embedded.model import WEIGHTS, EmbeddedModel
+from openwu.backbones.embedded.base import WEIGHTS, native_dtype
 from openwu.cli.evaluate import Findings, as_markdown
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
-from openwu.editor.editor import Editor, native_dtype
+from openwu.editor.editor import Editor
 from openwu.errors import InstructionError
 from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
 from openwu.evaluation.strength import Graded
@@ -29,6 +29,7 @@ from openwu.evaluation.suite import METHODS, Report, Score, apply, draw_cases, e
 from openwu.evaluation.tables import KNOWN_DAMAGE, goals
 from openwu.evaluation.wording import Wording, understanding
 from openwu.training.config import EmbeddedRecipe, load_recipe
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.record import describe
 from openwu.types import Adapter, EditRequest
 

@@ -12,7 +12,6 @@ DEFAULT_BASE = "embedded"
 """The base whose model comes inside the package."""
 
 BASES: dict[str, str] = {
-    "embedded": "openwu.backbones.embedded.base:EmbeddedBase",
     "instruct-pix2pix": "openwu.backbones.diffusers.instruct_pix2pix:InstructPix2Pix",
     "instruct-pix2pix-xl": "openwu.backbones.diffusers.instruct_pix2pix_xl:InstructPix2PixXL",
     "flux-kontext": "openwu.backbones.diffusers.flux_kontext:FluxKontext",
@@ -23,6 +22,7 @@ BASES: dict[str, str] = {
     "qwen-image-21": "openwu.backbones.diffusers.qwen_image_21:QwenImage21",
     "longcat-image-edit": "openwu.backbones.diffusers.longcat_image_edit:LongCatImageEdit",
     "hunyuan-image-3": "openwu.backbones.hunyuan_image_3.base:HunyuanImage3",
+    "embedded": "openwu.backbones.embedded.base:EmbeddedBase",
 }
 """Base models: classes that inherit from `openwu.backbones.protocol.Backbone`; docs/adding-a-base.md says how."""
 

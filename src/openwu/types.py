@@ -116,8 +116,11 @@ class ConditionEncoder(ABC):
     """Whether conditions depend on a request's seed."""
     asks_denoiser: bool = False
     """Whether conditions need a run of the base's denoiser."""
-    identity: str = ""
-    """Weights and settings that conditions depend on, for cache keys; those in `weights` need not be in it."""
+
+    @property
+    def identity(self) -> str:
+        """Weights and settings that conditions depend on, for cache keys; those in `weights` need not be in it."""
+        return ""
 
     @property
     @abstractmethod

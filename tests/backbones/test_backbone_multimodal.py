@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from base_cases import FAST, MULTIMODAL, PIXELS, adapter, backbone, generator, nothing, picture, requests, targets_of
+from openwu.editor.based_editor import BasedEditor
 from test_backbone_bases import (  # noqa: F401  (they run here with this file's bases)
     test_an_adapter_changes_the_picture_and_none_leaves_it,
     test_each_request_of_a_batch_has_its_own_adapter_seed_and_picture,
@@ -26,7 +27,6 @@ from torch import nn
 from openwu import attach, extras
 from openwu.backbones import backbone_class
 from openwu.conditions.denoiser_states import DenoiserStates
-from openwu.editor.based_editor import BasedEditor
 from openwu.errors import OpenwuError, TargetError
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
 

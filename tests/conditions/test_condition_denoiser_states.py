@@ -8,10 +8,10 @@ from typing import Any
 import base_cases
 import pytest
 import torch
+from openwu.editor.based_editor import BasedEditor
 
 from openwu.conditions import make_encoder
 from openwu.conditions.denoiser_states import DenoiserStates
-from openwu.editor.based_editor import BasedEditor
 from openwu.editor.compatibility import encoder_for, generator_config
 from openwu.errors import CheckpointError, TargetError
 from openwu.generator.model import ParameterGenerator

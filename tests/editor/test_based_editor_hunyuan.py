@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from openwu.editor.based_editor import BasedEditor
 from PIL import Image
 
 import openwu
 from openwu import cli
 from openwu.adapters.merge import merged
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
-from openwu.editor.based_editor import BasedEditor
 from openwu.errors import InstructionError, OpenwuError
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
 

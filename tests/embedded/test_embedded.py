@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openwu.backbones.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.backbones.embedded.network import TinyEditor
 from openwu.errors import CheckpointError, TargetError
+from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.types import Adapter
 
 

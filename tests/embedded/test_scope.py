@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openwu.backbones.embedded.scope import check_scope, shown
+from openwu.backbones.embedded.instruction import check_scope, shown
 from openwu.data.suite.phrases import OUT_OF_SCOPE, load_phrases
 from openwu.errors import InstructionError
 

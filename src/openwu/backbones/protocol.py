@@ -1,8 +1,8 @@
-"""What a base model must provide to be edited with and trained for: `Backbone`, the class that every base inherits from.
+"""The protocol of base models: `Backbone`, the class that every base inherits from, and what it is handed.
 
-A base knows its pipeline, but no adapters. It is handed a `RequestScope`: around every pass of its denoiser it says there
-which request each row of the denoiser's input belongs to, and whoever gave the scope applies adapters. Members with a
-body are optional. docs/adding-a-base.md has an example.
+A base knows its pipeline, but no adapters. It is handed a `RequestScope`: around every pass of its denoiser it says
+there which request each row of the denoiser's input belongs to, and whoever gave the scope applies adapters. Members
+with a body are optional. docs/adding-a-base.md has an example.
 
 Shapes: b requests; h and w the sides of a picture.
 """
@@ -219,7 +219,7 @@ class Backbone(ConditionEncoder):
     def check_sampling(self, options: SamplingOptions) -> None:
         """Raise OpenwuError that names an option which the base does not have, before anything is computed."""
 
-    def encode(self, jobs: Sequence[EditJob]) -> Condition:
+    def condition_of(self, jobs: Sequence[EditJob]) -> Condition:
         """Encode what a generator reads of each job (one instruction each)."""
         return self.condition([job.request for job in jobs])
 

@@ -14,7 +14,7 @@ import torch
 from openwu.bench.edit import INSTRUCTION, sample_picture
 from openwu.bench.row import Row, interleaved
 from openwu.editor.cache import AdapterCache
-from openwu.editor.editor import Editor, condition_view
+from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.export.fit import with_kernels
 from openwu.files.hashing import fastest
@@ -35,20 +35,19 @@ def measure(quick: bool) -> Row:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         memory, disk = AdapterCache(), AdapterCache(folder, memory_bytes=0)
         editor = Editor.from_pretrained(cache=memory)
-        model = editor.model
+        base = editor.backbone
 
         def generate() -> Adapter:
-            text = model.instruction([INSTRUCTION])
-            adapter = editor.generator(model.condition(condition_view(photo), text).tokens)
-            return replace(with_kernels(adapter, model.backbone), instructions=(INSTRUCTION,))
+            adapter = editor.fast(base.condition_of([base.read((photo,), (INSTRUCTION,))]))
+            return replace(with_kernels(adapter, base.denoiser), instructions=(INSTRUCTION,))
 
         def look_up(cache: AdapterCache) -> Adapter | None:
-            return cache.get(editor.adapter_key([photo], INSTRUCTION))
+            return cache.get(editor.adapter_key(base.read((photo,), (INSTRUCTION,))))
 
         first = editor.adapt(picture, INSTRUCTION)
         if look_up(memory) is None:
             raise OpenwuError("C8: the editor kept its adapter under another key than the one that is timed")
-        disk.put(editor.adapter_key([photo], INSTRUCTION), first)
+        disk.put(editor.adapter_key(base.read((photo,), (INSTRUCTION,))), first)
         error = max(_difference(each, first) for each in (generate(), look_up(memory), look_up(disk)))
         sides = {
             "generate": generate,

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,12 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from openwu.backbones.embedded.drawing import MARGIN
+from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.network import noise_plane, place_planes
+from openwu.backbones.embedded.tiles import MARGIN
 from openwu.bench.growth import Growth, Point
 from openwu.bench.row import Row, Timing, interleaved
+from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.images import read_picture, write_picture
@@ -44,7 +46,7 @@ REPETITIONS, QUICK_REPETITIONS = 3, 2
 
 
 def measure(quick: bool) -> Row:
-    """C7: (generating + what applying adds to the base) / whole edit, in per cent."""
+    """C7: (condition and generator + what applying adds to the base) / whole edit, in per cent."""
     editor = Editor.from_pretrained()
     sides: dict[str, Timing] = {}
     details: dict[str, object] = {"dtype": str(editor.dtype).removeprefix("torch."), "instruction": INSTRUCTION}
@@ -56,11 +58,11 @@ def measure(quick: bool) -> Row:
         sides |= {f"{side}, {name}": timing for side, timing in found.items()}
         split = _split({side: timing.fastest for side, timing in found.items()})
         whole = found["whole edit"].fastest
-        shares.append(100 * (split["generate"] + split["adapter overhead"]) / whole)
+        shares.append(100 * (split["condition"] + split["generate"] + split["adapter overhead"]) / whole)
         details[name] = {
             "width": width,
             "height": height,
-            "tiles": len(editor.tiles(width, height)),
+            "tiles": len(base_of(editor).tiles(width, height)),
             "share of the adapter, %": shares[-1],
             "seconds by stage": split,
             "share without reading and writing, %": shares[-1] / (1 - (split["read"] + split["write"]) / whole),
@@ -82,7 +84,7 @@ def measure_size(quick: bool) -> Growth:
     small = sample_picture(*sizes[0])
     once = _operations(lambda: editor.adapt(small, INSTRUCTION))
     per_pixel = _operations(base_passes(editor, small, None)) / (small.width * small.height)
-    tiled = [sum(tile.height * tile.width for tile in editor.tiles(*size)) for size in sizes]
+    tiled = [sum(tile.height * tile.width for tile in base_of(editor).tiles(*size)) for size in sizes]
     points = tuple(
         Point(w * h / 1e6, found[str((w, h))], once + per_pixel * pixels)
         for (w, h), pixels in zip(sizes, tiled, strict=True)
@@ -126,14 +128,14 @@ def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -
     pixels = torch.from_numpy(photo.floats()).permute(2, 0, 1)[None]
     width, height = photo.size
     noise = noise_plane(width, height, seed=0)
-    tiles = editor.tiles(width, height)
+    tiles = base_of(editor).tiles(width, height)
+    base = base_of(editor)
     with torch.inference_mode():
-        text = editor.model.instruction([INSTRUCTION])
+        text = base.instruction([INSTRUCTION])
 
     @torch.inference_mode()
     def run() -> list[torch.Tensor]:
-        plain = partial(editor.model.edit, adapter=None)
-        edit = plain if adapter is None else editor.model.adapted(adapter, width * height)
+        edit = base.network if adapter is None else adapted(editor, adapter, width * height)
         edited = []
         for tile in tiles:
             place = place_planes(height, width, tile.window)
@@ -142,6 +144,28 @@ def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -
         return edited
 
     return run
+
+
+def base_of(editor: Editor) -> EmbeddedBase:
+    """The embedded base of an editor; raises OpenwuError for an editor of another base."""
+    if not isinstance(editor.backbone, EmbeddedBase):
+        raise OpenwuError(f"editor: expected one of the embedded model, got one of {editor.name}; pass no model")
+    return editor.backbone
+
+
+def adapted(editor: Editor, adapter: Adapter, pixels: int) -> Callable[..., torch.Tensor]:
+    """The base's network with an adapter, as the editor applies it to so many pixels."""
+    base = base_of(editor)
+    scope = AdapterScope(base, editor.handle, [adapter], nullcontext())
+    if scope.prefers_module(base.rows(pixels)):
+        return scope.module_for(0)
+
+    def through_hooks(*inputs: torch.Tensor) -> torch.Tensor:
+        with scope.rows([0]):
+            edited: torch.Tensor = base.network(*inputs)
+        return edited
+
+    return through_hooks
 
 
 def _operations(run: Callable[[], object]) -> float:
@@ -208,7 +232,7 @@ def _difference(editor: Editor, picture: Image.Image) -> float:
     again = editor.edit(picture, INSTRUCTION, adapter=first.adapter)
     if not np.array_equal(first.photo.pixels, again.photo.pixels):
         raise OpenwuError("C7: the reused adapter gave another picture")
-    tiles = editor.tiles(*picture.size)
+    tiles = base_of(editor).tiles(*picture.size)
     adapted, alone = (base_passes(editor, picture, adapter)() for adapter in (first.adapter, None))
     if all(torch.equal(one, other) for one, other in zip(adapted, alone, strict=True)):
         raise OpenwuError("C7: the adapter changed nothing")

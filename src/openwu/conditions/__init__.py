@@ -1,4 +1,4 @@
-"""Condition encoders that replace a base's own: one file per encoder, chosen by the name that a generator's config holds.
+"""Condition encoders that replace a base's own: one file per encoder, chosen by name in a generator's config.
 
 A base makes conditions itself. An encoder of `openwu.registry.CONDITION_ENCODERS` takes its place; what it needs of the
 base is declared in `ConditionSource`.

@@ -49,7 +49,10 @@ class Segments(Encoder):
         self.settings = {"parts": [describe_encoder(part) for part in self.parts]}
         self.reads_seed = any(part.reads_seed for part in self.parts)
         self.asks_denoiser = any(part.asks_denoiser for part in self.parts)
-        self.identity = " ".join(part.identity for part in self.parts).strip()
+
+    @property
+    def identity(self) -> str:
+        return " ".join(part.identity for part in self.parts).strip()
 
     @property
     def own_bytes(self) -> int:

@@ -55,8 +55,13 @@ class Siglip2(Encoder):
             raise CheckpointError(
                 f"{weights}: expected a SigLIP 2 model with its tokenizer, in safetensors: {reason}"
             ) from error
-        self.identity = "" if device.type == "meta" else sampled_digest({"siglip2": model})
+        self._identity = "" if device.type == "meta" else sampled_digest({"siglip2": model})
         self._model = model.to(device, torch.float32).requires_grad_(False).eval()
+
+    @property
+    def identity(self) -> str:
+        """Samples of the weights; empty without weights."""
+        return self._identity
 
     def place(self, device: str | torch.device) -> None:
         """Compute elsewhere; "meta" drops the weights for good."""
@@ -103,4 +108,3 @@ class Siglip2(Encoder):
         numbers = torch.arange(len(states), device=states.device).to(states).view(-1, 1, 1).expand(*states.shape[:2], 1)
         tokens: Tensor = torch.cat([states, numbers], dim=2)[seen["pixel_attention_mask"].bool()]
         return tokens
-

@@ -1,4 +1,4 @@
-"""Do a generator and a base belong together? A generator and a backbone enter; hooks leave, or an error.
+"""Check that a generator and a base belong together, and attach the generator's targets to the base.
 
 What they share is names and widths: of the adapted weights, and of the condition's tokens. A fingerprint is a short
 hash of the former, so that two people can see at a glance whether they speak of the same base.
@@ -6,7 +6,8 @@ hash of the former, so that two people can see at a glance whether they speak of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +16,15 @@ from torch import nn
 
 from openwu.adapters.experts import ExpertRouting
 from openwu.adapters.inject import AdapterHandle, attach
-from openwu.backbones.protocol import Backbone, ConditionEncoder
-from openwu.conditions import describe_encoder, make_encoder
+from openwu.adapters.merge import merged_copy, merging_pays
+from openwu.backbones.protocol import Backbone
+from openwu.conditions import Encoder, describe_encoder, make_encoder
 from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
 from openwu.files.hashing import of_bytes
 from openwu.generator.model import ParameterGenerator
 from openwu.kernels.placement import hook_device
-from openwu.types import Adapter, Target
-
-CONDITION_KEY = "_condition"
-"""Key of a generator's config under which its condition encoder is described; none: the base makes the condition."""
+from openwu.types import Adapter, ConditionEncoder, Target
 
 SHOWN = 3
 """How many differing names an error lists."""
@@ -37,7 +36,7 @@ TargetWidths = Mapping[str, tuple[int, int, int | None]]
 def generator_config(
     backbone: Backbone,
     *,
-    encoder: ConditionEncoder | None = None,
+    encoder: Encoder | None = None,
     rank: int = 16,
     alpha: float = 16,
     token_dim: int = 1024,
@@ -51,7 +50,6 @@ def generator_config(
     What an encoder needs to be made again is kept in the config, so that an editor finds it there.
     """
     (_, first), *more = (encoder or backbone).condition_widths.items()
-    extra = {} if encoder is None else {CONDITION_KEY: describe_encoder(encoder)}
     return GeneratorConfig(
         rank=rank,
         alpha=alpha,
@@ -63,7 +61,7 @@ def generator_config(
         num_pg_layers=num_pg_layers,
         groups=backbone.layer_groups(),
         more_inputs=dict(more),
-        extra=extra,
+        condition_encoder=None if encoder is None else describe_encoder(encoder),
     )
 
 
@@ -107,8 +105,8 @@ def encoder_for(config: GeneratorConfig, backbone: Backbone, name: str) -> Condi
 
     Raises TargetError where its conditions have other widths than those that the generator reads.
     """
-    described = config.extra.get(CONDITION_KEY)
-    encoder = backbone if described is None else make_encoder(described, backbone)
+    described = config.condition_encoder
+    encoder: ConditionEncoder = backbone if described is None else make_encoder(described, backbone)
     (_, first), *more = encoder.condition_widths.items()
     if config.input_dim != first or dict(config.more_inputs) != dict(more):
         raise TargetError(
@@ -123,6 +121,41 @@ def attach_generator(backbone: Backbone, generator: ParameterGenerator, name: st
     check_targets(generator.config, backbone, name or type(backbone).__name__)
     routing = None if backbone.routing is None else ExpertRouting(*backbone.routing)
     return attach(backbone.denoiser, generator.targets, routing=routing)
+
+
+class AdapterScope:
+    """A `RequestScope` in which every request has its adapter (b = 1), all of one rank."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        handle: AdapterHandle,
+        adapters: Sequence[Adapter],
+        lock: AbstractContextManager[object],
+    ) -> None:
+        """`lock`: held while the hooks apply what one thread asked for."""
+        self.backbone, self.handle, self.adapters, self.lock = backbone, handle, adapters, lock
+
+    @contextmanager
+    def rows(self, owners: Sequence[int]) -> Iterator[None]:
+        """Apply each row's adapter through hooks; see `RequestScope`."""
+        present = sorted({owner for owner in owners if owner >= 0})
+        stacked = Adapter.stack([self.adapters[owner] for owner in present])
+        samples = [present.index(owner) if owner >= 0 else -1 for owner in owners]
+        # All rows of one request: however many a pass has, each is that request's.
+        alone = set(samples) == {0}
+        with self.lock, self.handle.applied(placed(stacked, self.backbone), rows=None if alone else samples):
+            yield
+
+    def prefers_module(self, rows: Mapping[str, int]) -> bool:
+        """Return whether merging one adapter costs less than applying it to so many rows; see `RequestScope`."""
+        adapter = self.adapters[0]
+        return merging_pays(self.backbone.denoiser, adapter.targets, adapter.rank, rows)
+
+    def module_for(self, owner: int) -> nn.Module:
+        """Merge one request's adapter into a copy of the denoiser; see `RequestScope`."""
+        self.handle.check_targets(self.adapters[owner])
+        return merged_copy(self.backbone.denoiser, self.adapters[owner])
 
 
 def placed(adapter: Adapter, backbone: Backbone) -> Adapter:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from openwu.types import BaseRequest, Condition, SamplingOptions
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded model that comes with the package."""
 
+
 @dataclass(frozen=True)
 class EmbeddedJob(EditJob):
     """A job with its instructions encoded once: for its scope, its condition and its edit."""
@@ -61,7 +62,7 @@ class EmbeddedBase(Backbone):
     facts = BaseFacts(
         weights="inside the package",
         licence="Apache-2.0",
-        parameters="about 2.5 million",
+        parameters="3.4 million",
         extra="",
     )
     refuses_out_of_scope: ClassVar[bool] = True
@@ -138,7 +139,7 @@ class EmbeddedBase(Backbone):
         """Both encoders."""
         return {"instruction": self.instruction, "condition": self.condition_encoder}
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """Sizes; all weights that count are in `weights`."""
         return json.dumps(self.config.to_dict(), sort_keys=True)
@@ -164,10 +165,10 @@ class EmbeddedBase(Backbone):
                 raise OpenwuError(f"{name}: expected none for the embedded model, which samples nothing; leave it out")
 
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
-        return self.encode([self._job(request) for request in requests])
+        return self.condition_of([self._job(request) for request in requests])
 
     @torch.no_grad()
-    def encode(self, jobs: Sequence[EditJob]) -> Condition:
+    def condition_of(self, jobs: Sequence[EditJob]) -> Condition:
         """Conditions `[b, L, width]` from whole photos: the one to edit, and a reference after it if there is one."""
         tokens = []
         for job in map(self._own, jobs):

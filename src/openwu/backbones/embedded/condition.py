@@ -1,9 +1,9 @@
 """The condition encoder of the embedded base: a request's pictures and instruction -> condition tokens.
 
 From whole pictures `[b, 3, h, w]` in 0..1 of any size, instruction tokens `[b, K, text_dim]`, and where a request has
-one, its reference picture, it makes a Condition of tokens `[b, L, width]`: the instruction's, and for either picture its
-statistics, a thumbnail's patches (what the scene is, its light and palette) and small details at full
-resolution (its noise, blur and blocks, which a thumbnail loses).
+one, its reference picture, it makes a Condition of tokens `[b, L, width]`: the instruction's, and for either picture
+its statistics, a thumbnail's patches (what the scene is, its light and palette) and small details at full resolution
+(its noise, blur and blocks, which a thumbnail loses).
 
 Shapes: b requests, K instruction tokens, V = 1 + thumbnail patches + details tokens of a picture, L = K + 2 V.
 """
@@ -24,7 +24,6 @@ from openwu.types import Condition
 
 CONDITION_SIDE = 1024
 """Longest side of the picture from which the condition is read; details keep their own resolution below it."""
-
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from openwu.errors import CheckpointError
 
 MODEL_TYPE = "openwu-embedded"
 
+
 @dataclass(frozen=True)
 class EmbeddedBaseConfig:
     """Sizes of the base's three parts."""
@@ -40,7 +41,7 @@ class EmbeddedBaseConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EmbeddedBaseConfig:
-        """Read the base's part of a `config.json`; one CheckpointError names every field that is not as it should be."""
+        """Read the base's part of a `config.json`; one CheckpointError names every field that is wrong."""
         parts, problems = read_parts(data)
         if problems:
             raise CheckpointError("embedded config: " + "; ".join(problems))

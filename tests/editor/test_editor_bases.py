@@ -9,11 +9,11 @@ import base_cases
 import numpy as np
 import pytest
 import torch
+from openwu.editor.based_editor import BasedEditor
 from PIL import Image
 
 import openwu
 from openwu.config import GeneratorConfig
-from openwu.editor.based_editor import BasedEditor
 from openwu.editor.compatibility import check_targets, encoder_for, fingerprint, target_widths
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
