@@ -99,8 +99,8 @@ class HunyuanImage3(Backbone):
         """Load the user's own download. `dtype` None: that of the files. `device` `cuda`: spread over all GPUs.
 
         `trust_remote_code` must be asked for: the folder brings its model's code. `quantise`: the decoder's linear maps
-        in 8 or 4 bits by bitsandbytes. `offload`: layers that do not fit wait in the machine's memory. `reserve_bytes`: what
-        must stay free on the first device.
+        in 8 or 4 bits by bitsandbytes. `offload`: layers that do not fit wait in the machine's memory.
+        `reserve_bytes`: what must stay free on the first device.
 
         Raises OpenwuError: no permission, another transformers, too little memory (with the numbers); CheckpointError:
         a folder that is none, has dots in its name, or whose code is not as expected.
