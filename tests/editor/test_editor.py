@@ -352,7 +352,7 @@ def test_in_turn_refuses_before_the_first_pass(
             raise InstructionError("out of scope")
 
     monkeypatch.setattr("openwu.backbones.embedded.base.check_scope", check)
-    monkeypatch.setattr("openwu.editor.editor.draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("openwu.backbones.embedded.base.EmbeddedBase.edit", lambda *_: pytest.fail("drawn"))
     for then in ("add a dragon", ["blur it", "add a dragon"], [""]):
         with pytest.raises(InstructionError):
             editor.edit(photo, "brighter", then=then, sequential=True)

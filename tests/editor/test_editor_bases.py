@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,15 @@ import torch
 from PIL import Image
 
 import openwu
+from openwu.backbones import backbone_class
+from openwu.backbones.embedded.base import EmbeddedBase
+from openwu.conditions.denoiser_states import DenoiserStates
 from openwu.config import GeneratorConfig
-from openwu.editor.compatibility import check_targets, encoder_for, fingerprint, target_widths
+from openwu.editor.compatibility import check_targets, encoder_for, fingerprint, generator_config, target_widths
 from openwu.editor.editor import Editor
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
+from openwu.generator.model import ParameterGenerator
+from openwu.images import read_picture
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
 
 
@@ -237,7 +244,6 @@ def test_folders_and_options_that_do_not_belong_together(
 
 def test_models_lists_every_base_with_its_licence_and_extra(capsys: pytest.CaptureFixture[str]) -> None:
     from openwu import cli
-    from openwu.backbones import backbone_class
     from openwu.registry import BASES, DEFAULT_BASE
 
     assert cli.main(["models"]) == 0
@@ -246,3 +252,121 @@ def test_models_lists_every_base_with_its_licence_and_extra(capsys: pytest.Captu
         assert name in out.splitlines() or name == DEFAULT_BASE
         assert backbone_class(name).facts.licence in out
     assert "pip install 'openwu[diffusers]'" in out
+
+
+def written(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many adapters each run of the generator writes from now on."""
+    counts: list[int] = []
+    fast = editor.fast
+
+    def counted(condition: Any) -> Any:
+        adapter = fast(condition)
+        counts.append(adapter.batch)
+        return adapter
+
+    counted.described = fast.described  # type: ignore[attr-defined]
+    monkeypatch.setattr(editor, "fast", counted)
+    return counts
+
+
+def test_a_large_base_s_adapters_are_kept_too(kontext: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo, other = base_cases.picture(1, 60, 60), base_cases.picture(2, 60, 60)
+    expected = [kontext.edit(photo, "make it warm", seed=seed) for seed in (1, 2)]
+    kontext.cache = openwu.AdapterCache()
+    counts = written(kontext, monkeypatch)
+    for seed, plain in zip((1, 2), expected, strict=True):
+        result = kontext.edit(photo, "make it warm", seed=seed)
+        assert difference(result, plain) == 0
+        assert result.adapter.instructions == ("make it warm",)
+    assert counts == [1]  # this base reads no seed
+    requests = [EditRequest([photo], "blur it"), EditRequest([photo], "blur it", seed=7)]
+    requests += [EditRequest([photo], "make it warm", then=["blur it"]), EditRequest([other], "make it warm")]
+    results = kontext.edit_batch(requests)
+    assert counts == [1, 2]  # equal requests are generated once, in one run with what else is missing
+    kontext.cache = None
+    for request, result in zip(requests, results, strict=True):
+        alone = kontext.edit(request.images, request.instruction, then=request.then, seed=request.seed)
+        assert difference(result, alone) <= 1
+
+
+def test_a_key_has_the_seed_where_the_condition_draws() -> None:
+    base = base_cases.backbone("flux-kontext")
+    encoder = DenoiserStates(base, "transformer_blocks.1")
+    config = generator_config(
+        base, encoder=encoder, rank=2, token_dim=32, d_model=32, head_dim=16, dim_accumulation=2, num_pg_layers=1
+    )
+    editor = Editor(base, ParameterGenerator(config), sampling=base_cases.FAST, cache=openwu.AdapterCache())
+    try:
+        assert editor.encoder is not base
+        for seed in (1, 2, 1):
+            editor.adapt(base_cases.picture(1), "make it warm", seed=seed)
+        assert editor.cache is not None
+        assert (editor.cache.statistics.hits, editor.cache.statistics.misses) == (1, 2)
+    finally:
+        editor.handle.detach()
+
+
+def test_a_cache_tells_bases_of_other_weights_apart(kontext: Editor) -> None:
+    job = kontext.backbone.read((read_picture(base_cases.picture(1)),), ("make it warm",))
+    key = kontext.adapter_key(job)
+    other: Any = backbone_class("flux-kontext")(copy.deepcopy(kontext.backbone.pipeline))  # type: ignore[call-arg]
+    other.condition_pixels = other.pixels = base_cases.PIXELS
+    with torch.no_grad():
+        next(other.pipeline.text_encoder_2.parameters()).add_(0.1)
+    again = Editor(other, kontext.generator, sampling=base_cases.FAST)
+    assert again.adapter_key(job) != key
+    assert kontext.adapter_key(job) == key
+
+
+def test_what_a_base_cannot_serve_is_refused_by_name(kontext: Editor, model_folder: Path) -> None:
+    photo = base_cases.picture(1)
+    for refused in (
+        lambda: kontext.edit(photo, "warm", allow_out_of_scope=True),
+        lambda: kontext.adapt(photo, "warm", allow_out_of_scope=True),
+        lambda: kontext.edit_batch([EditRequest([photo], "warm")], allow_out_of_scope=True),
+    ):
+        with pytest.raises(InstructionError, match="allow_out_of_scope: expected False for FluxKontext, which refuses"):
+            refused()
+    embedded = openwu.Editor.from_pretrained(model_folder)
+    for name, value in {"steps": 3, "guidance": 2.0, "image_guidance": 1.0, "true_guidance": 1.0, "pixels": 9}.items():
+        options = SamplingOptions(**{name: value})  # type: ignore[arg-type]
+        with pytest.raises(OpenwuError, match=f"^{name}: expected none for the embedded model"):
+            embedded.edit(photo, "brighter", sampling=options)
+    with pytest.raises(InstructionError, match="reasoning: expected none for embedded"):
+        embedded.adapt(photo, "brighter", reasoning="because")
+
+
+def test_threads_take_turns_in_a_large_base(kontext: Editor) -> None:
+    requests = [(base_cases.picture(i, 60, 60), text) for i, text in enumerate(("make it warm", "blur", "draw it"))]
+    alone = [kontext.edit(photo, text, seed=1) for photo, text in requests]
+    with ThreadPoolExecutor(3) as threads:
+        started = [threads.submit(kontext.edit, photo, text, seed=1) for photo, text in requests]
+        for one, expected in zip(started, alone, strict=True):
+            assert difference(one.result(), expected) == 0
+
+
+def test_a_generator_of_one_s_own_for_the_embedded_base(model_folder: Path, tmp_path: Path) -> None:
+    base = EmbeddedBase.from_pretrained(model_folder, dtype=torch.float32)
+    base_cases.generator(base).save_pretrained(tmp_path)
+    loading = openwu.LoadingOptions(dtype=torch.float32)
+    editor = Editor.from_pretrained("embedded", base=model_folder, generator=tmp_path, loading=loading)
+    photo = base_cases.picture(1, 40, 30)
+    results = [editor.edit(photo, "brighter", strength=strength) for strength in (1.0, 0.0)]
+    assert difference(*results) > 0
+    bundled = Editor.from_pretrained(model_folder, loading=loading).edit(photo, "brighter", strength=0.0)
+    assert difference(results[1], bundled) == 0
+
+
+def test_the_embedded_base_serves_what_knows_it_only_as_a_base(model_folder: Path) -> None:
+    """Conditions and pictures from plain requests, as encoders and training ask any base."""
+    base = EmbeddedBase.from_pretrained(model_folder, dtype=torch.float32)
+    editor = Editor.from_pretrained(model_folder, loading=openwu.LoadingOptions(dtype=torch.float32))
+    photo = base_cases.picture(1, 40, 30)
+    request = BaseRequest((photo,), "brighter", seed=4)
+    job = base.read((read_picture(photo),), ("brighter",), 4)
+    assert torch.equal(base.condition([request]).tokens, base.condition_of([job]).tokens)
+    (picture,) = base.generate([request], SamplingOptions(), base_cases.nothing)
+    plain = editor.edit(photo, "brighter", strength=0.0, seed=4)
+    assert torch.equal((picture * 255).round().permute(1, 2, 0).int(), torch.from_numpy(pixels(plain)))
+    with pytest.raises(OpenwuError, match="training: expected a base with a loss of its own, got EmbeddedBase"):
+        base.latent_batch([request], [torch.zeros(3, 8, 8)])
