@@ -183,6 +183,14 @@ def test_the_adapter_of_a_batch_is_refused(editor: Editor, photo: Image.Image) -
         editor.edit(photo, "brighter", adapter=Adapter.stack([adapter, adapter]))
 
 
+def test_the_adapter_of_another_base_is_refused(editor: Editor, photo: Image.Image) -> None:
+    adapter = editor.adapt(photo, "brighter")
+    targets = adapter.targets[1:]
+    fewer = Adapter(targets, {target.name: adapter.weights[target.name] for target in targets}, adapter.scale)
+    with pytest.raises(TargetError, match="missing from the adapter"):
+        editor.edit(photo, "brighter", adapter=fewer)
+
+
 def test_strength(editor: Editor, photo: Image.Image) -> None:
     unit = read_picture(photo)
     picture = torch.from_numpy(unit.floats()).permute(2, 0, 1)[None]

@@ -55,7 +55,7 @@ class Siglip2(Encoder):
             raise CheckpointError(
                 f"{weights}: expected a SigLIP 2 model with its tokenizer, in safetensors: {reason}"
             ) from error
-        self._identity = "" if device.type == "meta" else sampled_digest({"siglip2": model})
+        self._identity = "" if device.type == "meta" else sampled_digest({"": model})
         self._model = model.to(device, torch.float32).requires_grad_(False).eval()
 
     @property

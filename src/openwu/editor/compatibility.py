@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openwu.adapters.experts import ExpertRouting
 from openwu.adapters.inject import AdapterHandle, attach
@@ -133,7 +133,10 @@ class AdapterScope:
         adapters: Sequence[Adapter],
         lock: AbstractContextManager[object],
     ) -> None:
-        """`lock`: held while the hooks apply what one thread asked for."""
+        """`lock`: held while the hooks apply what one thread asked for. Raises TargetError for adapters of other targets
+        than those attached."""
+        for adapter in adapters:
+            handle.check_targets(adapter)
         self.backbone, self.handle, self.adapters, self.lock = backbone, handle, adapters, lock
 
     @contextmanager
@@ -154,7 +157,6 @@ class AdapterScope:
 
     def module_for(self, owner: int) -> nn.Module:
         """Merge one request's adapter into a copy of the denoiser; see `RequestScope`."""
-        self.handle.check_targets(self.adapters[owner])
         return merged_copy(self.backbone.denoiser, self.adapters[owner])
 
 
@@ -169,14 +171,20 @@ def placed(adapter: Adapter, backbone: Backbone) -> Adapter:
 def _home(modules: Mapping[str, nn.Module], target: Target) -> torch.device | None:
     """Where a target's module runs: offloaded ones say so by accelerate's hook, others have their weights there."""
     path = target.name if target.experts is None else target.name.rpartition(".")[0]
-    inside: list[Any] = list(modules[path].modules())
-    weighted = next((each for each in inside if getattr(each, "weight", None) is not None), None)
+    inside = list(modules[path].modules())
+    weighted = next((each for each in inside if _weight(each) is not None), None)
     # Parts may be offloaded one by one or whole, so that the hook is on a module around: the nearest one counts.
     around = [modules[path.rsplit(".", depth)[0]] for depth in range(path.count(".") + 1)]
     for module in (weighted, *around, modules.get("")):
         if module is not None and (device := hook_device(module)) is not None:
             return device
-    return None if weighted is None else torch.device(weighted.weight.device)
+    weight = None if weighted is None else _weight(weighted)
+    return None if weight is None else weight.device
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """A module's own weight, a buffer where it is quantised."""
+    return dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))).get("weight")
 
 
 def _shown(widths: tuple[int, int, int | None]) -> str:

@@ -24,7 +24,7 @@ from openwu.editor.compatibility import AdapterScope, attach_generator, check_ta
 from openwu.editor.loading import load_pair
 from openwu.editor.requests import (
     Progress,
-    asked_of,
+    checked_instructions,
     in_sequence,
     listed,
     part_of,
@@ -126,14 +126,14 @@ class Editor:
         timings: dict[str, float] = {}
         with timed(timings, "read"):
             photos = self._photos(request)
-        asked = asked_of(request, None)
+        asked = checked_instructions(request, None)
         if not allow_out_of_scope:  # all instructions, before the first pass
             with self._turn(), torch.no_grad():
                 self.backbone.check_scope([self.backbone.read(photos, asked, seed, reasoning)])
 
-        def edit(pictures: list[Picture], text: str, told: Progress | None) -> EditResult:
+        def edit(pictures: list[Picture], text: str, report: Progress | None) -> EditResult:
             one = EditRequest(pictures, text, strength, seed, (), reasoning)
-            return self._edited([one], None, allow_out_of_scope, sampling, told)[0]
+            return self._edited([one], None, allow_out_of_scope, sampling, report)[0]
 
         return in_sequence(edit, photos, asked, progress, timings)
 
@@ -217,7 +217,7 @@ class Editor:
         with timed(timings, "read"):
             photos = [self._photos(request) for request in requests]
         jobs = [
-            self.backbone.read(each, asked_of(request, given), request.seed, request.reasoning)
+            self.backbone.read(each, checked_instructions(request, given), request.seed, request.reasoning)
             for each, request in zip(photos, requests, strict=True)
         ]
         if given is None:
@@ -318,7 +318,7 @@ class Editor:
             members = [i for i, adapter in enumerate(adapters) if adapter.rank == rank]
             scope = AdapterScope(self.backbone, self.handle, [adapters[i] for i in members], self._turns)
             with self._turn():
-                told = part_of(progress, number, len(ranks))
-                photos = self.backbone.edit([jobs[i] for i in members], sampling, scope, told)
+                report = part_of(progress, number, len(ranks))
+                photos = self.backbone.edit([jobs[i] for i in members], sampling, scope, report)
             edited |= dict(zip(members, photos, strict=True))
         return [edited[i] for i in range(len(jobs))]

@@ -24,7 +24,7 @@ def with_instruction(adapter: Adapter, instruction: str) -> Adapter:
     return adapter if adapter.instructions == (instruction,) else replace(adapter, instructions=(instruction,))
 
 
-def asked_of(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:
+def checked_instructions(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:
     """Check a request's instructions; where it has none, take those that a given adapter was generated for."""
     if given is not None and not request.instruction:
         return instructions_of(given) or ("",)

@@ -36,19 +36,20 @@ def fill(module: nn.Module, file: Path, dtype: torch.dtype) -> list[str]:
 
 
 def sampled_digest(modules: Mapping[str, nn.Module]) -> str:
-    """Hash names, dtypes and shapes of all tensors of some modules, and the numbers at both ends of each tensor.
+    """Hash names and shapes of all tensors of some modules, and the numbers at both ends of each tensor.
 
     Quick for models of any size; other weights show, since training changes nearly every number. Of tensors on the
-    meta device (offloaded ones, say) only names, dtypes and shapes count.
+    meta device (offloaded ones, say) only names and shapes count.
     """
 
     def parts() -> Iterator[bytes]:
         for name, module in sorted(modules.items()):
             for key, value in module.state_dict().items():
                 if isinstance(value, Tensor):
-                    yield f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode()
+                    path = f"{name}.{key}" if name else key
+                    yield f"{path} {tuple(value.shape)}".encode()
                     if not value.is_meta:
                         flat = value.detach().flatten()
-                        yield torch.cat([flat[:SAMPLED], flat[-SAMPLED:]]).cpu().double().numpy().tobytes()
+                        yield torch.cat([flat[:SAMPLED], flat[-SAMPLED:]]).cpu().float().numpy().tobytes()
 
     return of_bytes(parts()).hexdigest()
