@@ -133,8 +133,10 @@ class AdapterScope:
         adapters: Sequence[Adapter],
         lock: AbstractContextManager[object],
     ) -> None:
-        """`lock`: held while the hooks apply what one thread asked for. Raises TargetError for adapters of other targets
-        than those attached."""
+        """`lock`: held while the hooks apply what one thread asked for.
+
+        Raises TargetError for adapters of other targets than those attached.
+        """
         for adapter in adapters:
             handle.check_targets(adapter)
         self.backbone, self.handle, self.adapters, self.lock = backbone, handle, adapters, lock
