@@ -1,13 +1,14 @@
 """How the embedded model is made: sizes, stages, sub-tasks. `openwu train recipes/embedded.py` runs it."""
 
 from openwu.backbones.embedded.condition import EmbeddedConditionConfig
+from openwu.backbones.embedded.config import tiny_layer_groups
 from openwu.backbones.embedded.instruction import InstructionConfig
-from openwu.backbones.embedded.model import EmbeddedConfig, tiny_layer_groups
 from openwu.backbones.embedded.network import TinyEditorConfig
 from openwu.config import GeneratorConfig
 from openwu.data.suite import BASE_EDITS, EDITS
 from openwu.data.suite.phrases import OUT_OF_SCOPE
 from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.embedded.model import EmbeddedConfig
 
 HARD = ("deblur", "remove_motion_blur", "denoise", "remove_jpeg", "restore")
 """What the base learns slowly: it meets these twice as often."""

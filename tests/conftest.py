@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from openwu.backbones.embedded.condition import EmbeddedConditionConfig
+from openwu.backbones.embedded.config import tiny_layer_groups
 from openwu.backbones.embedded.instruction import InstructionConfig
-from openwu.backbones.embedded.model import EmbeddedConfig, EmbeddedModel, tiny_layer_groups
 from openwu.backbones.embedded.network import TinyEditorConfig
 from openwu.config import GeneratorConfig
 from openwu.editor.editor import Editor
+from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
+from openwu.types import LoadingOptions
 
 LABELS = ("brighten", "darken", "blur", "out_of_scope")
 
@@ -69,7 +71,7 @@ def model_folder(embedded_config: EmbeddedConfig, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def editor(model_folder: Path) -> Editor:
-    return Editor.from_pretrained(model_folder, dtype=torch.float32)
+    return Editor.from_pretrained(model_folder, loading=LoadingOptions(dtype=torch.float32))
 
 
 def untrained(config: EmbeddedConfig) -> EmbeddedModel:

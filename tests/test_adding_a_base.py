@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 import openwu
-from openwu.backbones import BACKBONES, backbone_class
+from openwu.backbones import backbone_class
+from openwu.registry import BASES
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
 
+CPU = openwu.LoadingOptions(device="cpu")
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-base.md").read_text(encoding="utf-8")
 
 
@@ -26,7 +28,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "patches_of_the_page.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     name, where = re.findall(r'^"(\w+)": "([\w.:]+)",$', PAGE, flags=re.MULTILINE)[0]
-    monkeypatch.setitem(BACKBONES, name, f"patches_of_the_page:{where.partition(':')[2]}")
+    monkeypatch.setitem(BASES, name, f"patches_of_the_page:{where.partition(':')[2]}")
     return importlib.import_module("patches_of_the_page")
 
 
@@ -43,12 +45,12 @@ def test_the_worked_example_trains_and_edits(module: Any, tmp_path: Path) -> Non
 
     # Edited with, from folders, by its name.
     generator.save_pretrained(tmp_path / "generator")
-    editor = openwu.Editor.from_pretrained("patches", base=tmp_path, generator=tmp_path / "generator", device="cpu")
+    editor = openwu.Editor.from_pretrained("patches", base=tmp_path, generator=tmp_path / "generator", loading=CPU)
     requests = [EditRequest([base_cases.picture(i, 60, 90)], text, seed=i) for i, text in enumerate(("red", "blue"))]
-    together = editor.edit_batch(requests, options=SamplingOptions(steps=2))
+    together = editor.edit_batch(requests, sampling=SamplingOptions(steps=2))
     for request, result in zip(requests, together, strict=True):
-        alone = editor.edit(request.images, request.instruction, seed=request.seed, options=SamplingOptions(steps=2))
+        alone = editor.edit(request.images, request.instruction, seed=request.seed, sampling=SamplingOptions(steps=2))
         assert result.image.size == (60, 90)
         assert result.image.tobytes() == alone.image.tobytes()
-    base_alone = editor.edit(requests[0].images, "red", strength=0.0, options=SamplingOptions(steps=2))
+    base_alone = editor.edit(requests[0].images, "red", strength=0.0, sampling=SamplingOptions(steps=2))
     assert base_alone.image.tobytes() != together[0].image.tobytes()

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu.backbones.embedded import drawing
-from openwu.backbones.embedded.model import WEIGHTS, EmbeddedModel
+from openwu.backbones.embedded import tiles
+from openwu.backbones.embedded.base import WEIGHTS, native_dtype
 from openwu.cli.evaluate import Findings, as_markdown
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
-from openwu.editor.editor import Editor, native_dtype
+from openwu.editor.editor import Editor
 from openwu.errors import InstructionError
 from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
 from openwu.evaluation.strength import Graded
@@ -29,6 +29,7 @@ from openwu.evaluation.suite import METHODS, Report, Score, apply, draw_cases, e
 from openwu.evaluation.tables import KNOWN_DAMAGE, goals
 from openwu.evaluation.wording import Wording, understanding
 from openwu.training.config import EmbeddedRecipe, load_recipe
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.record import describe
 from openwu.types import Adapter, EditRequest
 
@@ -135,7 +136,7 @@ def findings(stored: dict[str, Any]) -> Findings:
 def test_the_stored_results_are_of_everything_that_the_model_knows(
     stored: dict[str, Any], findings: Findings, editor: Editor
 ) -> None:
-    assert editor.model.config.instruction.labels == (*EDITS, OUT_OF_SCOPE)
+    assert editor.backbone.config.instruction.labels == (*EDITS, OUT_OF_SCOPE)
     report = findings.report
     assert report.edits == list(EDITS)
     assert report.methods == list(METHODS)
@@ -171,8 +172,8 @@ def test_the_card_shows_the_stored_results(stored: dict[str, Any], findings: Fin
 
 
 def test_the_stored_baseline_learned_on_the_base_inside_the_package(editor: Editor) -> None:
-    model, shared = editor.model, Adapter.from_pretrained(SHARED)
-    assert set(shared.targets) == set(model.generator.targets)
+    shared = Adapter.from_pretrained(SHARED)
+    assert set(shared.targets) == set(editor.generator.targets)
     told = json.loads((SHARED / "provenance.json").read_text(encoding="utf-8"))["recipe"]
     recipe = load_recipe(ROOT / "recipes" / "shared_lora.py", [])
     assert isinstance(recipe, EmbeddedRecipe)
@@ -288,10 +289,10 @@ def test_no_seams_show_where_tiles_of_a_large_picture_meet(editor: Editor, monke
     """Three megapixels, of an edit that depends on where in the picture a pixel lies: in tiles and in one piece."""
     large = photographed("chelsea", 512).resize((2048, 1536), Image.Resampling.BICUBIC)
     sentence = load_phrases()["sunset"]["en"]["train"][0]
-    assert len(editor.tiles(*large.size)) > 1
+    assert len(editor.backbone.tiles(*large.size)) > 1
     tiled = floats(editor.edit(large, sentence).image)
-    monkeypatch.setattr(drawing, "WHOLE", 2048 * 1536)
-    assert len(editor.tiles(*large.size)) == 1
+    monkeypatch.setattr(tiles, "WHOLE", 2048 * 1536)
+    assert len(editor.backbone.tiles(*large.size)) == 1
     whole = floats(editor.edit(large, sentence).image)
     difference = tiled - whole
     assert np.abs(difference).mean() < 0.5
@@ -299,7 +300,7 @@ def test_no_seams_show_where_tiles_of_a_large_picture_meet(editor: Editor, monke
     assert np.abs(blocks).max() < 4  # of 255: what lies beyond a tile's margin is not seen
     for axis in (0, 1):
         step = np.abs(np.diff(difference, axis=axis)).mean((1 - axis, 2))
-        side, core, margin = difference.shape[axis], drawing.CORE, drawing.MARGIN
+        side, core, margin = difference.shape[axis], tiles.CORE, tiles.MARGIN
         for cut in (cut + to for cut in range(core, side, core) for to in (-margin, 0, margin) if cut + to < side):
             # A seam would stand out from the lines to either side of where a tile begins or ends.
             around = np.delete(step[cut - 17 : cut + 16], 16)

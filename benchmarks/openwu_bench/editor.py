@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,12 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from openwu.backbones.embedded.drawing import MARGIN
+from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.network import noise_plane, place_planes
+from openwu.backbones.embedded.tiles import MARGIN
 from openwu.editor.cache import AdapterCache
-from openwu.editor.editor import Editor, condition_view
+from openwu.editor.compatibility import AdapterScope
+from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.export.fit import with_kernels
 from openwu.files.hashing import fastest
@@ -51,7 +54,7 @@ CACHE_REPETITIONS, QUICK_CACHE_REPETITIONS = 25, 3
 
 
 def measure_share(quick: bool) -> Row:
-    """Measure row C7: (generating + what applying adds to the base) / whole edit, in per cent."""
+    """Measure row C7: (condition and generator + what applying adds to the base) / whole edit, in per cent."""
     editor = Editor.from_pretrained()
     sides: dict[str, Timing] = {}
     details: dict[str, object] = {"dtype": str(editor.dtype).removeprefix("torch."), "instruction": INSTRUCTION}
@@ -63,11 +66,11 @@ def measure_share(quick: bool) -> Row:
         sides |= {f"{side}, {name}": timing for side, timing in found.items()}
         split = _split({side: timing.fastest for side, timing in found.items()})
         whole = found["whole edit"].fastest
-        shares.append(100 * (split["generate"] + split["adapter overhead"]) / whole)
+        shares.append(100 * (split["condition"] + split["generate"] + split["adapter overhead"]) / whole)
         details[name] = {
             "width": width,
             "height": height,
-            "tiles": len(editor.tiles(width, height)),
+            "tiles": len(base_of(editor).tiles(width, height)),
             "share of the adapter, %": shares[-1],
             "seconds by stage": split,
             "share without reading and writing, %": shares[-1] / (1 - (split["read"] + split["write"]) / whole),
@@ -91,7 +94,7 @@ def measure_size(quick: bool) -> Curve:
     small = sample_picture(*sizes[0])
     once = _flops(lambda: editor.adapt(small, INSTRUCTION))
     per_pixel = _flops(base_passes(editor, small, None)) / (small.width * small.height)
-    tiled = [sum(tile.height * tile.width for tile in editor.tiles(*size)) for size in sizes]
+    tiled = [sum(tile.height * tile.width for tile in base_of(editor).tiles(*size)) for size in sizes]
     points = tuple(
         Point(w * h / 1e6, found[str((w, h))], once + per_pixel * pixels)
         for (w, h), pixels in zip(sizes, tiled, strict=True)
@@ -124,22 +127,22 @@ def sample_picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -> Callable[[], list[torch.Tensor]]:
-    """Return the base's forward passes over the tiles of an edit, with the adapter or with none: `[1, 3, h, w]` each.
+    """The base's own forward passes over the tiles of an edit, with its adapter or with none: `[1, 3, h, w]` each.
 
-    The adapter is applied as the editor does it, merging included where that is faster.
+    The adapter is applied as the editor does it, merging included where that is quicker.
     """
     photo = read_picture(picture)
     pixels = torch.from_numpy(photo.floats()).permute(2, 0, 1)[None]
     width, height = photo.size
     noise = noise_plane(width, height, seed=0)
-    tiles = editor.tiles(width, height)
+    tiles = base_of(editor).tiles(width, height)
+    base = base_of(editor)
     with torch.inference_mode():
-        text = editor.model.instruction([INSTRUCTION])
+        text = base.instruction([INSTRUCTION])
 
     @torch.inference_mode()
     def run() -> list[torch.Tensor]:
-        plain = partial(editor.model.edit, adapter=None)
-        edit = plain if adapter is None else editor.model.adapted(adapter, width * height)
+        edit = base.network if adapter is None else adapted(editor, adapter, width * height)
         edited = []
         for tile in tiles:
             place = place_planes(height, width, tile.window)
@@ -148,6 +151,28 @@ def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -
         return edited
 
     return run
+
+
+def base_of(editor: Editor) -> EmbeddedBase:
+    """The embedded base of an editor; raises OpenwuError for an editor of another base."""
+    if not isinstance(editor.backbone, EmbeddedBase):
+        raise OpenwuError(f"editor: expected one of the embedded model, got one of {editor.name}; pass no model")
+    return editor.backbone
+
+
+def adapted(editor: Editor, adapter: Adapter, pixels: int) -> Callable[..., torch.Tensor]:
+    """The base's network with an adapter, as the editor applies it to so many pixels."""
+    base = base_of(editor)
+    scope = AdapterScope(base, editor.handle, [adapter], nullcontext())
+    if scope.prefers_module(base.rows(pixels)):
+        return scope.module_for(0)
+
+    def through_hooks(*inputs: torch.Tensor) -> torch.Tensor:
+        with scope.rows([0]):
+            edited: torch.Tensor = base.network(*inputs)
+        return edited
+
+    return through_hooks
 
 
 def _flops(run: Callable[[], object]) -> float:
@@ -210,7 +235,7 @@ def _pass_error(editor: Editor, picture: Image.Image) -> float:
     again = editor.edit(picture, INSTRUCTION, adapter=first.adapter)
     if not np.array_equal(first.photo.pixels, again.photo.pixels):
         raise OpenwuError("C7: the reused adapter gave another picture")
-    tiles = editor.tiles(*picture.size)
+    tiles = base_of(editor).tiles(*picture.size)
     adapted, alone = (base_passes(editor, picture, adapter)() for adapter in (first.adapter, None))
     if all(torch.equal(one, other) for one, other in zip(adapted, alone, strict=True)):
         raise OpenwuError("C7: the adapter changed nothing")
@@ -245,20 +270,19 @@ def measure_cache(quick: bool) -> Row:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         memory, disk = AdapterCache(), AdapterCache(folder, memory_bytes=0)
         editor = Editor.from_pretrained(cache=memory)
-        model = editor.model
+        base = base_of(editor)
 
         def generate() -> Adapter:
-            text = model.instruction([INSTRUCTION])
-            adapter = editor.generator(model.condition(condition_view(photo), text).tokens)
-            return replace(with_kernels(adapter, model.backbone), instructions=(INSTRUCTION,))
+            adapter = editor.fast(base.condition_of([base.read((photo,), (INSTRUCTION,))]))
+            return replace(with_kernels(adapter, base.denoiser), instructions=(INSTRUCTION,))
 
         def look_up(cache: AdapterCache) -> Adapter | None:
-            return cache.get(editor.adapter_key([photo], INSTRUCTION))
+            return cache.get(editor.adapter_key(base.read((photo,), (INSTRUCTION,))))
 
         first = editor.adapt(picture, INSTRUCTION)
         if look_up(memory) is None:
             raise OpenwuError("C8: the editor kept its adapter under another key than the one that is timed")
-        disk.put(editor.adapter_key([photo], INSTRUCTION), first)
+        disk.put(editor.adapter_key(base.read((photo,), (INSTRUCTION,))), first)
         error = max(_cache_error(each, first) for each in (generate(), look_up(memory), look_up(disk)))
         sides = {
             "generate": generate,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from openwu.editor.editor import Editor
     from openwu.errors import OpenwuError
     from openwu.generator.model import ParameterGenerator
-    from openwu.types import Adapter, Condition, EditRequest, EditResult, Target
+    from openwu.types import Adapter, Condition, EditRequest, EditResult, LoadingOptions, SamplingOptions, Target
 
 _WHERE = {
     "Adapter": "openwu.types",
@@ -28,8 +28,10 @@ _WHERE = {
     "EditResult": "openwu.types",
     "Editor": "openwu.editor.editor",
     "GeneratorConfig": "openwu.config",
+    "LoadingOptions": "openwu.types",
     "OpenwuError": "openwu.errors",
     "ParameterGenerator": "openwu.generator.model",
+    "SamplingOptions": "openwu.types",
     "Target": "openwu.types",
     "attach": "openwu.adapters.inject",
 }
@@ -43,8 +45,10 @@ __all__ = [
     "EditResult",
     "Editor",
     "GeneratorConfig",
+    "LoadingOptions",
     "OpenwuError",
     "ParameterGenerator",
+    "SamplingOptions",
     "Target",
     "__version__",
     "attach",

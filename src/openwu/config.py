@@ -110,6 +110,8 @@ RELEASED_GROUP = "layers"
 _NUMBERS = ("rank", "alpha", "token_dim", "input_dim", "d_model", "head_dim", "dim_accumulation", "num_pg_layers")
 _RELEASED_GROUP_KEYS = ("num_base_model_layers", "prefix", "pg_mapping")
 _GROUP_KEYS = ("name", *_RELEASED_GROUP_KEYS)
+_ENCODER_KEY = "_condition"
+"""JSON key of `GeneratorConfig.condition_encoder`; the underscore lets readers of the released form skip it."""
 _BOOKKEEPING = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"})
 """Keys that other libraries write beside the fields; kept and written back, like every key that starts with "_"."""
 
@@ -245,6 +247,8 @@ class GeneratorConfig:
     """The base layers that receive an adapter; one group unless layers differ in width."""
     more_inputs: Mapping[str, int] = field(default_factory=dict)
     """Further segments of the condition, name -> width of their tokens; each has its own input projection."""
+    condition_encoder: Mapping[str, Any] | None = None
+    """Name and settings of the encoder that makes the conditions; None: the base itself does."""
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Keys of a loaded `config.json` that do not touch the function (`architectures`, ...); written back on save."""
 
@@ -265,7 +269,8 @@ class GeneratorConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as `config.json` holds them."""
         numbers = {name: getattr(self, name) for name in _NUMBERS}
-        written = {**self.extra, "model_type": MODEL_TYPE, **numbers, "output_dim": self.token_dim}
+        encoder = {} if self.condition_encoder is None else {_ENCODER_KEY: dict(self.condition_encoder)}
+        written = {**encoder, **self.extra, "model_type": MODEL_TYPE, **numbers, "output_dim": self.token_dim}
         if self.more_inputs:
             written["more_inputs"] = dict(self.more_inputs)
         if self.is_released_form:
@@ -280,6 +285,7 @@ class GeneratorConfig:
             raise ConfigError([f"expected an object with fields, got {type(data).__name__}"])
         extra = {key: value for key, value in data.items() if key in _BOOKKEEPING or str(key).startswith("_")}
         fields = {key: value for key, value in data.items() if key not in extra}
+        encoder = extra.pop(_ENCODER_KEY, None)
         group_keys = ("groups",) if "groups" in fields else _RELEASED_GROUP_KEYS
         problems = key_problems(fields, (*_NUMBERS, "output_dim"), optional=("model_type", "more_inputs", *group_keys))
         if fields.get("model_type", MODEL_TYPE) != MODEL_TYPE:
@@ -290,9 +296,11 @@ class GeneratorConfig:
             problems.append(f"output_dim: expected token_dim ({fields['token_dim']!r}), got {fields['output_dim']!r}")
         more_inputs = fields.get("more_inputs", {})
         problems += input_problems(more_inputs)
+        if encoder is not None and not isinstance(encoder, Mapping):
+            problems.append(f"{_ENCODER_KEY}: expected an object with name and settings of an encoder, got {encoder!r}")
         groups = _read_groups(fields, problems)
         raise_if(problems)
-        return cls(**numbers, groups=groups, more_inputs=more_inputs, extra=extra)
+        return cls(**numbers, groups=groups, more_inputs=more_inputs, condition_encoder=encoder, extra=extra)
 
 
 def _read_groups(fields: Mapping[str, Any], problems: list[str]) -> tuple[LayerGroup, ...]:

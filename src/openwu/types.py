@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,6 +107,51 @@ class BaseRequest:
     instruction: str
     seed: int = 0
     reasoning: str | None = None
+
+
+class ConditionEncoder(ABC):
+    """Makes what a generator reads. Every base is one; `openwu.conditions` has others that replace a base's own."""
+
+    reads_seed: bool = False
+    """Whether conditions depend on a request's seed."""
+    asks_denoiser: bool = False
+    """Whether conditions need a run of the base's denoiser."""
+
+    @property
+    def identity(self) -> str:
+        """Weights and settings that conditions depend on, for cache keys; those in `weights` need not be in it."""
+        return ""
+
+    @property
+    @abstractmethod
+    def condition_widths(self) -> Mapping[str, int]:
+        """Width of the tokens of every segment of a condition; the first is `Condition.tokens`, others `more`."""
+
+    @abstractmethod
+    def condition(self, requests: Sequence[BaseRequest]) -> Condition:
+        """Encode what a generator reads of each request: `[b, L, width]` for b requests."""
+
+    def weights(self) -> Mapping[str, nn.Module]:
+        """Return modules that conditions depend on, by name, if they are small: cache keys hash them whole."""
+        return {}
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How a base and its generator are loaded. A base refuses by name what it does not have."""
+
+    device: str | torch.device | None = None
+    """Where to compute; None: CUDA where there is one and the base can use it."""
+    dtype: torch.dtype | None = None
+    """Dtype of the weights; None: what the device computes best in."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    trust_remote_code: bool = False
+    """Run the Python code that the base's folder brings."""
+    quantise: str | None = None
+    """Load the base's linear maps in "8bit" or "4bit", by bitsandbytes."""
+    offload: bool = False
+    """Keep layers that do not fit on the device in the machine's memory."""
 
 
 @dataclass(frozen=True)

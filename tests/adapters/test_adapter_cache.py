@@ -140,19 +140,20 @@ def test_what_is_kept_may_come_back_in_inference_mode_and_be_trained_on() -> Non
     assert not any(part.is_inference() for part in found.state_dict().values())
 
 
-def test_only_what_is_missing_is_generated_once() -> None:
-    cache, asked = AdapterCache(), []
+def test_what_is_missing_comes_back_once_and_in_order() -> None:
+    cache = AdapterCache()
     cache.put(key(1), adapter(1))
-
-    def generate(places: list[int]) -> Adapter:
-        asked.append(places)
-        return Adapter.stack([adapter(10 + place) for place in places])
-
-    keys = [key(0), key(1), key(0), key(3)]
-    for _ in range(2):
-        found = cache.fetch(keys, generate)
-        assert all(same(one, adapter(seed)) for one, seed in zip(found, (10, 1, 10, 13), strict=True))
-    assert asked == [[0, 3]]
+    keys = [key(3), key(1), key(0), key(3)]
+    found, missing = cache.lookup(keys)
+    assert missing == [key(3), key(0)]
+    assert found.keys() == {key(1)}
+    for number in (0, 3):
+        cache.put(key(number), adapter(number))
+    found, missing = cache.lookup(keys)
+    assert missing == []
+    assert found.keys() == set(keys)
+    assert all(same(found[key(number)], adapter(number)) for number in (0, 1, 3))
+    assert (cache.statistics.hits, cache.statistics.misses) == (4, 2)
 
 
 @pytest.mark.parametrize("wrong", ["", "a" * 63, "A" * 64, "../" + "a" * 61, "a" * 64 + "\n"])
@@ -378,8 +379,10 @@ def test_threads_share_a_cache(tmp_path: Path) -> None:
     def work(seed: int) -> None:
         for step in range(60):
             number = (seed * 7 + step) % 6
-            found = cache.fetch([key(number)], lambda _, number=number: adapter(number))
-            if not same(found[0], adapter(number)):
+            found, missing = cache.lookup([key(number)])
+            for each in missing:
+                cache.put(each, adapter(number))
+            if not missing and not same(found[key(number)], adapter(number)):
                 wrong.append(number)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
@@ -410,6 +413,8 @@ def test_a_key_follows_everything_that_the_adapter_depends_on() -> None:
         request_key("g", [PICTURE], "blur"),
         request_key("g", [PICTURE], "blur it", seed=0),
         request_key("g", [PICTURE], "blur it", seed=1),
+        request_key("g", [PICTURE], "blur it", reasoning=""),
+        request_key("g", [PICTURE], "blur it", reasoning="0"),
         request_key("g", [PICTURE], "blur it", in_scope=False),
         request_key("g", [PICTURE], "blur it", how="8 bits"),
         request_key("g", [], "blur it"),

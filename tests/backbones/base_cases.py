@@ -13,9 +13,10 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from openwu.backbones import BACKBONES, backbone_class
+from openwu.backbones import backbone_class
 from openwu.editor.compatibility import generator_config, target_widths
 from openwu.generator.model import ParameterGenerator
+from openwu.registry import BASES, DEFAULT_BASE
 from openwu.training.pipelines import based_stage
 from openwu.types import Adapter, BaseRequest, SamplingOptions, Target
 
@@ -25,7 +26,7 @@ CAUSAL = ("qwen-image-21",)
 """Bases that read prompt and pictures as a prefix; they too."""
 OWN_CODE = ("hunyuan-image-3",)
 """Bases whose folder brings their code; they have a stand-in and tests of their own."""
-NAMES = tuple(name for name in BACKBONES if name not in MULTIMODAL + CAUSAL + OWN_CODE)
+NAMES = tuple(name for name in BASES if name not in (*MULTIMODAL, *CAUSAL, *OWN_CODE, DEFAULT_BASE))
 PIXELS = 64 * 64
 FAST = SamplingOptions(steps=2, pixels=PIXELS)
 

@@ -14,12 +14,13 @@ import torch
 from base_cases import FAST, backbone, nothing, requests
 from PIL import Image
 
-from openwu.backbones import BACKBONES, backbone_class
+from openwu.backbones import backbone_class
 from openwu.backbones.diffusers import loading
 from openwu.backbones.diffusers.latents import resized, working_size
 from openwu.backbones.layers import find_groups
 from openwu.backbones.protocol import BaseFacts
 from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
+from openwu.registry import BASES, DEFAULT_BASE
 from openwu.types import SamplingOptions
 
 
@@ -156,11 +157,12 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         loading.local_folder("some/model", "refs/pr/1")
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", BASES)
 def test_every_registered_base_says_what_it_is_without_its_libraries(name: str) -> None:
     facts = backbone_class(name).facts
     assert isinstance(facts, BaseFacts)
-    assert all((facts.weights, facts.licence, facts.parameters, facts.extra))
+    assert all((facts.weights, facts.licence, facts.parameters))
+    assert bool(facts.extra) == (name != DEFAULT_BASE)
 
 
 def test_an_unknown_base_lists_the_known_ones() -> None:

@@ -26,7 +26,7 @@ from torch import nn
 from openwu import attach, extras
 from openwu.backbones import backbone_class
 from openwu.conditions.denoiser_states import DenoiserStates
-from openwu.editor.based_editor import BasedEditor
+from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError, TargetError
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
 
@@ -157,7 +157,7 @@ def test_a_block_s_states_serve_as_a_condition(base: Any) -> None:
 
 
 def test_the_editor_gives_every_request_of_a_batch_its_own_adapter(base: Any) -> None:
-    editor = BasedEditor(base, generator(base), options=FAST)
+    editor = Editor(base, generator(base), sampling=FAST)
     photo = picture(1, 60, 60)
     asked = [
         EditRequest([photo], "blur", seed=1),

@@ -269,9 +269,12 @@ def test_an_editor_loads_and_edits_in_fewer_bits_without_a_word(
     pictures = {}
     for how in HOW:
         editor = openwu.Editor.from_pretrained(
-            kind, base=folders[kind], generator=tmp_path / "generator", device="cpu", options=options, quantise=how,
-            trust_remote_code=kind in base_cases.OWN_CODE,
-        )  # fmt: skip
+            kind,
+            base=folders[kind],
+            generator=tmp_path / "generator",
+            loading=openwu.LoadingOptions(device="cpu", quantise=how, trust_remote_code=kind in base_cases.OWN_CODE),
+            sampling=options,
+        )
         photo = base_cases.picture(1)
         pictures[how] = editor.edit(photo, "make it warm", seed=3).image.tobytes()
         assert pictures[how] != editor.edit(photo, "make it warm", seed=3, strength=0.0).image.tobytes()

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from openwu.backbones.embedded import drawing
+from openwu.backbones.embedded import tiles
+from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.images import read_picture
-from openwu.types import Adapter
+from openwu.types import Adapter, LoadingOptions
 from openwu_bench import editor as bench
 from openwu_bench.command import check_row
 
@@ -28,7 +29,7 @@ def editors(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Editor]
     load = Editor.from_pretrained
 
     def untrained(**options: Any) -> Editor:
-        made.append(load(model_folder, dtype=torch.float32, **options))
+        made.append(load(model_folder, loading=LoadingOptions(dtype=torch.float32), **options))
         return made[-1]
 
     monkeypatch.setattr(Editor, "from_pretrained", untrained)
@@ -36,10 +37,10 @@ def editors(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Editor]
     monkeypatch.setattr(bench, "QUICK_CURVE_SIZES", ((32, 32), (48, 32), (288, 144)))
     monkeypatch.setattr(bench, "QUICK_REQUEST_SIDE", 32)
     monkeypatch.setattr(bench, "QUICK_CACHE_SIDE", 64)
-    for module in (drawing, bench):
+    for module in (tiles, bench):
         monkeypatch.setattr(module, "MARGIN", 16)
-    monkeypatch.setattr(drawing, "CORE", 64)
-    monkeypatch.setattr(drawing, "WHOLE", 64 * 64)
+    monkeypatch.setattr(tiles, "CORE", 64)
+    monkeypatch.setattr(tiles, "WHOLE", 64 * 64)
     return made
 
 
@@ -48,7 +49,7 @@ def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> Non
     check_row(row, "C7")
     assert (row.unit, row.goal, row.at_least) == ("%", 25.0, False)
     assert row.error <= 1 / 255
-    for name, runs, tiles in (("small", 3, 1), ("wide", 2, 10)):
+    for name, runs, passes in (("small", 3, 1), ("wide", 2, 10)):
         timings = {side.removesuffix(f", {name}"): each for side, each in row.sides.items() if side.endswith(name)}
         stages = {"read", "condition", "generate", "edit", "write"}
         assert set(timings) == stages | {"whole edit", "base with adapter", "base alone"}
@@ -58,11 +59,12 @@ def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> Non
         split = row.details[name]["seconds by stage"]
         assert sum(split.values()) == pytest.approx(sum(timings[stage].fastest for stage in stages))
         assert split["adapter overhead"] == timings["base with adapter"].fastest - timings["base alone"].fastest
-        share = 100 * (split["generate"] + split["adapter overhead"]) / timings["whole edit"].fastest
+        adapter = split["condition"] + split["generate"] + split["adapter overhead"]
+        share = 100 * adapter / timings["whole edit"].fastest
         assert row.details[name]["share of the adapter, %"] == pytest.approx(share)
         # Of a smaller whole; on a busy machine the adapter may seem to cost less than nothing.
         assert abs(row.details[name]["share without reading and writing, %"]) > abs(share)
-        assert row.details[name]["tiles"] == tiles
+        assert row.details[name]["tiles"] == passes
     assert row.value == row.details["small"]["share of the adapter, %"]
 
 
@@ -73,7 +75,7 @@ def test_the_timed_passes_are_those_of_the_edit(editors: list[Editor], size: tup
     result = editor.edit(picture, bench.INSTRUCTION)
     for adapter, alike in ((result.adapter, True), (None, False)):
         passes = bench.base_passes(editor, picture, adapter)()
-        tiles = editor.tiles(*size)
+        tiles = editor.backbone.tiles(*size)
         assert [tuple(each.shape[-2:]) for each in passes] == [(tile.height, tile.width) for tile in tiles]
         corner = passes[0][0, :, :32, :32].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
         assert np.allclose(corner, result.photo.pixels[:32, :32], atol=1) is alike
@@ -85,17 +87,17 @@ def test_the_timed_passes_apply_the_adapter_as_the_edit_does(
     """Merged weights and hooks differ in rounding, which in bfloat16 is more than C7 lets pass, and in time."""
     editor = Editor.from_pretrained()
     picture = bench.sample_picture(48, 32)
-    asked: list[int] = []
-    adapted = editor.model.adapted
+    asked: list[Any] = []
+    prefers = AdapterScope.prefers_module
 
-    def heard(adapter: Adapter, pixels: int) -> Any:
-        asked.append(pixels)
-        return adapted(adapter, pixels)
+    def heard(scope: AdapterScope, rows: Any) -> bool:
+        asked.append(rows)
+        return prefers(scope, rows)
 
-    monkeypatch.setattr(editor.model, "adapted", heard)
+    monkeypatch.setattr(AdapterScope, "prefers_module", heard)
     result = editor.edit(picture, bench.INSTRUCTION)
     bench.base_passes(editor, picture, result.adapter)()
-    assert asked == [48 * 32] * 2
+    assert asked == [editor.backbone.rows(48 * 32)] * 2
 
 
 def test_c7_is_not_measured_where_something_else_would_be_timed(
@@ -149,7 +151,7 @@ def test_the_curve_of_sizes_counts_the_pixels_of_overlapping_tiles(editors: list
     growth = bench.measure_size(quick=True)
     assert [point.x for point in growth.points] == [32 * 32 / 1e6, 48 * 32 / 1e6, 288 * 144 / 1e6]
     (editor,) = editors
-    tiled = sum(tile.height * tile.width for tile in editor.tiles(288, 144))
+    tiled = sum(tile.height * tile.width for tile in editor.backbone.tiles(288, 144))
     assert tiled > 288 * 144
     first, second, last = (point.predicted for point in growth.points)
     per_pixel = (second - first) / (16 * 32)

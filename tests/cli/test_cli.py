@@ -22,6 +22,7 @@ from PIL import Image
 
 import openwu
 from openwu import cli
+from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.cli import console, models
 from openwu.editor.cache import AdapterCache
 from openwu.errors import CheckpointError, InstructionError, OpenwuError
@@ -66,8 +67,8 @@ class FakeEditor:
     asked: list[dict[str, Any]] = field(default_factory=list)
     fails: dict[str, BaseException] = field(default_factory=dict)
 
-    def from_pretrained(self, model: str | None = None, *, cache: str | None = None) -> FakeEditor:
-        self.model = model
+    def from_pretrained(self, model: str | None = None, *, cache: str | None = None, **options: Any) -> FakeEditor:
+        self.model, self.options = model, options
         self.cache = None if cache is None else AdapterCache(cache)
         return self
 
@@ -82,8 +83,10 @@ class FakeEditor:
         seed: int,
         adapter: FakeAdapter | None,
         allow_out_of_scope: bool,
+        reasoning: str | None,
         progress: Callable[[int, int], None],
     ) -> FakeResult:
+        assert reasoning is None
         self.asked.append(
             {"images": images, "instruction": instruction, "then": then, "strength": strength, "seed": seed}
         )
@@ -506,18 +509,17 @@ def test_every_verb_refuses_unknown_options_in_one_line(
 def test_models_reads_its_facts_from_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "PACKAGE", tmp_path)
+    monkeypatch.setattr(EmbeddedBase, "bundled_folder", lambda: tmp_path / "weights")
+    edits = {"warm": {"en": "", "zh": ""}, "cool": {"en": "", "zh": ""}}
+    monkeypatch.setattr(models, "known_edits", lambda: edits)
     assert cli.main(["models"]) == 0
     assert "embedded: not in this installation" in capsys.readouterr().out
     (tmp_path / "weights").mkdir()
-    (tmp_path / "data").mkdir()
     (tmp_path / "weights" / "config.json").write_text("{}")
     header = json.dumps({"__metadata__": {}, "w": {"dtype": "F16", "shape": [30, 40], "data_offsets": [0, 2400]}})
     content = len(header).to_bytes(8, "little") + header.encode() + bytes(2400)
     for part in ("backbone", "generator"):
         (tmp_path / "weights" / f"{part}.safetensors").write_bytes(content)
-    phrases = {"edits": {"warm": {"en": {}, "zh": {}}, "cool": {"en": {}}}}
-    (tmp_path / "data" / "phrases.json").write_text(json.dumps(phrases))
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
     assert "2,400 (backbone 1,200, generator 1,200)" in out
@@ -525,6 +527,9 @@ def test_models_reads_its_facts_from_the_package(
     assert "Apache-2.0" in out
     assert "English, Chinese" in out
     assert "2 kinds" in out
+    del edits["cool"]["zh"]
+    assert cli.main(["models"]) == 0
+    assert "Chinese" not in capsys.readouterr().out
 
 
 def test_train_and_eval_are_passed_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -610,7 +615,8 @@ def test_a_real_interrupt_stops_with_130(tmp_path: Path) -> None:
         "    from_pretrained = classmethod(lambda cls, model, **_: cls())\n"
         "    def edit(self, *_, **__): print('working', flush=True); time.sleep(50)\n"
         "sys.modules['openwu.editor.editor'] = types.SimpleNamespace(Editor=Editor)\n"
-        "sys.modules['openwu.types'] = types.SimpleNamespace(Adapter=None)\n"
+        "fake = dict(Adapter=None, LoadingOptions=dict, SamplingOptions=dict)\n"
+        "sys.modules['openwu.types'] = types.SimpleNamespace(**fake)\n"
         "from openwu.cli import main\n"
         "sys.exit(main(['edit', 'a.png', '--instruction', 'warm']))"
     )

@@ -66,7 +66,7 @@ def test_segments_stand_side_by_side_and_are_made_again_from_a_generator_s_folde
     }
     assert torch.equal(together.more["part1_pictures"].tokens, own.more["pictures"].tokens)
     assert torch.equal(together.more["part2_states"].tokens, probe.tokens)
-    assert getattr(encoder, "asks_denoiser", False)
+    assert encoder.asks_denoiser
     config = generator_config(
         kontext, encoder=encoder, rank=4, alpha=4, token_dim=32, d_model=32, head_dim=16, dim_accumulation=2,
         num_pg_layers=1,

@@ -11,8 +11,8 @@ import torch
 
 from openwu.conditions import make_encoder
 from openwu.conditions.denoiser_states import DenoiserStates
-from openwu.editor.based_editor import BasedEditor
 from openwu.editor.compatibility import encoder_for, generator_config
+from openwu.editor.editor import Editor
 from openwu.errors import CheckpointError, TargetError
 from openwu.generator.model import ParameterGenerator
 
@@ -29,7 +29,7 @@ def encoder(request: pytest.FixtureRequest) -> DenoiserStates:
 
 def test_states_are_the_module_s_output_in_a_whole_run(encoder: DenoiserStates) -> None:
     """The same run to its end, with a hook of the test's own."""
-    base: Any = encoder.backbone
+    base: Any = encoder.base
     (request,) = base_cases.requests(1)
     seen: list[Any] = []
     hook = base.denoiser.get_submodule(encoder.settings["module"]).register_forward_hook(
@@ -69,7 +69,7 @@ def test_the_generator_s_config_names_its_encoder(tmp_path: Path) -> None:
     encoder = encoder_for(loaded.config, base, "flux-kontext")
     assert isinstance(encoder, DenoiserStates)
     assert encoder.settings == {"module": "transformer_blocks.1", "time": 0.5}
-    editor = BasedEditor(base, loaded, options=base_cases.FAST)
+    editor = Editor(base, loaded, sampling=base_cases.FAST)
     try:
         assert editor.edit(base_cases.picture(1), "make it warm").image.size == (64, 64)
     finally:
@@ -82,7 +82,7 @@ def test_what_cannot_be_an_encoder() -> None:
         DenoiserStates(base, "transformer_blocks.7")
     with pytest.raises(TargetError, match="time: expected a number from 0"):
         DenoiserStates(base, "transformer_blocks.1", time=2)
-    with pytest.raises(TargetError, match=r"expected one that says tokens \[b, L, d\], time_text_embed says"):
+    with pytest.raises(TargetError, match=r"expected one that returns tokens \[b, L, d\], time_text_embed returns"):
         DenoiserStates(base, "time_text_embed").condition(base_cases.requests(1))
     with pytest.raises(CheckpointError, match=r"expected an encoder of base, .*, siglip2, got 'clip'"):
         make_encoder({"name": "clip"}, base)

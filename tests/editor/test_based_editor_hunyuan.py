@@ -18,9 +18,9 @@ import openwu
 from openwu import cli
 from openwu.adapters.merge import merged
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
-from openwu.editor.based_editor import BasedEditor
+from openwu.editor.editor import Editor
 from openwu.errors import InstructionError, OpenwuError
-from openwu.types import BaseRequest, EditRequest, SamplingOptions
+from openwu.types import BaseRequest, EditRequest, LoadingOptions, SamplingOptions
 
 FAST = SamplingOptions(steps=2)
 
@@ -46,7 +46,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def editor(folders: tuple[Path, Path]) -> Any:
     base, generator = folders
     made = openwu.Editor.from_pretrained(
-        "hunyuan-image-3", base=base, generator=generator, device="cpu", options=FAST, trust_remote_code=True
+        "hunyuan-image-3",
+        base=base,
+        generator=generator,
+        loading=LoadingOptions(device="cpu", trust_remote_code=True),
+        sampling=FAST,
     )
     yield made
     made.handle.detach()
@@ -66,7 +70,7 @@ def test_the_generator_has_the_released_form(folders: tuple[Path, Path]) -> None
     assert '"groups"' not in config
 
 
-def test_an_edit_follows_adapter_seed_reasoning_and_strength(editor: BasedEditor) -> None:
+def test_an_edit_follows_adapter_seed_reasoning_and_strength(editor: Editor) -> None:
     photo = base_cases.picture(1, 50, 70)
     result = editor.edit(photo, "make it warm", seed=3)
     assert result.image.size == (50, 70)
@@ -80,7 +84,7 @@ def test_an_edit_follows_adapter_seed_reasoning_and_strength(editor: BasedEditor
     assert all(torch.equal(pair[1], ours[name][1]) for name, pair in first.items())
 
 
-def test_an_edit_is_the_base_with_merged_weights(editor: BasedEditor) -> None:
+def test_an_edit_is_the_base_with_merged_weights(editor: Editor) -> None:
     photo = base_cases.picture(1, 40, 40)
     result = editor.edit(photo, "make it warm", seed=3)
     request = BaseRequest((photo,), "make it warm", 3)
@@ -96,7 +100,7 @@ def test_an_edit_is_the_base_with_merged_weights(editor: BasedEditor) -> None:
     assert (came - expected.clamp(0, 1)).abs().max() < 2.5 / 255
 
 
-def test_a_batch_is_its_requests_one_at_a_time(editor: BasedEditor) -> None:
+def test_a_batch_is_its_requests_one_at_a_time(editor: Editor) -> None:
     requests = [
         EditRequest([base_cases.picture(1, 60, 60)], "make it warm", seed=1),
         EditRequest([base_cases.picture(2, 60, 60), base_cases.picture(3)], "blur it", strength=0.5, seed=2),
@@ -130,7 +134,11 @@ def test_on_the_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys:
     assert not (tmp_path / "out.png").exists()
     assert cli.main([*line, "--trust-remote-code"]) == 0
     editor = openwu.Editor.from_pretrained(
-        "hunyuan-image-3", base=base, generator=generator, device="cpu", options=FAST, trust_remote_code=True
+        "hunyuan-image-3",
+        base=base,
+        generator=generator,
+        loading=LoadingOptions(device="cpu", trust_remote_code=True),
+        sampling=FAST,
     )
     expected = editor.edit(tmp_path / "photo.png", "warm", reasoning="because").image
     with Image.open(tmp_path / "out.png") as written:
@@ -146,10 +154,13 @@ def test_options_of_other_bases_and_of_the_embedded_model(
     base, generator = folders
     with pytest.raises(OpenwuError, match="trust_remote_code, offload: expected none for flux-kontext"):
         openwu.Editor.from_pretrained(
-            "flux-kontext", base=base, generator=generator, trust_remote_code=True, offload=True
+            "flux-kontext",
+            base=base,
+            generator=generator,
+            loading=LoadingOptions(trust_remote_code=True, offload=True),
         )
-    with pytest.raises(OpenwuError, match="trust_remote_code, quantise, offload: expected none of them for the embedd"):
-        openwu.Editor.from_pretrained(trust_remote_code=True)  # type: ignore[call-overload]
+    with pytest.raises(OpenwuError, match="trust_remote_code: expected none for embedded"):
+        openwu.Editor.from_pretrained(loading=LoadingOptions(trust_remote_code=True))
     base_cases.picture(1).save(tmp_path / "photo.png")
     line = f"edit {tmp_path}/photo.png --instruction warm --model hunyuan-image-3 --base none --generator nothing"
     assert cli.main(line.split()) == 1
@@ -160,7 +171,7 @@ def test_options_of_other_bases_and_of_the_embedded_model(
     assert cli.main(line) == 2
     assert "--trust-remote-code, --reasoning: expected only with --base" in capsys.readouterr().err
     pix2pix = base_cases.backbone("instruct-pix2pix")
-    editor = BasedEditor(pix2pix, base_cases.generator(pix2pix), options=base_cases.FAST)
+    editor = Editor(pix2pix, base_cases.generator(pix2pix), sampling=base_cases.FAST)
     try:
         with pytest.raises(
             InstructionError, match="reasoning: expected none for InstructPix2Pix, which does not reason"
@@ -173,10 +184,10 @@ def test_options_of_other_bases_and_of_the_embedded_model(
 
 
 def test_the_embedded_editor_does_not_reason(editor_of_photos: openwu.Editor) -> None:
-    with pytest.raises(InstructionError, match="reasoning: expected none for the embedded model"):
+    with pytest.raises(InstructionError, match="reasoning: expected none for embedded"):
         editor_of_photos.edit_batch([EditRequest([base_cases.picture(1)], "warm", reasoning="because")])
 
 
 @pytest.fixture
 def editor_of_photos(model_folder: Path) -> openwu.Editor:
-    return openwu.Editor.from_pretrained(model_folder, dtype=torch.float32)
+    return openwu.Editor.from_pretrained(model_folder, loading=LoadingOptions(dtype=torch.float32))

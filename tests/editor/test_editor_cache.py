@@ -15,19 +15,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from openwu import AdapterCache, cli
-from openwu.editor.editor import Editor, condition_pixels
+from openwu.backbones.embedded.condition import condition_pixels
+from openwu.editor.editor import Editor
 from openwu.errors import InstructionError
 from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.inference.products import Dense, fp8
 from openwu.images import read_picture
-from openwu.types import Adapter, EditRequest
+from openwu.types import Adapter, EditRequest, LoadingOptions
 
 Scene = Callable[..., NDArray[np.uint8]]
 
 
 @pytest.fixture
 def cached(model_folder: Path) -> Editor:
-    return Editor.from_pretrained(model_folder, dtype=torch.float32, cache=AdapterCache())
+    return Editor.from_pretrained(model_folder, loading=LoadingOptions(dtype=torch.float32), cache=AdapterCache())
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def generated(cached: Editor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             counts.append(adapter.batch)
             return adapter
 
-    monkeypatch.setattr(cached, "generator", Counting(cached.model.generator))
+    monkeypatch.setattr(cached, "fast", Counting(cached.generator))
     return counts
 
 
@@ -142,9 +143,9 @@ def test_a_given_adapter_needs_no_look_up(cached: Editor, photo: Image.Image) ->
 
 
 def test_what_was_merely_tried_is_still_refused(cached: Editor, photo: Image.Image) -> None:
-    labels = cached.model.config.instruction.labels
+    labels = cached.backbone.config.instruction.labels
     with torch.no_grad():
-        cached.model.instruction.classify.bias[labels.index("out_of_scope")] = 100
+        cached.backbone.instruction.classify.bias[labels.index("out_of_scope")] = 100
     cached.adapt(photo, "brighter", allow_out_of_scope=True)
     cached.edit(photo, "brighter", allow_out_of_scope=True)
     assert counts(cached) == (1, 1)
@@ -164,14 +165,15 @@ def test_another_generator_finds_nothing(cached: Editor, model_folder: Path, pho
     cached.edit(photo, "brighter")
     assert cached.cache is not None
     for name in ("generator", "condition", "instruction"):
-        other = Editor.from_pretrained(model_folder, dtype=torch.float32, cache=cached.cache)
+        other = Editor.from_pretrained(model_folder, loading=LoadingOptions(dtype=torch.float32), cache=cached.cache)
         with torch.no_grad():
-            next(getattr(other.model, name).parameters()).add_(0.01)
+            module = {**other.backbone.modules(), "generator": other.generator}[name]
+            next(module.parameters()).add_(0.01)
         other.edit(photo, "brighter")
-    half = Editor.from_pretrained(model_folder, dtype=torch.bfloat16, cache=cached.cache)
+    half = Editor.from_pretrained(model_folder, loading=LoadingOptions(dtype=torch.bfloat16), cache=cached.cache)
     half.edit(photo, "brighter")
     assert counts(cached) == (0, 5)
-    same = Editor.from_pretrained(model_folder, dtype=torch.float32, cache=cached.cache)
+    same = Editor.from_pretrained(model_folder, loading=LoadingOptions(dtype=torch.float32), cache=cached.cache)
     same.edit(photo, "brighter")
     assert counts(cached) == (1, 5)
 
@@ -179,7 +181,7 @@ def test_another_generator_finds_nothing(cached: Editor, model_folder: Path, pho
 def test_two_precisions_of_one_generator_share_nothing(cached: Editor, photo: Image.Image) -> None:
     """Products in 8 bits and autocast write other adapters from the same weights."""
     exact = cached.adapt(photo, "brighter")
-    cached.generator = FastGenerator(cached.model.generator, FastOptions(make=fp8))
+    cached.fast = FastGenerator(cached.generator, FastOptions(make=fp8))
     rough = cached.adapt(photo, "brighter")
     with torch.autocast("cpu", torch.bfloat16):
         halved = cached.adapt(photo, "brighter")
@@ -187,13 +189,13 @@ def test_two_precisions_of_one_generator_share_nothing(cached: Editor, photo: Im
     assert not equal(rough, exact)
     assert not equal(halved, rough)
     assert equal(cached.adapt(photo, "brighter"), rough)
-    cached.generator = FastGenerator(cached.model.generator, FastOptions())
+    cached.fast = FastGenerator(cached.generator, FastOptions())
     assert equal(cached.adapt(photo, "brighter"), exact)
     assert counts(cached) == (2, 3)
 
 
 def test_a_product_without_a_name_is_refused_where_adapters_are_kept(cached: Editor, photo: Image.Image) -> None:
-    cached.generator = FastGenerator(cached.model.generator, FastOptions(make=lambda weight, bias: Dense(weight, bias)))
+    cached.fast = FastGenerator(cached.generator, FastOptions(make=lambda weight, bias: Dense(weight, bias)))
     with pytest.raises(ValueError, match="make: expected a class or function of a module"):
         cached.adapt(photo, "brighter")
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
 from openwu.types import EditRequest
 
@@ -35,7 +35,7 @@ def slow(editor: Editor) -> Iterator[list[int]]:
         time.sleep(0.03)
         inside.pop()
 
-    hook = editor.model.backbone.register_forward_pre_hook(pause)
+    hook = editor.backbone.network.register_forward_pre_hook(pause)
     yield met
     hook.remove()
 
@@ -45,7 +45,8 @@ def slow(editor: Editor) -> Iterator[list[int]]:
 )
 def test_threads_edit_different_requests_at_once(editor: Editor, scene: Scene, side: int, merged: bool) -> None:
     pictures = [Image.fromarray(scene(side, side, seed)) for seed in range(3)]
-    assert editor.model.merging_pays(editor.adapt(pictures[0], "brighter"), side * side) is merged
+    scope = AdapterScope(editor.backbone, editor.handle, [editor.adapt(pictures[0], "brighter")], nullcontext())
+    assert scope.prefers_module(editor.backbone.rows(side * side)) is merged
     one_by_one = [editor.edit(picture, asked) for picture, asked in zip(pictures, ASKED, strict=True)]
     with slow(editor) as met, ThreadPoolExecutor(3) as threads:
         started = [threads.submit(editor.edit, *each) for each in list(zip(pictures, ASKED, strict=True)) * 2]
@@ -65,21 +66,3 @@ def test_a_batch_through_hooks_and_single_edits_share_an_editor(editor: Editor, 
         assert np.array_equal(np.asarray(started[1].result().image), alone)
         for found, expected in zip(started[0].result(), batch, strict=True):
             assert np.array_equal(np.asarray(found.image), expected)
-
-
-def test_the_base_without_an_adapter_waits_for_an_edit_through_hooks(editor: Editor, scene: Scene) -> None:
-    """What runs the bare base meanwhile is neither refused nor adapted."""
-    adapter = editor.adapt(Image.fromarray(scene(SMALL, SMALL, 1)), "brighter").scaled(5)
-    picture, planes = torch.rand(1, 3, SMALL, SMALL), torch.rand(1, 3, SMALL, SMALL)
-    text = editor.model.instruction(["brighter"])
-    with torch.no_grad():
-        bare, adapted = (editor.model.edit(picture, planes, text, each) for each in (None, adapter))
-    assert not torch.equal(bare, adapted)
-
-    @torch.no_grad()
-    def edit(number: int) -> bool:
-        used, expected = ((None, bare), (adapter, adapted))[number % 2]
-        return torch.equal(editor.model.edit(picture, planes, text, used), expected)
-
-    with slow(editor), ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(edit, range(8)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openwu.backbones.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.backbones.embedded.network import TinyEditor
 from openwu.errors import CheckpointError, TargetError
+from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.types import Adapter
 
 
@@ -234,3 +236,22 @@ def test_merged_weights_edit_as_hooks_do_and_leave_the_base_alone(embedded_model
     several = embedded_model.adapted(embedded_model.adapt(whole, text), 10**6)
     assert not isinstance(several, TinyEditor)
     assert torch.equal(embedded_model.adapted(adapter.scaled(0), 10**6)(picture, planes, text), base)
+
+
+def test_the_base_without_an_adapter_waits_for_an_edit_through_hooks(embedded_model: EmbeddedModel) -> None:
+    """What runs the bare base in another thread is neither refused nor adapted."""
+    model = embedded_model.requires_grad_(False)
+    picture, planes, whole = (each[:1] for each in batch())
+    text = model.instruction(["brighter"])
+    adapter = model.adapt(whole, text).scaled(5)
+    bare, adapted = (model.edit(picture, planes, text, each) for each in (None, adapter))
+    assert not torch.equal(bare, adapted)
+
+    def edit(number: int) -> bool:
+        used, expected = ((None, bare), (adapter, adapted))[number % 2]
+        return torch.equal(model.edit(picture, planes, text, used), expected)
+
+    hook = model.backbone.register_forward_pre_hook(lambda *_: time.sleep(0.03))  # so that threads would meet in it
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(edit, range(8)))
+    hook.remove()

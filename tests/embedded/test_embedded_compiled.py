@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.training.embedded.model import EmbeddedModel
 
 
 @pytest.fixture(autouse=True)

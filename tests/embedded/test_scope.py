@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openwu.backbones.embedded.scope import check_scope, shown
-from openwu.data.suite.phrases import OUT_OF_SCOPE, load_phrases
+from openwu.backbones.embedded.instruction import OUT_OF_SCOPE as LABEL
+from openwu.backbones.embedded.instruction import check_scope, known_edits, shown
+from openwu.data.suite import EDITS
+from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.errors import InstructionError
 
 LABELS = ("brighten", OUT_OF_SCOPE, "black_and_white", "blur", "take_palette")
@@ -65,3 +67,15 @@ def test_a_reference_edit_needs_its_second_picture() -> None:
 def test_a_sentence_out_of_scope_is_told_so_before_anything_about_pictures() -> None:
     with pytest.raises(InstructionError, match="does not know how to"):
         check_scope(["add a dragon"], logs(0.05, 0.5, 0.1, 0.05, 0.3), LABELS, [False])
+
+
+def test_the_known_edits_are_those_of_the_suite() -> None:
+    assert LABEL == OUT_OF_SCOPE
+    phrases = load_phrases()
+    assert known_edits() == {
+        name: {
+            "reference": edit.needs_reference,
+            **{language: phrases[name][language]["train"][0] for language in LANGUAGES},
+        }
+        for name, edit in EDITS.items()
+    }

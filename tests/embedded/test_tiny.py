@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from openwu.backbones.embedded import network as tiny
-from openwu.backbones.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.backbones.embedded.network import (
     INPUT_CHANNELS,
     OUTPUT_CHANNELS,
@@ -28,6 +27,7 @@ from openwu.backbones.embedded.network import (
     visible,
     with_squares,
 )
+from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 
 
 def inputs(b: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

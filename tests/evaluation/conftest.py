@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.stages import SharedAdapter
 from openwu.types import Adapter
 

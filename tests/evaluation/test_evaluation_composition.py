@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import EDITS
 from openwu.data.suite.core import Scene
 from openwu.data.suite.phrases import load_phrases
@@ -13,6 +12,7 @@ from openwu.evaluation import composition
 from openwu.evaluation.composition import COMBINATIONS, Composed, evaluate_composition, mean_gap
 from openwu.evaluation.suite import Cases, apply, psnr_of
 from openwu.evaluation.tables import composition_table
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 

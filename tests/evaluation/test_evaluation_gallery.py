@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from openwu import cli
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import OUT_OF_SCOPE, load_phrases
 from openwu.errors import OpenwuError
 from openwu.evaluation import gallery
 from openwu.evaluation.gallery import write_gallery
 from openwu.evaluation.pictures import HEAD, LABEL
+from openwu.training.embedded.model import EmbeddedModel
 
 SHOWN = ("brighten", "take_light", "take_grain", OUT_OF_SCOPE)
 

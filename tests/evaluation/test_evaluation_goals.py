@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.evaluation import tables as goals_module
 from openwu.evaluation.suite import Cases, Report, Score, psnr_of
 from openwu.evaluation.tables import KNOWN_DAMAGE, Goal, goals, goals_table, missed_list, repair_gains
 from openwu.evaluation.wording import Wording
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 SHARES = {f"{name}_{language}": 0.95 for name in ("accepted", "refused") for language in ("en", "zh")}

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import DEGREES, load_phrases, load_strength_words
 from openwu.evaluation import strength as strength_module
 from openwu.evaluation.strength import SCALES, SHOWN, Graded, by_strength, evaluate_strength, strength_cells
 from openwu.evaluation.suite import Cases, generate
 from openwu.evaluation.tables import strength_table
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 ASKED = ("brighten", "denoise", "invert", "take_tone")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.backbones.embedded.network import noise_plane, place_planes
 from openwu.data.suite import EDITS
 from openwu.data.suite.core import Scene
@@ -30,6 +29,7 @@ from openwu.evaluation.suite import (
     run_methods,
     sorted_position,
 )
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 FEW = ("brighten", "darken", "blur")

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.phrases import LANGUAGES, load_phrases
 from openwu.evaluation import wording as wording_module
 from openwu.evaluation.suite import Cases, psnr_of
 from openwu.evaluation.tables import wording_table
 from openwu.evaluation.wording import SENTENCES, SPLITS, Wording, evaluate_wording, mean_psnr
+from openwu.training.embedded.model import EmbeddedModel
 
 ASKED = ("denoise", "take_palette", "brighten")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.evaluation.experiments import conflict as conflict_module
@@ -29,6 +28,7 @@ from openwu.evaluation.experiments.methods import (
     new_method,
 )
 from openwu.evaluation.experiments.results import ResultCache
+from openwu.training.embedded.model import EmbeddedModel
 
 TASKS, OLD = ("darken", "fade"), ("warm",)
 BUDGET = Budget(steps=3, requests=2, crop=32, wide_rank=6)

@@ -10,7 +10,6 @@ import torch
 from lab_cases import adapter, updates
 from torch import Tensor
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.evaluation.experiments import continual as module
@@ -18,6 +17,7 @@ from openwu.evaluation.experiments import methods
 from openwu.evaluation.experiments.continual import WAYS, Course, Memory, PastSelf, Seen, continual
 from openwu.evaluation.experiments.geometry import update_distances
 from openwu.evaluation.experiments.methods import Budget, new_method
+from openwu.training.embedded.model import EmbeddedModel
 
 GROUPS = (("darken",), ("fade",), ("warm",))
 BUDGET = Budget(steps=3, requests=2, crop=32)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.photographs import load_folder
 from openwu.evaluation.experiments import embedded_gradients
 from openwu.evaluation.experiments.embedded_gradients import generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.gradients import Conflict, gradient, task_cosines
+from openwu.training.embedded.model import EmbeddedModel
 
 TASKS, OPPOSITES = ("warm", "cool", "fog"), (("warm", "cool"),)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from openwu.backbones.embedded.model import EmbeddedConfig
 from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.embedded.model import EmbeddedConfig
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from openwu import cli
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.cli.train import new_model, run, train
 from openwu.data.suite import EDITS
 from openwu.data.suite.batches import PairSampler
@@ -22,6 +21,7 @@ from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE
 from openwu.training.config import STAGES, EmbeddedRecipe
 from openwu.training.embedded.losses import falling_floor, picture_loss
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.stages import DROPPED, generator_stage, new_shared_adapter, shared_stage
 from openwu.training.record import PROVENANCE, describe
 from openwu.types import Adapter

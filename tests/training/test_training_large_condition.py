@@ -70,7 +70,11 @@ def test_a_chosen_condition_is_trained_and_edited_with(choice: str, base: Path, 
     one, other = large_cases.weights(tmp_path / "run"), large_cases.weights(tmp_path / "asked")
     assert all(torch.equal(value, other[key]) for key, value in one.items()), "cached or asked in every step"
     editor = openwu.Editor.from_pretrained(
-        "flux-kontext", base=base, generator=model, device="cpu", options=base_cases.FAST
+        "flux-kontext",
+        base=base,
+        generator=model,
+        loading=openwu.LoadingOptions(device="cpu"),
+        sampling=base_cases.FAST,
     )
     assert set(editor.encoder.condition_widths.values()) == {found["input_dim"], *found.get("more_inputs", {}).values()}
     assert editor.edit(tmp_path / "pairs" / "0.png", "make it dark").image.size == (64, 64)

@@ -61,6 +61,10 @@ def test_a_generator_trained_through_4_bits_resumes_and_edits(base: Path, tmp_pa
     assert json.loads((model / "provenance.json").read_text())["recipe"]["quantise"] == "4bit"
     for how in (None, "4bit"):
         editor = openwu.Editor.from_pretrained(
-            "flux2-klein", base=base, generator=model, device="cpu", options=base_cases.FAST, quantise=how
+            "flux2-klein",
+            base=base,
+            generator=model,
+            loading=openwu.LoadingOptions(device="cpu", quantise=how),
+            sampling=base_cases.FAST,
         )
         assert editor.edit(tmp_path / "pairs" / "0.png", "make it dark").image.size == (64, 64)

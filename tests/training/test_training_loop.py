@@ -210,7 +210,7 @@ def test_the_loss_falls(recipe: EmbeddedRecipe, tmp_path: Path, name: str) -> No
 
 RECIPE = """
 import json
-from openwu.backbones.embedded.model import EmbeddedConfig
+from openwu.training.embedded.model import EmbeddedConfig
 from openwu.training.config import EmbeddedRecipe, StageConfig
 
 def recipe():

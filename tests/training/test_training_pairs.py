@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from openwu import cli
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.backbones.embedded.network import place_planes
 from openwu.cli.train import train_pairs
 from openwu.data.pairs import Pairs, read_pairs
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.training.config import PairsRecipe, StageConfig, load_recipe
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.own_pairs import OwnPairSampler, PairsStage, pairs_hashes, split_pairs
 from openwu.training.micro_batch import MicroBatch
 

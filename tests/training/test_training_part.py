@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.cli.train import new_model, train
 from openwu.data.suite.photographs import load_folder
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_weights
 from openwu.training.config import STAGES, EmbeddedRecipe
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.stages import InstructionStage, base_stage, generator_stage, shared_stage
 from openwu.training.loop import Stage
 from openwu.training.micro_batch import WHOLE, MicroBatch, StepBatchCache, take_rows

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from openwu.backbones.embedded.model import EmbeddedConfig
 from openwu.cli.train import train
 from openwu.errors import OpenwuError
 from openwu.training import distributed as module
 from openwu.training.checkpoint import STATE, load_weights, read_state_header
 from openwu.training.config import EmbeddedRecipe, StageConfig
 from openwu.training.distributed import Processes
+from openwu.training.embedded.model import EmbeddedConfig
 from openwu.training.loop import Updates
 from openwu.training.micro_batch import MicroBatch
 
@@ -125,7 +125,7 @@ def test_what_is_not_finite_stops_all_and_names_the_sample_of_any(tmp_path: Path
 
 RECIPE = """
 import json
-from openwu.backbones.embedded.model import EmbeddedConfig
+from openwu.training.embedded.model import EmbeddedConfig
 from openwu.training.config import EmbeddedRecipe, StageConfig
 
 def recipe():

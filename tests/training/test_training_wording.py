@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.cli.train import train_wording
 from openwu.training.config import StageConfig, WordingRecipe, load_recipe
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.wording import WordingStage
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.micro_batch import MicroBatch

@@ -61,7 +61,7 @@ def outputs() -> Iterator[Output]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        editor = openwu.Editor.from_pretrained(dtype=torch.float32)
+        editor = openwu.Editor.from_pretrained(loading=openwu.LoadingOptions(dtype=torch.float32))
         yield from _edits(editor)
         adapters = [editor.adapt(_photo(name), instruction) for name, instruction, _ in EDITS[:5]]
         for (name, instruction, _), adapter in zip(EDITS, adapters, strict=False):

@@ -1,45 +1,51 @@
-"""What a base model must provide to be edited with, and to be trained for: its backbone, and nothing more.
+"""The protocol of base models: `Backbone`, the class that every base inherits from, and what it is handed.
 
-A backbone knows its base's pipeline, but no adapters: it says which request each row of its denoiser's input belongs to
-by entering the scope that it is given, and whoever gave it applies adapters there. docs/adding-a-base.md: an example.
+A base knows its pipeline, but no adapters. It is handed a `RequestScope`: around every pass of its denoiser it says
+there which request each row of the denoiser's input belongs to, and whoever gave the scope applies adapters. Members
+with a body are optional. docs/adding-a-base.md has an example.
 
-Shapes: b requests.
+Shapes: b requests; h and w the sides of a picture.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self
 
-if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import Self
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-    import torch
-    from torch import Tensor, nn
-
-    from openwu.config import LayerGroup
-    from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions
+from openwu.config import LayerGroup
+from openwu.errors import OpenwuError
+from openwu.files.weights import sampled_digest
+from openwu.images import Photo
+from openwu.images.photo import Pixels
+from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, SamplingOptions
 
 RowScope = Callable[[Sequence[int]], AbstractContextManager[None]]
 """Opens the scope of a pass of the denoiser: for every row of its input, the request that the row belongs to (-1 for
-none). A base that stacks its guidance rows says so here: `[0, 1, 0, 1, 0, 1]` for two requests in three blocks."""
+none). A base that stacks its guidance rows passes `[0, 1, 0, 1, 0, 1]` for two requests in three blocks."""
 
-Routing = tuple[str, Callable[[Any], "Tensor"]]
+Routing = tuple[str, Callable[[Any], Tensor]]
 """Path of the router from the module that holds the experts, and its output -> indices of the chosen experts [T, k]."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
 Prediction = Literal["flow", "epsilon", "v"]
-"""What a denoiser says: noise - target on a straight path, the noise of a diffusion, or its velocity."""
+"""What a denoiser predicts: noise - target on a straight path, the noise of a diffusion, or its velocity."""
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What `openwu models` says about a base."""
+    """What `openwu models` prints about a base."""
 
     weights: str
     """Where its weights are published."""
@@ -48,32 +54,84 @@ class BaseFacts:
     parameters: str
     """Size of the denoiser."""
     extra: str = "diffusers"
-    """Extra of our package that it needs: `pip install 'openwu[EXTRA]'`."""
+    """Extra of our package that it needs: `pip install 'openwu[EXTRA]'`; empty for none."""
 
 
-class ConditionEncoder(Protocol):
-    """Makes what a generator reads. Every backbone is one; `openwu.conditions` has others that take its place."""
+@dataclass(frozen=True)
+class BundledGenerator:
+    """A generator in files of the base's own folder."""
 
-    @property
-    def condition_widths(self) -> Mapping[str, int]:
-        """Width of the tokens of every segment of a condition; the first is `Condition.tokens`, others `more`."""
+    config: Mapping[str, Any]
+    """Fields of its `GeneratorConfig`, as JSON holds them."""
+    weights: Path
+    """Its safetensors file, with the module's own names."""
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """One request with its pictures decoded, as an editor hands it to a base."""
+
+    photos: tuple[Photo, ...]
+    """The picture to edit, then references, in the depth in which they were read."""
+    instructions: tuple[str, ...]
+    """What to do, in order; several for an adapter that is the sum of several."""
+    seed: int = 0
+    reasoning: str | None = None
+
+    def only(self, index: int) -> Self:
+        """Return the job with one of its instructions: what one adapter is generated for."""
+        return self if len(self.instructions) == 1 else replace(self, instructions=(self.instructions[index],))
+
+    @cached_property
+    def pixels(self) -> list[Pixels]:
+        """Every picture with 8 bits per channel, `[h, w, 3]`."""
+        return [photo.eight_bit().pixels for photo in self.photos]
+
+    @cached_property
+    def request(self) -> BaseRequest:
+        """The job as large bases take it: pictures of 8 bits, and one text."""
+        pictures = tuple(Image.fromarray(pixels) for pixels in self.pixels)
+        return BaseRequest(pictures, ". ".join(self.instructions), self.seed, self.reasoning)
+
+
+class RequestScope(Protocol):
+    """What a base enters while its denoiser runs. Requests are numbered as in the jobs that came with the scope."""
+
+    def rows(self, owners: Sequence[int]) -> AbstractContextManager[None]:
+        """Open the scope of a pass of the base's own denoiser; see `RowScope`."""
         ...
 
-    def condition(self, requests: Sequence[BaseRequest]) -> Condition:
-        """What a generator reads of each request."""
+    def prefers_module(self, rows: Mapping[str, int]) -> bool:
+        """Return whether a denoiser of one request's own is cheaper than `rows` of this base's.
+
+        `rows`: how many input rows go through each module of the denoiser in all passes of one request, by its path.
+        """
+        ...
+
+    def module_for(self, owner: int) -> nn.Module:
+        """Return a denoiser of a request's own, to be called as this base's; several threads may do so at once."""
         ...
 
 
-class Backbone(ConditionEncoder, Protocol):
+class Backbone(ConditionEncoder):
     """A frozen base model."""
 
     facts: ClassVar[BaseFacts]
     loading_options: ClassVar[frozenset[str]] = frozenset()
-    """Further arguments that its `from_pretrained` takes: of `trust_remote_code`, `quantise`, `offload`, `beside`."""
+    """Further arguments of `from_pretrained`: of `trust_remote_code`, `quantise`, `offload`, `reserve_bytes`."""
     reasons: ClassVar[bool] = False
-    """Whether it writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
+    """Whether the base writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
+    refuses_out_of_scope: ClassVar[bool] = False
+    """Whether `check_scope` refuses instructions that the base does not know."""
+    concurrent: ClassVar[bool] = False
+    """Whether several threads may encode conditions and edit at once; otherwise they take turns."""
+    max_pictures: ClassVar[int | None] = None
+    """Pictures of a request that the base reads, references included; None: any number."""
+    max_batch: int | None = None
+    """Requests that share a call of generator and base, at most; None: as many as `SamplingOptions.batch`."""
 
     @classmethod
+    @abstractmethod
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -83,55 +141,100 @@ class Backbone(ConditionEncoder, Protocol):
         revision: str | None = None,
     ) -> Self:
         """Load a folder, or a hub id at a revision. Raises OpenwuError for what a user can mend."""
-        ...
 
     @classmethod
-    def check(cls, folder: str | Path, *, revision: str | None = None, **asked: Any) -> None:
-        """Raise for what is wrong with a folder, and with `asked`, those of `loading_options` that were asked for.
+    def check(cls, folder: str | Path, *, revision: str | None = None, **options: Any) -> None:
+        """Raise OpenwuError for what is wrong with a folder, or with `options`, those of `loading_options` in use.
 
-        Called before anything else is read, and quick: nothing is loaded or downloaded. A base may do without.
+        Called before anything else is read, and quick: nothing is loaded or downloaded.
         """
 
-    @property
-    def denoiser(self) -> nn.Module:
-        """The module that carries the targets: what `openwu.attach` hooks."""
-        ...
+    @classmethod
+    def default_device(cls) -> torch.device:
+        """Where the base computes if nobody says."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @classmethod
+    def bundled_folder(cls) -> Path | None:
+        """The folder of weights inside this package; None for a base that does not come with it."""
+        return None
+
+    @classmethod
+    def bundled_generator(cls, folder: Path) -> BundledGenerator | None:
+        """The generator that a folder of this base holds; None for bases whose generators are folders of their own."""
+        del folder
+        return None
 
     @property
-    def prediction(self) -> Prediction: ...
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The module that carries the targets: what `openwu.attach` hooks."""
+
+    @abstractmethod
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """What receives adapters, read off the model: linear maps of attention and feed-forward, never modulation."""
+
+    @property
+    def prediction(self) -> Prediction:
+        return "flow"
 
     @property
     def alphas_cumprod(self) -> Tensor | None:
         """A diffusion's share of the target's variance at every step [steps]; None for flow matching."""
-        ...
+        return None
 
     @property
     def routing(self) -> Routing | None:
         """Where a base with experts routes its tokens, needed for several requests at once; None for one without."""
-        ...
+        return None
 
-    def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """What receives adapters, read off the model: linear maps of attention and feed-forward, never modulation."""
-        ...
+    def parts(self) -> Mapping[str, Any]:
+        """Modules of the base by name, encoders included, for conditions that are read off one of them."""
+        return {}
 
-    def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:
-        """A batch for training: `targets` are the wanted pictures [3, h, w] in 0..1, one per request.
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what conditions depend on, for cache keys: samples of all weights, unless overridden."""
+        modules = {name: part for name, part in self.parts().items() if isinstance(part, nn.Module)}
+        return f"{type(self).__qualname__} {sampled_digest({**modules, '': self.denoiser})}"
 
-        The draws of its noise belong to the objective; this is the same every time, and can be stored.
+    # Editing
+
+    def read(
+        self, photos: tuple[Photo, ...], instructions: tuple[str, ...], seed: int = 0, reasoning: str | None = None
+    ) -> EditJob:
+        """Make a job of decoded pictures and checked instructions."""
+        return EditJob(photos, instructions, seed, reasoning)
+
+    def as_read(self, job: EditJob) -> tuple[Sequence[Pixels], str]:
+        """Pixels and words of a job (one instruction) that its condition depends on, for cache keys.
+
+        Spellings that the base does not tell apart have equal words.
         """
-        ...
+        return job.pixels, job.instructions[0]
 
-    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
-        """The batch with some of what the base is told taken away at random, where its guidance was trained so."""
-        ...
+    def check_scope(self, jobs: Sequence[EditJob]) -> None:
+        """Raise InstructionError for the first instruction that the base does not know."""
 
-    def predict(self, batch: LatentBatch, given: Tensor, time: Tensor) -> Tensor:
-        """What the denoiser says [b, ...] about noisy targets `given` [b, ...] at `time` [b], 0..1 or diffusion steps.
+    def check_sampling(self, options: SamplingOptions) -> None:
+        """Raise OpenwuError that names an option which the base does not have, before anything is computed."""
 
-        Only what it says about the noisy part; runs the denoiser once with one row per request.
-        """
-        ...
+    def condition_of(self, jobs: Sequence[EditJob]) -> Condition:
+        """Encode what a generator reads of each job (one instruction each)."""
+        return self.condition([job.request for job in jobs])
 
+    def edit(
+        self,
+        jobs: Sequence[EditJob],
+        options: SamplingOptions,
+        scope: RequestScope,
+        progress: Progress | None = None,
+    ) -> list[Photo]:
+        """Edit every job's first picture, at its own size and depth."""
+        pictures = self.generate([job.request for job in jobs], options, scope.rows, progress)
+        return [with_picture(job.photos[0], picture) for job, picture in zip(jobs, pictures, strict=True)]
+
+    @abstractmethod
     def generate(
         self,
         requests: Sequence[BaseRequest],
@@ -139,5 +242,41 @@ class Backbone(ConditionEncoder, Protocol):
         rows: RowScope,
         progress: Progress | None = None,
     ) -> list[Tensor]:
-        """The edited pictures [3, h, w] in 0..1, at the size that the base worked on, through its own pipeline."""
-        ...
+        """Edited pictures [3, h, w] in 0..1, at the size that the base worked on, through its own pipeline."""
+
+    # Training
+
+    def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:
+        """Make a batch for training: `targets` are the wanted pictures [3, h, w] in 0..1, one per request.
+
+        The draws of its noise belong to the objective; this is the same every time, and can be stored.
+        """
+        del requests, targets
+        self._no_training()
+
+    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
+        """Drop some of the base's own conditions at random, where its guidance was trained so (CFG dropout)."""
+        del generator
+        return batch
+
+    def predict(self, batch: LatentBatch, given: Tensor, time: Tensor) -> Tensor:
+        """Predict [b, ...] from noisy targets `given` [b, ...] at `time` [b], 0..1 or diffusion steps.
+
+        Only about the noisy part; runs the denoiser once with one row per request.
+        """
+        del batch, given, time
+        self._no_training()
+
+    def _no_training(self) -> NoReturn:
+        raise OpenwuError(
+            f"training: expected a base with a loss of its own, got {type(self).__name__}, which has none; train for "
+            "another base (`openwu models`)"
+        )
+
+
+def with_picture(photo: Photo, picture: Tensor) -> Photo:
+    """The photo with a picture `[3, h', w']` in 0..1 of another size, scaled to its own."""
+    height, width = photo.pixels.shape[:2]
+    if picture.shape[1:] != (height, width):
+        picture = F.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
+    return photo.with_pixels(picture.clamp(0, 1).permute(1, 2, 0).contiguous().numpy())

@@ -1,4 +1,4 @@
-"""`openwu edit`: parsed arguments enter; edited pictures, a line of times for each, and an exit code leave."""
+"""Run `openwu edit`: write edited pictures, print a line of times for each, and return an exit code."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from openwu.images import read_picture, side_by_side, write_picture
 from openwu.images.instruction import check_instruction
 
 if TYPE_CHECKING:
-    from openwu.editor.based_editor import BasedEditor
     from openwu.editor.cache import CacheStatistics
     from openwu.editor.editor import Editor
     from openwu.types import Adapter
 
-PLACE, SAMPLING = ("device", "revision", "trust_remote_code", "quantise", "offload"), ("steps", "guidance", "pixels")
-"""Options of large bases: where they come from and compute, and how they make a picture."""
+LOADING, SAMPLING = ("device", "revision", "trust_remote_code", "quantise", "offload"), ("steps", "guidance", "pixels")
+"""Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
 
 BAR_DELAY = 2.0
 """Seconds of silence before a progress bar appears where stderr is not a terminal."""
@@ -81,34 +80,32 @@ def _instruction(arguments: argparse.Namespace) -> str:
     return ""
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Editor | BasedEditor, Adapter | None]:
+def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
     from openwu.editor.editor import Editor
-    from openwu.types import Adapter
+    from openwu.types import Adapter, LoadingOptions, SamplingOptions
 
     adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None
     if arguments.base is None and arguments.generator is None:
         unused = [
             f"--{name.replace('_', '-')}"
-            for name in (*PLACE, *SAMPLING, "reasoning")
+            for name in (*LOADING, *SAMPLING, "reasoning")
             if getattr(arguments, name) not in (None, False)
         ]
         if unused:
             raise UsageError(f"{', '.join(unused)}: expected only with --base and --generator; leave out, or add those")
-        return Editor.from_pretrained(arguments.model, cache=arguments.cache), adapter
-    if arguments.cache is not None:
-        raise UsageError("--cache: expected only with the embedded model, not with --base; leave it out")
-    from openwu.types import SamplingOptions
-
-    sampling = SamplingOptions(**{name: getattr(arguments, name) for name in SAMPLING})
-    place = {name: getattr(arguments, name) for name in PLACE}
-    based = Editor.from_pretrained(
-        arguments.model, base=arguments.base, generator=arguments.generator, options=sampling, **place
+    editor = Editor.from_pretrained(
+        arguments.model,
+        base=arguments.base,
+        generator=arguments.generator,
+        loading=LoadingOptions(**{name: getattr(arguments, name) for name in LOADING}),
+        sampling=SamplingOptions(**{name: getattr(arguments, name) for name in SAMPLING}),
+        cache=arguments.cache,
     )
-    return based, adapter
+    return editor, adapter
 
 
 def _edit(
-    editor: Editor | BasedEditor,
+    editor: Editor,
     job: Job,
     instructions: tuple[str, ...],
     adapter: Adapter | None,
@@ -126,8 +123,8 @@ def _edit(
             seed=arguments.seed,
             adapter=adapter,
             allow_out_of_scope=arguments.allow_out_of_scope,
+            reasoning=arguments.reasoning,
             progress=progress,
-            **({} if arguments.reasoning is None else {"reasoning": arguments.reasoning}),
         )
     start = time.perf_counter()
     for text in write_picture(result.photo, job.output):

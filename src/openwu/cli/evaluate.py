@@ -14,11 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from openwu.backbones.embedded.model import SHARED, WEIGHTS, EmbeddedModel
+from openwu.backbones.embedded.base import WEIGHTS, native_dtype
 from openwu.cli.console import Parser
 from openwu.data.suite import EDITS
 from openwu.data.suite.photographs import load_test_photographs
-from openwu.editor.editor import native_dtype
 from openwu.errors import OpenwuError
 from openwu.evaluation import tables
 from openwu.evaluation.composition import Composed, evaluate_composition
@@ -31,6 +30,7 @@ from openwu.evaluation.wording import Wording, evaluate_wording, understanding
 from openwu.files.markdown import filled
 from openwu.files.origin import origin
 from openwu.files.writing import write_json, write_text
+from openwu.training.embedded.model import SHARED, EmbeddedModel
 from openwu.types import Adapter
 
 SMALL = 256

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from openwu.backbones.embedded.model import WEIGHTS, EmbeddedModel
+from openwu.backbones.embedded.base import WEIGHTS, native_dtype
 from openwu.cli.console import Parser, UsageError
 from openwu.data.suite import BASE_EDITS, CONTRADICTORY_PAIRS, EDITS, FAMILIES
 from openwu.data.suite.photographs import folder_hashes, load_folder, load_test_photographs
-from openwu.editor.editor import native_dtype
 from openwu.errors import OpenwuError
 from openwu.evaluation.experiments.audit import Ladder, audit
 from openwu.evaluation.experiments.conflict import Contest, conflict
@@ -38,6 +37,7 @@ from openwu.evaluation.experiments.pictures import (
 )
 from openwu.evaluation.experiments.results import ResultCache, columns, fingerprint, write_findings
 from openwu.evaluation.experiments.scaling import AXES, BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
+from openwu.training.embedded.model import EmbeddedModel
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
 QUICK_EDITS = tuple(name for pair in CONTRADICTORY_PAIRS[:8] for name in pair)

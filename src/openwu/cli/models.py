@@ -1,6 +1,6 @@
-"""`openwu models`: which models can edit, and which large bases can be edited with, under which licence.
+"""Run `openwu models`: print the model inside the package and every base that can be edited with, and their licences.
 
-Every fact about the embedded model is read from the installed package, those about a base from its own file.
+Facts about the embedded model are read from the installed package, those about other bases from their classes.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import json
 import math
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import openwu
+from openwu.backbones import backbone_class
+from openwu.backbones.embedded.instruction import known_edits
 from openwu.cli.console import say
 from openwu.files.headers import read_header
+from openwu.registry import BASES, DEFAULT_BASE
 
-PACKAGE = Path(openwu.__file__).parent
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
 CARD = "docs/model-card.md"
 """Where the source tree describes the embedded model's training, tests and limits."""
 
 
 def run(_: argparse.Namespace) -> int:
-    weights = PACKAGE / "weights"
+    weights = backbone_class(DEFAULT_BASE).bundled_folder()
+    assert weights is not None
     files = sorted(weights.glob("*.safetensors"))
     _embedded(weights, files)
     _bases()
@@ -40,12 +41,12 @@ def _embedded(weights: Path, files: list[Path]) -> None:
 
 
 def _bases() -> None:
-    from openwu.backbones import BACKBONES, backbone_class
-
     say("")
     say("Large bases, each with a generator trained for it; licences as published in November 2026, yours to check:")
     say("  openwu edit PHOTO --instruction TEXT --model NAME --base FOLDER --generator FOLDER")
-    for name in BACKBONES:
+    for name in BASES:
+        if name == DEFAULT_BASE:
+            continue
         facts = backbone_class(name).facts
         say(name)
         for label, value in (
@@ -61,14 +62,14 @@ def _facts(weights: Path, files: list[Path]) -> dict[str, str]:
     counts = {file.stem: sum(math.prod(shape) for _, shape in read_header(file).values()) for file in files}
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     size = sum(file.stat().st_size for file in files) / 1e6
-    phrases: dict[str, dict[str, Any]] = json.loads((PACKAGE / "data" / "phrases.json").read_text("utf-8"))["edits"]
-    languages = sorted({language for phrasings in phrases.values() for language in phrasings})
+    edits = known_edits().values()
+    languages = [language for language in LANGUAGE_NAMES if all(language in edit for edit in edits)]
     return {
         "parameters": f"{sum(counts.values()):,} ({parts})",
         "size": f"{size:.1f} MB",
         "licence": metadata.metadata("openwu")["License-Expression"],
-        "languages": ", ".join(LANGUAGE_NAMES.get(language, language) for language in languages),
-        "edits": f"{len(phrases)} kinds",
+        "languages": ", ".join(LANGUAGE_NAMES[language] for language in languages),
+        "edits": f"{len(edits)} kinds",
         "card": CARD,
         "folder": str(weights),
     }

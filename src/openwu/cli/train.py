@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from openwu.backbones.embedded.model import SHARED, WEIGHTS, EmbeddedModel
+from openwu.backbones.embedded.base import WEIGHTS
 from openwu.data.pairs import read_pairs
 from openwu.data.suite.photographs import folder_hashes, load_folder
 from openwu.data.suite.phrases import phrases_hash
@@ -18,6 +18,7 @@ from openwu.files.origin import origin
 from openwu.training.checkpoint import load_weights
 from openwu.training.config import STAGES, EmbeddedRecipe, PairsRecipe, PipelineRun, WordingRecipe, load_recipe
 from openwu.training.distributed import joined_until_done
+from openwu.training.embedded.model import SHARED, EmbeddedModel
 from openwu.training.embedded.own_pairs import PairsStage, pairs_hashes, split_pairs
 from openwu.training.embedded.stages import InstructionStage, SharedAdapter, base_stage, generator_stage, shared_stage
 from openwu.training.embedded.wording import WordingStage

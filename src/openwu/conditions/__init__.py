@@ -1,37 +1,63 @@
-"""Condition encoders: a request enters, the tokens that a generator reads leave. One file per encoder.
+"""Condition encoders that replace a base's own: one file per encoder, chosen by name in a generator's config.
 
-The embedded model has its own. A large base makes conditions itself; those in `ENCODERS` take its place, by the name
-that a generator's config holds.
+A base makes conditions itself. An encoder of `openwu.registry.CONDITION_ENCODERS` takes its place; what it needs of the
+base is declared in `ConditionSource`.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from openwu.backbones.protocol import Backbone, ConditionEncoder
+import torch
+from torch import Tensor, nn
+
 from openwu.errors import CheckpointError
-
-ENCODERS: dict[str, str] = {
-    "base": "openwu.conditions.segments:BaseCondition",
-    "denoiser-states": "openwu.conditions.denoiser_states:DenoiserStates",
-    "part-states": "openwu.conditions.part_states:PartStates",
-    "segments": "openwu.conditions.segments:Segments",
-    "siglip2": "openwu.conditions.siglip2:Siglip2",
-}
-"""Name -> "module:Class" of an encoder that is made from a backbone and plain values (its `settings`)."""
+from openwu.registry import CONDITION_ENCODERS, resolve
+from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch
 
 
-def make_encoder(described: Any, backbone: Backbone) -> ConditionEncoder:
-    """The encoder that `describe_encoder` described."""
+class ConditionSource(Protocol):
+    """What an encoder needs of a base model."""
+
+    @property
+    def denoiser(self) -> nn.Module: ...
+    @property
+    def alphas_cumprod(self) -> Tensor | None: ...
+    @property
+    def condition_widths(self) -> Mapping[str, int]: ...
+
+    def parts(self) -> Mapping[str, Any]: ...
+    def condition(self, requests: Sequence[BaseRequest]) -> Condition: ...
+    def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch: ...
+    def predict(self, batch: LatentBatch, given: Tensor, time: Tensor) -> Tensor: ...
+
+
+class Encoder(ConditionEncoder):
+    """A condition encoder beside the base, made from the base and plain values, its `settings`."""
+
+    settings: Mapping[str, Any]
+    """Keyword arguments that make the same encoder again, for a generator's config."""
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the encoder's own weights; 0 where it reads the base's modules."""
+        return 0
+
+    def place(self, device: str | torch.device) -> None:
+        """Move weights of the encoder's own; "meta" drops them for good."""
+
+
+def make_encoder(described: Any, base: ConditionSource) -> Encoder:
+    """Make the encoder that `describe_encoder` described. Raises CheckpointError for an unknown name or settings."""
     name = described.get("name") if isinstance(described, Mapping) else described
-    if not isinstance(described, Mapping) or name not in ENCODERS:
+    if not isinstance(described, Mapping) or name not in CONDITION_ENCODERS:
         raise CheckpointError(
-            f"condition: expected an encoder of {', '.join(ENCODERS)}, got {name!r}; install a newer openwu"
+            f"condition: expected an encoder of {', '.join(CONDITION_ENCODERS)}, got {name!r}; install a newer openwu"
         )
+    settings = {key: value for key, value in described.items() if key != "name"}
     try:
-        made: ConditionEncoder = _class(ENCODERS[name])(backbone, **{k: v for k, v in described.items() if k != "name"})
+        made: Encoder = resolve(CONDITION_ENCODERS[name])(base, **settings)
     except TypeError as error:
         raise CheckpointError(
             f"condition: {name}: the generator's config has settings it does not take: {error}"
@@ -39,23 +65,21 @@ def make_encoder(described: Any, backbone: Backbone) -> ConditionEncoder:
     return made
 
 
-def chosen_encoder(described: Sequence[Mapping[str, Any]], backbone: Backbone) -> ConditionEncoder | None:
-    """One encoder for all that were chosen; None where nothing but the base's own condition was."""
+def chosen_encoder(described: Sequence[Mapping[str, Any]], base: ConditionSource) -> Encoder | None:
+    """Make one encoder of all that were chosen; None where nothing but the base's own condition was."""
     if not described or (len(described) == 1 and described[0].get("name") == "base"):
         return None
     if len(described) == 1:
-        return make_encoder(described[0], backbone)
-    return make_encoder({"name": "segments", "parts": list(described)}, backbone)
+        return make_encoder(described[0], base)
+    return make_encoder({"name": "segments", "parts": list(described)}, base)
 
 
-def describe_encoder(encoder: ConditionEncoder) -> dict[str, Any]:
-    """Its name and settings, for a generator's config."""
-    for name, where in ENCODERS.items():
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """Return an encoder's name and settings, for a generator's config."""
+    for name, where in CONDITION_ENCODERS.items():
         if where == f"{type(encoder).__module__}:{type(encoder).__qualname__}":
-            return {"name": name, **getattr(encoder, "settings", {})}
-    raise CheckpointError(f"condition: expected an encoder of {', '.join(ENCODERS)}, got {type(encoder).__name__}")
-
-
-def _class(where: str) -> Any:
-    module, _, name = where.partition(":")
-    return getattr(importlib.import_module(module), name)
+            return {"name": name, **encoder.settings}
+    raise CheckpointError(
+        f"condition: expected an encoder of {', '.join(CONDITION_ENCODERS)}, got {type(encoder).__name__}; "
+        "register it in openwu.registry"
+    )

@@ -1,10 +1,10 @@
-"""Conditions from a model that is there already: inputs of any network enter, what one of its modules says leaves.
+"""Hidden states of any network as a condition: the output of one of its modules.
 
-A frozen base has read more than an encoder of our own could learn beside it. What it says is taken by a forward hook on
-a module named by its path: lists of hidden states that models return have changed their meaning between versions
-(before or after the last norm), a module's path says what is meant.
+A frozen base has read more than an encoder of our own could learn beside it. The output is taken by a forward hook on a
+module named by its path: lists of hidden states that models return have changed their meaning between versions (before
+or after the last norm), a module's path has not.
 
-Shapes: b samples, L tokens, d width of what the module says.
+Shapes: b samples, L tokens, d width of the module's output.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from openwu.errors import OpenwuError
+from openwu.kernels.stop import capture_outputs
 from openwu.types import Condition
 
 
@@ -25,8 +26,8 @@ class HiddenStates:
     def __init__(self, network: nn.Module, module: str, *, stop_early: bool | None = None) -> None:
         """`module`: path of the module whose output `[b, L, d]` is the condition, such as `model.layers.17`.
 
-        `stop_early`: leave the forward pass once the module has spoken; what stands behind it is not computed. None:
-        do so unless weights are moved while the network runs (accelerate's offloading), which has to finish its pass.
+        `stop_early`: end the forward pass behind the module. None: do so unless weights are moved while the network
+        runs (accelerate's offloading), which has to finish its pass.
 
         Raises OpenwuError where the network has no such module.
         """
@@ -50,33 +51,16 @@ class HiddenStates:
 
         Raises OpenwuError where the module did not run, did not return `[b, L, d]`, or the mask is of another shape.
         """
-        said: list[Any] = []
-
-        def listen(_: nn.Module, __: Any, output: Any) -> None:
-            said.append(output)
-            if self.stop_early:
-                raise _HeardError
-
-        # Last of all hooks, so that it hears what the rest of the network would.
-        hook = self.network.get_submodule(self.module).register_forward_hook(listen)
-        try:
+        with capture_outputs(self.network.get_submodule(self.module), stop=self.stop_early) as outputs:
             self.network(*args, **inputs)
-        except _HeardError:
-            pass
-        finally:
-            hook.remove()
-        if not said:
+        if not outputs:
             raise OpenwuError(f"{self.module}: expected the network to run this module, but it did not")
-        tokens = said[0][0] if isinstance(said[0], tuple | list) else said[0]
+        tokens = outputs[0][0] if isinstance(outputs[0], tuple | list) else outputs[0]
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or not tokens.is_floating_point():
-            came = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise OpenwuError(f"{self.module}: expected hidden states [b, L, d], got {came}; name another module")
+            found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise OpenwuError(f"{self.module}: expected hidden states [b, L, d], got {found}; name another module")
         if mask is None:
             return Condition(tokens)
         if mask.shape != tokens.shape[:2]:
             raise OpenwuError(f"mask: expected {list(tokens.shape[:2])} as the hidden states, got {list(mask.shape)}")
         return Condition(tokens, mask.to(tokens.device, torch.bool))
-
-
-class _HeardError(Exception):
-    """Leaves a forward pass that has said what was wanted."""

@@ -1,4 +1,4 @@
-"""Several conditions as one: requests enter, the tokens of every encoder leave side by side, a segment for each.
+"""Several conditions side by side, a segment for each.
 
 The generator has an input projection for each segment, so that encoders of any widths stand beside one another.
 
@@ -12,58 +12,52 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
-from openwu.backbones.protocol import Backbone
-from openwu.conditions import describe_encoder, make_encoder
+from openwu.conditions import ConditionSource, Encoder, describe_encoder, make_encoder
 from openwu.errors import CheckpointError
 from openwu.types import BaseRequest, Condition, Segment
 
 
-def together(rows: Sequence[Tensor]) -> Condition:
-    """b tensors `[l, d]` -> tokens `[b, L, d]`, filled up with zeros that the mask leaves out."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-    return Condition(tokens, torch.arange(longest, device=tokens.device) < lengths[:, None])
-
-
 def grey_request() -> BaseRequest:
-    """For encoders whose width is found by asking."""
+    """A small request, for encoders whose width is found by encoding one."""
     return BaseRequest((Image.new("RGB", (64, 64), "grey"),), "a")
 
 
-class BaseCondition:
-    """What a base says of its requests by itself."""
+class BaseCondition(Encoder):
+    """The base's own condition, as one of several."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-        self.settings: dict[str, Any] = {}
+    def __init__(self, base: ConditionSource) -> None:
+        self.base = base
+        self.settings = {}
 
     @property
     def condition_widths(self) -> Mapping[str, int]:
-        return self.backbone.condition_widths
+        return self.base.condition_widths
 
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
-        return self.backbone.condition(requests)
+        return self.base.condition(requests)
 
 
-class Segments:
+class Segments(Encoder):
     """The conditions of several encoders; the first segment of the first one is `Condition.tokens`."""
 
-    def __init__(self, backbone: Backbone, parts: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, base: ConditionSource, parts: Sequence[Mapping[str, Any]]) -> None:
         """`parts`: encoders as a generator's config describes them, in the order in which they are read."""
         if not isinstance(parts, list | tuple) or not parts:
             raise CheckpointError(f"condition: segments: parts: expected a list of encoders, got {parts!r}")
-        self.parts = tuple(make_encoder(part, backbone) for part in parts)
+        self.parts = tuple(make_encoder(part, base) for part in parts)
         self.settings = {"parts": [describe_encoder(part) for part in self.parts]}
-        self.asks_denoiser = any(getattr(part, "asks_denoiser", False) for part in self.parts)
-        self.identity = " ".join(str(getattr(part, "identity", "")) for part in self.parts).strip()
+        self.reads_seed = any(part.reads_seed for part in self.parts)
+        self.asks_denoiser = any(part.asks_denoiser for part in self.parts)
+
+    @property
+    def identity(self) -> str:
+        return " ".join(part.identity for part in self.parts).strip()
 
     @property
     def own_bytes(self) -> int:
-        """Bytes of the encoders' own weights; those that speak of the base have none."""
-        return sum(getattr(part, "own_bytes", 0) for part in self.parts)
+        """Bytes of the encoders' own weights."""
+        return sum(part.own_bytes for part in self.parts)
 
     @property
     def condition_widths(self) -> Mapping[str, int]:
@@ -75,12 +69,12 @@ class Segments:
         }
 
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
-        """Every encoder is asked about all requests."""
+        """Every encoder encodes all requests."""
         found: dict[str, Segment] = {}
         for place, part in enumerate(self.parts):
-            said = part.condition(requests)
+            own = part.condition(requests)
             first, *_ = part.condition_widths
-            segments = {first: Segment(said.tokens, said.mask), **said.more}
+            segments = {first: Segment(own.tokens, own.mask), **own.more}
             found |= {_name(place, segment): value for segment, value in segments.items()}
         (_, first_of_all), *more = found.items()
         home = first_of_all.tokens.device
@@ -89,8 +83,7 @@ class Segments:
     def place(self, device: str | torch.device) -> None:
         """Move the encoders that have weights of their own."""
         for part in self.parts:
-            if (place := getattr(part, "place", None)) is not None:
-                place(device)
+            part.place(device)
 
 
 def _name(place: int, segment: str) -> str:

@@ -1,4 +1,4 @@
-"""SigLIP 2 as a condition: its text and picture towers read a request, tokens of both leave (arXiv 2502.14786).
+"""SigLIP 2 as a condition: the last hidden states of its text and picture towers (arXiv 2502.14786).
 
 It depends on no base, so generators for several bases can read the same. The variants of flexible resolution ("naflex")
 keep a picture's proportions: at most MAX_PATCHES patches each. Text is read in the 64 tokens that SigLIP was trained
@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from openwu.backbones.protocol import Backbone
+from openwu.conditions import ConditionSource, Encoder
 from openwu.errors import CheckpointError, InstructionError
 from openwu.extras import library, quiet
-from openwu.files.hashing import of_bytes
+from openwu.files.weights import sampled_digest
+from openwu.kernels.padding import padded
 from openwu.kernels.placement import computes_on
 from openwu.types import BaseRequest, Condition, Segment
 
@@ -26,10 +27,10 @@ MAX_PATCHES = 256
 PICTURES = "pictures"
 
 
-class Siglip2:
+class Siglip2(Encoder):
     """Last hidden states of both towers; a picture's tokens also say which picture of the request they are of."""
 
-    def __init__(self, backbone: Backbone, weights: str, revision: str | None = None) -> None:
+    def __init__(self, base: ConditionSource, weights: str, revision: str | None = None) -> None:
         """`weights`: a folder or hub id, e.g. google/siglip2-so400m-patch16-naflex (Apache-2.0), with safetensors.
 
         It computes where the base does, in float32. For a base without weights it has none either: enough for widths
@@ -40,7 +41,7 @@ class Siglip2:
         try:
             with quiet(transformers.utils.logging):
                 place = {"revision": revision, "local_files_only": Path(weights).is_dir()}
-                device = computes_on(backbone.denoiser)
+                device = computes_on(base.denoiser)
                 if device.type == "meta":
                     config = transformers.Siglip2Config.from_pretrained(weights, **place)
                     with torch.device("meta"):
@@ -54,8 +55,13 @@ class Siglip2:
             raise CheckpointError(
                 f"{weights}: expected a SigLIP 2 model with its tokenizer, in safetensors: {reason}"
             ) from error
-        self.identity = "" if device.type == "meta" else _identity(model)
+        self._identity = "" if device.type == "meta" else sampled_digest({"": model})
         self._model = model.to(device, torch.float32).requires_grad_(False).eval()
+
+    @property
+    def identity(self) -> str:
+        """Samples of the weights; empty without weights."""
+        return self._identity
 
     def place(self, device: str | torch.device) -> None:
         """Compute elsewhere; "meta" drops the weights for good."""
@@ -76,11 +82,8 @@ class Siglip2:
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
         """All text tokens, and a segment with those of every picture."""
         pictures = [self._pictures(request) for request in requests]
-        longest = max(len(row) for row in pictures)
-        tokens = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in pictures])
-        lengths = torch.tensor([len(row) for row in pictures], device=tokens.device)
-        mask = torch.arange(longest, device=tokens.device) < lengths[:, None]
-        return Condition(self._text([each.instruction for each in requests]), None, {PICTURES: Segment(tokens, mask)})
+        text = self._text([each.instruction for each in requests])
+        return Condition(text, None, {PICTURES: Segment(*padded(pictures))})
 
     def _text(self, instructions: Sequence[str]) -> Tensor:
         """`[b, 64, width]`"""
@@ -105,13 +108,3 @@ class Siglip2:
         numbers = torch.arange(len(states), device=states.device).to(states).view(-1, 1, 1).expand(*states.shape[:2], 1)
         tokens: Tensor = torch.cat([states, numbers], dim=2)[seen["pixel_attention_mask"].bool()]
         return tokens
-
-
-def _identity(model: nn.Module) -> str:
-    """Tells weights apart by the beginnings and ends of all their tensors."""
-
-    def ends(value: Tensor) -> bytes:
-        return torch.cat([value.flatten()[:16], value.flatten()[-16:]]).float().numpy().tobytes()
-
-    stored = model.state_dict().items()
-    return of_bytes(f"{name} {tuple(value.shape)}".encode() + ends(value) for name, value in stored).hexdigest()

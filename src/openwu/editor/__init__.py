@@ -1,1 +1,1 @@
-"""To be described."""
+"""One editor for every base, its adapter cache, and the compatibility of a generator with a base."""

@@ -1,7 +1,7 @@
-"""Adapters that were generated before: a request's key enters, its adapter leaves, or None and it is generated.
+"""Cache of generated adapters, in memory and on disk.
 
     key = request_key(identity.digest, [pixels], "make it warmer")
-    adapter = cache.get(key)
+    found, missing = cache.lookup([key])
 
 A key is a hash of everything that an adapter depends on: the pixels and words that the generator reads, the weights and
 sizes of what reads them, how they compute, and the code. Strength is applied later and is not part of it. Two levels:
@@ -19,7 +19,7 @@ import operator
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -88,7 +88,7 @@ class PackedAdapter:
 
 MEMORY_BYTES = 256 * 2**20
 DISK_BYTES = 2 * 2**30
-KEY_VERSION = 3
+KEY_VERSION = 4
 """Changed when a key would mean something else than before."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _COUNTED = ("memory_hits", "disk_hits", "misses", "evictions", "dropped", "unwritten")
@@ -174,19 +174,20 @@ class AdapterCache:
         if self._store is not None:
             self._store.put(key, adapter)
 
-    def fetch(self, keys: Sequence[str], generate: Callable[[list[int]], Adapter]) -> list[Adapter]:
-        """One adapter per key. `generate` is called at most once, with the places in `keys` of what is not there, and
-        returns a batch with a sample for each of them; equal keys are generated once.
+    def lookup(self, keys: Sequence[str]) -> tuple[dict[str, Adapter], list[str]]:
+        """Return the adapters that are there, by key, and the missing keys, each once, in the order in which they came.
+
+        Whoever generates what is missing hands it to `put`.
         """
-        found = {key: self.get(key) for key in dict.fromkeys(keys)}
-        places = [keys.index(key) for key, adapter in found.items() if adapter is None]
-        if places:
-            batch = generate(places)
-            for sample, place in enumerate(places):
-                fresh = batch.select([sample])
-                self.put(keys[place], fresh)
-                found[keys[place]] = fresh
-        return [adapter for key in keys if (adapter := found[key]) is not None]
+        found: dict[str, Adapter] = {}
+        missing = []
+        for key in dict.fromkeys(keys):
+            adapter = self.get(key)
+            if adapter is None:
+                missing.append(key)
+            else:
+                found[key] = adapter
+        return found, missing
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -287,22 +288,23 @@ def request_key(
     *,
     how: str = "",
     seed: int | None = None,
+    reasoning: str | None = None,
     in_scope: bool = True,
 ) -> str:
-    """The key of one request, 64 hexadecimal digits.
+    """Return the cache key of one request, 64 hexadecimal digits.
 
     `generator`: a GeneratorIdentity's digest. `pictures`: pixels `[h, w, 3]` as the condition encoder reads them, in
     their order. `instruction`: as the encoder reads it, so that spellings that it does not tell apart share a key.
-    `how`: what the same weights are computed with, such as `FastOptions.described`. `seed`: only where the condition
-    depends on it. `in_scope`: whether the instruction was found to be one that the model serves; an adapter of one that
-    was merely tried must not be found by those who did not ask to try.
+    `how`: what the same weights are computed with, such as `FastOptions.described`. `seed`, `reasoning`: only where the
+    condition depends on them. `in_scope`: whether the instruction was found to be one that the model serves; an adapter
+    of one that was merely tried must not be found by those who did not ask to try.
 
     The hash is the fastest that is installed, and its name is part of what is hashed: with another one, nothing that
     was kept is found.
     """
     name, new = fastest()
     shapes = [[picture.dtype.str, *picture.shape] for picture in pictures]
-    digest = of_json([KEY_VERSION, name, generator, how, instruction, seed, in_scope, shapes], new=new)
+    digest = of_json([KEY_VERSION, name, generator, how, instruction, seed, reasoning, in_scope, shapes], new=new)
     for picture in pictures:
         # As bytes: BLAKE3 takes no wider numbers. It is through before a second thread has begun; SHA-256 is not.
         data = np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""Do a generator and a base belong together? A generator and a backbone enter; hooks leave, or an error.
+"""Check that a generator and a base belong together, and attach the generator's targets to the base.
 
 What they share is names and widths: of the adapted weights, and of the condition's tokens. A fingerprint is a short
 hash of the former, so that two people can see at a glance whether they speak of the same base.
@@ -6,26 +6,25 @@ hash of the former, so that two people can see at a glance whether they speak of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openwu.adapters.experts import ExpertRouting
 from openwu.adapters.inject import AdapterHandle, attach
-from openwu.backbones.protocol import Backbone, ConditionEncoder
-from openwu.conditions import describe_encoder, make_encoder
+from openwu.adapters.merge import merged_copy, merging_pays
+from openwu.backbones.protocol import Backbone
+from openwu.conditions import Encoder, describe_encoder, make_encoder
 from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
 from openwu.files.hashing import of_bytes
 from openwu.generator.model import ParameterGenerator
 from openwu.kernels.placement import hook_device
-from openwu.types import Adapter, Target
-
-CONDITION_KEY = "_condition"
-"""Key of a generator's config under which its condition encoder is described; none: the base makes the condition."""
+from openwu.types import Adapter, ConditionEncoder, Target
 
 SHOWN = 3
 """How many differing names an error lists."""
@@ -37,7 +36,7 @@ TargetWidths = Mapping[str, tuple[int, int, int | None]]
 def generator_config(
     backbone: Backbone,
     *,
-    encoder: ConditionEncoder | None = None,
+    encoder: Encoder | None = None,
     rank: int = 16,
     alpha: float = 16,
     token_dim: int = 1024,
@@ -51,7 +50,6 @@ def generator_config(
     What an encoder needs to be made again is kept in the config, so that an editor finds it there.
     """
     (_, first), *more = (encoder or backbone).condition_widths.items()
-    extra = {} if encoder is None else {CONDITION_KEY: describe_encoder(encoder)}
     return GeneratorConfig(
         rank=rank,
         alpha=alpha,
@@ -63,7 +61,7 @@ def generator_config(
         num_pg_layers=num_pg_layers,
         groups=backbone.layer_groups(),
         more_inputs=dict(more),
-        extra=extra,
+        condition_encoder=None if encoder is None else describe_encoder(encoder),
     )
 
 
@@ -107,8 +105,8 @@ def encoder_for(config: GeneratorConfig, backbone: Backbone, name: str) -> Condi
 
     Raises TargetError where its conditions have other widths than those that the generator reads.
     """
-    described = config.extra.get(CONDITION_KEY)
-    encoder = backbone if described is None else make_encoder(described, backbone)
+    described = config.condition_encoder
+    encoder: ConditionEncoder = backbone if described is None else make_encoder(described, backbone)
     (_, first), *more = encoder.condition_widths.items()
     if config.input_dim != first or dict(config.more_inputs) != dict(more):
         raise TargetError(
@@ -125,6 +123,45 @@ def attach_generator(backbone: Backbone, generator: ParameterGenerator, name: st
     return attach(backbone.denoiser, generator.targets, routing=routing)
 
 
+class AdapterScope:
+    """A `RequestScope` in which every request has its adapter (b = 1), all of one rank."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        handle: AdapterHandle,
+        adapters: Sequence[Adapter],
+        lock: AbstractContextManager[object],
+    ) -> None:
+        """`lock`: held while the hooks apply what one thread asked for.
+
+        Raises TargetError for adapters of other targets than those attached.
+        """
+        for adapter in adapters:
+            handle.check_targets(adapter)
+        self.backbone, self.handle, self.adapters, self.lock = backbone, handle, adapters, lock
+
+    @contextmanager
+    def rows(self, owners: Sequence[int]) -> Iterator[None]:
+        """Apply each row's adapter through hooks; see `RequestScope`."""
+        present = sorted({owner for owner in owners if owner >= 0})
+        stacked = Adapter.stack([self.adapters[owner] for owner in present])
+        samples = [present.index(owner) if owner >= 0 else -1 for owner in owners]
+        # All rows of one request: however many a pass has, each is that request's.
+        alone = set(samples) == {0}
+        with self.lock, self.handle.applied(placed(stacked, self.backbone), rows=None if alone else samples):
+            yield
+
+    def prefers_module(self, rows: Mapping[str, int]) -> bool:
+        """Return whether merging one adapter costs less than applying it to so many rows; see `RequestScope`."""
+        adapter = self.adapters[0]
+        return merging_pays(self.backbone.denoiser, adapter.targets, adapter.rank, rows)
+
+    def module_for(self, owner: int) -> nn.Module:
+        """Merge one request's adapter into a copy of the denoiser; see `RequestScope`."""
+        return merged_copy(self.backbone.denoiser, self.adapters[owner])
+
+
 def placed(adapter: Adapter, backbone: Backbone) -> Adapter:
     """The adapter with every pair on the device where its weight computes: a base may be spread over several."""
     modules = dict(backbone.denoiser.named_modules())
@@ -136,14 +173,20 @@ def placed(adapter: Adapter, backbone: Backbone) -> Adapter:
 def _home(modules: Mapping[str, nn.Module], target: Target) -> torch.device | None:
     """Where a target's module runs: offloaded ones say so by accelerate's hook, others have their weights there."""
     path = target.name if target.experts is None else target.name.rpartition(".")[0]
-    inside: list[Any] = list(modules[path].modules())
-    weighted = next((each for each in inside if getattr(each, "weight", None) is not None), None)
+    inside = list(modules[path].modules())
+    weighted = next((each for each in inside if _weight(each) is not None), None)
     # Parts may be offloaded one by one or whole, so that the hook is on a module around: the nearest one counts.
     around = [modules[path.rsplit(".", depth)[0]] for depth in range(path.count(".") + 1)]
     for module in (weighted, *around, modules.get("")):
         if module is not None and (device := hook_device(module)) is not None:
             return device
-    return None if weighted is None else torch.device(weighted.weight.device)
+    weight = None if weighted is None else _weight(weighted)
+    return None if weight is None else weight.device
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """A module's own weight, a buffer where it is quantised."""
+    return dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))).get("weight")
 
 
 def _shown(widths: tuple[int, int, int | None]) -> str:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import EDITS, Scene
 from openwu.data.suite.phrases import load_phrases
 from openwu.evaluation.suite import Cases, apply, generate, make_cases, psnr_of
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 COMBINATIONS = (

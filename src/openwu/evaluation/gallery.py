@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import FAMILIES, Edit, Scene
 from openwu.data.suite.phrases import load_phrases
 from openwu.errors import OpenwuError
@@ -21,6 +20,7 @@ from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.suite import apply, following, generate, make_cases
 from openwu.files.markdown import table
 from openwu.files.writing import write_text
+from openwu.training.embedded.model import EmbeddedModel
 
 SIDE = 256
 """Side in pixels of a picture on the page."""

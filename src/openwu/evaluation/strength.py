@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import EDITS, Scene
 from openwu.data.suite.phrases import DEGREES, LANGUAGES, frame, load_phrases, load_strength_words
 from openwu.evaluation.suite import apply, generate, make_cases, psnr_of
+from openwu.training.embedded.model import EmbeddedModel
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 

@@ -20,13 +20,13 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.backbones.embedded.network import place_planes
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS, Pair, Scene
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS
 from openwu.data.suite.phrases import LANGUAGES, load_phrases
 from openwu.errors import OpenwuError
 from openwu.evaluation.pictures import middle
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 METHODS = ("input", "base", "shared", "generated", "shuffled")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import EDITS, FAMILIES, Pair, Scene
 from openwu.data.suite.operators import gaussian
 from openwu.data.suite.phrases import LANGUAGES, load_phrases
@@ -20,6 +19,7 @@ from openwu.evaluation.strength import Graded, by_strength
 from openwu.evaluation.suite import Report, apply, generate, make_cases, psnr_of
 from openwu.evaluation.wording import SPLITS, Wording, mean_psnr
 from openwu.files.markdown import table
+from openwu.training.embedded.model import EmbeddedModel
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.backbones.embedded.instruction import InstructionEncoder
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import EDITS, Scene
 from openwu.data.suite.phrases import DEGREES, LANGUAGES, OUT_OF_SCOPE, frame, load_phrases, load_strength_words
 from openwu.evaluation.suite import apply, generate, make_cases, psnr_of
+from openwu.training.embedded.model import EmbeddedModel
 
 
 @torch.inference_mode()

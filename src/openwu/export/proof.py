@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from openwu.adapters.inject import attach, resolve
 from openwu.adapters.site import Site
 from openwu.backbones.diffusers.lora_reload import INDEX, denoiser_name, load_lora, read_pipeline
-from openwu.backbones.embedded.model import WEIGHTS as EMBEDDED_WEIGHTS
-from openwu.backbones.embedded.model import EmbeddedModel
+from openwu.backbones.embedded.base import WEIGHTS as EMBEDDED_WEIGHTS
+from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.errors import CheckpointError, ExportError, TargetError
 from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, WEIGHTS, read_tensors, replaced
 from openwu.export.fit import expert_parameter, single
@@ -266,14 +266,13 @@ def find_base(folder: Path | None) -> Base:
             f"{folder}: expected a base model's folder with {INDEX} (a diffusers pipeline) or {CONFIG} (an embedded "
             "model); openwu.export.proof.export takes any other base as a module"
         )
-    model = EmbeddedModel.from_pretrained(EMBEDDED_WEIGHTS if folder is None else folder)
-    model.handle.detach()
-    config = model.config.backbone
+    embedded = EmbeddedBase.from_pretrained(EMBEDDED_WEIGHTS if folder is None else folder, dtype=torch.float32)
+    config = embedded.config.backbone
     draw = torch.Generator().manual_seed(0)
     picture = torch.rand(1, 3, config.cell, config.cell, generator=draw)
     planes = torch.randn(1, 3, config.cell, config.cell, generator=draw)
     text = torch.randn(1, 4, config.text_dim, generator=draw)
-    return Base(model.backbone, run=lambda base: torch.as_tensor(base(picture, planes, text)))
+    return Base(embedded.network, run=lambda base: torch.as_tensor(base(picture, planes, text)))
 
 
 def fits(adapter: Adapter, base: Base) -> bool:

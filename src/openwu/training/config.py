@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openwu.backbones.embedded.model import EmbeddedConfig
-from openwu.conditions import ENCODERS
 from openwu.errors import OpenwuError
+from openwu.registry import CONDITION_ENCODERS
 from openwu.training.embedded.losses import FLOOR
+from openwu.training.embedded.model import EmbeddedConfig
 
 STAGES = ("instruction", "base", "generator", "shared")
 """In the order in which they build on one another; "shared" is the baseline of equal length, not part of the model."""
@@ -214,7 +214,7 @@ class PipelineRun:
     name: str
     """Names the run's folder."""
     model: str
-    """The base: a name of `openwu.backbones.BACKBONES`."""
+    """The base: a name of `openwu.registry.BASES`."""
     generator: StageConfig
     """Its one shape has (requests of an update, 0): pictures have the sides that `pixels` gives them."""
     data: str | None = None
@@ -224,8 +224,8 @@ class PipelineRun:
     revision: str | None = None
     """Of a hub id."""
     condition: tuple[Mapping[str, Any], ...] = field(default=(), metadata=LATER)
-    """What the generator reads: encoders of `openwu.conditions.ENCODERS`, each a name with its settings; none: what the
-    base says by itself. Several become segments with an input projection for each, in this order."""
+    """What the generator reads: encoders of `openwu.registry.CONDITION_ENCODERS`, each a name with its settings; none:
+    the base's own condition. Several become segments with an input projection for each, in this order."""
     pixels: int = 1024 * 1024
     """About how many pixels the base works on in training."""
     rank: int = 16
@@ -283,8 +283,8 @@ class PipelineRun:
         if not 0 <= self.held_back < 1:
             raise ValueError(f"held_back: expected a share from 0 to below 1, got {self.held_back}")
         for chosen in self.condition:
-            if not isinstance(chosen, Mapping) or chosen.get("name") not in ENCODERS:
-                known = ", ".join(name for name in ENCODERS if name != "segments")
+            if not isinstance(chosen, Mapping) or chosen.get("name") not in CONDITION_ENCODERS:
+                known = ", ".join(name for name in CONDITION_ENCODERS if name != "segments")
                 raise ValueError(f"condition: expected encoders such as {{'name': ...}} of {known}, got {chosen!r}")
         for name in ("pixels", "validated"):
             if not getattr(self, name) >= 1:

@@ -22,13 +22,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
-from openwu.backbones.protocol import ConditionEncoder
 from openwu.data.pairs import SHOWN, Pair, Pairs, content
 from openwu.errors import DatasetError, OpenwuError
 from openwu.files.hashing import of_bytes, of_json
 from openwu.files.writing import whole_file
 from openwu.training.distributed import Processes
-from openwu.types import BaseRequest, Condition, LatentBatch, Segment
+from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, Segment
 
 FORMAT = 1
 """Rises when files of rows get another meaning."""

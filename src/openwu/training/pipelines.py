@@ -29,9 +29,9 @@ from openwu.backbones.diffusers.loading import (
     weight_files,
 )
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
-from openwu.backbones.protocol import Backbone, ConditionEncoder
+from openwu.backbones.protocol import Backbone
 from openwu.backbones.quantised import Quantise, check_quantise
-from openwu.conditions import chosen_encoder, describe_encoder
+from openwu.conditions import Encoder, chosen_encoder, describe_encoder
 from openwu.config import ConfigError, GeneratorConfig
 from openwu.data.buckets import Buckets
 from openwu.data.pairs import Pair, Pairs, picture_size, read_pairs
@@ -201,9 +201,7 @@ def device_of(recipe: PipelineRun) -> torch.device:
     return torch.device("cpu")
 
 
-def new_config(
-    recipe: PipelineRun, backbone: PipelineBackbone, encoder: ConditionEncoder | None = None
-) -> GeneratorConfig:
+def new_config(recipe: PipelineRun, backbone: PipelineBackbone, encoder: Encoder | None = None) -> GeneratorConfig:
     """The generator's config, for conditions of the base or of an encoder; of the former a hollow backbone suffices."""
     sizes = ("rank", "alpha", "token_dim", "d_model", "head_dim", "dim_accumulation")
     try:

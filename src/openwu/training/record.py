@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openwu.backbones.embedded.model import EmbeddedConfig
 from openwu.files.writing import write_text
 from openwu.training.config import Recipe, StageConfig
 from openwu.training.distributed import is_main
+from openwu.training.embedded.model import EmbeddedConfig
 from openwu.training.loop import SECONDS
 
 PROVENANCE = "provenance.json"

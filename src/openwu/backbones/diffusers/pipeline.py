@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openwu.backbones.diffusers.latents import as_tensor, padded, place_of, resized, token_rows, working_size
-from openwu.backbones.diffusers.loading import check_local, hollow_pipeline, load_pipeline
+from openwu.backbones.diffusers.loading import HollowPart, check_local, hollow_pipeline, load_pipeline
 from openwu.backbones.protocol import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
 from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_maps
 from openwu.config import LayerGroup
@@ -116,6 +117,15 @@ class PipelineBackbone(Backbone, ABC):
         made = cls.__new__(cls)
         made.pipeline = hollow_pipeline(folder, cls.denoiser_name, cls.facts.extra)
         return made
+
+    def parts(self) -> dict[str, Any]:
+        """Every part of the pipeline with modules, by name; without weights, what knows its modules."""
+        return {name: part for name, part in vars(self.pipeline).items() if isinstance(part, nn.Module | HollowPart)}
+
+    @cached_property
+    def identity(self) -> str:
+        """Samples of all weights, and the sizes at which pictures are read."""
+        return f"{super().identity} {self.pixels} {self.condition_pixels}"
 
     def encoders(self) -> dict[str, nn.Module]:
         """Every part with weights that is not the denoiser, by name."""

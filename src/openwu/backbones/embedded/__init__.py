@@ -1,1 +1,1 @@
-"""To be described."""
+"""The base model inside the package."""

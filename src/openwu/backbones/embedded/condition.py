@@ -1,9 +1,9 @@
-"""The embedded condition encoder: one request's picture and instruction -> what the parameter generator reads.
+"""The condition encoder of the embedded base: a request's pictures and instruction -> condition tokens.
 
-Enters: whole pictures `[b, 3, h, w]` in 0..1 of any size, instruction tokens `[b, K, text_dim]`, and where a request
-has one, its reference picture. Leaves: a Condition whose tokens `[b, L, width]` are the instruction's, and for either
-picture its statistics, a thumbnail's patches (what the scene is, its light and palette) and small details at full
-resolution (its noise, blur and blocks, which a thumbnail loses).
+From whole pictures `[b, 3, h, w]` in 0..1 of any size, instruction tokens `[b, K, text_dim]`, and where a request has
+one, its reference picture, it makes a Condition of tokens `[b, L, width]`: the instruction's, and for either picture
+its statistics, a thumbnail's patches (what the scene is, its light and palette) and small details at full resolution
+(its noise, blur and blocks, which a thumbnail loses).
 
 Shapes: b requests, K instruction tokens, V = 1 + thumbnail patches + details tokens of a picture, L = K + 2 V.
 """
@@ -16,8 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openwu.backbones.embedded.tiles import as_unit
+from openwu.images import Photo
+from openwu.images.photo import Pixels
 from openwu.kernels.norm import RMSNorm
 from openwu.types import Condition
+
+CONDITION_SIDE = 1024
+"""Longest side of the picture from which the condition is read; details keep their own resolution below it."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,20 @@ class EmbeddedConditionEncoder(nn.Module):
             self.from_detail(structure.to(dtype)) + self.from_energy(detail_energy(details).to(dtype)),
         )
         return torch.cat(parts, dim=1)
+
+
+def condition_view(photo: Photo) -> Tensor:
+    """The whole photo `[1, 3, h, w]` in 0..1, its longest side at most about CONDITION_SIDE by skipping pixels.
+
+    Skipping keeps the noise and grain of single pixels, which averaging would remove.
+    """
+    return as_unit(condition_pixels(photo))[None]
+
+
+def condition_pixels(photo: Photo) -> Pixels:
+    """What the condition is read from, as integers `[h, w, 3]`; see `condition_view`."""
+    step = max(1, round(max(photo.pixels.shape[:2]) / CONDITION_SIDE))
+    return photo.pixels[::step, ::step]
 
 
 def cut_details(pictures: Tensor, grid: int, side: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""The embedded base model: a small, frozen, instruction-conditioned editor.
+"""The network of the embedded base: a small, instruction-conditioned editor of pictures `[b, 3, h, w]` in 0..1.
 
-Enters: a picture `[b, 3, h, w]` in 0..1, three planes `[b, 3, h, w]` (noise, the only source of randomness, and every
-pixel's y and x in the whole picture), and the instruction's tokens `[b, K, text_dim]`. Leaves: the edited picture
-`[b, 3, h, w]`.
+It also reads three planes `[b, 3, h, w]` (noise, the only source of randomness, and every pixel's y and x in the whole
+picture) and the instruction's tokens `[b, K, text_dim]`.
 
 A stack of identical blocks on 8 x 8 pixel patches reads the scene and the instruction; a shallow convolutional path at
 full resolution keeps the pixels and ends in an affine map of every pixel's colour. Almost all of the work is dense

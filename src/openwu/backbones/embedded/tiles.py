@@ -1,4 +1,4 @@
-"""Edited tiles enter as floats, whole photos of 8 or 16 bits leave.
+"""Cut pictures into overlapping tiles, and blend edited tiles into whole photos of 8 or 16 bits.
 
 Shapes: b photos of equal size, h and w the sides of a tile.
 """
@@ -14,6 +14,13 @@ from torch import Tensor
 
 from openwu.errors import OpenwuError
 from openwu.images import Photo
+from openwu.images.photo import Pixels
+
+CORE, MARGIN = 768, 128
+"""A tile's core and the margin around it, in pixels: what bounds the memory of large pictures."""
+
+WHOLE = 1536 * 1024
+"""Pictures (or batches) of at most so many pixels go through the base in one piece."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,24 @@ class Tile:
     @property
     def window(self) -> tuple[slice, slice]:
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
+
+def tiles_of(width: int, height: int, align: int) -> list[Tile]:
+    """How a picture of this size goes through the base: in one piece or in overlapping tiles."""
+    if height * width <= WHOLE:
+        return [Tile(0, 0, height, width)]
+    return tile_grid(height, width, CORE, MARGIN, align)
+
+
+def pictures_per_pass(width: int, height: int) -> int:
+    """How many pictures of this size share a pass of the base, at most."""
+    return max(1, WHOLE // (width * height))
+
+
+def as_unit(pixels: Pixels) -> Tensor:
+    """`[h, w, 3]` of 8 or 16 bits -> `[3, h, w]` float32 in 0..1"""
+    peak = np.iinfo(pixels.dtype).max
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / peak
 
 
 def tile_grid(height: int, width: int, core: int, margin: int, align: int) -> list[Tile]:
@@ -78,6 +103,11 @@ class Canvas:
         self.outputs = [np.empty_like(photo.pixels) for photo in photos]
         self.top = 0
         self.rows = torch.zeros(len(photos), 3, 0, self.width)
+
+    @classmethod
+    def over(cls, photos: Sequence[Photo], grid: Sequence[Tile]) -> Canvas:
+        """A canvas for the tiles of `tiles_of`."""
+        return cls(photos, grid, MARGIN)
 
     def add(self, tile: Tile, edited: Tensor) -> None:
         """edited `[b, 3, h, w]`; tiles come row by row, from the top left."""

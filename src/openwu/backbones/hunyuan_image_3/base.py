@@ -65,8 +65,10 @@ class HunyuanImage3(Backbone):
         parameters="80 billion, a mixture of 64 experts",
         extra=EXTRA,
     )
-    loading_options: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "quantise", "offload", "beside"})
+    loading_options: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "quantise", "offload", "reserve_bytes"})
     reasons: ClassVar[bool] = True
+    reads_seed = True
+    asks_denoiser = True
     transformers_version: ClassVar[str] = "4.57.1"
     """The one release that the folder's code works with. Of the class, so that a model of tests can name another."""
     steps: ClassVar[int] = 50
@@ -97,8 +99,8 @@ class HunyuanImage3(Backbone):
         """Load the user's own download. `dtype` None: that of the files. `device` `cuda`: spread over all GPUs.
 
         `trust_remote_code` must be asked for: the folder brings its model's code. `quantise`: the decoder's linear maps
-        in 8 or 4 bits by bitsandbytes. `offload`: layers that do not fit wait in the machine's memory. `beside`: bytes
-        that must stay free on the first device.
+        in 8 or 4 bits by bitsandbytes. `offload`: layers that do not fit wait in the machine's memory.
+        `reserve_bytes`: what must stay free on the first device.
 
         Raises OpenwuError: no permission, another transformers, too little memory (with the numbers); CheckpointError:
         a folder that is none, has dots in its name, or whose code is not as expected.

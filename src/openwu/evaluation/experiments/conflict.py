@@ -27,7 +27,6 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.experiments.embedded import EmbeddedCase, answers, draw
@@ -47,6 +46,7 @@ from openwu.evaluation.experiments.results import Keep, Part, keep_nothing
 from openwu.evaluation.pictures import middle
 from openwu.evaluation.suite import psnr_of
 from openwu.training.embedded.losses import falling_floor
+from openwu.training.embedded.model import EmbeddedModel
 
 CELL = 112
 """Side in pixels of a cell of the picture grid."""

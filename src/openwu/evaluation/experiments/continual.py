@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.experiments.embedded import EmbeddedCase, draw, score
@@ -45,6 +44,7 @@ from openwu.evaluation.experiments.methods import (
 from openwu.evaluation.experiments.results import Keep, Part, keep_nothing
 from openwu.training.config import StageConfig
 from openwu.training.embedded.losses import falling_floor
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.loop import part_of_peak
 from openwu.training.optimizers import StageOptimizer
 from openwu.types import Adapter

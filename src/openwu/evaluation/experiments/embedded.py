@@ -15,10 +15,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.phrases import load_phrases
 from openwu.evaluation.experiments.subject import Subject
 from openwu.evaluation.suite import draw_cases, following, psnr_of
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 

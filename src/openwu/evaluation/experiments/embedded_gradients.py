@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.experiments.gradients import Conflict, gradient, task_cosines
 from openwu.evaluation.experiments.methods import SIDE, Adapt, batch_loss
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.stages import SharedAdapter
 from openwu.types import Adapter
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.data.suite.phrases import load_phrases
@@ -25,6 +24,7 @@ from openwu.evaluation.experiments.embedded import EmbeddedCase, adapt
 from openwu.kernels.attention import training_attention
 from openwu.training.config import StageConfig
 from openwu.training.embedded.losses import falling_floor, picture_loss
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.stages import SharedAdapter
 from openwu.training.loop import part_of_peak
 from openwu.training.optimizers import StageOptimizer

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openwu.backbones.embedded.model import EmbeddedConfig, EmbeddedModel, tiny_layer_groups
+from openwu.backbones.embedded.config import tiny_layer_groups
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.experiments.embedded import draw, score
 from openwu.evaluation.experiments.geometry import Mean, mean_over
 from openwu.evaluation.experiments.methods import Budget, Method, fit, generated_on
 from openwu.evaluation.experiments.results import Keep, Part, keep_nothing
+from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 
 GENERATOR_SIZES = ((128, 1), (256, 1), (384, 2), (512, 3))
 """(width, blocks)"""

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.backbones.embedded.network import place_planes
 from openwu.data.pairs import SHOWN, File, Pair, Pairs, content, load_picture
 from openwu.data.suite.batches import CORNERS, PairBatch
 from openwu.errors import DatasetError
 from openwu.files.hashing import of_json
 from openwu.training.config import PairsRecipe
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.stages import PictureStage, generated_by
 from openwu.training.micro_batch import WHOLE, MicroBatch
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.data.suite.phrases import DEGREES, OUT_OF_SCOPE, sample_phrase
@@ -24,6 +23,7 @@ from openwu.evaluation.wording import understanding
 from openwu.kernels.attention import training_attention
 from openwu.training.config import EmbeddedRecipe, PairsRecipe, StageConfig
 from openwu.training.embedded.losses import falling_floor, picture_losses, psnr
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.loop import Evaluation
 from openwu.training.micro_batch import WHOLE, MicroBatch, StepBatchCache, take_rows
 from openwu.training.stage import adapter_scalars

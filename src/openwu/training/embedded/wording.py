@@ -12,8 +12,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.training.config import WordingRecipe
+from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.stages import InstructionStage
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,22 @@ import torch
 from PIL import Image
 
 import openwu
+from openwu.backbones import backbone_class
+from openwu.backbones.embedded.base import EmbeddedBase
+from openwu.conditions.denoiser_states import DenoiserStates
 from openwu.config import GeneratorConfig
-from openwu.editor.based_editor import BasedEditor
-from openwu.editor.compatibility import check_targets, encoder_for, fingerprint, target_widths
+from openwu.editor.compatibility import check_targets, encoder_for, fingerprint, generator_config, target_widths
+from openwu.editor.editor import Editor
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
+from openwu.generator.model import ParameterGenerator
+from openwu.images import read_picture
 from openwu.types import BaseRequest, EditRequest, SamplingOptions
 
 
 @pytest.fixture(params=("instruct-pix2pix", "flux-kontext"))
 def editor(request: pytest.FixtureRequest) -> Any:
     base = base_cases.backbone(request.param)
-    made = BasedEditor(base, base_cases.generator(base), options=base_cases.FAST, name=request.param)
+    made = Editor(base, base_cases.generator(base), sampling=base_cases.FAST, name=request.param)
     yield made
     made.handle.detach()
 
@@ -30,7 +37,7 @@ def editor(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def kontext() -> Any:
     base = base_cases.backbone("flux-kontext")
-    made = BasedEditor(base, base_cases.generator(base), options=base_cases.FAST)
+    made = Editor(base, base_cases.generator(base), sampling=base_cases.FAST)
     yield made
     made.handle.detach()
 
@@ -43,7 +50,7 @@ def difference(one: openwu.EditResult, other: openwu.EditResult) -> int:
     return int(np.abs(pixels(one) - pixels(other)).max())
 
 
-def test_an_edit_follows_adapter_seed_and_strength_and_keeps_the_photograph_s_size(editor: BasedEditor) -> None:
+def test_an_edit_follows_adapter_seed_and_strength_and_keeps_the_photograph_s_size(editor: Editor) -> None:
     photo = base_cases.picture(1, 50, 70)
     result = editor.edit(photo, "make it warm", seed=3)
     assert result.image.size == (50, 70)
@@ -56,7 +63,7 @@ def test_an_edit_follows_adapter_seed_and_strength_and_keeps_the_photograph_s_si
     assert difference(result, again) == 0
 
 
-def test_a_batch_is_its_requests_one_at_a_time(editor: BasedEditor) -> None:
+def test_a_batch_is_its_requests_one_at_a_time(editor: Editor) -> None:
     requests = [
         EditRequest([base_cases.picture(1, 60, 60)], "make it warm", seed=1),
         EditRequest([base_cases.picture(2, 60, 60)], "blur it", strength=0.5, seed=2),
@@ -72,7 +79,7 @@ def test_a_batch_is_its_requests_one_at_a_time(editor: BasedEditor) -> None:
     assert editor.edit_batch([]) == []
 
 
-def test_adapters_are_the_clear_generator_s(editor: BasedEditor) -> None:
+def test_adapters_are_the_clear_generator_s(editor: Editor) -> None:
     """Generated at once and on the fast path, against one at a time on the clear one."""
     texts = ("make it warm", "draw it in oil, please", "blur")
     requests = [EditRequest([base_cases.picture(i, 60, 60 + 30 * i)], text, seed=i) for i, text in enumerate(texts)]
@@ -85,7 +92,7 @@ def test_adapters_are_the_clear_generator_s(editor: BasedEditor) -> None:
 
     editor.encoder.condition = counted  # type: ignore[method-assign]
     try:
-        results = editor.edit_batch(requests, options=SamplingOptions(steps=1, pixels=base_cases.PIXELS, batch=2))
+        results = editor.edit_batch(requests, sampling=SamplingOptions(steps=1, pixels=base_cases.PIXELS, batch=2))
     finally:
         del editor.encoder.condition  # type: ignore[attr-defined]
     assert calls == [2, 1]
@@ -100,13 +107,13 @@ def test_adapters_are_the_clear_generator_s(editor: BasedEditor) -> None:
                 torch.testing.assert_close(fast, clear, rtol=1e-4, atol=1e-5)
 
 
-def test_references_reach_the_adapter(kontext: BasedEditor) -> None:
+def test_references_reach_the_adapter(kontext: Editor) -> None:
     photo = base_cases.picture(1)
     one, other = (kontext.edit([photo, base_cases.picture(seed)], "take its colours") for seed in (2, 3))
     assert difference(one, other) > 0
 
 
-def test_sixteen_bits_and_transparency_survive(kontext: BasedEditor, tmp_path: Path) -> None:
+def test_sixteen_bits_and_transparency_survive(kontext: Editor, tmp_path: Path) -> None:
     image = base_cases.picture(1, 70, 66).convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize((70, 66)))
     image.save(tmp_path / "clear.png")
@@ -115,18 +122,18 @@ def test_sixteen_bits_and_transparency_survive(kontext: BasedEditor, tmp_path: P
     assert np.array_equal(result.photo.alpha, np.asarray(image)[:, :, 3])
 
 
-def test_a_call_s_own_options_win(kontext: BasedEditor) -> None:
+def test_a_call_s_own_options_win(kontext: Editor) -> None:
     seen: list[tuple[int, int]] = []
     kontext.edit(
         base_cases.picture(1),
         "make it warm",
-        options=SamplingOptions(steps=3, pixels=4096, true_guidance=2.0),
+        sampling=SamplingOptions(steps=3, pixels=4096, true_guidance=2.0),
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (3, 3)
 
 
-def test_in_turn_is_what_two_calls_make(kontext: BasedEditor) -> None:
+def test_in_turn_is_what_two_calls_make(kontext: Editor) -> None:
     photo = base_cases.picture(1, 60, 60)
     first = kontext.edit(photo, "make it warm", seed=1)
     second = kontext.edit(first.photo, "blur it", seed=1)
@@ -134,7 +141,7 @@ def test_in_turn_is_what_two_calls_make(kontext: BasedEditor) -> None:
     assert difference(first, second) > 0
 
 
-def test_requests_that_cannot_be(kontext: BasedEditor) -> None:
+def test_requests_that_cannot_be(kontext: Editor) -> None:
     adapter = base_cases.adapter(kontext.backbone, 2)
     with pytest.raises(TargetError, match="adapter: expected one sample, got 2"):
         kontext.edit(base_cases.picture(1), adapter=adapter)
@@ -150,7 +157,7 @@ def test_a_generator_of_another_base_is_refused_with_both_fingerprints() -> None
     pix2pix, klein = base_cases.backbone("instruct-pix2pix"), base_cases.backbone("flux2-klein")
     ours, theirs = (fingerprint(target_widths(base.layer_groups())) for base in (klein, pix2pix))
     with pytest.raises(TargetError) as caught:
-        BasedEditor(pix2pix, base_cases.generator(klein), name="instruct-pix2pix")
+        Editor(pix2pix, base_cases.generator(klein), name="instruct-pix2pix")
     message = str(caught.value)
     assert ours in message
     assert theirs in message
@@ -197,7 +204,7 @@ def test_from_folders_in_python_and_on_the_command_line(
     line = f"edit {tmp_path}/photo.png --instruction warm --model flux-kontext --base {base} --generator {generator}"
     assert cli.main([*line.split(), "--steps", "2", "--pixels", "4096", "--output", f"{tmp_path}/out.png"]) == 0
     assert "edit" in capsys.readouterr().out
-    editor = openwu.Editor.from_pretrained("flux-kontext", base=base, generator=generator, options=base_cases.FAST)
+    editor = openwu.Editor.from_pretrained("flux-kontext", base=base, generator=generator, sampling=base_cases.FAST)
     expected = editor.edit(tmp_path / "photo.png", "warm").image
     with Image.open(tmp_path / "out.png") as written:
         assert np.abs(np.asarray(written, np.int32) - np.asarray(expected, np.int32)).max() <= 1
@@ -210,7 +217,7 @@ def test_folders_and_options_that_do_not_belong_together(
 
     base, generator = folders
     with pytest.raises(OpenwuError, match=r"generator=FOLDER \(--generator\) together, got model=flux-kontext, base="):
-        openwu.Editor.from_pretrained("flux-kontext", base=base)  # type: ignore[call-overload]
+        openwu.Editor.from_pretrained("flux-kontext", base=base)
     with pytest.raises(OpenwuError, match="together"):
         openwu.Editor.from_pretrained("flux-kontext")
     with pytest.raises(OpenwuError, match="model: expected one of instruct-pix2pix"):
@@ -223,8 +230,13 @@ def test_folders_and_options_that_do_not_belong_together(
         openwu.Editor.from_pretrained("instruct-pix2pix", base=base, generator=tmp_path / "none")
     with pytest.raises(OpenwuError, match=r"/none: expected a folder with config\.json"):  # nothing is downloaded first
         openwu.Editor.from_pretrained("flux-kontext", base="nobody/nothing", generator=tmp_path / "none")
-    with pytest.raises(OpenwuError, match="expected none of them for the embedded model"):
-        openwu.Editor.from_pretrained(device="cpu")  # type: ignore[call-overload]
+    for loading, message in (
+        (openwu.LoadingOptions(device="cuda"), "device: expected cpu for the embedded model, got cuda"),
+        (openwu.LoadingOptions(revision="main"), "revision: expected none for the embedded model"),
+        (openwu.LoadingOptions(quantise="8bit"), "quantise: expected none for embedded"),
+    ):
+        with pytest.raises(OpenwuError, match=message):
+            openwu.Editor.from_pretrained(loading=loading)
     base_cases.picture(1).save(tmp_path / "photo.png")
     assert cli.main(["edit", f"{tmp_path}/photo.png", "--instruction", "warm", "--steps", "3"]) == 2
     assert "--steps: expected only with --base and --generator" in capsys.readouterr().err
@@ -232,11 +244,129 @@ def test_folders_and_options_that_do_not_belong_together(
 
 def test_models_lists_every_base_with_its_licence_and_extra(capsys: pytest.CaptureFixture[str]) -> None:
     from openwu import cli
-    from openwu.backbones import BACKBONES, backbone_class
+    from openwu.registry import BASES, DEFAULT_BASE
 
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
-    for name in BACKBONES:
-        assert name in out.splitlines()
+    for name in BASES:
+        assert name in out.splitlines() or name == DEFAULT_BASE
         assert backbone_class(name).facts.licence in out
     assert "pip install 'openwu[diffusers]'" in out
+
+
+def written(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many adapters each run of the generator writes from now on."""
+    counts: list[int] = []
+    fast = editor.fast
+
+    def counted(condition: Any) -> Any:
+        adapter = fast(condition)
+        counts.append(adapter.batch)
+        return adapter
+
+    counted.described = fast.described  # type: ignore[attr-defined]
+    monkeypatch.setattr(editor, "fast", counted)
+    return counts
+
+
+def test_a_large_base_s_adapters_are_kept_too(kontext: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo, other = base_cases.picture(1, 60, 60), base_cases.picture(2, 60, 60)
+    expected = [kontext.edit(photo, "make it warm", seed=seed) for seed in (1, 2)]
+    kontext.cache = openwu.AdapterCache()
+    counts = written(kontext, monkeypatch)
+    for seed, plain in zip((1, 2), expected, strict=True):
+        result = kontext.edit(photo, "make it warm", seed=seed)
+        assert difference(result, plain) == 0
+        assert result.adapter.instructions == ("make it warm",)
+    assert counts == [1]  # this base reads no seed
+    requests = [EditRequest([photo], "blur it"), EditRequest([photo], "blur it", seed=7)]
+    requests += [EditRequest([photo], "make it warm", then=["blur it"]), EditRequest([other], "make it warm")]
+    results = kontext.edit_batch(requests)
+    assert counts == [1, 2]  # equal requests are generated once, in one run with what else is missing
+    kontext.cache = None
+    for request, result in zip(requests, results, strict=True):
+        alone = kontext.edit(request.images, request.instruction, then=request.then, seed=request.seed)
+        assert difference(result, alone) <= 1
+
+
+def test_a_key_has_the_seed_where_the_condition_draws() -> None:
+    base = base_cases.backbone("flux-kontext")
+    encoder = DenoiserStates(base, "transformer_blocks.1")
+    config = generator_config(
+        base, encoder=encoder, rank=2, token_dim=32, d_model=32, head_dim=16, dim_accumulation=2, num_pg_layers=1
+    )
+    editor = Editor(base, ParameterGenerator(config), sampling=base_cases.FAST, cache=openwu.AdapterCache())
+    try:
+        assert editor.encoder is not base
+        for seed in (1, 2, 1):
+            editor.adapt(base_cases.picture(1), "make it warm", seed=seed)
+        assert editor.cache is not None
+        assert (editor.cache.statistics.hits, editor.cache.statistics.misses) == (1, 2)
+    finally:
+        editor.handle.detach()
+
+
+def test_a_cache_tells_bases_of_other_weights_apart(kontext: Editor) -> None:
+    job = kontext.backbone.read((read_picture(base_cases.picture(1)),), ("make it warm",))
+    key = kontext.adapter_key(job)
+    other: Any = backbone_class("flux-kontext")(copy.deepcopy(kontext.backbone.pipeline))  # type: ignore[call-arg]
+    other.condition_pixels = other.pixels = base_cases.PIXELS
+    with torch.no_grad():
+        next(other.pipeline.text_encoder_2.parameters()).add_(0.1)
+    again = Editor(other, kontext.generator, sampling=base_cases.FAST)
+    assert again.adapter_key(job) != key
+    assert kontext.adapter_key(job) == key
+
+
+def test_what_a_base_cannot_serve_is_refused_by_name(kontext: Editor, model_folder: Path) -> None:
+    photo = base_cases.picture(1)
+    for refused in (
+        lambda: kontext.edit(photo, "warm", allow_out_of_scope=True),
+        lambda: kontext.adapt(photo, "warm", allow_out_of_scope=True),
+        lambda: kontext.edit_batch([EditRequest([photo], "warm")], allow_out_of_scope=True),
+    ):
+        with pytest.raises(InstructionError, match="allow_out_of_scope: expected False for FluxKontext, which refuses"):
+            refused()
+    embedded = openwu.Editor.from_pretrained(model_folder)
+    for name, value in {"steps": 3, "guidance": 2.0, "image_guidance": 1.0, "true_guidance": 1.0, "pixels": 9}.items():
+        options = SamplingOptions(**{name: value})  # type: ignore[arg-type]
+        with pytest.raises(OpenwuError, match=f"^{name}: expected none for the embedded model"):
+            embedded.edit(photo, "brighter", sampling=options)
+    with pytest.raises(InstructionError, match="reasoning: expected none for embedded"):
+        embedded.adapt(photo, "brighter", reasoning="because")
+
+
+def test_threads_take_turns_in_a_large_base(kontext: Editor) -> None:
+    requests = [(base_cases.picture(i, 60, 60), text) for i, text in enumerate(("make it warm", "blur", "draw it"))]
+    alone = [kontext.edit(photo, text, seed=1) for photo, text in requests]
+    with ThreadPoolExecutor(3) as threads:
+        started = [threads.submit(kontext.edit, photo, text, seed=1) for photo, text in requests]
+        for one, expected in zip(started, alone, strict=True):
+            assert difference(one.result(), expected) == 0
+
+
+def test_a_generator_of_one_s_own_for_the_embedded_base(model_folder: Path, tmp_path: Path) -> None:
+    base = EmbeddedBase.from_pretrained(model_folder, dtype=torch.float32)
+    base_cases.generator(base).save_pretrained(tmp_path)
+    loading = openwu.LoadingOptions(dtype=torch.float32)
+    editor = Editor.from_pretrained("embedded", base=model_folder, generator=tmp_path, loading=loading)
+    photo = base_cases.picture(1, 40, 30)
+    results = [editor.edit(photo, "brighter", strength=strength) for strength in (1.0, 0.0)]
+    assert difference(*results) > 0
+    bundled = Editor.from_pretrained(model_folder, loading=loading).edit(photo, "brighter", strength=0.0)
+    assert difference(results[1], bundled) == 0
+
+
+def test_the_embedded_base_serves_what_knows_it_only_as_a_base(model_folder: Path) -> None:
+    """Conditions and pictures from plain requests, as encoders and training ask any base."""
+    base = EmbeddedBase.from_pretrained(model_folder, dtype=torch.float32)
+    editor = Editor.from_pretrained(model_folder, loading=openwu.LoadingOptions(dtype=torch.float32))
+    photo = base_cases.picture(1, 40, 30)
+    request = BaseRequest((photo,), "brighter", seed=4)
+    job = base.read((read_picture(photo),), ("brighter",), 4)
+    assert torch.equal(base.condition([request]).tokens, base.condition_of([job]).tokens)
+    (picture,) = base.generate([request], SamplingOptions(), base_cases.nothing)
+    plain = editor.edit(photo, "brighter", strength=0.0, seed=4)
+    assert torch.equal((picture * 255).round().permute(1, 2, 0).int(), torch.from_numpy(pixels(plain)))
+    with pytest.raises(OpenwuError, match="training: expected a base with a loss of its own, got EmbeddedBase"):
+        base.latent_batch([request], [torch.zeros(3, 8, 8)])

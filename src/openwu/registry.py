@@ -1,0 +1,44 @@
+"""Extension points by name: plain dicts name -> "module:Class", and the one function that resolves them.
+
+One line here adds a base or a condition encoder; the module behind it is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+DEFAULT_BASE = "embedded"
+"""The base whose model comes inside the package."""
+
+BASES: dict[str, str] = {
+    "instruct-pix2pix": "openwu.backbones.diffusers.instruct_pix2pix:InstructPix2Pix",
+    "instruct-pix2pix-xl": "openwu.backbones.diffusers.instruct_pix2pix_xl:InstructPix2PixXL",
+    "flux-kontext": "openwu.backbones.diffusers.flux_kontext:FluxKontext",
+    "flux2-dev": "openwu.backbones.diffusers.flux2:Flux2Dev",
+    "flux2-klein": "openwu.backbones.diffusers.flux2:Flux2Klein",
+    "qwen-image-edit": "openwu.backbones.diffusers.qwen_image_edit:QwenImageEdit",
+    "qwen-image-edit-plus": "openwu.backbones.diffusers.qwen_image_edit:QwenImageEditPlus",
+    "qwen-image-21": "openwu.backbones.diffusers.qwen_image_21:QwenImage21",
+    "longcat-image-edit": "openwu.backbones.diffusers.longcat_image_edit:LongCatImageEdit",
+    "hunyuan-image-3": "openwu.backbones.hunyuan_image_3.base:HunyuanImage3",
+    "embedded": "openwu.backbones.embedded.base:EmbeddedBase",
+}
+"""Base models: classes that inherit from `openwu.backbones.protocol.Backbone`; docs/adding-a-base.md says how."""
+
+CONDITION_ENCODERS: dict[str, str] = {
+    "base": "openwu.conditions.segments:BaseCondition",
+    "denoiser-states": "openwu.conditions.denoiser_states:DenoiserStates",
+    "part-states": "openwu.conditions.part_states:PartStates",
+    "segments": "openwu.conditions.segments:Segments",
+    "siglip2": "openwu.conditions.siglip2:Siglip2",
+}
+"""Condition encoders that replace a base's own: classes that inherit from `openwu.conditions.Encoder`."""
+
+
+def resolve(path: str) -> Any:
+    """Import "module:name" and return the object of that name."""
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f'path: expected "module:name", got {path!r}')
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,155 @@
+"""The embedded model as training and evaluation use it: the embedded base and its generator in one module.
+
+    instruction -> condition -> generator -> adapter -> frozen network, through hooks that live as long as the model
+
+The folder has `config.json` and one safetensors file per part; the one inside the package is the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from openwu.adapters.inject import attach
+from openwu.adapters.merge import merged_copy, merging_pays
+from openwu.backbones.embedded.base import WEIGHTS, EmbeddedBase
+from openwu.backbones.embedded.config import EmbeddedBaseConfig, read_config, read_parts
+from openwu.config import ConfigError, GeneratorConfig
+from openwu.errors import CheckpointError, TargetError
+from openwu.files.weights import fill
+from openwu.files.writing import whole_set
+from openwu.generator.model import ParameterGenerator
+from openwu.types import Adapter
+
+SHARED = "shared"
+"""Folder beside the weights that holds the shared-LoRA baseline, so that the table can be remade."""
+
+_PARTS = ("instruction", "backbone", "condition", "generator")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedConfig(EmbeddedBaseConfig):
+    """Sizes of the base's three parts, and of the generator."""
+
+    generator: GeneratorConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generator.input_dim != self.condition.width:
+            raise ValueError(
+                f"generator.input_dim: expected {self.condition.width}, what the part before it writes, got "
+                f"{self.generator.input_dim}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "generator": self.generator.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EmbeddedConfig:
+        """Read what `to_dict` wrote; one CheckpointError names every field that is not as it should be."""
+        parts, problems = read_parts(data)
+        try:
+            parts["generator"] = GeneratorConfig.from_dict(data.get("generator", {}))
+        except ConfigError as error:
+            problems += [f"generator.{problem}" for problem in error.problems]
+        if problems:
+            raise CheckpointError("embedded config: " + "; ".join(problems))
+        try:
+            return cls(**parts)
+        except ValueError as error:
+            raise CheckpointError(f"embedded config: {error}") from error
+
+
+class EmbeddedModel(nn.Module):
+    """The base's three parts and the generator. Adapters are applied through hooks that live as long as the model."""
+
+    def __init__(self, config: EmbeddedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.base = EmbeddedBase(config)
+        self.instruction = self.base.instruction
+        self.backbone = self.base.network
+        self.condition = self.base.condition_encoder
+        self.generator = ParameterGenerator(config.generator)
+        self.handle = attach(self.backbone, self.generator.targets)
+        self._hooked = threading.Lock()
+
+    def adapt(
+        self, pictures: Tensor, text: Tensor, references: Tensor | None = None, present: Tensor | None = None
+    ) -> Adapter:
+        """Whole pictures `[b, 3, h, w]` and instruction tokens `[b, K, text_dim]` -> one adapter per request.
+
+        `references` and `present`: second pictures, see `EmbeddedConditionEncoder`. Only the adapter knows of them.
+        """
+        adapter: Adapter = self.generator(self.condition(pictures, text, references, present))
+        return adapter
+
+    def edit(self, picture: Tensor, planes: Tensor, text: Tensor, adapter: Adapter | None) -> Tensor:
+        """The base's answer `[b, 3, h, w]`, with one adapter per row, one for all rows, or none.
+
+        `planes` `[b, 3, h, w]`: noise, y and x of every pixel, see `openwu.backbones.embedded.network`.
+
+        Threads wait for one another, with or without an adapter: hooks apply what one thread asked for.
+        """
+        with self._hooked, nullcontext() if adapter is None else self.handle.applied(adapter):
+            edited: Tensor = self.backbone(picture, planes, text)
+        return edited
+
+    def adapted(self, adapter: Adapter, pixels: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`edit` with this adapter, by whatever is quickest for so many pixels: merged weights or hooks. No gradients.
+
+        Merged weights are a copy: `backbone` stays as it is, for other threads too.
+        """
+        self.handle.check_targets(adapter)
+        if adapter.batch == 1 and self.merging_pays(adapter, pixels):
+            return merged_copy(self.backbone, adapter)
+        return partial(self.edit, adapter=adapter)
+
+    def merging_pays(self, adapter: Adapter, pixels: int) -> bool:
+        """Whether an adapter of one request had better be merged to edit so many pixels."""
+        return merging_pays(self.backbone, adapter.targets, adapter.rank, self.base.rows(pixels))
+
+    @property
+    def num_parameters(self) -> dict[str, int]:
+        return {name: sum(p.numel() for p in getattr(self, name).parameters()) for name in _PARTS}
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write `config.json` and the four files of weights in `dtype`.
+
+        A folder never shows a mixture of two models.
+        """
+        described = json.dumps(self.config.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        with whole_set(Path(folder), last="config.json") as draft:
+            for name in _PARTS:
+                tensors = {key: value.to(dtype).contiguous() for key, value in getattr(self, name).state_dict().items()}
+                save_file(tensors, draft / f"{name}.safetensors", metadata={"format": "pt"})
+            (draft / "config.json").write_text(described, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path = WEIGHTS, dtype: torch.dtype = torch.float32) -> EmbeddedModel:
+        """Read a folder that `save_pretrained` wrote. Raises CheckpointError with everything that does not fit."""
+        folder = Path(folder)
+        config = EmbeddedConfig.from_dict(read_config(folder))
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except TargetError as error:
+            first, *rest = error.lines or (str(error),)
+            where = f"{folder / 'config.json'}: generator and backbone do not fit: {first}"
+            raise CheckpointError.listing(where, rest) from error
+        problems: list[str] = []
+        for name in _PARTS:
+            problems += fill(getattr(model, name), folder / f"{name}.safetensors", dtype)
+        if problems:
+            raise CheckpointError.listing(f"{folder} does not hold a whole embedded model:", problems)
+        return model.requires_grad_(False).eval()
