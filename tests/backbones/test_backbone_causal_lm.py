@@ -115,7 +115,10 @@ def test_every_target_is_live(architecture: Any) -> None:
         target.name: (parts[f"{target.name}.lora_A"], parts[f"{target.name}.lora_B"]) for target in adapter.targets
     }
     texts = base.read(["anna visits rome .", "ben drinks tea"])
-    with openwu.attach(base.model, adapter.targets) as handle, handle.applied(Adapter(adapter.targets, weights, 1.0)):
+    with (
+        openwu.attach(base.model, adapter.targets) as handle,
+        handle.applied(Adapter.from_pairs(adapter.targets, weights, 1.0)),
+    ):
         base.logits(texts)[texts.mask.bool()].logsumexp(-1).sum().backward()
     dead = [
         name

@@ -49,7 +49,7 @@ def test_native_keeps_every_bit(tmp_path: Path, batch: int, dtype: torch.dtype) 
 def test_views_of_one_tensor_are_written_on_their_own(tmp_path: Path) -> None:
     whole = torch.arange(24.0)
     pair = (whole[:6].view(1, 3, 2).transpose(1, 2), whole[3:15].view(1, 6, 2))
-    adapter = Adapter((Target("x", 3, 6),), {"x": pair}, 1.0)
+    adapter = Adapter.from_pairs((Target("x", 3, 6),), {"x": pair}, 1.0)
     adapter.save_pretrained(tmp_path / "a")
     check_equal(Adapter.from_pretrained(tmp_path / "a"), adapter)
 
@@ -88,7 +88,7 @@ def test_peft_loads_it_and_computes_the_same(tmp_path: Path) -> None:
     loaded.save_pretrained(str(tmp_path / "b"))
     back = Adapter.from_pretrained(tmp_path / "b")
     assert set(back.targets) == set(adapter.targets)
-    check_equal(Adapter(adapter.targets, back.weights, back.scale), adapter)
+    check_equal(Adapter.from_pairs(adapter.targets, back.pairs, back.scale), adapter)
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,10 @@ def random_adapter(
     draw = torch.Generator().manual_seed(seed)
     weights = {}
     for target in targets:
-        a_shape, b_shape = target.shapes(batch, rank)
+        a_shape, b_shape = target.shapes(batch, rank).values()
         a = torch.randn(a_shape, generator=draw) / target.in_dim**0.5
         weights[target.name] = (a.to(dtype), torch.randn(b_shape, generator=draw).mul(0.1).to(dtype))
-    return Adapter(tuple(targets), weights, SCALE)
+    return Adapter.from_pairs(targets, weights, SCALE)
 
 
 def gate(row: str, came: Tensor, expected: Tensor, tolerance: float, base: Tensor | None = None) -> float:

@@ -40,7 +40,7 @@ def measure(quick: bool) -> Row:
         def generate() -> Adapter:
             text = model.instruction([INSTRUCTION])
             adapter = editor.generator(model.condition(condition_view(photo), text).tokens)
-            return replace(with_kernels(adapter, model.backbone), instructions=(INSTRUCTION,))
+            return replace(with_kernels(adapter, model.backbone), instructions=((INSTRUCTION,),))
 
         def look_up(cache: AdapterCache) -> Adapter | None:
             return cache.get(editor.adapter_key([photo], INSTRUCTION))

@@ -106,7 +106,7 @@ class HotSwapped:
     def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
         state = {
             f"base_model.model.{name}.lora_{part}.default.weight": pair[i][0]
-            for name, pair in adapter.weights.items()
+            for name, pair in adapter.pairs.items()
             for i, part in enumerate("AB")
         }
         self._swap(self.model, state, "default", self._config)

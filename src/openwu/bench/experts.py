@@ -77,7 +77,7 @@ def looped(layer: ExpertsLayer, adapter: Adapter, x: Tensor) -> Tensor:
     """The layer with every expert's update added in a loop."""
     hooks = [
         layer.experts.products[name].register_forward_hook(
-            LoopedUpdate(*adapter.weights[f"experts.{name}"], adapter.scale, rows=len(x))
+            LoopedUpdate(*adapter.pairs[f"experts.{name}"], adapter.scale, rows=len(x))
         )
         for name in ("gate_up_proj", "down_proj")
     ]

@@ -79,7 +79,7 @@ def peft_model(model: nn.Module, adapter: Adapter) -> nn.Module:
     wrapped = peft.get_peft_model(model, config, adapter_name="request0")
     for sample in range(1, adapter.batch):
         wrapped.add_adapter(f"request{sample}", config)
-    for name, (a, b) in adapter.weights.items():
+    for name, (a, b) in adapter.pairs.items():
         module = wrapped.base_model.model.get_submodule(name)
         for sample in range(adapter.batch):
             module.lora_A[f"request{sample}"].weight.data.copy_(a[sample])

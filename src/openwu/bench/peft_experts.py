@@ -73,7 +73,7 @@ def peft_layer(layer: ExpertsLayer, adapter: Adapter) -> nn.Module:
         for module in wrapped.modules()
         if isinstance(module, peft.tuners.lora.ParamWrapper)
     }
-    for name, (a, b) in adapter.weights.items():
+    for name, (a, b) in adapter.pairs.items():
         part = parts[name.rpartition(".")[2]]
         # PEFT's layout: A [E * r, in] by expert, B [out, r * E] with the expert running fastest.
         part.lora_A["default"].weight.data.copy_(a[0].flatten(0, 1))

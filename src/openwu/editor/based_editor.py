@@ -224,7 +224,7 @@ class BasedEditor:
         """One adapter (b = 1) per sample of a condition."""
         weight = self.generator.hidden_in.weight
         adapter = self.fast(condition.to(weight.device, weight.dtype))
-        adapter = replace(adapter, instructions=tuple(instructions))
+        adapter = replace(adapter, instructions=tuple((text,) for text in instructions))
         return [adapter] if adapter.batch == 1 else [adapter.select([i]) for i in range(adapter.batch)]
 
     def _apply(

@@ -251,7 +251,7 @@ class Editor:
         found = self.cache.fetch(keys, generate)
         # Another spelling may have been the first: a result names the one that was asked for.
         return [
-            one if one.instructions == (text,) else replace(one, instructions=(text,))
+            one if one.instructions == ((text,),) else replace(one, instructions=((text,),))
             for one, text in zip(found, instructions, strict=True)
         ]
 
@@ -274,7 +274,8 @@ class Editor:
             second = condition_view(reference[0]) if reference else None
             conditions.append(self.model.condition(condition_view(photo), text[i : i + 1], second).tokens)
         adapter = self.generator(torch.cat(conditions))
-        return replace(with_kernels(adapter, self.model.backbone), instructions=tuple(instructions))
+        known = tuple((text,) for text in instructions)
+        return replace(with_kernels(adapter, self.model.backbone), instructions=known)
 
     def tiles(self, width: int, height: int) -> list[Tile]:
         """How a picture of this size goes through the base: in one piece or in overlapping tiles."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from openwu.images.instruction import check_instruction
-from openwu.types import THEN, Adapter, EditRequest, EditResult, Picture
+from openwu.types import Adapter, EditRequest, EditResult, Picture
 
 Progress = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""
@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 def asked_of(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:
     """A request's instructions, checked; where it has none, those that a given adapter was generated for."""
     if given is not None and not request.instruction:
-        return tuple(given.instructions[0].split(THEN)) if given.instructions else ("",)
+        return given.instructions[0] if given.instructions else ("",)
     then = (request.then,) if isinstance(request.then, str) else request.then
     return tuple(check_instruction(text) for text in (request.instruction, *then))
 
