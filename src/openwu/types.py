@@ -317,14 +317,15 @@ class Adapter:
         """The adapters of some samples, in the order given (repeats allowed)."""
         index = torch.as_tensor(samples, dtype=torch.long)
         instructions = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
-        return replace(self._each(lambda part: part[index.to(part.device)]), instructions=instructions)
+        chosen = self._each(lambda part: part[index.to(part.device)])
+        return replace(self, factors=chosen, instructions=instructions)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """Move or cast every tensor, as `torch.Tensor.to` does."""
-        return self._each(lambda part: part.to(*args, **kwargs))
+        return replace(self, factors=self._each(lambda part: part.to(*args, **kwargs)))
 
     def detach(self) -> Adapter:
-        return self._each(Tensor.detach)
+        return replace(self, factors=self._each(Tensor.detach))
 
     def save_pretrained(
         self,
@@ -398,11 +399,9 @@ class Adapter:
         instructions = tuple(tuple(text for texts in sample for text in texts) for sample in each)
         return replace(first, factors=summed, instructions=instructions)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Adapter:
-        factors = {
-            name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()
-        }
-        return replace(self, factors=factors)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
+        """All factors, changed."""
+        return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
 
 
 @dataclass(frozen=True)

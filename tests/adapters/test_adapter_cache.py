@@ -114,7 +114,7 @@ def test_an_optimiser_may_change_one_tensor_that_came_back_while_others_are_in_u
     """They lie in one piece of memory; autograd must not take them for one tensor."""
     cache = AdapterCache()
     mixed = adapter().pairs | {"mix": tuple(part.double() for part in adapter().pairs["mix"])}
-    cache.put(key(1), replace(adapter(), weights=mixed))
+    cache.put(key(1), Adapter.from_pairs(TARGETS, mixed, adapter().scale))
     found = cache.get(key(1))
     assert found is not None
     parts = list(found.state_dict().values())
@@ -128,7 +128,7 @@ def test_an_optimiser_may_change_one_tensor_that_came_back_while_others_are_in_u
     used.backward()
     torch.testing.assert_close(parts[1].grad, 2 * parts[1].detach())
     torch.testing.assert_close(parts[3].grad, 2 * parts[3].detach())
-    assert same(cache.get(key(1)), replace(adapter(), weights=mixed))
+    assert same(cache.get(key(1)), Adapter.from_pairs(TARGETS, mixed, adapter().scale))
 
 
 def test_what_is_kept_may_come_back_in_inference_mode_and_be_trained_on() -> None:

@@ -101,8 +101,8 @@ def test_targets_of_the_adapter_must_be_those_of_the_handle() -> None:
     other = (SMALL_TARGETS[0], Target("middle.0", 4, 8), Target("extra", 1, 1))
     with attach(model, SMALL_TARGETS) as handle, pytest.raises(TargetError) as error:
         handle.applied(random_adapter(other, 1)).__enter__()
-    assert "missing from the adapter: last (4 -> 5); middle.0 (4 -> 4)" in str(error.value)
-    assert "unexpected: extra (1 -> 1); middle.0 (4 -> 8)" in str(error.value)
+    assert "missing from the adapter: last (lora 4 -> 5); middle.0 (lora 4 -> 4)" in str(error.value)
+    assert "unexpected: extra (lora 1 -> 1); middle.0 (lora 4 -> 8)" in str(error.value)
 
 
 def test_the_order_of_targets_does_not_matter() -> None:

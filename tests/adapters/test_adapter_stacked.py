@@ -88,7 +88,7 @@ def random_fake_adapter(targets: list[Target], batch: int) -> Adapter:
     weights = {
         t.name: (torch.randn(shapes[0], dtype=torch.bfloat16), torch.randn(shapes[1], dtype=torch.bfloat16))
         for t in targets
-        for shapes in [t.shapes(batch, 8).values()]
+        for shapes in [list(t.shapes(batch, 8).values())]
     }
     return Adapter.from_pairs(tuple(targets), weights, 0.5)
 
@@ -186,7 +186,7 @@ def test_targets_that_do_not_fit(targets: list[Target], message: str) -> None:
 def test_experts_computed_in_one_piece_are_refused() -> None:
     model = StackedMixture()
     model.experts.products = nn.ModuleDict()
-    with pytest.raises(TargetError, match=r"call openwu\.backbone\.grouped_experts\.group_experts"):
+    with pytest.raises(TargetError, match=r"call openwu\.backbones\.causal_lm\.experts\.group_experts"):
         attach(model, stacked_targets())
 
 

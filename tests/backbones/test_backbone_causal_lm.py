@@ -137,7 +137,7 @@ def test_experts_are_targets_and_routers_are_not() -> None:
         "mlp.experts",
         *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
     ]
-    weights = {name: (enter, leave, experts) for name, enter, leave, experts in group.weights()}
+    weights = {name: (enter, leave, experts) for name, enter, leave, experts, _ in group.weights()}
     assert weights["mlp.experts.gate_up_proj"] == (16, 16, 2)
     assert weights["mlp.experts.down_proj"] == (8, 16, 2)
     (some,) = base.layer_groups(only=("down_proj", "q_proj"))

@@ -217,7 +217,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "openwu",
         edited(format="other"),
-        r"expected format 'openwu-adapter' or peft_type 'LORA', got \{'format': 'other'",
+        r"expected format 'openwu-adapter' or peft_type 'LORA' or 'IA3', got \{'format': 'other'",
     ),
     ("openwu", edited(format=None), r"got neither key"),
     ("openwu", edited(version=2), r"expected version 1 of openwu-adapter, got 2; update openwu"),
@@ -226,7 +226,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("openwu", edited(targets=[]), r"missing \[\], unexpected \['first\.lora_A'"),
     ("openwu", edited(rank=3), r"expected batch and rank \(1, 3\), got tensors of \(1, 2\)"),
     ("openwu", retensored(renamed), r"missing \['middle\.0\.lora_A', .*unexpected \['muddle\.0\.lora_A'"),
-    ("openwu", retensored(halved), r"first: expected A and B of shapes"),
+    ("openwu", retensored(halved), r"first: expected factors of shapes"),
     ("openwu", retensored(flat), r"expected matrices, got other shapes for \['first\.lora_A'"),
     ("peft", edited(peft_type="LOHA"), r"got \{'peft_type': 'LOHA'\}"),
     ("peft", edited(use_dora=True), r"expected a plain LoRA, got one with use_dora"),
