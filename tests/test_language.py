@@ -81,7 +81,7 @@ def test_answers_follow_the_adapter_and_nothing_stays(memory: LanguageMemory) ->
     assert memory.answer(questions, max_new_tokens=6) == bare
 
 
-@pytest.mark.parametrize("room", [0, 16])
+@pytest.mark.parametrize("spare_columns", [0, 16])
 def test_experts_answer_each_question_under_its_own_adapter(spare_columns: int) -> None:
     """With the cache of keys and values; a batch is what its questions are alone."""
     memory = mixture(spare_columns)

@@ -107,6 +107,8 @@ def _widths(
     try:
         stored = json.loads(metadata[METADATA])
         kernels = {name: (int(kernel[0]), int(kernel[1])) for name, kernel in stored["kernels"].items()}
+        if sorted(stored["in_dims"]) != sorted(names):
+            raise ValueError(f"widths of {sorted(stored['in_dims'])} for {sorted(names)}")
         return {name: (int(stored["in_dims"][name]), kernels.get(name)) for name in names}
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"metadata {METADATA!r} do not fit the tensors: {error!r}") from error

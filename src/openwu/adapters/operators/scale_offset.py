@@ -73,27 +73,30 @@ class ScaleOffsetSite(PlainSite):
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
         factors = self.factors(y, x)
-        convolution = isinstance(self.module, nn.Conv2d)
-        if self._run_t is None:
-            rows = len(factors[0])
-            tokens = y if convolution or rows == 1 else y.reshape(rows, -1, y.shape[-1])
-        elif convolution:
-            raise TargetError(f"{self.path}: segments are runs of tokens, a convolution has none; use rows")
-        else:
-            tokens = y.reshape(-1, y.shape[-1])
-            self.check_runs(len(tokens), x)
-            if len(factors[0]) > 1:
-                factors = tuple(part.index_select(0, self._run_t) for part in factors)
+        tokens, factors = self._aligned(y, x, factors)
         changed = tokens
         for name, part in zip(self._names, factors, strict=True):
-            # In the factor's precision: a small gain would be lost in 1 + s g in 16 bits.
+            # Scaled in the factor's precision; 1 + s g is never formed, in which 16 bits would lose a small gain.
             scaled = (self.scale * part).to(y.dtype)
-            if convolution:
-                scaled = scaled[:, :, None, None]
-            elif tokens.ndim > scaled.ndim:
-                scaled = scaled.view(len(scaled), *[1] * (tokens.ndim - 2), -1)
             changed = torch.addcmul(changed, tokens, scaled) if name == GAIN else changed + scaled
         return changed.reshape(y.shape)
+
+    def _aligned(self, y: Tensor, x: Tensor, factors: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output and the factors in shapes that broadcast: `[n, m, out]` and `[n or 1, 1, out]`, for example."""
+        if isinstance(self.module, nn.Conv2d):
+            if self._run_t is not None:
+                raise TargetError(f"{self.path}: segments are runs of tokens, a convolution has none; use rows")
+            if x.ndim != 4:
+                raise TargetError(f"{self.path}: expected an input [n, c, h, w], got shape {tuple(x.shape)}")
+            return y, tuple(part[:, :, None, None] for part in factors)
+        rows = len(factors[0])
+        if self._run_t is not None:
+            tokens = y.reshape(-1, y.shape[-1])
+            self.check_runs(len(tokens), x)
+            return tokens, factors if rows == 1 else tuple(part.index_select(0, self._run_t) for part in factors)
+        if rows == 1:
+            return y, tuple(part[0] for part in factors)
+        return y.reshape(rows, -1, y.shape[-1]), tuple(part[:, None] for part in factors)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
