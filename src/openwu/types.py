@@ -240,7 +240,7 @@ class Adapter:
 
     targets: tuple[Target, ...]
     factors: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
-    """Target name -> factor name -> tensor `[b, ...]`, of the shapes that `Target.shapes` gives."""
+    """Target name -> factor name -> tensor `[b, ...]`, of the shapes and in the order that `Target.shapes` gives."""
     scale: float
     """alpha / rank; multiplies the change of every operator"""
     instructions: tuple[tuple[str, ...], ...] = ()
@@ -260,8 +260,10 @@ class Adapter:
         for target in self.targets:
             came = {name: tuple(part.shape) for name, part in self.factors[target.name].items()}
             expected = target.shapes(batch, rank)
-            if came != expected:
-                raise TargetError(f"adapter: {target.name}: expected factors of shapes {expected}, got {came}")
+            if list(came.items()) != list(expected.items()):
+                raise TargetError(
+                    f"adapter: {target.name}: expected factors of shapes {expected}, in this order, got {came}"
+                )
 
     @classmethod
     def from_pairs(

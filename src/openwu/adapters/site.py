@@ -66,6 +66,8 @@ class Active:
     trained: bool
     """Whether gradients flow into the factors."""
     caller: Caller
+    in_order: bool
+    """Whether every sample has one row, in order, so that factors need no indexing."""
     _of_experts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     """LoRA target -> (A `[b, r, in]`, B `[b, out, r]`) of every expert"""
 
@@ -74,7 +76,8 @@ class Active:
         cls, adapter: Adapter, rows: tuple[int, ...] | None, caller: Caller, segments: PackedSequences | None = None
     ) -> Active:
         trained = any(part.requires_grad for parts in adapter.factors.values() for part in parts.values())
-        return cls(adapter.factors, adapter.scale, adapter.batch, rows, segments, trained, caller)
+        in_order = rows is None or rows == tuple(range(adapter.batch))
+        return cls(adapter.factors, adapter.scale, adapter.batch, rows, segments, trained, caller, in_order)
 
     @property
     def uniform(self) -> bool:
@@ -100,17 +103,19 @@ class Active:
     def pair_per_row(self, target: Target, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """`pair` with one entry per input row, or with a single one where `uniform`."""
         a, b = self.pair(target.name, expert)
-        return self.own_rows(a), self.own_rows(b, linear=True)
+        return (a, b) if self.in_order else (self._chosen(a), self._chosen(b, linear=True))
 
     def per_row(self, target: Target) -> tuple[Tensor, ...]:
         """A target's factors, in their order, with one entry per input row, or with a single one where `uniform`."""
+        parts = self.factors[target.name]
+        if self.in_order:
+            return tuple(parts.values())
         linear = target.rules.linear
-        return tuple(self.own_rows(part, name in linear) for name, part in self.factors[target.name].items())
+        return tuple(self._chosen(part, name in linear) for name, part in parts.items())
 
-    def own_rows(self, part: Tensor, linear: bool = False) -> Tensor:
+    def _chosen(self, part: Tensor, linear: bool = False) -> Tensor:
         """A factor `[b, ...]` as `[n or 1, ...]`; rows without an adapter get zeros where the change is `linear`."""
-        if self.rows is None or self.rows == tuple(range(self.batch)):
-            return part
+        assert self.rows is not None
         if self.uniform and self.rows[0] >= 0:
             return part[self.rows[0] : self.rows[0] + 1]
         index = torch.as_tensor(self.rows[:1] if self.uniform else self.rows)

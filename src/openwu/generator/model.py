@@ -206,6 +206,8 @@ class GroupTokens(nn.Module):
         self.layer_pos = nn.Embedding(layout.num_layers, self.row_width)
         self.proj_out_A = nn.Linear(self.row_width, config.token_dim)
         self.proj_out_B = nn.Linear(self.row_width, config.token_dim)
+        # Without a LoRA target nothing is written by proj_out_A, so that no gradient will ever reach it.
+        self.proj_out_A.requires_grad_(layout.num_tokens_a > 0)
 
     def queries_npd(self) -> Tensor:
         """[n, p, d]: every row of every token at every layer, a consecutive rows side by side."""
@@ -228,7 +230,6 @@ class GroupTokens(nn.Module):
             for factor in factors
             if factor.kind == "A"
         ]
-        # Without a LoRA target nothing is written by proj_out_A.
         mean_in_dim = sum(in_dim * size for in_dim, size in sizes) / max(1, sum(size for _, size in sizes)) or 1.0
         self.hw_pos.weight.normal_(std=0.5**0.5)
         self.layer_pos.weight.normal_(std=0.5**0.5)
