@@ -18,7 +18,7 @@ def adapter(samples: int, seed: int = 0, rank: int = 2, scale: float = 0.5) -> A
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for target in TARGETS:
-        shapes = target.shapes(samples, rank).values()
+        shapes = list(target.shapes(samples, rank).values())
         weights[target.name] = (
             torch.randn(shapes[0], generator=generator),
             torch.randn(shapes[1], generator=generator),
