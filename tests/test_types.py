@@ -77,6 +77,19 @@ def test_instructions_of_a_sum_are_joined_sample_by_sample() -> None:
     assert Adapter.sum([one, adapter(1, 1.0, 2)]).instructions == ()
 
 
+def test_instructions_are_a_tuple_for_each_sample() -> None:
+    with pytest.raises(ValueError, match=r"expected a tuple of texts for each sample, got .'warmer', 'cooler'"):
+        adapter(1, 1.0, 0, instructions=("warmer", "cooler"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected none or 2, one per sample, got 1"):
+        adapter(1, 1.0, 0, instructions=(("warmer", "cooler"),))
+
+
+def test_factors_stand_in_the_order_of_the_operator() -> None:
+    parts = dict(reversed(adapter(1, 1.0, 0).factors["0"].items()))
+    with pytest.raises(TargetError, match=r"expected factors of shapes .* in this order"):
+        Adapter(TARGETS[:1], {"0": parts}, 1.0)
+
+
 def test_only_adapters_for_the_same_weights_and_samples_add_up() -> None:
     one = adapter(1, 1.0, 0)
     fewer = Adapter.from_pairs(TARGETS[:1], {"0": one.pairs["0"]}, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def test_native_keeps_every_bit(tmp_path: Path, batch: int, dtype: torch.dtype) 
     check_equal(Adapter.from_pretrained(tmp_path / "deep" / "folder"), adapter)
     assert names(tmp_path / "deep") == ["folder"]
     assert names(tmp_path / "deep" / "folder") == FILES
+
+
+def test_native_keeps_the_instructions_of_sums(tmp_path: Path) -> None:
+    """One text where there is one; several are a list, whatever characters they have."""
+    texts = (("make it warm",), ("blur it\nall", "darker"))
+    replace(random_adapter(SMALL_TARGETS, 2), instructions=texts).save_pretrained(tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["instructions"] == ["make it warm", ["blur it\nall", "darker"]]
+    assert "operator" not in written["targets"][0]
+    assert Adapter.from_pretrained(tmp_path / "a").instructions == texts
 
 
 def test_views_of_one_tensor_are_written_on_their_own(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from openwu.export.fit import Update, combine, exact, folded, in_file_shape, sin
 from openwu.export.native import tensors_of
 from openwu.export.peft_experts import place_experts, read_experts, read_parameters, unstacked
 from openwu.export.peft_ia3 import save_ia3
-from openwu.types import LORA, Adapter, Target
+from openwu.types import LORA, Adapter
 
 BIAS = ".lora_B.bias"
 SCALE, OFFSET = "scale", "offset"
@@ -74,21 +74,11 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
             "format='openwu', or merge the adapter into the weights"
         )
     experts = place_experts(adapter, model)
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    biases: dict[str, Tensor] = {}
-    for target in adapter.targets:
-        if target.operator == OFFSET:
-            biases[target.name] = adapter.factors[target.name][OFFSET][0]
-            pairs[target.name] = _zero_pair(target, biases[target.name])
-        elif target.experts is None:
-            pairs[target.name] = in_file_shape(adapter, target)
-            if biased:
-                biases[target.name] = pairs[target.name][1].new_zeros(target.out_dim)
-    modules = [*pairs, *experts.modules]
-    rank = adapter.rank or 1
-    plain = pairs | experts.modules
-    other = {name: len(a) for name, (a, _) in plain.items() if len(a) != rank}
-    pairs |= experts.modules | experts.parameters
+    plain, biases = _plain_modules(adapter)
+    pairs = plain | experts.modules
+    modules, rank = list(pairs), adapter.rank or 1
+    other = {name: len(a) for name, (a, _) in pairs.items() if len(a) != rank}
+    pairs |= experts.parameters
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
@@ -111,15 +101,26 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
     tensors: dict[str, Tensor] = {}
     for stem, (a, b) in pairs.items():
         tensors[f"{PREFIX}{stem}.lora_A.weight"], tensors[f"{PREFIX}{stem}.lora_B.weight"] = a, b
-    for name, bias in biases.items():
-        tensors[PREFIX + name + BIAS] = bias
+    if biased:
+        tensors |= {PREFIX + name + BIAS: bias for name, bias in biases.items()}
     write(folder, WEIGHTS, tensors, config, experts.metadata(adapter))
 
 
-def _zero_pair(target: Target, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of rank 1 beside an offset: zeros, of a convolution `[1, in, kh, kw]` and `[out, 1, 1, 1]`."""
-    a, b = offset.new_zeros(1, target.in_dim), offset.new_zeros(target.out_dim, 1)
-    return (a, b) if target.kernel is None else (a.view(1, -1, *target.kernel), b[:, :, None, None])
+def _plain_modules(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """A and B of every target without experts, and the bias beside its B. Of an offset A and B are zeros of rank 1."""
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    for target in adapter.targets:
+        if target.operator == LORA and target.experts is None:
+            pairs[target.name] = in_file_shape(adapter, target)
+            biases[target.name] = pairs[target.name][1].new_zeros(target.out_dim)
+        elif target.operator == OFFSET:
+            biases[target.name] = offset = adapter.factors[target.name][OFFSET][0]
+            a, b = offset.new_zeros(1, target.in_dim), offset.new_zeros(target.out_dim, 1)
+            if target.kernel is not None:
+                a, b = a.view(1, -1, *target.kernel), b[:, :, None, None]
+            pairs[target.name] = a, b
+    return pairs, biases
 
 
 def read_peft(
