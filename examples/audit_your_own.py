@@ -55,7 +55,7 @@ class Hypernetwork(nn.Module):
         told = torch.stack([request.told for request in requests])
         a, b = self.write(told * 0 if self.blind else told).chunk(2, dim=1)
         weights = {"1": (a.view(-1, RANK, WIDTH), b.view(-1, WIDTH, RANK))}
-        return openwu.Adapter(TARGETS, weights, 1.0)
+        return openwu.Adapter.from_pairs(TARGETS, weights, 1.0)
 
 
 def draw(count: int, generator: torch.Generator) -> list[Request]:

@@ -59,14 +59,14 @@ def test_adapters_do_not_depend_on_the_batch(memory: LanguageMemory) -> None:
 def test_the_fast_path_writes_what_the_clear_one_does_and_gradients_take_that(memory: LanguageMemory) -> None:
     contexts = CONTEXTS
     clear = memory.adapt(contexts)
-    assert all(a.requires_grad for a, _ in clear.weights.values())
+    assert all(a.requires_grad for a, _ in clear.pairs.values())
     for change in (0.0, 0.5):  # what is kept follows the weights
         with torch.no_grad():
             memory.generator.hidden_in.weight.add_(change)
             fast = memory.adapt(contexts)
         clear = memory.adapt(contexts)
-        for name, pair in clear.weights.items():
-            for one, other in zip(pair, fast.weights[name], strict=True):
+        for name, pair in clear.pairs.items():
+            for one, other in zip(pair, fast.pairs[name], strict=True):
                 torch.testing.assert_close(other, one.detach(), rtol=1e-4, atol=1e-5)
                 assert not other.requires_grad
 
@@ -81,7 +81,7 @@ def test_answers_follow_the_adapter_and_nothing_stays(memory: LanguageMemory) ->
     assert memory.answer(questions, max_new_tokens=6) == bare
 
 
-@pytest.mark.parametrize("room", [0, 16])
+@pytest.mark.parametrize("spare_columns", [0, 16])
 def test_experts_answer_each_question_under_its_own_adapter(spare_columns: int) -> None:
     """With the cache of keys and values; a batch is what its questions are alone."""
     memory = mixture(spare_columns)

@@ -10,24 +10,26 @@ from torch import Tensor, nn
 
 from openwu.adapters.inject import attach
 from openwu.errors import TargetError
-from openwu.types import THEN, Adapter, Target
+from openwu.types import Adapter, Target
 
 TARGETS = (Target("0", 5, 7), Target("1", 7 * 9, 3, kernel=(3, 3)), Target("mlp.up", 4, 6, experts=2))
 
 
-def adapter(rank: int, scale: float, seed: int, batch: int = 2, *, instructions: tuple[str, ...] = ()) -> Adapter:
+def adapter(
+    rank: int, scale: float, seed: int, batch: int = 2, *, instructions: tuple[tuple[str, ...], ...] = ()
+) -> Adapter:
     draw = torch.Generator().manual_seed(seed)
     weights = {
         target.name: tuple(
-            torch.randn(shape, generator=draw, dtype=torch.float64) for shape in target.shapes(batch, rank)
+            torch.randn(shape, generator=draw, dtype=torch.float64) for shape in target.shapes(batch, rank).values()
         )
         for target in TARGETS
     }
-    return Adapter(TARGETS, weights, scale, instructions)  # type: ignore[arg-type]
+    return Adapter.from_pairs(TARGETS, weights, scale, instructions)  # type: ignore[arg-type]
 
 
 def updates(given: Adapter) -> dict[str, Tensor]:
-    return {name: given.scale * (b @ a) for name, (a, b) in given.weights.items()}
+    return {name: given.scale * (b @ a) for name, (a, b) in given.pairs.items()}
 
 
 @settings(deadline=None, max_examples=40)
@@ -52,32 +54,45 @@ def test_a_sum_updates_as_all_of_them_together(parts: list[tuple[int, float, int
 
 def test_ranks_stand_in_the_order_given() -> None:
     one, other = adapter(1, 2.0, 0), adapter(3, 0.5, 1)
-    for name, (a, b) in Adapter.sum([one, other]).weights.items():
-        assert torch.equal(a[..., :1, :], one.weights[name][0])
-        assert torch.equal(a[..., 1:, :], other.weights[name][0])
-        assert torch.equal(b[..., :1], one.weights[name][1])
-        assert torch.equal(b[..., 1:], other.weights[name][1] / 4)
+    for name, (a, b) in Adapter.sum([one, other]).pairs.items():
+        assert torch.equal(a[..., :1, :], one.pairs[name][0])
+        assert torch.equal(a[..., 1:, :], other.pairs[name][0])
+        assert torch.equal(b[..., :1], one.pairs[name][1])
+        assert torch.equal(b[..., 1:], other.pairs[name][1] / 4)
 
 
 def test_a_sum_of_one_is_that_one() -> None:
-    only = adapter(2, 0.3, 0, instructions=("warmer", "cooler"))
+    only = adapter(2, 0.3, 0, instructions=(("warmer",), ("cooler",)))
     summed = Adapter.sum([only])
-    assert (summed.scale, summed.instructions) == (0.3, ("warmer", "cooler"))
-    for name, (a, b) in summed.weights.items():
-        assert torch.equal(a, only.weights[name][0])
-        assert torch.equal(b, only.weights[name][1])
+    assert (summed.scale, summed.instructions) == (0.3, (("warmer",), ("cooler",)))
+    for name, (a, b) in summed.pairs.items():
+        assert torch.equal(a, only.pairs[name][0])
+        assert torch.equal(b, only.pairs[name][1])
 
 
 def test_instructions_of_a_sum_are_joined_sample_by_sample() -> None:
-    one = adapter(1, 1.0, 0, instructions=("warmer", "cooler"))
-    other = adapter(1, 1.0, 1, instructions=("blur it", "sharpen it"))
-    assert Adapter.sum([one, other]).instructions == (f"warmer{THEN}blur it", f"cooler{THEN}sharpen it")
+    one = adapter(1, 1.0, 0, instructions=(("warmer",), ("cooler",)))
+    other = adapter(1, 1.0, 1, instructions=(("blur it",), ("sharpen it",)))
+    assert Adapter.sum([one, other]).instructions == (("warmer", "blur it"), ("cooler", "sharpen it"))
     assert Adapter.sum([one, adapter(1, 1.0, 2)]).instructions == ()
+
+
+def test_instructions_are_a_tuple_for_each_sample() -> None:
+    with pytest.raises(ValueError, match=r"expected a tuple of texts for each sample, got .'warmer', 'cooler'"):
+        adapter(1, 1.0, 0, instructions=("warmer", "cooler"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected none or 2, one per sample, got 1"):
+        adapter(1, 1.0, 0, instructions=(("warmer", "cooler"),))
+
+
+def test_factors_stand_in_the_order_of_the_operator() -> None:
+    parts = dict(reversed(adapter(1, 1.0, 0).factors["0"].items()))
+    with pytest.raises(TargetError, match=r"expected factors of shapes .* in this order"):
+        Adapter(TARGETS[:1], {"0": parts}, 1.0)
 
 
 def test_only_adapters_for_the_same_weights_and_samples_add_up() -> None:
     one = adapter(1, 1.0, 0)
-    fewer = Adapter(TARGETS[:1], {"0": one.weights["0"]}, 1.0)
+    fewer = Adapter.from_pairs(TARGETS[:1], {"0": one.pairs["0"]}, 1.0)
     for other in (adapter(1, 1.0, 0, batch=3), fewer):
         with pytest.raises(TargetError, match="same targets and as many samples"):
             Adapter.sum([one, other])
@@ -92,14 +107,14 @@ def test_an_applied_sum_is_two_products_side_by_side() -> None:
     x = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     parts = []
     for rank, scale, seed in ((2, 0.7, 0), (1, 3.0, 1)):
-        a, b = adapter(rank, scale, seed).weights["0"]
-        parts.append(Adapter(target, {"0": (a.requires_grad_(), b.requires_grad_())}, scale))
-    leaves = [leaf for part in parts for leaf in part.weights["0"]]
+        a, b = adapter(rank, scale, seed).pairs["0"]
+        parts.append(Adapter.from_pairs(target, {"0": (a.requires_grad_(), b.requires_grad_())}, scale))
+    leaves = [leaf for part in parts for leaf in part.pairs["0"]]
     handle = attach(layer, target)
     with handle.applied(Adapter.sum(parts)):
         y = layer(x)
     expected = layer(x) + sum(
-        part.scale * (x @ part.weights["0"][0].transpose(1, 2) @ part.weights["0"][1].transpose(1, 2)) for part in parts
+        part.scale * (x @ part.pairs["0"][0].transpose(1, 2) @ part.pairs["0"][1].transpose(1, 2)) for part in parts
     )
     torch.testing.assert_close(y, expected)
     found = torch.autograd.grad(y.square().sum(), leaves)

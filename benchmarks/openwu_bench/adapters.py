@@ -114,7 +114,7 @@ def looped(layer: ExpertsLayer, adapter: Adapter, x: Tensor) -> Tensor:
     """Run the layer with every expert's update added in a loop."""
     hooks = [
         layer.experts.products[name].register_forward_hook(
-            LoopedUpdate(*adapter.weights[f"experts.{name}"], adapter.scale, rows=len(x))
+            LoopedUpdate(*adapter.pairs[f"experts.{name}"], adapter.scale, rows=len(x))
         )
         for name in ("gate_up_proj", "down_proj")
     ]
@@ -145,10 +145,10 @@ def random_adapter(
     draw = torch.Generator().manual_seed(seed)
     weights = {}
     for target in targets:
-        a_shape, b_shape = target.shapes(batch, rank)
+        a_shape, b_shape = target.shapes(batch, rank).values()
         a = torch.randn(a_shape, generator=draw) / target.in_dim**0.5
         weights[target.name] = (a.to(dtype), torch.randn(b_shape, generator=draw).mul(0.1).to(dtype))
-    return Adapter(tuple(targets), weights, SCALE)
+    return Adapter.from_pairs(targets, weights, SCALE)
 
 
 def gate(row: str, actual: Tensor, expected: Tensor, tolerance: float, base: Tensor | None = None) -> float:

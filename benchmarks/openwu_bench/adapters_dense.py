@@ -70,7 +70,7 @@ def peft_model(model: nn.Module, adapter: Adapter) -> nn.Module:
     wrapped = peft.get_peft_model(model, config, adapter_name="request0")
     for sample in range(1, adapter.batch):
         wrapped.add_adapter(f"request{sample}", config)
-    for name, (a, b) in adapter.weights.items():
+    for name, (a, b) in adapter.pairs.items():
         module = wrapped.base_model.model.get_submodule(name)
         for sample in range(adapter.batch):
             module.lora_A[f"request{sample}"].weight.data.copy_(a[sample])
@@ -155,7 +155,7 @@ class HotSwapped:
     def __call__(self, adapter: Adapter, x: Tensor) -> Tensor:
         state = {
             f"base_model.model.{name}.lora_{part}.default.weight": pair[i][0]
-            for name, pair in adapter.weights.items()
+            for name, pair in adapter.pairs.items()
             for i, part in enumerate("AB")
         }
         self._swap(self.model, state, "default", self._config)

@@ -104,7 +104,7 @@ def peft_layer(layer: ExpertsLayer, adapter: Adapter) -> nn.Module:
         wrapped = peft.get_peft_model(layer, config)
     wrappers = [module for module in wrapped.modules() if isinstance(module, peft.tuners.lora.ParamWrapper)]
     by_name = {module.parameter_name: module for module in wrappers}
-    for name, (a, b) in adapter.weights.items():
+    for name, (a, b) in adapter.pairs.items():
         wrapper = by_name[name.rpartition(".")[2]]
         # PEFT's layout: A [E * r, in] by expert, B [out, r * E] with the expert running fastest.
         wrapper.lora_A["default"].weight.data.copy_(a[0].flatten(0, 1))

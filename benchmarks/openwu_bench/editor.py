@@ -274,7 +274,7 @@ def measure_cache(quick: bool) -> Row:
 
         def generate() -> Adapter:
             adapter = editor.fast(base.condition_of([base.read((photo,), (INSTRUCTION,))]))
-            return replace(with_kernels(adapter, base.denoiser), instructions=(INSTRUCTION,))
+            return replace(with_kernels(adapter, base.denoiser), instructions=((INSTRUCTION,),))
 
         def look_up(cache: AdapterCache) -> Adapter | None:
             return cache.get(editor.adapter_key(base.read((photo,), (INSTRUCTION,))))

@@ -2,7 +2,8 @@
 
 The JSON form with the keys `num_base_model_layers`, `prefix` and `pg_mapping` is the released one and describes one
 group of identical base layers. A base whose layers differ in width has several groups; its JSON holds a list `groups`
-instead. A condition with more than one kind of token has `more_inputs` beside `input_dim`. Every check collects all
+instead. A condition with more than one kind of token has `more_inputs` beside `input_dim`. A target with another
+operator than LoRA is `{"operator": name, "in_dim": ..., "out_dim": ...}` in `pg_mapping`. Every check collects all
 problems first and raises them together.
 """
 
@@ -11,8 +12,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 from openwu.errors import OpenwuError
 
@@ -112,6 +113,10 @@ _RELEASED_GROUP_KEYS = ("num_base_model_layers", "prefix", "pg_mapping")
 _GROUP_KEYS = ("name", *_RELEASED_GROUP_KEYS)
 _ENCODER_KEY = "_condition"
 """JSON key of `GeneratorConfig.condition_encoder`; the underscore lets readers of the released form skip it."""
+_LORA_WIDTHS = ("lora_A_dim", "lora_B_dim")
+_WIDTHS = ("in_dim", "out_dim")
+LORA = "lora"
+"""The operator of an entry of `pg_mapping` that names none."""
 _BOOKKEEPING = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"})
 """Keys that other libraries write beside the fields; kept and written back, like every key that starts with "_"."""
 
@@ -126,15 +131,21 @@ class PlainTarget:
     """Width of one input row (`lora_A_dim`; a convolution's in_channels * kernel height * kernel width)."""
     out_dim: int
     """Width of one output row (`lora_B_dim`)."""
+    operator: str = LORA
+    """What the generated numbers do: a key of `openwu.adapters.operators.OPERATORS`."""
 
     def __post_init__(self) -> None:
         problems = name_problems("target name", self.name)
-        problems += count_problems(f"{self.name}: lora_A_dim", self.in_dim)
-        problems += count_problems(f"{self.name}: lora_B_dim", self.out_dim)
+        widths = _LORA_WIDTHS if self.operator == LORA else _WIDTHS
+        for width, value in zip(widths, (self.in_dim, self.out_dim), strict=True):
+            problems += count_problems(f"{self.name}: {width}", value)
+        problems += name_problems(f"{self.name}: operator", self.operator, dots=False)
         raise_if(problems)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"lora_A_dim": self.in_dim, "lora_B_dim": self.out_dim}
+        if self.operator == LORA:
+            return dict(zip(_LORA_WIDTHS, (self.in_dim, self.out_dim), strict=True))
+        return {"operator": self.operator, "in_dim": self.in_dim, "out_dim": self.out_dim}
 
 
 @dataclass(frozen=True)
@@ -153,11 +164,29 @@ class GroupedTarget:
         problems += count_problems(f"{self.name}: num_experts", self.num_experts)
         if not self.weights:
             problems.append(f"{self.name}: sub_weights: expected at least one weight, got none")
+        problems += [
+            f"{self.name}: {weight.name}: operator: expected {LORA!r} for the weights of experts, got "
+            f"{weight.operator!r}"
+            for weight in self.weights
+            if weight.operator != LORA
+        ]
         raise_if(problems)
 
     def to_dict(self) -> dict[str, Any]:
         weights = {weight.name: weight.to_dict() for weight in self.weights}
         return {"type": "grouped", "num_experts": self.num_experts, "sub_weights": weights}
+
+
+class LayerWeight(NamedTuple):
+    """One adapted weight of a layer."""
+
+    name: str
+    """Path inside the layer."""
+    in_dim: int
+    out_dim: int
+    experts: int | None
+    """E for a weight that every expert has; None for a plain one."""
+    operator: str
 
 
 @dataclass(frozen=True)
@@ -191,14 +220,22 @@ class LayerGroup:
             return f"{self.paths[layer]}."
         return f"{self.prefix}{layer}." if self.indexed else self.prefix
 
-    def weights(self) -> Iterator[tuple[str, int, int, int | None]]:
-        """(name inside the layer, in_dim, out_dim, experts) of every weight of one layer, grouped targets expanded."""
+    def weights(self) -> Iterator[LayerWeight]:
+        """Every weight of one layer, grouped targets expanded."""
         for target in self.targets:
             if isinstance(target, PlainTarget):
-                yield target.name, target.in_dim, target.out_dim, None
+                yield LayerWeight(target.name, target.in_dim, target.out_dim, None, target.operator)
             else:
                 for weight in target.weights:
-                    yield f"{target.name}.{weight.name}", weight.in_dim, weight.out_dim, target.num_experts
+                    name = f"{target.name}.{weight.name}"
+                    yield LayerWeight(name, weight.in_dim, weight.out_dim, target.num_experts, LORA)
+
+    def with_operator(self, operator: str) -> LayerGroup:
+        """The same layers with another operator for every plain target; targets of experts stay LoRA."""
+        targets = tuple(
+            replace(target, operator=operator) if isinstance(target, PlainTarget) else target for target in self.targets
+        )
+        return replace(self, targets=targets)
 
     def to_dict(self) -> dict[str, Any]:
         written: dict[str, Any] = {
@@ -350,14 +387,15 @@ def _read_target(name: str, entry: Any) -> PlainTarget | GroupedTarget:
 
 
 def _read_plain(name: str, entry: Any) -> PlainTarget:
-    widths = ("lora_A_dim", "lora_B_dim")
+    """An entry with an operator has `in_dim` and `out_dim`, one without is a LoRA in the released form."""
     if not isinstance(entry, Mapping):
-        raise ConfigError([f"{name}: expected an object with {' and '.join(widths)}, got {entry!r}"])
-    problems = [f"{name}: {problem}" for problem in key_problems(entry, widths)]
+        raise ConfigError([f"{name}: expected an object with {' and '.join(_LORA_WIDTHS)}, got {entry!r}"])
+    widths = _WIDTHS if "operator" in entry else _LORA_WIDTHS
+    problems = [f"{name}: {problem}" for problem in key_problems(entry, widths, optional=("operator",))]
     for key in [key for key in widths if key in entry]:
         problems += count_problems(f"{name}: {key}", entry[key])
     raise_if(problems)
-    return PlainTarget(name, entry["lora_A_dim"], entry["lora_B_dim"])
+    return PlainTarget(name, entry[widths[0]], entry[widths[1]], entry.get("operator", LORA))
 
 
 def _group_problems(groups: Sequence[LayerGroup]) -> list[str]:

@@ -1,6 +1,7 @@
 """The nouns of openwu, as a request meets them: EditRequest -> Condition -> Target -> Adapter -> EditResult.
 
-`BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take.
+`BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take. `FactorRules` is what an adapter and
+a generator need to know of an operator; `openwu.adapters.operators` has the operators.
 
 Imports nothing else of ours. Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts,
 A_dim / B_dim the input and output width of one adapted weight.
@@ -11,11 +12,11 @@ from __future__ import annotations
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Union
 
 import torch
 from PIL import Image
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 Picture = Union[str, Path, Image.Image, "Photo"]
 """What a user may pass as an image: a path, an opened PIL image, or the photo of an edit's result."""
 
-THEN = "\n"
-"""Stands between the instructions of an adapter that is the sum of several; no instruction holds it."""
-
 ADAPTER_WRITERS: dict[str, str] = {
     "openwu": "openwu.export.native:save_native",
     "peft": "openwu.export.peft:save_peft",
@@ -41,6 +39,13 @@ ADAPTER_WRITERS: dict[str, str] = {
 """Format name -> "module:function" that writes an adapter folder. One line adds a format."""
 
 ADAPTER_READER = "openwu.export.read:load_adapter"
+
+OPERATOR_OF = "openwu.adapters.operators:operator_of"
+"""The function that finds an operator by its name."""
+
+LORA = "lora"
+LORA_A, LORA_B = "lora_A", "lora_B"
+"""Factors of the operator `LORA`: A `[b, (E,) r, A_dim]`, B `[b, (E,) B_dim, r]`."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +199,47 @@ class LatentBatch:
     """What the generator reads."""
 
 
+class Factor(NamedTuple):
+    """One tensor that an operator needs for a target."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Without the batch axis: of LoRA's A `[(E,) r, A_dim]`."""
+    kind: Literal["A", "B", "vector"]
+    """How a generator writes it. "A": elements of variance about 1 / in_dim before any training, whole tokens; "B":
+    near zero, whole tokens; "vector": near zero, tokens shared with the other vectors of the base layer."""
+
+
+class FactorRules(ABC):
+    """What an operator says about its factors, without the module that they change. Has no state."""
+
+    linear: ClassVar[tuple[str, ...]]
+    """The factors in which the change of the output is linear: strength multiplies them, zeros turn the change off."""
+    rank_factor: ClassVar[str | None] = None
+    """The factor whose last but one axis is the rank, for a low-rank operator."""
+    takes_experts: ClassVar[bool] = False
+    """Whether a target may have experts."""
+
+    @abstractmethod
+    def factors(self, target: Target, rank: int, /) -> tuple[Factor, ...]:
+        """The factors of a target, in the order of the generator's tokens; `rank` concerns low-rank operators only."""
+
+    @abstractmethod
+    def summed(self, parts: Sequence[Mapping[str, Tensor]], ratios: Sequence[float]) -> dict[str, Tensor]:
+        """Factors whose change is the sum of the parts' changes, each times its ratio (its scale / the sum's scale)."""
+
+    def scaled(self, factors: Mapping[str, Tensor], strength: Tensor) -> dict[str, Tensor]:
+        """The factors at another strength, `[1]` or `[b]`."""
+        scaled = dict(factors)
+        for name in self.linear:
+            part = factors[name]
+            scaled[name] = part * strength.reshape(-1, *[1] * (part.ndim - 1)).to(part)
+        return scaled
+
+
 @dataclass(frozen=True)
 class Target:
-    """One weight of the base model that receives a low-rank update. Its module's type decides the arithmetic."""
+    """One module of the base model that receives an update, and the operator that the update is computed with."""
 
     name: str
     """Path of the module in the base model; for experts, the path of their container + "." + weight name."""
@@ -208,61 +251,105 @@ class Target:
     """E for a weight that every expert of a mixture has; None for a plain one."""
     kernel: tuple[int, int] | None = field(default=None, compare=False)
     """Kernel height and width, for file formats that store them; None: unknown, or not a convolution."""
+    operator: str = LORA
+    """A key of `openwu.adapters.operators.OPERATORS`."""
 
-    def shapes(self, batch: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A `[b, (E,) r, A_dim]` and B `[b, (E,) B_dim, r]`."""
-        lead = (batch,) if self.experts is None else (batch, self.experts)
-        return (*lead, rank, self.in_dim), (*lead, self.out_dim, rank)
+    def __post_init__(self) -> None:
+        if self.experts is not None and not self.rules.takes_experts:
+            raise TargetError(
+                f"{self.name}: the operator {self.operator!r} does not work on experts, got {self.experts} of them; "
+                f"use operator={LORA!r} for this target"
+            )
+
+    @property
+    def rules(self) -> FactorRules:
+        """What the target's operator says about its factors; OpenwuError for an operator that does not exist."""
+        return _rules(self.operator)
+
+    def factors(self, rank: int) -> tuple[Factor, ...]:
+        """The tensors that the operator needs for this target at a LoRA rank."""
+        return self.rules.factors(self, rank)
+
+    def shapes(self, batch: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Factor name -> shape. LoRA: `lora_A` `[b, (E,) r, A_dim]`, `lora_B` `[b, (E,) B_dim, r]`, in this order."""
+        return {factor.name: (batch, *factor.shape) for factor in self.factors(rank)}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A batch of generated LoRA adapters: `y = W x + scale * B (A x)` with each sample's own A and B."""
+    """A batch of generated adapters: named factors for every target, with numbers of its own for every sample.
+
+    LoRA: `y = W x + scale * B (A x)`. What other operators compute is said in `openwu.adapters.operators`. Targets may
+    have different operators; a module has one target, so operators on the same module do not combine.
+    """
 
     targets: tuple[Target, ...]
-    weights: Mapping[str, tuple[Tensor, Tensor]] = field(repr=False)
-    """Target name -> (A `[b, (E,) r, A_dim]`, B `[b, (E,) B_dim, r]`)."""
+    factors: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
+    """Target name -> factor name -> tensor `[b, ...]`, of the shapes and in the order that `Target.shapes` gives."""
     scale: float
-    """alpha / rank"""
-    instructions: tuple[str, ...] = ()
-    """What each sample's adapter was generated for, so that a reused one can ask for the same; empty if not known.
-    A sum of adapters has their instructions with THEN between them."""
+    """alpha / rank; multiplies the change of every operator"""
+    instructions: tuple[tuple[str, ...], ...] = ()
+    """The instructions that each sample's adapter was generated for, so that a reused one can ask for the same: one
+    tuple for each sample, with several entries where the adapter is a sum; empty if not known."""
 
     def __post_init__(self) -> None:
         names = {target.name for target in self.targets}
-        if not names or self.weights.keys() != names:
-            missing, unexpected = sorted(names - set(self.weights)), sorted(set(self.weights) - names)
-            raise TargetError(f"adapter: weights do not fit targets; missing {missing}, unexpected {unexpected}")
+        if not names or self.factors.keys() != names:
+            missing, unexpected = sorted(names - set(self.factors)), sorted(set(self.factors) - names)
+            raise TargetError(f"adapter: factors do not fit targets; missing {missing}, unexpected {unexpected}")
         batch, rank = self.batch, self.rank
         if self.instructions and len(self.instructions) != batch:
             raise ValueError(f"instructions: expected none or {batch}, one per sample, got {len(self.instructions)}")
+        if any(isinstance(texts, str) for texts in self.instructions):
+            raise ValueError(f"instructions: expected a tuple of texts for each sample, got {self.instructions!r}")
         for target in self.targets:
-            a, b = self.weights[target.name]
+            came = {name: tuple(part.shape) for name, part in self.factors[target.name].items()}
             expected = target.shapes(batch, rank)
-            if (a.shape, b.shape) != expected:
-                came = tuple(a.shape), tuple(b.shape)
-                raise TargetError(f"adapter: {target.name}: expected A and B of shapes {expected}, got {came}")
+            if list(came.items()) != list(expected.items()):
+                raise TargetError(
+                    f"adapter: {target.name}: expected factors of shapes {expected}, in this order, got {came}"
+                )
+
+    @classmethod
+    def from_pairs(
+        cls,
+        targets: Sequence[Target],
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        scale: float,
+        instructions: tuple[tuple[str, ...], ...] = (),
+    ) -> Adapter:
+        """Make a LoRA adapter of pairs, target name -> (A `[b, (E,) r, A_dim]`, B `[b, (E,) B_dim, r]`)."""
+        factors = {name: {LORA_A: a, LORA_B: b} for name, (a, b) in pairs.items()}
+        return cls(tuple(targets), factors, scale, instructions)
+
+    @property
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Target name -> LoRA's (A, B), for what works on LoRA alone; TargetError for targets of another operator."""
+        if others := [f"{target.name} ({target.operator})" for target in self.targets if target.operator != LORA]:
+            raise TargetError(f"adapter: expected LoRA targets only, got {', '.join(others)}")
+        return {name: (parts[LORA_A], parts[LORA_B]) for name, parts in self.factors.items()}
 
     @property
     def batch(self) -> int:
-        """Number of samples b, each with its own A and B."""
-        return self.weights[self.targets[0].name][0].shape[0]
+        """Number of samples b, each with its own numbers."""
+        return next(iter(self.factors[self.targets[0].name].values())).shape[0]
 
     @property
     def rank(self) -> int:
-        return self.weights[self.targets[0].name][0].shape[-2]
+        """The LoRA rank r; 0 where no target is a LoRA."""
+        for target in self.targets:
+            if (name := target.rules.rank_factor) is not None:
+                return self.factors[target.name][name].shape[-2]
+        return 0
 
     @property
     def parameters_per_sample(self) -> int:
         """How many generated numbers one sample's adapter holds."""
-        return sum(a[0].numel() + b[0].numel() for a, b in self.weights.values())
+        return sum(part[0].numel() for parts in self.factors.values() for part in parts.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`{target}.lora_A` `[b, (E,) r, A_dim]` and `{target}.lora_B` `[b, (E,) B_dim, r]`, without the scale."""
-        flat: dict[str, Tensor] = {}
-        for name, (a, b) in self.weights.items():
-            flat[f"{name}.lora_A"], flat[f"{name}.lora_B"] = a, b
-        return flat
+        """`{target}.{factor}` -> tensor, without the scale. LoRA's factors are `lora_A` and `lora_B`."""
+        return {f"{name}.{part}": tensor for name, parts in self.factors.items() for part, tensor in parts.items()}
 
     def scaled(self, strength: float | Sequence[float] | Tensor) -> Adapter:
         """The same adapter at another strength: one factor for all samples, or one for each of the b samples."""
@@ -271,22 +358,21 @@ class Adapter:
             raise ValueError(f"strength: expected one number or {self.batch}, got shape {tuple(factor.shape)}")
         if not bool(torch.isfinite(factor).all()):
             raise ValueError(f"strength: expected finite numbers, got {strength}")
-        return self._map_b(lambda b: b * factor.reshape(-1, *[1] * (b.ndim - 1)).to(b))
+        return replace(self, factors={t.name: t.rules.scaled(self.factors[t.name], factor) for t in self.targets})
 
     def select(self, samples: Sequence[int] | Tensor) -> Adapter:
         """The adapters of some samples, in the order given (repeats allowed)."""
         index = torch.as_tensor(samples, dtype=torch.long)
-        pick = {name: (a[index.to(a.device)], b[index.to(b.device)]) for name, (a, b) in self.weights.items()}
         instructions = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
-        return replace(self, weights=pick, instructions=instructions)
+        chosen = self._each(lambda part: part[index.to(part.device)])
+        return replace(self, factors=chosen, instructions=instructions)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """Move or cast every tensor, as `torch.Tensor.to` does."""
-        moved = {name: (a.to(*args, **kwargs), b.to(*args, **kwargs)) for name, (a, b) in self.weights.items()}
-        return replace(self, weights=moved)
+        return replace(self, factors=self._each(lambda part: part.to(*args, **kwargs)))
 
     def detach(self) -> Adapter:
-        return replace(self, weights={name: (a.detach(), b.detach()) for name, (a, b) in self.weights.items()})
+        return replace(self, factors=self._each(Tensor.detach))
 
     def save_pretrained(
         self,
@@ -329,39 +415,40 @@ class Adapter:
             if (other.targets, other.rank, other.scale) != (first.targets, first.rank, first.scale):
                 raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
         joined = {
-            name: (
-                torch.cat([adapter.weights[name][0] for adapter in adapters]),
-                torch.cat([adapter.weights[name][1] for adapter in adapters]),
-            )
-            for name in first.weights
+            name: {part: torch.cat([adapter.factors[name][part] for adapter in adapters]) for part in parts}
+            for name, parts in first.factors.items()
         }
         known = all(adapter.instructions for adapter in adapters)
-        instructions = tuple(text for adapter in adapters for text in adapter.instructions) if known else ()
-        return replace(first, weights=joined, instructions=instructions)
+        instructions = tuple(texts for adapter in adapters for texts in adapter.instructions) if known else ()
+        return replace(first, factors=joined, instructions=instructions)
 
     @staticmethod
     def sum(adapters: Sequence[Adapter]) -> Adapter:
-        """One adapter whose update is the sum of the updates of several (same targets and batch): ranks add up."""
+        """One adapter whose change of every output is the sum of the changes of several (same targets and batch).
+
+        Every change is measured from the frozen base's output, so the order does not matter: LoRA ranks add up, gains
+        and offsets add up. Applying one gain after another would multiply them instead: (1 + g1) (1 + g2).
+        """
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
         first = adapters[0]
         for other in adapters[1:]:
             if (other.targets, other.batch) != (first.targets, first.batch):
                 raise TargetError("adapters: expected the same targets and as many samples in every adapter of a sum")
+        # One scale for all: the others' ratio to it goes into their factors.
+        ratios = [adapter.scale / first.scale for adapter in adapters]
         summed = {
-            name: (
-                torch.cat([adapter.weights[name][0] for adapter in adapters], dim=-2),
-                # One scale for all: the others' ratio to it goes into their B.
-                torch.cat([adapter.weights[name][1] * (adapter.scale / first.scale) for adapter in adapters], dim=-1),
-            )
-            for name in first.weights
+            target.name: target.rules.summed([adapter.factors[target.name] for adapter in adapters], ratios)
+            for target in first.targets
         }
         known = all(adapter.instructions for adapter in adapters)
         each = zip(*(adapter.instructions for adapter in adapters), strict=True) if known else ()
-        return replace(first, weights=summed, instructions=tuple(THEN.join(texts) for texts in each))
+        instructions = tuple(tuple(text for texts in sample for text in texts) for sample in each)
+        return replace(first, factors=summed, instructions=instructions)
 
-    def _map_b(self, change: Any) -> Adapter:
-        return replace(self, weights={name: (a, change(b)) for name, (a, b) in self.weights.items()})
+    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
+        """All factors, changed."""
+        return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
 
 
 @dataclass(frozen=True)
@@ -379,6 +466,13 @@ class EditResult:
     def image(self) -> Image.Image:
         """The edited picture for Pillow, which has no 16-bit colour: that becomes 8-bit here, not in `photo`."""
         return self.photo.to_image()
+
+
+@cache
+def _rules(operator: str) -> FactorRules:
+    rules = _resolve(OPERATOR_OF)(operator)
+    assert isinstance(rules, FactorRules)
+    return rules
 
 
 def _resolve(path: str) -> Any:

@@ -33,9 +33,9 @@ def random_adapter(
     draw = torch.Generator().manual_seed(seed)
     weights = {}
     for target in targets:
-        a, b = (torch.randn(shape, generator=draw, dtype=dtype) for shape in target.shapes(batch, rank))
+        a, b = (torch.randn(shape, generator=draw, dtype=dtype) for shape in target.shapes(batch, rank).values())
         weights[target.name] = (a.requires_grad_(trained), b.requires_grad_(trained))
-    return Adapter(tuple(targets), weights, scale)
+    return Adapter.from_pairs(tuple(targets), weights, scale)
 
 
 class Gate(nn.Module):

@@ -240,8 +240,8 @@ def test_attached_in_one_mode_and_applied_in_another(mode: type[torch.no_grad]) 
 
 
 @pytest.mark.parametrize(
-    ("room", "message"),
-    [(-1, "spare_columns: expected a number of columns from 0 .* got -1"), (True, "got True"), (1.5, r"got 1\.5")],
+    ("spare_columns", "message"),
+    [(-1, "spare_columns: expected a number from 0 .* got -1"), (True, "got True"), (1.5, r"got 1\.5")],
 )
 def test_rooms_that_are_none(spare_columns: int, message: str) -> None:
     with pytest.raises(TargetError, match=message):

@@ -30,7 +30,7 @@ PICTURE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 
 def adapter(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Adapter:
     made = random_adapter(TARGETS, 1, rank=2, scale=0.1, seed=seed, dtype=torch.float32)
-    return replace(made.to(dtype), instructions=("让照片更暖\nblur it",))
+    return replace(made.to(dtype), instructions=(("让照片更暖", "blur it\nwith lines"),))
 
 
 def key(number: int) -> str:
@@ -80,16 +80,16 @@ def test_what_comes_back_belongs_to_the_caller(tmp_path: Path) -> None:
     for cache in (AdapterCache(), AdapterCache(tmp_path, memory_bytes=0), AdapterCache(tmp_path)):
         given = adapter()
         cache.put(key(1), given)
-        given.weights["mix"][0].zero_()
+        given.pairs["mix"][0].zero_()
         for _ in range(2):
             found = cache.get(key(1))
             assert same(found, adapter())
             assert found is not None
-            found.weights["mix"][0].zero_()
+            found.pairs["mix"][0].zero_()
 
 
 def test_a_packed_batch_comes_back_with_all_its_samples() -> None:
-    kept = replace(random_adapter(TARGETS, 3, dtype=torch.float32), instructions=("a", "b", "c"))
+    kept = replace(random_adapter(TARGETS, 3, dtype=torch.float32), instructions=(("a",), ("b",), ("c",)))
     found = PackedAdapter.of(kept).adapter()
     assert same(found, kept)
     assert found == replace(found)  # with nothing missing, though it was not made by its constructor
@@ -104,7 +104,7 @@ def test_adapters_in_training_are_kept_without_their_gradients() -> None:
     for number in (1, 2):
         found = cache.get(key(number))
         assert found is not None
-        part = found.weights["mix"][0]
+        part = found.pairs["mix"][0]
         assert not part.requires_grad
         part.requires_grad_().sum().backward()
         assert part.grad is not None
@@ -113,8 +113,8 @@ def test_adapters_in_training_are_kept_without_their_gradients() -> None:
 def test_an_optimiser_may_change_one_tensor_that_came_back_while_others_are_in_use() -> None:
     """They lie in one piece of memory; autograd must not take them for one tensor."""
     cache = AdapterCache()
-    mixed = adapter().weights | {"mix": tuple(part.double() for part in adapter().weights["mix"])}
-    cache.put(key(1), replace(adapter(), weights=mixed))
+    mixed = adapter().pairs | {"mix": tuple(part.double() for part in adapter().pairs["mix"])}
+    cache.put(key(1), Adapter.from_pairs(TARGETS, mixed, adapter().scale))
     found = cache.get(key(1))
     assert found is not None
     parts = list(found.state_dict().values())
@@ -128,7 +128,7 @@ def test_an_optimiser_may_change_one_tensor_that_came_back_while_others_are_in_u
     used.backward()
     torch.testing.assert_close(parts[1].grad, 2 * parts[1].detach())
     torch.testing.assert_close(parts[3].grad, 2 * parts[3].detach())
-    assert same(cache.get(key(1)), replace(adapter(), weights=mixed))
+    assert same(cache.get(key(1)), Adapter.from_pairs(TARGETS, mixed, adapter().scale))
 
 
 def test_what_is_kept_may_come_back_in_inference_mode_and_be_trained_on() -> None:

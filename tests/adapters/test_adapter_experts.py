@@ -41,7 +41,7 @@ def golden() -> tuple[Mixture, Adapter, dict[str, Tensor]]:
     for target in targets:
         key = f"lora/{target.name.removeprefix('experts.')}.lora_"
         weights[target.name] = (tensors[f"{key}A"], tensors[f"{key}B"])
-    return model, Adapter(tuple(targets), weights, config["scale"]), tensors
+    return model, Adapter.from_pairs(tuple(targets), weights, config["scale"]), tensors
 
 
 def test_golden_vectors() -> None:

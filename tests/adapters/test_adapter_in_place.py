@@ -42,7 +42,7 @@ def adapted(layer: nn.Linear, x: Tensor, adapter: Adapter, rows: list[int] | Non
 
 
 def formula(layer: nn.Linear, x: Tensor, adapter: Adapter, rows: list[int]) -> Tensor:
-    a, b = adapter.weights["0"]
+    a, b = adapter.pairs["0"]
     return torch.stack(
         [
             layer(own) + (adapter.scale * (own @ a[sample].T) @ b[sample].T if sample >= 0 else 0)
@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(
     assert came.requires_grad == (mode is torch.enable_grad)
     if came.requires_grad:
         dy = torch.randn_like(expected)
-        one, other = (torch.autograd.grad(y, adapter.weights["0"], dy) for y in (came, expected))
+        one, other = (torch.autograd.grad(y, adapter.pairs["0"], dy) for y in (came, expected))
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 

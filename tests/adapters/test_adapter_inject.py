@@ -101,14 +101,14 @@ def test_targets_of_the_adapter_must_be_those_of_the_handle() -> None:
     other = (SMALL_TARGETS[0], Target("middle.0", 4, 8), Target("extra", 1, 1))
     with attach(model, SMALL_TARGETS) as handle, pytest.raises(TargetError) as error:
         handle.applied(random_adapter(other, 1)).__enter__()
-    assert "missing from the adapter: last (4 -> 5); middle.0 (4 -> 4)" in str(error.value)
-    assert "unexpected: extra (1 -> 1); middle.0 (4 -> 8)" in str(error.value)
+    assert "missing from the adapter: last (lora 4 -> 5); middle.0 (lora 4 -> 4)" in str(error.value)
+    assert "unexpected: extra (lora 1 -> 1); middle.0 (lora 4 -> 8)" in str(error.value)
 
 
 def test_the_order_of_targets_does_not_matter() -> None:
     model = small_model()
     adapter = random_adapter(SMALL_TARGETS, 1)
-    turned = Adapter(adapter.targets[::-1], adapter.weights, adapter.scale)
+    turned = Adapter.from_pairs(adapter.targets[::-1], adapter.pairs, adapter.scale)
     with attach(model, SMALL_TARGETS) as handle:
         with handle.applied(adapter):
             y = model(image(1))
@@ -247,7 +247,7 @@ def test_backward_may_run_in_another_thread() -> None:
     with attach(model, SMALL_TARGETS) as handle, handle.applied(adapter):
         loss = model(x).square().sum()
         assert in_thread(loss.backward) is None
-    assert all(part.grad is not None for pair in adapter.weights.values() for part in pair)
+    assert all(part.grad is not None for pair in adapter.pairs.values() for part in pair)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16])
@@ -276,7 +276,7 @@ def test_autocast_computes_the_update_as_it_computes_the_module() -> None:
     assert y.dtype == torch.bfloat16
     assert relative_error(y.float(), expected) < 2e-2
     y.float().square().sum().backward()
-    assert adapter.weights["last"][0].grad is not None
+    assert adapter.pairs["last"][0].grad is not None
 
 
 def test_an_adapter_on_another_device_is_refused() -> None:

@@ -66,7 +66,7 @@ def test_low_precision_weights_round_once_and_come_back() -> None:
     model = nn.Sequential(nn.Linear(5, 4)).bfloat16()
     adapter = random_adapter([Target("0", 5, 4)], 1, dtype=torch.float32)
     before = bits(model)
-    a, b = adapter.weights["0"]
+    a, b = adapter.pairs["0"]
     exact = before["0.weight"].float() + 0.5 * b[0] @ a[0]
     with merged(model, adapter):
         assert torch.equal(model[0].weight, exact.bfloat16())
@@ -94,7 +94,7 @@ def test_a_permanent_merge_can_be_undone() -> None:
 def test_a_merge_that_fails_halfway_changes_nothing() -> None:
     model = small_model()
     adapter = random_adapter(SMALL_TARGETS, 1)
-    adapter.weights["last"][1].resize_(0)
+    adapter.pairs["last"][1].resize_(0)
     before = bits(model)
     with pytest.raises(IndexError):
         merge_(model, adapter)

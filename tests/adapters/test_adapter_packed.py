@@ -98,7 +98,7 @@ def test_the_grouped_products_of_packed_requests(dtype: torch.dtype, rank: int) 
                 parts.append(model(own))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(together, torch.cat(parts), rtol=tolerance, atol=8 * tolerance)
-    came, expected = (torch.autograd.grad(y.sum(), adapter.weights["0"]) for y in (together, torch.cat(parts)))
+    came, expected = (torch.autograd.grad(y.sum(), adapter.pairs["0"]) for y in (together, torch.cat(parts)))
     torch.testing.assert_close(came, expected, rtol=tolerance, atol=40 * tolerance)
 
 

@@ -178,7 +178,7 @@ def test_one_adapter_serves_any_number_of_rows() -> None:
     model = nn.Sequential(nn.Linear(3, 4)).double()
     targets = [Target("0", 3, 4)]
     adapter = random_adapter(targets, 1, trained=True)
-    a, b = adapter.weights["0"]
+    a, b = adapter.pairs["0"]
     with attach(model, targets) as handle:
         for shape in [(3,), (5, 3), (2, 4, 3), (2, 1, 2, 3)]:
             x = torch.randn(shape, dtype=torch.float64)

@@ -30,8 +30,8 @@ def slowly(model: StackedMixture, adapter: Adapter, x: Tensor, rows: list[int]) 
                 gate_up, down = (
                     weight[e] + (adapter.scale * b[sample, e] @ a[sample, e] if sample >= 0 else 0)
                     for weight, (a, b) in (
-                        (model.experts.gate_up_proj, adapter.weights["experts.gate_up_proj"]),
-                        (model.experts.down_proj, adapter.weights["experts.down_proj"]),
+                        (model.experts.gate_up_proj, adapter.pairs["experts.gate_up_proj"]),
+                        (model.experts.down_proj, adapter.pairs["experts.down_proj"]),
                     )
                 )
                 gate, up = (gate_up @ token).chunk(2)
@@ -88,9 +88,9 @@ def random_fake_adapter(targets: list[Target], batch: int) -> Adapter:
     weights = {
         t.name: (torch.randn(shapes[0], dtype=torch.bfloat16), torch.randn(shapes[1], dtype=torch.bfloat16))
         for t in targets
-        for shapes in [t.shapes(batch, 8)]
+        for shapes in [list(t.shapes(batch, 8).values())]
     }
-    return Adapter(tuple(targets), weights, 0.5)
+    return Adapter.from_pairs(tuple(targets), weights, 0.5)
 
 
 def test_combining_is_deterministic_and_reads_no_old_memory() -> None:
@@ -186,7 +186,7 @@ def test_targets_that_do_not_fit(targets: list[Target], message: str) -> None:
 def test_experts_computed_in_one_piece_are_refused() -> None:
     model = StackedMixture()
     model.experts.products = nn.ModuleDict()
-    with pytest.raises(TargetError, match=r"call openwu\.backbone\.grouped_experts\.group_experts"):
+    with pytest.raises(TargetError, match=r"call openwu\.backbones\.causal_lm\.experts\.group_experts"):
         attach(model, stacked_targets())
 
 

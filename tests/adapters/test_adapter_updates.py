@@ -15,14 +15,14 @@ TASKS = ("blur", "blur", "fog", "fog", "fog")
 
 def written_out(adapter: Adapter) -> Tensor:
     """scale * B A of every target, flattened: `[b, ...]`"""
-    return torch.cat([adapter.scale * (b @ a).flatten(1) for a, b in adapter.weights.values()], dim=1)
+    return torch.cat([adapter.scale * (b @ a).flatten(1) for a, b in adapter.pairs.values()], dim=1)
 
 
 def turned(adapter: Adapter) -> Adapter:
     """Equal updates from other factors."""
     turn = torch.linalg.qr(torch.randn(adapter.rank, adapter.rank, dtype=torch.float64))[0]
-    weights = {name: (3 * turn @ a, b @ turn.T / 3) for name, (a, b) in adapter.weights.items()}
-    return Adapter(adapter.targets, weights, adapter.scale)
+    weights = {name: (3 * turn @ a, b @ turn.T / 3) for name, (a, b) in adapter.pairs.items()}
+    return Adapter.from_pairs(adapter.targets, weights, adapter.scale)
 
 
 def test_inner_products_are_those_of_the_updates() -> None:
@@ -51,7 +51,7 @@ def test_variances_are_those_of_the_updates_and_no_factors() -> None:
 
 def test_spread_tells_collapse_from_variety() -> None:
     def adapter(b: Tensor) -> Adapter:
-        return Adapter((Target("x", 2, 3),), {"x": (torch.ones(len(b), 1, 2), b)}, 1.0)
+        return Adapter.from_pairs((Target("x", 2, 3),), {"x": (torch.ones(len(b), 1, 2), b)}, 1.0)
 
     assert relative_std(adapter(torch.ones(4, 3, 1))) == 0
     assert relative_std(adapter(torch.zeros(4, 3, 1))) == 0

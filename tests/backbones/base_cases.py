@@ -86,12 +86,12 @@ def adapter(base: Any, batch: int, size: float = 0.3, rank: int = 2, seed: int =
     draws = torch.Generator().manual_seed(seed)
     weights = {}
     for target in targets_of(base):
-        a, b = target.shapes(batch, rank)
+        a, b = target.shapes(batch, rank).values()
         weights[target.name] = (
             torch.randn(a, generator=draws) * target.in_dim**-0.5,
             torch.randn(b, generator=draws) * size,
         )
-    return Adapter(targets_of(base), weights, 1.0)
+    return Adapter.from_pairs(targets_of(base), weights, 1.0)
 
 
 @contextmanager

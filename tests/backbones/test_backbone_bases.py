@@ -30,7 +30,7 @@ def test_targets_are_the_linear_maps_of_the_blocks_without_modulation(base: Any)
 
 def test_every_target_receives_gradient(base: Any) -> None:
     weights = adapter(base, 2)
-    for pair in weights.weights.values():
+    for pair in weights.pairs.values():
         for part in pair:
             part.requires_grad_()
     asked = requests(2)
@@ -44,7 +44,7 @@ def test_every_target_receives_gradient(base: Any) -> None:
     said.square().mean().backward()
     dead = [
         f"{name}.{part}"
-        for name, pair in weights.weights.items()
+        for name, pair in weights.pairs.items()
         for part, factor in zip("AB", pair, strict=True)
         if factor.grad is None or not bool((factor.grad.flatten(1).abs().amax(1) > 0).all())
     ]

@@ -115,7 +115,10 @@ def test_every_target_is_live(architecture: Any) -> None:
         target.name: (parts[f"{target.name}.lora_A"], parts[f"{target.name}.lora_B"]) for target in adapter.targets
     }
     texts = base.read(["anna visits rome .", "ben drinks tea"])
-    with openwu.attach(base.model, adapter.targets) as handle, handle.applied(Adapter(adapter.targets, weights, 1.0)):
+    with (
+        openwu.attach(base.model, adapter.targets) as handle,
+        handle.applied(Adapter.from_pairs(adapter.targets, weights, 1.0)),
+    ):
         base.logits(texts)[texts.mask.bool()].logsumexp(-1).sum().backward()
     dead = [
         name
@@ -134,7 +137,7 @@ def test_experts_are_targets_and_routers_are_not() -> None:
         "mlp.experts",
         *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
     ]
-    weights = {name: (enter, leave, experts) for name, enter, leave, experts in group.weights()}
+    weights = {name: (enter, leave, experts) for name, enter, leave, experts, _ in group.weights()}
     assert weights["mlp.experts.gate_up_proj"] == (16, 16, 2)
     assert weights["mlp.experts.down_proj"] == (8, 16, 2)
     (some,) = base.layer_groups(only=("down_proj", "q_proj"))

@@ -57,9 +57,9 @@ def adapter_for(adapted: list[Target], batch: int) -> Adapter:
     weights = {
         t.name: (0.1 * torch.randn(sizes[0], generator=draw), 0.1 * torch.randn(sizes[1], generator=draw))
         for t in adapted
-        for sizes in [t.shapes(batch, 4)]
+        for sizes in [list(t.shapes(batch, 4).values())]
     }
-    return Adapter(tuple(adapted), weights, 2.0)
+    return Adapter.from_pairs(tuple(adapted), weights, 2.0)
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def test_targets_have_the_released_names_and_stand_in_the_released_order(base: H
 
 def test_every_target_of_every_expert_receives_gradient(base: HunyuanImage3, model: Any) -> None:
     weights = adapter(base, 2)
-    for pair in weights.weights.values():
+    for pair in weights.pairs.values():
         for part in pair:
             part.requires_grad_()
     asked = [BaseRequest((picture(i),), "a long instruction, so that every expert reads " * 2) for i in (1, 2)]
@@ -80,7 +80,7 @@ def test_every_target_of_every_expert_receives_gradient(base: HunyuanImage3, mod
         states, _, _ = model.prefill([row.detach() for row in rows])
     states.square().mean().backward()
     dead = []
-    for name, pair in weights.weights.items():
+    for name, pair in weights.pairs.items():
         for part, factor in zip("AB", pair, strict=True):
             assert factor.grad is not None
             lead = 2 if "experts" in name else 1
@@ -311,7 +311,7 @@ def test_pairs_stand_where_their_weights_compute() -> None:
     base.model.model.layers[1].to("meta")
     base.model.model.layers[0].self_attn.o_proj._hf_hook = type("Hook", (), {"execution_device": "meta"})()
     moved = placed(weights, base)
-    for name, pair in moved.weights.items():
+    for name, pair in moved.pairs.items():
         expected = "meta" if "layers.1." in name or name.endswith("0.self_attn.o_proj") else "cpu"
         assert {part.device.type for part in pair} == {expected}, name
 

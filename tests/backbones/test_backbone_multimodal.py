@@ -134,7 +134,7 @@ def test_gradients_are_the_same_where_the_base_computes_its_blocks_again(base: A
     watch = base.denoiser.get_submodule("transformer_blocks.0.attn.to_q").register_forward_hook(count)
     for again in (False, True):
         weights = adapter(base, 2)
-        parts = [part.requires_grad_() for pair in weights.weights.values() for part in pair]
+        parts = [part.requires_grad_() for pair in weights.pairs.values() for part in pair]
         (base.denoiser.enable_gradient_checkpointing if again else base.denoiser.disable_gradient_checkpointing)()
         try:
             with attach(base.denoiser, weights.targets) as handle, handle.applied(weights):
@@ -282,7 +282,7 @@ def test_adapters_of_the_last_block_alone_reach_the_picture(qwen: Any) -> None:
     assert len(names) == 8
     zeroed = type(weights)(
         weights.targets,
-        {name: (a, b if name in names else torch.zeros_like(b)) for name, (a, b) in weights.weights.items()},
+        {name: (a, b if name in names else torch.zeros_like(b)) for name, (a, b) in weights.pairs.items()},
         1.0,
     )
     asked = requests(1)

@@ -85,11 +85,11 @@ def gradients(base: Any, weights: Adapter) -> dict[str, Tensor]:
     """Of every A and B, of what the base says about a fixed question."""
     leaves = {
         f"{name}.{part}": factor.detach().requires_grad_()
-        for name, pair in weights.weights.items()
+        for name, pair in weights.pairs.items()
         for part, factor in zip("AB", pair, strict=True)
     }
-    trained = Adapter(
-        weights.targets, {name: (leaves[f"{name}.A"], leaves[f"{name}.B"]) for name in weights.weights}, weights.scale
+    trained = Adapter.from_pairs(
+        weights.targets, {name: (leaves[f"{name}.A"], leaves[f"{name}.B"]) for name in weights.pairs}, weights.scale
     )
     routing = None if base.routing is None else ExpertRouting(*base.routing)
     with attach(base.denoiser, weights.targets, routing=routing) as handle, handle.applied(trained):
@@ -114,7 +114,7 @@ def test_offloaded_weights_compute_the_same(way: str, tmp_path: Path) -> None:
     assert waiting == [name for name, _ in base.denoiser.named_parameters() if name.startswith(moved)]
     torch.testing.assert_close(base.condition(requests(2)).tokens, condition)
     there = placed(weights, base)
-    assert {part.device for pair in there.weights.values() for part in pair} == {CPU}
+    assert {part.device for pair in there.pairs.values() for part in pair} == {CPU}
     for came, expected in zip(edited(base, there), pictures, strict=True):
         torch.testing.assert_close(came, expected, rtol=0, atol=1.01 * LEVEL)
     assert any(bool(each.any()) for each in slopes.values())
@@ -167,4 +167,4 @@ def test_pairs_follow_a_base_that_is_offloaded_as_a_whole() -> None:
     base = kontext()
     weights = adapter(base, 1)
     base.denoiser._hf_hook = type("Hook", (), {"execution_device": "meta"})()
-    assert {part.device.type for pair in placed(weights, base).weights.values() for part in pair} == {"meta"}
+    assert {part.device.type for pair in placed(weights, base).pairs.values() for part in pair} == {"meta"}

@@ -111,14 +111,14 @@ def held(model: nn.Module) -> int:
 
 def update_of(weights: Adapter, path: str) -> Tensor:
     """scale * B A of one sample for the weight of a map, of stacked experts too; a zero where it is not adapted."""
-    found = weights.weights.get(path)
+    found = weights.pairs.get(path)
     if found is not None:
         return weights.scale * found[1][0].double() @ found[0][0].double()
     container, _, rest = path.partition(".experts.")
     if not rest:
         return torch.zeros(())
     number, name = rest.split(".")
-    parts = [weights.weights[f"{container}.experts.{each}"] for each in {"down_proj": ["w2"]}.get(name, ["w3", "w1"])]
+    parts = [weights.pairs[f"{container}.experts.{each}"] for each in {"down_proj": ["w2"]}.get(name, ["w3", "w1"])]
     return torch.cat([weights.scale * b[0, int(number)].double() @ a[0, int(number)].double() for a, b in parts])
 
 
@@ -207,7 +207,7 @@ def test_an_adapter_changes_the_picture_and_a_batch_is_its_requests(base: Any) -
 def test_gradients_reach_every_adapter_also_after_a_pass_without(base: Any) -> None:
     """bitsandbytes would repack 4 bits on some CPUs in the first pass, and lose gradients in the second."""
     weights = adapter(base, 2)
-    for pair in weights.weights.values():
+    for pair in weights.pairs.values():
         for part in pair:
             part.requires_grad_()
     asked = [
@@ -232,7 +232,7 @@ def test_gradients_reach_every_adapter_also_after_a_pass_without(base: Any) -> N
     with attach(base.denoiser, weights.targets, routing=routing) as handle, handle.applied(weights):
         run().square().mean().backward()
     dead = []
-    for name, pair in weights.weights.items():
+    for name, pair in weights.pairs.items():
         for part, factor in zip("AB", pair, strict=True):
             grad = factor.grad if factor.grad is not None else torch.zeros_like(factor)
             if not bool((grad.flatten(2 if "experts" in name else 1).abs().amax(-1) > 0).all()):

@@ -142,7 +142,7 @@ def test_c8_is_not_measured_where_the_cache_is_asked_for_something_else(
 def test_c8_compares_what_it_finds(editors: list[Editor]) -> None:
     adapter = Editor.from_pretrained().adapt(bench.sample_picture(32, 32), "brighter")
     assert bench._cache_error(adapter, adapter) == 0
-    for found in (None, replace(adapter, instructions=("darker",)), adapter.scaled(2.0)):
+    for found in (None, replace(adapter, instructions=(("darker",),)), adapter.scaled(2.0)):
         with pytest.raises(OpenwuError, match="C8: "):
             bench._cache_error(found, adapter)
 

@@ -81,7 +81,7 @@ def test_segments_stand_side_by_side_and_are_made_again_from_a_generator_s_folde
     assert describe_encoder(again) == {"name": "segments", "parts": [LAYER, BASE, {**PROBE, "time": 1.0}]}
     assert torch.equal(again.condition(requests).more["part2_states"].tokens, probe.tokens)
     for one, other in zip(
-        generator(together).weights.values(), loaded(again.condition(requests)).weights.values(), strict=True
+        generator(together).pairs.values(), loaded(again.condition(requests)).pairs.values(), strict=True
     ):
         torch.testing.assert_close(one, other)
 

@@ -78,9 +78,9 @@ def test_an_edit_follows_adapter_seed_reasoning_and_strength(editor: Editor) -> 
     assert difference(result, editor.edit(photo, "make it warm", seed=4)) > 3
     assert difference(result, editor.edit(photo, "make it warm", seed=3, strength=0.0)) > 3
     assert difference(result, editor.edit(photo, "make it warm", seed=3, reasoning="it is cold")) > 3
-    first, other = (editor.adapt(photo, "make it warm", seed=seed).weights for seed in (3, 4))
+    first, other = (editor.adapt(photo, "make it warm", seed=seed).pairs for seed in (3, 4))
     assert any((first[name][1] - other[name][1]).abs().max() > 1e-6 for name in first), "the condition has the seed"
-    ours = result.adapter.weights
+    ours = result.adapter.pairs
     assert all(torch.equal(pair[1], ours[name][1]) for name, pair in first.items())
 
 

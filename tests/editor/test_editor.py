@@ -21,7 +21,7 @@ from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
 from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
 from openwu.images import read_picture
-from openwu.types import THEN, Adapter, EditRequest, LoadingOptions
+from openwu.types import Adapter, EditRequest, LoadingOptions
 
 Scene = Callable[..., NDArray[np.uint8]]
 
@@ -186,7 +186,7 @@ def test_the_adapter_of_a_batch_is_refused(editor: Editor, photo: Image.Image) -
 def test_the_adapter_of_another_base_is_refused(editor: Editor, photo: Image.Image) -> None:
     adapter = editor.adapt(photo, "brighter")
     targets = adapter.targets[1:]
-    fewer = Adapter(targets, {target.name: adapter.weights[target.name] for target in targets}, adapter.scale)
+    fewer = Adapter(targets, {target.name: adapter.factors[target.name] for target in targets}, adapter.scale)
     with pytest.raises(TargetError, match="missing from the adapter"):
         editor.edit(photo, "brighter", adapter=fewer)
 
@@ -229,9 +229,7 @@ def test_the_seed_changes_what_uses_noise_and_nothing_else(editor: Editor, photo
 
 
 def weights_differ(one: Adapter, other: Adapter) -> float:
-    return max(
-        float((one.weights[name][i] - other.weights[name][i]).abs().max()) for name in one.weights for i in (0, 1)
-    )
+    return max(float((one.pairs[name][i] - other.pairs[name][i]).abs().max()) for name in one.pairs for i in (0, 1))
 
 
 # A second picture
@@ -319,7 +317,7 @@ def test_then_adds_up_the_adapters_and_shows_all_tokens(editor: Editor, photo: I
     summed = Adapter.sum(adapters)
     assert (both.adapter.rank, summed.rank) == (8, 8)
     assert weights_differ(both.adapter, summed) < 1e-6
-    assert both.adapter.instructions == (f"brighter{THEN}blur it",)
+    assert both.adapter.instructions == (("brighter", "blur it"),)
     picture = torch.from_numpy(read_picture(photo).floats()).permute(2, 0, 1)[None]
     planes = torch.cat([noise_plane(*photo.size, 3).float(), place_planes(photo.height, photo.width)])[None]
     with torch.inference_mode():
@@ -344,7 +342,7 @@ def test_in_turn_is_what_two_calls_make(editor: Editor, photo: Image.Image) -> N
     first = editor.edit(photo, "brighter", strength=0.5, seed=3)
     second = editor.edit(first.photo, "blur it", strength=0.5, seed=3)
     assert np.array_equal(came.photo.pixels, second.photo.pixels)
-    assert came.adapter.instructions == ("blur it",)
+    assert came.adapter.instructions == (("blur it",),)
     assert differ(came.image, editor.edit(photo, "brighter", then="blur it", strength=0.5, seed=3).image) > 1
     assert came.timings.keys() == first.timings.keys()
     assert told == [(1, 2), (2, 2)]
@@ -382,8 +380,8 @@ def test_the_sum_is_the_same_in_either_order(editor: Editor, photo: Image.Image)
     )
     reversed_ = Adapter.sum([editor.adapt(photo, text) for text in ("blur it", "brighter")])
     assert weights_differ(one, other) == 0
-    for name, (a, b) in one.weights.items():
-        theirs = reversed_.weights[name]
+    for name, (a, b) in one.pairs.items():
+        theirs = reversed_.pairs[name]
         torch.testing.assert_close(b @ a, theirs[1] @ theirs[0])
         assert torch.equal(a[:, :4], theirs[0][:, 4:])
         assert torch.equal(b[..., 4:], theirs[1][..., :4])
@@ -420,7 +418,7 @@ def test_a_saved_sum_is_used_again_without_words(editor: Editor, photo: Image.Im
     first = editor.edit(photo, " brighter\nplease ", then=["blur it", "darker"])
     first.adapter.save_pretrained(tmp_path / "sum")
     loaded = Adapter.from_pretrained(tmp_path / "sum")
-    assert loaded.instructions == ("brighter please\nblur it\ndarker",)
+    assert loaded.instructions == (("brighter please", "blur it", "darker"),)
     assert differ(editor.edit(photo, adapter=loaded).image, first.image) == 0
     # Other words reach the base, which reads them itself, under the same adapter.
     other = editor.edit(photo, "brighter", adapter=loaded)
@@ -469,9 +467,9 @@ def test_a_batch_equals_its_edits(editor: Editor, scene: Scene) -> None:
         assert result.image.size == image.size
         assert differ(result.image, alone.image) <= 1
         assert result.adapter.batch == 1
-        for name, (a, b) in result.adapter.weights.items():
-            torch.testing.assert_close(a, alone.adapter.weights[name][0], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(b, alone.adapter.weights[name][1], atol=1e-5, rtol=1e-4)
+        for name, (a, b) in result.adapter.pairs.items():
+            torch.testing.assert_close(a, alone.adapter.pairs[name][0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(b, alone.adapter.pairs[name][1], atol=1e-5, rtol=1e-4)
 
 
 def test_chunks_of_a_batch_keep_their_order(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

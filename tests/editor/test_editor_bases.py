@@ -55,7 +55,7 @@ def test_an_edit_follows_adapter_seed_and_strength_and_keeps_the_photograph_s_si
     result = editor.edit(photo, "make it warm", seed=3)
     assert result.image.size == (50, 70)
     assert set(result.timings) == {"read", "condition", "generate", "edit"}
-    assert result.adapter.instructions == ("make it warm",)
+    assert result.adapter.instructions == (("make it warm",),)
     assert difference(result, editor.edit(photo, "make it warm", seed=3)) == 0
     assert difference(result, editor.edit(photo, "make it warm", seed=4)) > 3
     assert difference(result, editor.edit(photo, "make it warm", seed=3, strength=0.0)) > 3
@@ -97,13 +97,13 @@ def test_adapters_are_the_clear_generator_s(editor: Editor) -> None:
         del editor.encoder.condition  # type: ignore[attr-defined]
     assert calls == [2, 1]
     for request, result in zip(requests, results, strict=True):
-        assert result.adapter.instructions == (request.instruction,)
+        assert result.adapter.instructions == ((request.instruction,),)
         (picture,) = request.images
         assert isinstance(picture, Image.Image)
         with torch.no_grad():
             expected = editor.generator(condition([BaseRequest((picture,), request.instruction, request.seed)]))
-        for name, pair in expected.weights.items():
-            for clear, fast in zip(pair, result.adapter.weights[name], strict=True):
+        for name, pair in expected.pairs.items():
+            for clear, fast in zip(pair, result.adapter.pairs[name], strict=True):
                 torch.testing.assert_close(fast, clear, rtol=1e-4, atol=1e-5)
 
 

@@ -64,7 +64,7 @@ def test_a_second_edit_is_the_first_one_without_generating(
         result = cached.edit(photo, "brighter", seed=3)
         assert np.array_equal(np.asarray(result.image), np.asarray(expected.image))
         assert equal(result.adapter, expected.adapter)
-        assert result.adapter.instructions == ("brighter",)
+        assert result.adapter.instructions == (("brighter",),)
         assert set(result.timings) == {"read", "condition", "generate", "edit"}
     assert generated == [1]
     assert counts(cached) == (1, 1)
@@ -99,7 +99,7 @@ def test_spellings_that_the_model_reads_alike_share_an_entry(
     for text in ("make it brighter", "  Make IT\n brighter "):
         result = cached.edit(photo, text)
         assert equal(result.adapter, editor.adapt(photo, text))
-        assert result.adapter.instructions == (" ".join(text.split()),)
+        assert result.adapter.instructions == ((" ".join(text.split()),),)
     assert generated == [1]
     cached.edit(photo, "make it brighter!")
     assert generated == [1, 1]
@@ -110,7 +110,7 @@ def test_adapt_and_edit_share_entries(cached: Editor, generated: list[int], phot
     assert equal(cached.edit(photo, "brighter").adapter, adapter)
     assert equal(cached.adapt(photo, "brighter"), adapter)
     assert generated == [1]
-    adapter.weights["blocks.0.qkv"][0].requires_grad_().sum().backward()
+    adapter.pairs["blocks.0.qkv"][0].requires_grad_().sum().backward()
 
 
 def test_a_batch_generates_what_is_missing_in_one_run(

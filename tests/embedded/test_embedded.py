@@ -165,11 +165,11 @@ def test_every_target_and_parameter_receives_a_gradient_from_the_picture(embedde
         part.requires_grad_(True)
     text = embedded_model.instruction(["brighter", "blur it", "darker please"])
     adapter = embedded_model.adapt(whole, text)
-    for a, b in adapter.weights.values():
+    for a, b in adapter.pairs.values():
         a.retain_grad()
         b.retain_grad()
     embedded_model.edit(picture, planes, text, adapter).square().mean().backward()
-    for name, pair in adapter.weights.items():
+    for name, pair in adapter.pairs.items():
         for factor in pair:
             assert factor.grad is not None, name
             assert (factor.grad.flatten(1).abs().amax(1) > 0).all(), name
@@ -213,7 +213,9 @@ def test_an_adapter_of_another_batch_or_model_is_refused(embedded_model: Embedde
     adapter = embedded_model.adapt(whole, text)
     with pytest.raises(TargetError, match="3 rows"):
         embedded_model.edit(picture[:2], planes[:2], text[:2], adapter)
-    fewer = Adapter(adapter.targets[1:], {t.name: adapter.weights[t.name] for t in adapter.targets[1:]}, adapter.scale)
+    fewer = Adapter.from_pairs(
+        adapter.targets[1:], {t.name: adapter.pairs[t.name] for t in adapter.targets[1:]}, adapter.scale
+    )
     with pytest.raises(TargetError, match="missing from the adapter"):
         embedded_model.edit(picture, planes, text, fewer)
     with pytest.raises(TargetError, match="missing from the adapter"):

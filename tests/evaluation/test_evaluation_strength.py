@@ -51,8 +51,8 @@ def test_every_strength_is_asked_for_by_scale_and_by_words(
         with torch.inference_mode():
             _, plain = generate(embedded_model, cases)
         factors = torch.tensor([*scales, *[1.0] * len(words)])
-        for name, (_, b) in adapter.weights.items():
-            torch.testing.assert_close(b, plain.weights[name][1] * factors[:, None, None])
+        for name, (_, b) in adapter.pairs.items():
+            torch.testing.assert_close(b, plain.pairs[name][1] * factors[:, None, None])
         sentences = [load_phrases()[edit][cases.language]["train"][0].rstrip(".。")] * len(cases.edits)
         assert all(plain in asked for plain, asked in zip(sentences, cases.sentences, strict=True))
         assert len(set(cases.sentences)) == 1 + len(words)

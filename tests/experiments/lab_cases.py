@@ -18,17 +18,17 @@ def adapter(samples: int, seed: int = 0, rank: int = 2, scale: float = 0.5) -> A
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for target in TARGETS:
-        shapes = target.shapes(samples, rank)
+        shapes = list(target.shapes(samples, rank).values())
         weights[target.name] = (
             torch.randn(shapes[0], generator=generator),
             torch.randn(shapes[1], generator=generator),
         )
-    return Adapter(TARGETS, weights, scale)
+    return Adapter.from_pairs(TARGETS, weights, scale)
 
 
 def updates(adapters: Adapter) -> Tensor:
     """All of scale * B A in one row per sample."""
-    parts = [(b @ a).flatten(1) for a, b in adapters.weights.values()]
+    parts = [(b @ a).flatten(1) for a, b in adapters.pairs.values()]
     return adapters.scale * torch.cat(parts, dim=1)
 
 
@@ -53,7 +53,7 @@ def subject(reads: bool, tasks: int = 3, each: int = 4, spread: float = 0.1) -> 
 
     def adapt(some: Sequence[Case]) -> Adapter:
         b = torch.stack([case.told if reads else torch.ones(4) for case in some])[:, :, None]
-        return Adapter((target,), {"only": (torch.ones(len(some), 1, 1), b)}, 1.0)
+        return Adapter.from_pairs((target,), {"only": (torch.ones(len(some), 1, 1), b)}, 1.0)
 
     def score(some: Sequence[Case], own: Adapter | None) -> list[float]:
         made = torch.zeros(len(some), 4) if own is None else updates(own).expand(len(some), -1)

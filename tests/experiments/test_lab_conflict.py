@@ -100,8 +100,8 @@ def test_a_bank_gives_every_request_its_tasks_own_adapter(embedded_model: Embedd
     adapter = bank.of(("fade", "darken", "fade"))
     name = adapter.targets[0].name
     assert adapter.batch == 3
-    assert torch.equal(adapter.weights[name][0][0], bank.a[0][1])
-    assert torch.equal(adapter.weights[name][0][1], bank.a[0][0])
+    assert torch.equal(adapter.pairs[name][0][0], bank.a[0][1])
+    assert torch.equal(adapter.pairs[name][0][1], bank.a[0][0])
 
 
 def test_learning_rates_are_searched_and_recorded(

@@ -74,7 +74,7 @@ def test_distances_are_those_of_the_updates() -> None:
     expected = (updates(one) - updates(other)).square().sum(1) / updates(other).square().sum(1)
     torch.testing.assert_close(update_distances(one, other), expected, atol=1e-5, rtol=1e-4)
     assert update_distances(one, one).abs().max() < 1e-5
-    a = one.weights["one"][0].requires_grad_(True)
+    a = one.pairs["one"][0].requires_grad_(True)
     torch.autograd.backward(update_distances(one, other).sum())
     assert a.grad is not None
 

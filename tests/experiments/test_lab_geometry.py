@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from lab_cases import TARGETS, adapter, updates
 
@@ -23,7 +21,9 @@ def test_turning_the_factors_changes_nothing() -> None:
     """B Q and Q^-1 A have the same product; the raw factors are far apart."""
     plain = adapter(2)
     turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3)))[0]
-    turned = replace(plain, weights={n: (turn.t() @ a, b @ turn) for n, (a, b) in plain.weights.items()})
+    turned = Adapter.from_pairs(
+        plain.targets, {n: (turn.t() @ a, b @ turn) for n, (a, b) in plain.pairs.items()}, plain.scale
+    )
     torch.testing.assert_close(cosines(Adapter.stack([plain, turned]))[:2, 2:], cosines(plain))
 
 
@@ -32,7 +32,7 @@ def test_experts_count_like_targets_of_their_own() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 3, 2, 5, generator=generator), torch.randn(2, 3, 4, 2, generator=generator)
     flat = (b @ a).flatten(1)
-    found = inner_products(Adapter((target,), {"experts": (a, b)}, 1.0))
+    found = inner_products(Adapter.from_pairs((target,), {"experts": (a, b)}, 1.0))
     torch.testing.assert_close(found.float(), flat @ flat.t())
 
 
@@ -57,13 +57,11 @@ def test_the_mean_update_is_exact_and_fits_the_model() -> None:
 def test_random_adapters_are_as_large_target_by_target() -> None:
     real = adapter(3)
     drawn = random_like(real, torch.Generator().manual_seed(5))
-    for name, (a, b) in real.weights.items():
-        other_a, other_b = drawn.weights[name]
+    for name, (a, b) in real.pairs.items():
+        other_a, other_b = drawn.pairs[name]
         torch.testing.assert_close((other_b @ other_a).flatten(1).norm(dim=1), (b @ a).flatten(1).norm(dim=1))
     assert cosines(Adapter.stack([real, drawn]))[:3, 3:].abs().max() < 0.9
-    assert not torch.equal(
-        random_like(real, torch.Generator().manual_seed(1)).weights["one"][0], drawn.weights["one"][0]
-    )
+    assert not torch.equal(random_like(real, torch.Generator().manual_seed(1)).pairs["one"][0], drawn.pairs["one"][0])
 
 
 def test_neighbours_of_the_own_group_do_not_count() -> None:

@@ -21,8 +21,8 @@ def random_adapter(
     targets: Sequence[Target], batch: int = 1, *, scale: float = 0.3, dtype: torch.dtype = torch.float32
 ) -> Adapter:
     draw = torch.Generator().manual_seed(0)
-    pair = lambda t: tuple(torch.randn(s, generator=draw).to(dtype) for s in t.shapes(batch, 2))  # noqa: E731
-    return Adapter(tuple(targets), {t.name: pair(t) for t in targets}, scale)
+    pair = lambda t: tuple(torch.randn(s, generator=draw).to(dtype) for s in t.shapes(batch, 2).values())  # noqa: E731
+    return Adapter.from_pairs(tuple(targets), {t.name: pair(t) for t in targets}, scale)
 
 
 def targets_of(model: nn.Module, names: Sequence[str]) -> list[Target]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,20 @@ def test_native_keeps_every_bit(tmp_path: Path, batch: int, dtype: torch.dtype) 
     assert names(tmp_path / "deep" / "folder") == FILES
 
 
+def test_native_keeps_the_instructions_of_sums(tmp_path: Path) -> None:
+    """One text where there is one; several are a list, whatever characters they have."""
+    texts = (("make it warm",), ("blur it\nall", "darker"))
+    replace(random_adapter(SMALL_TARGETS, 2), instructions=texts).save_pretrained(tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["instructions"] == ["make it warm", ["blur it\nall", "darker"]]
+    assert "operator" not in written["targets"][0]
+    assert Adapter.from_pretrained(tmp_path / "a").instructions == texts
+
+
 def test_views_of_one_tensor_are_written_on_their_own(tmp_path: Path) -> None:
     whole = torch.arange(24.0)
     pair = (whole[:6].view(1, 3, 2).transpose(1, 2), whole[3:15].view(1, 6, 2))
-    adapter = Adapter((Target("x", 3, 6),), {"x": pair}, 1.0)
+    adapter = Adapter.from_pairs((Target("x", 3, 6),), {"x": pair}, 1.0)
     adapter.save_pretrained(tmp_path / "a")
     check_equal(Adapter.from_pretrained(tmp_path / "a"), adapter)
 
@@ -88,7 +99,7 @@ def test_peft_loads_it_and_computes_the_same(tmp_path: Path) -> None:
     loaded.save_pretrained(str(tmp_path / "b"))
     back = Adapter.from_pretrained(tmp_path / "b")
     assert set(back.targets) == set(adapter.targets)
-    check_equal(Adapter(adapter.targets, back.weights, back.scale), adapter)
+    check_equal(Adapter.from_pairs(adapter.targets, back.pairs, back.scale), adapter)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +228,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "openwu",
         edited(format="other"),
-        r"expected format 'openwu-adapter' or peft_type 'LORA', got \{'format': 'other'",
+        r"expected format 'openwu-adapter' or peft_type 'LORA' or 'IA3', got \{'format': 'other'",
     ),
     ("openwu", edited(format=None), r"got neither key"),
     ("openwu", edited(version=2), r"expected version 1 of openwu-adapter, got 2; update openwu"),
@@ -226,7 +237,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("openwu", edited(targets=[]), r"missing \[\], unexpected \['first\.lora_A'"),
     ("openwu", edited(rank=3), r"expected batch and rank \(1, 3\), got tensors of \(1, 2\)"),
     ("openwu", retensored(renamed), r"missing \['middle\.0\.lora_A', .*unexpected \['muddle\.0\.lora_A'"),
-    ("openwu", retensored(halved), r"first: expected A and B of shapes"),
+    ("openwu", retensored(halved), r"first: expected factors of shapes"),
     ("openwu", retensored(flat), r"expected matrices, got other shapes for \['first\.lora_A'"),
     ("peft", edited(peft_type="LOHA"), r"got \{'peft_type': 'LOHA'\}"),
     ("peft", edited(use_dora=True), r"expected a plain LoRA, got one with use_dora"),

@@ -63,7 +63,7 @@ def test_diffusers_keys_and_the_way_back(tmp_path: Path, component: str | None) 
         f"{prefix}.middle.0.lora_A.weight": (2, 4),
         f"{prefix}.middle.0.lora_B.weight": (4, 2),
     }
-    assert torch.equal(tensors[f"{prefix}.middle.0.lora_B.weight"], adapter.weights["middle.0"][1][0] * 0.5)
+    assert torch.equal(tensors[f"{prefix}.middle.0.lora_B.weight"], adapter.pairs["middle.0"][1][0] * 0.5)
     for path in (tmp_path / "a", tmp_path / "a" / DIFFUSERS):
         back = Adapter.from_pretrained(path)
         assert back.scale == 1
@@ -86,7 +86,7 @@ def test_comfyui_keys_and_the_way_back(tmp_path: Path, component: str | None, st
     assert len(tensors) == 9
     # ComfyUI's arithmetic: alpha / rows of down * up @ down.
     up, down, alpha = (tensors[f"{stem}.{end}"] for end in ("lora_up.weight", "lora_down.weight", "alpha"))
-    a, b = (part[0] for part in adapter.weights["middle.0"])
+    a, b = (part[0] for part in adapter.pairs["middle.0"])
     assert torch.allclose(alpha / len(down) * up @ down, 0.25 * b @ a)
     back = Adapter.from_pretrained(tmp_path / "a", model=small_model())
     assert set(back.targets) == set(adapter.targets)
@@ -178,7 +178,7 @@ def test_equal_ranks_and_alphas_lose_no_bit(tmp_path: Path) -> None:
     adapter = Adapter.from_pretrained(written(tmp_path / "x.safetensors", tensors))
     assert adapter.scale == 0.75
     for target in PLAIN:
-        a, b = adapter.weights[target.name]
+        a, b = adapter.pairs[target.name]
         assert torch.equal(a[0], tensors[f"{target.name}.lora_A.weight"])
         assert torch.equal(b[0], tensors[f"{target.name}.lora_B.weight"])
 

@@ -82,7 +82,7 @@ def layer(is_transposed: bool = False) -> Layer:
 def merged_by_hand(model: Layer, adapter: Adapter) -> Layer:
     """Every weight plus `scale * B A`, each expert on its own."""
     for target in adapter.targets:
-        a, b = (part[0] for part in adapter.weights[target.name])
+        a, b = (part[0] for part in adapter.pairs[target.name])
         if target.experts is None:
             model.get_submodule(target.name).weight += adapter.scale * b @ a
             continue
@@ -118,7 +118,7 @@ def test_peft_computes_the_same_with_experts_as_parameters(
     loaded.save_pretrained(str(tmp_path / "b"))
     back = Adapter.from_pretrained(tmp_path / "b", model=layer(is_transposed))
     assert set(back.targets) == set(adapter.targets)
-    check_same(Adapter(adapter.targets, back.weights, back.scale), adapter)
+    check_same(Adapter.from_pairs(adapter.targets, back.pairs, back.scale), adapter)
 
 
 def test_one_parameter_needs_no_model(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_one_parameter_needs_no_model(tmp_path: Path) -> None:
     assert tensors["base_model.model.experts.lora_B.weight"].shape == (HIDDEN, 2 * E)
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     back = Adapter.from_pretrained(tmp_path / "a")
-    check_same(Adapter(adapter.targets, back.weights, back.scale), adapter)
+    check_same(Adapter.from_pairs(adapter.targets, back.pairs, back.scale), adapter)
 
 
 def test_several_parameters_need_the_model_both_ways(tmp_path: Path) -> None:

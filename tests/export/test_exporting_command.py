@@ -82,7 +82,7 @@ def test_a_sample_of_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "out").exists()
     assert exported(*command, "--sample", "1") == 0
     came = load_file(tmp_path / "out" / COMFYUI_WEIGHTS)["diffusion_model.some.module.lora_down.weight"]
-    assert torch.equal(came, batch.weights["some.module"][0][1])
+    assert torch.equal(came, batch.pairs["some.module"][0][1])
 
 
 def test_bad_input(embedded_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ def update_loss(adapter: Adapter) -> Tensor:
     """A loss that sees the adapter as a base model does, through scale * B A, with a fixed random direction."""
     random = torch.Generator().manual_seed(0)
     losses = []
-    for a, b in adapter.weights.values():
+    for a, b in adapter.pairs.values():
         update = adapter.scale * b.double() @ a.double()
         losses.append((update * torch.randn(update.shape, generator=random, dtype=torch.float64)).sum())
     return torch.stack(losses).sum()
@@ -57,8 +57,8 @@ def test_groups_compute_what_each_would_alone(groups_config: GeneratorConfig) ->
         of_group, mine = f"groups.{group.name}.", f"groups.{RELEASED_GROUP}."
         weights = {key.replace(of_group, mine): tensor for key, tensor in generator.state_dict().items()}
         alone.load_state_dict({key: weights[key] for key in alone.state_dict()})
-        for name, parts in alone(condition).weights.items():
-            assert all(torch.equal(came, part) for came, part in zip(together.weights[name], parts, strict=True))
+        for name, parts in alone(condition).pairs.items():
+            assert all(torch.equal(came, part) for came, part in zip(together.pairs[name], parts, strict=True))
 
 
 def test_one_group_is_the_same_function_under_any_name(tiny_config: GeneratorConfig) -> None:
@@ -124,7 +124,7 @@ def test_a_fresh_adapter_is_nearly_a_no_op_and_shaped_like_lora() -> None:
     generator = ParameterGenerator(config)
     with torch.no_grad():
         adapter = generator(torch.randn(4, 6, 24))
-    a, b = adapter.weights["layers.1.proj"]
+    a, b = adapter.pairs["layers.1.proj"]
     assert 0.7 < float(a.std()) * 96**0.5 < 1.4
     assert 0.7 < float(b.std()) / 1e-3 < 1.4
     x, weight = torch.randn(50, 96), torch.randn(80, 96) / 96**0.5

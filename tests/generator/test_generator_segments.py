@@ -45,7 +45,7 @@ def condition(batch: int = 2) -> Condition:
 
 
 def flat(adapter: Any) -> torch.Tensor:
-    return torch.cat([part.flatten(1) for pair in adapter.weights.values() for part in pair], dim=1)
+    return torch.cat([part.flatten(1) for pair in adapter.pairs.values() for part in pair], dim=1)
 
 
 def test_each_segment_matters_and_has_a_projection_of_its_own() -> None:

@@ -50,7 +50,7 @@ def work(rank: int, port: int, folder: str) -> None:
         sharded(condition)
     part = sharded(condition, gather=False)
     found["clear part"] = part.detach().state_dict()
-    loss = loss_of(dict(part.weights))
+    loss = loss_of(dict(part.pairs))
     torch.autograd.backward(loss)
     sum_gradients(generator.parameters())
     found["gradients"] = {name: each.grad for name, each in generator.named_parameters()}
@@ -67,7 +67,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     generator, condition = generator_and_condition()
     adapter = generator(condition)
     expected = adapter.detach().state_dict()
-    loss = loss_of(dict(adapter.weights))
+    loss = loss_of(dict(adapter.pairs))
     torch.autograd.backward(loss)
     seen: list[str] = []
     losses = []

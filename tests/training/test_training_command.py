@@ -52,7 +52,7 @@ def test_all_stages_make_a_model_with_its_provenance(recipe: EmbeddedRecipe, tmp
                 torch.testing.assert_close(value, trained[stage][f"weight/{name}"], atol=1e-3, rtol=1e-3)
         shared = Adapter.from_pretrained(folder / "shared")
         assert set(shared.targets) == set(model.generator.targets)
-        assert any(b.abs().max() > 0 for _, b in shared.weights.values())
+        assert any(b.abs().max() > 0 for _, b in shared.pairs.values())
         for part, stages in ((folder, set(STAGES) - {"shared"}), (folder / "shared", set(STAGES))):
             provenance = json.loads((part / "provenance.json").read_text())
             assert provenance["recipe"] == describe(replace(recipe, export=str(tmp_path / "exported")))
@@ -247,7 +247,7 @@ def test_a_stage_trains_its_own_parts_and_no_others(recipe: EmbeddedRecipe, tmp_
 def test_the_baseline_starts_as_no_change(recipe: EmbeddedRecipe) -> None:
     adapter = new_shared_adapter(recipe, new_model(recipe))()
     assert adapter.batch == 1
-    assert all(not b.any() and a.std() > 0 for a, b in adapter.weights.values())
+    assert all(not b.any() and a.std() > 0 for a, b in adapter.pairs.values())
 
 
 def test_the_command_line_trains(recipe: EmbeddedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,11 +81,11 @@ def test_an_update_shows_in_what_is_kept_from_the_weights(config: StageConfig) -
     fast(condition)
     before = identity.digest
     optimizer = StageOptimizer(generator, config)
-    sum(b.sum() for _, b in generator(condition).weights.values()).backward()  # type: ignore[union-attr]
+    sum(b.sum() for _, b in generator(condition).pairs.values()).backward()  # type: ignore[union-attr]
     optimizer.step(1.0)
     assert identity.digest != before
-    for name, factors in generator(condition).weights.items():
-        torch.testing.assert_close(fast(condition).weights[name], tuple(part.detach() for part in factors))
+    for name, factors in generator(condition).pairs.items():
+        torch.testing.assert_close(fast(condition).pairs[name], tuple(part.detach() for part in factors))
 
 
 def test_what_is_remembered_goes_where_the_weights_are() -> None:

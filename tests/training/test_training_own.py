@@ -35,7 +35,7 @@ class Writer(nn.Module):
 
     def forward(self, requests: Tensor) -> openwu.Adapter:
         a, b = self.linear(requests).chunk(2, dim=1)
-        return openwu.Adapter((TARGET,), {"0": (a[:, None, :], b[:, :, None])}, 1.0)
+        return openwu.Adapter.from_pairs((TARGET,), {"0": (a[:, None, :], b[:, :, None])}, 1.0)
 
 
 def stage(writer: Writer, base: nn.Module, handle: openwu.AdapterHandle) -> GeneratorStage[Tensor]:
@@ -74,7 +74,7 @@ def test_the_loss_is_the_bases_under_each_samples_adapter(base: nn.Module) -> No
     own = stage(writer, base, openwu.attach(base, (TARGET,)))
     requests = own.batches(5)
     adapter = writer(requests)
-    a, b = adapter.weights["0"]
+    a, b = adapter.pairs["0"]
     prediction = base(torch.ones(4, 3)) + (b @ a @ torch.ones(3, 1))[:, :, 0]
     expected = (prediction - requests[:, :1]).square().mean()
     with own.loss(5) as loss:
@@ -143,8 +143,8 @@ def deep_stage(recompute: bool, writer: Writer, bf16: bool = False) -> tuple[Gen
     targets = tuple(openwu.Target(f"layers.{i}", 3, 3) for i in range(2))
 
     def adapt(requests: Tensor) -> openwu.Adapter:
-        pair = writer(requests).weights["0"]
-        return openwu.Adapter(targets, {target.name: pair for target in targets}, 1.0)
+        pair = writer(requests).pairs["0"]
+        return openwu.Adapter.from_pairs(targets, {target.name: pair for target in targets}, 1.0)
 
     return GeneratorStage(
         "deep",

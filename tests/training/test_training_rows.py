@@ -128,6 +128,6 @@ def test_joined_rows_are_the_batch_of_the_encoders(name: str) -> None:
     )
     generator = base_cases.generator(base)
     one, other = generator(batch.condition), generator(together.condition)
-    for key, (a, b) in one.weights.items():
-        torch.testing.assert_close(a, other.weights[key][0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(b, other.weights[key][1], rtol=1e-4, atol=1e-5)
+    for key, (a, b) in one.pairs.items():
+        torch.testing.assert_close(a, other.pairs[key][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b, other.pairs[key][1], rtol=1e-4, atol=1e-5)

@@ -106,11 +106,11 @@ def _exports(folder: Path) -> Iterator[Output]:
     """Every format, of numbers that no arithmetic made."""
     draw = np.random.default_rng(0)
     targets = (openwu.Target("blocks.0.qkv", 12, 8), openwu.Target("blocks.1.out", 6, 10))
-    adapter = openwu.Adapter(
+    adapter = openwu.Adapter.from_pairs(
         targets,
-        {t.name: tuple(_drawn(draw, shape) for shape in t.shapes(1, 4)) for t in targets},  # type: ignore[misc]
+        {t.name: tuple(_drawn(draw, shape) for shape in t.shapes(1, 4).values()) for t in targets},  # type: ignore[misc]
         scale=0.5,
-        instructions=("make it warmer",),
+        instructions=(("make it warmer",),),
     )
     for style in ("openwu", "peft", "diffusers", "comfyui"):
         adapter.save_pretrained(folder / style, format=style)

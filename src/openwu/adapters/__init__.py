@@ -1,4 +1,5 @@
-"""Adapters on a base model: `inject` applies them in a scope, `merge` adds them to weights, `export` stores them.
+"""Adapters on a base model: `inject` applies them in a scope, `merge` adds them to its parameters.
 
-`linear`, `conv` and `experts` each know one kind of adapted module; `site` is what they share.
+`operators` has one file for each kind of update; `site` is what the adapted modules share; `experts`, `stacked` and
+`augmented` apply LoRA to mixtures of experts; `updates` compares adapters.
 """

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from openwu.adapters.augmented import AugmentedSite
-from openwu.adapters.linear import check_widths, product
-from openwu.adapters.site import Active, Site, check_device
+from openwu.adapters.operators.lora import product
+from openwu.adapters.site import Active, Site, check_device, check_widths
 from openwu.adapters.stacked import StackedSite, stacked_products
 from openwu.errors import TargetError
 from openwu.kernels import dispatch
@@ -108,7 +108,7 @@ class ExpertSite(Site):
         targets = [target for target in stacked if target is not None]
         for target in targets:
             widths = [part.out_dim if part is not None else target.out_dim for part in stacked]
-            check_widths(path, module, target.in_dim, sum(widths))
+            check_widths(target, module, path=path, out_dim=sum(widths))
         super().__init__(path, module, targets)
         self._expert = expert
         self._router = router
@@ -147,7 +147,7 @@ class ExpertSite(Site):
     def drop(self) -> None:
         self._pairs = ()
 
-    def weight_delta(self, active: Active) -> Tensor:
+    def deltas(self, active: Active) -> tuple[Tensor, ...]:
         weight = self.module.weight
         parts = [
             torch.zeros(width, weight.shape[1], device=weight.device)
@@ -155,7 +155,7 @@ class ExpertSite(Site):
             else product(*active.pair(target.name, self._expert), active.scale, weight.dtype)
             for target, width in zip(self._stacked, self._widths, strict=True)
         ]
-        return torch.cat(parts)
+        return (torch.cat(parts),)
 
     def placed(self) -> Iterator[tuple[Target, int, slice]]:
         """Every target that the module holds, which expert's, and its rows of the module's output."""
@@ -167,7 +167,7 @@ class ExpertSite(Site):
 
     def _pair(self, active: Active, target: Target) -> tuple[Tensor, Tensor]:
         """With routing all samples' A and B: the tokens choose."""
-        return active.per_row(target.name, self._expert) if self._uniform else active.pair(target.name, self._expert)
+        return active.pair_per_row(target, self._expert) if self._uniform else active.pair(target.name, self._expert)
 
 
 def expert_sites(

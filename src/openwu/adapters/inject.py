@@ -12,7 +12,7 @@ Checkpointing: `use_reentrant=False`, and backward inside the scope of its forwa
 torch ("a different number of tensors was saved"), backward in a later scope that has not run the model fails here.
 
 Threads: an adapter belongs to the thread that applied it. Another thread that runs the model meanwhile gets a
-TargetError (from code compiled with `fullgraph=True` torch's own error; compiled code that trains A and B cannot tell
+TargetError (from code compiled with `fullgraph=True` torch's own error; compiled code that trains factors cannot tell
 threads apart and does not check).
 """
 
@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from openwu.adapters.augmented import AugmentedSite
 from openwu.adapters.experts import ExpertRouting, expert_sites
-from openwu.adapters.linear import ConvSite, LinearSite
+from openwu.adapters.operators import operator_of
 from openwu.adapters.site import Active, Caller, PackedSequences, Site
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
@@ -240,14 +240,10 @@ def _plain_site(modules: Mapping[str, nn.Module], target: Target, hint: bool) ->
     if module is None:
         near = difflib.get_close_matches(target.name, modules, n=3) if hint else []
         raise TargetError(f"{target.name}: no such module" + (f"; near it are {', '.join(near)}" if near else ""))
-    if isinstance(module, nn.Linear):
-        site = LinearSite(target, module)
-        # A shared expert may see its mixture's tokens as the other experts do.
-        site.flattened = any(f"{part}experts" in modules for part in _ancestors(target.name))
-        return site
-    if isinstance(module, nn.Conv2d):
-        return ConvSite(target, module)
-    raise TargetError(f"{target.name}: expected an nn.Linear or nn.Conv2d, got {type(module).__name__}")
+    site = operator_of(target.operator).site(target, module)
+    # A shared expert may see its mixture's tokens as the other experts do.
+    site.flattened = any(f"{part}experts" in modules for part in _ancestors(target.name))
+    return site
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -279,8 +275,9 @@ def _segments(adapter: Adapter, samples: tuple[int, ...] | None, segments: Seque
         raise TargetError(
             f"segments: expected a number of tokens for each of {count or 'one or more'} segments, got {lengths}"
         )
-    return PackedSequences.of(lengths, adapter.weights[adapter.targets[0].name][0].device)
+    device = next(iter(adapter.factors[adapter.targets[0].name].values())).device
+    return PackedSequences.of(lengths, device)
 
 
 def _listed(targets: set[Target]) -> str:
-    return "; ".join(sorted(f"{t.name} ({t.in_dim} -> {t.out_dim})" for t in targets)) or "none"
+    return "; ".join(sorted(f"{t.name} ({t.operator} {t.in_dim} -> {t.out_dim})" for t in targets)) or "none"

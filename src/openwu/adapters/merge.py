@@ -1,4 +1,4 @@
-"""Add one sample's adapter to the weights: a model and an adapter (b = 1) enter, a model with other weights leaves.
+"""Add one sample's adapter (b = 1) to the parameters of a model, in a copy, in a scope, or for good.
 
 Cheaper than hooks when many rows go through few weights (`merging_pays`), and the form that other tools take.
 Gradients do not reach A and B, and a weight is rounded to its dtype once more. `merged_copy` leaves the model alone, so
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from openwu.adapters.inject import resolve
-from openwu.adapters.site import Active, Caller, Site, check_device
+from openwu.adapters.site import Active, Caller, Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 
@@ -24,6 +24,12 @@ MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that an update can be added to; others are quantised formats."""
 
 Model = TypeVar("Model", bound=nn.Module)
+
+Originals = dict[str, Tensor | None]
+"""State-dict name of a parameter -> what it was before merging; None where merging added it."""
+
+Replaced = dict[tuple[int, str], nn.Parameter]
+"""(id of a module, name of its parameter) -> the parameter that takes its place."""
 
 
 def merging_pays(
@@ -40,9 +46,9 @@ def merging_pays(
     sites = [site for site in resolve(model, targets) if site.targets]
     if not sites or _problems(model, sites):
         return False
-    weights = [site.weight[1] for site in sites]
-    on_cpu = weights[0].device.type == "cpu"
-    size = weights[0].element_size()
+    weight = sites[0].slots[0].parameter
+    assert weight is not None
+    on_cpu, size = weight.device.type == "cpu", weight.element_size()
     merge = apply = 0
     for target in targets:
         passed = forwards * (rows if isinstance(rows, int) else rows[target.name])
@@ -60,12 +66,9 @@ def merged_copy(model: Model, adapter: Adapter) -> Model:
     Hooks of other origin stay on the copy. Modules that are kept outside of `named_modules` (in a list, say) are not
     copied.
     """
-    replaced: dict[int, nn.Parameter] = {}
-    for site, delta in _updates(model, adapter):
-        weight = site.weight[1]
-        # As the weight lies in memory: a convolution's channels-last weight stays so.
-        new = torch.empty_like(weight, requires_grad=False).copy_(delta.add_(weight))
-        replaced[id(weight)] = nn.Parameter(new, requires_grad=False)
+    replaced: Replaced = {}
+    for slot, delta in _updates(model, adapter):
+        replaced[id(slot.module), slot.attribute] = _merged(slot, delta)
     return _copy(model, replaced, {})
 
 
@@ -80,14 +83,17 @@ def merged(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge_(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """Merge for good. Returns the original weights by their state-dict names: for `unmerge_`, or to be dropped."""
-    originals: dict[str, Tensor] = {}
+def merge_(model: nn.Module, adapter: Adapter) -> Originals:
+    """Merge for good. Returns the original parameters by their state-dict names: for `unmerge_`, or to be dropped."""
+    originals: Originals = {}
     try:
-        for site, delta in _updates(model, adapter):
-            name, weight = site.weight
-            originals[name] = weight.detach().clone()
-            weight.copy_(delta.add_(weight))
+        for slot, delta in _updates(model, adapter):
+            parameter = slot.parameter
+            originals[slot.name] = None if parameter is None else parameter.detach().clone()
+            if parameter is None:
+                slot.module.register_parameter(slot.attribute, _merged(slot, delta))
+            else:
+                parameter.copy_(delta.add_(parameter))
     except BaseException:
         unmerge_(model, originals)
         raise
@@ -95,14 +101,18 @@ def merge_(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def unmerge_(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    """Put back the weights that `merge_` returned."""
+def unmerge_(model: nn.Module, originals: Originals) -> None:
+    """Put back the parameters that `merge_` returned, and take away those that it added."""
     for name, original in originals.items():
-        model.get_parameter(name).copy_(original)
+        if original is not None:
+            model.get_parameter(name).copy_(original)
+            continue
+        module, _, attribute = name.rpartition(".")
+        model.get_submodule(module).register_parameter(attribute, None)
 
 
-def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Site, Tensor]]:
-    """Each site with what is to be added to its weight, after checking that all of them can be merged."""
+def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Slot, Tensor]]:
+    """Each parameter with what is to be added to it, after checking that all of them can be merged."""
     if adapter.batch != 1:
         raise TargetError(f"merge: weights hold one sample's adapter, got {adapter.batch}; pass adapter.select([i])")
     sites = [site for site in resolve(model, adapter.targets) if site.targets]
@@ -111,9 +121,21 @@ def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Site, Tensor]
         raise TargetError.listing("merge: use attach(...).applied(...) instead:", problems)
     active = Active.of(adapter, None, Caller())
     for site in sites:
-        delta = site.weight_delta(active)
-        check_device(site.path, delta, site.weight[1])
-        yield site, delta
+        for slot, delta in zip(site.slots, site.deltas(active), strict=True):
+            beside = slot.parameter if slot.parameter is not None else site.slots[0].parameter
+            assert beside is not None
+            check_device(site.path, delta, beside)
+            yield slot, delta
+
+
+def _merged(slot: Slot, delta: Tensor) -> nn.Parameter:
+    """A new parameter: the slot's plus delta, or where it has none delta, in the dtype of the weight beside it."""
+    if slot.parameter is None:
+        weight = slot.module.get_parameter("weight")
+        return nn.Parameter(delta.to(weight.dtype), requires_grad=False)
+    # As the weight lies in memory: a convolution's channels-last weight stays so.
+    new = torch.empty_like(slot.parameter, requires_grad=False).copy_(delta.add_(slot.parameter))
+    return nn.Parameter(new, requires_grad=False)
 
 
 def _problems(model: nn.Module, sites: Sequence[Site]) -> list[str]:
@@ -121,22 +143,25 @@ def _problems(model: nn.Module, sites: Sequence[Site]) -> list[str]:
     shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     problems = []
     for site in sites:
-        try:
-            weight = site.weight[1]
-        except AttributeError:
+        if site.slots[0].parameter is None:
             problems.append(f"{site.path}: it has no parameter `weight` (quantised, or computed from others)")
             continue
-        if type(weight.data) is not Tensor or weight.dtype not in MERGEABLE:
-            problems.append(f"{site.path}: a weight of {weight.dtype} ({type(weight.data).__name__}) is quantised")
-        elif weight.is_meta:
-            problems.append(f"{site.path}: its weight is not loaded (device meta)")
-        elif shared[id(weight)] > 1:
-            problems.append(f"{site.path}: another module has the same weight")
+        for slot in site.slots:
+            parameter = slot.parameter
+            if parameter is None:
+                continue
+            if type(parameter.data) is not Tensor or parameter.dtype not in MERGEABLE:
+                kind = type(parameter.data).__name__
+                problems.append(f"{site.path}: a {slot.attribute} of {parameter.dtype} ({kind}) is quantised")
+            elif parameter.is_meta:
+                problems.append(f"{site.path}: its {slot.attribute} is not loaded (device meta)")
+            elif shared[id(parameter)] > 1:
+                problems.append(f"{site.path}: another module has the same {slot.attribute}")
     return problems
 
 
-def _copy(module: Model, replaced: Mapping[int, nn.Parameter], copies: dict[int, nn.Module]) -> Model:
-    """The tree of modules under `module` with some parameters (by id) replaced, and without adapter hooks."""
+def _copy(module: Model, replaced: Replaced, copies: dict[int, nn.Module]) -> Model:
+    """The tree of modules under `module` with some parameters replaced, and without adapter hooks."""
     if id(module) in copies:
         known = copies[id(module)]
         assert isinstance(known, type(module))
@@ -145,8 +170,7 @@ def _copy(module: Model, replaced: Mapping[int, nn.Parameter], copies: dict[int,
     copies[id(module)] = twin
     twin.__dict__ = dict(module.__dict__)
     twin._parameters = {
-        name: parameter if parameter is None else replaced.get(id(parameter), parameter)
-        for name, parameter in module._parameters.items()
+        name: replaced.get((id(module), name), parameter) for name, parameter in module._parameters.items()
     }
     twin._buffers = dict(module._buffers)
     twin._forward_hooks = type(module._forward_hooks)(

@@ -1,6 +1,6 @@
 """One adapted module of a base model: a module's output enters its forward hook, the adapted output leaves.
 
-A site is resolved once, when adapters are attached. Between `load` and `clear` it holds the A and B that are active.
+A site is resolved once, when adapters are attached. Between `load` and `clear` it holds the factors that are active.
 They are plain attributes that the hook reads: torch.compile makes graph inputs of them, so that other adapters of
 equal shapes run the same code (another rank compiles once), and their gradients flow back to whatever generated them.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from openwu.errors import TargetError
-from openwu.types import Adapter, Target
+from openwu.types import LORA_A, LORA_B, Adapter, Target
 
 
 class Caller(threading.local):
@@ -55,8 +55,8 @@ class PackedSequences:
 class Active:
     """The adapter of one scope, taken apart for the sites."""
 
-    weights: Mapping[str, tuple[Tensor, Tensor]]
-    """target name -> (A `[b, (E,) r, in]`, B `[b, (E,) out, r]`)"""
+    factors: Mapping[str, Mapping[str, Tensor]]
+    """target name -> factor name -> `[b, ...]`"""
     scale: float
     batch: int
     rows: tuple[int, ...] | None
@@ -64,16 +64,20 @@ class Active:
     segments: PackedSequences | None
     """Where `rows` are runs of tokens rather than entries of the batch."""
     trained: bool
-    """Whether gradients flow into A and B."""
+    """Whether gradients flow into the factors."""
     caller: Caller
+    in_order: bool
+    """Whether every sample has one row, in order, so that factors need no indexing."""
     _of_experts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """LoRA target -> (A `[b, r, in]`, B `[b, out, r]`) of every expert"""
 
     @classmethod
     def of(
         cls, adapter: Adapter, rows: tuple[int, ...] | None, caller: Caller, segments: PackedSequences | None = None
     ) -> Active:
-        trained = any(a.requires_grad or b.requires_grad for a, b in adapter.weights.values())
-        return cls(adapter.weights, adapter.scale, adapter.batch, rows, segments, trained, caller)
+        trained = any(part.requires_grad for parts in adapter.factors.values() for part in parts.values())
+        in_order = rows is None or rows == tuple(range(adapter.batch))
+        return cls(adapter.factors, adapter.scale, adapter.batch, rows, segments, trained, caller, in_order)
 
     @property
     def uniform(self) -> bool:
@@ -86,33 +90,56 @@ class Active:
         return len(self.rows) if self.rows is not None else None if self.batch == 1 else self.batch
 
     def pair(self, name: str, expert: int | None = None) -> tuple[Tensor, Tensor]:
-        """A target's A and B, or those of one of its experts: A `[b, r, in]` and B `[b, out, r]`."""
-        a, b = self.weights[name]
+        """A LoRA target's A and B, or those of one of its experts: A `[b, r, in]` and B `[b, out, r]`."""
+        parts = self.factors[name]
         if expert is None:
-            return a, b
+            return parts[LORA_A], parts[LORA_B]
         if name not in self._of_experts:
             # One unbind for all experts: its gradient is one stack, where E indexings have E gradients of full size.
-            self._of_experts[name] = list(zip(a.unbind(1), b.unbind(1), strict=True))
+            each = zip(parts[LORA_A].unbind(1), parts[LORA_B].unbind(1), strict=True)
+            self._of_experts[name] = list(each)
         return self._of_experts[name][expert]
 
-    def per_row(self, name: str, expert: int | None = None) -> tuple[Tensor, Tensor]:
+    def pair_per_row(self, target: Target, expert: int | None = None) -> tuple[Tensor, Tensor]:
         """`pair` with one entry per input row, or with a single one where `uniform`."""
-        a, b = self.pair(name, expert)
-        if self.rows is None or self.rows == tuple(range(self.batch)):
-            return a, b
+        a, b = self.pair(target.name, expert)
+        return (a, b) if self.in_order else (self._chosen(a), self._chosen(b, linear=True))
+
+    def per_row(self, target: Target) -> tuple[Tensor, ...]:
+        """A target's factors, in their order, with one entry per input row, or with a single one where `uniform`."""
+        parts = self.factors[target.name]
+        if self.in_order:
+            return tuple(parts.values())
+        linear = target.rules.linear
+        return tuple(self._chosen(part, name in linear) for name, part in parts.items())
+
+    def _chosen(self, part: Tensor, linear: bool = False) -> Tensor:
+        """A factor `[b, ...]` as `[n or 1, ...]`; rows without an adapter get zeros where the change is `linear`."""
+        assert self.rows is not None
         if self.uniform and self.rows[0] >= 0:
-            own = slice(self.rows[0], self.rows[0] + 1)
-            return a[own], b[own]
+            return part[self.rows[0] : self.rows[0] + 1]
         index = torch.as_tensor(self.rows[:1] if self.uniform else self.rows)
-        a = a.index_select(0, index.clamp(min=0).to(a.device))
-        b = b.index_select(0, index.clamp(min=0).to(b.device))
-        if -1 not in self.rows:
-            return a, b
-        return a, b * (index >= 0).to(b).view(-1, *[1] * (b.ndim - 1))
+        chosen = part.index_select(0, index.clamp(min=0).to(part.device))
+        if not linear or -1 not in self.rows:
+            return chosen
+        return chosen * (index >= 0).to(chosen).view(-1, *[1] * (chosen.ndim - 1))
+
+
+class Slot(NamedTuple):
+    """A parameter that merging writes to. `module`'s `attribute` may be None, where a bias is to be added."""
+
+    name: str
+    """Its state-dict name."""
+    module: nn.Module
+    attribute: str
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        return self.module._parameters.get(self.attribute)
 
 
 class Site:
-    """Base of the kinds of adapted module: `update` adapts its output, `weight_delta` equals that for its weight."""
+    """Base of the kinds of adapted module: `update` adapts its output, `deltas` equal that for its parameters."""
 
     makes_output = False
     """Whether the module's own forward pass always returns a tensor that it has just made and does not keep."""
@@ -155,9 +182,9 @@ class Site:
         return self.adapt(y, args, kwargs)
 
     @property
-    def weight(self) -> tuple[str, nn.Parameter]:
-        """The weight that the targets adapt, and its state-dict name."""
-        return f"{self.path}.weight", self.module.get_parameter("weight")
+    def slots(self) -> tuple[Slot, ...]:
+        """The parameters that merging changes; the weight comes first."""
+        return (Slot(f"{self.path}.weight", self.module, "weight"),)
 
     def adapt(self, y: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> Any:
         """The adapted output for a module's output y and whatever it was called with."""
@@ -167,8 +194,8 @@ class Site:
         """The adapted output for a module's output y and input x."""
         raise NotImplementedError
 
-    def weight_delta(self, active: Active) -> Tensor:
-        """What one sample's adapter (b = 1) adds to the module's weight, in the weight's shape, in float32 or wider."""
+    def deltas(self, active: Active) -> tuple[Tensor, ...]:
+        """What one sample's adapter (b = 1) adds to each of `slots`, in its shape, in float32 or wider."""
         raise NotImplementedError
 
     def take(self, active: Active) -> None:
@@ -214,32 +241,38 @@ class Site:
             )
 
 
-class PairSite(Site):
-    """A site of one plain target: holds A `[n or 1, r, in]` and B `[n or 1, out, r]` for inputs of n rows."""
+class PlainSite(Site):
+    """A site of one plain target: holds its factors `[n or 1, ...]` for inputs of n rows."""
 
     flattened = False
     """Whether the module may see tokens `[n * length, in]` of n rows of equal lengths, as in a mixture of experts."""
 
     def __init__(self, module: nn.Module, target: Target) -> None:
         super().__init__(target.name, module, (target,))
-        self._a: Tensor | None = None
-        self._b: Tensor | None = None
+        self._factors: tuple[Tensor, ...] = ()
         self._rows: int | None = None
         self._ends: Tensor | None = None
         self._run_t: Tensor | None = None
 
-    def pair(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The active A and B, after checking that the module's input x `[n, ...]` has the rows they are meant for."""
-        a, b = self._a, self._b
-        assert a is not None
-        assert b is not None
+    def factors(self, y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The active factors, after checking that the module's input x `[n, ...]` has the rows they are meant for."""
+        factors = self._factors
         if self._run_t is None and self._rows is not None and not self._has_rows(x, self._rows):
             raise TargetError(
                 f"{self.path}: the adapter is for {self._rows} rows, but the module's input has shape "
                 f"{tuple(x.shape)}; pass applied(adapter, rows=...) with the sample index of every input row"
             )
-        check_device(self.path, a, y)
-        return a, b
+        check_device(self.path, factors[0], y)
+        return factors
+
+    def check_runs(self, tokens: int, x: Tensor) -> None:
+        """Refuse an input of another number of tokens than the packed sequences hold."""
+        assert self._run_t is not None
+        if tokens != len(self._run_t):
+            raise TargetError(
+                f"{self.path}: the segments hold {len(self._run_t)} tokens, but the module's input has shape "
+                f"{tuple(x.shape)}"
+            )
 
     def _has_rows(self, x: Tensor, rows: int) -> bool:
         if self.flattened and x.ndim == 2:
@@ -247,18 +280,46 @@ class PairSite(Site):
         return x.ndim >= 2 and x.shape[0] == rows
 
     def take(self, active: Active) -> None:
-        self._a, self._b = active.per_row(self.path)
+        self._factors = active.per_row(self.targets[0])
         self._rows = active.num_rows
         if active.segments is not None:
             self._ends, self._run_t = active.segments.ends, active.segments.of_token
 
     def drop(self) -> None:
-        self._a = self._b = self._ends = self._run_t = None
+        self._factors = ()
+        self._ends = self._run_t = None
 
 
-def check_device(path: str, a: Tensor, y: Tensor) -> None:
+def check_device(path: str, factor: Tensor, y: Tensor) -> None:
     """Refuse an adapter that is not where the module computes."""
-    if a.device != y.device:
+    if factor.device != y.device:
         raise TargetError(
-            f"{path}: the adapter is on {a.device} and the module on {y.device}; move it: adapter.to({str(y.device)!r})"
+            f"{path}: the adapter is on {factor.device} and the module on {y.device}; move it: "
+            f"adapter.to({str(y.device)!r})"
+        )
+
+
+def check_widths(target: Target, module: nn.Module, *, path: str | None = None, out_dim: int | None = None) -> None:
+    """Refuse a module that is no plain linear map or ungrouped convolution of the target's widths.
+
+    `path`, `out_dim`: of a module that stacks the target's weight with others.
+    """
+    path, out_dim = path or target.name, out_dim or target.out_dim
+    if isinstance(module, nn.Linear):
+        if (module.in_features, module.out_features) != (target.in_dim, out_dim):
+            raise TargetError(
+                f"{path}: expected a linear module {target.in_dim} -> {out_dim}, got {module.in_features} -> "
+                f"{module.out_features}"
+            )
+        return
+    if not isinstance(module, nn.Conv2d):
+        raise TargetError(f"{path}: expected an nn.Linear or nn.Conv2d, got {type(module).__name__}")
+    if module.groups != 1:
+        raise TargetError(f"{path}: expected an ungrouped convolution, got one of {module.groups} groups")
+    height, width = module.kernel_size
+    in_dim = module.in_channels * height * width
+    if (in_dim, module.out_channels) != (target.in_dim, out_dim):
+        raise TargetError(
+            f"{path}: expected a convolution {target.in_dim} -> {out_dim}, got {module.in_channels} "
+            f"channels * {height} * {width} = {in_dim} -> {module.out_channels}"
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwu.adapters.site import Active, Site, check_device
+from openwu.adapters.site import Active, Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.kernels import dispatch
 from openwu.kernels.grouped import GroupedProduct, Routed, group_ends
@@ -32,6 +32,7 @@ class StackedSite(Site):
     def __init__(self, target: Target, module: GroupedProduct, container: nn.Module) -> None:
         super().__init__(target.name, module, (target,))
         self.makes_output = type(module) is GroupedProduct
+        self._container = container
         self._parameter = container.get_parameter(target.name.rpartition(".")[2])
         self._a: Tensor | None = None
         self._b: Tensor | None = None
@@ -39,8 +40,8 @@ class StackedSite(Site):
         self._run_t: Tensor | None = None
 
     @property
-    def weight(self) -> tuple[str, nn.Parameter]:
-        return self.path, self._parameter
+    def slots(self) -> tuple[Slot, ...]:
+        return (Slot(self.path, self._container, self.path.rpartition(".")[2]),)
 
     def adapt(self, y: Tensor, args: tuple[Any, ...], _: Mapping[str, Any]) -> Tensor:
         """`GroupedProduct`'s output y `[S, out]` and its arguments."""
@@ -56,7 +57,7 @@ class StackedSite(Site):
         return dispatch.add_sorted(y, x.to(y.device), a, b, self.scale, group_s, ends, in_place=self.may_write(y))
 
     def take(self, active: Active) -> None:
-        a, b = active.per_row(self.path)  # [n, E, ...]
+        a, b = active.pair_per_row(self.targets[0])  # [n, E, ...]
         self._rows = None if active.uniform else len(a)
         self._run_t = None if active.segments is None or active.uniform else active.segments.of_token
         self._a, self._b = a.transpose(0, 1).flatten(0, 1), b.transpose(0, 1).flatten(0, 1)
@@ -64,10 +65,10 @@ class StackedSite(Site):
     def drop(self) -> None:
         self._a = self._b = self._run_t = None
 
-    def weight_delta(self, active: Active) -> Tensor:
+    def deltas(self, active: Active) -> tuple[Tensor, ...]:
         a, b = active.pair(self.path)
         wide = torch.promote_types(torch.promote_types(a.dtype, self._parameter.dtype), torch.float32)
-        return active.scale * torch.bmm(b[0].to(wide), a[0].to(wide))
+        return (active.scale * torch.bmm(b[0].to(wide), a[0].to(wide)),)
 
     def _row_of(self, routed: Routed) -> Tensor:
         """`[S]` row of the batch, or segment, that each routed row belongs to."""

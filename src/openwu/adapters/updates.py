@@ -1,9 +1,8 @@
-"""Inner products and variances of adapters' updates, which are what adapters do, whatever factors say so.
+"""Compare the updates of adapters: inner products, relative standard deviation, variances within and across tasks.
 
-Enters: a batch of adapters, and the task of each. Leaves: numbers about the updates scale * B A, computed without
-forming them. Raw factors say nothing: B and A can be turned against one another without changing B A.
+A LoRA's update is scale * B A, not its raw factors: B and A can be turned against one another without changing B A.
 
-Shapes: b samples, E experts, r and s LoRA ranks, n the width of a factor.
+Shapes: b samples.
 """
 
 from __future__ import annotations
@@ -13,21 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from openwu.adapters.operators import operator_of
 from openwu.types import Adapter
 
 
 def inner_products(first: Adapter, second: Adapter | None = None) -> Tensor:
-    """<update i, update j> over all targets: `[b1, b2]` float64.
-
-    <B1 A1, B2 A2> = sum over ranks of (B1^T B2) * (A1 A2^T).
-    """
+    """<update i, update j> over all targets: `[b1, b2]` float64; what an update is, its operator says."""
     second = first if second is None else second
     total = torch.zeros(first.batch, second.batch, dtype=torch.float64)
-    for name, (a1, b1) in first.weights.items():
-        a2, b2 = second.weights[name]
-        across = _cross(a1, a2)  # [E, b1, r, b2, s]
-        down = _cross(b1.transpose(-1, -2), b2.transpose(-1, -2))
-        total += (across * down).sum(dim=(0, 2, 4)).to(total)
+    for target in first.targets:
+        name = target.name
+        total += operator_of(target.operator).inner_products(first.factors[name], second.factors[name]).to(total)
     return total * (first.scale * second.scale)
 
 
@@ -58,12 +53,3 @@ def task_variances(adapter: Adapter, tasks: Sequence[str]) -> dict[str, float]:
     if variances.get("across", 0.0) > 0 and "within" in variances:
         variances["within_over_across"] = variances["within"] / variances["across"]
     return variances
-
-
-def _cross(x: Tensor, y: Tensor) -> Tensor:
-    """x `[b1, (E,) r, n]`, y `[b2, (E,) s, n]` -> products of all rows `[E or 1, b1, r, b2, s]`."""
-    x, y = (each if each.ndim == 4 else each[:, None] for each in (x.double(), y.double()))
-    experts = x.shape[1]
-    rows = [each.transpose(0, 1).reshape(experts, -1, each.shape[-1]) for each in (x, y)]
-    product = rows[0] @ rows[1].transpose(1, 2)
-    return product.view(experts, x.shape[0], x.shape[2], y.shape[0], y.shape[2])

@@ -44,11 +44,12 @@ class PackedAdapter:
     kinds: tuple[Tensor, ...]
     """One tensor `[m * b, ...]` on the CPU for each dtype and shape `[b, ...]`"""
     places: tuple[tuple[int, ...], ...]
-    """For each of `kinds`: which m tensors of the adapter lie in it, counted A, B, A, B, ... by target"""
-    names: tuple[str, ...]
+    """For each of `kinds`: which m tensors of the adapter lie in it, counted factor by factor, target by target"""
+    names: tuple[tuple[str, tuple[str, ...]], ...]
+    """Name of every target, and of its factors"""
     targets: tuple[Target, ...]
     scale: float
-    instructions: tuple[str, ...]
+    instructions: tuple[tuple[str, ...], ...]
     batch: int
 
     @classmethod
@@ -57,15 +58,15 @@ class PackedAdapter:
         places: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
         # Not as inference tensors, wherever this is called: those who get a copy may train on it.
         with torch.inference_mode(False), torch.no_grad():
-            parts = [part for pair in adapter.weights.values() for part in pair]
+            parts = [part for factors in adapter.factors.values() for part in factors.values()]
             for place, part in enumerate(parts):
                 places.setdefault((part.dtype, part.shape), []).append(place)
             kinds = tuple(
                 torch.cat([parts[place].detach().cpu() for place in own]).contiguous() for own in places.values()
             )
         own_places = tuple(tuple(own) for own in places.values())
-        rest = tuple(adapter.weights), adapter.targets, adapter.scale, adapter.instructions, adapter.batch
-        return cls(kinds, own_places, *rest)
+        names = tuple((name, tuple(factors)) for name, factors in adapter.factors.items())
+        return cls(kinds, own_places, names, adapter.targets, adapter.scale, adapter.instructions, adapter.batch)
 
     @property
     def nbytes(self) -> int:
@@ -78,10 +79,11 @@ class PackedAdapter:
             for kind, places in zip(self.kinds, self.places, strict=True):
                 # "unsafe": to autograd each part is a tensor of its own, and may change in place without the others.
                 found.update(zip(places, torch.unsafe_split(kind.clone(), self.batch), strict=True))
-        weights = {name: (found[2 * i], found[2 * i + 1]) for i, name in enumerate(self.names)}
+        ordered = iter([found[place] for place in range(len(found))])
+        factors = {name: {part: next(ordered) for part in parts} for name, parts in self.names}
         # Without its checks: they were made of what was packed, and would take as long as the copy.
         adapter = object.__new__(Adapter)
-        known = {"targets": self.targets, "weights": weights, "scale": self.scale, "instructions": self.instructions}
+        known = {"targets": self.targets, "factors": factors, "scale": self.scale, "instructions": self.instructions}
         vars(adapter).update(known)
         return adapter
 

@@ -71,7 +71,7 @@ def target_widths(groups: Iterable[LayerGroup]) -> TargetWidths:
         group.layer_path(layer) + name: (in_dim, out_dim, experts)
         for group in groups
         for layer in range(group.num_layers)
-        for name, in_dim, out_dim, experts in group.weights()
+        for name, in_dim, out_dim, experts, _ in group.weights()
     }
 
 
@@ -163,11 +163,14 @@ class AdapterScope:
 
 
 def placed(adapter: Adapter, backbone: Backbone) -> Adapter:
-    """The adapter with every pair on the device where its weight computes: a base may be spread over several."""
+    """The adapter with all factors on the device where their module computes: a base may be spread over several."""
     modules = dict(backbone.denoiser.named_modules())
     homes = {target.name: _home(modules, target) for target in adapter.targets}
-    weights = {name: (a.to(homes[name]), b.to(homes[name])) for name, (a, b) in adapter.weights.items()}
-    return replace(adapter, weights=weights)
+    factors = {
+        name: {part: tensor.to(homes[name]) for part, tensor in parts.items()}
+        for name, parts in adapter.factors.items()
+    }
+    return replace(adapter, factors=factors)
 
 
 def _home(modules: Mapping[str, nn.Module], target: Target) -> torch.device | None:

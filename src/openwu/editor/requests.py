@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from openwu.images.instruction import check_instruction
-from openwu.types import THEN, Adapter, EditRequest, EditResult, Picture
+from openwu.types import Adapter, EditRequest, EditResult, Picture
 
 Progress = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""
@@ -16,12 +16,13 @@ Progress = Callable[[int, int], None]
 
 def instructions_of(adapter: Adapter) -> tuple[str, ...]:
     """What the adapter (b = 1) was generated for: one instruction, or several of a sum; empty if not known."""
-    return tuple(adapter.instructions[0].split(THEN)) if adapter.instructions else ()
+    return adapter.instructions[0] if adapter.instructions else ()
 
 
 def with_instruction(adapter: Adapter, instruction: str) -> Adapter:
     """The adapter (b = 1) of one instruction, in the spelling of this request."""
-    return adapter if adapter.instructions == (instruction,) else replace(adapter, instructions=(instruction,))
+    own = ((instruction,),)
+    return adapter if adapter.instructions == own else replace(adapter, instructions=own)
 
 
 def checked_instructions(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:

@@ -1,14 +1,13 @@
-"""Adapter folders and files: an `Adapter` enters and a folder is written, or one is read and an `Adapter` leaves.
+"""Write adapters to folders and files of ours and of other tools, read them, and prove that the tools load them.
 
 | file | what |
 |---|---|
-| `native` | our own folder: a batch of samples bit for bit, experts too |
-| `peft`, `peft_experts` | PEFT's folder: one sample; linear modules, convolutions, experts |
-| `diffusers` | `pytorch_lora_weights.safetensors`: one sample; linear modules and convolutions |
-| `comfyui` | one file in the key style of kohya: one sample; linear modules and convolutions |
+| `native` | our own folder: a batch of samples bit for bit, experts and every operator |
+| `peft`, `peft_experts`, `peft_ia3` | PEFT's folder: one sample; linear modules, convolutions, experts |
+| `single_file` | diffusers' and ComfyUI's LoRA files: one sample; linear modules and convolutions, LoRA alone |
 | `lora_file` | reads a LoRA file of any of these key styles |
-| `combine` | modules with ranks and scales of their own -> one `Adapter` |
-| `fit` | an adapter and the model that it is for |
+| `fit` | an adapter and the model that it is for; modules with ranks and scales of their own -> one `Adapter` |
 | `files` | reads and writes; a folder appears whole or not at all |
 | `read` | finds out which of them a path holds |
+| `proof` | exports with proof that the tool reads the folder and computes the same |
 """

@@ -26,6 +26,12 @@ WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 COMFYUI_WEIGHTS = "comfyui_lora.safetensors"
 
+PREFIX = "base_model.model."
+"""What stands before a module's name in PEFT's files."""
+
+METADATA = "openwu"
+"""Key of a safetensors file's metadata under which stands, as JSON, what a foreign format leaves out."""
+
 MAIN = frozenset({CONFIG, DIFFUSERS_WEIGHTS, COMFYUI_WEIGHTS})
 """An adapter folder holds one of these."""
 KNOWN = MAIN | {WEIGHTS, "README.md"}

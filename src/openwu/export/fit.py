@@ -1,4 +1,4 @@
-"""Modules with ranks and scales of their own enter, one `Adapter` with one rank and one scale leaves.
+"""Fit adapters to models and formats, and combine modules with ranks and scales of their own into one `Adapter`.
 
 Smaller ranks are filled up with zeros, which changes nothing. The scale that most modules have becomes the adapter's;
 the others' ratio to it goes into their B, rounded once in B's dtype.
@@ -8,8 +8,9 @@ Shapes: E experts, r rank.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from openwu.adapters.inject import resolve
 from openwu.errors import CheckpointError, OpenwuError, TargetError
-from openwu.types import Adapter, Target
+from openwu.types import LORA, LORA_A, LORA_B, Adapter, Target
 
 
 def with_kernels(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -70,18 +71,34 @@ def single(adapter: Adapter, format: str, model: nn.Module | None) -> Adapter:
     return adapter if model is None else fitted(adapter, model)
 
 
-def refuse_experts(adapter: Adapter, format: str) -> None:
-    """For formats that know no mixtures of experts."""
+def refuse_all_but_plain_lora(adapter: Adapter, format: str) -> None:
+    """For formats that hold LoRA alone and know no mixtures of experts."""
+    if others := [f"{target.name} ({target.operator})" for target in adapter.targets if target.operator != LORA]:
+        raise OpenwuError(
+            f"{format}: the format holds LoRA alone, got {', '.join(others)}; save with format='openwu', or merge the "
+            "adapter into the weights"
+        )
     if experts := [target.name for target in adapter.targets if target.experts is not None]:
         raise OpenwuError(
             f"{format}: the format has no experts, got {', '.join(experts)}; save with format='peft' or 'openwu'"
         )
 
 
+def exact(modules: Sequence[str], model: nn.Module) -> list[str] | str:
+    """PEFT's `target_modules` that mean these modules of the model and no others.
+
+    PEFT takes a list's entries for the ends of names, too: `proj_out` is also `blocks.0.proj_out`. Where that would
+    adapt more modules than are meant, a regular expression stands for the list.
+    """
+    ends = tuple(f".{name}" for name in modules)
+    more = [name for name, _ in model.named_modules() if name.endswith(ends) and name not in set(modules)]
+    return "|".join(re.escape(name) for name in modules) if more else list(modules)
+
+
 def in_file_shape(adapter: Adapter, target: Target) -> tuple[Tensor, Tensor]:
     """A and B of a plain target as other tools store them: `[r, in]` and `[out, r]`; of a convolution `[r, in, kh, kw]`
     and `[out, r, 1, 1]`, where its kernel is known."""
-    a, b = (part[0] for part in adapter.weights[target.name])
+    a, b = adapter.factors[target.name][LORA_A][0], adapter.factors[target.name][LORA_B][0]
     if target.kernel is None:
         return a, b
     return a.reshape(len(a), -1, *target.kernel), b[:, :, None, None]
@@ -149,4 +166,4 @@ def combine(updates: Mapping[str, Update]) -> Adapter:
         more = rank - update.rank
         a, b = update.a, folded(update.b, update.scale / scale)
         weights[name] = (F.pad(a, (0, 0, 0, more))[None], F.pad(b, (0, more))[None])
-    return Adapter(tuple(update.target(name) for name, update in updates.items()), weights, scale)
+    return Adapter.from_pairs([update.target(name) for name, update in updates.items()], weights, scale)

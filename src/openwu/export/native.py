@@ -1,14 +1,16 @@
-"""Our own adapter folder: any `Adapter` enters or leaves, bit for bit.
+"""Our own adapter folder: writes and reads any `Adapter`, bit for bit.
 
-`adapter_config.json` has `format`, `version`, `batch`, `rank`, `scale`, `instructions` and `targets`;
-`adapter_model.safetensors` has `{target}.lora_A` `[b, (E,) r, A_dim]` and `{target}.lora_B` `[b, (E,) B_dim, r]`.
+`adapter_config.json` has `format`, `version`, `batch`, `rank`, `scale`, `instructions` (for each sample a text, or a
+list of texts where the adapter is a sum) and `targets`, each with its `operator` where that is not LoRA;
+`adapter_model.safetensors` has `{target}.{factor}`, of a LoRA `{target}.lora_A` `[b, (E,) r, A_dim]` and
+`{target}.lora_B` `[b, (E,) B_dim, r]`.
 
 Shapes: b samples, E experts, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.export.files import CONFIG, WEIGHTS, write
 from openwu.export.fit import fitted
-from openwu.types import Adapter, Target
+from openwu.types import LORA, Adapter, Target
 
 FORMAT = "openwu-adapter"
 VERSION = 1
@@ -36,10 +38,12 @@ def native_config(adapter: Adapter) -> dict[str, Any]:
     """All of an adapter but its tensors, as plain JSON values; `read_native` puts both together again."""
     targets = [
         {"name": t.name, "in_dim": t.in_dim, "out_dim": t.out_dim, "experts": t.experts, "kernel": t.kernel}
+        | ({} if t.operator == LORA else {"operator": t.operator})
         for t in adapter.targets
     ]
     sizes = {"batch": adapter.batch, "rank": adapter.rank, "scale": adapter.scale}
-    config = {"format": FORMAT, "version": VERSION, **sizes, "instructions": list(adapter.instructions)}
+    instructions = [texts[0] if len(texts) == 1 else list(texts) for texts in adapter.instructions]
+    config = {"format": FORMAT, "version": VERSION, **sizes, "instructions": instructions}
     return {**config, "targets": targets}
 
 
@@ -50,9 +54,12 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
     try:
         targets = tuple(_target(entry) for entry in config["targets"])
         scale, sizes = float(config["scale"]), (int(config["batch"]), int(config["rank"]))
-        instructions = tuple(str(text) for text in config.get("instructions", ()))
-        weights = pairs_of(tensors, [target.name for target in targets], "{name}.lora_{part}")
-        adapter = Adapter(targets, weights, scale, instructions)
+        instructions = tuple(
+            (texts,) if isinstance(texts, str) else tuple(str(text) for text in texts)
+            for texts in config.get("instructions", ())
+        )
+        names = {t.name: {part: f"{t.name}.{part}" for part in t.shapes(*sizes)} for t in targets}
+        adapter = Adapter(targets, tensors_of(tensors, names), scale, instructions)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{CONFIG}: expected batch, rank, scale and targets, got {error!r}") from error
     if (adapter.batch, adapter.rank) != sizes:
@@ -60,16 +67,15 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
     return adapter
 
 
-def pairs_of(tensors: Mapping[str, Tensor], names: Sequence[str], key: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> (A, B), of tensors that must be exactly these."""
-    keys = {name: (key.format(name=name, part="A"), key.format(name=name, part="B")) for name in names}
-    expected = {part for pair in keys.values() for part in pair}
+def tensors_of(tensors: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Tensor]]:
+    """Look up tensors by `keys`, target name -> factor name -> key; CheckpointError unless `tensors` has just these."""
+    expected = {key for parts in keys.values() for key in parts.values()}
     missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-    if missing or unexpected or not names:
+    if missing or unexpected or not keys:
         raise CheckpointError(f"{WEIGHTS}: tensors do not fit {CONFIG}; missing {missing}, unexpected {unexpected}")
-    if scalars := [part for part in expected if tensors[part].ndim < 2]:
+    if scalars := [key for key in expected if tensors[key].ndim < 2]:
         raise CheckpointError(f"{WEIGHTS}: expected matrices, got other shapes for {sorted(scalars)}")
-    return {name: (tensors[a], tensors[b]) for name, (a, b) in keys.items()}
+    return {name: {part: tensors[key] for part, key in parts.items()} for name, parts in keys.items()}
 
 
 def _target(entry: Mapping[str, Any]) -> Target:
@@ -80,4 +86,5 @@ def _target(entry: Mapping[str, Any]) -> Target:
         out_dim=int(entry["out_dim"]),
         experts=None if entry["experts"] is None else int(entry["experts"]),
         kernel=None if kernel is None else (int(kernel[0]), int(kernel[1])),
+        operator=str(entry.get("operator", LORA)),
     )

@@ -1,8 +1,15 @@
-"""PEFT's adapter folder: one sample's adapter enters or leaves.
+"""PEFT's adapter folder: writes and reads one sample's adapter.
 
 `adapter_config.json` is a `LoraConfig`; `adapter_model.safetensors` has `base_model.model.{module}.lora_A.weight`
 `[r, in]` and `.lora_B.weight` `[out, r]`, of convolutions `[r, in, kh, kw]` and `[out, r, 1, 1]`. Experts: see
-`peft_experts`.
+`peft_experts`. Which operators PEFT can hold:
+
+| operators of an adapter | folder |
+|---|---|
+| `lora` | LoRA |
+| `offset`, also beside `lora` on other modules | LoRA with `lora_bias`: the offset is the bias of B, A and B are zero |
+| `scale` | (IA)^3, see `peft_ia3` |
+| others, or `scale` beside others | refused: PEFT has no such tuner |
 
 Shapes: r rank, E experts, kh and kw height and width of a convolution's kernel.
 """
@@ -10,7 +17,8 @@ Shapes: r rank, E experts, kh and kw height and width of a convolution's kernel.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -18,18 +26,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.export.files import CONFIG, WEIGHTS, write
-from openwu.export.fit import Update, combine, in_file_shape, single
-from openwu.export.native import pairs_of
-from openwu.export.peft_experts import METADATA, place_experts, read_experts, read_parameters, unstacked
-from openwu.types import Adapter
+from openwu.export.files import CONFIG, METADATA, PREFIX, WEIGHTS, write
+from openwu.export.fit import Update, combine, exact, folded, in_file_shape, single
+from openwu.export.native import tensors_of
+from openwu.export.peft_experts import place_experts, read_experts, read_parameters, unstacked
+from openwu.export.peft_ia3 import save_ia3
+from openwu.types import LORA, Adapter
 
-PREFIX = "base_model.model."
+BIAS = ".lora_B.bias"
+SCALE, OFFSET = "scale", "offset"
 REFUSED = (
     "use_dora",
     "fan_in_fan_out",
     "modules_to_save",
-    "lora_bias",
     "trainable_token_indices",
     "layer_replication",
     "use_qalora",
@@ -53,47 +62,65 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
     if component is not None:
         raise OpenwuError(f"component: a PEFT folder is for one model, got {component!r}; leave it out")
     adapter = single(adapter, "peft", model)
+    operators = {target.operator for target in adapter.targets}
+    if operators == {SCALE}:
+        save_ia3(adapter, folder, model)
+        return
+    biased = OFFSET in operators
+    if not operators <= {LORA, OFFSET} or (biased and any(target.experts for target in adapter.targets)):
+        raise OpenwuError(
+            f"peft: expected {LORA} targets, {OFFSET} targets (also beside LoRA without experts), or {SCALE} targets "
+            f"alone, got {', '.join(sorted(operators))}; PEFT cannot hold these in one folder: save with "
+            "format='openwu', or merge the adapter into the weights"
+        )
     experts = place_experts(adapter, model)
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for target in adapter.targets:
-        if target.experts is None:
-            pairs[target.name] = in_file_shape(adapter, target)
-    modules = [*pairs, *experts.modules]
-    wide = {name: len(a) for name, (a, _) in experts.modules.items() if len(a) != adapter.rank}
-    pairs |= experts.modules | experts.parameters
-    alpha = adapter.scale * adapter.rank
+    plain, biases = _plain_modules(adapter)
+    pairs = plain | experts.modules
+    modules, rank = list(pairs), adapter.rank or 1
+    other = {name: len(a) for name, (a, _) in pairs.items() if len(a) != rank}
+    pairs |= experts.parameters
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "r": adapter.rank,
-        "lora_alpha": _number(alpha),
+        "r": rank,
+        "lora_alpha": _number(adapter.scale * rank),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": modules if model is None else exact(modules, model),
     }
-    if wide:
-        config["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in wide.items()}
-        config["alpha_pattern"] = {f"^{re.escape(name)}": _number(adapter.scale * rank) for name, rank in wide.items()}
+    if other:
+        config["rank_pattern"] = {f"^{re.escape(name)}": own for name, own in other.items()}
+        config["alpha_pattern"] = {f"^{re.escape(name)}": _number(adapter.scale * own) for name, own in other.items()}
+    if biased:
+        config["lora_bias"] = True
     if experts.parameters:
         config["target_parameters"] = list(experts.names)
     tensors: dict[str, Tensor] = {}
     for stem, (a, b) in pairs.items():
         tensors[f"{PREFIX}{stem}.lora_A.weight"], tensors[f"{PREFIX}{stem}.lora_B.weight"] = a, b
+    if biased:
+        tensors |= {PREFIX + name + BIAS: bias for name, bias in biases.items()}
     write(folder, WEIGHTS, tensors, config, experts.metadata(adapter))
 
 
-def exact(modules: Sequence[str], model: nn.Module) -> list[str] | str:
-    """`target_modules` that mean these modules of the model and no others.
-
-    PEFT takes a list's entries for the ends of names, too: `proj_out` is also `blocks.0.proj_out`. Where that would
-    adapt more modules than are meant, a regular expression stands for the list.
-    """
-    ends = tuple(f".{name}" for name in modules)
-    more = [name for name, _ in model.named_modules() if name.endswith(ends) and name not in set(modules)]
-    return "|".join(re.escape(name) for name in modules) if more else list(modules)
+def _plain_modules(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """A and B of every target without experts, and the bias beside its B. Of an offset A and B are zeros of rank 1."""
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    for target in adapter.targets:
+        if target.operator == LORA and target.experts is None:
+            pairs[target.name] = in_file_shape(adapter, target)
+            biases[target.name] = pairs[target.name][1].new_zeros(target.out_dim)
+        elif target.operator == OFFSET:
+            biases[target.name] = offset = adapter.factors[target.name][OFFSET][0]
+            a, b = offset.new_zeros(1, target.in_dim), offset.new_zeros(target.out_dim, 1)
+            if target.kernel is not None:
+                a, b = a.view(1, -1, *target.kernel), b[:, :, None, None]
+            pairs[target.name] = a, b
+    return pairs, biases
 
 
 def read_peft(
@@ -108,7 +135,11 @@ def read_peft(
     listed = config.get("target_modules")
     if isinstance(listed, list) and set(listed) == set(stems):
         stems = listed
-    pairs = pairs_of(tensors, stems, PREFIX + "{name}.lora_{part}.weight")
+    biases = {stem: tensors[PREFIX + stem + BIAS] for stem in stems if PREFIX + stem + BIAS in tensors}
+    if config.get("lora_bias"):
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(BIAS)}
+    keys = {stem: {part: f"{PREFIX}{stem}.lora_{part}.weight" for part in "AB"} for stem in stems}
+    pairs = {stem: (parts["A"], parts["B"]) for stem, parts in tensors_of(tensors, keys).items()}
     updates: dict[str, Update] = {}
     if METADATA in metadata:
         updates, order = read_experts(metadata[METADATA], pairs, lambda name: _scale(config, name)[1])
@@ -130,7 +161,32 @@ def read_peft(
         updates[name] = Update.of(name, a, b, scale)
         if updates[name].rank != rank:
             raise CheckpointError(f"{name}: expected rank {rank}, got tensors of rank {updates[name].rank}")
+    if config.get("lora_bias"):
+        return _with_offsets({name: updates[name] for name in order}, biases)
     return combine({name: updates[name] for name in order})
+
+
+def _with_offsets(updates: Mapping[str, Update], biases: Mapping[str, Tensor]) -> Adapter:
+    """The adapter of a folder with `lora_bias`: a module has a LoRA or an offset, whichever is not zero."""
+    both = [name for name, each in updates.items() if name not in biases or (each.b.any() and biases[name].any())]
+    if both:
+        raise CheckpointError(
+            f"expected modules with a LoRA or with a bias beside it, got both for {', '.join(both)}; an adapter has "
+            "one operator for a module"
+        )
+    offsets = {name: each for name, each in updates.items() if not each.a.any() and not each.b.any()}
+    plain = {name: each for name, each in updates.items() if name not in offsets}
+    lora = combine(plain) if plain else None
+    scale = next(iter(updates.values())).scale if lora is None else lora.scale
+    targets, factors = [], {}
+    for name, each in updates.items():
+        if lora is not None and name in plain:
+            targets.append(next(target for target in lora.targets if target.name == name))
+            factors[name] = lora.factors[name]
+        else:
+            targets.append(replace(each.target(name), operator=OFFSET))
+            factors[name] = {OFFSET: folded(biases[name], each.scale / scale)[None]}
+    return Adapter(tuple(targets), factors, scale)
 
 
 def _scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:

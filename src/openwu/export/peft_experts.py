@@ -26,11 +26,9 @@ from torch import Tensor, nn
 from openwu.adapters.experts import ExpertSite
 from openwu.adapters.inject import resolve
 from openwu.errors import CheckpointError, OpenwuError
+from openwu.export.files import METADATA
 from openwu.export.fit import Update, expert_parameter
-from openwu.types import Adapter, Target
-
-METADATA = "openwu"
-"""Key of the safetensors file's metadata under which the experts' places stand, as JSON."""
+from openwu.types import LORA_A, LORA_B, Adapter, Target
 
 NESTED = ".base_layer"
 
@@ -89,27 +87,28 @@ def _place_parameters(
         raise OpenwuError(f"peft: {names[0]}: PEFT cannot adapt a parameter of the model itself, only of its modules")
     if model is not None:
         names.sort(key=list(model.get_submodule(container)._parameters).index)
+    pairs = _pairs(adapter)
     for depth, name in enumerate(reversed(names)):
         stem, target = container + NESTED * depth, f"{container}.{name}"
-        a, b = (part[0] for part in adapter.weights[target])
+        a, b = (part[0] for part in pairs[target])
         places.parameters[stem] = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         places.experts[target] = {"experts": len(a), "stem": stem}
     places.names += [f"{container}.{name}" for name in names]
 
 
 def _place_modules(places: Places, adapter: Adapter, targets: Sequence[Target], model: nn.Module) -> None:
-    rank = adapter.rank
+    rank, pairs = adapter.rank, _pairs(adapter)
     places.experts |= {
         t.name: {"experts": t.experts, "out_dim": t.out_dim, "rank": rank, "pieces": []} for t in targets
     }
     sites = [site for site in resolve(model, targets) if isinstance(site, ExpertSite)]
     for site in sorted(sites, key=lambda site: next(site.placed())[1]):
         held = list(site.placed())
-        a, b = adapter.weights[held[0][0].name]
+        a, b = pairs[held[0][0].name]
         stacked_a = a.new_zeros(rank * len(held), a.shape[-1])
         stacked_b = b.new_zeros(site.module.out_features, rank * len(held))
         for index, (target, expert, rows) in enumerate(held):
-            a, b = adapter.weights[target.name]
+            a, b = pairs[target.name]
             columns = slice(index * rank, (index + 1) * rank)
             stacked_a[columns], stacked_b[rows, columns] = a[0, expert], b[0, expert]
             places.experts[target.name]["pieces"].append([site.path, columns.start, rows.start])
@@ -184,6 +183,12 @@ def read_parameters(
 def unstacked(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """PEFT's A `[E * r, in]` and B `[out, r * E]` -> A `[E, r, in]`, B `[E, out, r]`."""
     return a.reshape(experts, -1, a.shape[-1]), b.reshape(len(b), -1, experts).permute(2, 0, 1)
+
+
+def _pairs(adapter: Adapter) -> Pairs:
+    """A and B of all experts, with their batch axis."""
+    held = {target.name: adapter.factors[target.name] for target in adapter.targets if target.experts is not None}
+    return {name: (parts[LORA_A], parts[LORA_B]) for name, parts in held.items()}
 
 
 def _container(stem: str) -> str:

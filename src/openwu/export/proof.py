@@ -1,4 +1,4 @@
-"""Export of an adapter with proof: an adapter and its base enter, a folder that the target library reads leaves.
+"""Export an adapter and prove that the target library reads it and computes the same.
 
 The export is written beside its place, reloaded there by the library (PEFT, diffusers) or, for ComfyUI, which is no
 library, by a resolver that does what ComfyUI does with keys. Every adapted module then answers the same random input
@@ -25,9 +25,9 @@ from openwu.backbones.diffusers.lora_reload import INDEX, denoiser_name, load_lo
 from openwu.backbones.embedded.base import WEIGHTS as EMBEDDED_WEIGHTS
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.errors import CheckpointError, ExportError, TargetError
-from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, WEIGHTS, read_tensors, replaced
+from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, PREFIX, WEIGHTS, read_tensors, replaced
 from openwu.export.fit import expert_parameter, single
-from openwu.types import Adapter
+from openwu.types import LORA_A, LORA_B, Adapter
 
 ROWS = 8
 SIDE = 9
@@ -36,8 +36,6 @@ NOISE = 1e-6
 """Rounding of a module's output in float32, relative to it."""
 TOLERANCE = 1e-4
 """How far the reloaded update may be from the live one, relative to it; more where the file rounded the scale."""
-
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Live:
         injected = [target for target in adapter.targets if expert_parameter(model, target) is None]
         if not injected:
             return cls(adapter, base, {}, {}, {})
-        part = Adapter(tuple(injected), {t.name: adapter.weights[t.name] for t in injected}, adapter.scale)
+        part = Adapter(tuple(injected), {t.name: adapter.factors[t.name] for t in injected}, adapter.scale)
         run = base.run if len(injected) == len(adapter.targets) else None
         with attach(model, injected) as handle:
             sites = list(handle.sites)
@@ -95,9 +93,7 @@ def check_peft(live: Live, folder: Path) -> str:
     with _quiet():
         loaded = peft.PeftModel.from_pretrained(live.base.model, str(folder))
     keys = read_tensors(folder / WEIGHTS)[0]
-    _same_keys(
-        "PEFT", keys, (f"{PEFT_PREFIX}{name}.lora_{{}}.weight" for name in _lora_layers(loaded.base_model.model))
-    )
+    _same_keys("PEFT", keys, (PREFIX + key for key in _peft_keys(loaded.base_model.model)))
     return _compare("PEFT", f"PEFT {version('peft')}", live, loaded.base_model.model, keys)
 
 
@@ -108,7 +104,7 @@ def check_diffusers(live: Live, folder: Path) -> str:
     with _quiet():
         loaded = load_lora(live.base.pipeline, component, folder)
     keys = read_tensors(folder / DIFFUSERS_WEIGHTS)[0]
-    _same_keys("diffusers", keys, (f"{component}.{name}.lora_{{}}.weight" for name in _lora_layers(loaded)))
+    _same_keys("diffusers", keys, (f"{component}.{key}" for key in _peft_keys(loaded)))
     return _compare("diffusers", f"diffusers {version('diffusers')}", live, loaded, keys)
 
 
@@ -154,15 +150,22 @@ LIBRARIES = {"peft": ("peft",), "diffusers": ("diffusers", "peft")}
 """Format -> the packages that its check needs."""
 
 
-def _lora_layers(model: nn.Module) -> Iterator[str]:
-    """Paths of the modules in which PEFT has put a LoRA."""
+def _peft_keys(model: nn.Module) -> Iterator[str]:
+    """Keys of the tensors that PEFT has put into a model's modules."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and len(module.lora_A):
-            yield name
+        held = dict(module.named_children())
+        for part in ("lora_A", "lora_B"):
+            layers = held.get(part)
+            if isinstance(layers, nn.ModuleDict):
+                for layer in layers.values():
+                    yield from (f"{name}.{part}.{parameter}" for parameter, _ in layer.named_parameters())
+        multipliers = held.get("ia3_l")
+        if isinstance(multipliers, nn.ParameterDict) and len(multipliers):
+            yield f"{name}.ia3_l"
 
 
-def _same_keys(library: str, written: Iterable[str], patterns: Iterable[str]) -> None:
-    loaded = {pattern.format(part) for pattern in patterns for part in "AB"}
+def _same_keys(library: str, written: Iterable[str], expected: Iterable[str]) -> None:
+    loaded = set(expected)
     ignored, invented = sorted(set(written) - loaded), sorted(loaded - set(written))
     if ignored or invented:
         raise ExportError(
@@ -209,8 +212,8 @@ def _parameter_deltas(live: Live, loaded: nn.Module) -> Iterator[tuple[str, Tens
             wrapper = wrapper.get_submodule("base_layer")
         if wrapper is None or not hasattr(wrapper, "parameter_name"):
             continue
-        a, b = (part[0] for part in live.adapter.weights[target.name])
-        delta = live.adapter.scale * b @ a
+        factors = live.adapter.factors[target.name]
+        delta = live.adapter.scale * factors[LORA_B][0] @ factors[LORA_A][0]
         held: Any = wrapper
         swapped = bool(getattr(held.get_base_layer(), "is_transposed", False))
         yield target.name, held.get_delta_weight("default"), delta.mT if swapped else delta

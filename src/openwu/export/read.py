@@ -1,4 +1,4 @@
-"""A path enters, the adapter that it holds leaves: a folder of ours or of PEFT, or a LoRA file, in a folder or not."""
+"""Load an adapter from any supported file or folder: a folder of ours or of PEFT, or a LoRA file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from openwu.export.fit import fitted
 from openwu.export.lora_file import read_lora_file
 from openwu.export.native import FORMAT, read_native
 from openwu.export.peft import read_peft
+from openwu.export.peft_ia3 import read_ia3
 from openwu.types import Adapter
 
 SUFFIX = ".safetensors"
@@ -55,5 +56,9 @@ def _read_folder(folder: Path, model: nn.Module | None) -> Adapter:
         return read_native(config, tensors)
     if config.get("peft_type") == "LORA":
         return read_peft(config, tensors, metadata, model)
+    if config.get("peft_type") == "IA3":
+        return read_ia3(config, tensors, metadata, model)
     came = {key: config[key] for key in ("format", "peft_type") if key in config}
-    raise CheckpointError(f"{CONFIG}: expected format {FORMAT!r} or peft_type 'LORA', got {came or 'neither key'}")
+    raise CheckpointError(
+        f"{CONFIG}: expected format {FORMAT!r} or peft_type 'LORA' or 'IA3', got {came or 'neither key'}"
+    )

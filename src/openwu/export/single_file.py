@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from openwu.errors import OpenwuError
 from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, write
-from openwu.export.fit import folded, in_file_shape, refuse_experts, single
+from openwu.export.fit import folded, in_file_shape, refuse_all_but_plain_lora, single
 from openwu.types import Adapter
 
 DIFFUSERS_COMPONENTS = ("transformer", "unet")
@@ -37,7 +37,7 @@ def save_diffusers(adapter: Adapter, folder: Path, model: nn.Module | None, comp
             f"component: expected one of {', '.join(DIFFUSERS_COMPONENTS)} for diffusers, got {component!r}"
         )
     adapter = single(adapter, "diffusers", model)
-    refuse_experts(adapter, "diffusers")
+    refuse_all_but_plain_lora(adapter, "diffusers")
     tensors: dict[str, Tensor] = {}
     for target in adapter.targets:
         a, b = in_file_shape(adapter, target)
@@ -55,7 +55,7 @@ def save_comfyui(adapter: Adapter, folder: Path, model: nn.Module | None, compon
     if component not in COMFYUI_COMPONENTS:
         raise OpenwuError(f"component: expected one of {', '.join(COMFYUI_COMPONENTS)} for comfyui, got {component!r}")
     adapter = single(adapter, "comfyui", model)
-    refuse_experts(adapter, "comfyui")
+    refuse_all_but_plain_lora(adapter, "comfyui")
     tensors: dict[str, Tensor] = {}
     for target in adapter.targets:
         name = stem(target.name, component)

@@ -1,18 +1,25 @@
 """Targets <-> tokens: where every generated number of every target stands in the generator's sequence.
 
-In go LoRA factors by target name and out come parameter tokens (`pack`), or the reverse (`unpack`). Pure arithmetic on
-shapes; nothing here has weights.
+`pack` turns factors by target name into parameter tokens, `unpack` does the reverse. Pure arithmetic on shapes; nothing
+here has weights.
 
 Shapes: b samples, n base layers of a group, r LoRA rank, t token_dim, E experts, A_dim / B_dim input and output width
-of a target, nA / nB tokens of all A / all B of one base layer, h = nA + nB, hw sequence positions of one base layer.
-A target's A `[(E,) r, A_dim]` (or B `[(E,) B_dim, r]`) is flattened row by row, padded with zeros to whole tokens of
-r * t numbers, and cut. In one base layer stand A of every target in order, then B of every target in order.
+of a target, nA / nB tokens of one base layer written by the one or the other output projection, h = nA + nB, hw
+sequence positions of one base layer.
+
+A token holds r * t numbers. In one base layer stand, in the order of the targets:
+1. nA tokens: the factors of kind "A" (LoRA's A `[(E,) r, A_dim]`), each flattened row by row, padded with zeros to
+   whole tokens, and cut;
+2. nB tokens: the factors of kind "B" (LoRA's B `[(E,) B_dim, r]`), likewise; then the factors of kind "vector" (gains
+   and offsets `[B_dim]`) of all targets one after another without padding between them, with zeros after the last one
+   up to whole tokens. A vector alone would fill a small part of a token: 4096 of 16384 numbers in the released sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -20,10 +27,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwu.config import GeneratorConfig, LayerGroup
-from openwu.types import Target
+from openwu.types import Factor, Target
 
-LoraWeights = Mapping[str, tuple[Tensor, Tensor]]
-"""Target name -> (A `[b, (E,) r, A_dim]`, B `[b, (E,) B_dim, r]`)."""
+Factors = Mapping[str, Mapping[str, Tensor]]
+"""Target name -> factor name -> `[b, ...]`."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,8 @@ class GroupLayout:
     def of(cls, group: LayerGroup, config: GeneratorConfig) -> GroupLayout:
         layers = tuple(
             tuple(
-                Target(group.layer_path(layer) + name, in_dim, out_dim, experts)
-                for name, in_dim, out_dim, experts in group.weights()
+                Target(group.layer_path(layer) + name, in_dim, out_dim, experts, operator=operator)
+                for name, in_dim, out_dim, experts, operator in group.weights()
             )
             for layer in range(group.num_layers)
         )
@@ -57,15 +64,22 @@ class GroupLayout:
         """n"""
         return len(self.layers)
 
-    @property
-    def tokens_a(self) -> tuple[int, ...]:
-        """How many tokens A of each target of one layer takes."""
-        return tuple(self._tokens(target.shapes(1, self.rank)[0]) for target in self.layers[0])
+    @cached_property
+    def factors(self) -> tuple[tuple[Factor, ...], ...]:
+        """The factors of each target of one layer."""
+        return tuple(target.factors(self.rank) for target in self.layers[0])
 
-    @property
+    @cached_property
+    def tokens_a(self) -> tuple[int, ...]:
+        """How many tokens each factor of kind "A" takes in one layer."""
+        return tuple(self._tokens(size) for size in self._sizes("A"))
+
+    @cached_property
     def tokens_b(self) -> tuple[int, ...]:
-        """How many tokens B of each target of one layer takes."""
-        return tuple(self._tokens(target.shapes(1, self.rank)[1]) for target in self.layers[0])
+        """How many tokens each factor of kind "B" takes in one layer, and after them all vectors together."""
+        vectors = self._sizes("vector")
+        together = (self._tokens(sum(vectors)),) if vectors else ()
+        return *(self._tokens(size) for size in self._sizes("B")), *together
 
     @property
     def num_tokens_a(self) -> int:
@@ -100,35 +114,54 @@ class GroupLayout:
     @property
     def adapter_size(self) -> int:
         """Generated numbers per sample, padding not counted."""
-        return sum(prod(shape) for target in self.targets for shape in target.shapes(1, self.rank))
+        return self.num_layers * sum(prod(factor.shape) for factors in self.factors for factor in factors)
 
-    def pack(self, weights: LoraWeights) -> tuple[Tensor, Tensor]:
+    def pack(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """A tokens `[b, n, nA, r, t]` and B tokens `[b, n, nB, r, t]` of the factors of all targets."""
-        tokens_a = [[self._cut(weights[target.name][0]) for target in layer] for layer in self.layers]
-        tokens_b = [[self._cut(weights[target.name][1]) for target in layer] for layer in self.layers]
-        return _stack(tokens_a), _stack(tokens_b)
+        tokens_a: list[list[Tensor]] = []
+        tokens_b: list[list[Tensor]] = []
+        for layer in self.layers:
+            held: dict[str, list[Tensor]] = {"A": [], "B": [], "vector": []}
+            for target, kinds in zip(layer, self.factors, strict=True):
+                for factor in kinds:
+                    held[factor.kind].append(factors[target.name][factor.name].flatten(1))
+            vectors = [torch.cat(held["vector"], dim=1)] if held["vector"] else []
+            tokens_a.append([self._cut(flat) for flat in held["A"]])
+            tokens_b.append([self._cut(flat) for flat in held["B"] + vectors])
+        first = next(iter(factors[self.layers[0][0].name].values()))
+        empty = first.new_zeros(len(first), 0, self.rank, self.token_dim)
+        return _stack(tokens_a, empty), _stack(tokens_b, empty)
 
-    def unpack(self, tokens_a: Tensor, tokens_b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def unpack(self, tokens_a: Tensor, tokens_b: Tensor) -> dict[str, dict[str, Tensor]]:
         """The factors of all targets, out of A tokens `[b, n, nA, r, t]` and B tokens `[b, n, nB, r, t]`.
 
         Views of contiguous tokens, no copies. Split and unbind, not slices: their backward joins the parts once, where
         a slice's backward would fill the whole sequence with zeros for every target.
         """
-        weights = {}
+        factors: dict[str, dict[str, Tensor]] = {}
+        vectors = self._sizes("vector")
+        padding = self.tokens_b[-1] * self.rank * self.token_dim - sum(vectors) if vectors else 0
         for layer, layer_a, layer_b in zip(self.layers, tokens_a.unbind(1), tokens_b.unbind(1), strict=True):
-            parts_a = torch.split_with_sizes(layer_a, self.tokens_a, dim=1)
-            parts_b = torch.split_with_sizes(layer_b, self.tokens_b, dim=1)
-            for target, part_a, part_b in zip(layer, parts_a, parts_b, strict=True):
-                shape_a, shape_b = target.shapes(len(tokens_a), self.rank)
-                weights[target.name] = (_joined(part_a, shape_a), _joined(part_b, shape_b))
-        return weights
+            parts_a = list(torch.split_with_sizes(layer_a, self.tokens_a, dim=1))
+            parts_b = list(torch.split_with_sizes(layer_b, self.tokens_b, dim=1))
+            ordered = {"A": iter(parts_a), "B": iter(parts_b), "vector": iter(())}
+            if vectors:
+                ordered["vector"] = iter(parts_b[-1].flatten(1).split_with_sizes((*vectors, padding), dim=1))
+            for target, kinds in zip(layer, self.factors, strict=True):
+                factors[target.name] = {
+                    factor.name: _joined(next(ordered[factor.kind]), (len(tokens_a), *factor.shape)) for factor in kinds
+                }
+        return factors
 
-    def _tokens(self, shape: Sequence[int]) -> int:
-        return -(-prod(shape) // (self.rank * self.token_dim))
+    def _sizes(self, kind: str) -> list[int]:
+        """How many numbers each factor of this kind has in one layer."""
+        return [prod(factor.shape) for factors in self.factors for factor in factors if factor.kind == kind]
 
-    def _cut(self, weight: Tensor) -> Tensor:
-        """`[b, ...]` -> `[b, tokens, r, t]`"""
-        flat = weight.flatten(1)
+    def _tokens(self, size: int) -> int:
+        return -(-size // (self.rank * self.token_dim))
+
+    def _cut(self, flat: Tensor) -> Tensor:
+        """`[b, numbers]` -> `[b, tokens, r, t]`"""
         padding = -flat.shape[1] % (self.rank * self.token_dim)
         return F.pad(flat, (0, padding)).reshape(len(flat), -1, self.rank, self.token_dim)
 
@@ -159,11 +192,11 @@ class GeneratorLayout:
         return sum(group.adapter_size for group in self.groups)
 
 
-def _stack(tokens: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Layers of targets of `[b, tokens, r, t]` -> `[b, n, all tokens, r, t]`."""
-    return torch.stack([torch.cat(list(layer), dim=1) for layer in tokens], dim=1)
+def _stack(tokens: Sequence[Sequence[Tensor]], empty: Tensor) -> Tensor:
+    """Layers of targets of `[b, tokens, r, t]` -> `[b, n, all tokens, r, t]`; `empty`: no tokens."""
+    return torch.stack([torch.cat([empty, *layer], dim=1) for layer in tokens], dim=1)
 
 
 def _joined(tokens: Tensor, shape: Sequence[int]) -> Tensor:
-    """`[b, tokens, r, t]` -> the factor of this shape, its padding dropped."""
+    """`[b, ...]` -> the factor of this shape, its padding dropped."""
     return tokens.flatten(1)[:, : prod(shape[1:])].reshape(shape)

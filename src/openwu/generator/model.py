@@ -1,8 +1,8 @@
-"""The parameter generator: a condition goes in, a batch of LoRA adapters comes out, one per sample.
+"""The parameter generator: computes a batch of adapters from a condition, one adapter per sample.
 
 Shapes: b samples, L condition tokens (l in suffixes), n base layers of a group, h parameter tokens of one base layer,
-of which nA belong to A factors and nB to B factors, r LoRA rank, a = dim_accumulation rows folded into one position,
-p = h * r / a positions of one base layer, d width, t token_dim. A suffix names the axes: c_bld is `[b, L, d]`.
+of which nA belong to A factors and nB to B factors and vectors, r LoRA rank, a = dim_accumulation rows folded into one
+position, p = h * r / a positions of one base layer, d width, t token_dim. A suffix names axes: c_bld is `[b, L, d]`.
 
 All groups of base layers go through the same blocks, each by itself: groups do not see one another.
 """
@@ -60,14 +60,14 @@ class ParameterGenerator(nn.Module):
     def forward(self, condition: Condition | Tensor) -> Adapter:
         """One adapter per sample. A bare tensor is a condition without a mask."""
         c_bld, mask_bl = self.read(condition)
-        weights: dict[str, tuple[Tensor, Tensor]] = {}
+        factors: dict[str, dict[str, Tensor]] = {}
         for layout in self.layout.groups:
             tokens = self.groups[layout.name]
             assert isinstance(tokens, GroupTokens)
             x_npd = self.norm_tokens(tokens.queries_npd())
             x_bnpd = self._refined(x_npd.expand(len(c_bld), -1, -1, -1), c_bld, mask_bl, layout)
-            weights |= layout.unpack(*tokens.written(self.norm_final(x_bnpd)))
-        return Adapter(self.targets, weights, self.scale)
+            factors |= layout.unpack(*tokens.written(self.norm_final(x_bnpd)))
+        return Adapter(self.targets, factors, self.scale)
 
     def read(self, condition: Condition | Tensor) -> tuple[Tensor, Tensor | None]:
         """What the blocks read of a condition, `[b, L, d]`, and its mask; ValueError where it does not fit."""
@@ -82,8 +82,9 @@ class ParameterGenerator(nn.Module):
         - Position tables: normal, variance 1/2 each, so that their sum has variance 1. Norm weights: 1.
         - `proj_out_A`: a generated A has element variance about 1 / in_dim, as in LoRA, so A x is as large as x. The
           projection is shared by all targets of a group; in_dim is their mean over the generated numbers.
-        - `proj_out_B`: a generated B has elements of `b_init_std`, small but not zero: with B = 0 neither A nor what
-          stands in front of it would receive gradient, and such a generator tends to ignore its condition.
+        - `proj_out_B`: a generated B (or gain, or offset) has elements of `b_init_std`, small but not zero: with B = 0
+          neither A nor what stands in front of it would receive gradient, and such a generator tends to ignore its
+          condition.
         """
         if not b_init_std > 0:
             raise ValueError(f"b_init_std: expected a number above 0 (0 would stop A's gradients), got {b_init_std}")
@@ -205,6 +206,8 @@ class GroupTokens(nn.Module):
         self.layer_pos = nn.Embedding(layout.num_layers, self.row_width)
         self.proj_out_A = nn.Linear(self.row_width, config.token_dim)
         self.proj_out_B = nn.Linear(self.row_width, config.token_dim)
+        # Without a LoRA target nothing is written by proj_out_A, so that no gradient will ever reach it.
+        self.proj_out_A.requires_grad_(layout.num_tokens_a > 0)
 
     def queries_npd(self) -> Tensor:
         """[n, p, d]: every row of every token at every layer, a consecutive rows side by side."""
@@ -221,8 +224,13 @@ class GroupTokens(nn.Module):
 
     def init_weights(self, b_init_std: float) -> None:
         """See `ParameterGenerator.init_weights`; rows that enter the projections have unit mean square."""
-        sizes = [(target.in_dim, math.prod(target.shapes(1, 1)[0])) for target in self.layout.layers[0]]
-        mean_in_dim = sum(in_dim * size for in_dim, size in sizes) / sum(size for _, size in sizes)
+        sizes = [
+            (target.in_dim, math.prod(factor.shape))
+            for target, factors in zip(self.layout.layers[0], self.layout.factors, strict=True)
+            for factor in factors
+            if factor.kind == "A"
+        ]
+        mean_in_dim = sum(in_dim * size for in_dim, size in sizes) / max(1, sum(size for _, size in sizes)) or 1.0
         self.hw_pos.weight.normal_(std=0.5**0.5)
         self.layer_pos.weight.normal_(std=0.5**0.5)
         self.proj_out_A.weight.normal_(std=(mean_in_dim * self.row_width) ** -0.5)

@@ -78,7 +78,7 @@ class ShardedGenerator:
             )
         c_bld, mask_bl = self.generator.read(condition)
         targets: list[Target] = []
-        weights: dict[str, tuple[Tensor, Tensor]] = {}
+        factors: dict[str, dict[str, Tensor]] = {}
         idle: list[Tensor] = []
         for layout in self.generator.layout.groups:
             start, stop = spans(layout.num_layers, self.ranks)[self.rank]
@@ -93,12 +93,13 @@ class ShardedGenerator:
             else:
                 layout = replace(layout, layers=layout.layers[start:stop])
             targets += layout.targets
-            weights |= layout.unpack(*tokens)
+            factors |= layout.unpack(*tokens)
         if trains and idle:
             # Of a group without own layers nothing comes out, yet the others wait for its part in the backward pass.
-            a, b = weights[targets[0].name]
-            weights[targets[0].name] = a + torch.stack([each.sum() for each in idle]).sum().to(a.dtype), b
-        return Adapter(tuple(targets), weights, self.generator.scale)
+            name, part = next(iter(factors[targets[0].name].items()))
+            nothing = torch.stack([each.sum() for each in idle]).sum().to(part.dtype)
+            factors[targets[0].name][name] = part + nothing
+        return Adapter(tuple(targets), factors, self.generator.scale)
 
     def _refined(self, layout: GroupLayout, c_bld: Tensor, mask_bl: Tensor | None) -> tuple[Tensor, Tensor]:
         """This process's A and B tokens `[b, l, ...]` on the clear path."""

@@ -121,10 +121,10 @@ def _denoiser_numbers(recipe: PipelineRun, config: GeneratorConfig, pictures: in
     """What one row keeps: inputs and outputs of linear maps, or of one layer and the inputs of all others."""
     tokens = recipe.pixels // PIXELS_A_TOKEN * (1 + pictures) + TEXT_TOKENS
     layers = [(group.num_layers, list(group.weights())) for group in config.groups]
-    each = [sum(in_dim + out_dim for _, in_dim, out_dim, _ in weights) for _, weights in layers]
+    each = [sum(weight.in_dim + weight.out_dim for weight in weights) for _, weights in layers]
     if not recipe.checkpoint_base:
         return tokens * sum(count * size for (count, _), size in zip(layers, each, strict=True))
-    return tokens * (max(each) + sum(count * weights[0][1] for count, weights in layers))
+    return tokens * (max(each) + sum(count * weights[0].in_dim for count, weights in layers))
 
 
 def _generator_numbers(recipe: PipelineRun, config: GeneratorConfig, layout: GeneratorLayout) -> int:

@@ -239,7 +239,7 @@ def test_training_of_the_generator(chosen: Choices) -> None:
     parameters = list(generator.parameters())
 
     def gradient() -> list[Tensor]:
-        a, b = generator(condition).weights["layers.0.linear"]
+        a, b = generator(condition).pairs["layers.0.linear"]
         return list(torch.autograd.grad((a.sin().sum() + b.square().sum()), parameters, materialize_grads=True))
 
     came = gradient()

@@ -80,7 +80,7 @@ class Memory:
 
     @property
     def stored_bytes(self) -> int:
-        factors = sum(a.nbytes + b.nbytes for a, b in self.adapter.weights.values())
+        factors = sum(part.nbytes for part in self.adapter.state_dict().values())
         return self.pictures.nbytes + factors + sum(len(sentence.encode()) for sentence in self.sentences)
 
     def join(self, other: Memory) -> Memory:

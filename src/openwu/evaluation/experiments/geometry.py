@@ -10,7 +10,7 @@ Shapes: b samples, E experts, r LoRA rank, in / out widths of a target.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ def mean_update(adapter: Adapter) -> Adapter:
     """One adapter (b = 1) whose update is the mean of all samples' updates, exactly: its rank grows as it must."""
     rank = max(min(target.in_dim, target.out_dim, adapter.batch * adapter.rank) for target in adapter.targets)
     weights = {}
-    for name, (a, b) in adapter.weights.items():
+    for name, (a, b) in adapter.pairs.items():
         mean = torch.einsum("b...or,b...ri->...oi", b.float(), a.float()) / adapter.batch
         u, s, v = torch.linalg.svd(mean, full_matrices=False)
         kept = min(rank, s.shape[-1])
@@ -98,17 +98,17 @@ def mean_update(adapter: Adapter) -> Adapter:
         own_a[..., :kept, :] = root[..., :, None] * v[..., :kept, :]
         own_b[..., :kept] = u[..., :kept] * root[..., None, :]
         weights[name] = (own_a[None], own_b[None])
-    return replace(adapter, weights=weights, instructions=())
+    return Adapter.from_pairs(adapter.targets, weights, adapter.scale)
 
 
 def random_like(adapter: Adapter, generator: torch.Generator) -> Adapter:
     """Normal factors, scaled so that every sample's update of every target is as large as the adapter's own."""
     weights = {}
-    for name, (a, b) in adapter.weights.items():
+    for name, (a, b) in adapter.pairs.items():
         drawn_a, drawn_b = (torch.randn(each.shape, generator=generator) for each in (a, b))
         ratio = (_sizes(a, b) / _sizes(drawn_a, drawn_b).clamp(min=1e-30)).float()
         weights[name] = (drawn_a, drawn_b * ratio[..., None, None])
-    return replace(adapter, weights=weights, instructions=())
+    return Adapter.from_pairs(adapter.targets, weights, adapter.scale)
 
 
 def _sizes(a: Tensor, b: Tensor) -> Tensor:
@@ -132,9 +132,9 @@ def nearest_same_task(similarity: Tensor, tasks: Sequence[str], groups: Sequence
 def update_distances(adapter: Adapter, stored: Adapter) -> Tensor:
     """|update - stored update|^2 / |stored update|^2 of every sample `[b]`, differentiable in the adapter's factors."""
     square, own = torch.zeros(adapter.batch), torch.zeros(adapter.batch)
-    for name, (a, b) in adapter.weights.items():
+    for name, (a, b) in adapter.pairs.items():
         a, b = a.float(), b.float() * adapter.scale
-        other_a, other_b = (part.float() for part in stored.weights[name])
+        other_a, other_b = (part.float() for part in stored.pairs[name])
         other_b = other_b * stored.scale
         own = own + _pairwise(other_a, other_b, other_a, other_b)
         square = square + _pairwise(a, b, a, b) - 2 * _pairwise(a, b, other_a, other_b)

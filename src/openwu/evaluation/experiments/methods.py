@@ -62,7 +62,7 @@ class AdapterBank(nn.Module):
     def __init__(self, targets: Sequence[Target], rank: int, tasks: Sequence[str], generator: torch.Generator) -> None:
         super().__init__()
         self.targets, self.tasks = tuple(targets), tuple(tasks)
-        shapes = [target.shapes(len(tasks), rank) for target in self.targets]
+        shapes = [tuple(target.shapes(len(tasks), rank).values()) for target in self.targets]
         self.a = nn.ParameterList(
             nn.Parameter(torch.randn(shape_a, generator=generator) * target.in_dim**-0.5)
             for target, (shape_a, _) in zip(self.targets, shapes, strict=True)
@@ -73,7 +73,7 @@ class AdapterBank(nn.Module):
         """The adapters of these tasks, one sample each."""
         index = torch.tensor([self.tasks.index(task) for task in tasks])
         weights = {target.name: (self.a[i][index], self.b[i][index]) for i, target in enumerate(self.targets)}
-        return Adapter(self.targets, weights, 1.0)
+        return Adapter.from_pairs(self.targets, weights, 1.0)
 
 
 @dataclass(frozen=True)

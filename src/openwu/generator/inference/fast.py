@@ -180,15 +180,15 @@ class FastGenerator:
         device = c_bld.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else generator.hidden_in.weight.dtype
-        weights: dict[str, tuple[Tensor, Tensor]] = {}
+        factors: dict[str, dict[str, Tensor]] = {}
         with torch.autocast(device.type, enabled=False):
             self.pack(dtype)
             for layout in generator.layout.groups:
                 tokens = generator.groups[layout.name]
                 assert isinstance(tokens, GroupTokens)
                 x_bnpd = self._refined(layout, tokens, c_bld, mask_bl, dtype)
-                weights |= layout.unpack(*self.written(x_bnpd, tokens, dtype))
-        return Adapter(generator.targets, weights, generator.scale)
+                factors |= layout.unpack(*self.written(x_bnpd, tokens, dtype))
+        return Adapter(generator.targets, factors, generator.scale)
 
     def _refined(
         self, layout: GroupLayout, tokens: GroupTokens, c_bld: Tensor, mask_bl: Tensor | None, dtype: torch.dtype

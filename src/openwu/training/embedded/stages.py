@@ -40,13 +40,13 @@ class SharedAdapter(nn.Module):
         self.a = nn.ParameterList()
         self.b = nn.ParameterList()
         for target in self.targets:
-            shape_a, shape_b = target.shapes(1, rank)
+            shape_a, shape_b = target.shapes(1, rank).values()
             self.a.append(nn.Parameter(torch.randn(shape_a, generator=generator) * target.in_dim**-0.5))
             self.b.append(nn.Parameter(torch.zeros(shape_b)))
 
     def forward(self) -> Adapter:
         weights = {target.name: (self.a[i], self.b[i]) for i, target in enumerate(self.targets)}
-        return Adapter(self.targets, weights, self.scale)
+        return Adapter.from_pairs(self.targets, weights, self.scale)
 
 
 OUT_OF_SCOPE_SHARE = 0.2

@@ -1,0 +1,60 @@
+"""Operators: what an adapter's numbers do to the output of a module. One file for each kind, and a line in `OPERATORS`.
+
+| operator | output of a module y = W x + c | factors of a target |
+|---|---|---|
+| `lora` | `y + s B (A x)` | `lora_A` `[b, (E,) r, in]`, `lora_B` `[b, (E,) out, r]` |
+| `scale` | `y (1 + s g)` | `gain` g `[b, out]` |
+| `offset` | `y + s o` | `offset` o `[b, out]` |
+| `scale_offset` | `y (1 + s g) + s o` | `gain`, `offset` |
+
+s is the adapter's scale. One module has one target, so one operator; modules of one adapter may have different ones.
+Zeros in an operator's `linear` factors leave the base's output as it is, bit for bit; strength multiplies these
+factors; a sum of adapters adds up their changes, each measured from the base's output.
+
+Shapes: b samples, E experts, r rank, in / out the widths of a module (channels of a convolution's output).
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from openwu.adapters.site import PlainSite
+from openwu.errors import OpenwuError
+from openwu.types import FactorRules, Target
+
+OPERATORS: dict[str, str] = {
+    "lora": "openwu.adapters.operators.lora:Lora",
+    "scale": "openwu.adapters.operators.scale_offset:Scale",
+    "offset": "openwu.adapters.operators.scale_offset:Offset",
+    "scale_offset": "openwu.adapters.operators.scale_offset:ScaleOffset",
+}
+"""Name in a `Target` and in a generator's config -> "module:Class" of an `Operator`. One line adds an operator."""
+
+
+class Operator(FactorRules):
+    """One way of changing a module's output. A subclass has no state; what a scope holds is in its site."""
+
+    @abstractmethod
+    def site(self, target: Target, module: nn.Module) -> PlainSite:
+        """The hook that applies the factors on a module; TargetError for a module of another type or other widths."""
+
+    @abstractmethod
+    def inner_products(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
+        """<change i, change j> of a target's factors, without their scales: `[b1, b2]` float64."""
+
+
+def operator_of(name: str) -> Operator:
+    """Find an operator by its name; OpenwuError for one that does not exist."""
+    if name not in OPERATORS:
+        raise OpenwuError(
+            f"operator: expected one of {', '.join(OPERATORS)}, got {name!r}; correct the name, or add the operator to "
+            "openwu.adapters.operators.OPERATORS"
+        )
+    module, _, attribute = OPERATORS[name].partition(":")
+    operator = getattr(importlib.import_module(module), attribute)()
+    assert isinstance(operator, Operator)
+    return operator

@@ -1,0 +1,89 @@
+"""docs/adding-an-operator.md: its example is put into a file and a line, generated, applied, merged and saved."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from openwu.adapters.inject import attach
+from openwu.adapters.merge import merged
+from openwu.adapters.operators import OPERATORS
+from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
+from openwu.errors import TargetError
+from openwu.generator.model import ParameterGenerator
+from openwu.types import Adapter, Target
+
+PAGE = (Path(__file__).parents[1] / "docs" / "adding-an-operator.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The page's one file, under a name of its own, and its one line."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "operator_of_the_page.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    ((name, where),) = re.findall(r'^"(\w+)": "([\w.:]+)",$', PAGE, flags=re.MULTILINE)
+    monkeypatch.setitem(OPERATORS, name, f"operator_of_the_page:{where.partition(':')[2]}")
+    importlib.invalidate_caches()
+    return str(name)
+
+
+def by_hand(y: torch.Tensor, turns: Any) -> torch.Tensor:
+    """Every pair of channels on its own."""
+    y = y.clone()
+    for pair, (p, q) in enumerate(turns.tolist()):
+        u, v = y[..., 2 * pair].clone(), y[..., 2 * pair + 1].clone()
+        y[..., 2 * pair], y[..., 2 * pair + 1] = u + p * u - q * v, v + q * u + p * v
+    return y
+
+
+def test_the_worked_example_is_generated_applied_merged_and_saved(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    group = LayerGroup("", 2, (PlainTarget("fc", 6, 6),)).with_operator(name)
+    generator = ParameterGenerator(GeneratorConfig(2, 1, 4, 5, 16, 8, 2, 1, (group,)), b_init_std=0.1)
+    base = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(6, 6, bias=False)}) for _ in range(2)]).requires_grad_(False)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        for layer in base:
+            x = layer["fc"](x)
+        return x
+
+    condition, x = torch.randn(2, 3, 5), torch.randn(2, 4, 6)
+    wanted, losses = torch.randn(2, 4, 6), []
+    optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
+    with attach(base, generator.targets) as handle:
+        for _ in range(20):
+            with handle.applied(generator(condition)):
+                loss = (forward(x) - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < losses[0]
+
+        adapter = generator(condition).detach()
+        with handle.applied(adapter):
+            together = forward(x)
+        with handle.applied(adapter.scaled(0)):
+            assert torch.equal(forward(x), base[1]["fc"](base[0]["fc"](x)))
+    for sample in range(2):
+        expected = x[sample]
+        for layer in range(2):
+            turns = adapter.scale * adapter.factors[f"{layer}.fc"]["turns"][sample]
+            expected = by_hand(base[layer]["fc"](expected), turns)
+        torch.testing.assert_close(together[sample], expected)
+        with merged(base, adapter.select([sample])):
+            torch.testing.assert_close(forward(x[sample]), expected)
+
+    adapter.save_pretrained(tmp_path / "adapter")
+    back = Adapter.from_pretrained(tmp_path / "adapter")
+    assert back.targets == adapter.targets
+    assert torch.equal(back.factors["1.fc"]["turns"], adapter.factors["1.fc"]["turns"])
+    with pytest.raises(TargetError, match="expected an even output width, got 5"):
+        Target("fc", 4, 5, operator=name).factors(1)
