@@ -191,7 +191,7 @@ def test_pictures_are_those_of_the_base_s_own_pipeline(base: Any, guidance: floa
     asked = BaseRequest((picture(1), picture(2)), "make it warm", seed=5)
     (ours,) = base.generate([asked], SamplingOptions(steps=3, pixels=PIXELS, guidance=guidance), nothing)
     read = asked.pictures[: base.pictures_read]
-    said, unsaid = (base.prompt(text, read)[None] for text in (asked.instruction, base.unasked))
+    said, unsaid = (base.encode_prompt(text, read)[None] for text in (asked.instruction, base.negative_prompt))
     common: dict[str, Any] = {
         "image": list(read), "num_inference_steps": 3, "output_type": "pt",
         "generator": [torch.Generator().manual_seed(5)],

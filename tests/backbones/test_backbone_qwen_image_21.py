@@ -50,7 +50,7 @@ def encoded(base: Any, text: str, pictures: list[Any], positions: torch.Tensor) 
 
 def test_prompts_are_read_before_the_last_norm_with_the_positions_of_pictures(base: Any) -> None:
     asked = BaseRequest((picture(1, 96, 64), picture(2)), "make it warm")
-    ours, places = base._prompt(asked)
+    ours, places = base._encode_prompt(asked)
     shown = "<image1><|vision_start|><|image_pad|><|vision_end|> <image2><|vision_start|><|image_pad|><|vision_end|>"
     text = base.pipeline.prompt_template_ti2i.replace("<image1><|vision_start|><|image_pad|><|vision_end|>{}", shown)
     text = text.replace("<|im_end|>\n<|im_start|>assistant", asked.instruction + "<|im_end|>\n<|im_start|>assistant")

@@ -14,7 +14,7 @@ import torch
 
 from openwu import cli
 from openwu.backbones import backbone_class
-from openwu.backbones.diffusers import multimodal
+from openwu.backbones.diffusers import pipeline
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.training import pipelines as large
@@ -36,7 +36,7 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import tiny_multimodal
     import transformers
 
-    monkeypatch.setattr(multimodal, "library", lambda *_: None)
+    monkeypatch.setattr(pipeline, "library", lambda *_: None)
     for kind, patch in (("Qwen2VLProcessor", 14), ("Qwen3VLProcessor", 16)):
         made = tiny_multimodal.processor(kind, patch)
         monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda *_, made=made, **__: made)

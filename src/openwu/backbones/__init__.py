@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 BACKBONES: dict[str, str] = {
     "instruct-pix2pix": "openwu.backbones.diffusers.instruct_pix2pix:InstructPix2Pix",
-    "instruct-pix2pix-xl": "openwu.backbones.diffusers.instruct_pix2pix_xl:InstructPix2PixXL",
+    "instruct-pix2pix-xl": "openwu.backbones.diffusers.instruct_pix2pix:InstructPix2PixXL",
     "flux-kontext": "openwu.backbones.diffusers.flux_kontext:FluxKontext",
     "flux2-dev": "openwu.backbones.diffusers.flux2:Flux2Dev",
     "flux2-klein": "openwu.backbones.diffusers.flux2:Flux2Klein",

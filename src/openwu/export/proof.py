@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openwu.adapters.inject import attach, resolve
 from openwu.adapters.site import Site
-from openwu.backbones.diffusers.lora_reload import INDEX, denoiser_name, load_lora, read_pipeline
+from openwu.backbones.diffusers.loading import INDEX, denoiser_name, load_denoiser, load_lora
 from openwu.backbones.embedded.model import WEIGHTS as EMBEDDED_WEIGHTS
 from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.errors import CheckpointError, ExportError, TargetError
@@ -259,7 +259,7 @@ def find_base(folder: Path | None) -> Base:
     """
     if folder is not None and (folder / INDEX).is_file():
         component = denoiser_name(folder)
-        pipeline = read_pipeline(folder, component)
+        pipeline = load_denoiser(folder, component)
         return Base(getattr(pipeline, component).requires_grad_(False), component, pipeline)
     if folder is not None and not (folder / CONFIG).is_file():
         raise CheckpointError(
