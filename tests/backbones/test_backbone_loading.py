@@ -118,7 +118,10 @@ def test_too_little_memory_is_said_before_loading(saved: Path, monkeypatch: pyte
                   if isinstance(part, torch.nn.Module) for parameter in part.parameters())  # fmt: skip
     assert sum(loading.part_numbers(saved).values()) == pytest.approx(numbers, rel=0.01)
     monkeypatch.setattr(loading, "free_memory", lambda _: 1000)
-    with pytest.raises(OpenwuError, match=r"pix2pix: expected 0.00 GB free on cpu \(weights in float32 0.00 GB\), got 0.00 GB; use a smaller"):
+    with pytest.raises(
+        OpenwuError,
+        match=r"pix2pix: expected 0.00 GB free on cpu \(weights in float32 0.00 GB\), got 0.00 GB; use a smaller",
+    ):
         load(saved)
     monkeypatch.setattr(loading, "free_memory", lambda _: None)
     assert load(saved) is not None
