@@ -116,7 +116,7 @@ class _Flux2(PipelineBackbone):
     ) -> Tensor:
         pictures = requests[0].pictures
         width, height = pictures[0].size
-        output = self.run_pipeline(
+        return self.run_pipeline(
             requests,
             rows,
             image=list(pictures),
@@ -127,7 +127,6 @@ class _Flux2(PipelineBackbone):
             callback_on_step_end=step_done,
             max_sequence_length=TEXT_TOKENS,
         )
-        return output.images  # type: ignore[no-any-return]
 
 
 class Flux2Dev(_Flux2):

@@ -102,7 +102,7 @@ class FluxKontext(PipelineBackbone):
     ) -> Tensor:
         width, height = requests[0].pictures[0].size
         true_guidance = options.true_guidance or 1.0
-        output = self.run_pipeline(
+        return self.run_pipeline(
             requests,
             rows,
             image=[request.pictures[0] for request in requests],
@@ -118,4 +118,3 @@ class FluxKontext(PipelineBackbone):
             max_area=width * height,
             _auto_resize=False,
         )
-        return output.images  # type: ignore[no-any-return]

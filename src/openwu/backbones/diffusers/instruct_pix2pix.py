@@ -101,10 +101,6 @@ class InstructPix2Pix(PipelineBackbone):
         """Return `text_inputs` of one sample without instruction, for CFG dropout in a batch with `inputs`."""
         return self.text_inputs([""])
 
-    def size_inputs(self, count: int, width: int, height: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return what the UNet reads of `count` pictures' sizes: nothing here."""
-        return {}
-
     def picture_latents(self, picture: Tensor) -> Tensor:
         return patches(self.encode(picture))
 
@@ -115,8 +111,7 @@ class InstructPix2Pix(PipelineBackbone):
         target = self.encode(scaled) * self.pipeline.vae.config.scaling_factor
         instructions = [request.instruction for request in requests]
         self.check_instructions(instructions)
-        text, size = self.text_inputs(instructions), self.size_inputs(len(sized), *sized[0].pictures[0].size)
-        return LatentBatch(target, {"source": source, **text, **size}, self.condition(requests))
+        return LatentBatch(target, {"source": source, **self.text_inputs(instructions)}, self.condition(requests))
 
     @torch.no_grad()
     def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:
@@ -132,18 +127,15 @@ class InstructPix2Pix(PipelineBackbone):
     def predict(self, batch: LatentBatch, x_t: Tensor, time: Tensor) -> Tensor:
         """Predict noise or velocity `[b, 4, h, w]` of `x_t` `[b, 4, h, w]` at the diffusion steps `time` `[b]`."""
         inputs = batch.inputs
+        added = {"text_embeds": inputs["vector"], "time_ids": inputs["sizes"]} if "vector" in inputs else None
         output: Tensor = self.denoiser(
             torch.cat([x_t.to(self.dtype), inputs["source"]], dim=1),
             time,
             encoder_hidden_states=inputs["text"],
-            added_cond_kwargs=self.added_conditions(inputs),
+            added_cond_kwargs=added,
             return_dict=False,
         )[0]
         return output
-
-    def added_conditions(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:  # noqa: ARG002
-        """Return the UNet's `added_cond_kwargs`: none here."""
-        return None
 
     def generate_batch(
         self, requests: Sequence[BaseRequest], options: SamplingOptions, rows: RowScope, step_done: StepCallback
@@ -153,7 +145,7 @@ class InstructPix2Pix(PipelineBackbone):
         image_guidance = self.image_guidance if options.image_guidance is None else options.image_guidance
         guided = options.guidance > 1 and image_guidance >= 1
         self.check_instructions([request.instruction for request in requests])
-        output = self.run_pipeline(
+        return self.run_pipeline(
             requests,
             rows,
             row_blocks=3 if guided else 1,
@@ -163,9 +155,6 @@ class InstructPix2Pix(PipelineBackbone):
             image_guidance_scale=image_guidance,
             **self.pipeline_arguments(requests, step_done),
         )
-        if any(output.get("nsfw_content_detected") or ()):
-            raise OpenwuError("the base's safety checker refused a picture; ask for another edit or another seed")
-        return output.images  # type: ignore[no-any-return]
 
     def pipeline_arguments(self, requests: Sequence[BaseRequest], step_done: StepCallback) -> dict[str, Any]:  # noqa: ARG002
         """Return the arguments in which the pipelines of the two bases differ."""
@@ -211,13 +200,13 @@ class InstructPix2PixXL(InstructPix2Pix):
             return {name: torch.zeros_like(inputs[name][:1]) for name in ("text", "vector")}
         return self.text_inputs([""])
 
-    def size_inputs(self, count: int, width: int, height: int) -> dict[str, Tensor]:
-        """Return `sizes` `[b, 6]`: the original size, the crop's corner, and the target size."""
-        sizes = torch.tensor([[height, width, 0, 0, height, width]] * count)
-        return {"sizes": sizes.to(self.device, self.dtype)}
-
-    def added_conditions(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        return {"text_embeds": inputs["vector"], "time_ids": inputs["sizes"]}
+    @torch.no_grad()
+    def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:
+        """Add `sizes` `[b, 6]`: the original size, the crop's corner, and the target size, as height and width."""
+        batch = super().latent_batch(requests, targets)
+        height, width = (side * self.pipeline.vae_scale_factor for side in batch.target.shape[2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(requests)).to(self.device, self.dtype)
+        return replace(batch, inputs={**batch.inputs, "sizes": sizes})
 
     def pipeline_arguments(self, requests: Sequence[BaseRequest], step_done: StepCallback) -> dict[str, Any]:
         width, height = requests[0].pictures[0].size

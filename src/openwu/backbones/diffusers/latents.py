@@ -1,7 +1,6 @@
 """Convert pictures to tensors and latent maps to tokens, and sample latents with a pipeline's scheduler.
 
-Shapes: b requests, h and w the sides of a picture or map, C channels, n tokens of a map, l tokens of one row, L the
-most in a batch.
+Shapes: b requests, h and w the sides of a picture or map, C channels, n tokens of a map.
 """
 
 from __future__ import annotations
@@ -92,14 +91,6 @@ def rotary_ids(shape: Sequence[int], number: int, start: int = 0) -> Tensor:
     """Return rotary position ids `[h * w, 3]` of a map of `shape` (h, w): `number`, row and column from `start`."""
     y, x = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
     return torch.stack([torch.full_like(y, number), y + start, x + start], dim=-1).flatten(0, 1)
-
-
-def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pad rows `[l, width]` to `[b, L, width]` with zeros at the end; also return the mask `[b, L]`."""
-    longest = max(len(row) for row in tokens)
-    full = torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in tokens])
-    lengths = torch.tensor([len(row) for row in tokens], device=full.device)
-    return full, torch.arange(longest, device=full.device) < lengths[:, None]
 
 
 def working_size(width: int, height: int, pixels: int, multiple: int) -> tuple[int, int]:

@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from openwu.backbones.diffusers.latents import StepCallback, draw_noise, padded, patches, sample, token_rows
+from openwu.backbones.diffusers.latents import StepCallback, draw_noise, patches, sample, token_rows
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.backbones.protocol import RowScope
 from openwu.errors import InstructionError
+from openwu.kernels.padding import padded
 from openwu.kernels.placement import computes_on
 from openwu.kernels.stop import capture_outputs
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions

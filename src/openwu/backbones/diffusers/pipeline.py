@@ -24,7 +24,6 @@ from openwu.backbones.diffusers.latents import (
     StepCallback,
     as_tensor,
     coordinates,
-    padded,
     patches,
     resized,
     token_rows,
@@ -35,6 +34,7 @@ from openwu.backbones.protocol import Backbone, Prediction, Progress, Routing, R
 from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_layers
 from openwu.errors import InstructionError, OpenwuError
 from openwu.extras import library
+from openwu.kernels.padding import padded
 from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions, Segment
 
 PICTURES = "pictures"
@@ -124,9 +124,14 @@ class PipelineBackbone(Backbone, ABC):
         made.pipeline = hollow_pipeline(folder, cls.denoiser_name, cls.facts.extra)
         return made
 
+    def parts(self) -> Mapping[str, Any]:
+        """Return the pipeline's parts by name; of a hollow backbone, those with a config."""
+        parts: Mapping[str, Any] = self.pipeline.components
+        return parts
+
     def encoders(self) -> dict[str, nn.Module]:
         """Return every part with weights except the denoiser, by name."""
-        parts = {name: part for name, part in self.pipeline.components.items() if name != self.denoiser_name}
+        parts = {name: part for name, part in self.parts().items() if name != self.denoiser_name}
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def place(self, *, encoders: str | torch.device | None = None, denoiser: str | torch.device | None = None) -> None:
@@ -215,8 +220,7 @@ class PipelineBackbone(Backbone, ABC):
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
         """Encode text states, and a segment with tokens of every picture."""
         text, mask = self.request_states(requests)
-        tokens, real = padded([self._picture_tokens(request) for request in requests])
-        return Condition(text, mask, {PICTURES: Segment(tokens, real)})
+        return Condition(text, mask, {PICTURES: Segment(*padded([self._picture_tokens(each) for each in requests]))})
 
     @torch.no_grad()
     def generate(
@@ -251,20 +255,20 @@ class PipelineBackbone(Backbone, ABC):
         return [edited[i] for i in range(len(requests))]
 
     def run_pipeline(
-        self,
-        requests: Sequence[BaseRequest],
-        rows: RowScope,
-        *,
-        row_blocks: int = 1,
-        **arguments: Any,
-    ) -> Any:
-        """Call the pipeline once inside the scope of its rows; a second guidance call has the same rows as the first.
+        self, requests: Sequence[BaseRequest], rows: RowScope, *, row_blocks: int = 1, **arguments: Any
+    ) -> Tensor:
+        """Call the pipeline once inside the scope of its rows: pictures `[b, 3, h, w]` in 0..1.
 
-        `row_blocks`: how many blocks of b rows the denoiser sees where guidance stacks them.
+        `row_blocks`: how many blocks of b rows the denoiser sees where guidance stacks them; a second guidance call has
+        the same rows as the first. Raises OpenwuError if the pipeline's safety checker refuses a picture.
         """
         prompts = [request.instruction for request in requests]
         with rows([*range(len(requests))] * row_blocks):
-            return self.pipeline(prompt=prompts, generator=self.seeds(requests), output_type="pt", **arguments)
+            output = self.pipeline(prompt=prompts, generator=self.seeds(requests), output_type="pt", **arguments)
+        if any(output.get("nsfw_content_detected") or ()):
+            raise OpenwuError("the base's safety checker refused a picture; ask for another edit or another seed")
+        pictures: Tensor = output.images
+        return pictures
 
     def denoise(self, x_t: Tensor, pictures: Tensor, time: Tensor, **inputs: Any) -> Tensor:
         """Run a flow transformer on noisy tokens `[b, n, C]` followed by picture tokens: velocity `[b, n, C]`."""

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openwu.backbones.diffusers.latents import StepCallback, padded, picture_digest, token_rows
+from openwu.backbones.diffusers.latents import StepCallback, picture_digest, token_rows
 from openwu.backbones.diffusers.multimodal import check_instruction_tokens
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.backbones.layers import ATTENTION, below, block_groups
 from openwu.backbones.protocol import BaseFacts, RowScope
 from openwu.config import LayerGroup
 from openwu.errors import OpenwuError
+from openwu.kernels.padding import padded
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
 TARGETS = (*below(["attn"], ATTENTION), "img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out")
@@ -132,7 +133,7 @@ class QwenImage21(PipelineBackbone):
         for request in requests:
             self._check(request)
         own = self.pipeline.config.sample_sigmas
-        output = self.run_pipeline(
+        pictures_with_opacity = self.run_pipeline(
             requests,
             rows,
             image=list(pictures),
@@ -145,8 +146,7 @@ class QwenImage21(PipelineBackbone):
             callback_on_step_end=step_done,
             output_resolution=math.sqrt(width * height),
         )
-        edited: Tensor = output.images
-        return edited[:, :3]
+        return pictures_with_opacity[:, :3]
 
     def _encode_prompt(self, request: BaseRequest) -> tuple[Tensor, Tensor]:
         """Encode one request's prompt to states `[l, D]`, and return which tokens are of pictures `[l]`."""
