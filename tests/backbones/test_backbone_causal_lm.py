@@ -151,11 +151,11 @@ def test_grouping_the_experts_changes_rounding_alone() -> None:
     """Against transformers' own way of computing them."""
     base = language_model(Qwen3MoeConfig(**MIXED))
     texts = base.tokenize(["anna visits rome .", "ben drinks tea"])
-    came = base.logits(texts)
+    grouped = base.logits(texts)
     for module in base.model.modules():
         if hasattr(module, "products"):
             module.config._experts_implementation = "eager"
-    torch.testing.assert_close(came, base.logits(texts), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grouped, base.logits(texts), rtol=1e-5, atol=1e-5)
 
 
 def test_foreign_experts_and_layers_are_refused() -> None:

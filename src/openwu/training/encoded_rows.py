@@ -27,6 +27,7 @@ from openwu.data.pairs import SHOWN, Pair, Pairs, content
 from openwu.errors import DatasetError, OpenwuError
 from openwu.files.hashing import of_bytes, of_json
 from openwu.files.writing import whole_file
+from openwu.kernels.memory import gigabytes
 from openwu.training.distributed import Processes
 from openwu.types import BaseRequest, Condition, LatentBatch, Segment
 
@@ -244,8 +245,8 @@ def _check_disk(first: Path, others: int) -> None:
     needed, free = others * first.stat().st_size, shutil.disk_usage(first.parent).free
     if needed > free:
         raise OpenwuError(
-            f"cache: {others} more pairs need about {needed / 1e9:.1f} GB at {first.parent.parent}, which has "
-            f"{free / 1e9:.1f} GB free; pass cache=FOLDER on a larger disk, fewer wordings or fewer pixels"
+            f"cache: {others} more pairs need about {gigabytes(needed)} at {first.parent.parent}, which has "
+            f"{gigabytes(free)} free; pass cache=FOLDER on a larger disk, fewer wordings or fewer pixels"
         )
 
 
