@@ -41,6 +41,7 @@ def test_a_hollow_base_says_what_the_loaded_one_says(name: str, tmp_path: Path) 
     assert hollow.layer_groups() == loaded.layer_groups()
     assert dict(hollow.condition_widths) == dict(loaded.condition_widths)
     assert {each.device.type for each in hollow.denoiser.parameters()} == {"meta"}
+    assert set(hollow.parts()) == {*hollow.encoders(), "transformer"} <= set(loaded.parts())
     hollow.pixels = loaded.pixels
     sizes = [(640, 480), (30, 50)]
     assert hollow.training_shape(sizes) == loaded.training_shape(sizes)

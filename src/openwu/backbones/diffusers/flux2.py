@@ -10,10 +10,9 @@ Shapes: b requests, n tokens of a picture, C = 4 * latent channels.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from openwu.backbones.layers import JOINT_ATTENTION, below, double_and_single
 from openwu.backbones.protocol import BaseFacts, RowScope
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
-from openwu.extras import library
+from openwu.kernels.stop import capture_inputs
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
 DOUBLE_TARGETS = (*below(["attn"], JOINT_ATTENTION), *below(["ff", "ff_context"], ["linear_in", "linear_out"]))
@@ -53,21 +52,19 @@ class _Flux2(PipelineBackbone):
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         return double_and_single(self.denoiser, DOUBLE_TARGETS, SINGLE_TARGETS)
 
-    @abstractmethod
-    def tokenize(self, instructions: Sequence[str], **padding: Any) -> Any:
-        """Apply the chat template and tokenise as the pipeline does, with an `attention_mask`."""
-
     def text_states(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the states that the denoiser reads, without columns that are padding in all rows."""
-        padding = {"padding": "max_length", "truncation": True, "max_length": TEXT_TOKENS, "return_tensors": "pt"}
-        mask = self.tokenize(instructions, **padding)["attention_mask"].bool()
+        # The pipeline's template and tokens are its own: the mask is what its text encoder receives.
+        with capture_inputs(self.pipeline.text_encoder, stop=False) as calls:
+            states, _ = self.pipeline.encode_prompt(list(instructions), max_sequence_length=TEXT_TOKENS)
+        ((_, inputs),) = calls
+        mask = inputs["attention_mask"].bool().to(states.device)
         if bool(mask.all(dim=1).any()):
             raise InstructionError(
                 f"instruction: expected fewer than {TEXT_TOKENS} tokens with the base's template; shorten it"
             )
-        states, _ = self.pipeline.encode_prompt(list(instructions), max_sequence_length=TEXT_TOKENS)
         used = mask.any(dim=0)
-        return states[:, used.to(states.device)], mask[:, used].to(states.device)
+        return states[:, used], mask[:, used]
 
     def picture_latents(self, picture: Tensor) -> Tensor:
         """Encode patches, normalised by the batch-norm statistics that the VAE carries."""
@@ -140,13 +137,6 @@ class Flux2Dev(_Flux2):
     pipelines = ("Flux2Pipeline",)
     training_guidance = 1.0
 
-    def tokenize(self, instructions: Sequence[str], **padding: Any) -> Any:
-        module = library("diffusers.pipelines.flux2.pipeline_flux2")
-        messages = module.format_input(prompts=list(instructions), system_message=self.pipeline.system_message)
-        return self.pipeline.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=False, tokenize=True, return_dict=True, **padding
-        )
-
 
 class Flux2Klein(_Flux2):
     """`Flux2KleinPipeline`, distilled to few steps or not."""
@@ -166,9 +156,3 @@ class Flux2Klein(_Flux2):
                 raise OpenwuError(f"guidance: expected none for a distilled base, got {options.guidance}; leave it out")
             options = replace(options, steps=options.steps or self.distilled_steps, guidance=1.0)
         return super().options(options)
-
-    def tokenize(self, instructions: Sequence[str], **padding: Any) -> Any:
-        tokenizer = self.pipeline.tokenizer
-        messages = [[{"role": "user", "content": text}] for text in instructions]
-        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return tokenizer([tokenizer.apply_chat_template(each, **template) for each in messages], **padding)

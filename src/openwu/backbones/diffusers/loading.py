@@ -212,7 +212,8 @@ def hollow_pipeline(folder: Path, denoiser: str, extra: str = "diffusers") -> Si
                 parts[file.parent.name] = HollowPart(file.parent, transformers.AutoConfig.from_pretrained(file.parent))
             else:
                 parts[file.parent.name] = SimpleNamespace(config=SimpleNamespace(**config))
-        _ = parts[denoiser]  # KeyError without a denoiser
+        if denoiser not in parts:
+            raise KeyError(denoiser)
         return SimpleNamespace(**parts, components=parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -29,7 +29,7 @@ from openwu.backbones.diffusers.latents import (
     token_rows,
     working_size,
 )
-from openwu.backbones.diffusers.loading import check_local, hollow_pipeline, load_pipeline
+from openwu.backbones.diffusers.loading import HollowPart, check_local, hollow_pipeline, load_pipeline
 from openwu.backbones.protocol import Backbone, Prediction, Progress, Routing, RowScope
 from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_layers
 from openwu.errors import InstructionError, OpenwuError
@@ -124,15 +124,14 @@ class PipelineBackbone(Backbone, ABC):
         made.pipeline = hollow_pipeline(folder, cls.denoiser_name, cls.facts.extra)
         return made
 
-    def parts(self) -> Mapping[str, Any]:
-        """Return the pipeline's parts by name; of a hollow backbone, those with a config."""
-        parts: Mapping[str, Any] = self.pipeline.components
-        return parts
+    def parts(self) -> dict[str, Any]:
+        """Return the pipeline's parts with modules, by name; of a hollow backbone, those built from a config."""
+        parts = self.pipeline.components.items()
+        return {name: part for name, part in parts if isinstance(part, nn.Module | HollowPart)}
 
     def encoders(self) -> dict[str, nn.Module]:
         """Return every part with weights except the denoiser, by name."""
-        parts = {name: part for name, part in self.parts().items() if name != self.denoiser_name}
-        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        return {name: part for name, part in self.parts().items() if name != self.denoiser_name}
 
     def place(self, *, encoders: str | torch.device | None = None, denoiser: str | torch.device | None = None) -> None:
         """Move the encoders or the denoiser to a device; None leaves them. "meta" drops their weights for good."""
