@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import openwu
-from openwu.backbones.causal_lm.base import CausalLM, Texts
+from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
 from openwu.cli.lab import ladder_table
 from openwu.evaluation.experiments.audit import Ladder, audit
 from openwu.evaluation.experiments.geometry import Mean, mean_over
@@ -208,8 +208,8 @@ def train_base(base: CausalLM, plan: Plan, log: Log) -> float:
     optimizer, objective = StageOptimizer(base.model, plan.base), NextToken()
     for step in range(plan.base.steps):
         random = Random(f"base {plan.seed} {step}")
-        texts = base.turns([story(random, plan.repeats) for _ in range(plan.base.shapes[0][0])])
-        loss = objective.losses(base.logits(texts), objective.ask(texts.wanted, torch.Generator())).mean()
+        texts = base.tokenize_dialogues([story(random, plan.repeats) for _ in range(plan.base.shapes[0][0])])
+        loss = objective.losses(base.logits(texts), objective.sample(texts.labels, torch.Generator())).mean()
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(base.model.parameters(), plan.base.clip)
@@ -234,14 +234,14 @@ class Lesson:
     """A batch of the generator's training: contexts, and all their facts to be asked for without them."""
 
     contexts: tuple[str, ...]
-    texts: Texts
+    texts: TokenBatch
 
 
 def lesson(base: CausalLM, seed: int, step: int, count: int) -> Lesson:
     random = Random(f"generator {seed} {step}")
     cases = [facts(random, held_back=False) for _ in range(count)]
     turns = [[(fact.asked, f"{fact.thing} .") for fact in random.sample(told, len(told))] for told in cases]
-    return Lesson(tuple(" ".join(fact.sentence for fact in told) for told in cases), base.turns(turns))
+    return Lesson(tuple(" ".join(fact.sentence for fact in told) for told in cases), base.tokenize_dialogues(turns))
 
 
 def new_memory(base: CausalLM, plan: Plan) -> LanguageMemory:
@@ -254,7 +254,7 @@ def new_memory(base: CausalLM, plan: Plan) -> LanguageMemory:
         rank=8, alpha=8, token_dim=base.width, input_dim=base.width, d_model=96, head_dim=24, dim_accumulation=2,
         num_pg_layers=2, groups=base.layer_groups(only=("down_proj",)),
     )  # fmt: skip
-    return LanguageMemory(base, openwu.ParameterGenerator(config, b_init_std=3e-2), reads=base.layers[-1])
+    return LanguageMemory(base, openwu.ParameterGenerator(config, b_init_std=3e-2), condition_module=base.layers[-1])
 
 
 def train_generator(memory: LanguageMemory, plan: Plan, log: Log, folder: Path) -> None:
@@ -269,8 +269,8 @@ def train_generator(memory: LanguageMemory, plan: Plan, log: Log, folder: Path) 
         memory.handle,
         lambda step: lesson(base, plan.seed, step, count),
         adapt,
-        target=lambda some: some.texts.wanted,
-        predict=lambda some, _: log.heard("generator", base.logits(some.texts), some.texts.wanted),
+        target=lambda some: some.texts.labels,
+        predict=lambda some, _: log.heard("generator", base.logits(some.texts), some.texts.labels),
         objective=NextToken(),
     )
     never = 10**9

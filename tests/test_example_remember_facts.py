@@ -37,7 +37,7 @@ def test_no_context_of_the_test_is_read_in_training_in_any_order(example: dict[s
         for context in lesson.contexts:
             assert frozenset(f"{words.strip()} ." for words in context.split(".") if words.strip()) not in sentences
         # The facts are in the contexts alone: what is read before the first answer names no thing.
-        assert (lesson.texts.wanted[:, :3] == -100).all()
+        assert (lesson.texts.labels[:, :3] == -100).all()
 
 
 def test_every_fact_of_the_test_may_occur_in_training(example: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def test_a_base_is_asked_only_for_what_it_was_told(example: dict[str, Any]) -> N
     told = context.split(" . ")[:4]
     assert len(others) == 4
     assert all(f"{asked} {thing}".removesuffix(" .") in told for asked, thing in others)
-    wanted = base.turns([example["story"](Random(2), 5)]).wanted[0]
+    wanted = base.tokenize_dialogues([example["story"](Random(2), 5)]).labels[0]
     assert (wanted[: 1 + 4 * 4] == -100).all()
 
 
@@ -93,7 +93,7 @@ def test_exchanged_answers_tell_binding_from_remembering_things(example: dict[st
 def test_two_heads_begin_by_looking_back(example: dict[str, Any], experts: int) -> None:
     base = example["new_base"](example["Plan"](experts=experts))
     base.model.set_attn_implementation("eager")
-    texts = base.turns([example["story"](Random(1), 2)])
+    texts = base.tokenize_dialogues([example["story"](Random(1), 2)])
     first = base.model(input_ids=texts.ids, output_attentions=True).attentions[0][0]
     assert first[0].diagonal(-1).mean() > 0.7
     assert first[1].diagonal(-2).mean() > 0.7

@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from language_cases import SIZES, config, generator, language_model
-from openwu.backbones.causal_lm.base import CausalLM, Texts
+from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
 from openwu.conditions.hidden_states import HiddenStates
 from openwu.errors import OpenwuError, TargetError
 from openwu.memory.language import LanguageMemory
@@ -44,7 +44,7 @@ def test_a_context_is_read_without_any_adapter(memory: LanguageMemory) -> None:
     condition = memory.condition(CONTEXTS)
     assert condition.mask is not None
     assert condition.tokens.shape == (2, 9, 16)
-    texts = memory.base.read(CONTEXTS)
+    texts = memory.base.tokenize(CONTEXTS)
     inputs = {"input_ids": texts.ids, "attention_mask": texts.mask}
     listed = memory.base.model(**inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(condition.tokens, listed[1])  # two layers: the last but one is the first
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused(base: CausalLM) -> None:
     with pytest.raises(OpenwuError, match="expected input_dim 16, the model's width, got 20"):
         LanguageMemory(base, generator(groups, input_dim=20))
     with pytest.raises(OpenwuError, match=r"module: .* got 'model.layers.7'"):
-        LanguageMemory(base, generator(groups), reads="model.layers.7")
+        LanguageMemory(base, generator(groups), condition_module="model.layers.7")
     first = LanguageMemory(base, generator(groups))
     with pytest.raises(TargetError, match="already carry adapter hooks"):
         LanguageMemory(base, generator(groups))
@@ -118,9 +118,9 @@ def test_the_loss_falls_through_the_frozen_model(kind: str, base: CausalLM, tmp_
     memory = LanguageMemory(base, generator(base.layer_groups())) if kind == "dense" else mixture(spare_columns=16)
     base = memory.base
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    texts = base.turns([[("visits", "paris .")], [("visits", "rome .")]])
+    texts = base.tokenize_dialogues([[("visits", "paris .")], [("visits", "rome .")]])
 
-    def predict(some: Texts, _: object) -> torch.Tensor:
+    def predict(some: TokenBatch, _: object) -> torch.Tensor:
         return base.logits(some)
 
     stage = GeneratorStage(
@@ -129,7 +129,7 @@ def test_the_loss_falls_through_the_frozen_model(kind: str, base: CausalLM, tmp_
         memory.handle,
         lambda _: texts,
         adapt=lambda _: memory.adapt(CONTEXTS),
-        target=lambda some: some.wanted,
+        target=lambda some: some.labels,
         predict=predict,
         objective=NextToken(),
     )
@@ -149,7 +149,7 @@ def test_the_loss_falls_through_the_frozen_model(kind: str, base: CausalLM, tmp_
 
 
 def test_the_condition_is_that_of_the_named_module(base: CausalLM) -> None:
-    memory = LanguageMemory(base, generator(base.layer_groups()), reads="model.layers.1.mlp")
-    texts = base.read(CONTEXTS)
+    memory = LanguageMemory(base, generator(base.layer_groups()), condition_module="model.layers.1.mlp")
+    texts = base.tokenize(CONTEXTS)
     heard = HiddenStates(base.model, "model.layers.1.mlp")(input_ids=texts.ids, attention_mask=texts.mask)
     torch.testing.assert_close(memory.condition(CONTEXTS).tokens, heard.tokens)

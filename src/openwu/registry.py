@@ -13,7 +13,7 @@ DEFAULT_BASE = "embedded"
 
 BASES: dict[str, str] = {
     "instruct-pix2pix": "openwu.backbones.diffusers.instruct_pix2pix:InstructPix2Pix",
-    "instruct-pix2pix-xl": "openwu.backbones.diffusers.instruct_pix2pix_xl:InstructPix2PixXL",
+    "instruct-pix2pix-xl": "openwu.backbones.diffusers.instruct_pix2pix:InstructPix2PixXL",
     "flux-kontext": "openwu.backbones.diffusers.flux_kontext:FluxKontext",
     "flux2-dev": "openwu.backbones.diffusers.flux2:Flux2Dev",
     "flux2-klein": "openwu.backbones.diffusers.flux2:Flux2Klein",

@@ -1,4 +1,4 @@
-"""What the tests of bases share: every backbone once per run, pictures, requests, and adapters of random numbers."""
+"""Shared by the tests of bases: every backbone once per run, pictures, requests, random adapters and edits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from openwu.backbones import backbone_class
+from openwu import attach
+from openwu.adapters.experts import ExpertRouting
 from openwu.editor.compatibility import generator_config, target_widths
 from openwu.generator.model import ParameterGenerator
 from openwu.registry import BASES, DEFAULT_BASE
@@ -21,11 +23,11 @@ from openwu.training.pipelines import based_stage
 from openwu.types import Adapter, BaseRequest, SamplingOptions, Target
 
 MULTIMODAL = ("qwen-image-edit", "qwen-image-edit-plus", "longcat-image-edit")
-"""Bases whose text encoder sees pictures and whose prompts we encode; they have a test file of their own."""
+"""Bases whose text encoder reads pictures and whose prompts we encode; they have a test file of their own."""
 CAUSAL = ("qwen-image-21",)
-"""Bases that read prompt and pictures as a prefix; they too."""
+"""Bases that read prompt and pictures as a cached prefix; likewise."""
 OWN_CODE = ("hunyuan-image-3",)
-"""Bases whose folder brings their code; they have a stand-in and tests of their own."""
+"""Bases whose folder contains their code; they have a stand-in and tests of their own."""
 NAMES = tuple(name for name in BASES if name not in (*MULTIMODAL, *CAUSAL, *OWN_CODE, DEFAULT_BASE))
 PIXELS = 64 * 64
 FAST = SamplingOptions(steps=2, pixels=PIXELS)
@@ -33,7 +35,7 @@ FAST = SamplingOptions(steps=2, pixels=PIXELS)
 
 @cache
 def backbone(name: str) -> Any:
-    """The tiny backbone of a registered name: `tiny_pipelines` or `tiny_multimodal` has a function for each."""
+    """Return the tiny backbone of a registered name; `tiny_pipelines` or `tiny_multimodal` has a function for each."""
     pipelines = tiny_multimodal if name in MULTIMODAL + CAUSAL else tiny_pipelines
     made = backbone_class(name)(getattr(pipelines, name.replace("-", "_"))())  # type: ignore[call-arg]
     made.condition_pixels = made.pixels = PIXELS
@@ -50,7 +52,7 @@ def generator(base: Any, b_init_std: float = 0.3, rank: int = 4) -> ParameterGen
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
-    """Smooth, so that scaling does not matter much."""
+    """Draw a smooth picture, so that resizing matters little."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 255, (4, 4, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -62,7 +64,7 @@ def requests(count: int = 2) -> list[BaseRequest]:
 
 
 def losses_of_training(base: Any, made: ParameterGenerator, asked: Sequence[BaseRequest], steps: int) -> list[float]:
-    """The loss of a fixed question before and after some steps: one request wants black, the other white."""
+    """Return the validation loss before and after some steps: one request's target is black, the other's white."""
     batch = base.latent_batch(asked, [torch.zeros(3, 64, 64), torch.ones(3, 64, 64)])
     stage = based_stage(base, made, lambda _: batch, validation=batch)
     try:
@@ -96,5 +98,26 @@ def adapter(base: Any, batch: int, size: float = 0.3, rank: int = 2, seed: int =
 
 @contextmanager
 def nothing(_: Sequence[int]) -> Iterator[None]:
-    """A scope in which no adapter acts."""
+    """Open a scope without adapters."""
     yield
+
+
+def edited(
+    base: Any, asked: Sequence[BaseRequest], weights: Adapter, options: SamplingOptions = FAST
+) -> list[torch.Tensor]:
+    """Edit requests, each under its own sample of an adapter."""
+    routing = None if base.routing is None else ExpertRouting(*base.routing)
+    with attach(base.denoiser, weights.targets, routing=routing) as handle:
+
+        def rows(owners: Sequence[int]) -> Any:
+            present = sorted({owner for owner in owners if owner >= 0})
+            samples = [present.index(owner) if owner >= 0 else -1 for owner in owners]
+            return handle.applied(weights.select(present), rows=samples)
+
+        pictures: list[torch.Tensor] = base.generate(asked, options, rows)
+        return pictures
+
+
+def noisy(batch: Any) -> torch.Tensor:
+    """Return fixed noise of a latent batch's shape."""
+    return torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What holds for every base: its targets, its pictures with adapters, and its prediction against its own pipeline."""
+"""Tests of every base: its targets, its edits with adapters, and its training prediction against its own pipeline."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from base_cases import FAST, adapter, backbone, nothing, picture, requests, targets_of
+from base_cases import FAST, adapter, backbone, edited, noisy, nothing, picture, requests, targets_of
 from torch import nn
 
 from openwu import attach
 from openwu.adapters.merge import merged
 from openwu.types import BaseRequest, SamplingOptions
-
-
-def applied(base: Any, asked: list[BaseRequest], weights: Any, options: SamplingOptions = FAST) -> torch.Tensor:
-    with attach(base.denoiser, weights.targets) as handle:
-        return torch.stack(base.generate(asked, options, lambda rows: handle.applied(weights, rows=rows)))
 
 
 def test_targets_are_the_linear_maps_of_the_blocks_without_modulation(base: Any) -> None:
@@ -35,13 +30,11 @@ def test_every_target_receives_gradient(base: Any) -> None:
             part.requires_grad_()
     asked = requests(2)
     batch = base.latent_batch(asked, [torch.full((3, 64, 64), 0.3), torch.full((3, 64, 64), 0.8)])
-    draws = torch.Generator().manual_seed(0)
-    given = torch.randn(batch.target.shape, generator=draws)
     time = torch.tensor([500, 200]) if base.prediction != "flow" else torch.tensor([0.5, 0.2])
     with attach(base.denoiser, weights.targets) as handle, handle.applied(weights):
-        said = base.predict(batch, given, time)
-    assert said.shape == batch.target.shape
-    said.square().mean().backward()
+        prediction = base.predict(batch, noisy(batch), time)
+    assert prediction.shape == batch.target.shape
+    prediction.square().mean().backward()
     dead = [
         f"{name}.{part}"
         for name, pair in weights.pairs.items()
@@ -55,37 +48,27 @@ def test_an_adapter_changes_the_picture_and_none_leaves_it(base: Any) -> None:
     asked = requests(1)
     alone = torch.stack(base.generate(asked, FAST, nothing))
     weights = adapter(base, 1)
-    changed = applied(base, asked, weights)
+    changed = torch.stack(edited(base, asked, weights))
     assert changed.shape == alone.shape == (1, 3, 64, 64)
     assert (changed - alone).abs().max() > 1e-3
-    torch.testing.assert_close(applied(base, asked, weights.scaled(0.0)), alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.stack(edited(base, asked, weights.scaled(0.0))), alone, rtol=0, atol=1e-6)
 
 
 def test_hooks_equal_merged_weights(base: Any) -> None:
     asked, weights = requests(1), adapter(base, 1)
     with merged(base.denoiser, weights):
         expected = torch.stack(base.generate(asked, FAST, nothing))
-    torch.testing.assert_close(applied(base, asked, weights), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.stack(edited(base, asked, weights)), expected, rtol=0, atol=2e-5)
 
 
 def test_each_request_of_a_batch_has_its_own_adapter_seed_and_picture(base: Any) -> None:
     asked = [*requests(2), BaseRequest((picture(7, 96, 48),), "sharpen", seed=5), requests(1)[0]]
     weights = adapter(base, 4)
-    together = base_list(base, asked, weights)
+    together = edited(base, asked, weights)
     for i, request in enumerate(asked):
-        alone = applied(base, [request], weights.select([i]))[0]
+        alone = edited(base, [request], weights.select([i]))[0]
         torch.testing.assert_close(together[i], alone, rtol=0, atol=5e-5)
     assert (together[0] - together[3]).abs().max() > 1e-3, "the same request under two adapters"
-
-
-def base_list(base: Any, asked: list[BaseRequest], weights: Any) -> list[torch.Tensor]:
-    with attach(base.denoiser, weights.targets) as handle:
-
-        def rows(owners: Any) -> Any:
-            present = sorted(set(owners))
-            return handle.applied(weights.select(present), rows=[present.index(owner) for owner in owners])
-
-        return base.generate(asked, FAST, rows)
 
 
 def test_the_training_prediction_is_what_the_pipeline_computes(base: Any) -> None:
@@ -103,10 +86,10 @@ def test_the_training_prediction_is_what_the_pipeline_computes(base: Any) -> Non
     batch = base.latent_batch(asked, [torch.full((3, 64, 64), 0.4)])
     if base.prediction == "flow":
         count = batch.target.shape[1]
-        given, time, expected = kwargs["hidden_states"][:, :count], kwargs["timestep"], output[:, :count]
+        x_t, time, expected = kwargs["hidden_states"][:, :count], kwargs["timestep"], output[:, :count]
     else:
-        given, time, expected = args[0][:, :4], args[1].reshape(1), output
-    torch.testing.assert_close(base.predict(batch, given, time), expected, rtol=1e-5, atol=1e-5)
+        x_t, time, expected = args[0][:, :4], args[1].reshape(1), output
+    torch.testing.assert_close(base.predict(batch, x_t, time), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_condition_reads_text_and_pictures_and_a_batch_is_its_samples(base: Any) -> None:

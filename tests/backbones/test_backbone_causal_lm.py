@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -114,7 +114,7 @@ def test_every_target_is_live(architecture: Any) -> None:
     weights = {
         target.name: (parts[f"{target.name}.lora_A"], parts[f"{target.name}.lora_B"]) for target in adapter.targets
     }
-    texts = base.read(["anna visits rome .", "ben drinks tea"])
+    texts = base.tokenize(["anna visits rome .", "ben drinks tea"])
     with (
         openwu.attach(base.model, adapter.targets) as handle,
         handle.applied(Adapter.from_pairs(adapter.targets, weights, 1.0)),
@@ -153,12 +153,12 @@ def test_experts_are_targets_and_routers_are_not() -> None:
 def test_grouping_the_experts_changes_rounding_alone() -> None:
     """Against transformers' own way of computing them."""
     base = language_model(Qwen3MoeConfig(**MIXED))
-    texts = base.read(["anna visits rome .", "ben drinks tea"])
-    came = base.logits(texts)
+    texts = base.tokenize(["anna visits rome .", "ben drinks tea"])
+    grouped = base.logits(texts)
     for module in base.model.modules():
         if hasattr(module, "products"):
             module.config._experts_implementation = "eager"
-    torch.testing.assert_close(came, base.logits(texts), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grouped, base.logits(texts), rtol=1e-5, atol=1e-5)
 
 
 def test_foreign_experts_and_layers_are_refused() -> None:
@@ -176,30 +176,30 @@ def test_foreign_experts_and_layers_are_refused() -> None:
 
 
 def test_only_answers_are_wanted(base: CausalLM) -> None:
-    texts = base.turns([[("visits anna", "rome ."), ("drinks ben", "tea .")], [("visits ben", "paris")]])
+    texts = base.tokenize_dialogues([[("visits anna", "rome ."), ("drinks ben", "tea .")], [("visits ben", "paris")]])
     number = {word: index + 4 for index, word in enumerate(WORDS)}
     rome, tea, stop = number["rome"], number["tea"], number["."]
     assert texts.ids[0].tolist() == [1, number["visits"], number["anna"], rome, stop, number["drinks"], 5, tea, stop]
-    assert texts.wanted[0].tolist() == [IGNORED] * 3 + [rome, stop, IGNORED, IGNORED, tea, stop]
+    assert texts.labels[0].tolist() == [IGNORED] * 3 + [rome, stop, IGNORED, IGNORED, tea, stop]
     assert texts.mask.tolist() == [[1] * 9, [1] * 4 + [0] * 5]
-    assert texts.wanted[1].tolist() == [IGNORED] * 3 + [number["paris"]] + [IGNORED] * 5
-    whole = base.read(["ben drinks tea"])
-    assert whole.wanted.tolist() == [[IGNORED, 5, number["drinks"], tea]]
+    assert texts.labels[1].tolist() == [IGNORED] * 3 + [number["paris"]] + [IGNORED] * 5
+    whole = base.tokenize(["ben drinks tea"])
+    assert whole.labels.tolist() == [[IGNORED, 5, number["drinks"], tea]]
 
 
 def test_the_model_is_frozen_and_its_loss_is_the_libraries(base: CausalLM) -> None:
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     from openwu.training.objectives import NextToken
 
-    texts = base.read(["ben drinks tea .", "anna visits rome ."])
-    question = NextToken().ask(texts.wanted, torch.Generator())
-    expected = base.model(input_ids=texts.ids, attention_mask=texts.mask, labels=texts.wanted).loss
+    texts = base.tokenize(["ben drinks tea .", "anna visits rome ."])
+    question = NextToken().sample(texts.labels, torch.Generator())
+    expected = base.model(input_ids=texts.ids, attention_mask=texts.mask, labels=texts.labels).loss
     torch.testing.assert_close(NextToken().losses(base.logits(texts), question).mean(), expected)
 
 
 def test_an_adapter_changes_logits_as_merged_weights_do(base: CausalLM) -> None:
     adapter = random_adapter(base.layer_groups(), 1).detach()
-    texts = base.read(["ben drinks tea .", "anna visits rome . carla"])
+    texts = base.tokenize(["ben drinks tea .", "anna visits rome . carla"])
     alone = base.logits(texts)
     with openwu.attach(base.model, adapter.targets) as handle, handle.applied(adapter):
         live = base.logits(texts)
@@ -214,7 +214,7 @@ def test_generated_words_are_the_likeliest_one_by_one(base: CausalLM) -> None:
     """An independent count: no cache, no padding, one word at a time."""
     words = ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS]
     for prompt, said in zip(QUESTIONS, base.generate(QUESTIONS, max_new_tokens=5), strict=True):
-        ids = base.read([prompt]).ids
+        ids = base.tokenize([prompt]).ids
         for _ in range(5):
             ids = torch.cat([ids, base.model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
             if int(ids[0, -1]) == 2:
@@ -244,7 +244,7 @@ def test_each_prompt_has_its_own_adapter_in_a_left_padded_batch(base: CausalLM, 
 def test_left_padding_leaves_logits_as_they_are(base: CausalLM) -> None:
     """Numbers, where the test above compares words: the first step's scores of a padded prompt, under its adapter."""
     adapter = random_adapter(base.layer_groups(), 2).detach()
-    short, long = base.read(["ben"]).ids, base.read(["drinks carla milk . drinks ben"]).ids
+    short, long = base.tokenize(["ben"]).ids, base.tokenize(["drinks carla milk . drinks ben"]).ids
     blanks = long.shape[1] - short.shape[1]
     ids = torch.cat([F.pad(short, (blanks, 0)), long])
     mask = torch.ones_like(ids)
@@ -266,8 +266,8 @@ def test_left_padding_leaves_logits_as_they_are(base: CausalLM) -> None:
 
 def test_a_folder_comes_back_as_it_was(base: CausalLM, folder: Path) -> None:
     again = CausalLM.from_pretrained(folder)
-    texts = base.read(["ben drinks tea ."])
-    assert torch.equal(again.read(["ben drinks tea ."]).ids, texts.ids)
+    texts = base.tokenize(["ben drinks tea ."])
+    assert torch.equal(again.tokenize(["ben drinks tea ."]).ids, texts.ids)
     torch.testing.assert_close(again.logits(texts), base.logits(texts))
     assert not any(parameter.requires_grad for parameter in again.model.parameters())
     assert CausalLM.from_pretrained(folder, dtype=torch.bfloat16).logits(texts).dtype == torch.bfloat16
@@ -327,8 +327,10 @@ def test_a_missing_tokenizer_is_named(folder: Path) -> None:
 
 
 def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name))
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(OpenwuError, match=r"pip install 'openwu\[language\]'"):
         CausalLM.from_pretrained(folder)
 
@@ -339,7 +341,7 @@ def test_empty_requests_are_refused(base: CausalLM) -> None:
     with pytest.raises(OpenwuError, match="got 1 and 0"):
         base.generate(["ben"], max_new_tokens=0)
     with pytest.raises(OpenwuError, match="expected at least one"):
-        base.read([])
+        base.tokenize([])
 
 
 def test_the_configuration_of_the_test_is_the_libraries_own(folder: Path) -> None:

@@ -90,7 +90,7 @@ def test_every_request_of_a_batch_has_its_own_experts(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_room_beside_the_weights_changes_no_result(model: nn.Module, batch: int) -> None:
+def test_spare_columns_change_no_result(model: nn.Module, batch: int) -> None:
     """With the model's own gate, written where the product wants it, and with another one in its place."""
     adapted = targets(group_experts(model))
     adapter, tokens = adapter_for(adapted, batch), torch.arange(14).view(2, 7)

@@ -117,17 +117,15 @@ def test_a_config_that_diffusers_refuses_is_one_of_our_errors(copy: Path) -> Non
 def test_too_little_memory_is_said_before_loading(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = sum(parameter.numel() for part in backbone("instruct-pix2pix").pipeline.components.values()
                   if isinstance(part, torch.nn.Module) for parameter in part.parameters())  # fmt: skip
-    assert loading.weight_bytes(saved, torch.bfloat16) == pytest.approx(2 * numbers, rel=0.01)
+    assert sum(loading.part_numbers(saved).values()) == pytest.approx(numbers, rel=0.01)
     monkeypatch.setattr(loading, "free_memory", lambda _: 1000)
-    with pytest.raises(OpenwuError, match=r"need about 0.0 GB in float32, but cpu has 0.0 GB free"):
+    with pytest.raises(
+        OpenwuError,
+        match=r"pix2pix: expected 0.00 GB free on cpu \(weights in float32 0.00 GB\), got 0.00 GB; use a smaller",
+    ):
         load(saved)
     monkeypatch.setattr(loading, "free_memory", lambda _: None)
     assert load(saved) is not None
-
-
-def test_free_memory_is_a_plausible_number() -> None:
-    free = loading.free_memory(torch.device("cpu"))
-    assert free is None or 10**6 < free < 10**14
 
 
 def test_a_missing_package_names_the_extra(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,5 +201,5 @@ def test_layers_that_differ_stand_in_groups_of_their_own() -> None:
     assert (plain.prefix, plain.num_layers, plain.paths) == ("blocks.", 2, ())
     with pytest.raises(TargetError, match="none of its layers has gate"):
         find_groups(model, "layers", layers, ("fc", "gate"))
-    with pytest.raises(TargetError, match="expected a linear map, got ModuleDict"):
+    with pytest.raises(TargetError, match="expected a linear layer, got ModuleDict"):
         find_groups(model, "layers", ["blocks"], ("0",))

@@ -11,7 +11,19 @@ import base_cases
 import numpy as np
 import pytest
 import torch
-from base_cases import FAST, MULTIMODAL, PIXELS, adapter, backbone, generator, nothing, picture, requests, targets_of
+from base_cases import (
+    FAST,
+    MULTIMODAL,
+    PIXELS,
+    adapter,
+    backbone,
+    generator,
+    noisy,
+    nothing,
+    picture,
+    requests,
+    targets_of,
+)
 from test_backbone_bases import (  # noqa: F401  (they run here with this file's bases)
     test_an_adapter_changes_the_picture_and_none_leaves_it,
     test_each_request_of_a_batch_has_its_own_adapter_seed_and_picture,
@@ -68,18 +80,18 @@ def test_targets_are_the_linear_maps_without_modulation_and_without_dead_ones(ba
 
 
 def test_what_is_left_out_is_dead(qwen: Any) -> None:
-    """Changing it changes nothing that the base says."""
+    """Changing them does not change the prediction."""
     asked = requests(1)
     batch = qwen.latent_batch(asked, [torch.full((3, 64, 64), 0.3)])
-    given, time = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
-    before = qwen.predict(batch, given, time)
+    x_t, time = noisy(batch), torch.tensor([0.5])
+    before = qwen.predict(batch, x_t, time)
     dead = sorted(linear_maps(qwen) - {target.name for target in targets_of(qwen)})
     assert len(dead) == 4
     for name in dead:
         weight = qwen.denoiser.get_submodule(name).weight
         kept = weight.detach().clone()
         weight.data.mul_(3)
-        assert torch.equal(qwen.predict(batch, given, time), before), name
+        assert torch.equal(qwen.predict(batch, x_t, time), before), name
         weight.data.copy_(kept)
 
 
@@ -103,8 +115,8 @@ def test_a_generator_learns_through_the_base(base: Any) -> None:
     """End to end on one batch with the same noise: the loss falls, and nothing of the base moves."""
     batch = base.latent_batch(requests(2), [torch.full((3, 64, 64), 0.1), torch.full((3, 64, 64), 0.9)])
     assert {len(each) for each in batch.inputs.values()} == {2}, "a batch can be cut by samples"
-    noise, time = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.6, 0.6])
-    given = 0.4 * batch.target + 0.6 * noise
+    noise, time = noisy(batch), torch.tensor([0.6, 0.6])
+    x_t = 0.4 * batch.target + 0.6 * noise
     before = {name: value.clone() for name, value in base.denoiser.state_dict().items()}
     model = generator(base, b_init_std=0.01)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -112,7 +124,7 @@ def test_a_generator_learns_through_the_base(base: Any) -> None:
     with attach(base.denoiser, model.targets) as handle:
         for _ in range(12):
             with handle.applied(model(batch.condition)):
-                loss = (base.predict(batch, given, time) - (noise - batch.target)).square().mean()
+                loss = (base.predict(batch, x_t, time) - (noise - batch.target)).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
@@ -124,7 +136,7 @@ def test_a_generator_learns_through_the_base(base: Any) -> None:
 def test_gradients_are_the_same_where_the_base_computes_its_blocks_again(base: Any) -> None:
     """Gradient checkpointing, without which bases of this size do not train."""
     batch = base.latent_batch(requests(2), [torch.full((3, 64, 64), 0.3)] * 2)
-    given, time = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.2])
+    x_t, time = noisy(batch), torch.tensor([0.5, 0.2])
     gradients, runs = [], 0
 
     def count(*_: Any) -> None:
@@ -138,7 +150,7 @@ def test_gradients_are_the_same_where_the_base_computes_its_blocks_again(base: A
         (base.denoiser.enable_gradient_checkpointing if again else base.denoiser.disable_gradient_checkpointing)()
         try:
             with attach(base.denoiser, weights.targets) as handle, handle.applied(weights):
-                base.predict(batch, given, time).square().mean().backward()
+                base.predict(batch, x_t, time).square().mean().backward()
         finally:
             base.denoiser.disable_gradient_checkpointing()
         gradients.append([part.grad for part in parts])
@@ -176,7 +188,7 @@ def test_the_editor_gives_every_request_of_a_batch_its_own_adapter(base: Any) ->
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The pipelines work on a megapixel, whatever they are given; here on 64 x 64."""
+    """The pipelines work on a megapixel, whatever their input; here on 64 x 64."""
     for name in MULTIMODAL:
         module = importlib.import_module(type(backbone(name).pipeline).__module__)
         size = (64, 64, None) if name == "qwen-image-edit" else (64, 64)
@@ -191,7 +203,7 @@ def test_pictures_are_those_of_the_base_s_own_pipeline(base: Any, guidance: floa
     asked = BaseRequest((picture(1), picture(2)), "make it warm", seed=5)
     (ours,) = base.generate([asked], SamplingOptions(steps=3, pixels=PIXELS, guidance=guidance), nothing)
     read = asked.pictures[: base.pictures_read]
-    said, unsaid = (base.prompt(text, read)[None] for text in (asked.instruction, base.unasked))
+    positive, negative = (base.encode_prompt(text, read)[None] for text in (asked.instruction, base.negative_prompt))
     common: dict[str, Any] = {
         "image": list(read), "num_inference_steps": 3, "output_type": "pt",
         "generator": [torch.Generator().manual_seed(5)],
@@ -199,12 +211,16 @@ def test_pictures_are_those_of_the_base_s_own_pipeline(base: Any, guidance: floa
     pipeline = base.pipeline
     if type(base).__name__ == "LongCatImageEdit":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "_encode_prompt", lambda prompt, _: said if prompt == ["make it warm"] else unsaid)
+            patch.setattr(
+                pipeline, "_encode_prompt", lambda prompt, _: positive if prompt == ["make it warm"] else negative
+            )
             made = pipeline(prompt=asked.instruction, guidance_scale=guidance, **common | {"image": read[0]})
     else:
-        masks = [torch.ones(states.shape[:2], dtype=torch.long) for states in (said, unsaid)]
-        unasked = {"negative_prompt_embeds": unsaid, "negative_prompt_embeds_mask": masks[1]} if guidance > 1 else {}
-        made = pipeline(prompt_embeds=said, prompt_embeds_mask=masks[0], true_cfg_scale=guidance, **unasked, **common)
+        masks = [torch.ones(states.shape[:2], dtype=torch.long) for states in (positive, negative)]
+        unasked = {"negative_prompt_embeds": negative, "negative_prompt_embeds_mask": masks[1]} if guidance > 1 else {}
+        made = pipeline(
+            prompt_embeds=positive, prompt_embeds_mask=masks[0], true_cfg_scale=guidance, **unasked, **common
+        )
     torch.testing.assert_close(ours, made.images[0], rtol=0, atol=1e-5)
 
 

@@ -13,7 +13,7 @@ import torch
 from base_cases import CAUSAL, FAST, MULTIMODAL, PIXELS, backbone, nothing, requests
 
 from openwu.backbones import backbone_class
-from openwu.backbones.diffusers import multimodal
+from openwu.backbones.diffusers import pipeline
 from openwu.errors import CheckpointError
 
 
@@ -32,7 +32,7 @@ def save(pipeline: Any, folder: Path) -> None:
 def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
-    monkeypatch.setattr(multimodal, "library", lambda *_: None)
+    monkeypatch.setattr(pipeline, "library", lambda *_: None)
     for kind, patch in (("Qwen2VLProcessor", 14), ("Qwen3VLProcessor", 16)):
         made = tiny_multimodal.processor(kind, patch)
         monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda *_, made=made, **__: made)

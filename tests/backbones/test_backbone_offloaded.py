@@ -10,7 +10,7 @@ import hunyuan_stand_in
 import pytest
 import tiny_pipelines
 import torch
-from base_cases import FAST, PIXELS, adapter, generator, losses_of_training, nothing, requests
+from base_cases import FAST, PIXELS, adapter, edited, generator, losses_of_training, nothing, requests
 from torch import Tensor
 
 from openwu import attach
@@ -46,7 +46,7 @@ def kontext() -> Any:
 
 
 def by_map(model: Any, folder: Path) -> None:
-    """A layer in memory, the next one on disk, as `device_map` says it."""
+    """Offload one layer to memory and the next one to disk, by a `device_map`."""
     names = {name: "cpu" for name, _ in model.named_children() if name != "model"}
     names |= {"model.wte": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.ln_f": "cpu"}
     accelerate.dispatch_model(model, names, offload_dir=str(folder))
@@ -69,20 +69,12 @@ WAYS: dict[str, tuple[Callable[[], Any], Callable[[Any, Path], None], str]] = {
 }
 
 
-def edited(base: Any, weights: Adapter) -> list[Tensor]:
-    options = SamplingOptions(steps=2) if isinstance(base, HunyuanImage3) else FAST
-    routing = None if base.routing is None else ExpertRouting(*base.routing)
-    with attach(base.denoiser, weights.targets, routing=routing) as handle:
-
-        def rows(owners: Any) -> Any:
-            present = sorted(set(owners))
-            return handle.applied(weights.select(present), rows=[present.index(owner) for owner in owners])
-
-        return base.generate(requests(2), options, rows)  # type: ignore[no-any-return]
+def edits(base: Any, weights: Adapter) -> list[Tensor]:
+    return edited(base, requests(2), weights, SamplingOptions(steps=2) if isinstance(base, HunyuanImage3) else FAST)
 
 
 def gradients(base: Any, weights: Adapter) -> dict[str, Tensor]:
-    """Of every A and B, of what the base says about a fixed question."""
+    """Return the gradient of every A and B of a fixed loss."""
     leaves = {
         f"{name}.{part}": factor.detach().requires_grad_()
         for name, pair in weights.pairs.items()
@@ -95,11 +87,11 @@ def gradients(base: Any, weights: Adapter) -> dict[str, Tensor]:
     with attach(base.denoiser, weights.targets, routing=routing) as handle, handle.applied(trained):
         if isinstance(base, HunyuanImage3):
             rows = inputs_of(base.model, requests(2), ["", ""], None)["rows"]
-            said = base.model.prefill([row.detach() for row in rows])[0]  # type: ignore[attr-defined]
+            output = base.model.prefill([row.detach() for row in rows])[0]  # type: ignore[attr-defined]
         else:
             batch = base.latent_batch(requests(2), [torch.zeros(3, 64, 64)] * 2)
-            said = base.predict(batch, batch.target, torch.tensor([0.3, 0.7]))
-        said.square().mean().backward()
+            output = base.predict(batch, batch.target, torch.tensor([0.3, 0.7]))
+        output.square().mean().backward()
     return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
 
@@ -108,18 +100,18 @@ def test_offloaded_weights_compute_the_same(way: str, tmp_path: Path) -> None:
     """Conditions, pictures with an adapter for each request, and gradients."""
     make, offload, moved = WAYS[way]
     base, weights = make(), adapter(make(), 2)
-    condition, pictures, slopes = base.condition(requests(2)).tokens, edited(base, weights), gradients(base, weights)
+    condition, pictures, slopes = base.condition(requests(2)).tokens, edits(base, weights), gradients(base, weights)
     offload(base.denoiser, tmp_path)
     waiting = [name for name, each in base.denoiser.named_parameters() if each.is_meta]
     assert waiting == [name for name, _ in base.denoiser.named_parameters() if name.startswith(moved)]
     torch.testing.assert_close(base.condition(requests(2)).tokens, condition)
     there = placed(weights, base)
     assert {part.device for pair in there.pairs.values() for part in pair} == {CPU}
-    for came, expected in zip(edited(base, there), pictures, strict=True):
-        torch.testing.assert_close(came, expected, rtol=0, atol=1.01 * LEVEL)
+    for actual, expected in zip(edits(base, there), pictures, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1.01 * LEVEL)
     assert any(bool(each.any()) for each in slopes.values())
-    for name, came in gradients(base, there).items():
-        torch.testing.assert_close(came, slopes[name], msg=lambda text, name=name: f"{name}: {text}")
+    for name, actual in gradients(base, there).items():
+        torch.testing.assert_close(actual, slopes[name], msg=lambda text, name=name: f"{name}: {text}")
     assert [name for name, each in base.denoiser.named_parameters() if each.is_meta] == waiting, "they wait again"
     one = weights.select([0])
     with pytest.raises(TargetError, match=r"its weight is not loaded \(device meta\)"):
@@ -138,24 +130,24 @@ def test_conditions_of_offloaded_parts_are_the_same(tmp_path: Path) -> None:
     base = kontext()
     folder = tiny_pipelines.siglip2(tmp_path / "siglip2")
 
-    def said() -> list[Tensor]:
+    def conditions() -> list[Tensor]:
         probe, layer = (
             DenoiserStates(base, "transformer_blocks.1"),
             PartStates(base, "text_encoder_2", "encoder.block.0"),
         )
         return [each.condition(requests(2)).tokens for each in (probe, probe, layer, Siglip2(base, str(folder)))]
 
-    expected = said()
+    expected = conditions()
     in_memory(base.denoiser, tmp_path)
     in_memory(base.pipeline.text_encoder_2, tmp_path)
-    for came, each in zip(said(), expected, strict=True):
-        torch.testing.assert_close(came, each)
+    for actual, each in zip(conditions(), expected, strict=True):
+        torch.testing.assert_close(actual, each)
     assert all(each.is_meta for each in base.denoiser.parameters()), "also after a pass that was left early"
     assert len(base.generate(requests(1), FAST, nothing)) == 1
 
 
 def test_siglip2_computes_where_an_offloaded_base_does(tmp_path: Path) -> None:
-    """A base that does not say where it is: its first weight is on the meta device."""
+    """Of a base without a `device`, whose first weight is on the meta device."""
     base = hunyuan()
     in_memory(base.denoiser, tmp_path)
     encoder = Siglip2(base, str(tiny_pipelines.siglip2(tmp_path / "siglip2")))

@@ -38,7 +38,7 @@ def by_processor(base: Any, text: str, pictures: list[Any], types: bool) -> torc
 
 def test_prompts_have_the_positions_of_pictures(qwen: Any) -> None:
     pictures = [picture(1, 80, 48), picture(2)][: qwen.pictures_read]
-    ours = qwen.prompt("make it warm", pictures)
+    ours = qwen.encode_prompt("make it warm", pictures)
     text = qwen.template("make it warm", len(pictures))
     torch.testing.assert_close(ours, by_processor(qwen, text, pictures, types=True), rtol=0, atol=1e-6)
     flat = by_processor(qwen, text, pictures, types=False)
@@ -84,7 +84,7 @@ def test_positions_are_those_of_the_paper(qwen: Any) -> None:
 def test_longcat_reads_quotations_by_letters_and_padding_at_position_one(longcat: Any) -> None:
     pipeline = longcat.pipeline
     instruction, length = 'write "no" on it', pipeline.tokenizer_max_length
-    ours = longcat.prompt(instruction, [picture(1, 128, 64)])
+    ours = longcat.encode_prompt(instruction, [picture(1, 128, 64)])
     assert longcat._words(instruction) == pipeline.tokenizer(instruction).input_ids, "letters are tokens here"
     # Half of 128 x 64 becomes 56 x 28: two tokens, between the marks of the picture.
     head, words, tail = (
@@ -117,7 +117,7 @@ def test_a_prompt_of_an_edit_plus_picture_shows_fewer_pixels_than_the_base_reads
     """About 384 x 384; one that is smaller stays as it is."""
     plus = backbone("qwen-image-edit-plus")
     processor = plus.pipeline.processor.image_processor
-    large, small = (plus.prompt("blur", [picture(1, side, side)]).shape[0] for side in (448, 56))
+    large, small = (plus.encode_prompt("blur", [picture(1, side, side)]).shape[0] for side in (448, 56))
     assert large - small == (384 // 28 + 1) ** 2 - 4
     assert processor(images=[picture(1, 448, 448)], return_tensors="pt")["image_grid_thw"].tolist() == [[1, 32, 32]]
 
@@ -126,9 +126,9 @@ def test_a_prompt_of_an_edit_plus_picture_shows_fewer_pixels_than_the_base_reads
 def test_marks_and_long_instructions_are_refused(name: str) -> None:
     base = backbone(name)
     with pytest.raises(InstructionError, match=r"expected plain words, got <\|image_pad\|>"):
-        base.prompt("put <|image_pad|> here", [picture(1)])
+        base.encode_prompt("put <|image_pad|> here", [picture(1)])
     with pytest.raises(InstructionError, match=r"expected at most .* tokens for this base"):
-        base.prompt("word " * 300, [picture(1)])
+        base.encode_prompt("word " * 300, [picture(1)])
     with pytest.raises(ValueError, match="once for each of 1 pictures, got it 2 times"):
         multimodal.with_picture_tokens(
             backbone("qwen-image-edit").pipeline.processor.image_processor, "<|image_pad|>" * 2, [picture(1)]

@@ -17,7 +17,7 @@ import pytest
 import tiny_pipelines
 import torch
 import transformers
-from base_cases import FAST, adapter, nothing, requests
+from base_cases import FAST, adapter, edited, nothing, requests
 from torch import Tensor, nn
 
 import openwu
@@ -26,7 +26,7 @@ from openwu.adapters.experts import ExpertRouting
 from openwu.adapters.merge import merged, merged_copy, merging_pays
 from openwu.backbones import backbone_class, quantised
 from openwu.backbones.diffusers import loading
-from openwu.backbones.diffusers.loading import part_numbers, weight_bytes, weight_files
+from openwu.backbones.diffusers.loading import part_numbers, weight_files
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
 from openwu.backbones.hunyuan_image_3.memory import needs, read_headers
 from openwu.backbones.quantised import quantised_bytes
@@ -74,18 +74,18 @@ def loaded() -> dict[Any, Any]:
 
 @pytest.fixture(params=[(kind, how) for kind in KINDS for how in HOW], ids="-".join)
 def base(request: pytest.FixtureRequest, folders: dict[str, Path], loaded: dict[Any, Any]) -> Any:
-    """Each is loaded once; tests leave it as it was."""
+    """Load each base once; tests must not change it."""
     if request.param not in loaded:
         loaded[request.param] = load(folders, *request.param)
     return loaded[request.param]
 
 
-def quantised_maps(model: nn.Module) -> dict[str, Any]:
+def quantised_layers(model: nn.Module) -> dict[str, Any]:
     return {name: each for name, each in model.named_modules() if type(each).__module__.startswith("bitsandbytes")}
 
 
 def unpacked(module: Any) -> Tensor:
-    """The weight `[out, in]` that a quantised map stands for."""
+    """Return the dequantised weight `[out, in]` of a layer."""
     weight = module.weight
     if weight.data.dtype == torch.int8:
         scales = weight.SCB if weight.SCB is not None else module.state.SCB
@@ -100,7 +100,7 @@ def unpacked(module: Any) -> Tensor:
 def held(model: nn.Module) -> int:
     """Bytes of a model's weights with all that belongs to quantised ones."""
     tensors = list(model.parameters())
-    for module in quantised_maps(model).values():
+    for module in quantised_layers(model).values():
         state = getattr(module.weight, "quant_state", None)
         if state is not None:
             tensors += [state.absmax, state.code]
@@ -110,7 +110,7 @@ def held(model: nn.Module) -> int:
 
 
 def update_of(weights: Adapter, path: str) -> Tensor:
-    """scale * B A of one sample for the weight of a map, of stacked experts too; a zero where it is not adapted."""
+    """Return scale * B A of one sample for a layer's weight, of an expert too; a zero if it is not adapted."""
     found = weights.pairs.get(path)
     if found is not None:
         return weights.scale * found[1][0].double() @ found[0][0].double()
@@ -122,25 +122,14 @@ def update_of(weights: Adapter, path: str) -> Tensor:
     return torch.cat([weights.scale * b[0, int(number)].double() @ a[0, int(number)].double() for a, b in parts])
 
 
-def edited(base: Any, asked: Sequence[Any], weights: Adapter, options: SamplingOptions = FAST) -> list[Tensor]:
-    if isinstance(base, HunyuanImage3):
-        options = SamplingOptions(steps=2)
-    routing = None if base.routing is None else ExpertRouting(*base.routing)
-    with attach(base.denoiser, weights.targets, routing=routing) as handle:
-
-        def rows(owners: Sequence[int]) -> Any:
-            present = sorted({owner for owner in owners if owner >= 0})
-            return handle.applied(
-                weights.select(present), rows=[present.index(owner) if owner >= 0 else -1 for owner in owners]
-            )
-
-        return base.generate(asked, options, rows)  # type: ignore[no-any-return]
+def edits(base: Any, asked: Sequence[Any], weights: Adapter) -> list[Tensor]:
+    return edited(base, asked, weights, SamplingOptions(steps=2) if isinstance(base, HunyuanImage3) else FAST)
 
 
 def test_only_maps_in_the_layers_are_quantised_and_the_estimate_is_what_is_held(
     folders: dict[str, Path], base: Any
 ) -> None:
-    found = quantised_maps(base.denoiser)
+    found = quantised_layers(base.denoiser)
     how = "4bit" if "Linear4bit" in {type(each).__name__ for each in found.values()} else "8bit"
     assert len({type(each) for each in found.values()}) == 1
     linear = {name for name, each in base.denoiser.named_modules() if isinstance(each, nn.Linear)}
@@ -168,16 +157,16 @@ def test_every_map_computes_its_unpacked_weight_plus_the_update(base: Any) -> No
 
     routing = None if base.routing is None else ExpertRouting(*base.routing)
     with attach(base.denoiser, weights.targets, routing=routing) as handle:
-        maps = quantised_maps(base.denoiser)
-        hooks = [each.register_forward_hook(listen(name)) for name, each in maps.items()]
+        layers = quantised_layers(base.denoiser)
+        hooks = [each.register_forward_hook(listen(name)) for name, each in layers.items()]
         base.generate(requests(1), SamplingOptions(steps=2), lambda _: handle.applied(weights))
         for hook in hooks:
             hook.remove()
-    eight = "Linear8bitLt" in {type(each).__name__ for each in maps.values()}
+    eight = "Linear8bitLt" in {type(each).__name__ for each in layers.values()}
     adapted = 0
     for name, (x, y) in heard.items():
         update = update_of(weights, name)
-        weight, bias = unpacked(maps[name]), maps[name].bias
+        weight, bias = unpacked(layers[name]), layers[name].bias
         alone, expected = (
             nn.functional.linear(x, each, None if bias is None else bias.double()) for each in (weight, weight + update)
         )
@@ -186,7 +175,7 @@ def test_every_map_computes_its_unpacked_weight_plus_the_update(base: Any) -> No
         assert (y - expected).norm() <= (2e-2 if eight else 1e-5) * expected.norm(), name
         if update.ndim:
             assert (alone - expected).norm() > 0.1 * expected.norm(), "the update must matter"
-    assert adapted >= len(maps) - 4 * (not isinstance(base, HunyuanImage3))
+    assert adapted >= len(layers) - 4 * (not isinstance(base, HunyuanImage3))
 
 
 def test_an_adapter_changes_the_picture_and_a_batch_is_its_requests(base: Any) -> None:
@@ -195,9 +184,9 @@ def test_an_adapter_changes_the_picture_and_a_batch_is_its_requests(base: Any) -
         base.max_batch = 4
     options = SamplingOptions(steps=2) if isinstance(base, HunyuanImage3) else FAST
     plain = base.generate(asked, options, nothing)
-    together = edited(base, asked, weights)
-    alone = [edited(base, [request], weights.select([i]))[0] for i, request in enumerate(asked)]
-    swapped = edited(base, asked, weights.select([1, 0]))
+    together = edits(base, asked, weights)
+    alone = [edits(base, [request], weights.select([i]))[0] for i, request in enumerate(asked)]
+    swapped = edits(base, asked, weights.select([1, 0]))
     for i in range(2):
         assert (together[i] - plain[i]).abs().max() > 5 * LEVEL
         assert (together[i] - swapped[i]).abs().max() > 5 * LEVEL
@@ -289,7 +278,7 @@ def test_narrow_maps_stay_as_they_are_in_4_bits(tmp_path: Path) -> None:
     hunyuan_stand_in.save(tmp_path / "narrow", expert_size=64)
     headers = read_headers(tmp_path / "narrow")
     base = load({"hunyuan-image-3": tmp_path / "narrow"}, "hunyuan-image-3", "4bit")
-    found = quantised_maps(base.denoiser)
+    found = quantised_layers(base.denoiser)
     assert found
     assert {name.rpartition(".")[2] for name in found} == {"down_proj"}, "others are 32 wide"
     assert held(base.denoiser) == needs(headers, quantise="4bit").weights
@@ -309,12 +298,12 @@ def test_what_cannot_be(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatc
         kind.check(folders["flux2-klein"], quantise="2bit")
     folder = folders["flux2-klein"]
     quantisation_plan = kind.quantisation_plan("4bit")
-    full = weight_bytes(folder, torch.bfloat16)
+    full = 2 * sum(part_numbers(folder).values())
     monkeypatch.setattr(loading, "free_memory", lambda _: int(1.1 * full) - 1)
     with pytest.raises(OpenwuError, match=r"use quantise \(8bit, 4bit\), a smaller dtype"):
         loading.check_memory(folder, torch.bfloat16, torch.device("cuda"))
     loading.check_memory(folder, torch.bfloat16, torch.device("cuda"), quantisation_plan)
-    with pytest.raises(OpenwuError, match="in bfloat16 and 4bit, but cpu"):
+    with pytest.raises(OpenwuError, match=r"on cpu \(weights in bfloat16 and 4bit 0.00 GB\)"):
         loading.check_memory(folder, torch.bfloat16, torch.device("cpu"), quantisation_plan)
 
     def missing(name: str, extra: str) -> Any:

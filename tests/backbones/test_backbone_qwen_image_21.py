@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_multimodal
 import torch
-from base_cases import CAUSAL, FAST, PIXELS, adapter, backbone, nothing, picture, requests
+from base_cases import CAUSAL, FAST, PIXELS, adapter, backbone, noisy, nothing, picture, requests
 from test_backbone_bases import (  # noqa: F401  (they run here with this file's base)
     test_an_adapter_changes_the_picture_and_none_leaves_it,
     test_each_request_of_a_batch_has_its_own_adapter_seed_and_picture,
@@ -43,14 +43,14 @@ def encoded(base: Any, text: str, pictures: list[Any], positions: torch.Tensor) 
     pipeline = base.pipeline
     made = pipeline.processor(text=[text], images=pictures, return_tensors="pt")
     made.pop("mm_token_type_ids")
-    said = pipeline.text_encoder(**made, position_ids=positions, output_hidden_states=True)
-    states: torch.Tensor = said.hidden_states[-1]
+    output = pipeline.text_encoder(**made, position_ids=positions, output_hidden_states=True)
+    states: torch.Tensor = output.hidden_states[-1]
     return states[0, pipeline._drop_idx :]
 
 
 def test_prompts_are_read_before_the_last_norm_with_the_positions_of_pictures(base: Any) -> None:
     asked = BaseRequest((picture(1, 96, 64), picture(2)), "make it warm")
-    ours, places = base._prompt(asked)
+    ours, places = base._encode_prompt(asked)
     shown = "<image1><|vision_start|><|image_pad|><|vision_end|> <image2><|vision_start|><|image_pad|><|vision_end|>"
     text = base.pipeline.prompt_template_ti2i.replace("<image1><|vision_start|><|image_pad|><|vision_end|>{}", shown)
     text = text.replace("<|im_end|>\n<|im_start|>assistant", asked.instruction + "<|im_end|>\n<|im_start|>assistant")
@@ -78,14 +78,14 @@ def test_the_training_prediction_is_what_the_pipeline_computes(base: Any) -> Non
         base.generate(asked, FAST, nothing)
     finally:
         hook.remove()
-    (first, said), (second, later) = seen
+    (first, earlier), (second, later) = seen
     batch = base.latent_batch(asked, [torch.full((3, 64, 64), 0.4)])
     count = batch.target.shape[1]
-    for kwargs, expected in ((first, said), (second, later)):
-        given = kwargs["hidden_states"][:, -count:]
-        ours = base.predict(batch, given, kwargs["timestep"])
+    for kwargs, expected in ((first, earlier), (second, later)):
+        x_t = kwargs["hidden_states"][:, -count:]
+        ours = base.predict(batch, x_t, kwargs["timestep"])
         torch.testing.assert_close(ours, expected[:, -count:], rtol=1e-5, atol=1e-5)
-    assert said.shape[1] > later.shape[1] == count, "the second step reads its prefix from the cache"
+    assert earlier.shape[1] > later.shape[1] == count, "the second step reads its prefix from the cache"
 
 
 def test_only_the_same_pictures_with_prompts_of_one_length_share_a_call(base: Any) -> None:
@@ -128,12 +128,12 @@ def test_padding_in_training_is_never_looked_at(base: Any) -> None:
     batch = base.latent_batch(asked, [torch.full((3, 64, 64), 0.3)] * 2)
     mask = batch.inputs["text_mask"]
     assert mask.sum(1).tolist() == [45, 59]
-    given, time = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.5])
-    before = base.predict(batch, given, time)
+    x_t, time = noisy(batch), torch.tensor([0.5, 0.5])
+    before = base.predict(batch, x_t, time)
     batch.inputs["text"][~mask] = 7.0  # type: ignore[index]
-    assert torch.equal(base.predict(batch, given, time), before)
+    assert torch.equal(base.predict(batch, x_t, time), before)
     alone = base.latent_batch(asked[1:], [torch.full((3, 64, 64), 0.3)])
-    torch.testing.assert_close(base.predict(alone, given[1:], time[1:])[0], before[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(base.predict(alone, x_t[1:], time[1:])[0], before[1], rtol=0, atol=1e-5)
 
 
 def test_a_schedule_that_comes_with_the_weights_counts_unless_steps_are_asked_for() -> None:

@@ -51,7 +51,7 @@ def processor(kind: str, patch: int) -> Any:
 
 
 def attentive(model: Any) -> Any:
-    """With larger queries and keys: as it comes, a random model looks everywhere alike, and positions mean little."""
+    """Enlarge queries and keys: a random model attends uniformly, so that positions matter little."""
     for layer in model.model.language_model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.data *= 10
@@ -105,7 +105,7 @@ def qwen_image_edit() -> Any:
 
 
 def qwen_image_edit_plus() -> Any:
-    """With the modulation of 2511: what is no noise is told time 0."""
+    """With the modulation of 2511: tokens that are no noise have time 0."""
     from diffusers import QwenImageEditPlusPipeline
 
     with torch.random.fork_rng(devices=[]):
@@ -137,7 +137,7 @@ def longcat_image_edit() -> Any:
 
 
 def qwen3_vl() -> Any:
-    """Qwen3-VL that sees patches of 16 pixels; a token is 2 x 2 of them, and enters again after the first layer."""
+    """Build a Qwen3-VL with patches of 16 pixels; a token is 2 x 2 of them, and is added anew after layer 1."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     config = Qwen3VLConfig(

@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused(network: Network) -> None:
 def test_a_language_models_layer_speaks_before_the_last_norm() -> None:
     """An independent count: the library's own list holds what enters each layer, so layer 0's output is entry 1."""
     base = language_model(config(num_hidden_layers=3))
-    texts = base.read(["anna visits paris .", "ben drinks tea . carla visits rome ."])
+    texts = base.tokenize(["anna visits paris .", "ben drinks tea . carla visits rome ."])
     inputs = {"input_ids": texts.ids, "attention_mask": texts.mask}
     listed = base.model(**inputs, output_hidden_states=True).hidden_states
     for layer in (0, 1):
@@ -112,8 +112,8 @@ def test_a_language_models_layer_speaks_before_the_last_norm() -> None:
 def test_padding_changes_nothing_that_is_real() -> None:
     base = language_model()
     encoder = HiddenStates(base.model, base.layers[0])
-    alone = base.read(["anna visits paris ."])
-    both = base.read(["anna visits paris .", "ben drinks tea . carla visits rome ."])
+    alone = base.tokenize(["anna visits paris ."])
+    both = base.tokenize(["anna visits paris .", "ben drinks tea . carla visits rome ."])
     one = encoder(input_ids=alone.ids, attention_mask=alone.mask, mask=alone.mask)
     two = encoder(input_ids=both.ids, attention_mask=both.mask, mask=both.mask)
     assert two.mask is not None

@@ -14,7 +14,7 @@ import torch
 
 from openwu import cli
 from openwu.backbones import backbone_class
-from openwu.backbones.diffusers import multimodal
+from openwu.backbones.diffusers import pipeline
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.training import pipelines as large
@@ -36,7 +36,7 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import tiny_multimodal
     import transformers
 
-    monkeypatch.setattr(multimodal, "library", lambda *_: None)
+    monkeypatch.setattr(pipeline, "library", lambda *_: None)
     for kind, patch in (("Qwen2VLProcessor", 14), ("Qwen3VLProcessor", 16)):
         made = tiny_multimodal.processor(kind, patch)
         monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda *_, made=made, **__: made)
@@ -223,7 +223,7 @@ def test_what_is_wrong_shows_before_anything_is_loaded(
         ({"model": "instruct-pix2pix"}, OpenwuError, "encoders: expected 'keep' for instruct-pix2pix"),
         ({"model": "no"}, OpenwuError, "model: expected one of"),
         ({"d_model": 30}, OpenwuError, "recipe: .*d_model: expected a multiple"),
-        ({"d_model": 2**17}, OpenwuError, r"memory: expected at least \d.* GB for weights"),
+        ({"d_model": 2**17}, OpenwuError, r"memory: expected \d.* GB free on cpu .*; make the generator smaller"),
     ):
         with pytest.raises(error, match=message):
             train_based(replace(recipe, **changes), nowhere)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from openwu.conditions.segments import Segments
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.headers import read_header
 from openwu.training.config import PipelineRun, load_recipe
-from openwu.training.memory import needs_of
+from openwu.training.memory import ENCODING, TRAINING, training_plan
 from openwu.training.pipelines import new_config, train_based
 
 LAYER = {"name": "part-states", "part": "text_encoder_2", "module": "encoder.block.0"}
@@ -156,12 +156,12 @@ def test_siglip2_is_loaded_once_and_counted_before(
     recipe = large_cases.recipe("flux_kontext", base, tmp_path / "none", condition=({"name": "siglip2"},))
     config = new_config(recipe, hollow)
     numbers, cuda = part_numbers(base), torch.device("cuda")
-    less = needs_of(recipe, config, numbers, "transformer", cuda)
-    more = needs_of(recipe, config, numbers, "transformer", cuda, reader=both.own_bytes)
-    assert sum(more.encoding.values()) - sum(less.encoding.values()) == 4 * held
-    assert more.weights == less.weights, "dropped once all pairs are encoded"
-    kept = needs_of(replace(recipe, encoders="keep"), config, numbers, "transformer", cuda, reader=both.own_bytes)
-    assert kept.weights["condition encoder"] == 4 * held
+    less = training_plan(recipe, config, numbers, "transformer", cuda)
+    more = training_plan(recipe, config, numbers, "transformer", cuda, reader=both.own_bytes)
+    assert sum(more.phases[ENCODING].values()) - sum(less.phases[ENCODING].values()) == 4 * held
+    assert more.phases[TRAINING] == less.phases[TRAINING], "dropped once all pairs are encoded"
+    kept = training_plan(replace(recipe, encoders="keep"), config, numbers, "transformer", cuda, reader=both.own_bytes)
+    assert kept.phases[TRAINING]["condition encoder"] == 4 * held
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
     chosen = ({"name": "siglip2", "weights": str(folder)},)
     recipe = large_cases.recipe("flux_kontext", base, pairs, condition=chosen)

@@ -17,7 +17,7 @@ from openwu.backbones import backbone_class
 from openwu.backbones.diffusers.loading import part_numbers, weight_files
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import OpenwuError
-from openwu.training.memory import needs_of
+from openwu.training.memory import TRAINING, training_plan
 from openwu.training.pipelines import new_config, train_based
 
 pytest.importorskip("bitsandbytes")
@@ -40,12 +40,13 @@ def test_what_a_quantised_denoiser_takes_is_told(base: Path) -> None:
     kind = backbone_class("flux2-klein")
     assert issubclass(kind, PipelineBackbone)
     config = new_config(recipe, kind.hollow(base))
-    saved = kind.fewer("4bit").saved(base, weight_files(base / "transformer"), 2)
+    saved = kind.quantisation_plan("4bit").saved(base, weight_files(base / "transformer"), 2)
     numbers, device = part_numbers(base), torch.device("cuda")
-    full = needs_of(recipe, config, numbers, "transformer", device)
-    less = needs_of(recipe, config, numbers, "transformer", device, saved=saved)
-    assert full.weights["denoiser"] - less.weights["denoiser"] == saved > 0.4 * full.weights["denoiser"]
-    assert dict(full.passing) == dict(less.passing)
+    full = training_plan(recipe, config, numbers, "transformer", device)
+    less = training_plan(recipe, config, numbers, "transformer", device, saved=saved)
+    assert full.phases[TRAINING]["denoiser"] - less.phases[TRAINING]["denoiser"] == saved
+    assert saved > 0.4 * full.phases[TRAINING]["denoiser"]
+    assert full.activations == less.activations
     with pytest.raises(ValueError, match="quantise: expected 8bit, 4bit or None, got '3bit'"):
         replace(recipe, quantise="3bit")
 

@@ -1,4 +1,4 @@
-"""The layers of a base that receive adapters: a module and names enter, groups of alike layers leave."""
+"""Find the linear layers of a base model that receive adapters, and group layers of equal widths."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from torch import nn
 from openwu.config import LayerGroup, PlainTarget
 from openwu.errors import TargetError
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Projections of a diffusers attention module."""
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""With those of a second (text) stream."""
+
+
+def below(parents: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Return `parent.name` for every pair, parents outermost."""
+    names = tuple(names)
+    return tuple(f"{parent}.{name}" for parent in parents for name in names)
+
 
 def find_groups(model: nn.Module, name: str, layers: Iterable[str], targets: Sequence[str]) -> tuple[LayerGroup, ...]:
-    """Groups of alike layers: for every path in `layers`, the linear maps at `targets` below it, and their widths.
+    """Group the layers at the paths `layers` by the names and widths of their linear layers among `targets`.
 
-    A target may be absent from some layers; raises TargetError when one is nowhere or is no linear map.
+    A target may be missing in some layers. Raises TargetError if one is missing in all of them or is no `nn.Linear`.
     """
     modules = dict(model.named_modules())
     alike: dict[tuple[PlainTarget, ...], list[str]] = {}
@@ -26,7 +37,7 @@ def find_groups(model: nn.Module, name: str, layers: Iterable[str], targets: Seq
             if module is None:
                 continue
             if not isinstance(module, nn.Linear):
-                raise TargetError(f"{layer}.{target}: expected a linear map, got {type(module).__name__}")
+                raise TargetError(f"{layer}.{target}: expected a linear layer, got {type(module).__name__}")
             found.append(PlainTarget(target, module.in_features, module.out_features))
             seen.add(target)
         if found:
@@ -47,14 +58,17 @@ def find_groups(model: nn.Module, name: str, layers: Iterable[str], targets: Seq
     return tuple(groups)
 
 
+def block_groups(model: nn.Module, name: str, attribute: str, targets: Sequence[str]) -> tuple[LayerGroup, ...]:
+    """Group all blocks of one module list of a model."""
+    blocks: Any = getattr(model, attribute)
+    return find_groups(model, name, below([attribute], map(str, range(len(blocks)))), targets)
+
+
 def double_and_single(
     denoiser: nn.Module, double_targets: Sequence[str], single_targets: Sequence[str]
 ) -> tuple[LayerGroup, ...]:
-    """The groups of a transformer as Flux has it: blocks with a stream each for text and picture, then joint ones."""
-    model: Any = denoiser
-    double = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
-    single = [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
+    """Group the blocks of a Flux-like transformer: double-stream (text and image) blocks, then single-stream ones."""
     return (
-        *find_groups(denoiser, "double_blocks", double, double_targets),
-        *find_groups(denoiser, "single_blocks", single, single_targets),
+        *block_groups(denoiser, "double_blocks", "transformer_blocks", double_targets),
+        *block_groups(denoiser, "single_blocks", "single_transformer_blocks", single_targets),
     )

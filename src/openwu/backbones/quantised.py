@@ -1,8 +1,8 @@
-"""Frozen weights in 8 or 4 bits, by bitsandbytes: a model with linear maps enters, the same in fewer bytes leaves.
+"""Quantise frozen linear layers to 8 or 4 bits with bitsandbytes, and count the bytes that saves.
 
-8 bits: LLM.int8, a scale for every row; inputs are rounded to 8 bits, too, but for columns with large values (Dettmers
+8 bits: LLM.int8, a scale for every row; inputs are rounded to 8 bits, too, except columns with large values (Dettmers
 et al. 2022). 4 bits: NF4, a scale for every 64 weights (Dettmers et al. 2023); inputs stay as they are. Adapters are
-applied by hooks to the output of such maps, in full precision, and gradients flow through them. Merging refuses them.
+applied by hooks to the output of such layers, in full precision, and gradients flow through. Merging refuses them.
 
 Shapes: weights `[out, in]`.
 """
@@ -31,26 +31,26 @@ EXTRA = "quantised"
 BLOCK = 64
 """Weights that share a scale in 4 bits."""
 CODE = 16
-"""Values that a weight of 4 bits can have; every map keeps its own table of them."""
+"""Values that a weight of 4 bits can have; every layer keeps its own table of them."""
 OUTLIERS = 6.0
-"""Columns of an input with a value from here on are computed in full, as transformers and diffusers do it."""
+"""Columns of an input with a value from here on are computed in full, as in transformers and diffusers."""
 
 _CHATTER = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
-"""Loggers that speak in every pass of every map (inputs that are not float16), and of optional kernels on import."""
+"""Loggers that write in every pass of every layer (inputs that are not float16), and on import."""
 
 
 @dataclass(frozen=True)
 class QuantisationPlan:
-    """What of a pipeline is quantised."""
+    """Which weights of a pipeline are quantised, and how."""
 
     how: Quantise
     part: str
-    """The part's name in the pipeline."""
+    """Name of the pipeline's part."""
     paths: Callable[[Path], Sequence[str]]
-    """The pipeline's folder -> paths of the linear maps in that part."""
+    """The pipeline's folder -> paths of the linear layers in that part."""
 
     def saved(self, folder: Path, files: Iterable[Path], itemsize: int) -> int:
-        """Bytes that it saves against weights of `itemsize` bytes; `files`: those of the part."""
+        """Return the bytes saved against weights of `itemsize` bytes; `files`: safetensors of the part."""
         chosen = {f"{path}.weight" for path in self.paths(folder)}
         shapes = [shape for file in files for name, (_, shape) in read_header(file).items() if name in chosen]
         wide = [shape for shape in shapes if wide_enough(shape, self.how)]
@@ -58,7 +58,7 @@ class QuantisationPlan:
 
 
 def wide_enough(shape: Sequence[int], how: Quantise) -> bool:
-    """Whether a weight is quantised: in 4 bits only where its rows are whole blocks, as they are in real bases.
+    """Tell whether a weight is quantised: in 4 bits only if its rows are whole blocks, as they are in real bases.
 
     bitsandbytes 0.50 unpacks other weights wrongly on CPUs with AVX-512: [64, 32] comes back with an error of 40 %
     where 9 % are the rounding's. They stay as they are everywhere, so that a base is the same on all devices.
@@ -67,7 +67,7 @@ def wide_enough(shape: Sequence[int], how: Quantise) -> bool:
 
 
 def quantised_bytes(shape: Sequence[int], how: Quantise) -> int:
-    """Bytes of a quantised weight of this shape with its scales, which are float32."""
+    """Return the bytes of a quantised weight of this shape with its float32 scales."""
     numbers = math.prod(shape)
     if how == "8bit":
         return numbers + 4 * math.prod(shape[:-1])
@@ -75,36 +75,36 @@ def quantised_bytes(shape: Sequence[int], how: Quantise) -> int:
 
 
 def check_way(how: object) -> None:
-    """Raise for a way that there is not."""
+    """Raise OpenwuError for an unknown way."""
     if how is not None and how not in WAYS:
         raise OpenwuError(f"quantise: expected 8bit, 4bit or nothing, got {how!r}")
 
 
 def check_quantise(how: object) -> None:
-    """Raise for a way that there is not, and where bitsandbytes is missing."""
+    """Raise OpenwuError for an unknown way, and if bitsandbytes is needed and not installed."""
     check_way(how)
     if how is not None:
         bitsandbytes()
 
 
 def bitsandbytes(extra: str = EXTRA) -> Any:
-    """The library, without what it would log in every pass."""
+    """Import bitsandbytes, with the loggers silenced that write in every pass."""
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)
     return library("bitsandbytes", extra)
 
 
-def inner_linear_maps(model: nn.Module, groups: Iterable[LayerGroup]) -> list[str]:
-    """Paths of all linear maps inside the layers that receive adapters: what enters and leaves the model is not."""
+def inner_linear_layers(model: nn.Module, groups: Iterable[LayerGroup]) -> list[str]:
+    """List the paths of all `nn.Linear` inside the blocks that receive adapters: not embeddings and output heads."""
     layers = tuple(group.layer_path(layer) for group in groups for layer in range(group.num_layers))
     return [path for path, each in model.named_modules() if type(each) is nn.Linear and path.startswith(layers)]
 
 
 @torch.no_grad()
 def quantise_(model: nn.Module, paths: Iterable[str], how: Quantise, dtype: torch.dtype, device: torch.device) -> None:
-    """Put quantised linear maps on `device` in the place of those at `paths` that are wide enough, one by one.
+    """Replace the linear layers at `paths` that are wide enough by quantised ones on `device`, one by one.
 
-    `dtype`: in which maps of 4 bits compute. The model must be in the machine's memory.
+    `dtype`: in which layers of 4 bits compute. The model must be in main memory.
     """
     library_ = bitsandbytes()
     for path in paths:
@@ -115,11 +115,11 @@ def quantise_(model: nn.Module, paths: Iterable[str], how: Quantise, dtype: torc
 
 
 def differentiable_(model: nn.Module) -> None:
-    """Keep maps of 4 bits in the layout that has a backward pass.
+    """Keep layers of 4 bits in the layout that has a backward pass.
 
     On CPUs with bfloat16 units bitsandbytes repacks a weight in its first pass without gradients. Products with packed
-    weights have no backward, so that later gradients end there without a word, and widths that are no multiple of 64
-    fail. Nothing changes on a GPU.
+    weights have no backward, so that later gradients silently end there, and widths that are no multiple of 64 fail.
+    Nothing changes on a GPU.
     """
     each: Any
     for each in model.modules():

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from openwu.adapters.inject import attach, resolve
 from openwu.adapters.site import Site
-from openwu.backbones.diffusers.lora_reload import INDEX, denoiser_name, load_lora, read_pipeline
 from openwu.backbones.embedded.base import WEIGHTS as EMBEDDED_WEIGHTS
 from openwu.backbones.embedded.base import EmbeddedBase
+from openwu.backbones.diffusers.loading import INDEX, denoiser_name, load_denoiser, load_lora
 from openwu.errors import CheckpointError, ExportError, TargetError
 from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, PREFIX, WEIGHTS, read_tensors, replaced
 from openwu.export.fit import expert_parameter, single
@@ -262,7 +262,7 @@ def find_base(folder: Path | None) -> Base:
     """
     if folder is not None and (folder / INDEX).is_file():
         component = denoiser_name(folder)
-        pipeline = read_pipeline(folder, component)
+        pipeline = load_denoiser(folder, component)
         return Base(getattr(pipeline, component).requires_grad_(False), component, pipeline)
     if folder is not None and not (folder / CONFIG).is_file():
         raise CheckpointError(

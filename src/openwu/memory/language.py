@@ -1,9 +1,9 @@
-"""Functional memory for a language model: a context enters, an adapter leaves that answers without the context.
+"""Functional memory for a language model: generate an adapter from a context, and answer without the context.
 
-    context -> frozen model -> condition -> generator -> adapter -> the same frozen model, asked without the context
+    context -> frozen model -> condition -> generator -> adapter -> the same frozen model, without the context
 
-The model reads a context without any adapter; what one of its decoder layers says of every token is the condition. The
-adapter stands for the context from then on: it can be kept, mixed with others in one batch, and thrown away.
+The model reads a context without any adapter; the hidden states of one decoder layer are the condition. The adapter
+replaces the context from then on: it can be stored, mixed with others in one batch, and discarded.
 
 Shapes: b contexts, L tokens of the longest one, d width of the model.
 """
@@ -25,17 +25,22 @@ from openwu.types import Adapter, Condition
 
 
 class LanguageMemory:
-    """A frozen language model and a generator that writes an adapter from what the model has read."""
+    """A frozen language model and a generator of adapters from its hidden states."""
 
     def __init__(
-        self, base: CausalLM, generator: ParameterGenerator, *, reads: str | None = None, spare_columns: int = 0
+        self,
+        base: CausalLM,
+        generator: ParameterGenerator,
+        *,
+        condition_module: str | None = None,
+        spare_columns: int = 0,
     ) -> None:
-        """`reads`: path of the module whose output is the condition; None: the last but one of the decoder layers.
+        """Attach the generator's targets to the model.
 
-        The last layer has already turned to the next word; those before it say more of what was read. `spare_columns`:
-        spare columns beside the weights of stacked experts, see `openwu.attach`. Raises
-        OpenwuError where the generator's `input_dim` is not the model's width, TargetError where its targets do not
-        fit the model.
+        `condition_module`: path of the module whose output is the condition; None: the last but one of the decoder
+        layers, since the last one's states are specialised on the next token. `spare_columns`: for stacked experts, see
+        `openwu.attach`. Raises OpenwuError if the generator's `input_dim` is not the model's width, TargetError if its
+        targets do not fit the model.
         """
         if generator.config.input_dim != base.width:
             raise OpenwuError(
@@ -43,19 +48,19 @@ class LanguageMemory:
             )
         self.base, self.generator = base, generator
         self.fast = FastGenerator(generator)
-        self.encoder = HiddenStates(base.model, reads or base.layers[max(0, len(base.layers) - 2)])
+        self.encoder = HiddenStates(base.model, condition_module or base.layers[max(0, len(base.layers) - 2)])
         self.handle = attach(base.model, generator.targets, spare_columns=spare_columns)
 
     def condition(self, contexts: Sequence[str]) -> Condition:
-        """Tokens `[b, L, d]` and their mask: what the model says of each context, without an adapter."""
-        texts = self.base.read(contexts)
+        """Return the hidden states `[b, L, d]` of each context and their mask, computed without an adapter."""
+        texts = self.base.tokenize(contexts)
         return self.encoder(input_ids=texts.ids, attention_mask=texts.mask, use_cache=False, mask=texts.mask)
 
     def adapt(self, contexts: Sequence[str]) -> Adapter:
-        """One adapter for every context, with gradients to the generator where they are enabled.
+        """Generate one adapter per context, with gradients to the generator if they are enabled.
 
-        Without them the fast path generates, which keeps what it made of the generator's weights: see
-        `openwu.generator.inference.fast` for optimisers that change weights unseen.
+        Without them the fast path generates, which caches what it prepares from the generator's weights: see
+        `openwu.generator.inference.fast` for optimisers that change weights unnoticed.
         """
         condition = self.condition(contexts)
         adapter: Adapter = self.generator(condition) if torch.is_grad_enabled() else self.fast(condition)
@@ -70,9 +75,9 @@ class LanguageMemory:
         rows: Sequence[int] | Tensor | None = None,
         max_new_tokens: int = 32,
     ) -> list[str]:
-        """The likeliest answers, every question under its own sample of `adapter`; None: the model alone.
+        """Answer by greedy decoding, every question under its own sample of `adapter`; None: without an adapter.
 
-        `rows[i]`: sample of question i, -1 for none; default: question i has sample i, or all have the only one.
+        `rows[i]`: sample of question i, -1 for none; by default sample i, or the only one for all.
         """
         if adapter is None:
             return self.base.generate(questions, max_new_tokens=max_new_tokens)
@@ -80,5 +85,5 @@ class LanguageMemory:
             return self.base.generate(questions, max_new_tokens=max_new_tokens)
 
     def close(self) -> None:
-        """Take the hooks off the model, so that another generator can be attached to it."""
+        """Detach from the model, so that another generator can be attached."""
         self.handle.detach()

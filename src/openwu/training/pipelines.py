@@ -22,7 +22,6 @@ from openwu.backbones import backbone_class
 from openwu.backbones.diffusers.loading import (
     check_class,
     check_weights,
-    free_memory,
     local_folder,
     part_numbers,
     pipeline_fingerprint,
@@ -40,13 +39,14 @@ from openwu.errors import OpenwuError
 from openwu.files.hashing import of_json
 from openwu.files.origin import origin
 from openwu.generator.model import ParameterGenerator
+from openwu.kernels.memory import free_memory
 from openwu.training.checkpoint import check_recipe
 from openwu.training.config import PipelineRun
 from openwu.training.distributed import Processes, is_main
 from openwu.training.embedded.own_pairs import pairs_hashes, split_pairs
 from openwu.training.encoded_rows import Encoded, RowStore, to_device
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.memory import needs_of
+from openwu.training.memory import ADVICE, WARNING, training_plan
 from openwu.training.objectives import Diffusion, FlowMatching, NoisySample, Objective
 from openwu.training.record import describe, export_folders, seconds_of, write_provenance
 from openwu.training.stage import GeneratorStage
@@ -237,13 +237,13 @@ def _check_memory(
     pictures = max(len(pair.images) for part in pairs for pair in part.pairs)
     saved, part = 0, kind.denoiser_name
     if recipe.quantise is not None:
-        plan = kind.quantisation_plan(cast("Quantise", recipe.quantise))
-        saved = plan.saved(base, weight_files(base / part), 2 if recipe.bf16 else 4)
-    needs = needs_of(recipe, config, part_numbers(base), part, device, pictures, saved=saved, reader=reader)
+        quantised = kind.quantisation_plan(cast("Quantise", recipe.quantise))
+        saved = quantised.saved(base, weight_files(base / part), 2 if recipe.bf16 else 4)
+    plan = training_plan(recipe, config, part_numbers(base), part, device, pictures, saved=saved, reader=reader)
     free = free_memory(device)
-    warning = needs.check(device, free)
+    fits = plan.check(device, free, ADVICE)
     if is_main():
-        sys.stderr.write(needs.text(device, free) + (warning or ""))
+        sys.stderr.write(plan.report(device, free) + ("" if fits else f"memory: {WARNING}\n"))
 
 
 def _stage(

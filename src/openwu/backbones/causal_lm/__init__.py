@@ -1,1 +1,1 @@
-"""To be described."""
+"""Causal language models of transformers as frozen bases."""

@@ -1,8 +1,7 @@
-"""Mixtures of experts of transformers (5 and later), whose weights are stacked: a model enters, its experts computed by
-grouped products leave.
+"""Compute the stacked experts of transformers' mixtures (5 and later) by grouped GEMMs that adapters can hook.
 
-`group_experts` registers one way more to compute the experts with transformers, by the interface that it has for this,
-and gives every container the modules in which its products are computed. Parameters and state-dict names stay.
+`group_experts` registers an experts implementation with transformers, by the interface that it has for this, and gives
+every container the modules in which its products are computed. Parameters and state-dict names stay.
 
 Shapes: T tokens, k experts per token, S = T * k, E experts, H hidden width, I width inside an expert.
 """
@@ -23,9 +22,9 @@ WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def group_experts(model: nn.Module) -> list[str]:
-    """Compute all stacked experts of a transformers model by grouped products. Returns the paths of their containers.
+    """Compute all stacked experts of a transformers model by grouped GEMMs; return the paths of their containers.
 
-    Raises OpenwuError without transformers 5, TargetError where the model has no such experts.
+    Raises OpenwuError without transformers 5, TargetError if the model has no such experts.
     """
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -46,7 +45,7 @@ def group_experts(model: nn.Module) -> list[str]:
 
 
 def forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden_states `[T, H]`, indices and weights of the chosen experts `[T, k]` -> `[T, H]`"""
+    """Compute the experts: hidden states `[T, H]`, indices and weights of the chosen experts `[T, k]` -> `[T, H]`."""
     products: Any = experts.products
     first, last = products["gate_up_proj"], products["down_proj"]
     gate_up_proj, down_proj = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
@@ -57,7 +56,7 @@ def forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_
 
 
 def _gated(experts: nn.Module, last: GroupedProduct, gate_up_s: Tensor) -> Tensor:
-    """`[S, 2I]` -> `[S, I]`, the input of the last product. The usual gate's result is written where that has room."""
+    """Apply the gate, `[S, 2I]` -> `[S, I]`; the usual gate writes into the last product's spare-column buffer."""
     from transformers.integrations import moe
 
     gate_of: Any = getattr(experts, "_apply_gate")  # noqa: B009 (a method, not a tensor)
@@ -70,7 +69,7 @@ def _gated(experts: nn.Module, last: GroupedProduct, gate_up_s: Tensor) -> Tenso
 
 
 def is_stacked(module: nn.Module) -> bool:
-    """Whether a module was made by transformers' `use_experts_implementation`, with the layout that `forward` knows."""
+    """Tell whether a module holds stacked experts of transformers, in the layout that `forward` computes."""
     parameters = dict(module.named_parameters(recurse=False))
     return (
         set(parameters) == set(WEIGHTS)

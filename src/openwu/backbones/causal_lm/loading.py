@@ -1,12 +1,10 @@
-"""Loading a causal language model: a folder enters, a whole model and its tokenizer leave, or an error that says why.
+"""Load a causal language model and its tokenizer from a folder, and refuse a folder that is incomplete.
 
-transformers fills weights that it does not find with random numbers and says so in a log. Here a folder is whole or
-refused.
+transformers fills missing weights with random numbers and only logs it; here they are an error.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,27 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from openwu.errors import CheckpointError, OpenwuError
+from openwu.errors import CheckpointError
+from openwu.extras import library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INSTALL = "pip install 'openwu[language]'"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-"""Files of which a tokenizer's folder holds at least one; without any, transformers builds one that knows no words."""
+"""Files of which a tokenizer's folder holds at least one; without any, transformers builds an empty tokenizer."""
 SHOWN = 5
 """How many of many names an error lists."""
 
 
 def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in the dtype of its config unless another is asked for, and its tokenizer."""
-    if importlib.util.find_spec("transformers") is None:
-        raise OpenwuError(f"a language model needs transformers, which is not installed: {INSTALL}")
+    """Load the model, in the dtype of its config unless `dtype` is given, and its tokenizer."""
+    transformers = library("transformers", "language")
     _check_files(folder, _read_config(folder))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
@@ -51,7 +46,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMode
             f"{folder}: the weights are not those of {type(model).__name__}: {listed}; download again"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load this tokenizer: {_first_line(error)}") from error
     return model, tokenizer
@@ -75,10 +70,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, config: dict[str, Any]) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+    mapping = library("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     kind, named = config.get("model_type"), config.get("architectures") or []
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    expected = mapping.get(kind) if isinstance(kind, str) else None
     classes = [expected] if isinstance(expected, str) else list(expected or ())
     if not classes or config.get("is_encoder_decoder") or (named and not set(named) & set(classes)):
         raise CheckpointError(

@@ -1,1 +1,1 @@
-"""To be described."""
+"""Frozen bases in diffusers pipelines: what they share, and one file per base."""

@@ -1,79 +1,73 @@
-"""FLUX.2: a flow transformer that reads the request's pictures as tokens behind the noisy ones, each at its own time.
+"""FLUX.2: a flow transformer that reads the request's pictures as tokens after the noisy ones, each at its own time.
 
-[dev] reads text with Mistral 3 and is told its guidance; [klein] reads it with Qwen 3, and asks a second time without
-the instruction unless it is distilled. Text states are those of three layers side by side. The pipelines give all
-requests of a call the same pictures, so only requests about the same ones share a call; training has no such limit.
+[dev] encodes text with Mistral 3 and takes its guidance as an input; [klein] encodes it with Qwen 3, and uses
+classifier-free guidance in a second call unless it is distilled. Text states are those of three layers, concatenated.
+The pipelines give all requests of a call the same pictures, so only requests with the same ones share a call; training
+has no such limit.
 
-Shapes: b requests, h and w the sides of a map of latents, n = h * w tokens of a picture, C = 4 * latent channels.
+Shapes: b requests, n tokens of a picture, C = 4 * latent channels.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from openwu.backbones.diffusers.latents import PLACE, patches, picture_digest, token_rows
-from openwu.backbones.diffusers.pipeline import PICTURES, PipelineBackbone, Step
-from openwu.backbones.layers import double_and_single
+from openwu.backbones.diffusers.latents import StepCallback, patches, picture_digest, rotary_ids, token_rows
+from openwu.backbones.diffusers.pipeline import PipelineBackbone
+from openwu.backbones.layers import JOINT_ATTENTION, below, double_and_single
 from openwu.backbones.protocol import BaseFacts, RowScope
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
-from openwu.extras import library
+from openwu.kernels.stop import capture_inputs
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
-DOUBLE_TARGETS = (
-    *(f"attn.{weight}" for weight in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"attn.{weight}" for weight in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-    *(f"{side}.{weight}" for side in ("ff", "ff_context") for weight in ("linear_in", "linear_out")),
-)
+DOUBLE_TARGETS = (*below(["attn"], JOINT_ATTENTION), *below(["ff", "ff_context"], ["linear_in", "linear_out"]))
 SINGLE_TARGETS = ("attn.to_qkv_mlp_proj", "attn.to_out")
 
 TEXT_TOKENS = 512
 """Tokens of an instruction with its template, padding included."""
 
-APART = 10
-"""Distance between the times of two pictures; the picture that is made stands at time 0."""
-
-TRAINING_GUIDANCE = 1.0
-"""What a guidance-distilled base is told while a generator trains: no extrapolation."""
+TIME_STEP = 10
+"""Distance between the rotary times of two pictures; the generated picture has time 0."""
 
 
 class _Flux2(PipelineBackbone):
     """What [dev] and [klein] share."""
 
+    pictures_read = None
+    steps = 50
+    guidance = 4.0
+    training_guidance: ClassVar[float | None]
+    """Guidance input while a generator trains: 1 (no extrapolation) for a guidance-distilled base, None for others."""
+
     @property
-    def condition_widths(self) -> Mapping[str, int]:
-        text = self.denoiser.config.joint_attention_dim  # type: ignore[union-attr]
-        return {"text": int(text), PICTURES: 4 * self.pipeline.vae.config.latent_channels + PLACE}  # type: ignore[arg-type]
+    def text_width(self) -> int:
+        return int(self.denoiser.config.joint_attention_dim)  # type: ignore[union-attr, arg-type]
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         return double_and_single(self.denoiser, DOUBLE_TARGETS, SINGLE_TARGETS)
 
-    @abstractmethod
-    def token_mask(self, instructions: Sequence[str]) -> Tensor:
-        """Which of the TEXT_TOKENS tokens the pipeline's own encoding sees as real `[b, TEXT_TOKENS]`."""
-
-    @abstractmethod
-    def told_guidance(self) -> float | None:
-        """The guidance that the denoiser is told in training; None for one that is not told any."""
-
     def text_states(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States of three layers side by side, as the denoiser reads them, without columns that are padding for all."""
-        mask = self.token_mask(instructions).bool()
+        """Return the states that the denoiser reads, without columns that are padding in all rows."""
+        # The pipeline's template and tokens are its own: the mask is what its text encoder receives.
+        with capture_inputs(self.pipeline.text_encoder, stop=False) as calls:
+            states, _ = self.pipeline.encode_prompt(list(instructions), max_sequence_length=TEXT_TOKENS)
+        ((_, inputs),) = calls
+        mask = inputs["attention_mask"].bool().to(states.device)
         if bool(mask.all(dim=1).any()):
             raise InstructionError(
                 f"instruction: expected fewer than {TEXT_TOKENS} tokens with the base's template; shorten it"
             )
-        states, _ = self.pipeline.encode_prompt(list(instructions), max_sequence_length=TEXT_TOKENS)
         used = mask.any(dim=0)
-        return states[:, used.to(states.device)], mask[:, used].to(states.device)
+        return states[:, used], mask[:, used]
 
     def picture_latents(self, picture: Tensor) -> Tensor:
-        """Patches, normalised by the statistics that the VAE carries."""
+        """Encode patches, normalised by the batch-norm statistics that the VAE carries."""
         latents, vae = patches(self.encode(picture)), self.pipeline.vae
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
         variance = vae.bn.running_var.view(1, -1, 1, 1).to(latents)
@@ -82,61 +76,54 @@ class _Flux2(PipelineBackbone):
 
     @torch.no_grad()
     def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:
-        sized, wanted = self.sources_and_targets(requests, targets)
-        if len({tuple(picture.size for picture in request.pictures) for request in sized}) > 1:
-            raise OpenwuError("requests: expected as many references, of one shape each, in a batch for training")
-        target = self.picture_latents(wanted)
-        numbers = range(len(sized[0].pictures))
-        maps = [self.picture_latents(self.pixels_of([each.pictures[k] for each in sized])) for k in numbers]
+        sized, scaled = self.sources_and_targets(requests, targets)
+        maps = self.reference_latents(sized)
+        target = self.picture_latents(scaled)
         text, text_ids = self.pipeline.encode_prompt(
             [request.instruction for request in requests], max_sequence_length=TEXT_TOKENS
         )
-        ids = torch.cat([_positions(target, 0), *(_positions(each, APART * (k + 1)) for k, each in enumerate(maps))])
+        ids = torch.cat([rotary_ids(each.shape[2:], TIME_STEP * k) for k, each in enumerate((target, *maps))])
         inputs = {
             "pictures": torch.cat([token_rows(each) for each in maps], dim=1),
             "text": text,
             "text_ids": text_ids,
-            "ids": ids.expand(len(requests), -1, -1),
+            # Time, row, column, and the position in the text, which pictures have not.
+            "ids": nn.functional.pad(ids, (0, 1)).to(target.device).expand(len(requests), -1, -1),
         }
         return LatentBatch(token_rows(target), inputs, self.condition(requests))
 
-    def predict(self, batch: LatentBatch, given: Tensor, time: Tensor) -> Tensor:
-        """`given` `[b, n, C]`, `time` 0..1 `[b]`."""
-        inputs, told = batch.inputs, self.told_guidance()
-        said: Tensor = self.denoiser(
-            hidden_states=torch.cat([given.to(self.dtype), inputs["pictures"]], dim=1),
-            timestep=time.to(self.dtype),
-            guidance=None if told is None else time.new_full((len(given),), told, dtype=torch.float32),
+    def predict(self, batch: LatentBatch, x_t: Tensor, time: Tensor) -> Tensor:
+        """Predict the velocity `[b, n, C]` of `x_t` `[b, n, C]` at `time` 0..1 `[b]`."""
+        inputs, guidance = batch.inputs, self.training_guidance
+        return self.denoise(
+            x_t,
+            inputs["pictures"],
+            time,
+            guidance=None if guidance is None else time.new_full((len(x_t),), guidance, dtype=torch.float32),
             encoder_hidden_states=inputs["text"],
             txt_ids=inputs["text_ids"],
             img_ids=inputs["ids"],
-            return_dict=False,
-        )[0]
-        return said[:, : given.shape[1]]
+        )
 
-    def together(self, request: BaseRequest) -> object:
-        """The very same pictures."""
+    def batch_key(self, request: BaseRequest) -> object:
         return picture_digest(request.pictures)
 
-    def call(self, requests: Sequence[BaseRequest], options: SamplingOptions, rows: RowScope, step: Step) -> Tensor:
-        """A second call for guidance, where there is one, has the same rows as the first."""
+    def generate_batch(
+        self, requests: Sequence[BaseRequest], options: SamplingOptions, rows: RowScope, step_done: StepCallback
+    ) -> Tensor:
         pictures = requests[0].pictures
         width, height = pictures[0].size
-        with rows([*range(len(requests))]):
-            made = self.pipeline(
-                image=list(pictures),
-                prompt=[request.instruction for request in requests],
-                height=height,
-                width=width,
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance,
-                generator=self.seeds(requests),
-                output_type="pt",
-                callback_on_step_end=step,
-                max_sequence_length=TEXT_TOKENS,
-            )
-        edited: Tensor = made.images
-        return edited
+        return self.run_pipeline(
+            requests,
+            rows,
+            image=list(pictures),
+            height=height,
+            width=width,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            callback_on_step_end=step_done,
+            max_sequence_length=TEXT_TOKENS,
+        )
 
 
 class Flux2Dev(_Flux2):
@@ -148,27 +135,7 @@ class Flux2Dev(_Flux2):
         parameters="32 billion",
     )
     pipelines = ("Flux2Pipeline",)
-    steps = 50
-    guidance = 4.0
-
-    def token_mask(self, instructions: Sequence[str]) -> Tensor:
-        module = library("diffusers.pipelines.flux2.pipeline_flux2")
-        messages = module.format_input(prompts=list(instructions), system_message=self.pipeline.system_message)
-        tokens = self.pipeline.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=False,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=TEXT_TOKENS,
-        )
-        mask: Tensor = tokens["attention_mask"]
-        return mask
-
-    def told_guidance(self) -> float | None:
-        return TRAINING_GUIDANCE
+    training_guidance = 1.0
 
 
 class Flux2Klein(_Flux2):
@@ -180,8 +147,7 @@ class Flux2Klein(_Flux2):
         parameters="4 or 9 billion",
     )
     pipelines = ("Flux2KleinPipeline",)
-    steps = 50
-    guidance = 4.0
+    training_guidance = None
     distilled_steps = 4
 
     def options(self, options: SamplingOptions) -> SamplingOptions:
@@ -190,26 +156,3 @@ class Flux2Klein(_Flux2):
                 raise OpenwuError(f"guidance: expected none for a distilled base, got {options.guidance}; leave it out")
             options = replace(options, steps=options.steps or self.distilled_steps, guidance=1.0)
         return super().options(options)
-
-    def token_mask(self, instructions: Sequence[str]) -> Tensor:
-        tokenizer = self.pipeline.tokenizer
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            for text in instructions
-        ]
-        tokens = tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=TEXT_TOKENS)
-        mask: Tensor = tokens.attention_mask
-        return mask
-
-    def told_guidance(self) -> float | None:
-        return None
-
-
-def _positions(latents: Tensor, time: int) -> Tensor:
-    """`[h * w, 4]` of a map `[b, C, h, w]`: time, row, column, and 0 for what is no text."""
-    height, width = latents.shape[2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    ids = torch.stack([torch.full_like(y, time), y, x, torch.zeros_like(y)], dim=-1)
-    return ids.flatten(0, 1).to(latents.device)

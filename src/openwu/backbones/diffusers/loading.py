@@ -1,7 +1,8 @@
-"""Pipelines on disk: a folder or hub id enters; a diffusers pipeline leaves, or an error that says what to do.
+"""Load diffusers pipelines from a folder or hub id, after every check that needs no weights.
 
-Only safetensors are read, never pickles, and never code from the folder. Everything that can be known without loading
-is checked first: the pipeline's class, the files of every part, and whether the weights fit into memory.
+Only safetensors are read, never pickles, and never code from the folder. Checked first: the pipeline's class, the files
+of every part, and whether the weights fit into memory. At the end, diffusers' own loader of LoRA files: it proves an
+export, and reads nothing of a pipeline but its denoiser and scheduler.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
 from openwu.files.hashing import of_bytes
 from openwu.files.headers import read_header
+from openwu.kernels.memory import MemoryPlan, free_memory
 
 INDEX = "model_index.json"
+DENOISERS = ("transformer", "unet")
+"""Attributes of diffusers' pipelines that hold a denoiser."""
 HEADROOM = 1.1
 """How much more than its weights a loaded pipeline needs, at least."""
 
@@ -32,7 +36,7 @@ _FILES = (INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jin
 """What is downloaded: the parts, not the same weights once more in one file beside them."""
 
 _SAMPLES, _SAMPLE = 64, 64 * 1024
-"""How many pieces of how many bytes stand for a large file in a fingerprint."""
+"""How many pieces of how many bytes of a large file a fingerprint reads."""
 
 _FP16 = re.compile(r"\.fp16[.-]")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor", "processor")
@@ -42,26 +46,26 @@ _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "fea
 def load_pipeline(
     folder: str | Path,
     classes: Sequence[str],
-    *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     extra: str = "diffusers",
-    quantisation_plan: QuantisationPlan | None = None,
+    plan: QuantisationPlan | None = None,
 ) -> Any:
-    """A pipeline of one of `classes` from a folder or a hub id; `dtype` None: float32 on a CPU, else bfloat16.
+    """Load a pipeline of one of `classes`. `dtype` None: float32 on a CPU, else bfloat16.
 
-    `fewer`: what to quantise. The machine's memory holds all weights first: what is known to fit is the result.
+    `plan`: what to quantise, after all weights were loaded into main memory. Raises CheckpointError for a folder that
+    is no such pipeline, OpenwuError for missing packages (of our `extra`) and too little memory.
     """
-    if quantisation_plan is not None:
-        check_quantise(quantisation_plan.how)
+    if plan is not None:
+        check_quantise(plan.how)
     diffusers = library("diffusers", extra)
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     path = local_folder(folder, revision)
     found = check_class(path, classes)
     variant = check_weights(path)
-    check_memory(path, dtype, device, quantisation_plan)
+    check_memory(path, dtype, device, plan)
     try:
         with quiet(diffusers.utils.logging, library("transformers", extra).utils.logging):
             pipeline = getattr(diffusers, found).from_pretrained(
@@ -69,19 +73,13 @@ def load_pipeline(
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: diffusers cannot load this pipeline: {error}") from error
-    if quantisation_plan is not None:
-        quantise_(
-            getattr(pipeline, quantisation_plan.part),
-            quantisation_plan.paths(path),
-            quantisation_plan.how,
-            dtype,
-            device,
-        )
+    if plan is not None:
+        quantise_(getattr(pipeline, plan.part), plan.paths(path), plan.how, dtype, device)
     return pipeline.to(device)
 
 
 def check_local(folder: str | Path, revision: str | None, classes: Sequence[str]) -> None:
-    """Everything that can be known without loading but memory. Of a hub id only its form: nothing is downloaded."""
+    """Check class and files of a local folder; of a hub id only its form, since nothing is downloaded."""
     if not _is_hub_id(folder):
         path = local_folder(folder, revision)
         check_class(path, classes)
@@ -89,7 +87,7 @@ def check_local(folder: str | Path, revision: str | None, classes: Sequence[str]
 
 
 def local_folder(folder: str | Path, revision: str | None) -> Path:
-    """The folder itself, or the local copy of a hub id, downloaded where it is not there yet."""
+    """Return the folder itself, or the local copy of a hub id, downloaded if it is not there yet."""
     path = Path(folder)
     if path.is_dir():
         if revision is not None:
@@ -112,22 +110,14 @@ def local_folder(folder: str | Path, revision: str | None) -> Path:
 
 
 def _is_hub_id(folder: str | Path) -> bool:
-    """Whether a name that is no path here may be one of the hub's."""
+    """Tell whether a name that is no local path may be a hub id."""
     parts = str(folder).split("/")
     return not Path(folder).exists() and len(parts) == 2 and all(parts) and not str(folder).startswith((".", "~"))
 
 
 def check_class(folder: Path, classes: Sequence[str]) -> str:
-    """The name of the pipeline's class, which must be one of `classes`."""
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        held = sorted(each.name for each in folder.iterdir())[:6]
-        raise CheckpointError(
-            f"{folder}: expected a diffusers pipeline with {INDEX} ({error}); the folder holds {held or 'nothing'}"
-        ) from error
-    found = index.get("_class_name") if isinstance(index, dict) else None
+    """Return the name of the pipeline's class. Raises CheckpointError if it is none of `classes`."""
+    found = _read_index(folder).get("_class_name")
     if found not in classes:
         raise CheckpointError(
             f"{folder}: expected a pipeline of class {' or '.join(classes)}, got {found!r}; choose the model that fits "
@@ -136,12 +126,28 @@ def check_class(folder: Path, classes: Sequence[str]) -> str:
     return str(found)
 
 
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Read a pipeline's index. Raises CheckpointError for a folder without a readable one."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        held = sorted(each.name for each in folder.iterdir())[:6]
+        raise CheckpointError(
+            f"{folder}: expected a diffusers pipeline with {INDEX} ({error}); the folder holds {held or 'nothing'}"
+        ) from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{folder / INDEX}: expected a JSON object, got {type(index).__name__}")
+    return index
+
+
 def check_weights(folder: Path) -> str | None:
-    """The variant of the weights ("fp16") where only that one is there. Raises where a part has no safetensors."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    """Return the weights' variant ("fp16") if only that one exists, else None.
+
+    Raises CheckpointError if a part of the pipeline has no safetensors.
+    """
     parts = [
         name
-        for name, value in index.items()
+        for name, value in _read_index(folder).items()
         # A list that does not begin with a library's name is no part but a setting, such as a schedule.
         if isinstance(value, list) and value and isinstance(value[0], str) and not name.endswith(_WITHOUT_WEIGHTS)
     ]
@@ -161,51 +167,36 @@ def check_weights(folder: Path) -> str | None:
     return variants.pop() if variants else None
 
 
-def check_memory(
-    folder: Path, dtype: torch.dtype, device: torch.device, quantisation_plan: QuantisationPlan | None = None
-) -> None:
-    """Raise when the weights in `dtype` do not fit into the device's free memory, with the numbers.
+def check_memory(folder: Path, dtype: torch.dtype, device: torch.device, plan: QuantisationPlan | None = None) -> None:
+    """Raise OpenwuError if the weights in `dtype` do not fit into the device's free memory, with the numbers.
 
-    In the machine's memory all of them stand before some are quantised; on another device only what is quantised.
+    Main memory holds all weights before some are quantised; another device only receives the quantised ones.
     """
-    needed = weight_bytes(folder, dtype)
-    if quantisation_plan is not None and device.type != "cpu":
-        needed -= quantisation_plan.saved(folder, weight_files(folder / quantisation_plan.part), dtype.itemsize)
-    needed, free = int(HEADROOM * needed), free_memory(device)
-    if free is not None and needed > free:
-        how = str(dtype).removeprefix("torch.") + ("" if quantisation_plan is None else f" and {quantisation_plan.how}")
-        less = "a smaller dtype, another device or a smaller base"
-        if quantisation_plan is None and device.type != "cpu":
-            less = "quantise (8bit, 4bit), " + less
-        raise OpenwuError(
-            f"{folder}: the weights need about {needed / 1e9:.1f} GB in {how}, but "
-            f"{device} has {free / 1e9:.1f} GB free; use {less}"
-        )
-
-
-def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of all weights of a pipeline in `dtype`, from the headers of its safetensors (one variant of each part)."""
-    return sum(part_numbers(folder).values()) * dtype.itemsize
+    needed = sum(part_numbers(folder).values()) * dtype.itemsize
+    if plan is not None and device.type != "cpu":
+        needed -= plan.saved(folder, weight_files(folder / plan.part), dtype.itemsize)
+    stored = str(dtype).removeprefix("torch.") + ("" if plan is None else f" and {plan.how}")
+    advice = "use a smaller dtype, another device or a smaller base"
+    if plan is None and device.type != "cpu":
+        advice = "use quantise (8bit, 4bit), a smaller dtype, another device or a smaller base"
+    memory = MemoryPlan({"loading": {f"weights in {stored}": int(HEADROOM * needed)}})
+    memory.check(device, free_memory(device), advice, str(folder))
 
 
 def part_numbers(folder: Path) -> dict[str, int]:
-    """Part of a pipeline -> how many numbers its weights are, from the headers of its safetensors."""
-    numbers = {}
-    for part in sorted(each for each in folder.iterdir() if each.is_dir()):
-        files = weight_files(part)
-        if files:
-            numbers[part.name] = sum(_numbers(file) for file in files)
-    return numbers
+    """Count the weights of every part of a pipeline, from the headers of its safetensors (one variant of each)."""
+    files = {part.name: weight_files(part) for part in sorted(folder.iterdir()) if part.is_dir()}
+    return {name: sum(map(_numbers, found)) for name, found in files.items() if found}
 
 
 def weight_files(part: Path) -> list[Path]:
-    """The safetensors of a pipeline's part, of one variant."""
+    """List the safetensors of a pipeline's part, of one variant."""
     files = sorted(part.glob("*.safetensors"))
     return [file for file in files if not _FP16.search(file.name)] or files
 
 
 def hollow_pipeline(folder: Path, denoiser: str, extra: str = "diffusers") -> SimpleNamespace:
-    """The parts of a pipeline without their weights: the denoiser on the meta device, of others the configs alone.
+    """Build a pipeline's parts without weights: the denoiser on the meta device, of others the configs alone.
 
     Raises CheckpointError where a config is missing or broken.
     """
@@ -221,7 +212,9 @@ def hollow_pipeline(folder: Path, denoiser: str, extra: str = "diffusers") -> Si
                 parts[file.parent.name] = HollowPart(file.parent, transformers.AutoConfig.from_pretrained(file.parent))
             else:
                 parts[file.parent.name] = SimpleNamespace(config=SimpleNamespace(**config))
-        return SimpleNamespace(**{denoiser: parts.pop(denoiser)}, **parts)
+        if denoiser not in parts:
+            raise KeyError(denoiser)
+        return SimpleNamespace(**parts, components=parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: expected a config.json that diffusers reads in every part, got {error}"
@@ -230,25 +223,24 @@ def hollow_pipeline(folder: Path, denoiser: str, extra: str = "diffusers") -> Si
 
 @dataclass(frozen=True)
 class HollowPart:
-    """An encoder without its weights."""
+    """An encoder without its weights: its config, and its modules on request."""
 
     folder: Path
     config: Any
 
     def named_modules(self) -> list[tuple[str, nn.Module]]:
-        """Its modules on the meta device, made from the config; none where transformers cannot make it so."""
+        """Build the modules on the meta device from the config; return none where transformers cannot."""
         try:
-            index = json.loads((self.folder.parent / INDEX).read_text(encoding="utf-8"))
-            kind = getattr(library("transformers"), index[self.folder.name][1])
+            kind = getattr(library("transformers"), _read_index(self.folder.parent)[self.folder.name][1])
             with torch.device("meta"):
                 made: nn.Module = kind(self.config)
-        except Exception:  # models of many authors; who asks for a module of it finds out later
+        except Exception:  # models of many authors; a missing module is reported when it is used
             return []
         return list(made.named_modules())
 
 
 def pipeline_fingerprint(folder: Path) -> str:
-    """Depends on a pipeline's configs, tokenizers and weights. Of large files only samples are read, not every byte."""
+    """Hash a pipeline's configs, tokenizers and weights; of large files, samples spread over the file."""
     return of_bytes(_sampled(folder)).hexdigest()
 
 
@@ -262,24 +254,48 @@ def _sampled(folder: Path) -> Iterator[bytes]:
             if size <= _SAMPLES * _SAMPLE:
                 yield opened.read()
                 continue
-            for place in range(_SAMPLES):
-                opened.seek(place * (size - _SAMPLE) // (_SAMPLES - 1))
+            for number in range(_SAMPLES):
+                opened.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
                 yield opened.read(_SAMPLE)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a CUDA device or of this machine; None where nobody says."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
 def _numbers(file: Path) -> int:
-    """How many numbers a safetensors file holds."""
+    """Count the numbers in a safetensors file."""
     return sum(math.prod(shape) for _, shape in read_header(file).values())
+
+
+def denoiser_name(folder: Path) -> str:
+    """Return which component of the pipeline in a folder is its denoiser. Raises CheckpointError unless it has one."""
+    index = _read_index(folder)
+    found = [name for name in DENOISERS if index.get(name, [None])[0]]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{folder / INDEX}: expected one of {', '.join(DENOISERS)}, got {', '.join(found) or index}"
+        )
+    return found[0]
+
+
+def load_denoiser(folder: Path, component: str) -> Any:
+    """Load a pipeline in float32 with nothing but its denoiser and scheduler; pickles are not read.
+
+    Raises CheckpointError for a folder that diffusers cannot load, ImportError without diffusers.
+    """
+    import diffusers
+
+    parts = {name: part for name, part in _read_index(folder).items() if isinstance(part, list)}
+    absent: dict[str, None] = dict.fromkeys(name for name in parts if name not in (component, "scheduler"))
+    try:
+        with quiet(diffusers.utils.logging):
+            return diffusers.DiffusionPipeline.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, **absent
+            )
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: expected a folder that diffusers reads as a pipeline: {error}") from error
+
+
+def load_lora(pipeline: Any, component: str, folder: Path) -> nn.Module:
+    """Load the LoRA of a folder into a pipeline, by diffusers' own loader, and return its denoiser."""
+    pipeline.load_lora_weights(folder, local_files_only=True)
+    denoiser = getattr(pipeline, component)
+    assert isinstance(denoiser, nn.Module)
+    return denoiser

@@ -1,10 +1,10 @@
 """LongCat-Image-Edit: a flow transformer of double and single blocks; Qwen2.5-VL reads instruction and picture.
 
-Text that is quoted in the instruction is read letter by letter. The instruction is padded to a fixed length, and the
-base reads the states of the padding too. The picture also enters as latents behind the noisy ones, at half the sides in
-the prompt. One picture enters the base; references reach it through the adapter alone.
+Text in quotation marks is tokenised letter by letter. The instruction is padded to a fixed length, and the base reads
+the states of the padding too. The picture also enters as latents after the noisy ones; the prompt shows it at half its
+sides. The base reads one picture; references reach it through the adapter alone.
 
-Shapes: b requests, l tokens of one prompt, n tokens of a picture, C = 4 * latent channels.
+Shapes: b requests, l tokens of one prompt, D width of the states, n tokens of a picture, C = 4 * latent channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from openwu.backbones.diffusers.flux_kontext import DOUBLE_TARGETS, SINGLE_TARGETS
-from openwu.backbones.diffusers.latents import patches
+from openwu.backbones.diffusers.latents import rotary_ids
 from openwu.backbones.diffusers.multimodal import (
     MultimodalBackbone,
     check_instruction_tokens,
@@ -39,13 +39,13 @@ class LongCatImageEdit(MultimodalBackbone):
     pipelines = ("LongCatImageEditPipeline",)
     steps = 50
     guidance = 4.5
-    unasked = ""
+    negative_prompt = ""
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         return double_and_single(self.denoiser, DOUBLE_TARGETS, SINGLE_TARGETS)
 
-    def prompt(self, instruction: str, pictures: Sequence[Image.Image]) -> Tensor:
-        """States from the picture's first mark to the instruction's last padding; what stands around is cut off."""
+    def encode_prompt(self, instruction: str, pictures: Sequence[Image.Image]) -> Tensor:
+        """Return the states from `<|vision_start|>` to the last padding; the template around them is cut off."""
         pipeline, tokenizer = self.pipeline, self.pipeline.tokenizer
         check_instruction_tokens(tokenizer, instruction)
         (picture,) = pictures
@@ -69,8 +69,7 @@ class LongCatImageEdit(MultimodalBackbone):
         return states[0, start : -len(tail)].to(self.device, self.dtype)
 
     def picture_latents(self, picture: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
-        return patches((self.encode(picture) - config.shift_factor) * config.scaling_factor)
+        return self.shifted_latents(picture)
 
     def decode(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config
@@ -78,23 +77,24 @@ class LongCatImageEdit(MultimodalBackbone):
         pictures: Tensor = self.pipeline.vae.decode(scaled.to(self.dtype), return_dict=False)[0]
         return pictures
 
-    def says(self, inputs: Mapping[str, Tensor], given: Tensor, time: Tensor) -> Tensor:
-        """Pictures of one shape make prompts of one length, so there is no mask."""
-        length, (made, source) = inputs["text"].shape[1], inputs["shapes"][0].tolist()
+    def velocity(self, inputs: Mapping[str, Tensor], x_t: Tensor, time: Tensor) -> Tensor:
+        """Run the denoiser; pictures of one shape make prompts of one length, so there is no mask."""
+        length, (target, source) = inputs["text"].shape[1], inputs["shapes"][0].tolist()
         diagonal = torch.arange(length).expand(2, -1)
         text_ids = torch.stack([torch.zeros(length, dtype=torch.long), *diagonal], dim=1)
-        said: Tensor = self.denoiser(
-            hidden_states=torch.cat([given.to(self.dtype), inputs["pictures"]], dim=1),
-            timestep=time.to(self.dtype),
+        # Rows and columns of pictures count on from the text.
+        ids = torch.cat([rotary_ids(target, 1, length), rotary_ids(source, 2, length)])
+        return self.denoise(
+            x_t,
+            inputs["pictures"],
+            time,
             encoder_hidden_states=inputs["text"],
-            txt_ids=text_ids.to(given.device),
-            img_ids=torch.cat([_positions(made, 1, length), _positions(source, 2, length)]).to(given.device),
-            return_dict=False,
-        )[0]
-        return said[:, : given.shape[1]]
+            txt_ids=text_ids.to(x_t.device),
+            img_ids=ids.to(x_t.device),
+        )
 
     def _words(self, instruction: str) -> list[int]:
-        """Tokens of an instruction, with those in quotation marks one letter at a time."""
+        """Tokenise an instruction, what is in quotation marks one letter at a time."""
         split = library(type(self.pipeline).__module__).split_quotation
         parts = [[*text] if quoted else [text] for text, quoted in split(instruction)]
         return [token for part in parts for text in part for token in _tokens(self.pipeline.tokenizer, text)]
@@ -103,9 +103,3 @@ class LongCatImageEdit(MultimodalBackbone):
 def _tokens(tokenizer: Any, text: str) -> list[int]:
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokens
-
-
-def _positions(shape: Sequence[int], which: int, start: int) -> Tensor:
-    """`[h * w, 3]`: 1 for the picture that is made and 2 for the source, row and column counted on from the text."""
-    y, x = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
-    return torch.stack([torch.full_like(y, which), y + start, x + start], dim=-1).flatten(0, 1)

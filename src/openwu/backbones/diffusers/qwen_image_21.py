@@ -1,49 +1,47 @@
-"""Qwen-Image 2.1: one stream of alike blocks that reads prompt and pictures as a prefix, then makes the picture.
+"""Qwen-Image 2.1: a single-stream transformer of equal blocks that reads prompt and pictures as a cached prefix.
 
-Qwen3-VL reads instruction and pictures; in its states' places for a picture the denoiser finds that picture's latents.
-The prefix is told time 0 and sees nothing of what follows, so its keys and values are computed once in a call and kept:
-an adapter must stay for the whole call. All requests of a call share one layout, so only those about the same pictures,
-with prompts of one length, share a call.
+Qwen3-VL encodes instruction and pictures; at the picture tokens of the prompt, the denoiser reads the picture's latents
+instead of the states. The prefix has time 0 and does not attend to what follows, so its keys and values are computed
+once per call and cached: an adapter must stay for the whole call. All requests of a call share one layout, so only
+those with the same pictures and prompts of one length share a call.
 
-Deviates: in a batch for training, shorter prompts are padded to the longest, as the library pads them. The picture then
-stands further behind its words by the padding than it would alone.
+Deviates: in a training batch, shorter prompts are padded to the longest, as the library pads them. The picture's
+positions then start later, by the padding, than they would for the sample alone.
 
-Shapes: b requests, k pictures of a request, l tokens of one prompt, L the most in a batch, n tokens of the picture that
-is made, C latent channels. A token of the encoder for a picture stands for 2 x 2 of the denoiser.
+Shapes: b requests, k pictures of a request, l tokens of one prompt, L the most in a batch, D width of the states, n
+tokens of the generated picture, C latent channels. A picture token of the encoder stands for 2 x 2 of the denoiser.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openwu.backbones.diffusers.latents import PLACE, padded, picture_digest, token_rows
-from openwu.backbones.diffusers.multimodal import ReadsPictures, check_instruction_tokens
-from openwu.backbones.diffusers.pipeline import PICTURES, Step
-from openwu.backbones.layers import find_groups
+from openwu.backbones.diffusers.latents import StepCallback, picture_digest, token_rows
+from openwu.backbones.diffusers.multimodal import check_instruction_tokens
+from openwu.backbones.diffusers.pipeline import PipelineBackbone
+from openwu.backbones.layers import ATTENTION, below, block_groups
 from openwu.backbones.protocol import BaseFacts, RowScope
 from openwu.config import LayerGroup
 from openwu.errors import OpenwuError
+from openwu.kernels.padding import padded
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
-TARGETS = (
-    *(f"attn.{weight}" for weight in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"img_mlp.{weight}" for weight in ("proj", "gate_layer", "out")),
-)
+TARGETS = (*below(["attn"], ATTENTION), "img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out")
 
 TEXT_TOKENS = 1024
 """Tokens of an instruction, without those of the pictures."""
 
-UNASKED = " "
-"""What the second call is told instead of the instruction."""
+NEGATIVE_PROMPT = " "
+"""Prompt of the second call, for classifier-free guidance."""
 
 
-class QwenImage21(ReadsPictures):
+class QwenImage21(PipelineBackbone):
     """`QwenImage21Pipeline`."""
 
     facts = BaseFacts(
@@ -53,70 +51,69 @@ class QwenImage21(ReadsPictures):
         extra="multimodal",
     )
     pipelines = ("QwenImage21Pipeline",)
+    packages = ("torchvision",)  # of the processor's part for videos, although no video is read
+    text_segment = "prompt"
+    pictures_read = None
     multiple = 32
     steps = 40
     guidance = 1.0
 
     @property
-    def condition_widths(self) -> Mapping[str, int]:
-        config = self.denoiser.config
-        return {"prompt": int(config.context_in_dim), PICTURES: int(config.in_channels) + PLACE}  # type: ignore[union-attr,arg-type]
+    def text_width(self) -> int:
+        return int(self.denoiser.config.context_in_dim)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def latent_width(self) -> int:
+        return int(self.denoiser.config.in_channels)  # type: ignore[union-attr, arg-type]
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        count = len(self.denoiser.transformer_blocks)  # type: ignore[arg-type]
-        return find_groups(self.denoiser, "blocks", [f"transformer_blocks.{i}" for i in range(count)], TARGETS)
+        return block_groups(self.denoiser, "blocks", "transformer_blocks", TARGETS)
 
     def options(self, options: SamplingOptions) -> SamplingOptions:
-        """Weights may come with a schedule of their own, which says how many steps are usual."""
+        """Fill in defaults; weights may come with a noise schedule of their own, whose length is the default."""
         own = self.pipeline.config.sample_sigmas
-        usual = len(own) if own else self.steps
-        return super().options(replace(options, steps=options.steps or usual))
+        default = len(own) if own else self.steps
+        return super().options(replace(options, steps=options.steps or default))
 
-    def together(self, request: BaseRequest) -> object:
+    def batch_key(self, request: BaseRequest) -> object:
         tokens = self.pipeline.processor.tokenizer([request.instruction]).input_ids[0]
         return picture_digest(request.pictures), len(tokens)
 
     def request_states(self, requests: Sequence[BaseRequest]) -> tuple[Tensor, Tensor]:
-        """Those of the joint prompt, from pictures of the condition's size."""
+        """Encode joint prompts with pictures of the condition's size."""
         sized = [self.sized(request, min(self.pixels, self.condition_pixels)) for request in requests]
-        return padded([self._prompt(request)[0] for request in sized])
+        return padded([self._encode_prompt(request)[0] for request in sized])
 
     def picture_latents(self, picture: Tensor) -> Tensor:
-        """The VAE has a channel for opacity, which is 1 here."""
-        mean, deviation = (
-            torch.tensor(each, device=self.device, dtype=self.dtype).view(1, -1, 1, 1)
-            for each in (self.pipeline.vae.config.latents_mean, self.pipeline.vae.config.latents_std)
-        )
+        """Encode pictures; the VAE has an opacity channel, which is 1 here."""
+        mean, deviation = self.latent_statistics()
         opaque = torch.cat([picture, torch.ones_like(picture[:, :1])], dim=1)
         return (self.encode(opaque.unsqueeze(2)).squeeze(2) - mean) / deviation
 
     @torch.no_grad()
     def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:
-        sized, wanted = self.sources_and_targets(requests, targets)
-        if len({tuple(picture.size for picture in request.pictures) for request in sized}) > 1:
-            raise OpenwuError("requests: expected as many references, of one shape each, in a batch for training")
-        prompts = [self._prompt(request) for request in sized]
+        sized, scaled = self.sources_and_targets(requests, targets)
+        maps = self.reference_latents(sized)
+        prompts = [self._encode_prompt(request) for request in sized]
         text, mask = padded([states for states, _ in prompts])
-        places, _ = padded([of_pictures[:, None] for _, of_pictures in prompts])
-        target = self.picture_latents(wanted)
-        numbers = range(len(sized[0].pictures))
-        maps = [self.picture_latents(self.pixels_of([each.pictures[k] for each in sized])) for k in numbers]
-        made = places.new_ones(len(sized), math.prod(target.shape[2:]) // 4)
+        places, _ = padded([is_picture[:, None] for _, is_picture in prompts])
+        target = self.picture_latents(scaled)
+        generated = places.new_ones(len(sized), math.prod(target.shape[2:]) // 4)
         shapes = torch.tensor([tuple(each.shape[2:]) for each in (*maps, target)])
         inputs = {
             "text": text,
             "text_mask": mask,
-            "places": torch.cat([places[:, :, 0], made], dim=1),
+            "places": torch.cat([places[:, :, 0], generated], dim=1),
             "pictures": torch.cat([token_rows(each) for each in maps], dim=1),
             "shapes": shapes.expand(len(sized), -1, -1),
         }
         return LatentBatch(token_rows(target), inputs, self.condition(requests))
 
-    def predict(self, batch: LatentBatch, given: Tensor, time: Tensor) -> Tensor:
-        """`given` `[b, n, C]`, `time` 0..1 `[b]`."""
+    def predict(self, batch: LatentBatch, x_t: Tensor, time: Tensor) -> Tensor:
+        """Predict the velocity `[b, n, C]` of `x_t` `[b, n, C]` at `time` 0..1 `[b]`; here, pictures come first."""
         inputs, mask = batch.inputs, batch.inputs["text_mask"]
-        said: Tensor = self.denoiser(
-            hidden_states=torch.cat([inputs["pictures"], given.to(self.dtype)], dim=1),
+        output: Tensor = self.denoiser(
+            hidden_states=torch.cat([inputs["pictures"], x_t.to(self.dtype)], dim=1),
             timestep=time.to(self.dtype),
             encoder_hidden_states=inputs["text"],
             encoder_hidden_states_mask=None if bool(mask.all()) else mask,
@@ -124,10 +121,11 @@ class QwenImage21(ReadsPictures):
             img_mask=inputs["places"],
             return_dict=False,
         )[0]
-        return said[:, -given.shape[1] :]
+        return output[:, -x_t.shape[1] :]
 
-    def call(self, requests: Sequence[BaseRequest], options: SamplingOptions, rows: RowScope, step: Step) -> Tensor:
-        """The second call, where guidance asks for it, has the same rows as the first."""
+    def generate_batch(
+        self, requests: Sequence[BaseRequest], options: SamplingOptions, rows: RowScope, step_done: StepCallback
+    ) -> Tensor:
         assert options.guidance is not None
         assert options.steps is not None
         pictures = requests[0].pictures
@@ -135,32 +133,29 @@ class QwenImage21(ReadsPictures):
         for request in requests:
             self._check(request)
         own = self.pipeline.config.sample_sigmas
-        with rows([*range(len(requests))]):
-            made = self.pipeline(
-                image=list(pictures),
-                prompt=[request.instruction for request in requests],
-                negative_prompt=[UNASKED] * len(requests) if options.guidance > 1 else None,
-                true_cfg_scale=options.guidance,
-                height=height,
-                width=width,
-                # A schedule that came with the weights would overrule the number of steps that was asked for.
-                sigmas=own if own and len(own) == options.steps else np.linspace(1, 1 / options.steps, options.steps),
-                generator=self.seeds(requests),
-                output_type="pt",
-                callback_on_step_end=step,
-                output_resolution=math.sqrt(width * height),
-            )
-        edited: Tensor = made.images
-        return edited[:, :3]
+        pictures_with_opacity = self.run_pipeline(
+            requests,
+            rows,
+            image=list(pictures),
+            negative_prompt=[NEGATIVE_PROMPT] * len(requests) if options.guidance > 1 else None,
+            true_cfg_scale=options.guidance,
+            height=height,
+            width=width,
+            # Without sigmas, a schedule that came with the weights would overrule the number of steps.
+            sigmas=own if own and len(own) == options.steps else np.linspace(1, 1 / options.steps, options.steps),
+            callback_on_step_end=step_done,
+            output_resolution=math.sqrt(width * height),
+        )
+        return pictures_with_opacity[:, :3]
 
-    def _prompt(self, request: BaseRequest) -> tuple[Tensor, Tensor]:
-        """States `[l, D]` of one request's prompt, and which of them are places of pictures `[l]`."""
+    def _encode_prompt(self, request: BaseRequest) -> tuple[Tensor, Tensor]:
+        """Encode one request's prompt to states `[l, D]`, and return which tokens are of pictures `[l]`."""
         self._check(request)
-        states, _, places = self.pipeline.encode_prompt([request.instruction], image=list(request.pictures))
-        return states[0].to(self.dtype), places[0]
+        states, _, is_picture = self.pipeline.encode_prompt([request.instruction], image=list(request.pictures))
+        return states[0].to(self.dtype), is_picture[0]
 
     def _check(self, request: BaseRequest) -> None:
-        """The encoder must keep a picture's size, or its places would not be as many as the latents."""
+        """Raise for marks, length and sizes: the encoder must keep a picture's size, or its tokens would not match."""
         tokenizer, size = self.pipeline.processor.tokenizer, self.pipeline.processor.image_processor.size
         check_instruction_tokens(tokenizer, request.instruction)
         self.check_length(tokenizer([request.instruction]).input_ids, TEXT_TOKENS)

@@ -1,8 +1,8 @@
 """Qwen-Image-Edit: a flow transformer of double blocks; Qwen2.5-VL reads instruction and pictures (arXiv 2508.02324).
 
-The pictures enter twice: through the prompt, and as latents behind the noisy ones. Edit reads one picture, Edit-Plus
-(2509, 2511) also the references. Both ask a second time without the instruction, in a call of its own with the same
-rows, and keep the length of what the first said.
+The pictures enter twice: through the prompt, and as latents after the noisy ones. Edit reads one picture, Edit-Plus
+(2509, 2511) also the references. Classifier-free guidance takes a second call with the same rows, and rescales its
+result to the norm of the conditional prediction.
 
 Shapes: b requests, l tokens of one prompt, D width of the states, n tokens of a picture, C = 4 * latent channels.
 """
@@ -24,20 +24,16 @@ from openwu.backbones.diffusers.multimodal import (
     last_states,
     with_picture_tokens,
 )
-from openwu.backbones.layers import find_groups
+from openwu.backbones.layers import JOINT_ATTENTION, below, find_groups
 from openwu.backbones.protocol import BaseFacts
 from openwu.config import LayerGroup
 
-TARGETS = (
-    *(f"attn.{weight}" for weight in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"attn.{weight}" for weight in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-    *(f"{side}.net.{weight}" for side in ("img_mlp", "txt_mlp") for weight in ("0.proj", "2")),
-)
+TARGETS = (*below(["attn"], JOINT_ATTENTION), *below(["img_mlp.net", "txt_mlp.net"], ["0.proj", "2"]))
 
 LAST_TARGETS = tuple(
     target for target in TARGETS if target not in ("attn.add_q_proj", "attn.to_add_out") and "txt_mlp" not in target
 )
-"""The last block's text states are dropped, and with them what these would have changed."""
+"""The last block's text states are dropped, so the others would receive no gradient there."""
 
 TEXT_TOKENS = 1024
 """Tokens of an instruction, without those of the pictures."""
@@ -50,7 +46,7 @@ class QwenImageEdit(MultimodalBackbone):
     pipelines = ("QwenImageEditPipeline",)
     steps = 50
     guidance = 4.0
-    unasked = " "
+    negative_prompt = " "
     prompt_pixels: ClassVar[int | None] = None
     """About how many pixels of a picture the prompt shows; None: all that the base works on."""
 
@@ -63,13 +59,13 @@ class QwenImageEdit(MultimodalBackbone):
         )
 
     def template(self, instruction: str, count: int) -> str:
-        """The prompt with PICTURE for each of `count` pictures."""
+        """Return the prompt, with PICTURE for each of `count` pictures."""
         assert count == 1
         text: str = self.pipeline.prompt_template_encode.format(instruction)
         return text
 
-    def prompt(self, instruction: str, pictures: Sequence[Image.Image]) -> Tensor:
-        """What the encoder says behind the system's words, which are cut off."""
+    def encode_prompt(self, instruction: str, pictures: Sequence[Image.Image]) -> Tensor:
+        """Return the states after the system prompt, which is cut off."""
         pipeline = self.pipeline
         check_instruction_tokens(pipeline.tokenizer, instruction)
         self.check_length(pipeline.tokenizer([instruction]).input_ids, TEXT_TOKENS)
@@ -82,49 +78,42 @@ class QwenImageEdit(MultimodalBackbone):
         return states[0, pipeline.prompt_template_encode_start_idx :].to(self.device, self.dtype)
 
     def picture_latents(self, picture: Tensor) -> Tensor:
-        mean, deviation = self._statistics(picture)
+        mean, deviation = self.latent_statistics()
         return patches((self.encode(picture.unsqueeze(2)).squeeze(2) - mean) / deviation)
 
     def decode(self, latents: Tensor) -> Tensor:
-        mean, deviation = self._statistics(latents)
+        mean, deviation = self.latent_statistics()
         scaled = (latents * deviation + mean).to(self.dtype).unsqueeze(2)
         pictures: Tensor = self.pipeline.vae.decode(scaled, return_dict=False)[0]
         return pictures.squeeze(2)
 
-    def guided(self, said: Tensor, unasked: Tensor, weight: float) -> Tensor:
-        """As long as what was said with the instruction, token by token."""
-        mixed = super().guided(said, unasked, weight)
-        lengths = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (said, mixed)]
-        kept: Tensor = mixed * (lengths[0] / lengths[1])
-        return kept
+    def guide(self, conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
+        """Combine both velocities, rescaled token by token to the norm of the conditional one."""
+        mixed = super().guide(conditional, unconditional, weight)
+        norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (conditional, mixed)]
+        rescaled: Tensor = mixed * (norms[0] / norms[1])
+        return rescaled
 
-    def says(self, inputs: Mapping[str, Tensor], given: Tensor, time: Tensor) -> Tensor:
+    def velocity(self, inputs: Mapping[str, Tensor], x_t: Tensor, time: Tensor) -> Tensor:
         mask = inputs["text_mask"]
-        said: Tensor = self.denoiser(
-            hidden_states=torch.cat([given.to(self.dtype), inputs["pictures"]], dim=1),
-            timestep=time.to(self.dtype),
+        return self.denoise(
+            x_t,
+            inputs["pictures"],
+            time,
             encoder_hidden_states=inputs["text"],
             encoder_hidden_states_mask=None if bool(mask.all()) else mask,
             img_shapes=[[(1, *shape) for shape in row] for row in inputs["shapes"].tolist()],
-            return_dict=False,
-        )[0]
-        return said[:, : given.shape[1]]
+        )
 
     def _shown(self, picture: Image.Image) -> Image.Image:
-        """The picture as the prompt shows it; one that has fewer pixels already, as in a condition, stays so."""
+        """Resize a picture as the prompt shows it; one with fewer pixels, as in a condition, stays as it is."""
         if self.prompt_pixels is None or picture.width * picture.height <= self.prompt_pixels:
             return picture
         return resized(picture, self.prompt_pixels, self.multiple)
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's latents `[1, C / 4, 1, 1]`."""
-        config = self.pipeline.vae.config
-        mean, deviation = (torch.tensor(each).view(1, -1, 1, 1) for each in (config.latents_mean, config.latents_std))
-        return mean.to(like.device, self.dtype), deviation.to(like.device, self.dtype)
-
 
 class QwenImageEditPlus(QwenImageEdit):
-    """`QwenImageEditPlusPipeline`: references enter the base too."""
+    """`QwenImageEditPlusPipeline`, which reads references too."""
 
     facts = BaseFacts(
         weights="Qwen/Qwen-Image-Edit-2509, -2511", licence="Apache-2.0", parameters="20 billion", extra="multimodal"

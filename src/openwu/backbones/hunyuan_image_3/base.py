@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NoReturn, Self, cast
 import torch
 from torch import Tensor, nn
 
-from openwu.backbones.diffusers.latents import as_tensor, padded
+from openwu.backbones.diffusers.latents import as_tensor
 from openwu.backbones.hunyuan_image_3.dialogue import drawn, inputs_of, ratio_of, reasoning_of
 from openwu.backbones.hunyuan_image_3.loading import (
     EXTRA,
@@ -37,6 +37,7 @@ from openwu.backbones.quantised import Quantise
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import of_bytes
+from openwu.kernels.padding import padded
 from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions
 
 PLAIN = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj")

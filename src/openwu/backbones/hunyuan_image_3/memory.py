@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from openwu.backbones.diffusers.loading import free_memory
 from openwu.backbones.quantised import Quantise, quantised_bytes, wide_enough
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.files.headers import Headers, read_header
+from openwu.kernels.memory import free_memory
 
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of a number; the float8 formats have one, too."""
