@@ -264,8 +264,6 @@ def decode_samples(tiff: Tiff, page: Directory, how: Layout) -> NDArray[Any]:
         elif ROWS in page.entries:
             entries[ROWS] = _longs(tiff.order, min(page.number(ROWS, height), height))
         stored = _bytes_of(data, tiff, entries).reshape(height, across, row)
-        if page.number(FILL_ORDER, 1) == 2 and page.number(COMPRESSION, 1) == 1:
-            stored = np.packbits(np.unpackbits(stored, axis=-1, bitorder="little"), axis=-1)
         values = _unpack(stored, tiff.order, columns * each, how.bits).reshape(height, across, columns, each)
         if how.predictor == 2:
             np.cumsum(values, axis=2, dtype=values.dtype, out=values)
@@ -303,11 +301,11 @@ def _unpack(stored: NDArray[np.uint8], order: str, count: int, bits: int) -> NDA
         return stored.view(f"{order}u2").astype(np.uint16)
     dtype: Any = np.uint8 if bits < 8 else np.uint16
     values = np.empty((*stored.shape[:2], count), dtype)
-    weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.float32)
+    weights, peak = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint32), 2**bits - 1
     for start in range(0, len(stored), 64):  # eight times as large on the way
         chosen = np.unpackbits(stored[start : start + 64], axis=-1, count=count * bits)
         whole = chosen.reshape(*chosen.shape[:2], count, bits) @ weights
-        values[start : start + 64] = np.rint(whole * (np.iinfo(dtype).max / (2**bits - 1)))
+        values[start : start + 64] = (whole * np.iinfo(dtype).max + peak // 2) // peak
     return values
 
 
