@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Union
@@ -27,7 +27,7 @@ from openwu.images.decode import TiffPicture, decode_image, decode_tiff, header_
 from openwu.images.formats import HEIF_BRANDS, INSTALL, has_heif
 from openwu.images.photo import Photo
 from openwu.images.source import PNG_SIGNATURE, Source, opened
-from openwu.images.tiff import Tiff, layout
+from openwu.images.tiff import Tiff, layout, without_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,7 +211,7 @@ def _open(picture: object, max_pixels: int) -> Iterator[_Opened]:
             yield _Opened(source, Declared(), tiff=tiff)
             return
         facts = Declared() if tiff else declared(source, max_pixels)
-        with _identified(source, tiff) as image:
+        with without_lines() if tiff else nullcontext(), _identified(source, tiff) as image:
             _check_size(*image.size, source.name, max_pixels)
             _check_frames(image, source.name)
             yield _Opened(source, facts, image, tiff)

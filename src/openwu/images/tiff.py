@@ -9,9 +9,13 @@ Shapes: h, w the sides of a picture, c its samples per pixel, alpha and others i
 from __future__ import annotations
 
 import io
+import os
+import re
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,8 +293,33 @@ def _bytes_of(data: bytes, tiff: Tiff, entries: Mapping[int, Entry]) -> NDArray[
     whole = bytearray(data + bytes(-len(data) % 8))
     struct.pack_into(tiff.order + ("Q" if tiff.big else "I"), whole, 8 if tiff.big else 4, len(whole))
     whole += directory_bytes(tiff.order, entries, len(whole), big=tiff.big)
-    with Image.open(io.BytesIO(bytes(whole)), formats=["TIFF"]) as image:
+    with without_lines(), Image.open(io.BytesIO(bytes(whole)), formats=["TIFF"]) as image:
         return np.array(image)
+
+
+LINES = re.compile(rb"(tempfile\.tif|_?(TIFF|LZW|ZIP|ZSTD|LZMA|PackBits|O?JPEG|Fax|Dump|LogL|Pixar|WebP)\w*): ")
+"""How the lines begin that libtiff prints."""
+
+
+@contextmanager
+def without_lines() -> Iterator[None]:
+    """Take out the lines that libtiff writes to stderr past Python; those of others come a little later."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with tempfile.TemporaryFile() as taken:
+        os.dup2(taken.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            taken.seek(0)
+            for line in taken:
+                if not LINES.match(line):
+                    os.write(2, line)
 
 
 def _unpack(stored: NDArray[np.uint8], order: str, count: int, bits: int) -> NDArray[Any]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -239,12 +242,30 @@ def _options(photo: Photo, image: Image.Image, format: str, notes: list[str]) ->
 
 def _write_whole(data: bytes, path: Path) -> None:
     try:
-        with whole_file(path) as part:
+        with _ended_in_order(), whole_file(path) as part:
             part.write_bytes(data)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise PictureError(f"{path}: the disk is full; free some space and try again") from error
         raise PictureError(f"{path}: could not be written: {error.strerror or error}; check the disk") from error
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit in the main thread, unless somebody handles it, so that half a file is removed."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 COMPARISON_SIDE = 1600
