@@ -121,7 +121,9 @@ def valid_chromaticities(points: tuple[float, ...]) -> bool:
 
 
 def _check_gif(source: Source, max_pixels: int) -> None:
-    """Pillow makes room for a frame before it looks how large the screen is; so every frame is looked at here."""
+    """Pillow makes room for every frame that it counts, however large; so all are looked at here. As Pillow does, bytes
+    between blocks are skipped.
+    """
     flags = source.at(10, 1)[0]
     place, end = 13 + (3 << (flags & 7) + 1) * (flags >> 7), source.size
     while place < end:
@@ -136,8 +138,11 @@ def _check_gif(source: Source, max_pixels: int) -> None:
                     f"got {(left + width) * (top + height) / 1e6:.0f} ({width} x {height}); scale it down"
                 )
             place += 11 + (3 << (flags & 7) + 1) * (flags >> 7)
-        else:
+        elif kind == b";":
             return
+        else:
+            place += 1
+            continue
         while place < end and (length := source.at(place, 1)[0]):
             place += 1 + length
         place += 1
@@ -246,7 +251,7 @@ def _heif(source: Source) -> Declared:
             primaries, transfer = struct.unpack_from(">HH", content, 4)
             result.colour = from_h273(primaries, transfer, "its nclx box", source.name)
         elif name == b"pixi":
-            result.bits = max(8, *content[5 : 5 + content[4]])
+            result.bits = max(content[5 : 5 + content[4]], default=8)
         elif name == b"av1C" and content[2] & 0x40:
             result.bits = max(result.bits, 12 if content[2] & 0x20 else 10)
         elif name == b"hvcC":

@@ -190,6 +190,8 @@ def _damage_explained(name: str, size: tuple[int, int]) -> Iterator[None]:
 
 def _explained(name: str, error: Exception) -> PictureError:
     """An operating system's error names what it is; others are about the contents."""
+    if isinstance(error, Image.DecompressionBombError):
+        return PictureError(f"{name}: a frame of it is too large ({error}); scale it down")
     words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     if isinstance(error, OSError) and error.errno:
         return PictureError(f"{name}: cannot be read: {error.strerror or words}; check the disk")
@@ -211,6 +213,8 @@ def _open(picture: object, max_pixels: int) -> Iterator[_Opened]:
             yield _Opened(source, Declared(), tiff=tiff)
             return
         facts = Declared() if tiff else declared(source, max_pixels)
+        if source.at(0, 4) == b"GIF8":  # Pillow's own check of every frame, which raises above twice its limit
+            Image.MAX_IMAGE_PIXELS = max_pixels // 2
         with without_lines() if tiff else nullcontext(), _identified(source, tiff) as image:
             _check_size(*image.size, source.name, max_pixels)
             _check_frames(image, source.name)
@@ -288,6 +292,6 @@ def _check_frames(image: Image.Image, name: str) -> None:
     try:
         frames = int(getattr(image, "n_frames", 1))  # only plugins of formats with frames have it
     except Exception as error:  # counting the frames parses the whole file
-        raise PictureError(f"{name}: the picture is damaged ({error}); get an intact copy") from error
+        raise _explained(name, error) from error
     if frames > 1:
         raise PictureError(f"{name}: expected one picture, got {frames} frames; save the one to edit as PNG")

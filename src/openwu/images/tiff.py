@@ -297,8 +297,10 @@ def _bytes_of(data: bytes, tiff: Tiff, entries: Mapping[int, Entry]) -> NDArray[
         return np.array(image)
 
 
-LINES = re.compile(rb"(tempfile\.tif|_?(TIFF|LZW|ZIP|ZSTD|LZMA|PackBits|O?JPEG|Fax|Dump|LogL|Pixar|WebP)\w*): ")
-"""How the lines begin that libtiff prints."""
+LINES = re.compile(
+    rb"(More samples per pixel|tempfile\.tif|MissingRequired|_?(TIFF|LZW|ZIP|ZSTD|LZMA|PackBits|O?JPEG|Fax|Dump|LogL|Pixar|WebP)\w*): "
+)
+"""How the lines begin that libtiff, and Pillow's use of it, print."""
 
 
 @contextmanager
