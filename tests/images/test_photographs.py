@@ -23,7 +23,8 @@ from openwu.errors import PictureError
 from openwu.images import Photo, check_picture, encode_picture, read_picture, write_picture
 from openwu.images.colour import ADOBE_RGB, matrix_profile
 from openwu.images.source import Source
-from openwu.images.tiff import EXIF_IFD, GPS_IFD, INTEROP_IFD, Tiff, without_lines
+from openwu.images.tiff import EXIF_IFD, GPS_IFD, INTEROP_IFD, Tiff
+from openwu.images.tiff_pixels import without_lines
 
 WRITTEN = [".jpg", ".png", ".webp", ".tif"] + [".avif"] * features.check("avif")
 TEXT = "Zoë Müller 王小明".encode() + b"\0"

@@ -110,6 +110,29 @@ def named(points: Chromaticities) -> str:
     return "own"
 
 
+def valid_chromaticities(points: tuple[float, ...]) -> bool:
+    """Whether four points can span a colour space: none is off the plane, and the triangle has an inside."""
+    if len(points) != 8 or not all(0 < value <= 1 for value in points[1::2]) or not all(0 <= v <= 1 for v in points):
+        return False
+    (ax, ay), (bx, by), (cx, cy) = points[2:4], points[4:6], points[6:8]
+    return abs((bx - ax) * (cy - ay) - (cx - ax) * (by - ay)) > 0.01
+
+
+def colour_of_info(info: dict[Any, Any]) -> Colour | None:
+    """Colour without a profile, as far as Pillow and pillow-heif report it of an image that the caller opened."""
+    if info.get("icc_profile") or "srgb" in info:
+        return None
+    nclx, points, gamma = info.get("nclx_profile"), info.get("chromaticity"), info.get("gamma")
+    if isinstance(nclx, dict):
+        return from_h273(nclx["color_primaries"], nclx["transfer_characteristics"], "its nclx box", "picture")
+    exponent = 1 / gamma if isinstance(gamma, float) and 0.1 <= gamma <= 10 else None
+    if isinstance(points, tuple) and valid_chromaticities(points):
+        x, y, rx, ry, gx, gy, bx, by = points
+        chosen = (x, y, rx, ry, gx, gy, bx, by)
+        return Colour("its chromaticities", named(chosen), chosen, exponent)
+    return Colour("its gamma", gamma=exponent) if exponent else None
+
+
 def profile_space(icc: bytes) -> str:
     """The colour space that an ICC profile's header names: "RGB", "GRAY", "CMYK", ...; empty for a broken profile."""
     return icc[16:20].decode("ascii", "replace").strip() if len(icc) >= 128 else ""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from openwu.errors import PictureError
-from openwu.images.colour import Colour, from_h273, named
+from openwu.images.colour import Colour, from_h273, named, valid_chromaticities
 from openwu.images.source import PNG_SIGNATURE, Source
 
 MAX_HEADER = 64_000_000
@@ -110,14 +110,6 @@ def _gamma_and_chromaticities(found: dict[bytes, bytes]) -> Colour | None:
         if valid_chromaticities(points):
             return Colour(origin, named(points), points, exponent)
     return Colour(origin, gamma=exponent)
-
-
-def valid_chromaticities(points: tuple[float, ...]) -> bool:
-    """Whether four points can span a colour space: none is off the plane, and the triangle has an inside."""
-    if len(points) != 8 or not all(0 < value <= 1 for value in points[1::2]) or not all(0 <= v <= 1 for v in points):
-        return False
-    (ax, ay), (bx, by), (cx, cy) = points[2:4], points[4:6], points[6:8]
-    return abs((bx - ax) * (cy - ay) - (cx - ax) * (by - ay)) > 0.01
 
 
 def _check_gif(source: Source, max_pixels: int) -> None:

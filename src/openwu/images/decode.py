@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,51 +17,23 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from openwu.errors import PictureError
 from openwu.images import metadata, tiff
-from openwu.images.colour import Colour, Pixels, fitting_profile, from_h273, named, print_to_srgb
-from openwu.images.containers import Declared, valid_chromaticities
+from openwu.images.colour import (
+    Colour,
+    Pixels,
+    colour_of_info,
+    fitting_profile,
+    named,
+    print_to_srgb,
+    valid_chromaticities,
+)
+from openwu.images.containers import Declared
 from openwu.images.formats import decode_png_16
 from openwu.images.photo import Photo
 from openwu.images.source import Source
-from openwu.images.tiff import Directory, Layout, Tiff
+from openwu.images.tiff_pixels import TiffPicture, decode_samples
 
 PREVIEWS = ("Large Thumbnail", "Baseline MP Primary")
 """Kinds of pictures in a camera's multi-picture JPEG that show the photograph again."""
-
-
-@dataclass(frozen=True)
-class TiffPicture:
-    """The picture to read of a TIFF file, and how its samples lie; None where Pillow decodes them."""
-
-    file: Tiff
-    page: Directory
-    layout: Layout | None
-
-    @property
-    def mode(self) -> str:
-        """Pillow's name for such pixels."""
-        assert self.layout is not None
-        colours = {2: "RGB", 5: "CMYK"}.get(self.page.number(tiff.PHOTOMETRIC, 1))
-        if colours is None:
-            bits = self.layout.bits
-            colours = "1" if bits == 1 else "L" if bits <= 8 or self.has_alpha else "I;16"
-        return colours + "A" * (self.has_alpha and colours in ("L", "RGB"))
-
-    @property
-    def has_alpha(self) -> bool:
-        """Whether the first of its extra samples is transparency."""
-        return self.page.number(tiff.EXTRA, 0) in (1, 2)
-
-    @property
-    def notes(self) -> list[str]:
-        """What reading will not keep."""
-        assert self.layout is not None
-        notes, colours = [], {2: 3, 5: 4}.get(self.page.number(tiff.PHOTOMETRIC, 1), 1)
-        if colours == 4 and self.layout.bits > 8:
-            notes.append(f"{self.layout.bits} bits per channel are read as 8")
-        extra = self.layout.samples - colours - (self.has_alpha and colours < 4)
-        if extra > 0:
-            notes.append(f"{extra} extra channel{'s' * (extra > 1)} beside colour and transparency were left out")
-        return notes
 
 
 def decode_tiff(picture: TiffPicture) -> Photo:
@@ -72,7 +44,7 @@ def decode_tiff(picture: TiffPicture) -> Photo:
     count = {2: 3, 5: 4}.get(photometric, 1)
     if how.samples < count:
         raise ValueError(f"{how.samples} channels for a colour model of {count}")
-    channels = tiff.decode_samples(picture.file, page, how)
+    channels = decode_samples(picture.file, page, how)
     top = np.iinfo(channels.dtype).max
     turned = _orientation(page.number(tiff.ORIENTATION, 1))
     channels = _upright(channels, turned)
@@ -155,21 +127,6 @@ def header_notes(image: Image.Image, facts: Declared, from_file: bool) -> list[s
 def is_deep_colour(image: Image.Image) -> bool:
     """Whether this is a PNG or TIFF file with 16 bits per channel, of which Pillow decodes the upper 8."""
     return image.mode in ("RGB", "RGBA") and image.format in ("PNG", "TIFF") and _colour_bits(image) == 16
-
-
-def colour_of_info(info: dict[Any, Any]) -> Colour | None:
-    """Colour without a profile, as far as Pillow and pillow-heif report it of an image that the caller opened."""
-    if info.get("icc_profile") or "srgb" in info:
-        return None
-    nclx, points, gamma = info.get("nclx_profile"), info.get("chromaticity"), info.get("gamma")
-    if isinstance(nclx, dict):
-        return from_h273(nclx["color_primaries"], nclx["transfer_characteristics"], "its nclx box", "picture")
-    exponent = 1 / gamma if isinstance(gamma, float) and 0.1 <= gamma <= 10 else None
-    if isinstance(points, tuple) and valid_chromaticities(points):
-        x, y, rx, ry, gx, gy, bx, by = points
-        chosen = (x, y, rx, ry, gx, gy, bx, by)
-        return Colour("its chromaticities", named(chosen), chosen, exponent)
-    return Colour("its gamma", gamma=exponent) if exponent else None
 
 
 def _exif_block(image: Image.Image, facts: Declared, notes: list[str]) -> bytes | None:

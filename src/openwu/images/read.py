@@ -23,11 +23,12 @@ from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, featur
 
 from openwu.errors import PictureError
 from openwu.images.containers import MAX_HEADER, Declared, declared
-from openwu.images.decode import TiffPicture, decode_image, decode_tiff, header_notes
+from openwu.images.decode import decode_image, decode_tiff, header_notes
 from openwu.images.formats import HEIF_BRANDS, INSTALL, has_heif
 from openwu.images.photo import Photo
 from openwu.images.source import PNG_SIGNATURE, Source, opened
-from openwu.images.tiff import Tiff, layout, without_lines
+from openwu.images.tiff import Tiff
+from openwu.images.tiff_pixels import TiffPicture, layout, without_lines
 
 if TYPE_CHECKING:
     from torch import Tensor

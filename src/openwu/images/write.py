@@ -23,6 +23,7 @@ from openwu.images.formats import INSTALL, encode_png_16, has_heif
 from openwu.images.metadata import MAX_SEGMENT, PREFIX, with_jpeg_segments, with_png_chunks
 from openwu.images.photo import Photo
 from openwu.images.read import read_picture
+from openwu.images.tiff_pixels import encode_tiff
 
 SUFFIXES = {
     ".jpg": "JPEG",
@@ -164,7 +165,7 @@ def _tiff(photo: Photo, notes: list[str]) -> bytes:
     plain = photo if photo.stayed_grey else photo.in_colour()
     given = {tiff.ICC: plain.icc, tiff.XMP: photo.xmp, tiff.IPTC: photo.iptc}
     _note_lost(photo, ("iptc",), notes)
-    return tiff.encode(plain.channels(), _block(photo), {tag: data for tag, data in given.items() if data}, photo.dpi)
+    return encode_tiff(plain.channels(), _block(photo), {tag: data for tag, data in given.items() if data}, photo.dpi)
 
 
 def _png(photo: Photo, notes: list[str]) -> bytes:
