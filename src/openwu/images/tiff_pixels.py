@@ -157,9 +157,8 @@ def decode_samples(tiff: Tiff, page: Directory, how: Layout) -> NDArray[Any]:
     offsets, lengths = (page.numbers(tag) for tag in tags)
     share = len(offsets) // how.samples if how.planar else len(offsets)
     data = tiff.source.everything()
-    _check_inside(
-        page, offsets, lengths, row * (how.tile[1] if how.tile else min(page.number(ROWS, height), height)), len(data)
-    )
+    rows = how.tile[1] if how.tile else min(page.number(ROWS, height), height)
+    _check_inside(page, offsets, lengths, row * rows, max(1, share), len(data))
     planes = []
     for plane in range(how.samples if how.planar else 1):
         part = slice(plane * share, (plane + 1) * share)
@@ -187,15 +186,18 @@ def decode_samples(tiff: Tiff, page: Directory, how: Layout) -> NDArray[Any]:
     return np.concatenate(planes, axis=2) if how.planar else planes[0]
 
 
-def _check_inside(page: Directory, offsets: Sequence[int], lengths: Sequence[int], whole: int, size: int) -> None:
+def _check_inside(
+    page: Directory, offsets: Sequence[int], lengths: Sequence[int], whole: int, share: int, size: int
+) -> None:
     """Refuse strips or tiles that end behind the file: there the directory of `decode_samples` will stand.
 
-    `whole`: bytes of one of them, decompressed; the last strip may have fewer rows.
+    `whole`: bytes of one of them, decompressed; the last of the `share` strips of a plane may have fewer rows.
     """
     if page.number(COMPRESSION, 1) == 1:
-        rest = page.size[1] % max(1, page.number(ROWS, page.size[1]))
-        last = whole if TILES in page.entries or not rest else whole // page.number(ROWS, 1) * rest
-        lengths = [*[whole] * (len(offsets) - 1), last]
+        rows = page.number(ROWS, page.size[1])
+        rest = 0 if TILES in page.entries else page.size[1] % max(1, rows)
+        last = whole // rows * rest if rest else whole
+        lengths = [whole if (place + 1) % share else last for place in range(len(offsets))]
     if not offsets or any(start + length > size for start, length in zip(offsets, lengths, strict=False)):
         raise ValueError("its pixels end behind the file")
 
