@@ -22,9 +22,11 @@ from PIL import Image, ImageCms, PngImagePlugin, features
 from openwu.errors import PictureError
 from openwu.images import Photo, check_picture, encode_picture, read_picture, write_picture
 from openwu.images.colour import ADOBE_RGB, matrix_profile
-from openwu.images.source import Source
+from openwu.images.read import READABLE
+from openwu.images.source import RAW_SUFFIXES, Source
 from openwu.images.tiff import EXIF_IFD, GPS_IFD, INTEROP_IFD, Tiff
 from openwu.images.tiff_pixels import without_lines
+from openwu.images.write import SUFFIXES
 
 WRITTEN = [".jpg", ".png", ".webp", ".tif"] + [".avif"] * features.check("avif")
 TEXT = "Zoë Müller 王小明".encode() + b"\0"
@@ -675,3 +677,16 @@ def test_a_picture_is_encoded_as_it_is_written(tmp_path: Path, suffix: str) -> N
     assert encode_picture(photo, suffix) == ((tmp_path / f"a{suffix}").read_bytes(), notes)
     with pytest.raises(PictureError, match="expected a name that ends in one of"):
         encode_picture(photo, ".xyz")
+
+
+def test_the_documentation_names_every_format() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text(encoding="utf-8")
+    formats, rest = page.split("## Formats")[1].split("## What is kept")
+    names = {"WEBP": "WebP", "HEIF": "HEIC", "JPEG2000": "JPEG 2000"}
+    for format in READABLE:
+        assert names.get(format, format) in formats
+    for suffix in SUFFIXES:
+        assert suffix in formats
+    for suffix in ("DNG", "NEF", "CR2", "ARW"):
+        assert suffix in rest
+        assert f".{suffix.lower()}" in RAW_SUFFIXES
