@@ -78,7 +78,7 @@ def test_a_string_a_path_and_an_image_are_the_same_picture(tmp_path: Path) -> No
     with Image.open(path) as opened:
         assert np.array_equal(read_picture(opened).pixels, scene())
     assert np.array_equal(read_picture(str(path)).pixels, read_picture(path).pixels)
-    with pytest.raises(PictureError, match="expected a path or a PIL image, got int"):
+    with pytest.raises(PictureError, match="an array, a tensor, the bytes of a file or an open file, got int"):
         read_picture(3)  # type: ignore[arg-type]
 
 
@@ -242,7 +242,7 @@ def test_metadata_survives_any_pair_of_formats(tmp_path: Path, source: str, targ
     assert (exif[0x010F], exif[0x0132]) == ("camera", "2024:05:06 07:08:09")
     detail = exif.get_ifd(0x8769)
     assert detail[0x829A] == pytest.approx(1 / 60)
-    assert 0xA002 not in detail
+    assert (detail.get(0xA002, 40), detail.get(0xA003, 32)) == (40, 32)
     assert exif.get_ifd(0x8825)[1] == "N"
     if source != ".webp" and target not in (".webp", ".avif"):
         assert back.dpi == pytest.approx((300, 300), abs=0.5)

@@ -1,20 +1,23 @@
-"""A photograph in memory: what a reader found enters, RGB pixels and a PIL image leave.
+"""Hold a photograph in memory: upright RGB pixels, and everything else that must survive an edit.
 
 Shapes: h, w height and width after the EXIF orientation has been applied; pixels `[h, w, 3]`, alpha `[h, w]`.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+from openwu.images.colour import Pixels, grey_profile_to_srgb, profile_space
+
 Floats = NDArray[np.float32]
+
+LUMA = (0.2126, 0.7152, 0.0722)
+"""Rec. 709 weights of red, green and blue."""
 
 ROWS_AT_ONCE = 256
 """Rows converted in one go, so that a 50-megapixel photo needs no second full-size float copy."""
@@ -33,20 +36,29 @@ class Photo:
     icc: bytes | None = field(default=None, repr=False)
     """The ICC profile that the pixels are in; None means sRGB."""
     exif: bytes | None = field(default=None, repr=False)
-    """EXIF without its orientation (already applied) and without what described the old file's layout."""
+    """The EXIF block as stored, behind the prefix "Exif\\0\\0", without its orientation (already applied), its
+    thumbnail and what described the old file's layout; every other byte is where it was."""
+    xmp: bytes | None = field(default=None, repr=False)
+    """The XMP packet, its orientation set to upright."""
+    iptc: bytes | None = field(default=None, repr=False)
+    """The IPTC record: captions and keywords of the press."""
+    texts: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """(keyword, text) of a PNG file; a JPEG file's comment has the keyword "Comment"."""
     dpi: tuple[float, float] | None = None
     """Dots per inch, horizontal and vertical."""
     format: str | None = None
     """Pillow's name of the file format ("JPEG"); None for a picture that came from memory."""
     mode: str = "RGB"
     """Pillow's mode of the file ("CMYK"), before anything was converted."""
+    lossless: bool = False
+    """True for a lossless WebP file, which is written so again."""
     notes: tuple[str, ...] = ()
-    """What could not be kept while reading, in words for the user."""
+    """What was converted or could not be kept while reading, in words for the user."""
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 3 or self.pixels.shape[2] != 3 or self.pixels.dtype not in (np.uint8, np.uint16):
-            came = f"{self.pixels.dtype} {self.pixels.shape}"
-            raise ValueError(f"pixels: expected uint8 or uint16 [h, w, 3], got {came}")
+            got = f"{self.pixels.dtype} {self.pixels.shape}"
+            raise ValueError(f"pixels: expected uint8 or uint16 [h, w, 3], got {got}")
         if self.alpha is not None and self.alpha.shape != self.pixels.shape[:2]:
             raise ValueError(f"alpha: expected {self.pixels.shape[:2]}, got {self.alpha.shape}")
 
@@ -77,6 +89,20 @@ class Photo:
             return replace(self, pixels=_quantise(cast(Floats, pixels), self.pixels.dtype))
         return replace(self, pixels=cast(Pixels, pixels))
 
+    def neutral(self) -> Photo:
+        """The same photo with its luma in all three channels, exactly grey at its depth, and written so.
+
+        Pixels that are grey already stay bit for bit. A profile of RGB stays true: equal channels are
+        neutral in it.
+        """
+        if _is_grey(self.pixels):
+            return replace(self, grey=True)
+        luma = np.empty(self.pixels.shape[:2], self.pixels.dtype)
+        for start in range(0, len(luma), ROWS_AT_ONCE):
+            rows = self.pixels[start : start + ROWS_AT_ONCE]
+            luma[start : start + ROWS_AT_ONCE] = np.rint(rows @ np.array(LUMA))
+        return replace(self, pixels=cast(Pixels, np.repeat(luma[:, :, None], 3, axis=2)), grey=True)
+
     def eight_bit(self) -> Photo:
         """The same photo with 8 bits per channel, rounded."""
         alpha = None if self.alpha is None else _to_depth(self.alpha, np.dtype(np.uint8))
@@ -88,7 +114,7 @@ class Photo:
         """The same photo for a file of three channels: a greyscale profile cannot describe them, so it is applied."""
         if not self.icc or profile_space(self.icc) != "GRAY":
             return self
-        return replace(self, pixels=_grey_profile_to_srgb(self.pixels, self.icc), icc=None)
+        return replace(self, pixels=grey_profile_to_srgb(self.pixels, self.icc), icc=None)
 
     def to_image(self) -> Image.Image:
         """A PIL image: L, LA or I;16 for greyscale that stayed grey, RGB or RGBA otherwise; profile, EXIF and DPI in
@@ -105,23 +131,22 @@ class Photo:
             image.info[name] = value
         return image
 
-    def deep_channels(self, *, grey: bool) -> NDArray[np.uint16]:
-        """16 bits per channel `[h, w, c]`: one channel of grey or three of colour, then the alpha."""
-        pixels = _to_depth(self.pixels[:, :, :1] if grey else self.pixels, np.dtype(np.uint16))
+    def channels(self) -> NDArray[Any]:
+        """Channels as a file stores them `[h, w, c]`: one of grey that stayed grey or three of colour, then the alpha.
+
+        All have the depth of the deeper of pixels and alpha. A greyscale profile is to be applied first (`in_colour`).
+        """
+        pixels: NDArray[Any] = self.pixels[:, :, :1] if self.stayed_grey else self.pixels
         if self.alpha is None:
             return pixels
-        return np.dstack((pixels, _to_depth(self.alpha, np.dtype(np.uint16))))
+        deep = np.dtype(np.uint16) if np.uint16 in (pixels.dtype, self.alpha.dtype) else np.dtype(np.uint8)
+        return np.dstack((_to_depth(pixels, deep), _to_depth(self.alpha, deep)))
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What goes into a file beside the pixels, by Pillow's names."""
-        named = (("icc_profile", self.icc), ("exif", self.exif), ("dpi", self.dpi))
+        """Profile, EXIF, XMP and DPI by Pillow's names."""
+        named = (("icc_profile", self.icc), ("exif", self.exif), ("xmp", self.xmp), ("dpi", self.dpi))
         return {name: value for name, value in named if value}
-
-
-def profile_space(icc: bytes) -> str:
-    """The colour space that an ICC profile's header names: "RGB", "GRAY", "CMYK", ...; empty for a broken profile."""
-    return icc[16:20].decode("ascii", "replace").strip() if len(icc) >= 128 else ""
 
 
 def _is_grey(pixels: Pixels) -> bool:
@@ -148,18 +173,3 @@ def _to_depth(values: Pixels, dtype: np.dtype[Any]) -> NDArray[Any]:
     if dtype == np.uint16:
         return values.astype(np.uint16) * np.uint16(257)
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _grey_profile_to_srgb(pixels: Pixels, icc: bytes) -> Pixels:
-    """Pixels whose three channels each follow a greyscale profile's tone curve -> sRGB."""
-    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        srgb = ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(ramp, profile, srgb, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return pixels
-    curve, top = np.asarray(image)[0, :, 0], np.iinfo(pixels.dtype).max
-    table = np.interp(np.linspace(0, 255, top + 1), np.arange(256), curve) * (top / 255)
-    whole: Pixels = np.rint(table).astype(pixels.dtype)[pixels]
-    return whole

@@ -1,22 +1,29 @@
-"""Before / after: two Photos of one size enter, one labelled picture to look at leaves."""
+"""Write a Photo as a file, whole or not at all, with its metadata; lay two side by side."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, features
 
 from openwu.errors import PictureError
 from openwu.files.writing import whole_file
-from openwu.images.formats import INSTALL, encode_deep, has_deep_colour, has_heif
-from openwu.images.photo import Photo, profile_space
+from openwu.images import tiff
+from openwu.images.colour import profile_space
+from openwu.images.formats import INSTALL, encode_png_16, has_heif
+from openwu.images.metadata import MAX_SEGMENT, PREFIX, with_jpeg_segments, with_png_chunks
+from openwu.images.photo import Photo
 from openwu.images.read import read_picture
+from openwu.images.tiff_pixels import encode_tiff
 
 SUFFIXES = {
     ".jpg": "JPEG",
@@ -33,12 +40,6 @@ SUFFIXES = {
 
 MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_536}
 """Longest side that a format can hold, where it has a limit."""
-
-DEEP = ("PNG", "TIFF")
-"""Formats that hold 16 bits per channel."""
-
-MAX_JPEG_EXIF = 65_533
-"""Bytes of EXIF that fit into a JPEG file."""
 
 
 def is_picture_suffix(path: Path) -> bool:
@@ -87,19 +88,26 @@ def write_picture(picture: Photo | Image.Image, path: str | Path) -> tuple[str, 
     """Write a picture in the format that the suffix names, replacing a file of that name in one step.
 
     The file appears whole or not at all, and an older one stays in place until then. Returns notes on what the format
-    could not keep. The photo's profile, EXIF and DPI are written with it; a PIL image's are taken from its `info`.
+    could not keep. The photo's profile, EXIF, XMP, IPTC, texts and DPI are written with it; a PIL image's come from its
+    `info`. Raises PictureError.
     """
     path = Path(path)
     check_output(path)
     photo = picture if isinstance(picture, Photo) else read_picture(picture)
     check_fits(path, photo.size, photo.transparent)
-    kind = SUFFIXES[path.suffix.lower()]
-    if _stays_deep_colour(photo, kind):
-        _write_whole(_encode_deep(photo, path, kind), path.resolve())
-        return ()
-    image, notes = _fit(photo, kind)
-    _write_whole(_encode(image, path, kind, _options(image, kind, notes)), path.resolve())
-    return tuple(notes)
+    data, notes = _encoded(photo, SUFFIXES[path.suffix.lower()], str(path))
+    _write_whole(data, path.resolve())
+    return notes
+
+
+def encode_picture(picture: Photo | Image.Image, suffix: str = ".png") -> tuple[bytes, tuple[str, ...]]:
+    """Encode a picture as the bytes of a file with this suffix, with notes as of `write_picture`. PictureError."""
+    path = Path(f"picture{suffix}")
+    if not is_picture_suffix(path):
+        _explain_suffix(path)
+    photo = picture if isinstance(picture, Photo) else read_picture(picture)
+    check_fits(path, photo.size, photo.transparent)
+    return _encoded(photo, SUFFIXES[suffix.lower()], str(path))
 
 
 def _format_of(path: Path) -> str | None:
@@ -129,33 +137,79 @@ def _check_place(path: Path) -> None:
         raise PictureError(f"{path}: no permission to write to {path.parent}; choose another folder")
 
 
-def _fit(photo: Photo, format: str) -> tuple[Image.Image, list[str]]:
-    """The image in a mode that the format has, and notes on what that costs."""
-    image, notes = photo.to_image(), []
-    if image.mode == "I;16" and format not in ("PNG", "TIFF"):
-        image = photo.eight_bit().to_image()
-    if photo.pixels.dtype.itemsize == 2 and image.mode != "I;16":
-        cure = INSTALL if format in DEEP else "use .png or .tif"
-        notes.append(f"16 bits are written as 8; to keep 16: {cure}")
-    if format == "JPEG" and photo.alpha is not None:  # opaque everywhere, or check_fits would have refused
-        image = _without_alpha(image)
-    return image, notes
-
-
-def _stays_deep_colour(photo: Photo, format: str) -> bool:
-    """Whether 16 bits are to be written that Pillow cannot: it has 16-bit grey, but no colour and no alpha."""
-    if photo.pixels.dtype != np.uint16 or format not in DEEP or not has_deep_colour():
-        return False
-    return photo.alpha is not None or not photo.stayed_grey
-
-
-def _encode_deep(photo: Photo, path: Path, format: str) -> bytes:
-    grey = photo.stayed_grey and format == "PNG"  # Pillow would not read 16-bit grey with alpha from TIFF
-    photo = photo if grey else photo.in_colour()
+def _encoded(photo: Photo, format: str, name: str) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes of a file, and notes on what they do not hold."""
+    notes: list[str] = []
     try:
-        return encode_deep(photo.deep_channels(grey=grey), format, photo.metadata)
-    except Exception as error:  # the encoders raise anything at all
-        raise PictureError(f"{path}: {format} could not encode the picture: {error}; try .jpg") from error
+        if format == "TIFF":
+            return _tiff(photo, notes), tuple(notes)
+        if format == "PNG":
+            return _png(photo, notes), tuple(notes)
+        if photo.pixels.dtype.itemsize == 2:
+            notes.append("16 bits are written as 8; to keep 16: use .png or .tif")
+        image = photo.eight_bit().to_image()
+        if format == "JPEG" and photo.alpha is not None:  # opaque everywhere, or check_fits would have refused
+            image = _without_alpha(image)
+        options = _options(photo, image, format, notes)
+        buffer = io.BytesIO()
+        image.save(buffer, format, **options)
+        if format != "JPEG":
+            _note_lost(photo, (), notes)
+            return buffer.getvalue(), tuple(notes)
+        return _jpeg(photo, buffer.getvalue(), notes), tuple(notes)
+    except Exception as error:  # Pillow's encoders raise anything at all
+        raise PictureError(f"{name}: {format} could not encode the picture: {error}; try .png") from error
+
+
+def _tiff(photo: Photo, notes: list[str]) -> bytes:
+    plain = photo if photo.stayed_grey else photo.in_colour()
+    given = {tiff.ICC: plain.icc, tiff.XMP: photo.xmp, tiff.IPTC: photo.iptc}
+    _note_lost(photo, ("iptc",), notes)
+    return encode_tiff(plain.channels(), _block(photo), {tag: data for tag, data in given.items() if data}, photo.dpi)
+
+
+def _png(photo: Photo, notes: list[str]) -> bytes:
+    plain = photo if photo.stayed_grey else photo.in_colour()
+    channels = plain.channels()
+    if channels.dtype == np.uint16:
+        data = encode_png_16(channels)
+    else:
+        buffer, image = io.BytesIO(), plain.to_image()
+        image.info.clear()
+        image.save(buffer, "PNG", compress_level=4)
+        data = buffer.getvalue()
+    texts = [*photo.texts]
+    if photo.xmp:
+        texts.append(("XML:com.adobe.xmp", photo.xmp.decode("utf-8", "replace")))
+    if plain.icc and len(plain.icc) > PngImagePlugin.MAX_TEXT_CHUNK:
+        notes.append("its colour profile is longer than 1 MB: programs built on Pillow refuse such a PNG; use .tif")
+    _note_lost(photo, ("texts",), notes)
+    return with_png_chunks(data, plain.icc, _block(photo), photo.dpi, texts)
+
+
+def _jpeg(photo: Photo, data: bytes, notes: list[str]) -> bytes:
+    comment = dict(photo.texts).get("Comment")
+    encoded = comment.encode("utf-8", "replace") if comment else None
+    kept = {"xmp": photo.xmp, "iptc": photo.iptc, "comment": encoded}
+    for name, limit in (("xmp", 65_502), ("iptc", 65_500), ("comment", MAX_SEGMENT)):
+        if len(kept[name] or b"") > limit:
+            kept[name] = None
+            notes.append(f"its {name.upper() if name != 'comment' else name} is too long for JPEG and was left out")
+    _note_lost(photo, ("iptc", "comment"), notes)
+    return with_jpeg_segments(data, kept["xmp"], kept["iptc"], kept["comment"])
+
+
+def _note_lost(photo: Photo, kept: tuple[str, ...], notes: list[str]) -> None:
+    """Say what a format has no place for."""
+    if photo.iptc and "iptc" not in kept:
+        notes.append("its IPTC data was left out; to keep it: use .jpg or .tif")
+    keys = [key for key, _ in photo.texts if "texts" not in kept and not (key == "Comment" and "comment" in kept)]
+    if keys:
+        notes.append(f"its texts were left out ({', '.join(keys[:5])}); to keep them: use .png")
+
+
+def _block(photo: Photo) -> bytes | None:
+    return photo.exif.removeprefix(PREFIX) if photo.exif else None
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
@@ -164,46 +218,55 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     return plain
 
 
-def _options(image: Image.Image, format: str, notes: list[str]) -> dict[str, Any]:
+def _options(photo: Photo, image: Image.Image, format: str, notes: list[str]) -> dict[str, Any]:
     """What Pillow's encoder is told: near-lossless quality, and the metadata, which it leaves out unless asked."""
-    options: dict[str, Any] = {name: image.info[name] for name in ("icc_profile", "exif") if name in image.info}
-    if "dpi" in image.info and format in ("JPEG", "PNG", "TIFF"):
-        options["dpi"] = image.info["dpi"]
+    names = ("icc_profile", "exif") if format == "JPEG" else ("icc_profile", "exif", "xmp")
+    options: dict[str, Any] = {name: image.info[name] for name in names if name in image.info}
     if format == "JPEG":
         options |= {"quality": 95, "subsampling": "4:4:4"}
-        if len(options.get("exif", b"")) > MAX_JPEG_EXIF:
+        if "dpi" in image.info:
+            options["dpi"] = image.info["dpi"]
+        if len(options.get("exif", b"")) > MAX_SEGMENT:
             del options["exif"]
             notes.append("its EXIF data is too long for JPEG and was left out")
-    elif format == "PNG":
-        options |= {"compress_level": 4}
+        image.info.pop("xmp", None)
     elif format == "WEBP":
         options |= {"quality": 95, "exact": True}  # exact: colours under full transparency stay
+        if photo.lossless:
+            options |= {"lossless": True, "quality": 80}  # quality: how hard to try
     elif format == "AVIF":
         options |= {"quality": 100 if image.mode.endswith("A") else 90, "subsampling": "4:4:4"}  # 100 keeps alpha exact
     elif format == "HEIF":  # 4:2:0 as cameras write it, which opens everywhere; lossless keeps alpha exact
         options |= {"quality": -1 if image.mode.endswith("A") else 95, "enc_params": {"preset": "fast"}}
-    elif format == "TIFF" and "exif" not in options:  # Pillow can write compression or EXIF blocks, not both
-        options |= {"compression": "tiff_adobe_deflate"}
     return options
-
-
-def _encode(image: Image.Image, path: Path, format: str, options: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    try:
-        image.save(buffer, format, **options)
-    except Exception as error:  # Pillow's encoders raise anything at all
-        raise PictureError(f"{path}: {format} could not encode the picture: {error}; try .png") from error
-    return buffer.getvalue()
 
 
 def _write_whole(data: bytes, path: Path) -> None:
     try:
-        with whole_file(path) as part:
+        with _ended_in_order(), whole_file(path) as part:
             part.write_bytes(data)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise PictureError(f"{path}: the disk is full; free some space and try again") from error
         raise PictureError(f"{path}: could not be written: {error.strerror or error}; check the disk") from error
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit in the main thread, unless somebody handles it, so that half a file is removed."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 COMPARISON_SIDE = 1600
