@@ -13,9 +13,9 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from openwu.backbones import backbone_class
 from openwu import attach
 from openwu.adapters.experts import ExpertRouting
+from openwu.backbones import backbone_class
 from openwu.editor.compatibility import generator_config, target_widths
 from openwu.generator.model import ParameterGenerator
 from openwu.registry import BASES, DEFAULT_BASE

@@ -6,7 +6,6 @@ Facts about the embedded model are read from the installed package, those about 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from importlib import metadata
 from pathlib import Path

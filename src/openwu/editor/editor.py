@@ -301,7 +301,9 @@ class Editor:
     def _generate(self, condition: Condition, instructions: Sequence[str]) -> list[Adapter]:
         """One adapter (b = 1) per sample of a condition."""
         adapter = self.fast(condition.to(self.generator.hidden_in.weight))
-        adapter = replace(with_kernels(adapter, self.backbone.denoiser), instructions=tuple((text,) for text in instructions))
+        adapter = replace(
+            with_kernels(adapter, self.backbone.denoiser), instructions=tuple((text,) for text in instructions)
+        )
         return [adapter] if adapter.batch == 1 else [adapter.select([i]) for i in range(adapter.batch)]
 
     def _apply(

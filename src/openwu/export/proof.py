@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from openwu.adapters.inject import attach, resolve
 from openwu.adapters.site import Site
+from openwu.backbones.diffusers.loading import INDEX, denoiser_name, load_denoiser, load_lora
 from openwu.backbones.embedded.base import WEIGHTS as EMBEDDED_WEIGHTS
 from openwu.backbones.embedded.base import EmbeddedBase
-from openwu.backbones.diffusers.loading import INDEX, denoiser_name, load_denoiser, load_lora
 from openwu.errors import CheckpointError, ExportError, TargetError
 from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, PREFIX, WEIGHTS, read_tensors, replaced
 from openwu.export.fit import expert_parameter, single

@@ -31,7 +31,7 @@ from openwu.backbones.diffusers.latents import (
     working_size,
 )
 from openwu.backbones.diffusers.loading import HollowPart, check_local, hollow_pipeline, load_pipeline
-from openwu.backbones.protocol import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
+from openwu.backbones.protocol import Backbone, Prediction, Progress, Routing, RowScope
 from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_layers
 from openwu.errors import InstructionError, OpenwuError
 from openwu.extras import library
@@ -126,16 +126,14 @@ class PipelineBackbone(Backbone, ABC):
         return made
 
     def parts(self) -> dict[str, Any]:
-        """Every part of the pipeline with modules, by name; without weights, what knows its modules."""
-        return {name: part for name, part in vars(self.pipeline).items() if isinstance(part, nn.Module | HollowPart)}
+        """Return the pipeline's parts with modules, by name; of a hollow backbone, those built from a config."""
+        parts = self.pipeline.components.items()
+        return {name: part for name, part in parts if isinstance(part, nn.Module | HollowPart)}
 
     @cached_property
     def identity(self) -> str:
         """Samples of all weights, and the sizes at which pictures are read."""
         return f"{super().identity} {self.pixels} {self.condition_pixels}"
-        """Return the pipeline's parts with modules, by name; of a hollow backbone, those built from a config."""
-        parts = self.pipeline.components.items()
-        return {name: part for name, part in parts if isinstance(part, nn.Module | HollowPart)}
 
     def encoders(self) -> dict[str, nn.Module]:
         """Return every part with weights except the denoiser, by name."""
