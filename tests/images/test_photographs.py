@@ -683,8 +683,8 @@ def test_the_documentation_names_every_format() -> None:
     page = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text(encoding="utf-8")
     formats, rest = page.split("## Formats")[1].split("## What is kept")
     names = {"WEBP": "WebP", "HEIF": "HEIC", "JPEG2000": "JPEG 2000"}
-    for format in READABLE:
-        assert names.get(format, format) in formats
+    for name in READABLE:
+        assert names.get(name, name) in formats
     for suffix in SUFFIXES:
         assert suffix in formats
     for suffix in ("DNG", "NEF", "CR2", "ARW"):

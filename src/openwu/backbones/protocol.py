@@ -26,7 +26,7 @@ from openwu.config import LayerGroup
 from openwu.errors import OpenwuError
 from openwu.files.weights import sampled_digest
 from openwu.images import Photo
-from openwu.images.photo import Pixels
+from openwu.images.colour import Pixels
 from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, SamplingOptions
 
 RowScope = Callable[[Sequence[int]], AbstractContextManager[None]]

@@ -36,7 +36,7 @@ from openwu.config import LayerGroup
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.files.weights import fill
 from openwu.images import Photo, read_picture
-from openwu.images.photo import Pixels
+from openwu.images.colour import Pixels
 from openwu.types import BaseRequest, Condition, SamplingOptions
 
 WEIGHTS = Path(__file__).parent / "weights"

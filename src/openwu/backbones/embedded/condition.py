@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from openwu.backbones.embedded.tiles import as_unit
 from openwu.images import Photo
-from openwu.images.photo import Pixels
+from openwu.images.colour import Pixels
 from openwu.kernels.norm import RMSNorm
 from openwu.types import Condition
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openwu.errors import OpenwuError
 from openwu.images import Photo
-from openwu.images.photo import Pixels
+from openwu.images.colour import Pixels
 
 CORE, MARGIN = 768, 128
 """A tile's core and the margin around it, in pixels: what bounds the memory of large pictures."""
