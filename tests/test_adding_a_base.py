@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 import openwu
 from openwu.backbones import backbone_class
+from openwu.editor.requests import EditRequest
 from openwu.registry import BASES
-from openwu.types import BaseRequest, EditRequest, SamplingOptions
+from openwu.types import BaseRequest, SamplingOptions
 
 CPU = openwu.LoadingOptions(device="cpu")
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-base.md").read_text(encoding="utf-8")

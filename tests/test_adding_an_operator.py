@@ -13,10 +13,10 @@ from torch import nn
 
 from openwu.adapters.inject import attach
 from openwu.adapters.merge import merged
-from openwu.adapters.operators import OPERATORS
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
 from openwu.errors import TargetError
 from openwu.generator.model import ParameterGenerator
+from openwu.registry import OPERATORS
 from openwu.types import Adapter, Target
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-an-operator.md").read_text(encoding="utf-8")

@@ -13,8 +13,8 @@ from openwu import cli
 from openwu.cli.evaluate import _parser
 from openwu.cli.lab import EXPERIMENTS
 from openwu.data.suite import EDITS
+from openwu.editor.requests import EditResult
 from openwu.training.config import EmbeddedRecipe
-from openwu.types import EditResult
 
 ROOT = Path(__file__).parents[1]
 README, EDITING, TRAINING, EVIDENCE = (

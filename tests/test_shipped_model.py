@@ -22,6 +22,7 @@ from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.editor.editor import Editor
+from openwu.editor.requests import EditRequest
 from openwu.errors import InstructionError
 from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
 from openwu.evaluation.strength import Graded
@@ -31,7 +32,7 @@ from openwu.evaluation.wording import Wording, understanding
 from openwu.training.config import EmbeddedRecipe, load_recipe
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.record import describe
-from openwu.types import Adapter, EditRequest
+from openwu.types import Adapter
 
 ROOT = Path(__file__).parents[1]
 PAIRED = [name for name in EDITS if any(name in pair for pair in CONTRADICTORY_PAIRS)]

@@ -29,11 +29,12 @@ from openwu.backbones.embedded.tiles import MARGIN
 from openwu.editor.cache import AdapterCache
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
+from openwu.editor.requests import EditRequest
 from openwu.errors import OpenwuError
 from openwu.export.fit import with_kernels
 from openwu.files.hashing import fastest
 from openwu.images import read_picture, write_picture
-from openwu.types import Adapter, EditRequest
+from openwu.types import Adapter
 from openwu_bench.measurement import Curve, Point, Row, Timing, interleaved
 
 INSTRUCTION = "make it look like an old photograph"

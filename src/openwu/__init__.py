@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from openwu.config import GeneratorConfig
     from openwu.editor.cache import AdapterCache
     from openwu.editor.editor import Editor
+    from openwu.editor.requests import EditRequest, EditResult
     from openwu.errors import OpenwuError
     from openwu.generator.model import ParameterGenerator
-    from openwu.types import Adapter, Condition, EditRequest, EditResult, LoadingOptions, SamplingOptions, Target
+    from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions, Target
 
 _WHERE = {
     "Adapter": "openwu.types",
     "AdapterCache": "openwu.editor.cache",
     "AdapterHandle": "openwu.adapters.inject",
     "Condition": "openwu.types",
-    "EditRequest": "openwu.types",
-    "EditResult": "openwu.types",
+    "EditRequest": "openwu.editor.requests",
+    "EditResult": "openwu.editor.requests",
     "Editor": "openwu.editor.editor",
     "GeneratorConfig": "openwu.config",
     "LoadingOptions": "openwu.types",

@@ -132,7 +132,7 @@ class PlainTarget:
     out_dim: int
     """Width of one output row (`lora_B_dim`)."""
     operator: str = LORA
-    """What the generated numbers do: a key of `openwu.adapters.operators.OPERATORS`."""
+    """What the generated numbers do: a key of `openwu.registry.OPERATORS`."""
 
     def __post_init__(self) -> None:
         problems = name_problems("target name", self.name)

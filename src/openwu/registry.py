@@ -1,6 +1,7 @@
 """Extension points by name: plain dicts name -> "module:Class", and the one function that resolves them.
 
-One line here adds a base or a condition encoder; the module behind it is imported on first use.
+One line here adds a base, a condition encoder, an operator or an export format; the module behind it is imported on
+first use.
 """
 
 from __future__ import annotations
@@ -34,6 +35,29 @@ CONDITION_ENCODERS: dict[str, str] = {
     "siglip2": "openwu.conditions.siglip2:Siglip2",
 }
 """Condition encoders that replace a base's own: classes that inherit from `openwu.conditions.Encoder`."""
+
+OPERATORS: dict[str, str] = {
+    "lora": "openwu.adapters.operators.lora:Lora",
+    "scale": "openwu.adapters.operators.scale_offset:Scale",
+    "offset": "openwu.adapters.operators.scale_offset:Offset",
+    "scale_offset": "openwu.adapters.operators.scale_offset:ScaleOffset",
+}
+"""Operators, as a `Target` and a generator's config name them: classes that inherit from
+`openwu.adapters.operators.Operator`; docs/adding-an-operator.md says how."""
+
+EXPORT_FORMATS: dict[str, str] = {
+    "openwu": "openwu.export.native:save_native",
+    "peft": "openwu.export.peft:save_peft",
+    "diffusers": "openwu.export.single_file:save_diffusers",
+    "comfyui": "openwu.export.single_file:save_comfyui",
+}
+"""Formats of adapter folders: functions that write one; docs/adding-an-export-format.md says how."""
+
+ADAPTER_READER = "openwu.export.read:load_adapter"
+"""The function that reads an adapter in any format."""
+
+OPERATOR_OF = "openwu.adapters.operators:operator_of"
+"""The function that finds an operator by its name."""
 
 
 def resolve(path: str) -> Any:

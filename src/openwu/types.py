@@ -1,69 +1,34 @@
-"""The nouns of openwu, as a request meets them: EditRequest -> Condition -> Target -> Adapter -> EditResult.
+"""The nouns that a request meets on its way: BaseRequest -> Condition -> Target -> Adapter.
 
 `BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take. `FactorRules` is what an adapter and
 a generator need to know of an operator; `openwu.adapters.operators` has the operators.
 
-Imports nothing else of ours. Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts,
-A_dim / B_dim the input and output width of one adapted weight.
+`EditRequest` and `EditResult`, which hold photographs, are in `openwu.editor.requests`.
+
+Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts, A_dim / B_dim the input and output
+width of one adapted weight.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Union
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from openwu.errors import OpenwuError, TargetError
-
-if TYPE_CHECKING:
-    from openwu.images import Photo
-
-Picture = Union[str, Path, Image.Image, "Photo"]
-"""What a user may pass as an image: a path, an opened PIL image, or the photo of an edit's result."""
-
-ADAPTER_WRITERS: dict[str, str] = {
-    "openwu": "openwu.export.native:save_native",
-    "peft": "openwu.export.peft:save_peft",
-    "diffusers": "openwu.export.single_file:save_diffusers",
-    "comfyui": "openwu.export.single_file:save_comfyui",
-}
-"""Format name -> "module:function" that writes an adapter folder. One line adds a format."""
-
-ADAPTER_READER = "openwu.export.read:load_adapter"
-
-OPERATOR_OF = "openwu.adapters.operators:operator_of"
-"""The function that finds an operator by its name."""
+from openwu.registry import ADAPTER_READER, EXPORT_FORMATS, OPERATOR_OF, resolve
 
 LORA = "lora"
 LORA_A, LORA_B = "lora_A", "lora_B"
 """Factors of the operator `LORA`: A `[b, (E,) r, A_dim]`, B `[b, (E,) B_dim, r]`."""
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """One edit that somebody asks for."""
-
-    images: Sequence[Picture]
-    """The picture to edit, first; reference pictures after it."""
-    instruction: str
-    """What to do, in English or Chinese."""
-    strength: float = 1.0
-    """Factor on the adapter: 0 leaves the base alone, negative values reverse, values above 1 exaggerate."""
-    seed: int = 0
-    """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws."""
-    then: Sequence[str] = ()
-    """What else to do in the same pass: the low-rank updates of all instructions are added up."""
-    reasoning: str | None = None
-    """What a base that reasons before it draws shall have thought; None: it writes that itself, "": it does not."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +217,7 @@ class Target:
     kernel: tuple[int, int] | None = field(default=None, compare=False)
     """Kernel height and width, for file formats that store them; None: unknown, or not a convolution."""
     operator: str = LORA
-    """A key of `openwu.adapters.operators.OPERATORS`."""
+    """A key of `openwu.registry.OPERATORS`."""
 
     def __post_init__(self) -> None:
         if self.experts is not None and not self.rules.takes_experts:
@@ -382,15 +347,15 @@ class Adapter:
         component: str | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        """Write an adapter folder. `format`: a key of `ADAPTER_WRITERS`; foreign formats hold one sample.
+        """Write an adapter folder in a `format` of `openwu.registry.EXPORT_FORMATS`; foreign formats hold one sample.
 
         component: where the base's denoiser stands: for "diffusers" "transformer" (default) or "unet"; for "comfyui"
         also "diffusion_model" (default), for targets with ComfyUI's own names. model: the base; its convolutions'
         kernels and its experts' layout are then known, and targets that it has not raise a TargetError.
         """
-        if format not in ADAPTER_WRITERS:
-            raise OpenwuError(f"format: expected one of {sorted(ADAPTER_WRITERS)}, got {format!r}")
-        _resolve(ADAPTER_WRITERS[format])(self, Path(folder), model, component)
+        if format not in EXPORT_FORMATS:
+            raise OpenwuError(f"format: expected one of {sorted(EXPORT_FORMATS)}, got {format!r}")
+        resolve(EXPORT_FORMATS[format])(self, Path(folder), model, component)
 
     @classmethod
     def from_pretrained(
@@ -401,7 +366,7 @@ class Adapter:
         model: the base; it says what names with underscores mean, and must have every target.
         skip_text_encoders: leave out what the file has for text encoders, instead of raising CheckpointError.
         """
-        adapter = _resolve(ADAPTER_READER)(Path(path), model, skip_text_encoders)
+        adapter = resolve(ADAPTER_READER)(Path(path), model, skip_text_encoders)
         assert isinstance(adapter, cls)
         return adapter
 
@@ -451,31 +416,8 @@ class Adapter:
         return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
 
 
-@dataclass(frozen=True)
-class EditResult:
-    """What comes back."""
-
-    photo: Photo
-    """The edited pixels in the depth in which they were read, and all else that survives; see `openwu.images`."""
-    adapter: Adapter = field(repr=False)
-    """The adapter of this request alone (b = 1), before `strength`."""
-    timings: Mapping[str, float]
-    """Stage -> seconds: read, condition, generate, edit."""
-
-    @cached_property
-    def image(self) -> Image.Image:
-        """The edited picture for Pillow, which has no 16-bit colour: that becomes 8-bit here, not in `photo`."""
-        return self.photo.to_image()
-
-
 @cache
 def _rules(operator: str) -> FactorRules:
-    rules = _resolve(OPERATOR_OF)(operator)
+    rules = resolve(OPERATOR_OF)(operator)
     assert isinstance(rules, FactorRules)
     return rules
-
-
-def _resolve(path: str) -> Any:
-    """ "module:name" -> the object, imported on first use."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)

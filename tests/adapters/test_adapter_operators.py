@@ -15,10 +15,11 @@ from torch._dynamo.testing import CompileCounter
 
 from openwu.adapters.inject import attach
 from openwu.adapters.merge import merge_, merged, merged_copy, merging_pays, unmerge_
-from openwu.adapters.operators import OPERATORS, operator_of
+from openwu.adapters.operators import operator_of
 from openwu.adapters.updates import inner_products, relative_std
 from openwu.editor.cache import AdapterCache, PackedAdapter
 from openwu.errors import OpenwuError, TargetError
+from openwu.registry import OPERATORS
 from openwu.types import Adapter, Target
 
 VECTORS = ("scale", "offset", "scale_offset")

@@ -39,8 +39,9 @@ from openwu import attach, extras
 from openwu.backbones import backbone_class
 from openwu.conditions.denoiser_states import DenoiserStates
 from openwu.editor.editor import Editor
+from openwu.editor.requests import EditRequest
 from openwu.errors import OpenwuError, TargetError
-from openwu.types import BaseRequest, EditRequest, SamplingOptions
+from openwu.types import BaseRequest, SamplingOptions
 
 QWEN = ("qwen-image-edit", "qwen-image-edit-plus")
 

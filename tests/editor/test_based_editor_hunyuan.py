@@ -19,8 +19,9 @@ from openwu import cli
 from openwu.adapters.merge import merged
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
 from openwu.editor.editor import Editor
+from openwu.editor.requests import EditRequest
 from openwu.errors import InstructionError, OpenwuError
-from openwu.types import BaseRequest, EditRequest, LoadingOptions, SamplingOptions
+from openwu.types import BaseRequest, LoadingOptions, SamplingOptions
 
 FAST = SamplingOptions(steps=2)
 

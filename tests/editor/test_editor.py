@@ -19,9 +19,10 @@ from openwu.backbones.embedded.condition import condition_view
 from openwu.backbones.embedded.network import INPUT_CHANNELS, noise_plane, place_planes
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
+from openwu.editor.requests import EditRequest
 from openwu.errors import CheckpointError, InstructionError, OpenwuError, PictureError, TargetError
 from openwu.images import read_picture
-from openwu.types import Adapter, EditRequest, LoadingOptions
+from openwu.types import Adapter, LoadingOptions
 
 Scene = Callable[..., NDArray[np.uint8]]
 

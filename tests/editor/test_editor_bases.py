@@ -20,10 +20,11 @@ from openwu.conditions.denoiser_states import DenoiserStates
 from openwu.config import GeneratorConfig
 from openwu.editor.compatibility import check_targets, encoder_for, fingerprint, generator_config, target_widths
 from openwu.editor.editor import Editor
+from openwu.editor.requests import EditRequest
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.generator.model import ParameterGenerator
 from openwu.images import read_picture
-from openwu.types import BaseRequest, EditRequest, SamplingOptions
+from openwu.types import BaseRequest, SamplingOptions
 
 
 @pytest.fixture(params=("instruct-pix2pix", "flux-kontext"))
@@ -277,7 +278,7 @@ def test_a_large_base_s_adapters_are_kept_too(kontext: Editor, monkeypatch: pyte
     for seed, plain in zip((1, 2), expected, strict=True):
         result = kontext.edit(photo, "make it warm", seed=seed)
         assert difference(result, plain) == 0
-        assert result.adapter.instructions == ("make it warm",)
+        assert result.adapter.instructions == (("make it warm",),)
     assert counts == [1]  # this base reads no seed
     requests = [EditRequest([photo], "blur it"), EditRequest([photo], "blur it", seed=7)]
     requests += [EditRequest([photo], "make it warm", then=["blur it"]), EditRequest([other], "make it warm")]

@@ -17,11 +17,12 @@ from PIL import Image
 from openwu import AdapterCache, cli
 from openwu.backbones.embedded.condition import condition_pixels
 from openwu.editor.editor import Editor
+from openwu.editor.requests import EditRequest
 from openwu.errors import InstructionError
 from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.inference.products import Dense, fp8
 from openwu.images import read_picture
-from openwu.types import Adapter, EditRequest, LoadingOptions
+from openwu.types import Adapter, LoadingOptions
 
 Scene = Callable[..., NDArray[np.uint8]]
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
-from openwu.types import EditRequest
+from openwu.editor.requests import EditRequest
 
 Scene = Callable[..., NDArray[np.uint8]]
 SMALL = 4

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from openwu.errors import OpenwuError
-from openwu.types import ADAPTER_WRITERS, Adapter, Target
+from openwu.registry import EXPORT_FORMATS
+from openwu.types import Adapter, Target
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding-an-export-format.md").read_text(encoding="utf-8")
 
@@ -25,7 +26,7 @@ def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "format_of_the_page.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     ((name, where),) = re.findall(r'^"(\w+)": "([\w.:]+)",$', PAGE, flags=re.MULTILINE)
-    monkeypatch.setitem(ADAPTER_WRITERS, name, f"format_of_the_page:{where.partition(':')[2]}")
+    monkeypatch.setitem(EXPORT_FORMATS, name, f"format_of_the_page:{where.partition(':')[2]}")
     importlib.invalidate_caches()
     return str(name)
 

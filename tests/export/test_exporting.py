@@ -13,7 +13,7 @@ from exporting_cases import FILES, adapter_of, answer, random_adapter, relative_
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from openwu import cli, types
+from openwu import cli, registry
 from openwu.errors import ExportError
 from openwu.export.files import write
 from openwu.export.proof import Base, export, find_base
@@ -46,7 +46,7 @@ def test_the_embedded_base_is_compared_as_a_whole(
 
 def write_wrong(monkeypatch: pytest.MonkeyPatch, format: str, change: Callable[[dict[str, Tensor]], None]) -> None:
     """From now on the format's writer writes what `change` leaves of the right tensors."""
-    right = types._resolve(types.ADAPTER_WRITERS[format])
+    right = registry.resolve(registry.EXPORT_FORMATS[format])
 
     def save(adapter: Adapter, folder: Path, model: nn.Module | None, component: str | None) -> None:
         right(adapter, folder, model, component)
@@ -56,7 +56,7 @@ def write_wrong(monkeypatch: pytest.MonkeyPatch, format: str, change: Callable[[
         write(folder, FILES[format], tensors, json.loads(config.read_text()) if config.exists() else None)
 
     monkeypatch.setattr(sys.modules[__name__], "wrong", save, raising=False)
-    monkeypatch.setitem(types.ADAPTER_WRITERS, format, f"{__name__}:wrong")
+    monkeypatch.setitem(registry.EXPORT_FORMATS, format, f"{__name__}:wrong")
 
 
 def renamed(tensors: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from openwu import cli
 from openwu.export.files import COMFYUI_WEIGHTS
-from openwu.types import ADAPTER_WRITERS
+from openwu.registry import EXPORT_FORMATS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
@@ -63,4 +63,4 @@ def test_the_page_works(
 
 def test_the_page_names_every_format() -> None:
     row = next(line for line in PAGE.splitlines() if line.startswith("| | `openwu`"))
-    assert re.findall(r"`(\w+)`", row) == list(ADAPTER_WRITERS)
+    assert re.findall(r"`(\w+)`", row) == list(EXPORT_FORMATS)

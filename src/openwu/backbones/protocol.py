@@ -188,6 +188,13 @@ class Backbone(ConditionEncoder):
         """Where a base with experts routes its tokens, needed for several requests at once; None for one without."""
         return None
 
+    def example_call(self) -> Callable[[nn.Module], Tensor] | None:
+        """A call of the denoiser, or of a copy of it, with fixed random inputs; None where none is known.
+
+        Exports are compared on it as a whole, beside the comparison of every adapted module.
+        """
+        return None
+
     def parts(self) -> Mapping[str, Any]:
         """Modules of the base by name, encoders included, for conditions that are read off one of them."""
         return {}

@@ -23,6 +23,9 @@ from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
 from openwu.editor.loading import load_pair
 from openwu.editor.requests import (
+    EditRequest,
+    EditResult,
+    Picture,
     Progress,
     checked_instructions,
     in_sequence,
@@ -37,7 +40,7 @@ from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.images import Photo, read_picture
 from openwu.images.instruction import check_instruction
-from openwu.types import Adapter, Condition, EditRequest, EditResult, LoadingOptions, Picture, SamplingOptions
+from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions
 
 
 class Editor:

@@ -1,17 +1,60 @@
-"""Requests as an editor takes them: checked instructions, lists of pictures, passes one after another, seconds."""
+"""What an editor takes and returns (`EditRequest`, `EditResult`), and the checks and passes that requests share."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
+from PIL import Image
+
+from openwu.images import Photo
 from openwu.images.instruction import check_instruction
-from openwu.types import Adapter, EditRequest, EditResult, Picture
+from openwu.types import Adapter
 
 Progress = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""
+
+Picture = str | Path | Image.Image | Photo
+"""What a user may pass as an image: a path, an opened PIL image, or the photo of an edit's result."""
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One edit that somebody asks for."""
+
+    images: Sequence[Picture]
+    """The picture to edit, first; reference pictures after it."""
+    instruction: str
+    """What to do, in English or Chinese."""
+    strength: float = 1.0
+    """Factor on the adapter: 0 leaves the base alone, negative values reverse, values above 1 exaggerate."""
+    seed: int = 0
+    """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws."""
+    then: Sequence[str] = ()
+    """What else to do in the same pass: the low-rank updates of all instructions are added up."""
+    reasoning: str | None = None
+    """What a base that reasons before it draws shall have thought; None: it writes that itself, "": it does not."""
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What comes back."""
+
+    photo: Photo
+    """The edited pixels in the depth in which they were read, and all else that survives; see `openwu.images`."""
+    adapter: Adapter = field(repr=False)
+    """The adapter of this request alone (b = 1), before `strength`."""
+    timings: Mapping[str, float]
+    """Stage -> seconds: read, condition, generate, edit."""
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The edited picture for Pillow, which has no 16-bit colour: that becomes 8-bit here, not in `photo`."""
+        return self.photo.to_image()
 
 
 def instructions_of(adapter: Adapter) -> tuple[str, ...]:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from openwu.adapters.inject import attach, resolve
 from openwu.adapters.site import Site
+from openwu.backbones import backbone_class
 from openwu.backbones.diffusers.loading import INDEX, denoiser_name, load_denoiser, load_lora
-from openwu.backbones.embedded.base import WEIGHTS as EMBEDDED_WEIGHTS
-from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.errors import CheckpointError, ExportError, TargetError
 from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, PREFIX, WEIGHTS, read_tensors, replaced
 from openwu.export.fit import expert_parameter, single
+from openwu.registry import DEFAULT_BASE
 from openwu.types import LORA_A, LORA_B, Adapter
 
 ROWS = 8
@@ -144,7 +144,7 @@ CHECKS: dict[str, Callable[[Live, Path], str]] = {
     "diffusers": check_diffusers,
     "comfyui": check_comfyui,
 }
-"""Foreign format -> its check; a line beside one in `ADAPTER_WRITERS`."""
+"""Foreign format -> its check; a line beside one in `EXPORT_FORMATS`."""
 
 LIBRARIES = {"peft": ("peft",), "diffusers": ("diffusers", "peft")}
 """Format -> the packages that its check needs."""
@@ -269,13 +269,9 @@ def find_base(folder: Path | None) -> Base:
             f"{folder}: expected a base model's folder with {INDEX} (a diffusers pipeline) or {CONFIG} (an embedded "
             "model); openwu.export.proof.export takes any other base as a module"
         )
-    embedded = EmbeddedBase.from_pretrained(EMBEDDED_WEIGHTS if folder is None else folder, dtype=torch.float32)
-    config = embedded.config.backbone
-    draw = torch.Generator().manual_seed(0)
-    picture = torch.rand(1, 3, config.cell, config.cell, generator=draw)
-    planes = torch.randn(1, 3, config.cell, config.cell, generator=draw)
-    text = torch.randn(1, 4, config.text_dim, generator=draw)
-    return Base(embedded.network, run=lambda base: torch.as_tensor(base(picture, planes, text)))
+    kind = backbone_class(DEFAULT_BASE)
+    backbone = kind.from_pretrained(folder or kind.bundled_folder() or "", dtype=torch.float32)
+    return Base(backbone.denoiser, run=backbone.example_call())
 
 
 def fits(adapter: Adapter, base: Base) -> bool:

@@ -1,4 +1,4 @@
-"""Operators: what an adapter's numbers do to the output of a module. One file for each kind, and a line in `OPERATORS`.
+"""Operators: what an adapter's numbers do to a module's output. One file for each kind, one line in `registry.py`.
 
 | operator | output of a module y = W x + c | factors of a target |
 |---|---|---|
@@ -16,7 +16,6 @@ Shapes: b samples, E experts, r rank, in / out the widths of a module (channels 
 
 from __future__ import annotations
 
-import importlib
 from abc import abstractmethod
 from collections.abc import Mapping
 
@@ -24,15 +23,8 @@ from torch import Tensor, nn
 
 from openwu.adapters.site import PlainSite
 from openwu.errors import OpenwuError
+from openwu.registry import OPERATORS, resolve
 from openwu.types import FactorRules, Target
-
-OPERATORS: dict[str, str] = {
-    "lora": "openwu.adapters.operators.lora:Lora",
-    "scale": "openwu.adapters.operators.scale_offset:Scale",
-    "offset": "openwu.adapters.operators.scale_offset:Offset",
-    "scale_offset": "openwu.adapters.operators.scale_offset:ScaleOffset",
-}
-"""Name in a `Target` and in a generator's config -> "module:Class" of an `Operator`. One line adds an operator."""
 
 
 class Operator(FactorRules):
@@ -52,9 +44,8 @@ def operator_of(name: str) -> Operator:
     if name not in OPERATORS:
         raise OpenwuError(
             f"operator: expected one of {', '.join(OPERATORS)}, got {name!r}; correct the name, or add the operator to "
-            "openwu.adapters.operators.OPERATORS"
+            "openwu.registry.OPERATORS"
         )
-    module, _, attribute = OPERATORS[name].partition(":")
-    operator = getattr(importlib.import_module(module), attribute)()
+    operator = resolve(OPERATORS[name])()
     assert isinstance(operator, Operator)
     return operator

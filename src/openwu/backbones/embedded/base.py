@@ -9,7 +9,7 @@ Shapes: b jobs of one pass, K instruction tokens, h and w the sides of a picture
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +127,14 @@ class EmbeddedBase(Backbone):
     @property
     def denoiser(self) -> nn.Module:
         return self.network
+
+    def example_call(self) -> Callable[[nn.Module], Tensor] | None:
+        config = self.config.backbone
+        draw = torch.Generator().manual_seed(0)
+        picture = torch.rand(1, 3, config.cell, config.cell, generator=draw)
+        planes = torch.randn(1, 3, config.cell, config.cell, generator=draw)
+        text = torch.randn(1, 4, config.text_dim, generator=draw)
+        return lambda network: torch.as_tensor(network(picture, planes, text))
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         return tiny_layer_groups(self.config.backbone)
