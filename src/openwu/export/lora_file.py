@@ -185,11 +185,10 @@ def _alpha(key: str, alpha: Tensor | None) -> float | None:
 
 def _of_component(stem: str, settings: Mapping[str, LoraSettings]) -> LoraSettings | None:
     """The header's settings for a stem: those of the component that it begins with, or of the only denoiser's."""
-    denoisers = [component for component in settings if not TEXT_ENCODER.match(f"{component}.")]
-    for component in sorted(denoisers, key=len, reverse=True):
+    for component in sorted(settings, key=len, reverse=True):
         if component and stem.startswith(f"{component}."):
             return settings[component]
-    return settings[denoisers[0]] if len(denoisers) == 1 else settings.get("")
+    return next(iter(settings.values())) if len(settings) == 1 else settings.get("")
 
 
 def _scale(

@@ -99,7 +99,8 @@ class LoraSettings:
 
 
 def header_settings(metadata: Mapping[str, str]) -> dict[str, LoraSettings]:
-    """Settings that a safetensors header states, by component ("transformer", "unet"; "" for all of the file).
+    """Settings that a safetensors header states, by component ("transformer", "unet"; "" for all of the file), text
+    encoders left out.
 
     Raises CheckpointError for statements that contradict one another or are no numbers.
     """
@@ -125,7 +126,8 @@ def header_settings(metadata: Mapping[str, str]) -> dict[str, LoraSettings]:
             if standard == "r" and isinstance(value, float) and value.is_integer():
                 value = int(value)
             state(component, standard, value, key)
-    return {component: LoraSettings.of(fields, _where(component)) for component, fields in stated.items()}
+    denoisers = {name: fields for name, fields in stated.items() if not name.startswith("text_encoder")}
+    return {component: LoraSettings.of(fields, _where(component)) for component, fields in denoisers.items()}
 
 
 def kohya_scale(metadata: Mapping[str, str], rank: int) -> float | None:
