@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import openwu
 from openwu.cli.lab import ladder_table
 from openwu.evaluation.experiments.audit import Ladder, audit
-from openwu.evaluation.experiments.subject import Subject
+from openwu.evaluation.experiments.audit import Subject
 
 WIDTH, RANK = 12, 4
 TARGETS = (openwu.Target("1", WIDTH, WIDTH),)

@@ -40,7 +40,7 @@ from openwu.backbones.causal_lm.base import CausalLM, Texts
 from openwu.cli.lab import ladder_table
 from openwu.evaluation.experiments.audit import Ladder, audit
 from openwu.evaluation.experiments.geometry import Mean, mean_over
-from openwu.evaluation.experiments.subject import Subject
+from openwu.evaluation.experiments.audit import Subject
 from openwu.memory.language import LanguageMemory
 from openwu.training.config import StageConfig
 from openwu.training.loop import LoopConfig, part_of_peak, train_stage

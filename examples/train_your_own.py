@@ -23,7 +23,7 @@ import openwu
 from openwu.cli.lab import ladder_table
 from openwu.config import LayerGroup, PlainTarget
 from openwu.evaluation.experiments.audit import Ladder, audit
-from openwu.evaluation.experiments.subject import Subject
+from openwu.evaluation.experiments.audit import Subject
 from openwu.training.config import StageConfig
 from openwu.training.distributed import is_main, joined_until_done
 from openwu.training.loop import LoopConfig, train_stage

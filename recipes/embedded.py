@@ -7,7 +7,8 @@ from openwu.backbones.embedded.network import TinyEditorConfig
 from openwu.config import GeneratorConfig
 from openwu.data.suite import BASE_EDITS, EDITS
 from openwu.data.suite.phrases import OUT_OF_SCOPE
-from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
 
 HARD = ("deblur", "remove_motion_blur", "denoise", "remove_jpeg", "restore")
 """What the base learns slowly: it meets these twice as often."""
@@ -60,5 +61,5 @@ def recipe() -> EmbeddedRecipe:
         base_edits=(*BASE_EDITS, *HARD),
         # What the base does not know comes up twice as often, what needs a second picture three times.
         edits=(*EDITS, *REST, *REFERENCES),
-        export="src/openwu/weights",
+        export="src/openwu/backbones/embedded/weights",
     )

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.errors import DatasetError
+from openwu.files.hashing import of_json
 
 SHOWN = 20
 """Problems that an error lists; of more it gives the number."""
@@ -100,6 +101,29 @@ class Pairs:
         for i, pair in enumerate(self.pairs):
             members[pair.task].append(i)
         return members
+
+
+def split_pairs(pairs: Pairs, share: float) -> tuple[Pairs, Pairs]:
+    """Split into (training, held back): of every task the last `share`, at least one where a task has two pairs."""
+    training, held_back = [], []
+    for task in pairs.tasks:
+        own = [pair for pair in pairs.pairs if pair.task == task]
+        count = min(len(own) - 1, max(1, round(share * len(own)))) if share else 0
+        training += own[: len(own) - count]
+        held_back += own[len(own) - count :]
+    return Pairs(tuple(training)), Pairs(tuple(held_back))
+
+
+def pairs_hashes(*parts: Pairs) -> dict[str, str]:
+    """Hash every pair: its place in the data -> SHA-256 of its task, instructions and pictures' bytes."""
+    return {pair.where: _hash(pair) for pairs in parts for pair in pairs.pairs}
+
+
+def _hash(pair: Pair) -> str:
+    digest = of_json([pair.task, *pair.instructions])
+    for file in (*pair.images, pair.target):
+        digest.update(content(file))
+    return digest.hexdigest()
 
 
 def read_pairs(source: str | Path) -> Pairs:

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from openwu.errors import OpenwuError
 from openwu.files.writing import write_text
-from openwu.training.config import STAGES
+from openwu.training.embedded.config import STAGES
 from openwu.training.loop import SECONDS
 
 SHOWN = {"instruction": "held_out/", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +13,13 @@ from tqdm import tqdm
 from openwu.backbones.embedded.model import EmbeddedModel
 from openwu.data.suite import EDITS, FAMILIES, Pair, Scene
 from openwu.data.suite.operators import gaussian
-from openwu.data.suite.phrases import LANGUAGES, load_phrases
+from openwu.data.suite.phrases import LANGUAGES
+from openwu.evaluation.cases import edit as edit_cases
+from openwu.evaluation.cases import first_phrase, generate, make_case, seeded_scene
 from openwu.evaluation.composition import Composed, mean_gap
+from openwu.evaluation.metrics import psnr
 from openwu.evaluation.strength import Graded, by_strength
-from openwu.evaluation.suite import Report, apply, generate, make_cases, psnr_of
+from openwu.evaluation.suite import Report
 from openwu.evaluation.wording import SPLITS, Wording, mean_psnr
 from openwu.files.markdown import table
 
@@ -50,13 +52,11 @@ def repair_gains(model: EmbeddedModel, photographs: dict[str, Tensor], edits: Se
     gains: dict[str, list[float]] = {}
     for name, source in tqdm(photographs.items(), desc="repairs", unit="photograph"):
         for repair, (edit, damage) in known.items():
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{repair}".encode()))
-            noise = torch.randn(1, *source.shape[1:], generator=generator)
-            pair = Pair(damage(Scene(source, noise, generator)).clamp(0, 1), source)
-            sentence = load_phrases()[edit]["en"]["train"][0]
-            cases = make_cases(name, [edit], [sentence], [Scene(source, noise, generator)], "en", "train", [pair])
-            output = apply(model, cases, *generate(model, cases))[0]
-            gains.setdefault(repair, []).append(psnr_of(output, source) - psnr_of(pair.picture, source))
+            scene = seeded_scene(source, f"{name}/{repair}")
+            pair = Pair(damage(scene).clamp(0, 1), source)
+            case = make_case(edit, first_phrase(edit), scene, pair=pair)
+            output = edit_cases(model, [case], generate(model, [case]))[0]
+            gains.setdefault(repair, []).append(float(psnr(output, source) - psnr(pair.picture, source)))
     return {name: sum(values) / len(values) for name, values in gains.items()}
 
 

@@ -26,7 +26,8 @@ LANGUAGES = ("en", "zh")
 DEGREES = {"little": LITTLE, "normal": NORMAL, "strong": STRONG}
 """What words of strength ask for; "normal" is none of them."""
 
-_FILE = Path(__file__).parent / "phrases.json"
+DATA_FILES = ("phrases.json",)
+_FILE = Path(__file__).parent / DATA_FILES[0]
 
 Phrases = dict[str, dict[str, dict[str, list[str]]]]
 
