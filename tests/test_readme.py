@@ -11,9 +11,9 @@ from PIL import Image
 
 from openwu import cli
 from openwu.cli.evaluate import _parser
-from openwu.cli.lab import EXPERIMENTS
 from openwu.data.suite import EDITS
-from openwu.training.config import EmbeddedRecipe
+from openwu.evaluation.experiments.runs import EXPERIMENTS
+from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.types import EditResult
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_the_training_commands_name_a_fair_recipe(monkeypatch: pytest.MonkeyPatc
     assert len(trainings) == 2
     for words in trainings:
         asked: dict[str, object] = {}
-        monkeypatch.setattr("openwu.cli.train.train", lambda recipe, *_, into=asked: into.update(recipe=recipe))
+        monkeypatch.setattr("openwu.training.embedded.run.train", lambda recipe, *_, into=asked: into.update(recipe=recipe))
         monkeypatch.chdir(ROOT)
         assert cli.main(words) == 0
         recipe = asked["recipe"]

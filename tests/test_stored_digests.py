@@ -15,11 +15,10 @@ from PIL import Image
 from torch import nn
 
 from openwu.backbones.embedded.model import WEIGHTS
-from openwu.data.pairs import Pair, Pairs
+from openwu.data.pairs import Pair, Pairs, pairs_hashes
 from openwu.data.suite import phrases
 from openwu.data.suite.photographs import folder_hashes
 from openwu.editor.compatibility import fingerprint
-from openwu.training.embedded.own_pairs import pairs_hashes
 from openwu.training.encoded_rows import RowStore
 
 ROW = "8c70cbea961550c91b7e6c1be661d004ea2eb83094fa44c231b7a8b15515457a"
@@ -67,12 +66,12 @@ def test_seeds_of_conditions_that_read_noise(pair: Pair) -> None:
     assert _seed_of(pair, "make it é") == 871957628
 
 
-def test_what_a_training_of_a_large_base_depends_on() -> None:
+def test_what_a_training_of_a_large_base_description() -> None:
     from openwu.training.config import PipelineRun, StageConfig
-    from openwu.training.pipelines import _depends_on
+    from openwu.training.pipelines import _description
 
     depends = json.loads(
-        _depends_on(
+        _description(
             PipelineRun("a", "flux2-klein", StageConfig(1, ((1, 0),), 1e-3, 0)), {"pairs.jsonl:1": "ab"}, "base"
         )
     )

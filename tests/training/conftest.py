@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from openwu.backbones.embedded.model import EmbeddedConfig
-from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
 
 
 @pytest.fixture
