@@ -1,9 +1,10 @@
-"""The README's commands and Python lines, run word for word on a small photograph with the model inside the package."""
+"""The commands and Python lines of README.md and docs/editing.md, run as written with the model in the package."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,22 @@ from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.types import EditResult
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, EDITING, TRAINING, EVIDENCE = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/editing.md", "docs/training.md", "docs/evidence.md")
+)
 
 
-def blocks(language: str) -> list[str]:
-    """What stands between fences of this language; every fence is matched, so that none is taken for another's end."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    """Code blocks of a page in one language; every fence is matched, so that none is taken for another's end."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     return [text for name, text in found if name == language]
 
 
-def commands() -> list[str]:
-    lines = [line.split(" #")[0].strip() for block in blocks("") for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("openwu edit", "openwu models"))]
+def commands(page: str, *verbs: str) -> list[str]:
+    """Lines of a page's shell blocks that begin with one of these verbs, without their comments."""
+    lines = [line.split(" #")[0].strip() for block in blocks(page, "") for line in block.splitlines()]
+    return [line for line in lines if line.startswith(verbs)]
 
 
 def expanded(word: str) -> list[str]:
@@ -48,7 +53,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_commands_work_in_their_order(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = commands()
+    each = [line for page in (README, EDITING) for line in commands(page, "openwu edit", "openwu models")]
+    found = list(dict.fromkeys(each))  # some stand on both pages
     assert len(found) >= 6
     for command in found:
         words = [word for part in shlex.split(command)[1:] for word in expanded(part)]
@@ -65,28 +71,41 @@ def test_the_commands_work_in_their_order(photos: Path, capsys: pytest.CaptureFi
         assert (photos / name).exists(), name
 
 
-def test_the_python_lines_work(photos: Path) -> None:
-    code = next(block for block in blocks("python") if "Editor.from_pretrained" in block)
-    names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+def test_the_python_lines_of_the_readme_work(photos: Path) -> None:
+    names = executed(README)
     assert (photos / "out.png").exists()
     assert (photos / "fog" / "adapter_model.safetensors").exists()
-    results, both, toned = names["results"], names["both"], names["toned"]
+    results = names["results"]
     assert isinstance(results, list)
     assert len(results) == 2
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_python_lines_about_editing_work() -> None:
+    names = executed(EDITING)
+    both, toned, again = names["both"], names["toned"], names["again"]
     assert isinstance(both, EditResult)
     assert isinstance(toned, EditResult)
+    assert isinstance(again, EditResult)
     assert both.adapter.rank == 2 * toned.adapter.rank
+    assert again.adapter.instructions == toned.adapter.instructions
+
+
+def executed(page: str) -> dict[str, object]:
+    """The names that a page's first Python block leaves behind."""
+    names: dict[str, object] = {}
+    exec(compile(blocks(page, "python")[0], "page", "exec"), names)
+    return names
 
 
 def test_the_training_commands_name_a_fair_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parsed and checked as `openwu train` does, without the hours of training."""
-    lines = [line.split(" #")[0] for block in blocks("") for line in block.splitlines()]
-    trainings = [shlex.split(line)[1:] for line in lines if line.startswith("openwu train")]
-    assert len(trainings) == 2
+    trainings = [shlex.split(line)[1:] for line in commands(TRAINING, "openwu train recipes/embedded.py")]
+    assert len(trainings) >= 2
     for words in trainings:
         asked: dict[str, object] = {}
-        monkeypatch.setattr("openwu.training.embedded.run.train", lambda recipe, *_, into=asked: into.update(recipe=recipe))
+        noted = partial(_note, asked)
+        monkeypatch.setattr("openwu.training.embedded.run.train", noted)
         monkeypatch.chdir(ROOT)
         assert cli.main(words) == 0
         recipe = asked["recipe"]
@@ -94,17 +113,19 @@ def test_the_training_commands_name_a_fair_recipe(monkeypatch: pytest.MonkeyPatc
         recipe.check_baseline()
 
 
+def _note(asked: dict[str, object], recipe: object, *_: object) -> None:
+    asked["recipe"] = recipe
+
+
 def test_the_evaluation_commands_are_understood() -> None:
-    lines = [line.split(" #")[0] for block in blocks("") for line in block.splitlines()]
-    evaluations = [shlex.split(line)[2:] for line in lines if line.startswith("openwu eval")]
+    evaluations = [shlex.split(line)[2:] for line in commands(TRAINING, "openwu eval")]
     assert {_parser().parse_args(words).what for words in evaluations} >= {"suite", "gallery"}
 
 
 def test_the_experiments_are_those_that_exist() -> None:
     """Run on the shipped model by a slow test of the lab; here they are read as the commands read them."""
-    lines = [line.split(" #")[0] for block in blocks("") for line in block.splitlines()]
-    words = [shlex.split(line)[1:] for line in lines if line.startswith(("openwu audit", "openwu lab"))]
-    named = {tuple(each[:-1]) for each in words}
+    words = [shlex.split(line)[1:] for line in commands(EVIDENCE, "openwu audit --quick", "openwu lab")]
+    named = {tuple(each[:-1]) for each in words if each[-1] == "--quick"}
     assert named == {("audit",), *(("lab", name) for name in EXPERIMENTS)}
 
 

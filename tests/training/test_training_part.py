@@ -19,7 +19,7 @@ from openwu.training.embedded.instruction_stages import InstructionStage
 from openwu.training.embedded.picture_stages import base_stage, generator_stage, shared_stage
 from openwu.training.embedded.run import new_model, train
 from openwu.training.loop import Stage
-from openwu.training.micro_batch import MicroBatch, StepBatchCache, take_rows
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache, take_rows
 from openwu.training.record import describe
 
 
