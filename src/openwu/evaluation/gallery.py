@@ -35,7 +35,7 @@ Edits marked with * come in degrees: "a little" and "strongly", and `--strength`
 
 @torch.inference_mode()
 def write_gallery(model: EmbeddedModel, photographs: dict[str, Tensor], folder: Path) -> Path:
-    """Write the page and its pictures; returns the page."""
+    """Write the page and its pictures; return the page's path."""
     text = INTRODUCTION
     small = {name: middle(picture, SIDE) for name, picture in photographs.items()}
     usable = {name: picture for name, picture in small.items() if picture.shape[1:] == (SIDE, SIDE)}

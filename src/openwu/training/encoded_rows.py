@@ -1,7 +1,7 @@
-"""What a base's encoders say of pairs, asked once: pairs enter, latent batches leave.
+"""Encode training pairs with a base's encoders into latent batches, once and on disk, or in every step.
 
-With a store the rows of all pairs are made before the first step, and the encoders are not needed afterwards; without
-one they are asked in every step. The rows are the same, made one pair at a time.
+With a store the rows of all pairs are encoded before the first step, and the encoders are not needed afterwards. The
+rows are the same either way, encoded one pair at a time.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from openwu.training.distributed import Processes
 from openwu.types import BaseRequest, Condition, LatentBatch, Segment
 
 FORMAT = 1
-"""Rises when files of rows get another meaning."""
+"""Version of the rows' file format."""
 _TOKENS, _MASK = "tokens", "mask"
 
 
 @dataclass(frozen=True)
 class RowStore:
-    """A folder of rows."""
+    """A folder of encoded pairs, one file for each pair and wording."""
 
     folder: Path
     made_by: str
     """Depends on the base and every size that its encoders work at; rows made by others are not found."""
 
     def path(self, pair: Pair, sentence: str) -> Path:
-        """Where the row of a pair with one of its wordings stands, whether it is there or not."""
-        prediction = of_json([FORMAT, self.made_by, sentence, len(pair.images)])
+        """Return the path of a pair's row with one of its wordings, whether it exists or not."""
+        digest = of_json([FORMAT, self.made_by, sentence, len(pair.images)])
         for file in (*pair.images, pair.target):
-            prediction.update(of_bytes([content(file)]).digest())
-        name = prediction.hexdigest()
+            digest.update(of_bytes([content(file)]).digest())
+        name = digest.hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, path: Path) -> LatentBatch | None:
-        """A row; None where there is none, or where its file is broken."""
+        """Read a row; None where there is none, or where its file is broken."""
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -62,7 +62,7 @@ class RowStore:
             return None
 
     def write(self, path: Path, row: LatentBatch) -> None:
-        """Whole or not at all; two processes may write the same row."""
+        """Write a row, whole or not at all; two processes may write the same one."""
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in to_tensors(row).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, durable=False) as part:
@@ -70,7 +70,7 @@ class RowStore:
 
 
 def to_tensors(batch: LatentBatch) -> dict[str, Tensor]:
-    """Every tensor of a batch under a name of its own; samples come first in each."""
+    """Flatten a batch into named tensors; samples come first in each."""
     found = {"target": batch.target, **{f"inputs/{name}": value for name, value in batch.inputs.items()}}
     condition = batch.condition
     segments = {"condition": Segment(condition.tokens, condition.mask)}
@@ -83,7 +83,7 @@ def to_tensors(batch: LatentBatch) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> LatentBatch:
-    """What `to_tensors` took apart. KeyError where something is missing."""
+    """Rebuild a batch from the tensors of `to_tensors`. Raises KeyError where one is missing."""
     names = [name.split("/")[1] for name in tensors if name.startswith("more/") and name.endswith(_TOKENS)]
     more = {name: Segment(tensors[f"more/{name}/{_TOKENS}"], tensors.get(f"more/{name}/{_MASK}")) for name in names}
     condition = Condition(tensors[f"condition/{_TOKENS}"], tensors.get(f"condition/{_MASK}"), more)
@@ -92,7 +92,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> LatentBatch:
 
 
 def joined(rows: Sequence[LatentBatch]) -> LatentBatch:
-    """One batch of several rows. Tensors with a mask may differ in length, and are padded with zeros behind.
+    """Join rows into one batch; tensors with a mask may differ in length and are padded with zeros at the end.
 
     Raises DatasetError for other differences: such rows do not fit into one call of the denoiser.
     """
@@ -103,7 +103,7 @@ def joined(rows: Sequence[LatentBatch]) -> LatentBatch:
 
 
 def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
-    """The batch where it is computed. Targets become float32, so that noise and loss are exact."""
+    """Move a batch to a device. Targets become float32, so that noise and loss are exact."""
     moved = from_tensors({name: value.to(device) for name, value in to_tensors(batch).items()})
     return LatentBatch(moved.target.float(), moved.inputs, moved.condition)
 
@@ -125,14 +125,14 @@ def _cat(name: str, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 
 def _mask_of(name: str) -> str:
-    """The name of a tensor's mask; a mask's is its own."""
+    """Return the name of a tensor's mask; a mask's is its own."""
     if name.startswith("inputs/"):
         return name if name.endswith("_mask") else f"{name}_mask"
     return f"{name.rpartition('/')[0]}/{_MASK}"
 
 
 def _masked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With a mask for every segment of the condition: None says that all tokens are real, and rows may differ there."""
+    """Add a mask to every segment of the condition that has none: rows may differ in length."""
     full = dict(tensors)
     for name, value in tensors.items():
         if not name.startswith("inputs/") and name.endswith(f"/{_TOKENS}"):
@@ -151,20 +151,20 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass
 class Encoded:
-    """Rows of pairs."""
+    """The rows of pairs, from a store or encoded when they are needed."""
 
     backbone: PipelineBackbone
     store: RowStore | None
     device: torch.device
-    """Where the encoders are asked."""
+    """Where the encoders compute."""
     encoder: ConditionEncoder | None = None
-    """What makes the conditions; None: the base itself."""
+    """Condition encoder; None: the base itself."""
 
     def __post_init__(self) -> None:
         self._paths: dict[tuple[str, str], Path] = {}
 
     def fill(self, parts: Iterable[Pairs], processes: Processes) -> int:
-        """Make every row that the store does not have or whose file is broken; returns how many this process made.
+        """Encode every row that the store lacks or whose file is broken; return how many this process encoded.
 
         Processes share the work. Raises one DatasetError with every pair that the base cannot take.
         """
@@ -173,7 +173,7 @@ class Encoded:
         mine = every[processes.rank :: processes.count]
         missing = [
             (pair, text)
-            for pair, text in tqdm(mine, desc="looking at the cache", unit="pair", disable=len(mine) < SHOWN)
+            for pair, text in tqdm(mine, desc="checking the cache", unit="pair", disable=len(mine) < SHOWN)
             if self.store.read(self._path(pair, text)) is None
         ]
         problems: list[str] = []
@@ -205,7 +205,7 @@ class Encoded:
             place(device)
 
     def batch(self, chosen: Sequence[tuple[Pair, str]]) -> LatentBatch:
-        """One batch of some pairs with their wordings, where the rows are."""
+        """Return one batch of some pairs with their wordings, on the rows' device."""
         return joined([self._row(pair, text) for pair, text in chosen])
 
     def _row(self, pair: Pair, text: str) -> LatentBatch:
@@ -231,7 +231,7 @@ class Encoded:
         return dataclasses.replace(row, condition=self.encoder.condition([seeded]))
 
     def _path(self, pair: Pair, text: str) -> Path:
-        """Pictures are read once for it."""
+        """Return the path of a row; pictures are hashed once."""
         assert self.store is not None
         key = (pair.where, text)
         if key not in self._paths:
@@ -240,7 +240,7 @@ class Encoded:
 
 
 def _check_disk(first: Path, others: int) -> None:
-    """Raise where as many more files like the first do not fit."""
+    """Raise OpenwuError where as many more files like the first do not fit on the disk."""
     needed, free = others * first.stat().st_size, shutil.disk_usage(first.parent).free
     if needed > free:
         raise OpenwuError(
@@ -250,11 +250,11 @@ def _check_disk(first: Path, others: int) -> None:
 
 
 def _seed_of(pair: Pair, text: str) -> int:
-    """Of its pictures and words, so that a row is the same wherever it is made."""
+    """Derive a seed from a pair's pictures and words, so that a row is the same wherever it is encoded."""
     digest = of_bytes([text.encode(), *(content(image) for image in pair.images)])
     return int.from_bytes(digest.digest()[:4], "big")
 
 
 def _to_image(picture: Tensor) -> Image.Image:
-    """`[3, h, w]` in 0..1, made of 8 bits -> RGB, exactly."""
+    """Convert `[3, h, w]` in 0..1, made of 8 bits, to an RGB picture exactly."""
     return Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
