@@ -9,8 +9,8 @@ As many steps, samples and draws as the generator's first training (recipes/embe
 from dataclasses import replace
 from pathlib import Path
 
-from openwu.training.config import load_recipe
 from openwu.training.embedded.config import EmbeddedRecipe
+from openwu.training.run import load_recipe
 
 
 def recipe() -> EmbeddedRecipe:

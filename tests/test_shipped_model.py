@@ -31,9 +31,9 @@ from openwu.evaluation.strength import Graded
 from openwu.evaluation.suite import METHODS, Report, Score, evaluate_suite
 from openwu.evaluation.tables import KNOWN_DAMAGE, goals
 from openwu.evaluation.wording import Wording, understanding
-from openwu.training.config import load_recipe
 from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.record import describe
+from openwu.training.run import load_recipe
 from openwu.types import Adapter, EditRequest
 
 ROOT = Path(__file__).parents[1]
@@ -225,8 +225,8 @@ def test_files_are_small_and_safe() -> None:
 
 
 def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
-    from openwu.training.config import load_recipe
     from openwu.training.record import describe
+    from openwu.training.run import load_recipe
 
     recipe = describe(load_recipe(ROOT / "recipes" / "embedded.py", []))
     stored = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]

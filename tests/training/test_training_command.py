@@ -22,8 +22,13 @@ from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe
 from openwu.training.embedded.instruction_stages import DROPPED
-from openwu.training.embedded.losses import annealed_floor, picture_losses
-from openwu.training.embedded.picture_stages import generator_stage, new_shared_lora, shared_stage
+from openwu.training.embedded.picture_stages import (
+    annealed_floor,
+    generator_stage,
+    new_shared_lora,
+    picture_losses,
+    shared_stage,
+)
 from openwu.training.embedded.run import new_model, train
 from openwu.training.record import PROVENANCE, describe
 from openwu.types import Adapter

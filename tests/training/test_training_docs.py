@@ -12,7 +12,8 @@ import pytest
 
 from openwu import cli
 from openwu.data.pairs import _wrong_fields
-from openwu.training.config import StageConfig, load_recipe
+from openwu.training.config import StageConfig
+from openwu.training.run import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

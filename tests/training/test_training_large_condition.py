@@ -24,9 +24,10 @@ from openwu.conditions.part_states import PartStates
 from openwu.conditions.segments import Segments
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.headers import read_header
-from openwu.training.config import PipelineRun, load_recipe
+from openwu.training.config import PipelineRun
 from openwu.training.memory import needs_of
 from openwu.training.pipelines import new_config, train_pipeline
+from openwu.training.run import load_recipe
 
 LAYER = {"name": "part-states", "part": "text_encoder_2", "module": "encoder.block.0"}
 PROBE = {"name": "denoiser-states", "module": "transformer_blocks.1"}

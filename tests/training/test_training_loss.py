@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openwu.evaluation.metrics import psnr
-from openwu.training.embedded.losses import FLOOR, annealed_floor, picture_losses
+from openwu.training.embedded.picture_stages import FLOOR, annealed_floor, picture_losses
 from openwu.training.objectives import squared_errors
 
 

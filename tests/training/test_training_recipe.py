@@ -11,9 +11,10 @@ import pytest
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import OUT_OF_SCOPE
 from openwu.errors import OpenwuError
-from openwu.training.config import StageConfig, load_recipe
+from openwu.training.config import StageConfig
 from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.embedded.run import train
+from openwu.training.run import load_recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "embedded.py"
 

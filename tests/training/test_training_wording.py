@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from openwu.backbones.embedded.model import EmbeddedModel
-from openwu.training.config import StageConfig, load_recipe
+from openwu.training.config import StageConfig
 from openwu.training.embedded.config import WordingRecipe
 from openwu.training.embedded.instruction_stages import WordingStage
 from openwu.training.embedded.run import train_wording
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.micro_batch import MicroBatch
 from openwu.training.record import PROVENANCE
+from openwu.training.run import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "wording.py"
 

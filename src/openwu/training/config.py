@@ -1,22 +1,18 @@
 """Training configs: the optimisation of a stage, what every recipe has, and runs through a large base.
 
 A recipe is a Python file with a function `recipe()` that returns a `Recipe`: a `PipelineRun`, or one of the embedded
-model's in `openwu.training.embedded.config`. A variant calls a base recipe and replaces fields; command-line overrides
-(`key=value`, dots for nesting) replace fields in the same way. Every config class names the function that trains it.
+model's in `openwu.training.embedded.config`. A variant calls a base recipe and replaces fields. Every config class
+names the function that trains it.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from openwu.conditions import ENCODERS
-from openwu.errors import OpenwuError
 
 SCHEDULES = ("linear", "cosine", "constant")
 """See `optimizers.DECAYS`."""
@@ -50,7 +46,7 @@ class StageConfig:
     weight_decay: float = 0.02
     """Weight decay, on matrices only."""
     first_floor: float = FIRST_FLOOR
-    """Where the floor of a picture loss starts; see `embedded.losses.annealed_floor`."""
+    """Where the floor of a picture loss starts; see `embedded.picture_stages.annealed_floor`."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     schedule: str = field(default="linear", metadata=LATER)
@@ -190,56 +186,3 @@ class PipelineRun(Recipe):
         for name in ("pixels", "validated"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-
-def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """Call a file's `recipe()` and apply `key=value` overrides. Raises OpenwuError for what is no recipe or field."""
-    spec = importlib.util.spec_from_file_location("openwu_recipe", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise OpenwuError(f"recipe: expected a Python file with a function recipe(), found none at {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    build = getattr(module, "recipe", None)
-    made = build() if callable(build) else None
-    if not isinstance(made, Recipe):
-        raise OpenwuError(f"recipe: expected {path} to define recipe() -> Recipe, got {type(made).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise OpenwuError(f"override: expected key=value, got {override!r}")
-        try:
-            made = _replaced(made, key.split("."), value, key)
-        except (TypeError, ValueError) as error:
-            raise OpenwuError(f"override {key}: {error}") from error
-    return made
-
-
-def _replaced(config: Any, path: list[str], value: str, whole: str) -> Any:
-    names = [each.name for each in dataclasses.fields(config)]
-    if path[0] not in names:
-        raise OpenwuError(f"override {whole}: expected one of {names}, got {path[0]!r}")
-    current = getattr(config, path[0])
-    if len(path) > 1:
-        if not dataclasses.is_dataclass(current):
-            raise OpenwuError(f"override {whole}: {path[0]} has no fields")
-        return dataclasses.replace(config, **{path[0]: _replaced(current, path[1:], value, whole)})
-    return dataclasses.replace(config, **{path[0]: _parsed(value, current, whole)})
-
-
-def _parsed(text: str, current: Any, whole: str) -> Any:
-    """Read a value of the field's own type."""
-    if dataclasses.is_dataclass(current):
-        raise OpenwuError(
-            f"override {whole}: expected one of its fields, e.g. {whole}.{dataclasses.fields(current)[0].name}"
-        )
-    if isinstance(current, str) or current is None:
-        return text
-    try:
-        value = ast.literal_eval(text.capitalize() if isinstance(current, bool) else text)
-    except (ValueError, SyntaxError):
-        value = None
-    if isinstance(current, float) and isinstance(value, int):
-        value = float(value)
-    if type(value) is not type(current):
-        raise OpenwuError(f"override {whole}: expected {type(current).__name__} like {current!r}, got {text!r}")
-    return value

@@ -44,7 +44,7 @@ from openwu.evaluation.experiments.methods import (
 from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
 from openwu.evaluation.metrics import as_8bit, psnr, ssim
 from openwu.evaluation.pictures import middle
-from openwu.training.embedded.losses import annealed_floor
+from openwu.training.embedded.picture_stages import annealed_floor
 
 CELL = 112
 """Side in pixels of a cell of the picture grid."""

@@ -30,7 +30,7 @@ from openwu.types import Adapter, Target
 SIDE = 192
 """Side in pixels of the picture that the condition encoder sees in training."""
 FIRST_FLOOR = 3e-2
-"""Where the floor of the loss starts; see `openwu.training.embedded.losses.annealed_floor`."""
+"""Where the floor of the loss starts; see `openwu.training.embedded.picture_stages.annealed_floor`."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import string
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openwu.backbones.embedded.model import WEIGHTS, EmbeddedModel
@@ -15,10 +17,10 @@ from openwu.data.suite import BASE_EDITS, CONTRADICTORY_PAIRS, EDITS, FAMILIES
 from openwu.data.suite.photographs import Photograph, folder_hashes, load_folder, load_test_photographs
 from openwu.editor.editor import native_dtype
 from openwu.errors import OpenwuError
-from openwu.evaluation.experiments.audit import audit
+from openwu.evaluation.cases import Case, draw_cases, first_phrase, generate, score
+from openwu.evaluation.experiments.audit import Subject, audit
 from openwu.evaluation.experiments.conflict import conflict
 from openwu.evaluation.experiments.continual import continual
-from openwu.evaluation.experiments.embedded import embedded_subject
 from openwu.evaluation.experiments.gradients import conflicts_table, generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.manifold import manifold
 from openwu.evaluation.experiments.methods import Budget
@@ -226,3 +228,45 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "scaling": run_scaling,
 }
 """Name -> the function that runs it and returns its table. One line adds an experiment."""
+
+
+def embedded_subject(
+    model: EmbeddedModel, photographs: dict[str, Tensor], tasks: Sequence[str], seed: int = 0
+) -> Subject[Case]:
+    """Make a subject of every task on every photograph; languages and phrasings alternate as in the edit suite."""
+    cases = draw_cases(photographs, tasks, seed)
+    return Subject(
+        name="embedded",
+        cases=cases,
+        tasks=[case.task for case in cases],
+        adapt=lambda some: generate(model, some),
+        score=lambda some, adapter: score(model, some, adapter),
+        unit="dB",
+        variants=variants(cases),
+    )
+
+
+def variants(cases: Sequence[Case]) -> dict[str, Callable[[Case, torch.Generator], Case]]:
+    """Return changes of the generator's request: random letters, another task's words, another photograph."""
+
+    def random_words(case: Case, generator: torch.Generator) -> Case:
+        letters = torch.randint(26, (24,), generator=generator).tolist()
+        return dataclasses.replace(
+            case, instruction="".join(string.ascii_lowercase[i] + " " * (i % 5 == 0) for i in letters)
+        )
+
+    def other_words(case: Case, generator: torch.Generator) -> Case:
+        others = sorted({each.task for each in cases} - {case.task})
+        task = others[int(torch.randint(len(others), (), generator=generator))]
+        return dataclasses.replace(case, instruction=first_phrase(task, case.language))
+
+    def other_picture(case: Case, generator: torch.Generator) -> Case:
+        others = [each for each in cases if each.task == case.task and each.photograph != case.photograph]
+        other = others[int(torch.randint(len(others), (), generator=generator))]
+        return dataclasses.replace(case, picture=other.picture, reference=other.reference)
+
+    found: dict[str, Callable[[Case, torch.Generator], Case]]
+    found = {"random words": random_words, "other words": other_words}
+    if len({case.photograph for case in cases}) > 1:
+        found["other picture"] = other_picture
+    return found

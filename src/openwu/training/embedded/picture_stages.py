@@ -21,15 +21,19 @@ from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.metrics import psnr
 from openwu.kernels.attention import training_attention
-from openwu.training.config import StageConfig
+from openwu.training.config import FIRST_FLOOR, StageConfig
 from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.embedded.instruction_stages import DROPPED
-from openwu.training.embedded.losses import annealed_floor, picture_losses
 from openwu.training.loop import Evaluation
 from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache, take_rows
+from openwu.training.objectives import squared_errors
 from openwu.training.stage import TrainableLora, adapter_scalars
 from openwu.types import Adapter
 
+FLOOR = FIRST_FLOOR
+"""Mean squared error (40 dB) below which a picture's loss hardly falls any more."""
+ANNEALED_SHARE = 0.6
+"""Share of a training over which the floor is annealed from where it starts to FLOOR."""
 VALIDATION_BATCHES = 1
 VARIANCE_BATCHES = 2
 SHEET_ROWS = 8
@@ -206,3 +210,23 @@ def _stage(
     batches = PairSampler(photographs[0], tasks, config.shapes, recipe.side, seed, name == "generator")
     validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
     return PictureStage(name, config, model, trained, adapt, batches, validation, seed=recipe.seed, bf16=recipe.bf16)
+
+
+def picture_losses(prediction: Tensor, target: Tensor, floor: float = FLOOR) -> Tensor:
+    """Return log(mse + floor) of every picture `[b]`: minus its PSNR up to a factor, soft below the floor.
+
+    Sub-tasks differ a hundredfold in the error that can be reached (a tone curve against a restoration). The logarithm
+    weighs a relative improvement of each of them alike. A high floor makes it nearly linear: then what is worst counts
+    most.
+    """
+    return (squared_errors(prediction, target) + floor).log()
+
+
+def annealed_floor(first: float, progress: float) -> float:
+    """Return the floor at this progress (0 to 1) of a training: from `first` to FLOOR geometrically, then constant.
+
+    With a low floor from the beginning, sub-tasks that the base does already hold an adapter near nothing: their
+    gradients are the largest, and the sub-tasks that are furthest off hardly move.
+    """
+    remaining = max(0.0, 1 - progress / ANNEALED_SHARE)
+    return float(FLOOR * (first / FLOOR) ** remaining)
