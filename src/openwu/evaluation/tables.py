@@ -54,7 +54,7 @@ def repair_gains(model: EmbeddedModel, photographs: dict[str, Tensor], edits: Se
         for repair, (edit, damage) in known.items():
             scene = seeded_scene(source, f"{name}/{repair}")
             pair = Pair(damage(scene).clamp(0, 1), source)
-            case = make_case(edit, first_phrase(edit), scene, pair=pair)
+            case = make_case(edit, first_phrase(edit), scene, photograph=name, pair=pair)
             output = edit_cases(model, [case], generate(model, [case]))[0]
             gains.setdefault(repair, []).append(float(psnr(output, source) - psnr(pair.picture, source)))
     return {name: sum(values) / len(values) for name, values in gains.items()}
