@@ -66,13 +66,15 @@ def test_seeds_of_conditions_that_read_noise(pair: Pair) -> None:
     assert _seed_of(pair, "make it é") == 871957628
 
 
-def test_what_a_training_of_a_large_base_description() -> None:
+def test_what_a_training_of_a_large_base_depends_on() -> None:
     from openwu.training.config import PipelineRun, StageConfig
     from openwu.training.pipelines import _description
 
     depends = json.loads(
         _description(
-            PipelineRun("a", "flux2-klein", StageConfig(1, ((1, 0),), 1e-3, 0)), {"pairs.jsonl:1": "ab"}, "base"
+            PipelineRun(name="a", model="flux2-klein", generator=StageConfig(1, ((1, 0),), 1e-3, 0)),
+            {"pairs.jsonl:1": "ab"},
+            "base",
         )
     )
     assert depends["pairs"] == "09648c51a01fceb1570f043aeeac9a6cb9de7969e25adb8343aa362dfd95b861"

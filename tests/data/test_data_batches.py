@@ -68,7 +68,7 @@ def corner(batch: PairBatch, i: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("dialled", [False, True])
-def test_a_batch_description_seed_and_step_alone(photographs: list[Photograph], dialled: bool) -> None:
+def test_a_batch_depends_on_seed_and_step_alone(photographs: list[Photograph], dialled: bool) -> None:
     tasks = ("brighten", "denoise", "take_palette", "rain", "blur")
     sampler = PairSampler(photographs, tasks, ((3, 16), (2, 24)), side=32, seed=4, dialled=dialled)
     torch.manual_seed(1)

@@ -183,7 +183,7 @@ def test_steps_are_balanced_over_tasks_and_walk_through_all_pairs() -> None:
     assert set(Counter(pair.where for pair in drawn if pair.task == "small").values()) == {16}
 
 
-def test_a_step_description_its_number_and_the_seed_alone() -> None:
+def test_a_step_depends_on_its_number_and_the_seed_alone() -> None:
     pairs = many({"a": 5, "b": 3, "c": 4})
     names = [[words for _, words in pairs.step(step, 6, seed)] for step, seed in ((7, 0), (8, 0), (7, 1))]
     assert names[0] != names[1] != names[2] != names[0]

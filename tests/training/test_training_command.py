@@ -227,7 +227,8 @@ def test_the_shared_adapter_is_the_same_for_every_request(recipe: EmbeddedRecipe
         for b in stage.trained.b:  # type: ignore[union-attr]
             b.normal_(std=0.1)
     batch = stage.batches.batch(0)
-    predicted, adapter = stage.predict(batch, stage.read(batch))
+    text = stage.read(batch)
+    predicted, adapter = stage.predict(batch, text), stage.adapt(batch, text)
     assert adapter is not None
     assert adapter.batch == 1
     for i in range(len(batch.names)):

@@ -56,7 +56,7 @@ def test_a_pair_is_sound(name: str, coffee: Tensor, flower: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_pair_description_its_scene_alone(name: str, coffee: Tensor, flower: Tensor) -> None:
+def test_a_pair_depends_on_its_scene_alone(name: str, coffee: Tensor, flower: Tensor) -> None:
     state = torch.get_rng_state()
     first, same = (make(name, coffee, flower, seed=1) for _ in range(2))
     assert torch.equal(first.picture, same.picture)
