@@ -65,7 +65,7 @@ def test_sub_tasks_of_the_embedded_model(embedded_model: EmbeddedModel, monkeypa
     before = {name: value.clone() for name, value in embedded_model.state_dict().items()}
     found = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0, 3), (0, 1))
     untold = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0,), (0,), base_reads_instruction=False)
-    assert [each.where for each in untold] == ["shared LoRA, base without instruction, after 0 steps"]
+    assert [each.where for each in untold] == ["shared LoRA, base not told, after 0 steps"]
     assert not torch.equal(untold[0].cosine[0], found[0].cosine[0])
     found.append(generator_conflict(embedded_model, photographs, TASKS, OPPOSITES, (0,)))
     assert [each.where for each in found] == [
