@@ -191,12 +191,12 @@ class Encoded:
                 continue
             if number == len(problems):
                 _check_disk(path, len(missing) - 1)
-        problems = processes.gathered(problems)
+        problems = processes.all_gather(problems)
         if problems:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             head = f"{len(problems)} problems with the training pairs; nothing was trained:"
             raise DatasetError.listing(head, [*problems[:SHOWN], *more])
-        processes.wait()
+        processes.barrier()
         return len(missing)
 
     def place_encoder(self, device: str | torch.device) -> None:
