@@ -484,6 +484,25 @@ def test_profile_of_a_bmp_file() -> None:
     assert read_picture(data).icc == profile
 
 
+def test_profile_of_a_jpeg_2000_file(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(noise(16, 16, 3)).save(tmp_path / "a.jp2")
+    data = (tmp_path / "a.jp2").read_bytes()
+    header, box = data.index(b"jp2h"), data.index(b"colr")
+    length = struct.unpack(">I", data[box - 4 : box])[0]
+    assert read_picture(data).icc is None
+
+    def declaring(content: bytes) -> bytes:
+        whole = struct.unpack(">I", data[header - 4 : header])[0] + 8 + len(content) - length
+        colour = struct.pack(">I", 8 + len(content)) + b"colr" + content
+        return (
+            data[: header - 4] + struct.pack(">I", whole) + data[header : box - 4] + colour + data[box - 4 + length :]
+        )
+
+    assert read_picture(declaring(b"\x02\0\0" + profile)).icc == profile
+    refused(declaring(b"\x01\0\0" + struct.pack(">I", 21)), "declares the colour space 21, which is not supported")
+
+
 # Traps, messages, formats
 
 
@@ -683,8 +702,8 @@ def test_the_documentation_names_every_format() -> None:
     page = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text(encoding="utf-8")
     formats, rest = page.split("## Formats")[1].split("## What is kept")
     names = {"WEBP": "WebP", "HEIF": "HEIC", "JPEG2000": "JPEG 2000"}
-    for format in READABLE:
-        assert names.get(format, format) in formats
+    for name in READABLE:
+        assert names.get(name, name) in formats
     for suffix in SUFFIXES:
         assert suffix in formats
     for suffix in ("DNG", "NEF", "CR2", "ARW"):

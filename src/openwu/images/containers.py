@@ -213,18 +213,20 @@ def _top_box(source: Source, wanted: bytes) -> bytes:
 
 def _jpeg_2000(source: Source) -> Declared:
     """JP2's colour box: a profile, or a number for a colour space; Pillow knows sRGB, grey and YCC."""
-    known = {12, 16, 17, 18}
+    result, known = Declared(), {12, 16, 17, 18}
     for name, content in boxes(_top_box(source, b"jp2h")):
-        if name == b"colr" and content[0] == 2:
-            return Declared(icc=content[3:])
-        if name == b"colr" and content[0] == 1 and (space := struct.unpack_from(">I", content, 3)[0]) not in known:
-            raise PictureError(
-                f"{source.name}: its colour box declares the colour space {space}, which is not supported; "
-                "convert it to sRGB first"
-            )
-        if name == b"ihdr" and content[10] != 255 and (content[10] & 127) >= 8:
-            return Declared(bits=(content[10] & 127) + 1 if struct.unpack_from(">H", content, 8)[0] > 2 else 8)
-    return Declared()
+        if name == b"ihdr" and content[10] != 255 and struct.unpack_from(">H", content, 8)[0] > 2:
+            result.bits = max(8, (content[10] & 127) + 1)
+        elif name == b"colr" and content[0] == 2:
+            result.icc = content[3:]
+        elif name == b"colr" and content[0] == 1:
+            space = struct.unpack_from(">I", content, 3)[0]
+            if space not in known:
+                raise PictureError(
+                    f"{source.name}: its colour box declares the colour space {space}, which is not supported; "
+                    "convert it to sRGB first"
+                )
+    return result
 
 
 def _heif(source: Source) -> Declared:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu.images.colour import Pixels, grey_profile_to_srgb, profile_space
+from openwu.images.colour import Pixels as Pixels
+from openwu.images.colour import grey_profile_to_srgb, profile_space
 
 Floats = NDArray[np.float32]
 
