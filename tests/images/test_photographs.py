@@ -132,8 +132,9 @@ def test_extra_channels_are_left_out_and_said() -> None:
         (tiff(noise(3, 3, 3), 8, 9), r"this kind of TIFF is not supported \(colour model 9"),
         (tiff(noise(3, 3, 1), 8, 1, t142=(4, 65536), t143=(4, 65536), t144=(4, 8)), "tiles are of 4295 megapixels"),
         (tiff(noise(3, 3, 1), 8, 1, t111=(4, 400)), "its pixels end behind the file"),
+        (tiff(noise(3, 3, 3), 8, 2, t103=(3, 50001)), "TIFF with the compression 50001 is not supported"),
     ],
-    ids=["signed", "floats", "ICC Lab", "tile bomb", "cut"],
+    ids=["signed", "floats", "ICC Lab", "tile bomb", "cut", "WebP inside"],
 )
 def test_tiff_that_would_be_read_wrongly_is_refused(file: bytes, words: str) -> None:
     with pytest.raises(PictureError, match=words):
@@ -501,6 +502,17 @@ def test_profile_of_a_jpeg_2000_file(tmp_path: Path) -> None:
 
     assert read_picture(declaring(b"\x02\0\0" + profile)).icc == profile
     refused(declaring(b"\x01\0\0" + struct.pack(">I", 21)), "declares the colour space 21, which is not supported")
+
+
+@pytest.mark.parametrize("boxed", [True, False], ids=["jp2", "codestream"])
+def test_deep_colour_of_jpeg_2000_is_refused(tmp_path: Path, boxed: bool) -> None:
+    """Pillow would make white black; the file has 8 bits and says 16, which its header alone is read for."""
+    Image.fromarray(noise(16, 16, 3)).save(tmp_path / "a.jp2", no_jp2=not boxed)
+    data = bytearray((tmp_path / "a.jp2").read_bytes())
+    assert read_picture(bytes(data)).size == (16, 16)
+    place = data.index(b"\xff\x4f\xff\x51") + 42
+    data[place : place + 9 : 3] = bytes([15] * 3)
+    refused(bytes(data), "JPEG 2000 with 16 bits per channel of colour is not supported; convert it to PNG or TIFF")
 
 
 # Traps, messages, formats

@@ -52,6 +52,8 @@ def declared(source: Source, max_pixels: int) -> Declared:
             return _heif(source)
         elif head[4:8] == b"jP  ":
             return _jpeg_2000(source)
+        elif head[:4] == b"\xff\x4f\xff\x51":
+            _check_codestream(source.name, source.at(0, 256))
         elif head[:2] == b"BM":
             return _bmp(source)
         elif head[:1] == b"P" and head[1:2] in b"2356":
@@ -195,8 +197,8 @@ def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         place += length
 
 
-def _top_box(source: Source, wanted: bytes) -> bytes:
-    """The content of the first top-level box of this name; empty where there is none."""
+def _top_box(source: Source, wanted: bytes, most: int = MAX_HEADER) -> bytes:
+    """The content, or `most` bytes of it, of the first top-level box of this name; empty where there is none."""
     place, end = 0, source.size
     while place + 8 <= end:
         length, name, header = *struct.unpack(">I4s", source.at(place, 8)), 8
@@ -204,7 +206,7 @@ def _top_box(source: Source, wanted: bytes) -> bytes:
             length, header = struct.unpack(">Q", source.at(place + 8, 8))[0], 16
         length = length or end - place
         if name == wanted:
-            return source.at(place + header, min(length - header, MAX_HEADER))
+            return source.at(place + header, min(length - header, most))
         if length < header:
             break
         place += length
@@ -214,10 +216,9 @@ def _top_box(source: Source, wanted: bytes) -> bytes:
 def _jpeg_2000(source: Source) -> Declared:
     """JP2's colour box: a profile, or a number for a colour space; Pillow knows sRGB, grey and YCC."""
     result, known = Declared(), {12, 16, 17, 18}
+    _check_codestream(source.name, _top_box(source, b"jp2c", 256))
     for name, content in boxes(_top_box(source, b"jp2h")):
-        if name == b"ihdr" and content[10] != 255 and struct.unpack_from(">H", content, 8)[0] > 2:
-            result.bits = max(8, (content[10] & 127) + 1)
-        elif name == b"colr" and content[0] == 2:
+        if name == b"colr" and content[0] == 2:
             result.icc = content[3:]
         elif name == b"colr" and content[0] == 1:
             space = struct.unpack_from(">I", content, 3)[0]
@@ -227,6 +228,16 @@ def _jpeg_2000(source: Source) -> Declared:
                     "convert it to sRGB first"
                 )
     return result
+
+
+def _check_codestream(name: str, head: bytes) -> None:
+    """Refuse JPEG 2000 colour of more than 8 bits: Pillow rounds white beyond 255, to black."""
+    count = struct.unpack_from(">H", head, 40)[0]
+    bits = max((value & 127) + 1 for value in head[42 : 42 + 3 * count : 3])
+    if count > 1 and bits > 8:
+        raise PictureError(
+            f"{name}: JPEG 2000 with {bits} bits per channel of colour is not supported; convert it to PNG or TIFF"
+        )
 
 
 def _heif(source: Source) -> Declared:
