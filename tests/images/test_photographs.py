@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, features
 
 from openwu.errors import PictureError
-from openwu.images import Photo, check_picture, encode_picture, read_picture, write_picture
+from openwu.images import Photo, check_output, check_picture, encode_picture, read_picture, write_picture
 from openwu.images.colour import ADOBE_RGB, matrix_profile
 from openwu.images.read import READABLE
 from openwu.images.source import RAW_SUFFIXES, Source
@@ -596,6 +597,18 @@ def test_interlaced_16_bit_png(tmp_path: Path) -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 13, 11, 16, 2, 0, 0, 1))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(parts)) + chunk(b"IEND", b"")
     assert np.array_equal(read_picture(data).pixels, values)
+
+
+def test_names_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PictureError, match="cannot be written: File name too long; choose another name"):
+        check_output(tmp_path / f"{'y' * 260}.png")
+
+    def denied(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(PictureError, match="cannot be written: Permission denied; choose another name"):
+        check_output(tmp_path / "a.png")
 
 
 WRITE_AND_WAIT = """

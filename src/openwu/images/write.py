@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, features
+from PIL import Image, ImageDraw, ImageFont, features
 
 from openwu.errors import PictureError
 from openwu.files.writing import whole_file
@@ -37,6 +37,9 @@ SUFFIXES = {
     ".heif": "HEIF",
 }
 """Suffix of an output file -> Pillow's name of its format."""
+
+PILLOW_PNG_PROFILE = 2**20
+"""Bytes of a profile that Pillow reads from a PNG file unless told otherwise."""
 
 MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_536}
 """Longest side that a format can hold, where it has a limit."""
@@ -65,7 +68,8 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = (), *, overwri
             if Path(source).exists() and path.samefile(source):
                 raise PictureError(f"{path}: the output is the input {source}; choose another name")
     except (OSError, RuntimeError, ValueError) as error:
-        raise PictureError(f"{path}: cannot be written: {error}; choose another name") from None
+        words = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise PictureError(f"{path}: cannot be written: {words}; choose another name") from None
     if path.is_dir():
         raise PictureError(f"{path}: expected a file name, got a folder; name a file in it")
     if not path.is_file():
@@ -181,7 +185,7 @@ def _png(photo: Photo, notes: list[str]) -> bytes:
     texts = [*photo.texts]
     if photo.xmp:
         texts.append(("XML:com.adobe.xmp", photo.xmp.decode("utf-8", "replace")))
-    if plain.icc and len(plain.icc) > PngImagePlugin.MAX_TEXT_CHUNK:
+    if plain.icc and len(plain.icc) > PILLOW_PNG_PROFILE:
         notes.append("its colour profile is longer than 1 MB: programs built on Pillow refuse such a PNG; use .tif")
     _note_lost(photo, ("texts",), notes)
     return with_png_chunks(data, plain.icc, _block(photo), photo.dpi, texts)
