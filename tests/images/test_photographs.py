@@ -117,7 +117,7 @@ def test_planar_cmyk_is_the_same_as_chunky() -> None:
         assert read.mode == "CMYK"
 
 
-def test_extra_channels_are_left_out_and_said() -> None:
+def test_extra_channels_are_left_out_and_noted() -> None:
     values = noise(6, 8, 6)
     read = read_picture(tiff(values, 8, 2, t152=(3, (2, 0, 0))))
     assert np.array_equal(read.pixels, values[:, :, :3])
@@ -297,7 +297,7 @@ def jpeg_with_everything(path: Path, xmp: bytes = XMP) -> None:
 
 
 @pytest.mark.parametrize("target", WRITTEN)
-def test_xmp_iptc_and_comments_are_kept_or_said(tmp_path: Path, target: str) -> None:
+def test_xmp_iptc_and_comments_are_kept_or_noted(tmp_path: Path, target: str) -> None:
     jpeg_with_everything(tmp_path / "a.jpg")
     read = read_picture(tmp_path / "a.jpg")
     notes = write_picture(read, tmp_path / f"b{target}")
@@ -470,7 +470,7 @@ def test_adobe_rgb_of_cameras_becomes_a_profile(tmp_path: Path) -> None:
     assert np.abs(to_srgb(read).astype(int) - [231, 58, 59]).max() <= 4
 
 
-def test_a_profile_for_other_pixels_is_left_out_and_said() -> None:
+def test_a_profile_for_other_pixels_is_left_out_and_noted() -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     image = Image.new("RGB", (4, 4))
     image.info["icc_profile"] = lab
@@ -553,7 +553,7 @@ def test_only_lines_of_libtiff_are_taken_out_of_stderr(capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == "mine\n"
 
 
-def test_deep_colour_that_pillow_narrows_is_said() -> None:
+def test_deep_colour_that_pillow_narrows_is_noted() -> None:
     read = read_picture(b"P6 # a comment\n4 4\n65535\n" + bytes(96))
     assert read.notes == ("16 bits per channel are read as 8",)
 

@@ -48,7 +48,7 @@ class Photo:
     dpi: tuple[float, float] | None = None
     """Dots per inch, horizontal and vertical."""
     format: str | None = None
-    """Pillow's name of the file format ("JPEG"); None for a picture that came from memory."""
+    """Pillow's name of the file format ("JPEG"); None for a picture from memory."""
     mode: str = "RGB"
     """Pillow's mode of the file ("CMYK"), before anything was converted."""
     lossless: bool = False

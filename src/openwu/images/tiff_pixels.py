@@ -203,7 +203,7 @@ def _check_inside(
         rows = page.number(ROWS, page.size[1])
         rest = 0 if TILES in page.entries else page.size[1] % max(1, rows)
         last = whole // rows * rest if rest else whole
-        lengths = [whole if (place + 1) % share else last for place in range(len(offsets))]
+        lengths = [whole if (position + 1) % share else last for position in range(len(offsets))]
     if not offsets or any(start + length > size for start, length in zip(offsets, lengths, strict=False)):
         raise ValueError("its pixels end behind the file")
 

@@ -39,7 +39,7 @@ SUFFIXES = {
 """Suffix of an output file -> Pillow's name of its format."""
 
 PILLOW_PNG_PROFILE = 2**20
-"""Bytes of a profile that Pillow reads from a PNG file unless told otherwise."""
+"""Bytes of a profile that Pillow reads from a PNG file by default."""
 
 MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_536}
 """Longest side that a format can hold, where it has a limit."""
@@ -204,7 +204,7 @@ def _jpeg(photo: Photo, data: bytes, notes: list[str]) -> bytes:
 
 
 def _note_lost(photo: Photo, kept: tuple[str, ...], notes: list[str]) -> None:
-    """Say what a format has no place for."""
+    """Note the metadata that a format cannot hold."""
     if photo.iptc and "iptc" not in kept:
         notes.append("its IPTC data was left out; to keep it: use .jpg or .tif")
     keys = [key for key, _ in photo.texts if "texts" not in kept and not (key == "Comment" and "comment" in kept)]
@@ -223,7 +223,7 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def _options(photo: Photo, image: Image.Image, format: str, notes: list[str]) -> dict[str, Any]:
-    """What Pillow's encoder is told: near-lossless quality, and the metadata, which it leaves out unless asked."""
+    """Options of Pillow's encoders: near-lossless quality, and the metadata, which they leave out by default."""
     names = ("icc_profile", "exif") if format == "JPEG" else ("icc_profile", "exif", "xmp")
     options: dict[str, Any] = {name: image.info[name] for name in names if name in image.info}
     if format == "JPEG":
