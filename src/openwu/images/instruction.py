@@ -1,4 +1,4 @@
-"""Instructions: what a user typed enters, text that a model can read leaves, or an `InstructionError`."""
+"""Check instructions: normalise what a user typed, and refuse what is no text that a model can read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def check_instruction(text: object) -> str:
-    """Normalise an instruction (composed characters, single spaces) and refuse what is no instruction."""
+    """Normalise an instruction (NFC, single spaces); raise InstructionError for what is no instruction."""
     if not isinstance(text, str):
         hint = "decode the bytes first" if isinstance(text, bytes | bytearray) else "pass a string"
         raise InstructionError(f"instruction: expected text, got {type(text).__name__}; {hint}")

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu.images.colour import Pixels, grey_profile_to_srgb, profile_space
+from openwu.images.colour import Pixels as Pixels
+from openwu.images.colour import grey_profile_to_srgb, profile_space
 
 Floats = NDArray[np.float32]
 
@@ -47,7 +48,7 @@ class Photo:
     dpi: tuple[float, float] | None = None
     """Dots per inch, horizontal and vertical."""
     format: str | None = None
-    """Pillow's name of the file format ("JPEG"); None for a picture that came from memory."""
+    """Pillow's name of the file format ("JPEG"); None for a picture from memory."""
     mode: str = "RGB"
     """Pillow's mode of the file ("CMYK"), before anything was converted."""
     lossless: bool = False
