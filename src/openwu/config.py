@@ -1,4 +1,4 @@
-"""The shape of a parameter generator: `config.json` or keyword arguments go in, a checked `GeneratorConfig` comes out.
+"""Configuration of a parameter generator (`config.json`), read, checked and written.
 
 The JSON form with the keys `num_base_model_layers`, `prefix` and `pg_mapping` is the released one and describes one
 group of identical base layers. A base whose layers differ in width has several groups; its JSON holds a list `groups`

@@ -40,6 +40,7 @@ from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.images import Photo, read_picture
 from openwu.images.instruction import check_instruction
+from openwu.registry import OPERATORS, module_of
 from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions
 
 
@@ -198,7 +199,9 @@ class Editor:
         for owner, encoder in {"base": self.backbone, "encoder": self.encoder}.items():
             writers |= {f"{owner}.{name}": module for name, module in encoder.weights().items()}
         described = {"generator": self.generator.config.to_dict(), "base": self.backbone.identity}
-        return GeneratorIdentity(writers, {**described, "encoder": self.encoder.identity})
+        code = [type(self.backbone).__module__, type(self.encoder).__module__, *map(module_of, OPERATORS.values())]
+        ours = [name for name in code if name.startswith("openwu.")]
+        return GeneratorIdentity(writers, {**described, "encoder": self.encoder.identity}, ours)
 
     @property
     def dtype(self) -> torch.dtype:

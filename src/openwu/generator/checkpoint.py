@@ -1,4 +1,4 @@
-"""What a generator needs in memory before it is loaded: its folder enters, bytes leave.
+"""Read and write generator folders, the released checkpoint included; estimate their memory before loading.
 
 Shapes: n base layers of a group, hw positions of one, d width.
 """

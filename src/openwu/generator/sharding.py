@@ -1,4 +1,4 @@
-"""One generator over several processes: a condition goes in on every one, its adapter comes out, in whole or in parts.
+"""Run one generator over several processes, each with a part of the sequence (sequence parallelism).
 
 Every process holds all weights and works on a part of the sequence. Attention along base layers needs all layers of a
 position, everything else all positions of a layer; so the sequence changes hands twice per block (all-to-all): cut by

@@ -1,4 +1,4 @@
-"""The generator's fast path for inference: a `ParameterGenerator` and a condition go in, the same adapter comes out.
+"""Run a `ParameterGenerator` without gradients, faster and in bounded memory; the same function to rounding.
 
 Against the clear path of `model.py` and `blocks.py`, equal to rounding:
 
