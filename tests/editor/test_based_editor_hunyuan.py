@@ -37,6 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The stand-in works with the transformers that is here, and thinks briefly."""
     monkeypatch.setattr(HunyuanImage3, "transformers_version", transformers.__version__)
+    monkeypatch.setattr(HunyuanImage3, "needs_gpu", False)
     monkeypatch.setattr(HunyuanImage3, "reasoning_tokens", 3)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -113,7 +114,6 @@ def test_a_batch_is_its_requests_one_at_a_time(editor: BasedEditor) -> None:
         )
         for each in requests
     ]
-    editor.backbone.max_batch = 3  # type: ignore[attr-defined]
     for one, together in zip(alone, editor.edit_batch(requests), strict=True):
         assert difference(one, together) <= 2
 

@@ -94,11 +94,11 @@ class BasedEditor:
         if (check := getattr(kind, "check", None)) is not None:
             check(base, revision=revision, **options_taken)
         how: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, **options_taken}
-        if "beside" in taken:
-            how["beside"] = generator_bytes(Path(generator), dtype)
+        if "reserve_bytes" in taken:
+            how["reserve_bytes"] = generator_bytes(Path(generator), dtype)
         # The generator is loaded first: it is the smaller one, and what is wrong with it shows soon. Where the base's
         # memory is planned, the base first: the plan leaves room for the generator.
-        made = kind.from_pretrained(base, **how) if "beside" in taken else None
+        made = kind.from_pretrained(base, **how) if "reserve_bytes" in taken else None
         loaded = ParameterGenerator.from_pretrained(generator, dtype=dtype, device=device)
         return cls(made or kind.from_pretrained(base, **how), loaded, options=options, name=model)
 

@@ -1,7 +1,7 @@
-"""Does HunyuanImage-3.0-Instruct fit? Headers of its safetensors and a machine enter; a plan leaves, or an error.
+"""Plan the memory of HunyuanImage-3.0-Instruct from its safetensors headers, before any weights are read.
 
-Everything is known before a byte of weights is read: what every tensor takes in its own dtype or quantised, what the
-cache of a request takes, and what must stay free beside the base (`beside`: generator and adapters).
+Counted are every tensor, in its own dtype or quantised, the KV cache of a request, and what must stay free beside the
+base (`reserve_bytes`: generator and adapters).
 
 Bytes are decimal in messages: 1 GB = 10^9.
 """
