@@ -309,9 +309,13 @@ def test_routers_that_say_nothing_of_indices(base: HunyuanImage3, model: Any) ->
     asked = requests(2)
     routing = ExpertRouting("gate", lambda output: chosen_experts(output[0]))
     with attach(model, weights.targets, routing=routing) as handle:
-        base.generate(asked[:1], FAST, lambda rows: handle.applied(weights.select([0]), rows=rows))
-        with pytest.raises(TargetError, match=r"router: expected one tensor .*; edit one request at a time"):
-            base.generate(asked, FAST, lambda rows: handle.applied(weights, rows=rows))
+        base.generate(asked, FAST, lambda rows: handle.applied(weights.select([rows[0]])))
+        rows = [inputs_of(model, each, "", None)["rows"][0] for each in asked]
+        with (
+            pytest.raises(TargetError, match=r"router: expected one tensor .*; edit one request at a time"),
+            handle.applied(weights),
+        ):
+            model.prefill(rows)
 
 
 def test_options_that_it_has_not_and_training(base: HunyuanImage3, model: Any) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,25 +180,37 @@ def settings(folder: Path, **changed: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda at: (at / "stand_in_tokenizer.json").unlink(), "cannot load this model: .*stand_in_tokenizer"),
-        (lambda at: code(at, "import torch\n", "import torch, no_such_package\n"), r"no_such_package.*openwu\[hunyuan"),
-        (lambda at: (at / "generation_config.json").unlink(), "does not have generation_config.diff_infer_steps, gen"),
-        (lambda at: settings(at, diff_guidance_scale=None), r"does not have generation_config\.diff_guidance_scale,"),
-        (lambda at: code(at, "def get_system_prompt", "def other"), "does not have get_system_prompt in its module"),
-        (lambda at: code(at, "build_img_ratio_slice_logits_proc", "other"), "does not have image_processor.build_img_rat"),
-        (lambda at: code(at, "weights, indices = self.gate(x)", "weights, indices = self.gate(x)\n        dispatch_mask = 0"),
-         "got the revision of January 2026, whose mixture of experts takes 45 to 60 GB more"),
-        (lambda at: code(at, "self.gate_and_up_proj", "self.fused_proj"), r"expected the linear maps .*gate_and_up_proj"),
-        (lambda at: code(at, "nn.Linear(1, config", "nn.Linear(2, config"), r"1 are missing .* time_embed.weight \(32, 2\), got \(32"),
-        (lambda at: code(at, "self.post_init()", "self.more = nn.Linear(1, 1)\n        self.post_init()"), "more.bias .*got none"),
-        (lambda at: (at / "modeling_hunyuan_stand_in.py").write_text("class StandInConfig(:"), "invalid syntax"),
-    ],
-)  # fmt: skip
+def replaced(old: str, new: str) -> Callable[[Path], None]:
+    return lambda folder: code(folder, old, new)
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+ROUTED = "weights, indices = self.gate(x)"
+SPOILED: dict[str, Callable[[Path], None]] = {
+    r"cannot load this model: .*stand_in_tokenizer": without("stand_in_tokenizer.json"),
+    r"cannot load this model: invalid syntax": replaced("class StandInConfig(", "class StandInConfig(:"),
+    r"no_such_package.*pip install 'openwu\[hunyuan\]'": replaced("import torch\n", "import torch, no_such_package\n"),
+    r"not have generation_config\.diff_infer_steps, gen": without("generation_config.json"),
+    r"not have generation_config\.diff_guidance_scale, which": lambda folder: settings(
+        folder, diff_guidance_scale=None
+    ),
+    r"not have get_system_prompt in its module": replaced("def get_system_prompt", "def other"),
+    r"not have image_processor\.build_img_ratio_s": replaced("build_img_ratio_slice_logits_proc", "other"),
+    r"got the revision of January 2026, .* 45 to 60 GB": replaced(ROUTED, f"dispatch_mask = 0; {ROUTED}"),
+    r"expected the linear maps .*gate_and_up_proj": replaced("gate_and_up_proj", "fused_proj"),
+    r"of another shape, .*time_embed\.weight \(32, 2\), got \(32, 1\)": replaced("nn.Linear(1, ", "nn.Linear(2, "),
+    r"missing or .*more\.bias \(1,\), got none": replaced(
+        "self.vae = VAE()", "self.vae, self.more = VAE(), nn.Linear(1, 1)"
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "spoil"), SPOILED.items(), ids=str)
 def test_what_is_wrong_is_said_before_weights_are_read(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, message: str
+    copy: Path, monkeypatch: pytest.MonkeyPatch, message: str, spoil: Callable[[Path], None]
 ) -> None:
     spoil(copy)
     monkeypatch.setattr(

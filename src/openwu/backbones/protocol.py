@@ -69,7 +69,7 @@ class Backbone(ConditionEncoder, Protocol):
 
     facts: ClassVar[BaseFacts]
     loading_options: ClassVar[frozenset[str]] = frozenset()
-    """Further arguments that its `from_pretrained` takes: of `trust_remote_code`, `quantise`, `offload`, `reserve_bytes`."""
+    """Further arguments of its `from_pretrained`: of `trust_remote_code`, `quantise`, `offload`, `reserve_bytes`."""
     reasons: ClassVar[bool] = False
     """Whether it writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
 
