@@ -67,9 +67,10 @@ def test_what_stands_beside_is_counted_from_the_generator_s_folder(tmp_path: Pat
     config, numbers, dtype = read_shape(tmp_path / "generator")
     assert (numbers, dtype) == (generator.num_parameters, torch.float32)
     (layout,) = GeneratorLayout.of(config).groups
-    expected = numbers + 10 * layout.num_positions * 32 + 3 * 2 * 16 * 8
-    assert generator_bytes(tmp_path / "generator", None) == 4 * expected
-    assert generator_bytes(tmp_path / "generator", torch.bfloat16) == 2 * expected
+    stream = layout.num_positions * 32
+    expected = numbers + 9 * stream + 3 * 2 * 16 * 8
+    assert generator_bytes(tmp_path / "generator", None) == 4 * expected + 4 * stream
+    assert generator_bytes(tmp_path / "generator", torch.bfloat16) == 2 * expected + 4 * stream
     with pytest.raises(CheckpointError, match="got none"):
         generator_bytes(tmp_path / "nowhere", None)
 
@@ -92,7 +93,7 @@ def test_what_fits() -> None:
 
 def test_what_does_not_fit_is_refused_with_numbers_and_what_would() -> None:
     headers = hunyuan_cases.released_decoder()
-    how = {"quantise": None, "offload": False, "dtype": None, "beside": 35 * GB}
+    how = {"quantise": None, "offload": False, "dtype": None, "reserve_bytes": 35 * GB}
     with pytest.raises(OpenwuError) as caught:
         check_room(headers, Room((141 * GB,), 256 * GB), **how)  # type: ignore[arg-type]
     message = str(caught.value)

@@ -137,7 +137,7 @@ def test_on_the_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys:
         assert written.size == (80, 60)
         assert np.abs(np.asarray(written, np.int32) - np.asarray(expected, np.int32)).max() <= 1
     assert cli.main([*line, "--trust-remote-code", "--overwrite", "--offload"]) == 1
-    assert "offload: expected a GPU" in capsys.readouterr().err
+    assert "offload: expected a CUDA GPU" in capsys.readouterr().err
 
 
 def test_options_of_other_bases_and_of_the_embedded_model(

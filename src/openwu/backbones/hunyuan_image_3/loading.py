@@ -128,8 +128,8 @@ def load_remote(
     try:
         with quiet(transformers.utils.logging):
             config, rehearsed = rehearse(transformers, path)
-            check_weights(rehearsed, headers)
             check(rehearsed)
+            check_weights(rehearsed, headers)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
                 config=config,
