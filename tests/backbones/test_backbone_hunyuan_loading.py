@@ -23,7 +23,7 @@ from openwu.backbones import quantised
 from openwu.backbones.hunyuan_image_3 import loading as hunyuan_loading
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
 from openwu.backbones.hunyuan_image_3.loading import check_version, unquantised
-from openwu.backbones.hunyuan_image_3.memory import Room, read_headers
+from openwu.backbones.hunyuan_image_3.memory import FreeMemory, read_headers
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.types import SamplingOptions
 
@@ -161,7 +161,7 @@ def test_a_machine_without_a_gpu_is_refused_first(monkeypatch: pytest.MonkeyPatc
 
 
 def test_too_little_memory_is_said_before_any_code_runs(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hunyuan_loading.Room, "of", classmethod(lambda *_: Room((), 10**5)))
+    monkeypatch.setattr(hunyuan_loading.FreeMemory, "of", classmethod(lambda *_: FreeMemory((), 10**5)))
     monkeypatch.setattr(hunyuan_loading, "library", lambda *_: pytest.fail("must not load"))
     with pytest.raises(OpenwuError, match=r"generator and adapters 7\.0 GB\), but free are memory 0\.0 GB"):
         load(saved, reserve_bytes=7 * GB)
@@ -284,7 +284,9 @@ def test_what_transformers_is_asked_for(
     )
     for module in (hunyuan_loading, quantised):
         monkeypatch.setattr(module, "library", lambda *_: fake)
-    monkeypatch.setattr(hunyuan_loading.Room, "of", classmethod(lambda *_: Room((10 * GB,) * gpus, 20 * GB)))
+    monkeypatch.setattr(
+        hunyuan_loading.FreeMemory, "of", classmethod(lambda *_: FreeMemory((10 * GB,) * gpus, 20 * GB))
+    )
     load(saved, device=device, reserve_bytes=GB, **how)
     assert (seen["trust_remote_code"], seen["config"].moe_impl, seen["dtype"]) == (True, "eager", "auto")
     assert seen["device_map"] == expected["device_map"]

@@ -9,6 +9,7 @@ order: permission, device, folder, versions, memory; then a rehearsal, which run
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import sys
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 from torch import nn
 
-from openwu.backbones.hunyuan_image_3.memory import LAYER, LINEAR, Room, check_room, gpu_budgets, read_headers
+from openwu.backbones.hunyuan_image_3.memory import LAYER, LINEAR, FreeMemory, check_memory, gpu_budgets, read_headers
 from openwu.backbones.quantised import Quantise, bitsandbytes, check_way, differentiable_, wide_enough
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
@@ -154,13 +155,12 @@ def load_remote(
 
 def rehearse(transformers: Any, path: Path) -> tuple[Any, RemoteModel]:
     """Return the folder's config, with the released pipeline's settings, and its model without weights, checked."""
-    how: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
-    config = transformers.AutoConfig.from_pretrained(str(path), **how)
+    config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=True, local_files_only=True)
     config.moe_impl, config.moe_drop_tokens = "eager", False
     if not hasattr(config, "model_version"):
         config.model_version = MODEL_VERSION
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=True)
     if (path / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)
     if hasattr(model, "load_tokenizer"):
@@ -284,16 +284,16 @@ def _placement(
     reserve_bytes: int,
 ) -> dict[str, Any]:
     """What transformers is told about devices, after the check that the weights fit there."""
-    room = Room.of(device)
-    if device.type == "cuda" and not room.gpus:
+    free = FreeMemory.of(device)
+    if device.type == "cuda" and not free.gpus:
         raise OpenwuError(f"device: expected a machine with a CUDA GPU for {device}, found none")
-    need = check_room(headers, room, quantise=quantise, offload=offload, dtype=dtype, reserve_bytes=reserve_bytes)
+    need = check_memory(headers, free, quantise=quantise, offload=offload, dtype=dtype, reserve_bytes=reserve_bytes)
     if device.type == "cpu" and quantise is None:
         return {}
     library("accelerate", EXTRA)
-    if len(room.gpus) <= 1 and not offload:
+    if len(free.gpus) <= 1 and not offload:
         return {"device_map": {"": str(device)}}
-    budgets = gpu_budgets(need, room, offload=offload)
+    budgets = gpu_budgets(need, free, offload=offload)
     if quantise is not None:
         budgets = {place: int(size / USED) for place, size in budgets.items()}
     return {"device_map": "auto", "max_memory": budgets}
