@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from openwu.backbones.hunyuan_image_3.memory import Headers, Needs, FreeMemory, fits, needs
+from openwu.backbones.hunyuan_image_3.memory import FreeMemory, Headers, Needs, fits, needs
 from openwu.config import GeneratorConfig
 from openwu.generator.checkpoint import needed
 from openwu.generator.model import ParameterGenerator

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from openwu.backbones.hunyuan_image_3.memory import (
     ROWS,
     TOKENS,
-    Needs,
     FreeMemory,
+    Needs,
     check_memory,
     fits,
     gpu_budgets,

@@ -78,7 +78,7 @@ class Needs:
 
 
 def read_headers(folder: Path) -> Headers:
-    """Return names, dtypes and shapes of all tensors in a folder's safetensors; CheckpointError if files are missing."""
+    """Return dtypes and shapes of all tensors in a folder's safetensors; CheckpointError if files are missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -144,7 +144,7 @@ def check_memory(
     dtype: torch.dtype | None,
     reserve_bytes: int,
 ) -> Needs:
-    """Return the needs; raise OpenwuError with the numbers, and with the options that would fit, if they exceed `free`."""
+    """Return the needs; if they exceed `free`, raise OpenwuError with the numbers and the options that would fit."""
     asked = needs(headers, quantise=quantise, dtype=dtype, reserve_bytes=reserve_bytes)
     if fits(asked, free, offload=offload):
         return asked
