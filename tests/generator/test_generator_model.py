@@ -212,6 +212,7 @@ def test_residual_and_adapter_dtypes_are_as_documented(
     assert all(_gradient(parameter).dtype == parameters for parameter in generator.parameters())
 
 
+@torch.no_grad()
 def test_a_float32_stream_rounds_less_than_one_of_16_bits(tiny_config: GeneratorConfig) -> None:
     generator = ParameterGenerator(replace(tiny_config, num_pg_layers=6)).to(torch.bfloat16)
     tokens = torch.randn(2, 3, tiny_config.input_dim, dtype=torch.bfloat16)
