@@ -172,7 +172,7 @@ class FastGenerator:
 
     @property
     def _residual(self) -> torch.dtype:
-        return self.generator.residual_dtype or self.generator.hidden_in.weight.dtype
+        return self.generator.stream_dtype
 
     def _adapter(self, condition: Condition | Tensor) -> Adapter:
         generator = self.generator
