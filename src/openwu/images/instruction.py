@@ -28,6 +28,15 @@ def check_instruction(text: object) -> str:
     return text
 
 
+def check_prompt(text: object) -> str:
+    """Refuse what is no prompt; text is kept verbatim, with its line breaks and at any length."""
+    if not isinstance(text, str):
+        raise InstructionError(f"instruction: expected text, got {type(text).__name__}; pass a string")
+    if not text.strip():
+        raise InstructionError("instruction: expected text, got nothing; say what to change in the picture")
+    return text
+
+
 def _only_text(text: str) -> str:
     """Drop invisible formatting characters; refuse characters that only binary data holds."""
     kept = []

@@ -90,6 +90,16 @@ class Photo:
             return replace(self, pixels=_quantise(cast(Floats, pixels), self.pixels.dtype))
         return replace(self, pixels=cast(Pixels, pixels))
 
+    def resized(self, pixels: Floats) -> Photo:
+        """The same photo with new pixels `[h', w', 3]` between 0 and 1, of another size; transparency is scaled."""
+        alpha = self.alpha
+        if alpha is not None:
+            size = pixels.shape[1], pixels.shape[0]
+            scaled = Image.fromarray(alpha.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+            limit = np.iinfo(alpha.dtype).max
+            alpha = np.rint(np.asarray(scaled).clip(0, limit)).astype(alpha.dtype)
+        return replace(self, pixels=_quantise(pixels, self.pixels.dtype), alpha=alpha)
+
     def neutral(self) -> Photo:
         """The same photo with its luma in all three channels, exactly grey at its depth, and written so.
 

@@ -17,8 +17,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,14 @@ from torch import Tensor, nn
 from openwu.backbones.diffusers.latents import as_tensor
 from openwu.backbones.hunyuan_image_3.dialogue import AUTO, LastLayer, choose_ratio, draw, inputs_of, write_reasoning
 from openwu.backbones.hunyuan_image_3.loading import EXTRA, RemoteModel, check_folder, check_trust, load_remote
-from openwu.backbones.protocol import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
+from openwu.backbones.protocol import Backbone, BaseFacts, EditJob, Progress, RequestScope, Routing, RowScope
 from openwu.backbones.quantised import Quantise
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import of_bytes
+from openwu.images import Photo
 from openwu.kernels.padding import padded
-from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions
+from openwu.types import BaseRequest, Condition, SamplingOptions
 
 PLAIN = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj")
 EXPERTS = "mlp.experts"
@@ -75,6 +77,8 @@ class HunyuanImage3(Backbone):
     image_size: str = AUTO
     """Size of the pictures: `auto`, by which the base chooses a ratio, or its size nearest to `HxW` or the ratio `W:H`.
     With `auto`, source pictures are resized to a size of the base, else cropped; the condition depends on it."""
+    fit_to_photo: bool = False
+    """Whether results are stretched to the photograph's size; the released pipeline returns the base's own size."""
     max_batch: int = 1
     """Requests that share a call: the folder's code fails on several."""
 
@@ -135,13 +139,10 @@ class HunyuanImage3(Backbone):
         """The whole model: paths of the released generator begin at it."""
         return cast("nn.Module", self.model)
 
-    @property
-    def prediction(self) -> Prediction:
-        return "flow"
-
-    @property
-    def alphas_cumprod(self) -> Tensor | None:
-        return None
+    @cached_property
+    def identity(self) -> str:
+        """Samples of all weights, and the settings that the condition depends on beside the request."""
+        return f"{super().identity} {self.image_size} {self.reasoning_tokens}"
 
     @property
     def routing(self) -> Routing | None:
@@ -161,17 +162,24 @@ class HunyuanImage3(Backbone):
         tokens, mask = padded([self._read(request)[1] for request in requests])
         return Condition(tokens, None if bool(mask.all()) else mask)
 
-    def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:  # noqa: ARG002
-        """Not supported."""
-        _no_training()
+    def check_sampling(self, options: SamplingOptions) -> None:
+        self.options(options)
 
-    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:  # noqa: ARG002
-        """Not supported."""
-        _no_training()
-
-    def predict(self, batch: LatentBatch, given: Tensor, time: Tensor) -> Tensor:  # noqa: ARG002
-        """Not supported."""
-        _no_training()
+    def edit(
+        self,
+        jobs: Sequence[EditJob],
+        options: SamplingOptions,
+        scope: RequestScope,
+        progress: Progress | None = None,
+    ) -> list[Photo]:
+        """Edit every job's first picture; results have the base's own size and aspect unless `fit_to_photo`."""
+        if self.fit_to_photo:
+            return super().edit(jobs, options, scope, progress)
+        pictures = self.generate([job.request for job in jobs], options, scope.rows, progress)
+        return [
+            job.photos[0].resized(picture.clamp(0, 1).permute(1, 2, 0).contiguous().numpy())
+            for job, picture in zip(jobs, pictures, strict=True)
+        ]
 
     @torch.no_grad()
     def generate(
@@ -292,13 +300,6 @@ def _targets_of(layer: Any, index: int) -> tuple[PlainTarget | GroupedTarget, ..
 def _refuse_revision(revision: str | None) -> None:
     if revision is not None:
         raise OpenwuError(f"revision: expected none for this base, which is a local folder, got {revision!r}")
-
-
-def _no_training() -> NoReturn:
-    raise OpenwuError(
-        "training: not supported through hunyuan-image-3, whose folder's code draws only with its own sampler; "
-        "edit with the released generator, or train one for another base (`openwu models`)"
-    )
 
 
 @contextmanager
