@@ -225,7 +225,7 @@ class Encoded:
         pictures, target = pair.load()
         request = BaseRequest(tuple(_to_image(picture) for picture in pictures), text)
         row = self.backbone.latent_batch([request], [target])
-        if self.encoder is None or self.encoder is self.backbone:
+        if self.encoder is None:
             return row
         # Some encoders draw noise from the request's seed: every pair has its own, since edits may have any.
         seeded = dataclasses.replace(request, seed=_seed_of(pair, text))
