@@ -1,7 +1,7 @@
 """Audit a hypernetwork that is not ours: does it read its condition?
 
-The base is a frozen little network from vectors to vectors. The hypernetwork is one linear layer that reads a request
-and writes a LoRA adapter for the base; a second one is never told the request, and the audit finds out.
+The base is a frozen little network from vectors to vectors. The hypernetwork is one linear layer from a request to a
+LoRA adapter of the base; a second one never sees the request, and the audit finds out.
 
     python examples/audit_your_own.py
 """
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import openwu
-from openwu.cli.lab import ladder_table
-from openwu.evaluation.experiments.audit import Ladder, audit
-from openwu.evaluation.experiments.subject import Subject
+from openwu.evaluation.experiments.audit import Ladder, Subject, audit
 
 WIDTH, RANK = 12, 4
 TARGETS = (openwu.Target("1", WIDTH, WIDTH),)
@@ -34,8 +32,8 @@ class Request:
     vector: Tensor
 
     @property
-    def told(self) -> Tensor:
-        """What a hypernetwork reads: which task, how far."""
+    def condition(self) -> Tensor:
+        """The hypernetwork's input: which task, how far."""
         return torch.cat([self.amount * nn.functional.one_hot(torch.tensor(self.task), 4), torch.ones(1)])
 
     @property
@@ -52,14 +50,14 @@ class Hypernetwork(nn.Module):
         self.write = nn.Linear(5, 2 * RANK * WIDTH)
 
     def forward(self, requests: Sequence[Request]) -> openwu.Adapter:
-        told = torch.stack([request.told for request in requests])
-        a, b = self.write(told * 0 if self.blind else told).chunk(2, dim=1)
+        condition = torch.stack([request.condition for request in requests])
+        a, b = self.write(condition * 0 if self.blind else condition).chunk(2, dim=1)
         weights = {"1": (a.view(-1, RANK, WIDTH), b.view(-1, WIDTH, RANK))}
         return openwu.Adapter.from_pairs(TARGETS, weights, 1.0)
 
 
 def draw(count: int, generator: torch.Generator) -> list[Request]:
-    """Requests of four tasks in turn."""
+    """Draw requests of four tasks in turn."""
     amounts = torch.rand(count, generator=generator) + 0.5
     vectors = torch.randn(count, WIDTH, generator=generator)
     return [Request(i % 4, float(amounts[i]), vectors[i]) for i in range(count)]
@@ -111,5 +109,5 @@ def examine(blind: bool, steps: int = 400) -> Ladder:
 
 if __name__ == "__main__":
     for blind in (False, True):
-        sys.stdout.write(f"\n{'A hypernetwork that is told nothing' if blind else 'One that reads its request'}\n\n")
-        sys.stdout.write(ladder_table(examine(blind)))
+        sys.stdout.write(f"\n{'A hypernetwork without its request' if blind else 'One that reads its request'}\n\n")
+        sys.stdout.write(examine(blind).table())

@@ -37,16 +37,13 @@ from transformers import (
 
 import openwu
 from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
-from openwu.cli.lab import ladder_table
-from openwu.evaluation.experiments.audit import Ladder, audit
+from openwu.evaluation.experiments.audit import Ladder, Subject, audit
 from openwu.evaluation.experiments.geometry import Mean, mean_over
-from openwu.evaluation.experiments.subject import Subject
 from openwu.memory.language import LanguageMemory
 from openwu.training.config import StageConfig
-from openwu.training.loop import LoopConfig, part_of_peak, train_stage
+from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.objectives import NextToken
-from openwu.training.optimizers import StageOptimizer
-from openwu.training.stage import GeneratorStage
+from openwu.training.stage import GeneratorStage, ModuleStage
 
 NAMES = (
     "anna", "ben", "carla", "david", "emma", "felix", "greta", "hugo",
@@ -199,25 +196,26 @@ def trained_base(plan: Plan, log: Log) -> tuple[CausalLM, int]:
 
 
 def train_base(base: CausalLM, plan: Plan, log: Log) -> float:
-    """Texts in which sentences come again: what a thing was at first, it is later. Frozen when done.
+    """TokenBatch in which sentences come again: what a thing was at first, it is later. Frozen when done.
 
     Returns the mean loss of the last steps.
     """
-    last: list[float] = []
-    base.model.requires_grad_(True)
-    optimizer, objective = StageOptimizer(base.model, plan.base), NextToken()
-    for step in range(plan.base.steps):
+    objective, means = NextToken(), list[float]()
+
+    def batches(step: int) -> TokenBatch:
         random = Random(f"base {plan.seed} {step}")
-        texts = base.tokenize_dialogues([story(random, plan.repeats) for _ in range(plan.base.shapes[0][0])])
-        loss = objective.losses(base.logits(texts), objective.sample(texts.labels, torch.Generator())).mean()
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(base.model.parameters(), plan.base.clip)
-        optimizer.step(part_of_peak(plan.base, step))
-        log.say("base", step, loss)
-        last = [*last[-9:], float(loss.detach())]
+        return base.tokenize_dialogues([story(random, plan.repeats) for _ in range(plan.base.shapes[0][0])])
+
+    def losses(texts: TokenBatch) -> Tensor:
+        found = objective.losses(base.logits(texts), objective.sample(texts.labels, torch.Generator()))
+        log.say("base", len(means), found.mean())
+        means.append(float(found.mean().detach()))
+        return found
+
+    base.model.requires_grad_(True)
+    train_stage(ModuleStage("base", base.model, batches, losses), plan.base)
     base.model.requires_grad_(False)
-    return sum(last) / len(last)
+    return sum(means[-10:]) / len(means[-10:])
 
 
 def story(random: Random, repeats: int) -> list[tuple[str, str]]:
@@ -273,8 +271,7 @@ def train_generator(memory: LanguageMemory, plan: Plan, log: Log, folder: Path) 
         predict=lambda some, _: log.heard("generator", base.logits(some.texts), some.texts.labels),
         objective=NextToken(),
     )
-    never = 10**9
-    train_stage(stage, plan.generator, LoopConfig("{}", never, never, log_every=50), folder)
+    train_stage(stage, plan.generator, LoopConfig(log_every=50), folder)
 
 
 class Log:
@@ -347,7 +344,7 @@ class Examination:
 
     def __str__(self) -> str:
         return (
-            f"{ladder_table(self.ladder)}names swapped, the other person's thing is answered: {self.exchanged}\n"
+            f"{self.ladder.table()}names swapped, the other person's thing is answered: {self.exchanged}\n"
             f"the facts in the context, no adapter: {self.in_context}\n"
         )
 

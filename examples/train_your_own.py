@@ -20,14 +20,12 @@ import torch
 from torch import Tensor, nn
 
 import openwu
-from openwu.cli.lab import ladder_table
 from openwu.config import LayerGroup, PlainTarget
-from openwu.evaluation.experiments.audit import Ladder, audit
-from openwu.evaluation.experiments.subject import Subject
+from openwu.evaluation.experiments.audit import Ladder, Subject, audit
 from openwu.training.config import StageConfig
-from openwu.training.distributed import is_main, joined_until_done
+from openwu.training.distributed import is_main, process_group_scope
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objectives import FlowMatching, Question
+from openwu.training.objectives import FlowMatching, NoisySample
 from openwu.training.stage import GeneratorStage
 
 WIDTH, POINTS = 64, 64
@@ -83,17 +81,17 @@ def trained_base(steps: int) -> Flow:
     base, objective = Flow(), FlowMatching()
     optimizer = torch.optim.Adam(base.parameters(), lr=3e-3)
     for step in range(steps):
-        question = objective.ask(draw(16, torch.Generator().manual_seed(step), far=0.0).points, seeded(step))
+        sample = objective.sample(draw(16, torch.Generator().manual_seed(step), far=0.0).points, seeded(step))
         optimizer.zero_grad()
-        torch.autograd.backward(objective.losses(answer(base, question), question).mean())
+        torch.autograd.backward(objective.losses(predict(base, sample), sample).mean())
         optimizer.step()
     return base.requires_grad_(False)
 
 
-def answer(base: Flow, question: Question) -> Tensor:
-    assert question.given is not None
-    assert question.time is not None
-    return base(question.given, question.time)
+def predict(base: Flow, sample: NoisySample) -> Tensor:
+    assert sample.x_t is not None
+    assert sample.time is not None
+    return base(sample.x_t, sample.time)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -128,7 +126,7 @@ def train(base_steps: int = 600, steps: int = 600, folder: Path | None = None) -
         batch,
         adapt=lambda moves: generator(condition(moves.to)),
         target=lambda moves: moves.points,
-        predict=lambda _, question: answer(base, question),
+        predict=lambda _, sample: predict(base, sample),
         objective=FlowMatching(),
         validation=draw(16, seeded(-1)),
     )
@@ -162,8 +160,8 @@ def train(base_steps: int = 600, steps: int = 600, folder: Path | None = None) -
 
 
 if __name__ == "__main__":
-    with joined_until_done():
+    with process_group_scope():
         ladder, alone, adapted = train()
     if is_main():
         sys.stdout.write(f"\nmean distance from the wanted place: base {alone:.2f}, with adapters {adapted:.2f}\n\n")
-        sys.stdout.write(ladder_table(ladder))
+        sys.stdout.write(ladder.table())

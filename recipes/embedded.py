@@ -7,7 +7,8 @@ from openwu.backbones.embedded.network import TinyEditorConfig
 from openwu.config import GeneratorConfig
 from openwu.data.suite import BASE_EDITS, EDITS
 from openwu.data.suite.phrases import OUT_OF_SCOPE
-from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.embedded.model import EmbeddedConfig
 
 HARD = ("deblur", "remove_motion_blur", "denoise", "remove_jpeg", "restore")
@@ -61,5 +62,5 @@ def recipe() -> EmbeddedRecipe:
         base_edits=(*BASE_EDITS, *HARD),
         # What the base does not know comes up twice as often, what needs a second picture three times.
         edits=(*EDITS, *REST, *REFERENCES),
-        export="src/openwu/weights",
+        export="src/openwu/backbones/embedded/weights",
     )

@@ -6,7 +6,8 @@ openwu train recipes/embedded_on.py
 from dataclasses import replace
 from pathlib import Path
 
-from openwu.training.config import EmbeddedRecipe, load_recipe
+from openwu.training.embedded.config import EmbeddedRecipe
+from openwu.training.run import load_recipe
 
 MISSED = ("deblur", "white_balance", "scratches", "remove_motion_blur", "colourise")
 """What fell short of its goal, or barely reached it, comes up more often."""
@@ -22,7 +23,7 @@ def recipe() -> EmbeddedRecipe:
     return replace(
         begun,
         name="embedded_on",
-        start="src/openwu/weights",
+        start="src/openwu/backbones/embedded/weights",
         stages=("base", "generator"),
         base=base,
         generator=generator,

@@ -3,7 +3,8 @@
 openwu train recipes/own_pairs.py data=FOLDER_OR_JSONL
 """
 
-from openwu.training.config import PairsRecipe, StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import PairsRecipe
 
 
 def recipe() -> PairsRecipe:

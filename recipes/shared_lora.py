@@ -9,10 +9,17 @@ As many steps, samples and draws as the generator's first training (recipes/embe
 from dataclasses import replace
 from pathlib import Path
 
-from openwu.training.config import EmbeddedRecipe, load_recipe
+from openwu.training.embedded.config import EmbeddedRecipe
+from openwu.training.run import load_recipe
 
 
 def recipe() -> EmbeddedRecipe:
     begun = load_recipe(Path(__file__).with_name("embedded.py"), [])
     assert isinstance(begun, EmbeddedRecipe)
-    return replace(begun, name="shared_lora", start="src/openwu/weights", stages=("shared",), export="docs/results")
+    return replace(
+        begun,
+        name="shared_lora",
+        start="src/openwu/backbones/embedded/weights",
+        stages=("shared",),
+        export="docs/results",
+    )

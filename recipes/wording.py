@@ -3,7 +3,8 @@
 openwu train recipes/wording.py
 """
 
-from openwu.training.config import StageConfig, WordingRecipe
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import WordingRecipe
 
 
 def recipe() -> WordingRecipe:
@@ -11,5 +12,5 @@ def recipe() -> WordingRecipe:
         name="wording",
         wording=StageConfig(steps=8000, shapes=((64, 0),), learning_rate=2e-3, ema=0.999),
         hold=0.2,
-        export="src/openwu/weights",
+        export="src/openwu/backbones/embedded/weights",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from PIL import Image
 
 from openwu import cli
 from openwu.cli.evaluate import _parser
-from openwu.cli.lab import EXPERIMENTS
 from openwu.data.suite import EDITS
 from openwu.editor.requests import EditResult
-from openwu.training.config import EmbeddedRecipe
+from openwu.evaluation.experiments.runs import EXPERIMENTS
+from openwu.training.embedded.config import EmbeddedRecipe
 
 ROOT = Path(__file__).parents[1]
 README, EDITING, TRAINING, EVIDENCE = (
@@ -103,12 +104,17 @@ def test_the_training_commands_name_a_fair_recipe(monkeypatch: pytest.MonkeyPatc
     assert len(trainings) >= 2
     for words in trainings:
         asked: dict[str, object] = {}
-        monkeypatch.setattr("openwu.cli.train.train", lambda recipe, *_, into=asked, **__: into.update(recipe=recipe))
+        noted = partial(_note, asked)
+        monkeypatch.setattr("openwu.training.embedded.run.train", noted)
         monkeypatch.chdir(ROOT)
         assert cli.main(words) == 0
         recipe = asked["recipe"]
         assert isinstance(recipe, EmbeddedRecipe)
         recipe.check_baseline()
+
+
+def _note(asked: dict[str, object], recipe: object, *_: object) -> None:
+    asked["recipe"] = recipe
 
 
 def test_the_evaluation_commands_are_understood() -> None:

@@ -17,21 +17,25 @@ from PIL import Image
 
 from openwu.backbones.embedded import tiles
 from openwu.backbones.embedded.base import WEIGHTS, native_dtype
-from openwu.cli.evaluate import Findings, as_markdown
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest
 from openwu.errors import InstructionError
+from openwu.evaluation.cases import draw_cases, generate
+from openwu.evaluation.cases import edit as edit_cases
 from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
+from openwu.evaluation.metrics import psnr
+from openwu.evaluation.model_card import Findings, as_markdown
 from openwu.evaluation.strength import Graded
-from openwu.evaluation.suite import METHODS, Report, Score, apply, draw_cases, evaluate_suite, generate, psnr_of
+from openwu.evaluation.suite import METHODS, Report, Score, evaluate_suite
 from openwu.evaluation.tables import KNOWN_DAMAGE, goals
 from openwu.evaluation.wording import Wording, understanding
-from openwu.training.config import EmbeddedRecipe, load_recipe
+from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.record import describe
+from openwu.training.run import load_recipe
 from openwu.types import Adapter
 
 ROOT = Path(__file__).parents[1]
@@ -98,15 +102,15 @@ def test_one_adapter_for_all_requests_stays_between(report: Report) -> None:
 @pytest.mark.parametrize("edit", ["warm", "denoise", "age"])
 def test_bfloat16_and_float32_are_the_same_model(edit: str) -> None:
     """Some kernels are wrong on some processors: then the two would have nothing in common."""
-    cases = draw_cases("coffee", load_test_photographs(QUICK_SIDE)["coffee"], 0, (edit,), torch.rand(3, 64, 64))
+    photographs = {"coffee": load_test_photographs(QUICK_SIDE)["coffee"], "zebra": torch.rand(3, 64, 64)}
+    cases = draw_cases(photographs, (edit,), 0, only="coffee")
     answers = []
     for dtype in (torch.float32, torch.bfloat16):
         model = EmbeddedModel.from_pretrained(dtype=dtype)
         with torch.inference_mode():
-            text, adapter = generate(model, cases)
-            answers.append(apply(model, cases, text, adapter)[0].float().clamp(0, 1))
-    assert psnr_of(answers[1], answers[0]) > 33
-    scores = [psnr_of(answer, cases.target[0]) for answer in answers]
+            answers.append(edit_cases(model, cases, generate(model, cases))[0].float().clamp(0, 1))
+    assert float(psnr(answers[1], answers[0])) > 33
+    scores = [float(psnr(answer, cases[0].target)) for answer in answers]
     assert scores[1] == pytest.approx(scores[0], abs=0.5)
 
 
@@ -223,8 +227,8 @@ def test_files_are_small_and_safe() -> None:
 
 
 def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
-    from openwu.training.config import load_recipe
     from openwu.training.record import describe
+    from openwu.training.run import load_recipe
 
     recipe = describe(load_recipe(ROOT / "recipes" / "embedded.py", []))
     stored = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]

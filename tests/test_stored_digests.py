@@ -15,11 +15,10 @@ from PIL import Image
 from torch import nn
 
 from openwu.backbones.embedded.base import WEIGHTS
-from openwu.data.pairs import Pair, Pairs
+from openwu.data.pairs import Pair, Pairs, pairs_hashes
 from openwu.data.suite import phrases
 from openwu.data.suite.photographs import folder_hashes
 from openwu.editor.compatibility import fingerprint
-from openwu.training.embedded.own_pairs import pairs_hashes
 from openwu.training.encoded_rows import RowStore
 
 ROW = "8c70cbea961550c91b7e6c1be661d004ea2eb83094fa44c231b7a8b15515457a"
@@ -69,11 +68,13 @@ def test_seeds_of_conditions_that_read_noise(pair: Pair) -> None:
 
 def test_what_a_training_of_a_large_base_depends_on() -> None:
     from openwu.training.config import PipelineRun, StageConfig
-    from openwu.training.pipelines import _depends_on
+    from openwu.training.pipelines import _description
 
     depends = json.loads(
-        _depends_on(
-            PipelineRun("a", "flux2-klein", StageConfig(1, ((1, 0),), 1e-3, 0)), {"pairs.jsonl:1": "ab"}, "base"
+        _description(
+            PipelineRun(name="a", model="flux2-klein", generator=StageConfig(1, ((1, 0),), 1e-3, 0)),
+            {"pairs.jsonl:1": "ab"},
+            "base",
         )
     )
     assert depends["pairs"] == "09648c51a01fceb1570f043aeeac9a6cb9de7969e25adb8343aa362dfd95b861"

@@ -19,7 +19,7 @@ from openwu.backbones import backbone_class
 from openwu.editor.compatibility import generator_config, target_widths
 from openwu.generator.model import ParameterGenerator
 from openwu.registry import BASES, DEFAULT_BASE
-from openwu.training.pipelines import based_stage
+from openwu.training.pipelines import backbone_stage
 from openwu.types import Adapter, BaseRequest, SamplingOptions, Target
 
 MULTIMODAL = ("qwen-image-edit", "qwen-image-edit-plus", "longcat-image-edit")
@@ -66,7 +66,7 @@ def requests(count: int = 2) -> list[BaseRequest]:
 def losses_of_training(base: Any, made: ParameterGenerator, asked: Sequence[BaseRequest], steps: int) -> list[float]:
     """Return the validation loss before and after some steps: one request's target is black, the other's white."""
     batch = base.latent_batch(asked, [torch.zeros(3, 64, 64), torch.ones(3, 64, 64)])
-    stage = based_stage(base, made, lambda _: batch, validation=batch)
+    stage = backbone_stage(base, made, lambda _: batch, validation=batch)
     try:
         losses = [stage.evaluate().scalars["validation"]]
         optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)

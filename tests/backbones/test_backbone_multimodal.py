@@ -297,7 +297,7 @@ def test_adapters_of_the_last_block_alone_reach_the_picture(qwen: Any) -> None:
     weights = adapter(qwen, 1, size=1.0)
     names = [target.name for target in weights.targets if "transformer_blocks.2." in target.name]
     assert len(names) == 8
-    zeroed = type(weights)(
+    zeroed = type(weights).from_pairs(
         weights.targets,
         {name: (a, b if name in names else torch.zeros_like(b)) for name, (a, b) in weights.pairs.items()},
         1.0,

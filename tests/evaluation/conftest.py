@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.stages import SharedAdapter
+from openwu.training.stage import TrainableLora
 from openwu.types import Adapter
 
 
@@ -35,7 +35,7 @@ def photographs(scene: Callable[..., NDArray[np.uint8]]) -> dict[str, torch.Tens
 def shared(embedded_model: EmbeddedModel) -> Adapter:
     """A baseline that changes pictures."""
     generator = torch.Generator().manual_seed(0)
-    adapter = SharedAdapter(embedded_model.generator.targets, 4, 1.0, generator)
+    adapter = TrainableLora(embedded_model.generator.targets, 4, generator)
     with torch.no_grad():
         for b in adapter.b:
             b.normal_(std=0.1, generator=generator)

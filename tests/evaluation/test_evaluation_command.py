@@ -12,8 +12,9 @@ from PIL import Image
 
 from openwu import cli
 from openwu.cli import evaluate as command
-from openwu.cli.evaluate import SECTIONS
 from openwu.errors import CheckpointError, OpenwuError
+from openwu.evaluation import model_card
+from openwu.evaluation.model_card import SECTIONS
 from openwu.evaluation.suite import METHODS, Report, Score
 from openwu.files.markdown import filled
 
@@ -92,8 +93,8 @@ def test_the_command_writes_tables_numbers_and_pictures(
     ]
     assert cli.main([*arguments, *SMALL]) == 0
     given = json.loads((tmp_path / "three" / "suite.json").read_text(encoding="utf-8"))
-    reserve_bytes = json.loads((output / "suite.json").read_text(encoding="utf-8"))
-    assert given["scores"] == reserve_bytes["scores"]
+    beside = json.loads((output / "suite.json").read_text(encoding="utf-8"))
+    assert given["scores"] == beside["scores"]
 
 
 @pytest.mark.parametrize("broken", SECTIONS)
@@ -119,7 +120,7 @@ def test_a_card_is_filled_for_every_section_or_not_at_all(tmp_path: Path, broken
 def test_a_card_that_cannot_be_filled_is_refused_before_the_work(
     model_with_baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(model_card, "measure", lambda *_: pytest.fail("measured"))
     card = tmp_path / "card.md"
     arguments = ["suite", "--model", str(model_with_baseline), "--output", str(tmp_path / "out"), *SMALL]
     with pytest.raises(OpenwuError, match=r"--card: expected a Markdown file, got .*card\.md"):

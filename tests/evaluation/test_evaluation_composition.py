@@ -9,8 +9,9 @@ from openwu.data.suite import EDITS
 from openwu.data.suite.core import Scene
 from openwu.data.suite.phrases import load_phrases
 from openwu.evaluation import composition
+from openwu.evaluation.cases import Case, edit
 from openwu.evaluation.composition import COMBINATIONS, Composed, evaluate_composition, mean_gap
-from openwu.evaluation.suite import Cases, apply, psnr_of
+from openwu.evaluation.metrics import psnr
 from openwu.evaluation.tables import composition_table
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
@@ -29,20 +30,20 @@ def test_both_ways_are_what_they_say(
     embedded_model: EmbeddedModel, photographs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """("warm", "vignette") is a function of the picture alone, so that the target can be made again."""
-    model, seen = embedded_model, list[Cases]()
+    model, seen = embedded_model, list[Case]()
 
-    def watch(model: EmbeddedModel, cases: Cases, text: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
-        seen.append(cases)
-        return apply(model, cases, text, adapter)
+    def watch(model: EmbeddedModel, cases: list[Case], *rest: object) -> list[torch.Tensor]:
+        seen.extend(cases)
+        return edit(model, cases, *rest)
 
-    monkeypatch.setattr(composition, "apply", watch)
+    monkeypatch.setattr(composition, "edit", watch)
     found, cells = evaluate_composition(model, photographs, ("vignette", "warm", "sepia"))
     assert [(each.first, each.second) for each in found] == [("warm", "vignette"), ("sepia", "vignette")]
     assert list(cells) == ["warm + vignette", "sepia + vignette"]
     picture, one_pass, two_passes, target = cells["warm + vignette"]
-    planes = seen[0].planes
+    planes = seen[0].planes[None]
     assert torch.equal(picture, photographs["astronaut"])
-    assert all(torch.equal(cases.planes, planes) for cases in seen[:3])
+    assert all(torch.equal(case.planes[None], planes) for case in seen[:3])
 
     def made(name: str, source: torch.Tensor) -> torch.Tensor:
         return EDITS[name].make_pair(Scene(source, planes[0, :1], torch.Generator())).target
@@ -58,7 +59,7 @@ def test_both_ways_are_what_they_say(
     assert float((one_pass - two_passes).abs().max()) > 0.01
     scores = (found[0].input, found[0].first_only, found[0].one_pass, found[0].two_passes)
     shown = (picture, first[0], one_pass, two_passes)
-    assert scores == pytest.approx([psnr_of(each, target) for each in shown], abs=0.01)
+    assert scores == pytest.approx([float(psnr(each, target)) for each in shown], abs=0.01)
 
 
 def test_no_combination_is_known(embedded_model: EmbeddedModel, photographs: dict[str, torch.Tensor]) -> None:

@@ -10,7 +10,9 @@ import torch
 
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.evaluation import tables as goals_module
-from openwu.evaluation.suite import Cases, Report, Score, psnr_of
+from openwu.evaluation.cases import Case
+from openwu.evaluation.metrics import psnr
+from openwu.evaluation.suite import Report, Score
 from openwu.evaluation.tables import KNOWN_DAMAGE, Goal, goals, goals_table, missed_list, repair_gains
 from openwu.evaluation.wording import Wording
 from openwu.training.embedded.model import EmbeddedModel
@@ -29,9 +31,9 @@ WORDINGS = [  # held-out minus train: -0.4
 def report_of(names: tuple[str, ...], generated: float = 36.0, given: float = 20.0) -> Report:
     return Report(
         [
-            Score(name, "coffee", method, 0, "en", "train", psnr, psnr / 39)
+            Score(name, "coffee", method, 0, "en", "train", quality, quality / 39)
             for name in names
-            for method, psnr in (("input", given), ("generated", generated))
+            for method, quality in (("input", given), ("generated", generated))
         ]
     )
 
@@ -97,25 +99,25 @@ def test_a_known_edit_without_a_measurement_has_not_reached_its_goal() -> None:
 def test_repairs_are_gains_over_damage_of_a_known_size(
     embedded_model: EmbeddedModel, photographs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Cases] = []
+    seen: list[Case] = []
 
-    def blend(_: EmbeddedModel, cases: Cases, text: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-        assert adapter.batch == len(text) == 1
-        seen.append(cases)
-        return 0.5 * (cases.picture + cases.target)
+    def blend(_: EmbeddedModel, cases: list[Case], adapter: Adapter) -> list[torch.Tensor]:
+        assert adapter.batch == len(cases) == 1
+        seen.extend(cases)
+        return [0.5 * (case.picture + case.target) for case in cases]
 
-    monkeypatch.setattr(goals_module, "apply", blend)
+    monkeypatch.setattr(goals_module, "edit_cases", blend)
     gains = repair_gains(embedded_model, photographs, tuple(EDITS))
     assert set(gains) == set(KNOWN_DAMAGE)
     assert len(seen) == 2 * len(photographs)
     # Half the error is 6 dB less, up to rounding.
     assert all(gain == pytest.approx(6.02, abs=0.3) for gain in gains.values())
-    for cases in seen:
-        assert torch.equal(cases.target[0], photographs[cases.photograph])
-        if cases.edits == ("denoise",):
-            damage = cases.picture[0] - cases.target[0]
+    for case in seen:
+        assert torch.equal(case.target, photographs[case.photograph])
+        if case.task == "denoise":
+            damage = case.picture - case.target
             assert float(damage.std()) == pytest.approx(0.1, abs=0.01)
-            assert psnr_of(cases.picture[0], cases.target[0]) == pytest.approx(20, abs=0.7)
+            assert float(psnr(case.picture, case.target)) == pytest.approx(20, abs=0.7)
 
 
 def test_repairs_of_edits_that_the_model_does_not_know_are_left_out(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from openwu.data.suite import EDITS
-from openwu.data.suite.phrases import DEGREES, load_phrases, load_strength_words
+from openwu.data.suite.phrases import DEGREES, LANGUAGES, load_phrases, load_strength_words
 from openwu.evaluation import strength as strength_module
+from openwu.evaluation.cases import Case, generate
 from openwu.evaluation.strength import SCALES, SHOWN, Graded, by_strength, evaluate_strength, strength_cells
-from openwu.evaluation.suite import Cases, generate
 from openwu.evaluation.tables import strength_table
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
@@ -24,13 +24,13 @@ def test_every_strength_is_asked_for_by_scale_and_by_words(
 ) -> None:
     """With a model that always gives the target. Edits without degrees are left out; repairs end at 1."""
     assert [EDITS[name].graded for name in ASKED] == [True, True, False, False]
-    seen: dict[str, tuple[Cases, Adapter]] = {}
+    seen: dict[str, tuple[list[Case], Adapter]] = {}
 
-    def obey(_: EmbeddedModel, cases: Cases, __: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-        seen[cases.edits[0]] = cases, adapter
-        return cases.target
+    def obey(_: EmbeddedModel, cases: list[Case], adapter: Adapter) -> list[torch.Tensor]:
+        seen[cases[0].task] = cases, adapter
+        return [case.target for case in cases]
 
-    monkeypatch.setattr(strength_module, "apply", obey)
+    monkeypatch.setattr(strength_module, "edit_cases", obey)
     found = evaluate_strength(embedded_model, photographs, ASKED)
     assert {each.edit for each in found} == {"brighten", "denoise"}
     for edit in ("brighten", "denoise"):
@@ -47,15 +47,16 @@ def test_every_strength_is_asked_for_by_scale_and_by_words(
         assert wanted == sorted(wanted)
         assert wanted[0] == 0
         cases, adapter = seen[edit]
-        assert torch.equal(cases.picture, cases.picture[:1].expand_as(cases.picture))  # one damage for all strengths
+        assert all(torch.equal(case.picture, cases[0].picture) for case in cases)  # one damage for all strengths
         with torch.inference_mode():
-            _, plain = generate(embedded_model, cases)
+            plain = generate(embedded_model, cases)
         factors = torch.tensor([*scales, *[1.0] * len(words)])
         for name, (_, b) in adapter.pairs.items():
             torch.testing.assert_close(b, plain.pairs[name][1] * factors[:, None, None])
-        sentences = [load_phrases()[edit][cases.language]["train"][0].rstrip(".。")] * len(cases.edits)
-        assert all(plain in asked for plain, asked in zip(sentences, cases.sentences, strict=True))
-        assert len(set(cases.sentences)) == 1 + len(words)
+        instructions = [case.instruction for case in cases]
+        first = [load_phrases()[edit][language]["train"][0].rstrip(".。") for language in LANGUAGES]
+        assert any(all(plain in asked for asked in instructions) for plain in first)
+        assert len(set(instructions)) == 1 + len(words)
 
 
 def test_the_untrained_model_moves_more_at_a_larger_scale(

@@ -14,29 +14,18 @@ from openwu.data.suite.core import Scene
 from openwu.data.suite.phrases import load_phrases
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
+from openwu.evaluation.cases import BATCH, batches, draw_cases, edit, following, generate, make_case
+from openwu.evaluation.metrics import psnr
 from openwu.evaluation.pictures import to_image
-from openwu.evaluation.suite import (
-    METHODS,
-    Report,
-    Score,
-    apply,
-    draw_cases,
-    evaluate_suite,
-    following,
-    generate,
-    make_cases,
-    psnr_of,
-    run_methods,
-    sorted_position,
-)
+from openwu.evaluation.suite import METHODS, Report, Score, evaluate_suite, run_methods
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 FEW = ("brighten", "darken", "blur")
 
 
-def score(edit: str, method: str, psnr: float, language: str = "en", split: str = "train") -> Score:
-    return Score(edit, "coffee", method, 0, language, split, psnr, psnr / 100)
+def score(name: str, method: str, quality: float, language: str = "en", split: str = "train") -> Score:
+    return Score(name, "coffee", method, 0, language, split, quality, quality / 100)
 
 
 def test_means_are_over_what_was_asked_for() -> None:
@@ -77,50 +66,71 @@ def test_missed_is_what_does_not_beat_its_input() -> None:
     assert Report(scores).missed() == [name for name in EDITS if name in {"fog", "rain", "sepia"}]
 
 
+def pictures(source: torch.Tensor, second: torch.Tensor, name: str = "coffee") -> dict[str, torch.Tensor]:
+    """A photograph under a name, and the one that follows it."""
+    return {name: source, "zebra": second}
+
+
 def test_cases_depend_on_their_names_alone(source: torch.Tensor) -> None:
-    second = source.flip(0)
-    some = draw_cases("coffee", source, 1, ("darken", "denoise", "take_palette"), second)
-    more = draw_cases("coffee", source, 1, ("brighten", "darken", "denoise", "take_palette"), second)
-    assert some.sentences == more.sentences[1:]
-    for name in ("picture", "planes", "target", "reference", "present"):
-        assert torch.equal(getattr(some, name), getattr(more, name)[1:])
-    again = draw_cases("coffee", source, 5, ("darken", "denoise", "take_palette"), second)
-    assert not torch.equal(again.picture, some.picture)
+    photographs = pictures(source, source.flip(0))
+    some = draw_cases(photographs, ("darken", "denoise", "take_palette"), 1, only="coffee")
+    more = draw_cases(photographs, ("brighten", "darken", "denoise", "take_palette"), 1)[1:4]
+    for one, other in zip(some, more, strict=True):
+        assert one.instruction == other.instruction
+        for name in ("picture", "planes", "target"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+    assert some[2].reference is not None
+    assert more[2].reference is not None
+    assert torch.equal(some[2].reference, more[2].reference)
+    again = draw_cases(photographs, ("darken", "denoise", "take_palette"), 5, only="coffee")
+    assert not torch.equal(again[1].picture, some[1].picture)
 
 
 def test_only_reference_edits_have_a_second_picture(source: torch.Tensor) -> None:
     second = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(1))
-    cases = draw_cases("coffee", source, 0, ("brighten", "take_light", "take_grain"), second)
-    assert cases.present.tolist() == [False, True, True]
-    assert cases.reference.shape == (3, 3, 20, 20)
-    assert not cases.reference[0].any()
-    assert not torch.equal(cases.reference[1], cases.reference[2])
-    for row in (1, 2):  # made from the second photograph, not from the first
-        assert float(torch.corrcoef(torch.stack([cases.reference[row].flatten(), second.flatten()]))[0, 1]) > 0.7
+    plain, light, grain = draw_cases(pictures(source, second), ("brighten", "take_light", "take_grain"), 0, "coffee")
+    assert plain.reference is None
+    assert light.reference is not None
+    assert grain.reference is not None
+    assert not torch.equal(light.reference, grain.reference)
+    for reference in (light.reference, grain.reference):  # made from the second photograph, not from the first
+        assert reference.shape == (3, 20, 20)
+        assert float(torch.corrcoef(torch.stack([reference.flatten(), second.flatten()]))[0, 1]) > 0.7
 
 
 def test_the_model_sees_the_noise_of_the_scene_and_every_pixels_place(source: torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 24, 32, generator=generator)
-    cases = make_cases("x", ["add_noise"], ["add grain"], [Scene(source, noise, generator)], "en", "train")
-    assert torch.equal(cases.planes[0, :1], noise)
-    assert torch.equal(cases.planes[0, 1:], place_planes(24, 32))
-    assert torch.equal(cases.target[0], (source + 0.1 * noise).clamp(0, 1))
+    case = make_case("add_noise", "add grain", Scene(source, noise, generator))
+    assert torch.equal(case.planes[:1], noise)
+    assert torch.equal(case.planes[1:], place_planes(24, 32))
+    assert torch.equal(case.target, (source + 0.1 * noise).clamp(0, 1))
 
 
 def test_languages_and_splits_take_turns(source: torch.Tensor) -> None:
-    cases = [draw_cases("astronaut", source, seed, FEW, source) for seed in range(4)]
-    assert [(each.language, each.split) for each in cases] == [
-        ("en", "train"),
-        ("zh", "train"),
-        ("en", "held_out"),
-        ("zh", "held_out"),
+    photographs = pictures(source, source, "astronaut")
+    cases = [draw_cases(photographs, FEW, seed, only="astronaut") for seed in range(4)]
+    assert [{(case.language, case.split) for case in each} for each in cases] == [
+        {("en", "train")},
+        {("zh", "train")},
+        {("en", "held_out")},
+        {("zh", "held_out")},
     ]
-    for each in cases:
-        for edit, sentence in zip(each.edits, each.sentences, strict=True):
-            assert sentence in load_phrases()[edit][each.language][each.split]
-    assert sorted_position("chelsea") == 1
-    assert sorted_position("elsewhere") == 0
+    for case in (case for each in cases for case in each):
+        assert case.instruction in load_phrases()[case.task][case.language][case.split]
+    # A photograph's turn does not depend on what else is evaluated; unknown ones begin at the first.
+    turns = draw_cases({"chelsea": source, "elsewhere": source}, ("blur",), 0)
+    assert [(case.language, case.split) for case in turns] == [("zh", "train"), ("en", "train")]
+
+
+def test_batches_hold_neighbours_of_one_size(source: torch.Tensor) -> None:
+    """Pictures and reference pictures are equally large in each; cases without a reference fit anywhere."""
+    wide = draw_cases({"a": source, "b": source[:, :20]}, ("blur", "take_palette"), 0)
+    assert list(batches(wide)) == [slice(0, 2), slice(2, 4)]
+    other = make_case("take_palette", "x", Scene(source, source[:1], torch.Generator(), second=source))
+    assert list(batches([wide[0], wide[1], wide[0], other])) == [slice(0, 3), slice(3, 4)]
+    assert list(batches([wide[0]] * (BATCH + 2))) == [slice(0, BATCH), slice(BATCH, BATCH + 2)]
+    assert list(batches([])) == []
 
 
 def test_the_second_photograph_is_the_next_one(photographs: dict[str, torch.Tensor]) -> None:
@@ -136,20 +146,17 @@ def test_methods_are_what_they_say(
     embedded_model: EmbeddedModel, shared: Adapter, source: torch.Tensor, edits: tuple[str, ...]
 ) -> None:
     """Shuffled above all: never the adapter of the same sub-task, also where rows go in blocks."""
-    cases = draw_cases("coffee", source, 0, edits, source.flip(2))
+    cases = draw_cases(pictures(source, source.flip(2)), edits, 0, only="coffee")
     outputs = dict(run_methods(embedded_model, shared, cases))
     assert set(outputs) == set(METHODS) - {"input"}
-    text = embedded_model.instruction(cases.sentences)
+    texts = [embedded_model.instruction([case.instruction]) for case in cases]
     own = [
-        embedded_model.adapt(
-            cases.picture[i : i + 1], text[i : i + 1], cases.reference[i : i + 1] if cases.present[i] else None
-        )
-        for i in range(len(edits))
+        embedded_model.adapt(case.picture[None], text, None if case.reference is None else case.reference[None])
+        for case, text in zip(cases, texts, strict=True)
     ]
 
     def alone(i: int, adapter: Adapter | None) -> torch.Tensor:
-        row = slice(i, i + 1)
-        return embedded_model.edit(cases.picture[row], cases.planes[row], text[row], adapter)[0]
+        return embedded_model.edit(cases[i].picture[None], cases[i].planes[None], texts[i], adapter)[0]
 
     for i in range(len(edits)):
         torch.testing.assert_close(outputs["base"][i], alone(i, None), atol=1e-4, rtol=0)
@@ -168,9 +175,9 @@ def test_scores_are_those_of_the_8_bit_picture(
     two = {name: photographs[name] for name in ("coffee", "rocket")}
     report = evaluate_suite(embedded_model, shared, two, [0, 1], FEW)
     assert len(report.scores) == len(FEW) * len(METHODS) * 2 * 2
-    cases = draw_cases("coffee", two["coffee"], 1, FEW, two["rocket"])
-    eight_bit = (cases.picture[1] * 255).round() / 255
-    expected = float(-10 * (eight_bit - cases.target[1]).square().mean().log10())
+    case = draw_cases(two, FEW, 1, only="coffee")[1]
+    eight_bit = (case.picture * 255).round() / 255
+    expected = float(-10 * (eight_bit - case.target).square().mean().log10())
     copied = [
         each.psnr
         for each in report.scores
@@ -185,28 +192,30 @@ def test_scores_are_those_of_the_8_bit_picture(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("edit", ["brighten", "take_palette"])
+@pytest.mark.parametrize("task", ["brighten", "take_palette"])
 def test_the_suite_measures_what_the_editor_makes(
-    editor: Editor, photographs: dict[str, torch.Tensor], edit: str
+    editor: Editor, photographs: dict[str, torch.Tensor], task: str
 ) -> None:
     """They go different ways through the same model."""
     source, second = photographs["coffee"], photographs["rocket"]
     height, width = source.shape[1:]
     scene = Scene(source, noise_plane(width, height, 5).float(), torch.Generator(), second=second)
-    cases = make_cases("coffee", [edit], ["do something"], [scene], "en", "train")
-    measured = apply(editor.model, cases, *generate(editor.model, cases))[0]
-    pictures = [to_image(source)]
-    if cases.present[0]:
-        pictures.append(to_image(cases.reference[0]))
-    edited = editor.edit(pictures, "do something", seed=5).image
+    case = make_case(task, "do something", scene)
+    measured = edit(editor.model, [case], generate(editor.model, [case]))[0]
+    given = [to_image(source)]
+    if case.reference is not None:
+        given.append(to_image(case.reference))
+    edited = editor.edit(given, "do something", seed=5).image
     difference = np.abs(np.asarray(edited).astype(int) - np.asarray(to_image(measured)))
     assert difference.max() <= 2  # the editor's reference has 8 bits
-    assert np.abs(np.asarray(edited).astype(int) - np.asarray(pictures[0])).max() > 3
+    assert np.abs(np.asarray(edited).astype(int) - np.asarray(given[0])).max() > 3
 
 
 def test_psnr_is_of_what_a_file_shows() -> None:
     target = torch.full((3, 4, 4), 0.5)
-    assert psnr_of(target + 0.1, (target + 0.1) * 0 + 153 / 255) == pytest.approx(100)
-    assert psnr_of(torch.full((3, 4, 4), 9.0), torch.ones(3, 4, 4)) == pytest.approx(100)
-    assert psnr_of(torch.zeros(3, 4, 4), torch.ones(3, 4, 4)) == pytest.approx(0, abs=1e-5)
-    assert math.isnan(psnr_of(target * math.nan, target))
+    assert float(psnr(target + 0.1, (target + 0.1) * 0 + 153 / 255)) == pytest.approx(100)
+    assert float(psnr(torch.full((3, 4, 4), 9.0), torch.ones(3, 4, 4))) == pytest.approx(100)
+    assert float(psnr(torch.zeros(3, 4, 4), torch.ones(3, 4, 4))) == pytest.approx(0, abs=1e-5)
+    assert math.isnan(float(psnr(target * math.nan, target)))
+    batch = psnr(torch.stack([torch.zeros(3, 4, 4), target]), torch.stack([torch.ones(3, 4, 4), target]))
+    assert batch.tolist() == pytest.approx([0, float(psnr(target, target))], abs=1e-5)

@@ -9,7 +9,8 @@ import torch
 
 from openwu.data.suite.phrases import LANGUAGES, load_phrases
 from openwu.evaluation import wording as wording_module
-from openwu.evaluation.suite import Cases, psnr_of
+from openwu.evaluation.cases import Case
+from openwu.evaluation.metrics import psnr
 from openwu.evaluation.tables import wording_table
 from openwu.evaluation.wording import SENTENCES, SPLITS, Wording, evaluate_wording, mean_psnr
 from openwu.training.embedded.model import EmbeddedModel
@@ -21,25 +22,25 @@ def test_sentences_differ_in_nothing_but_their_words(
     embedded_model: EmbeddedModel, source: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where damage or the reference picture is drawn."""
-    seen: dict[str, Cases] = {}
+    seen: dict[str, list[Case]] = {}
 
-    def copy(_: EmbeddedModel, cases: Cases, *__: object) -> torch.Tensor:
-        seen[cases.edits[0]] = cases
-        return cases.picture
+    def copy(_: EmbeddedModel, cases: list[Case], __: object) -> list[torch.Tensor]:
+        seen[cases[0].task] = cases
+        return [case.picture for case in cases]
 
-    monkeypatch.setattr(wording_module, "apply", copy)
+    monkeypatch.setattr(wording_module, "edit_cases", copy)
     found = evaluate_wording(embedded_model, source, source.flip(1), ASKED)
     assert len(found) == len(ASKED) * len(LANGUAGES) * len(SPLITS) * SENTENCES
     for edit in ASKED:
         own = [each for each in found if each.edit == edit]
         assert len({each.psnr for each in own}) == 1
-        assert own[0].psnr == pytest.approx(psnr_of(seen[edit].picture[0], seen[edit].target[0]))
-        for name in ("picture", "planes", "target", "reference"):
-            parts = getattr(seen[edit], name)
-            assert torch.equal(parts, parts[:1].expand_as(parts)), name
+        first = seen[edit][0]
+        assert own[0].psnr == pytest.approx(float(psnr(first.picture, first.target)))
+        for name in ("picture", "planes", "target", *(("reference",) if first.reference is not None else ())):
+            assert all(torch.equal(getattr(case, name), getattr(first, name)) for case in seen[edit]), name
         assert len({each.sentence for each in own}) == len(own)
         assert all(each.sentence in load_phrases()[edit][each.language][each.split] for each in own)
-    assert seen["take_palette"].present.all()
+    assert all(case.reference is not None for case in seen["take_palette"])
 
 
 def test_words_reach_the_model(embedded_model: EmbeddedModel, source: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ def few_photographs(
 ) -> None:
     """Reading all of them takes seconds; only what is measured in earnest needs them."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr("openwu.cli.lab.load_folder", lambda *_, **__: two_photographs)
+        monkeypatch.setattr("openwu.evaluation.experiments.runs.load_folder", lambda *_, **__: two_photographs)
 
 
 def run(*arguments: str) -> int:
@@ -62,9 +62,9 @@ def test_manifold(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_gradients(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openwu.cli.lab.QUICK_STEPS", (0, 2))
-    monkeypatch.setattr("openwu.evaluation.experiments.embedded_gradients.SIDE", 64)
-    monkeypatch.setattr("openwu.evaluation.experiments.embedded_gradients.REQUESTS", 1)
+    monkeypatch.setattr("openwu.evaluation.experiments.runs.QUICK_STEPS", (0, 2))
+    monkeypatch.setattr("openwu.evaluation.experiments.gradients.SIDE", 64)
+    monkeypatch.setattr("openwu.evaluation.experiments.gradients.REQUESTS", 1)
     assert run("lab", "gradients", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
     assert "contradictory pairs" in capsys.readouterr().out
     stored = json.loads((tmp_path / "gradients.json").read_text())
@@ -90,8 +90,10 @@ def test_wrong_arguments(model_folder: Path, tmp_path: Path, capsys: pytest.Capt
 def test_conflict(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openwu.cli.lab.QUICK_BUDGET", Budget(steps=1, requests=1, crop=32, wide_rank=5))
-    monkeypatch.setattr("openwu.cli.lab.QUICK_OLD", 1)
+    monkeypatch.setattr(
+        "openwu.evaluation.experiments.runs.QUICK_BUDGET", Budget(steps=1, requests=1, crop=32, wide_rank=5)
+    )
+    monkeypatch.setattr("openwu.evaluation.experiments.runs.QUICK_OLD", 1)
     monkeypatch.setattr("openwu.evaluation.experiments.methods.SIDE", 64)
     assert run("lab", "conflict", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
     assert "generated minus it" in capsys.readouterr().out
@@ -107,7 +109,7 @@ def test_conflict(
 def test_continual(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openwu.cli.lab.QUICK_GROUP_BUDGET", Budget(steps=1, requests=1, crop=32))
+    monkeypatch.setattr("openwu.evaluation.experiments.runs.QUICK_GROUP_BUDGET", Budget(steps=1, requests=1, crop=32))
     for place in ("methods", "continual"):
         monkeypatch.setattr(f"openwu.evaluation.experiments.{place}.SIDE", 96)
     assert run("lab", "continual", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
@@ -122,9 +124,9 @@ def test_continual(
 def test_scaling(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openwu.cli.lab.QUICK_SCALING", Budget(steps=1, requests=1, crop=32))
-    monkeypatch.setattr("openwu.cli.lab.GENERATOR_SIZES", ((16, 1), (32, 1)))
-    monkeypatch.setattr("openwu.cli.lab.BASE_WIDTHS", (16, 32))
+    monkeypatch.setattr("openwu.evaluation.experiments.runs.QUICK_SCALING", Budget(steps=1, requests=1, crop=32))
+    monkeypatch.setattr("openwu.evaluation.experiments.runs.GENERATOR_SIZES", ((16, 1), (32, 1)))
+    monkeypatch.setattr("openwu.evaluation.experiments.runs.BASE_WIDTHS", (16, 32))
     monkeypatch.setattr("openwu.evaluation.experiments.methods.SIDE", 64)
     assert run("lab", "scaling", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
     assert "dB for ten times the parameters" in capsys.readouterr().out

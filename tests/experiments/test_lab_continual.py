@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.evaluation.experiments import continual as module
 from openwu.evaluation.experiments import methods
-from openwu.evaluation.experiments.continual import WAYS, Course, Memory, PastSelf, Seen, continual
+from openwu.evaluation.experiments.continual import STRATEGIES, ContinualResults, Memory, PastSelf, TaskScore, continual
 from openwu.evaluation.experiments.geometry import update_distances
-from openwu.evaluation.experiments.methods import Budget, new_method
+from openwu.evaluation.experiments.methods import Budget, new_method, sampler
 from openwu.training.embedded.model import EmbeddedModel
 
 GROUPS = (("darken",), ("fade",), ("warm",))
@@ -40,9 +41,9 @@ def test_every_way_goes_through_all_groups(embedded_model: EmbeddedModel, photog
     test = {name: torch.rand(3, 32, 48, generator=generator) for name in ("astronaut", "coffee")}
     before = {name: value.clone() for name, value in embedded_model.state_dict().items()}
     found = continual(embedded_model, photographs, test, GROUPS, BUDGET, (0,))
-    assert found.ways == list(WAYS)
-    assert len(found.seen) == len(WAYS) * 4 * 3
-    begins = {way: [each.psnr for each in found.seen if each.way == way and each.after == 0] for way in WAYS}
+    assert found.ways == list(STRATEGIES)
+    assert len(found.seen) == len(STRATEGIES) * 4 * 3
+    begins = {way: [each.psnr for each in found.seen if each.way == way and each.after == 0] for way in STRATEGIES}
     assert all(begun == pytest.approx(begins["shared"], abs=1e-3) for begun in begins.values())
     assert all(torch.equal(before[name], value) for name, value in embedded_model.state_dict().items())
     assert found.stored_bytes["generator"] == found.stored_bytes["sft"] == 0
@@ -52,18 +53,18 @@ def test_every_way_goes_through_all_groups(embedded_model: EmbeddedModel, photog
     own_bytes = sum(parameter.nbytes for part in parts for parameter in part.parameters())
     assert found.stored_bytes["generator, past self"] == own_bytes
     stored = json.loads(json.dumps(found.to_json()))
-    assert [each["way"] for each in stored["ways"]] == list(WAYS)
+    assert [each["way"] for each in stored["ways"]] == list(STRATEGIES)
 
 
 def test_numbers_of_a_known_course() -> None:
     """Two groups: x falls from 30 to 25 when y is learned; y has gained 2 before its turn."""
     table = {("x", 1): (10, 30, 25), ("y", 2): (12, 14, 28)}
     seen = [
-        Seen("way", 0, after, task, group, value)
+        TaskScore("way", 0, after, task, group, value)
         for (task, group), values in table.items()
         for after, value in enumerate(values)
     ]
-    course = Course(seen, {"way": 0})
+    course = ContinualResults(seen, {"way": 0})
     assert course.final("way").value == pytest.approx(26.5)
     assert course.forgetting("way").value == pytest.approx(5)
     assert course.transfer("way").value == pytest.approx(2)
@@ -87,9 +88,8 @@ def test_distillation_keeps_what_was_written(
     for kept in (True, False):
         method = new_method(embedded_model, "generated", ("darken", "fade"), BUDGET, 0)
         memory = module._remember(method, photographs, ("darken",), 0)
-        module._learn(
-            method, photographs, ("fade",), None, memory if kept else None, Budget(30, 2, 32), ("generator", 2, 0)
-        )
+        budget, penalty = Budget(30, 2, 32), partial(module._drift, method, memory) if kept else None
+        methods.fit(method, sampler(photographs, ("fade",), budget, 2), budget, 30, method.rates, "fade", penalty)
         drifts.append(_drift(method, memory))
     assert drifts[0] < 0.5 * drifts[1]
 

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from openwu.data.suite.photographs import load_folder
-from openwu.evaluation.experiments import embedded_gradients
-from openwu.evaluation.experiments.embedded_gradients import generator_conflict, shared_conflicts
-from openwu.evaluation.experiments.gradients import Conflict, gradient, task_cosines
+from openwu.evaluation.experiments import gradients
+from openwu.evaluation.experiments.gradients import (
+    GradientConflict,
+    generator_conflict,
+    gradient,
+    shared_conflicts,
+    task_cosines,
+)
 from openwu.training.embedded.model import EmbeddedModel
 
 TASKS, OPPOSITES = ("warm", "cool", "fog"), (("warm", "cool"),)
@@ -44,7 +49,7 @@ def test_cosines_compare_different_samples_alone() -> None:
 
 def test_means_over_pairs() -> None:
     first = torch.tensor([[0.9, -0.5, 0.1], [-0.5, 0.8, 0.2], [0.1, 0.2, 0.7]])
-    found = Conflict("here", TASKS, torch.stack([first, first]), OPPOSITES)
+    found = GradientConflict("here", TASKS, torch.stack([first, first]), OPPOSITES)
     assert found.contradictory.value == pytest.approx(-0.5)
     assert found.all_pairs.value == pytest.approx((-0.5 + 0.1 + 0.2) / 3)
     assert found.same_task.value == pytest.approx(0.8)
@@ -53,13 +58,13 @@ def test_means_over_pairs() -> None:
 
 
 def test_sub_tasks_of_the_embedded_model(embedded_model: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded_gradients, "SIDE", 64)
-    monkeypatch.setattr(embedded_gradients, "CROP", 32)
-    monkeypatch.setattr(embedded_gradients, "REQUESTS", 2)
+    monkeypatch.setattr(gradients, "SIDE", 64)
+    monkeypatch.setattr(gradients, "CROP", 32)
+    monkeypatch.setattr(gradients, "REQUESTS", 2)
     photographs = load_folder(Path("photos"), validation=True)
     before = {name: value.clone() for name, value in embedded_model.state_dict().items()}
     found = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0, 3), (0, 1))
-    untold = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0,), (0,), told=False)
+    untold = shared_conflicts(embedded_model, photographs, TASKS, OPPOSITES, (0,), (0,), base_reads_instruction=False)
     assert [each.where for each in untold] == ["shared LoRA, base not told, after 0 steps"]
     assert not torch.equal(untold[0].cosine[0], found[0].cosine[0])
     found.append(generator_conflict(embedded_model, photographs, TASKS, OPPOSITES, (0,)))

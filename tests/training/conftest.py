@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.embedded.model import EmbeddedConfig
 
 

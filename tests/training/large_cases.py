@@ -14,7 +14,8 @@ import tiny_pipelines
 import torch
 from PIL import Image
 
-from openwu.training.config import PipelineRun, load_recipe
+from openwu.training.config import PipelineRun
+from openwu.training.run import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LARGE = ("flux_kontext", "flux2_klein", "qwen_image_edit")

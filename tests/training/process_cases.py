@@ -22,7 +22,7 @@ import openwu
 from openwu.config import LayerGroup, PlainTarget
 from openwu.errors import OpenwuError
 from openwu.training.config import StageConfig
-from openwu.training.distributed import is_main, joined_until_done
+from openwu.training.distributed import is_main, process_group_scope
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.objectives import FlowMatching, NoisySample
 from openwu.training.stage import GeneratorStage
@@ -117,7 +117,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         stage.batches = lambda step: (last.update(step=step), batches(step))[1]
         spoil = torch.ones(ROWS, 1).index_fill(0, torch.tensor([4]), torch.nan)
         stage.target = lambda r: target(r) * (spoil if last["step"] == broken_at and len(r) == ROWS else 1)
-    with joined_until_done():
+    with process_group_scope():
         train_stage(stage, config, loop, folder)
     if is_main():
         sys.stdout.write("finished\n")

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from openwu.cli.train import new_model, train
 from openwu.errors import CheckpointError
 from openwu.training.checkpoint import STATE, load_weights
-from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
+from openwu.training.embedded.run import new_model, train
 from openwu.training.loop import Evaluation, LoopConfig, train_stage
-from openwu.training.micro_batch import WHOLE, MicroBatch
-from openwu.training.optimizers import Average
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch
+from openwu.training.optimizers import EmaWeights
 from openwu.training.record import describe
 
 DECAY = 0.8
@@ -43,12 +44,12 @@ class Fit:
     judged: list[Tensor] = field(default_factory=list)
 
     @contextmanager
-    def loss(self, step: int, _part: MicroBatch = WHOLE) -> Iterator[Tensor]:
+    def loss(self, step: int, _part: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
         self.met.append(self.trained.weight.detach().clone())
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         yield (self.trained(x) - x.sum(1, keepdim=True)).square().mean()
 
-    def not_finite(self, _step: int, _part: MicroBatch = WHOLE) -> list[str]:
+    def not_finite(self, _step: int, _part: MicroBatch = FULL_BATCH) -> list[str]:
         return []
 
     def evaluate(self) -> Evaluation:
@@ -97,7 +98,7 @@ def test_stopping_and_continuing_changes_no_average(tmp_path: Path) -> None:
 
 def test_weights_come_back_after_an_error() -> None:
     module = _linear()
-    average, own = Average(module, DECAY), module.weight.detach().clone()
+    average, own = EmaWeights(module, DECAY), module.weight.detach().clone()
     with torch.no_grad():
         module.weight.add_(1)
     inside = []

@@ -12,7 +12,7 @@ import torch
 from openwu.backbones import backbone_class
 from openwu.errors import OpenwuError, TargetError
 from openwu.training.objectives import Diffusion, FlowMatching
-from openwu.training.pipelines import based_stage, objective_of
+from openwu.training.pipelines import backbone_stage, objective_of
 from openwu.types import LatentBatch
 
 TARGETS = [torch.full((3, 64, 64), 0.2), torch.full((3, 64, 64), 0.9)]
@@ -24,7 +24,7 @@ def test_the_loss_falls_through_the_frozen_base(name: str) -> None:
     batch = base.latent_batch(base_cases.requests(2), TARGETS)
     generator = base_cases.generator(base, b_init_std=1e-2)
     before = {key: value.clone() for key, value in base.denoiser.state_dict().items()}
-    stage = based_stage(base, generator, lambda _: batch, validation=batch)
+    stage = backbone_stage(base, generator, lambda _: batch, validation=batch)
     try:
         start = stage.evaluate().scalars["validation"]
         optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
@@ -140,4 +140,4 @@ def test_what_the_xl_base_is_not() -> None:
 def test_a_generator_of_another_base_cannot_be_trained_on() -> None:
     base = base_cases.backbone("flux-kontext")
     with pytest.raises(TargetError, match="made for another base"):
-        based_stage(base, base_cases.generator(base_cases.backbone("instruct-pix2pix")), lambda _: None)  # type: ignore[arg-type,return-value]
+        backbone_stage(base, base_cases.generator(base_cases.backbone("instruct-pix2pix")), lambda _: None)  # type: ignore[arg-type,return-value]

@@ -12,17 +12,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from openwu import cli
-from openwu.cli.train import new_model, run, train
+from openwu.cli.train import run
 from openwu.data.suite import EDITS
 from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph, folder_hashes, load_folder
 from openwu.data.suite.phrases import OUT_OF_SCOPE
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE
-from openwu.training.config import STAGES, EmbeddedRecipe
-from openwu.training.embedded.losses import falling_floor, picture_loss
+from openwu.training.embedded.config import STAGES, EmbeddedRecipe
+from openwu.training.embedded.instruction_stages import DROPPED
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.stages import DROPPED, generator_stage, new_shared_adapter, shared_stage
+from openwu.training.embedded.picture_stages import (
+    annealed_floor,
+    generator_stage,
+    new_shared_lora,
+    picture_losses,
+    shared_stage,
+)
+from openwu.training.embedded.run import new_model, train
 from openwu.training.record import PROVENANCE, describe
 from openwu.types import Adapter
 
@@ -97,10 +104,10 @@ def test_another_version_of_the_data_is_refused(
     recipe: EmbeddedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(recipe, tmp_path, stages=("instruction", "base"))
-    monkeypatch.setattr("openwu.cli.train.folder_hashes", lambda _: {"other.jpg": "0"})
+    monkeypatch.setattr("openwu.training.embedded.run.folder_hashes", lambda _: {"other.jpg": "0"})
     with pytest.raises(CheckpointError, match=r"base.*\(changed: photographs\)"):
         train(recipe, tmp_path, stages=("instruction", "base"))
-    monkeypatch.setattr("openwu.cli.train.phrases_hash", lambda: "0")
+    monkeypatch.setattr("openwu.training.embedded.run.phrases_hash", lambda: "0")
     with pytest.raises(CheckpointError, match=r"instruction.*\(changed: sentences\)"):
         train(recipe, tmp_path, stages=("instruction",))
 
@@ -196,8 +203,8 @@ def test_dials_and_references_reach_the_loss(recipe: EmbeddedRecipe, monkeypatch
         condition = model.condition(batch.whole, text, batch.reference, batch.present)
         adapter = model.generator(condition).scaled(batch.dial)
         predicted = model.edit(batch.picture, batch.planes, text, adapter)
-        floor = falling_floor(recipe.generator.first_floor, step / recipe.generator.steps)
-        expected = float(picture_loss(predicted, batch.target, floor))
+        floor = annealed_floor(recipe.generator.first_floor, step / recipe.generator.steps)
+        expected = float(picture_losses(predicted, batch.target, floor).mean())
     with stage.loss(step) as loss:
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
         loss.backward()
@@ -220,7 +227,8 @@ def test_the_shared_adapter_is_the_same_for_every_request(recipe: EmbeddedRecipe
         for b in stage.trained.b:  # type: ignore[union-attr]
             b.normal_(std=0.1)
     batch = stage.batches.batch(0)
-    predicted, adapter = stage.predict(batch, stage.read(batch))
+    text = stage.read(batch)
+    predicted, adapter = stage.predict(batch, text), stage.adapt(batch, text)
     assert adapter is not None
     assert adapter.batch == 1
     for i in range(len(batch.names)):
@@ -239,20 +247,20 @@ def test_a_stage_trains_its_own_parts_and_no_others(recipe: EmbeddedRecipe, tmp_
         assert parameter.requires_grad == own, name
         assert (parameter.grad is not None) == own, name
     scalars = stage.evaluate().scalars
-    logged = {f"adapter/{name}" for name in ("spread", "within", "across", "within_over_across")}
+    logged = {f"adapter/{name}" for name in ("relative_std", "within", "across", "within_over_across")}
     assert {*(f"psnr/{name}" for name in recipe.edits), "psnr_mean", *logged} == set(scalars)
     assert all(scalars[name] > 0 for name in logged)
 
 
 def test_the_baseline_starts_as_no_change(recipe: EmbeddedRecipe) -> None:
-    adapter = new_shared_adapter(recipe, new_model(recipe))()
+    adapter = new_shared_lora(recipe, new_model(recipe))()
     assert adapter.batch == 1
     assert all(not b.any() and a.std() > 0 for a, b in adapter.pairs.values())
 
 
 def test_the_command_line_trains(recipe: EmbeddedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("openwu.cli.train.load_recipe", lambda *_: replace(recipe, seed=2))
+    monkeypatch.setattr("openwu.training.run.load_recipe", lambda *_: replace(recipe, seed=2))
     assert run("recipe.py", [], stages=["instruction"]) == Path("runs/tiny")
     assert set(states(Path("runs/tiny"))) == {"instruction"}
     with pytest.raises(OpenwuError, match=r"stages: expected some of .*, got \['bass'\]"):

@@ -19,7 +19,7 @@ from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.training import pipelines as large
 from openwu.training.config import PipelineRun, StageConfig
-from openwu.training.pipelines import train_based
+from openwu.training.pipelines import train_pipeline
 
 EVERY = tuple(large_cases.LARGE)
 CLASSES = {name: backbone_class(name.replace("_", "-")) for name in EVERY}
@@ -100,9 +100,9 @@ def test_cached_rows_train_as_encoders_asked_in_every_step(
     name: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = large_cases.recipe(name, bases[name], large_cases.write_pairs(tmp_path / "pairs"))
-    train_based(recipe, tmp_path / "cached")
+    train_pipeline(recipe, tmp_path / "cached")
     calls = asked(monkeypatch, name)
-    train_based(replace(recipe, cache=""), tmp_path / "asked")
+    train_pipeline(replace(recipe, cache=""), tmp_path / "asked")
     assert len(calls) == 2 + 2 * 4, "two pairs held back, two of each step"
     one, other = large_cases.weights(tmp_path / "cached"), large_cases.weights(tmp_path / "asked")
     assert all(torch.equal(value, other[key]) for key, value in one.items())
@@ -112,7 +112,7 @@ def test_the_loss_falls_on_a_few_pairs(bases: dict[str, Path], tmp_path: Path) -
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
     stage = StageConfig(steps=24, shapes=((4, 0),), learning_rate=5e-3, warmup=2)
     recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], pairs, generator=stage, evaluate_every=4)
-    train_based(recipe, tmp_path / "run")
+    train_pipeline(recipe, tmp_path / "run")
     losses = curve(tmp_path / "run", "validation")
     assert losses[-1] < 0.9 * losses[0], losses
     means = [sum(part) / 6 for part in (curve(tmp_path / "run", "loss")[:6], curve(tmp_path / "run", "loss")[-6:])]
@@ -125,14 +125,14 @@ def test_resumed_it_comes_to_the_very_same_weights(encoders: str, bases: dict[st
     pairs = large_cases.write_pairs(tmp_path / "pairs")
     recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], pairs, encoders=encoders)
     stage = replace(recipe.generator, ema=0.5)
-    train_based(replace(recipe, generator=stage), tmp_path / "whole")
+    train_pipeline(replace(recipe, generator=stage), tmp_path / "whole")
     for steps in (1, 3):
-        train_based(replace(recipe, generator=stage), tmp_path / "parts", stop_after=steps)
+        train_pipeline(replace(recipe, generator=stage), tmp_path / "parts", stop_after=steps)
     one, other = large_cases.weights(tmp_path / "whole"), large_cases.weights(tmp_path / "parts")
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     if encoders == "drop":
         frugal = replace(recipe, generator=replace(stage, accumulate=2), checkpoint_base=False)
-        train_based(replace(frugal, checkpoint_generator=False), tmp_path / "frugal")
+        train_pipeline(replace(frugal, checkpoint_generator=False), tmp_path / "frugal")
         for key, value in large_cases.weights(tmp_path / "frugal").items():
             torch.testing.assert_close(one[key], value, atol=2e-4, rtol=0)
 
@@ -140,7 +140,7 @@ def test_resumed_it_comes_to_the_very_same_weights(encoders: str, bases: dict[st
 def test_broken_rows_are_made_again(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = large_cases.write_pairs(tmp_path / "pairs")
     recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], pairs)
-    train_based(recipe, tmp_path / "run", stop_after=1)
+    train_pipeline(recipe, tmp_path / "run", stop_after=1)
     rows = sorted((tmp_path / "run" / "cache").glob("*/*.safetensors"))
     assert len(rows) == 6
     rows[0].write_bytes(rows[0].read_bytes()[:-10])
@@ -149,12 +149,12 @@ def test_broken_rows_are_made_again(bases: dict[str, Path], tmp_path: Path, monk
     rows[1].write_bytes(turned)
     rows[2].unlink()
     calls = asked(monkeypatch, "flux_kontext")
-    train_based(recipe, tmp_path / "run", stop_after=1)
+    train_pipeline(recipe, tmp_path / "run", stop_after=1)
     assert calls == [1] * 3
     large_cases.picture(99).save(tmp_path / "pairs" / "3.png")
     calls.clear()
-    train_based(recipe, tmp_path / "another", stop_after=1)
-    train_based(replace(recipe, cache=str(tmp_path / "run" / "cache")), tmp_path / "third", stop_after=1)
+    train_pipeline(recipe, tmp_path / "another", stop_after=1)
+    train_pipeline(replace(recipe, cache=str(tmp_path / "run" / "cache")), tmp_path / "third", stop_after=1)
     assert calls == [1] * 7, "one pair has another picture"
 
 
@@ -163,7 +163,7 @@ def test_pictures_of_several_shapes_and_a_reference(bases: dict[str, Path], tmp_
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64), (64, 64), (128, 64), (128, 64), (64, 64), (64, 64)))
     for name in ("qwen_image_edit", "flux2_klein"):
         recipe = large_cases.recipe(name, bases[name], pairs, pixels=8192, held_back=0.0)
-        train_based(recipe, tmp_path / name)
+        train_pipeline(recipe, tmp_path / name)
         assert (tmp_path / name / "model" / "config.json").is_file()
 
 
@@ -181,7 +181,7 @@ def test_in_half_precision_the_base_has_its_own_dtype(
         return prediction
 
     monkeypatch.setattr(CLASSES["flux_kontext"], "predict", noted)
-    train_based(replace(recipe, bf16=True), tmp_path / "run")
+    train_pipeline(replace(recipe, bf16=True), tmp_path / "run")
     assert seen == {(False, torch.float32, torch.bfloat16)}
     assert {value.dtype for value in large_cases.weights(tmp_path / "run").values()} == {torch.float32}
 
@@ -191,7 +191,7 @@ def test_without_its_encoders_the_base_holds_no_weights_of_theirs(
 ) -> None:
     recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], large_cases.write_pairs(tmp_path / "p"))
     placed: list[Any] = []
-    original = large.based_stage
+    original = large.backbone_stage
 
     def noted(backbone: Any, *x_t: Any, **more: Any) -> Any:
         parts = {**backbone.encoders(), "denoiser": backbone.denoiser}
@@ -199,8 +199,8 @@ def test_without_its_encoders_the_base_holds_no_weights_of_theirs(
         placed.append((backbone.denoiser.is_gradient_checkpointing, x_t[0].gradient_checkpointing))
         return original(backbone, *x_t, **more)
 
-    monkeypatch.setattr(large, "based_stage", noted)
-    train_based(recipe, tmp_path / "run", stop_after=1)
+    monkeypatch.setattr(large, "backbone_stage", noted)
+    train_pipeline(recipe, tmp_path / "run", stop_after=1)
     assert placed == [
         {"vae": "meta", "text_encoder": "meta", "text_encoder_2": "meta", "denoiser": "cpu"},
         (True, True),
@@ -212,7 +212,7 @@ def test_what_is_wrong_shows_before_anything_is_loaded(
 ) -> None:
     pairs = large_cases.write_pairs(tmp_path / "pairs")
     recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], pairs)
-    train_based(recipe, tmp_path / "begun", stop_after=1)
+    train_pipeline(recipe, tmp_path / "begun", stop_after=1)
     monkeypatch.setattr(PipelineBackbone, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     nowhere = tmp_path / "run"
     for changes, error, message in (
@@ -226,13 +226,13 @@ def test_what_is_wrong_shows_before_anything_is_loaded(
         ({"d_model": 2**17}, OpenwuError, r"memory: expected \d.* GB free on cpu .*; make the generator smaller"),
     ):
         with pytest.raises(error, match=message):
-            train_based(replace(recipe, **changes), nowhere)  # type: ignore[arg-type]
+            train_pipeline(replace(recipe, **changes), nowhere)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="changed: rank"):
-        train_based(replace(recipe, rank=2), tmp_path / "begun")
+        train_pipeline(replace(recipe, rank=2), tmp_path / "begun")
     with pairs.open("a") as file:
         file.write('\n{"images": ["0.png"], "instruction": "x", "target": "none.png"}\n{"images": []}\n')
     with pytest.raises(DatasetError, match=r"2 problems(.|\n)*pairs.jsonl:7: target(.|\n)*"):
-        train_based(recipe, nowhere)
+        train_pipeline(recipe, nowhere)
     assert not nowhere.exists()
 
 
@@ -243,7 +243,7 @@ def test_pairs_that_the_base_cannot_take_are_named_together(bases: dict[str, Pat
     pairs.write_text("\n".join(map(json.dumps, lines)))
     recipe = large_cases.recipe("flux_kontext", bases["flux_kontext"], pairs)
     with pytest.raises(DatasetError, match=r"2 problems(.|\n)*pairs.jsonl:2: instruction: expected at most 512 tokens"):
-        train_based(recipe, tmp_path / "run")
+        train_pipeline(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "generator").exists()
 
 
@@ -275,8 +275,8 @@ def test_encoders_are_placed_only_while_they_are_asked(
         original(self, **where)
 
     monkeypatch.setattr(PipelineBackbone, "place", noted)
-    train_based(recipe, tmp_path / "run", stop_after=1)
-    train_based(replace(recipe, encoders="cpu"), tmp_path / "run", stop_after=1)
+    train_pipeline(recipe, tmp_path / "run", stop_after=1)
+    train_pipeline(replace(recipe, encoders="cpu"), tmp_path / "run", stop_after=1)
     assert calls == [
         {"encoders": "cpu"},
         {"encoders": "meta", "denoiser": "cpu"},
@@ -296,7 +296,7 @@ def test_a_pair_whose_loss_is_not_finite_is_named(
 
     monkeypatch.setattr(CLASSES["flux_kontext"], "predict", second_broken)
     with pytest.raises(OpenwuError, match=r"Samples whose loss is not finite: pairs.jsonl:\d \('[a-z, ]+'\)\. Look"):
-        train_based(recipe, tmp_path / "run")
+        train_pipeline(recipe, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["instruct_pix2pix", "flux2_dev", "qwen_image_edit_plus", "qwen_image_21"])
@@ -308,9 +308,9 @@ def test_other_bases_stand_in_a_recipe(name: str, tmp_path: Path) -> None:
     if name == "qwen_image_21":
         stage = replace(stage, shapes=((2, 0),))
         with pytest.raises(DatasetError, match=r"places of one shape in a batch.*generator.shapes=\(\(1,0\),\)"):
-            train_based(replace(recipe, model="qwen-image-21", generator=stage), tmp_path / "run")
+            train_pipeline(replace(recipe, model="qwen-image-21", generator=stage), tmp_path / "run")
         stage = replace(stage, shapes=((1, 0),))
     encoders = "keep" if name == "instruct_pix2pix" else "drop"
     fields: dict[str, Any] = {"model": name.replace("_", "-"), "encoders": encoders, "generator": stage, "validated": 1}
-    train_based(replace(recipe, **fields), tmp_path / "one")
+    train_pipeline(replace(recipe, **fields), tmp_path / "one")
     assert (tmp_path / "one" / "model" / "config.json").is_file()

@@ -24,9 +24,10 @@ from openwu.conditions.part_states import PartStates
 from openwu.conditions.segments import Segments
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.headers import read_header
-from openwu.training.config import PipelineRun, load_recipe
+from openwu.training.config import PipelineRun
 from openwu.training.memory import ENCODING, TRAINING, training_plan
-from openwu.training.pipelines import new_config, train_based
+from openwu.training.pipelines import new_config, train_pipeline
+from openwu.training.run import load_recipe
 
 LAYER = {"name": "part-states", "part": "text_encoder_2", "module": "encoder.block.0"}
 PROBE = {"name": "denoiser-states", "module": "transformer_blocks.1"}
@@ -60,13 +61,13 @@ def test_a_chosen_condition_is_trained_and_edited_with(choice: str, base: Path, 
         chosen = ({**chosen[0], "weights": str(tiny_pipelines.siglip2(tmp_path / "siglip2"))},)
     recipe = large_cases.recipe("flux_kontext", base, pairs, condition=chosen)
     recipe = replace(recipe, generator=replace(recipe.generator, steps=2))
-    train_based(recipe, tmp_path / "run")
+    train_pipeline(recipe, tmp_path / "run")
     model = tmp_path / "run" / "model"
     found = json.loads((model / "config.json").read_text())
     parts = found["_condition"].get("parts", [found["_condition"]])
     assert [{**part, **asked} for part, asked in zip(parts, chosen, strict=True)] == parts
     assert (found["input_dim"], found.get("more_inputs", {})) == WIDTHS[choice]
-    train_based(replace(recipe, cache=""), tmp_path / "asked")
+    train_pipeline(replace(recipe, cache=""), tmp_path / "asked")
     one, other = large_cases.weights(tmp_path / "run"), large_cases.weights(tmp_path / "asked")
     assert all(torch.equal(value, other[key]) for key, value in one.items()), "cached or asked in every step"
     editor = openwu.Editor.from_pretrained(
@@ -117,7 +118,7 @@ def test_names_that_the_base_does_not_have_are_told_before_it_is_loaded(
     monkeypatch.setattr(PipelineBackbone, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     wrong = large_cases.recipe("flux_kontext", base, pairs, condition=choice)
     with pytest.raises(TargetError, match=message):
-        train_based(wrong, tmp_path / "run")
+        train_pipeline(wrong, tmp_path / "run")
     assert not (tmp_path / "run" / "cache").exists()
 
 
@@ -165,6 +166,6 @@ def test_siglip2_is_loaded_once_and_counted_before(
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
     chosen = ({"name": "siglip2", "weights": str(folder)},)
     recipe = large_cases.recipe("flux_kontext", base, pairs, condition=chosen)
-    train_based(replace(recipe, generator=replace(recipe.generator, steps=1)), tmp_path / "run")
+    train_pipeline(replace(recipe, generator=replace(recipe.generator, steps=1)), tmp_path / "run")
     assert len(loads) == 1
     assert "condition encoder 0.00 GB" in capsys.readouterr().err

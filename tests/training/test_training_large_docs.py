@@ -13,8 +13,9 @@ import pytest
 
 from openwu import cli
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
-from openwu.training.config import PipelineRun, load_recipe
-from openwu.training.pipelines import train_based
+from openwu.training.config import PipelineRun
+from openwu.training.pipelines import train_pipeline
+from openwu.training.run import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "train-a-large-base.md").read_text(encoding="utf-8")
@@ -56,7 +57,7 @@ def test_the_script_audits_a_generator(
     base = large_cases.saved("flux_kontext", tmp_path / "base")
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
     recipe = large_cases.recipe("flux_kontext", base, pairs, held_back=0.0)
-    train_based(replace(recipe, generator=replace(recipe.generator, steps=2)), tmp_path / "run")
+    train_pipeline(replace(recipe, generator=replace(recipe.generator, steps=2)), tmp_path / "run")
     (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     monkeypatch.setattr(sys, "argv", ["audit.py", str(tmp_path / "run" / "model"), str(base), str(pairs)])
     capsys.readouterr()

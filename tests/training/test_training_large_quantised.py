@@ -18,7 +18,7 @@ from openwu.backbones.diffusers.loading import part_numbers, weight_files
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import OpenwuError
 from openwu.training.memory import TRAINING, training_plan
-from openwu.training.pipelines import new_config, train_based
+from openwu.training.pipelines import new_config, train_pipeline
 
 pytest.importorskip("bitsandbytes")
 
@@ -54,10 +54,10 @@ def test_what_a_quantised_denoiser_takes_is_told(base: Path) -> None:
 def test_a_generator_trained_through_4_bits_resumes_and_edits(base: Path, tmp_path: Path) -> None:
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
     recipe = large_cases.recipe("flux2_klein", base, pairs, quantise="4bit")
-    train_based(recipe, tmp_path / "run", stop_after=2)
+    train_pipeline(recipe, tmp_path / "run", stop_after=2)
     with pytest.raises(OpenwuError, match="recipe"):
-        train_based(replace(recipe, quantise=None), tmp_path / "run")
-    train_based(recipe, tmp_path / "run")
+        train_pipeline(replace(recipe, quantise=None), tmp_path / "run")
+    train_pipeline(recipe, tmp_path / "run")
     model = tmp_path / "run" / "model"
     assert json.loads((model / "provenance.json").read_text())["recipe"]["quantise"] == "4bit"
     for how in (None, "4bit"):

@@ -22,14 +22,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 from torch import Tensor, nn
 
-from openwu.cli.train import new_model, train
 from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.training.checkpoint import STATE, load_weights
-from openwu.training.config import EmbeddedRecipe, StageConfig
-from openwu.training.embedded.stages import InstructionStage, base_stage, generator_stage
-from openwu.training.loop import Evaluation, LoopConfig, part_of_peak, train_stage
-from openwu.training.micro_batch import WHOLE, MicroBatch
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
+from openwu.training.embedded.instruction_stages import InstructionStage
+from openwu.training.embedded.picture_stages import base_stage, generator_stage
+from openwu.training.embedded.run import new_model, train
+from openwu.training.loop import Evaluation, LoopConfig, train_stage
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch
+from openwu.training.optimizers import learning_rate_factor
 
 LOOP = LoopConfig(json.dumps({"seed": 0}), checkpoint_every=2, evaluate_every=3, log_every=1)
 CONFIG = StageConfig(steps=8, shapes=((1, 1),), learning_rate=1e-2, warmup=2, decay=0.5)
@@ -45,13 +48,13 @@ class Regression:
     steps: list[int] = field(default_factory=list)
 
     @contextmanager
-    def loss(self, step: int, part: MicroBatch = WHOLE) -> Iterator[Tensor]:
+    def loss(self, step: int, part: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
         self.steps.append(step)
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))[part.rows(4)]
         loss = (self.trained(x) - x.sum(1, keepdim=True)).square().mean() * part.share(4)
         yield loss * math.nan if step == self.broken_at else loss
 
-    def not_finite(self, step: int, _part: MicroBatch = WHOLE) -> list[str]:
+    def not_finite(self, step: int, _part: MicroBatch = FULL_BATCH) -> list[str]:
         return ["the second", "the third"] if step == self.broken_at else []
 
     def evaluate(self) -> Evaluation:
@@ -87,7 +90,7 @@ def test_curves_and_state_are_written(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("quality")] == [3, 6, 8]
     assert [event.step for event in events.Images("validation")] == [3, 6, 8]
     rates = [event.value for event in events.Scalars("learning_rate")]
-    assert rates == pytest.approx([CONFIG.learning_rate * part_of_peak(CONFIG, step) for step in range(8)])
+    assert rates == pytest.approx([CONFIG.learning_rate * learning_rate_factor(CONFIG, step) for step in range(8)])
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
@@ -134,7 +137,7 @@ def test_a_gradient_that_is_no_number_touches_no_weight(tmp_path: Path) -> None:
 
     class Rooted(Regression):
         @contextmanager
-        def loss(self, step: int, part: MicroBatch = WHOLE) -> Iterator[Tensor]:
+        def loss(self, step: int, part: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
             with super().loss(step, part) as loss:
                 yield loss + (loss - loss).sqrt() if step == 5 else loss
 
@@ -211,7 +214,8 @@ def test_the_loss_falls(recipe: EmbeddedRecipe, tmp_path: Path, name: str) -> No
 RECIPE = """
 import json
 from openwu.training.embedded.model import EmbeddedConfig
-from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
 
 def recipe():
     model = EmbeddedConfig.from_dict(json.loads({model!r}))

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from openwu.training.embedded.losses import FLOOR, falling_floor, picture_loss, psnr, squared_errors
+from openwu.evaluation.metrics import psnr
+from openwu.training.embedded.picture_stages import FLOOR, annealed_floor, picture_losses
+from openwu.training.objectives import squared_errors
 
 
 def test_the_loss_is_the_mean_logarithm_of_every_pictures_error() -> None:
@@ -15,8 +17,9 @@ def test_the_loss_is_the_mean_logarithm_of_every_pictures_error() -> None:
     predicted = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.3)])
     torch.testing.assert_close(squared_errors(predicted, target), torch.tensor([0.01, 0.09]))
     expected = (math.log(0.01 + FLOOR) + math.log(0.09 + FLOOR)) / 2
-    assert float(picture_loss(predicted, target)) == pytest.approx(expected, rel=1e-5)
-    assert float(picture_loss(predicted, target, 1.0)) == pytest.approx((math.log(1.01) + math.log(1.09)) / 2, rel=1e-5)
+    assert float(picture_losses(predicted, target).mean()) == pytest.approx(expected, rel=1e-5)
+    high = (math.log(1.01) + math.log(1.09)) / 2
+    assert float(picture_losses(predicted, target, 1.0).mean()) == pytest.approx(high, rel=1e-5)
 
 
 def test_errors_are_measured_in_float32() -> None:
@@ -26,14 +29,15 @@ def test_errors_are_measured_in_float32() -> None:
 
 def test_psnr_is_clamped_as_a_file_is() -> None:
     target = torch.ones(1, 3, 4, 4)
-    assert float(psnr(target - 0.1, target)) == pytest.approx(20, abs=1e-3)
+    assert float(psnr(target - 51 / 255, target)) == pytest.approx(-20 * math.log10(0.2), abs=1e-3)
+    assert float(psnr(target - 51.4 / 255, target)) == pytest.approx(-20 * math.log10(0.2), abs=1e-3)
     assert float(psnr(target + 5, target)) == pytest.approx(100)
 
 
 def test_the_floor_falls_and_then_stays() -> None:
-    floors = [falling_floor(0.1, progress) for progress in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    floors = [annealed_floor(0.1, progress) for progress in (0, 0.2, 0.4, 0.6, 0.8, 1)]
     assert floors[0] == pytest.approx(0.1)
     assert floors[0] > floors[1] > floors[2] > floors[3]
     assert floors[1] / floors[0] == pytest.approx(floors[2] / floors[1])
     assert floors[3:] == pytest.approx([FLOOR] * 3)
-    assert {falling_floor(FLOOR, progress) for progress in (0, 0.3, 1)} == {FLOOR}
+    assert {annealed_floor(FLOOR, progress) for progress in (0, 0.3, 1)} == {FLOOR}

@@ -19,7 +19,7 @@ from openwu.training.objectives import (
     scaled_linear,
 )
 
-PICTURES = [Regression(), Regression(floor=1e-3), FlowMatching(), FlowMatching(spread=None, shift=3.0), Diffusion()]
+PICTURES = [Regression(), Regression(floor=1e-3), FlowMatching(), FlowMatching(logit_std=None, shift=3.0), Diffusion()]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -53,7 +53,7 @@ def test_regression_is_the_error_or_its_logarithm(target: Tensor) -> None:
     torch.testing.assert_close(logs.exp(), torch.tensor([0.01, 0.02, 0.05, 0.10]))
 
 
-@pytest.mark.parametrize("objective", [FlowMatching(), FlowMatching(spread=None)])
+@pytest.mark.parametrize("objective", [FlowMatching(), FlowMatching(logit_std=None)])
 def test_a_flow_leads_from_noise_to_the_target(objective: FlowMatching, target: Tensor) -> None:
     question = objective.sample(target, seeded(3))
     assert question.x_t is not None
@@ -66,9 +66,9 @@ def test_a_flow_leads_from_noise_to_the_target(objective: FlowMatching, target: 
 
 def test_times_follow_their_distribution() -> None:
     many = torch.zeros(20_000, 1)
-    uniform = FlowMatching(spread=None).sample(many, seeded(0)).time
+    uniform = FlowMatching(logit_std=None).sample(many, seeded(0)).time
     logistic = FlowMatching().sample(many, seeded(0)).time
-    shifted = FlowMatching(spread=None, shift=3.0).sample(many, seeded(0)).time
+    shifted = FlowMatching(logit_std=None, shift=3.0).sample(many, seeded(0)).time
     assert uniform is not None
     assert logistic is not None
     assert shifted is not None
@@ -125,7 +125,7 @@ def test_gradients_reach_the_answer(target: Tensor) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FlowMatching(spread=0.0), "spread: expected a number above 0"),
+        (lambda: FlowMatching(logit_std=0.0), "logit_std: expected a number above 0"),
         (lambda: FlowMatching(shift=-1.0), "shift: expected a number above 0"),
         (lambda: Diffusion("x"), "predicts: expected 'epsilon' or 'v', got 'x'"),
         (lambda: Diffusion(alphas_cumprod=torch.tensor([0.1, 0.9])), "alphas_cumprod: expected"),

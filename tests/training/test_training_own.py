@@ -99,7 +99,7 @@ def test_validation_logs_the_loss_and_how_much_adapters_differ(base: nn.Module) 
     own = stage(Writer(), base, openwu.attach(base, (TARGET,)))
     scalars = own.evaluate().scalars
     assert scalars["validation"] > 0
-    assert 0 < scalars["adapter/spread"] <= 1
+    assert 0 < scalars["adapter/relative_std"] <= 1
     own.validation = None
     assert own.evaluate().scalars == {}
 

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 
 from openwu import cli
 from openwu.backbones.embedded.network import place_planes
-from openwu.cli.train import train_pairs
-from openwu.data.pairs import Pairs, read_pairs
+from openwu.data.pairs import Pairs, pairs_hashes, read_pairs, split_pairs
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
-from openwu.training.config import PairsRecipe, StageConfig, load_recipe
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import PairsRecipe
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.own_pairs import OwnPairSampler, PairsStage, pairs_hashes, split_pairs
+from openwu.training.embedded.own_pairs import OwnPairSampler, PairsStage
+from openwu.training.embedded.run import train_pairs
 from openwu.training.micro_batch import MicroBatch
+from openwu.training.run import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "own_pairs.py"
 SIDE = 32

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwu.cli.train import new_model, train
 from openwu.data.suite.photographs import load_folder
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_weights
-from openwu.training.config import STAGES, EmbeddedRecipe
+from openwu.training.embedded.config import STAGES, EmbeddedRecipe
+from openwu.training.embedded.instruction_stages import InstructionStage
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.stages import InstructionStage, base_stage, generator_stage, shared_stage
+from openwu.training.embedded.picture_stages import base_stage, generator_stage, shared_stage
+from openwu.training.embedded.run import new_model, train
 from openwu.training.loop import Stage
-from openwu.training.micro_batch import WHOLE, MicroBatch, StepBatchCache, take_rows
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache, take_rows
 from openwu.training.record import describe
 
 
@@ -80,7 +81,7 @@ def test_a_batch_is_drawn_once_for_its_parts() -> None:
     batches = StepBatchCache(draw)
     assert [batches.at(step, MicroBatch(i, 2)) for step in (4, 5) for i in range(2)] == [4, 4, 5, 5]
     assert drawn == [4, 5]
-    assert [batches.at(7, WHOLE) for _ in range(2)] == [7, 7]
+    assert [batches.at(7, FULL_BATCH) for _ in range(2)] == [7, 7]
     assert drawn == [4, 5, 7, 7]
 
 

@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from openwu.cli.train import train
 from openwu.errors import OpenwuError
 from openwu.training import distributed as module
 from openwu.training.checkpoint import STATE, load_weights, read_state_header
-from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.config import StageConfig
 from openwu.training.distributed import Processes
+from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.embedded.model import EmbeddedConfig
-from openwu.training.loop import Updates
+from openwu.training.embedded.run import train
+from openwu.training.loop import LoopConfig, Trainer
 from openwu.training.micro_batch import MicroBatch
 
 SCRIPT = Path(__file__).parent / "process_cases.py"
@@ -126,7 +127,8 @@ def test_what_is_not_finite_stops_all_and_names_the_sample_of_any(tmp_path: Path
 RECIPE = """
 import json
 from openwu.training.embedded.model import EmbeddedConfig
-from openwu.training.config import EmbeddedRecipe, StageConfig
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
 
 def recipe():
     pictures = StageConfig(steps=3, shapes=((2, 16), (3, 32)), learning_rate=2e-3, warmup=2)
@@ -166,31 +168,31 @@ def test_openwu_train_in_two_processes(
 
 def test_a_process_alone_talks_to_no_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    alone = Processes.joined(torch.device("cpu"))
+    alone = Processes.join(torch.device("cpu"))
     assert (alone.rank, alone.count, alone.main) == (0, 1, True)
-    assert float(alone.sum(torch.tensor(2.0))) == 2.0
-    assert alone.gathered(["x"]) == ["x"]
-    alone.agree(3, "folder")
-    alone.wait()
+    assert float(alone.all_reduce_sum(torch.tensor(2.0))) == 2.0
+    assert alone.all_gather(["x"]) == ["x"]
+    alone.check_same_step(3, "folder")
+    alone.barrier()
     monkeypatch.setenv("RANK", "1")
     assert not module.is_main()
 
 
 def test_processes_that_see_other_checkpoints_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Processes, "gathered", lambda _, own: [*own, "7"])
+    monkeypatch.setattr(Processes, "all_gather", lambda _, own: [*own, "7"])
     with pytest.raises(OpenwuError, match=r"here: expected every process to see the same checkpoint.*\['0', '7'\]"):
-        Processes(0, 2).agree(0, "here")
+        Processes(0, 2).check_same_step(0, "here")
 
 
 def test_each_process_computes_its_own_parts() -> None:
-    updates = Updates(new_stage(new_trained(), lambda _: None), _config(accumulate=2), Processes())
-    updates.processes = Processes(1, 3)
-    assert updates._parts() == [MicroBatch(2, 6), MicroBatch(3, 6)]
+    trainer = Trainer(new_stage(new_trained(), lambda _: None), _config(accumulate=2))
+    trainer.processes = Processes(1, 3)
+    assert trainer.micro_batches == [MicroBatch(2, 6), MicroBatch(3, 6)]
 
 
 def test_muon_with_shards_is_refused() -> None:
     with pytest.raises(OpenwuError, match=r"shard: Muon needs whole matrices.* set matrix_learning_rate to 0"):
-        Updates(new_stage(new_trained(), lambda _: None), _config(matrix_learning_rate=1e-2), Processes(), shard=True)
+        Trainer(new_stage(new_trained(), lambda _: None), _config(matrix_learning_rate=1e-2), LoopConfig(shard=True))
 
 
 def _config(**fields: Any) -> StageConfig:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from openwu.cli.train import train
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import OUT_OF_SCOPE
 from openwu.errors import OpenwuError
-from openwu.training.config import EmbeddedRecipe, StageConfig, load_recipe
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
+from openwu.training.embedded.run import train
+from openwu.training.run import load_recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "embedded.py"
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from openwu.cli.train import train_wording
-from openwu.training.config import StageConfig, WordingRecipe, load_recipe
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import WordingRecipe
+from openwu.training.embedded.instruction_stages import WordingStage
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.wording import WordingStage
+from openwu.training.embedded.run import train_wording
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.micro_batch import MicroBatch
 from openwu.training.record import PROVENANCE
+from openwu.training.run import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "wording.py"
 
@@ -23,7 +25,9 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "wording.py"
 @pytest.fixture
 def recipe(model_folder: Path) -> WordingRecipe:
     stage = StageConfig(steps=4, shapes=((8, 0),), learning_rate=3e-3, warmup=2)
-    return WordingRecipe("tiny", stage, start=str(model_folder), checkpoint_every=2, evaluate_every=4, log_every=2)
+    return WordingRecipe(
+        name="tiny", wording=stage, start=str(model_folder), checkpoint_every=2, evaluate_every=4, log_every=2
+    )
 
 
 def model_of(recipe: WordingRecipe) -> EmbeddedModel:
@@ -57,7 +61,7 @@ def test_holding_keeps_tokens_nearer_to_what_was_expected(recipe: WordingRecipe,
         model = model_of(recipe)
         stage = WordingStage(replace(recipe, hold=hold, dropped=0.0), model)
         train_stage(stage, config, loop, tmp_path / str(hold))
-        drawn = stage.drawn(3)
+        drawn = stage.batch(3)
         tokens = model.instruction.read_rows(drawn.rows)
         away[hold] = float(
             (tokens.detach() - stage.expected(drawn.sentences, drawn.target, drawn.degrees)).square().mean()
@@ -88,7 +92,7 @@ def test_the_encoder_alone_changes_and_provenance_is_added_to(recipe: WordingRec
     train_wording(again, tmp_path / "again")
     stored = json.loads((tmp_path / "again" / "model" / PROVENANCE).read_text(encoding="utf-8"))
     assert [each["recipe"]["start"] for each in stored["then"]] == [recipe.start, again.start]
-    assert all(each["sentences"] and each["seconds"] >= 0 for each in stored["then"])
+    assert all(each["sentences"] and each["seconds"]["wording"] >= 0 for each in stored["then"])
 
 
 def test_the_recipe_of_the_shipped_weights(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Batches of pairs whose pictures differ in shape: every batch is of one bucket, and buckets come as often as is due.
+"""Bucketed batches: pairs of one shape in each batch, buckets in proportion to their size.
 
-Enters: pairs, and what must be equal within a batch. Leaves: the pairs of any step, by its number alone.
+The pairs of a step depend on its number alone.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Buckets:
 
     @classmethod
     def of(cls, pairs: Pairs, shape: Callable[[Pair], Hashable], count: int, seed: int = 0) -> Buckets:
-        """Groups in the order in which their shapes first come."""
+        """Group pairs by their shape, in the order in which shapes first come."""
         found: dict[Hashable, list[Pair]] = {}
         for pair in pairs.pairs:
             found.setdefault(shape(pair), []).append(pair)
         return cls(tuple(Pairs(tuple(group)) for group in found.values()), count, seed)
 
     def step(self, step: int) -> list[tuple[Pair, str]]:
-        """The pairs of a step with one of their wordings each. Within a bucket tasks take turns, as `Pairs.step` says.
+        """Return the pairs of a step with one of their wordings each; tasks take turns in a bucket, see `Pairs.step`.
 
         In a round every bucket comes as often as it fills batches, once at least; rounds are shuffled.
         """

@@ -1,8 +1,7 @@
-"""Training pairs of one's own: pictures, an instruction, and what should come out.
+"""Training pairs of one's own: pictures, an instruction and the target, from JSONL, folders or a Hugging Face data set.
 
-Enters: a JSONL file, a folder, or rows of a data set of Hugging Face's. Leaves: pairs that have all been looked at, and
-the pairs of any step of a training, balanced over tasks. A broken line, a missing picture or a target of another size
-is reported before the first step, with every line number; nothing is skipped in silence.
+All pairs are checked before the first step: a broken line, a missing picture or a target of another size is reported
+with its line number; nothing is skipped in silence. The pairs of a step are balanced over tasks.
 
 A line of JSONL is `{"images": ["a.jpg"], "instruction": "...", "target": "b.jpg", "task": "..."}`: paths relative to
 the file, reference pictures behind the picture to edit; `task` may be missing, then all pairs are of one task. A folder
@@ -28,20 +27,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.errors import DatasetError
+from openwu.files.hashing import of_json
 
 SHOWN = 20
 """Problems that an error lists; of more it gives the number."""
 LISTING = "pairs.jsonl"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 ORIENTATION = 0x0112
-"""EXIF's tag of how a picture is turned."""
+"""EXIF's orientation tag."""
 
 File = Path | Image.Image
 """Where a picture is, or the picture itself."""
 
 
 def content(file: File) -> bytes:
-    """The bytes by which a picture is told apart: the file's, not yet decoded, or the pixels."""
+    """Return the bytes to hash a picture by: the file's, not decoded, or the pixels."""
     return file.read_bytes() if isinstance(file, Path) else file.tobytes()
 
 
@@ -52,21 +52,21 @@ class Pair:
     images: tuple[File, ...]
     """The picture to edit, then reference pictures."""
     instructions: tuple[str, ...]
-    """Wordings of what to do; a training draws one."""
+    """Wordings of the request; a training draws one."""
     target: File
-    """What should come out; as large as the first picture."""
+    """The edited picture; as large as the first one."""
     task: str
     where: str
     """For errors: file and line, or row."""
 
     def load(self) -> tuple[list[Tensor], Tensor]:
-        """Pictures and target, `[3, h, w]` each, in 0..1; turned as EXIF says, transparency on white."""
+        """Load pictures and target, `[3, h, w]` each, in 0..1; upright as EXIF says, transparency on white."""
         return [load_picture(image) for image in self.images], load_picture(self.target)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs that can all be used."""
+    """Checked pairs."""
 
     pairs: tuple[Pair, ...]
 
@@ -75,11 +75,11 @@ class Pairs:
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """Every task once, in the order in which they first come."""
+        """All tasks, in the order in which they first come."""
         return tuple(dict.fromkeys(pair.task for pair in self.pairs))
 
     def step(self, step: int, count: int, seed: int = 0) -> list[tuple[Pair, str]]:
-        """The pairs of a training step with one of their wordings each: the same for one step and seed, always.
+        """Return the pairs of a step with one of their wordings each; they depend on step and seed alone.
 
         Tasks take turns in shuffled rounds, however many pairs they have; within a task, pairs do.
         """
@@ -102,8 +102,31 @@ class Pairs:
         return members
 
 
+def split_pairs(pairs: Pairs, share: float) -> tuple[Pairs, Pairs]:
+    """Split into (training, held back): of every task the last `share`, at least one where a task has two pairs."""
+    training, held_back = [], []
+    for task in pairs.tasks:
+        own = [pair for pair in pairs.pairs if pair.task == task]
+        count = min(len(own) - 1, max(1, round(share * len(own)))) if share else 0
+        training += own[: len(own) - count]
+        held_back += own[len(own) - count :]
+    return Pairs(tuple(training)), Pairs(tuple(held_back))
+
+
+def pairs_hashes(*parts: Pairs) -> dict[str, str]:
+    """Hash every pair: its place in the data -> SHA-256 of its task, instructions and pictures' bytes."""
+    return {pair.where: _hash(pair) for pairs in parts for pair in pairs.pairs}
+
+
+def _hash(pair: Pair) -> str:
+    digest = of_json([pair.task, *pair.instructions])
+    for file in (*pair.images, pair.target):
+        digest.update(content(file))
+    return digest.hexdigest()
+
+
 def read_pairs(source: str | Path) -> Pairs:
-    """All pairs of a JSONL file or a folder. Raises one DatasetError with every problem."""
+    """Read and check all pairs of a JSONL file or a folder. Raises one DatasetError with every problem."""
     source = Path(source)
     if source.is_dir() and not (source / LISTING).is_file():
         return _checked(*_from_folders(source))
@@ -118,7 +141,7 @@ def pairs_of_dataset(
     target: str,
     task: str | None = None,
 ) -> Pairs:
-    """Pairs of a `datasets.Dataset` or any rows that hold PIL pictures; the arguments name the columns."""
+    """Read pairs from a `datasets.Dataset` or any rows of PIL pictures; the arguments name the columns."""
     columns = [images] if isinstance(images, str) else list(images)
     wanted = [*columns, instruction, target, *([task] if task else [])]
     pairs, problems = [], []
@@ -138,7 +161,7 @@ def pairs_of_dataset(
 
 
 def load_picture(file: File) -> Tensor:
-    """`[3, h, w]` in 0..1"""
+    """Load a picture `[3, h, w]` in 0..1, upright, transparency on white."""
     if isinstance(file, Image.Image):
         return _to_tensor(file)
     with Image.open(file) as opened:
@@ -184,7 +207,7 @@ def _from_lines(file: Path) -> tuple[list[Pair], list[str]]:
 
 
 def _wrong_fields(entry: object) -> str | None:
-    """What is wrong with a line's object, None if nothing is."""
+    """Return what is wrong with a line's object; None if nothing is."""
     if not isinstance(entry, dict):
         return f"expected an object with fields, got {type(entry).__name__}"
     known = ("images", "instruction", "target", "task")
@@ -203,7 +226,7 @@ def _wrong_fields(entry: object) -> str | None:
 
 
 def _from_folders(folder: Path) -> tuple[list[Pair], list[str]]:
-    """A task for each folder in this one."""
+    """Read a task from each folder in this one."""
     pairs, problems = [], []
     tasks = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
     if not tasks:
@@ -231,14 +254,14 @@ def _from_folders(folder: Path) -> tuple[list[Pair], list[str]]:
 
 
 def _pictures(folder: Path) -> dict[str, Path]:
-    """Name without suffix -> file."""
+    """Return name without suffix -> file."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return {file.stem: file for file in files if file.suffix.lower() in SUFFIXES}
 
 
 def _checked(pairs: list[Pair], problems: list[str]) -> Pairs:
-    """Look at every picture's header; all problems in one error."""
-    for pair in tqdm(pairs, desc="looking at pairs", unit="pair", disable=len(pairs) < 500):
+    """Check every picture's header; all problems in one error."""
+    for pair in tqdm(pairs, desc="checking pairs", unit="pair", disable=len(pairs) < 500):
         sizes = []
         for name, file in (*(("images", image) for image in pair.images), ("target", pair.target)):
             try:
@@ -260,7 +283,7 @@ def _checked(pairs: list[Pair], problems: list[str]) -> Pairs:
 
 
 def picture_size(file: File) -> tuple[int, int]:
-    """Width and height as a viewer shows the picture, from its header."""
+    """Read width and height of the upright picture from its header."""
     if isinstance(file, Image.Image):
         return _turned_size(file)
     with Image.open(file) as opened:

@@ -1,12 +1,10 @@
-"""Two edits in one pass, by adding two adapters' low-rank updates, against two passes.
+"""Composition of two edits: one pass under the sum of two adapters against two passes.
 
-Enters: the embedded model and a photograph. Leaves: for every ordered combination, how close either way comes to the
-second edit of the first edit's target.
+Both are compared with the second edit of the first edit's target, by PSNR.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.data.suite import EDITS, Scene
-from openwu.data.suite.phrases import load_phrases
-from openwu.evaluation.suite import Cases, apply, generate, make_cases, psnr_of
+from openwu.evaluation.cases import Case, edit, encode, first_phrase, generate, make_case, seeded_scene
+from openwu.evaluation.metrics import psnr
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
@@ -46,7 +44,7 @@ COMBINATIONS = (
 
 @dataclass(frozen=True)
 class Composed:
-    """One combination: PSNR in dB against the second edit of the first edit's target."""
+    """PSNR in dB of one combination against the second edit of the first edit's target."""
 
     first: str
     second: str
@@ -60,39 +58,32 @@ class Composed:
 def evaluate_composition(
     model: EmbeddedModel, photographs: dict[str, Tensor], edits: Sequence[str]
 ) -> tuple[list[Composed], dict[str, list[Tensor]]]:
-    """For each combination of `edits`: scores, and the cells `[3, h, w]` input, one pass, two passes, target."""
+    """Score each combination of `edits`; also return its cells `[3, h, w]`: input, one pass, two passes, target."""
     found, cells = [], {}
     names = sorted(photographs)
     known = [pair for pair in COMBINATIONS if set(pair) <= set(edits)]
     for i, (first, second) in enumerate(tqdm(known, desc="composition", unit="pair")):
-        source = photographs[names[i % len(names)]]
-        one = _cases(source, first, i)
+        one = _case(photographs[names[i % len(names)]], first, i)
         # The second edit's target is made from the first edit's, with the same noise.
-        generator = torch.Generator().manual_seed(i)
-        scene = Scene(one.target[0], one.planes[0, :1], generator)
+        scene = Scene(one.target, one.noise, torch.Generator().manual_seed(i))
         target = EDITS[second].make_pair(scene).target
-        two = replace(one, edits=(second,), sentences=(load_phrases()[second]["en"]["train"][0],))
-        first_text, first_adapter = generate(model, one)
-        second_text, second_adapter = generate(model, two)
-        summed = Adapter.sum([first_adapter, second_adapter])
-        one_pass = apply(model, one, torch.cat([first_text, second_text], dim=1), summed)[0]
-        between = apply(model, one, first_text, first_adapter).float().clamp(0, 1)
-        again = replace(two, picture=between)
-        two_passes = apply(model, again, *generate(model, again))[0]
-        picture = one.picture[0]
-        scores = (psnr_of(each, target) for each in (picture, between[0], one_pass, two_passes))
+        two = replace(one, task=second, instruction=first_phrase(second))
+        texts = [encode(model, [case]) for case in (one, two)]
+        adapters = [generate(model, [case]) for case in (one, two)]
+        one_pass = edit(model, [one], Adapter.sum(adapters), torch.cat(texts, dim=1))[0]
+        between = edit(model, [one], adapters[0], texts[0])[0].float().clamp(0, 1)
+        again = [replace(two, picture=between)]
+        two_passes = edit(model, again, generate(model, again))[0]
+        scores = (float(psnr(each, target)) for each in (one.picture, between, one_pass, two_passes))
         found.append(Composed(first, second, *scores))
-        cells[f"{first} + {second}"] = [picture, one_pass.float(), two_passes.float(), target]
+        cells[f"{first} + {second}"] = [one.picture, one_pass.float(), two_passes.float(), target]
     return found, cells
 
 
-def _cases(source: Tensor, edit: str, seed: int) -> Cases:
-    generator = torch.Generator().manual_seed(zlib.crc32(f"composition/{edit}/{seed}".encode()))
-    noise = torch.randn(1, *source.shape[1:], generator=generator)
-    sentence = load_phrases()[edit]["en"]["train"][0]
-    return make_cases("composition", [edit], [sentence], [Scene(source, noise, generator)], "en", "train")
+def _case(source: Tensor, task: str, seed: int) -> Case:
+    return make_case(task, first_phrase(task), seeded_scene(source, f"composition/{task}/{seed}"))
 
 
 def mean_gap(found: Sequence[Composed]) -> float:
-    """One pass minus two passes, in dB."""
+    """Return the mean of one pass minus two passes, in dB."""
     return sum(each.one_pass - each.two_passes for each in found) / len(found)

@@ -1,4 +1,4 @@
-"""Training curves against compute: a run's folder enters, a picture and the points behind it leave."""
+"""Draw the curves of a training run against minutes of training, and write their points as JSON."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from openwu.errors import OpenwuError
 from openwu.files.writing import write_text
-from openwu.training.config import STAGES
+from openwu.training.embedded.config import STAGES
 from openwu.training.loop import SECONDS
 
 SHOWN = {"instruction": "held_out/", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}
-"""Stage -> the beginning of the curves that are drawn."""
+"""Stage -> prefix of the curves that are drawn."""
 
 Curve = list[tuple[float, float]]
 """(minutes of training, value)"""
 
 
 def read_curves(run: Path) -> dict[str, dict[str, Curve]]:
-    """Stage -> name of the curve -> points, from a run's TensorBoard files and its record of seconds."""
+    """Read stage -> curve -> points from a run's TensorBoard files and its record of seconds."""
     stages = {}
     for stage in STAGES:
         folder = run / stage
@@ -46,7 +46,7 @@ def read_curves(run: Path) -> dict[str, dict[str, Curve]]:
 
 
 def write_curves(run: Path, output: Path) -> Path:
-    """Write `curves.json` and `curves.png`; returns the picture."""
+    """Write `curves.json` and `curves.png`; return the picture's path."""
     curves = read_curves(run)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "curves.json", json.dumps(curves) + "\n")
@@ -54,7 +54,7 @@ def write_curves(run: Path, output: Path) -> Path:
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Curve]], path: Path) -> Path:
-    """One panel per stage; minutes of training to the right."""
+    """Draw one panel per stage, with minutes of training on the x axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")

@@ -1,11 +1,7 @@
-"""The page that shows every edit: a picture grid per family, made by the model itself.
-
-Enters: the embedded model and test photographs. Leaves: `README.md` and a JPEG per family in a folder.
-"""
+"""The gallery: a page `README.md` with a picture grid per family of edits, made by the model itself."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openwu.data.suite import FAMILIES, Edit, Scene
+from openwu.data.suite import FAMILIES, Edit
 from openwu.data.suite.phrases import load_phrases
 from openwu.errors import OpenwuError
+from openwu.evaluation.cases import edit as edit_cases
+from openwu.evaluation.cases import first_phrase, following, generate, make_case, seeded_scene
 from openwu.evaluation.pictures import grid, middle
-from openwu.evaluation.suite import apply, following, generate, make_cases
 from openwu.files.markdown import table
 from openwu.files.writing import write_text
 from openwu.training.embedded.model import EmbeddedModel
@@ -28,7 +25,7 @@ SIDE = 256
 INTRODUCTION = """# Every edit
 
 Made by `openwu eval gallery --output docs/edits`. In the pictures: what the model was given, what it made of it, what
-the definition in `src/openwu/data/edits/` says should have come out (the model never sees it), and for reference edits
+the definition in `src/openwu/data/suite/` says should have come out (the model never sees it), and for reference edits
 the second picture, which the frozen base never sees. No training saw these photographs.
 
 Edits marked with * come in degrees: "a little" and "strongly", and `--strength`.
@@ -38,7 +35,7 @@ Edits marked with * come in degrees: "a little" and "strongly", and `--strength`
 
 @torch.inference_mode()
 def write_gallery(model: EmbeddedModel, photographs: dict[str, Tensor], folder: Path) -> Path:
-    """Write the page and its pictures; returns the page."""
+    """Write the page and its pictures; return the page's path."""
     text = INTRODUCTION
     small = {name: middle(picture, SIDE) for name, picture in photographs.items()}
     usable = {name: picture for name, picture in small.items() if picture.shape[1:] == (SIDE, SIDE)}
@@ -73,12 +70,10 @@ def _rows(model: EmbeddedModel, edits: Sequence[Edit], photographs: dict[str, Te
     names = sorted(photographs)
     for i, edit in enumerate(edits):
         name = names[i % len(names)]
-        generator = torch.Generator().manual_seed(zlib.crc32(f"gallery/{edit.name}".encode()))
-        noise = torch.randn(1, SIDE, SIDE, generator=generator)
-        scene = Scene(photographs[name], noise, generator, second=following(name, photographs))
-        sentence = load_phrases()[edit.name]["en"]["train"][0]
-        cases = make_cases(name, [edit.name], [sentence], [scene], "en", "train")
-        output = apply(model, cases, *generate(model, cases))[0]
-        cells = [cases.picture[0], output.float(), cases.target[0]]
-        rows[edit.name] = [*cells, cases.reference[0]] if edit.needs_reference else cells
+        second = following(name, photographs)
+        scene = seeded_scene(photographs[name], f"gallery/{edit.name}", second=second)
+        case = make_case(edit.name, first_phrase(edit.name), scene, photograph=name)
+        output = edit_cases(model, [case], generate(model, [case]))[0]
+        cells = [case.picture, output.float(), case.target]
+        rows[edit.name] = cells if case.reference is None else [*cells, case.reference]
     return rows

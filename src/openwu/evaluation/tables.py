@@ -1,9 +1,8 @@
-"""What evaluations found, as Markdown."""
+"""Goals of the model card, and the results of evaluations as Markdown tables."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +12,13 @@ from tqdm import tqdm
 
 from openwu.data.suite import EDITS, FAMILIES, Pair, Scene
 from openwu.data.suite.operators import gaussian
-from openwu.data.suite.phrases import LANGUAGES, load_phrases
+from openwu.data.suite.phrases import LANGUAGES
+from openwu.evaluation.cases import edit as edit_cases
+from openwu.evaluation.cases import first_phrase, generate, make_case, seeded_scene
 from openwu.evaluation.composition import Composed, mean_gap
+from openwu.evaluation.metrics import psnr
 from openwu.evaluation.strength import Graded, by_strength
-from openwu.evaluation.suite import Report, apply, generate, make_cases, psnr_of
+from openwu.evaluation.suite import Report
 from openwu.evaluation.wording import SPLITS, Wording, mean_psnr
 from openwu.files.markdown import table
 from openwu.training.embedded.model import EmbeddedModel
@@ -24,12 +26,12 @@ from openwu.training.embedded.model import EmbeddedModel
 
 @dataclass(frozen=True)
 class Goal:
-    """One claim and what was measured."""
+    """One goal and its measurement."""
 
     name: str
     wanted: float
     measured: float
-    """In the unit that the name says; at least `wanted` is asked for."""
+    """In the unit of the name; the goal is met from `wanted` on."""
 
     @property
     def met(self) -> bool:
@@ -45,25 +47,23 @@ KNOWN_DAMAGE: dict[str, tuple[str, Callable[[Scene], Tensor]]] = {
 
 @torch.inference_mode()
 def repair_gains(model: EmbeddedModel, photographs: dict[str, Tensor], edits: Sequence[str]) -> dict[str, float]:
-    """Mean gain over the input in dB for each of KNOWN_DAMAGE whose sub-task is among `edits`."""
+    """Return the mean gain over the input in dB for each of KNOWN_DAMAGE whose sub-task is among `edits`."""
     known = {repair: (edit, damage) for repair, (edit, damage) in KNOWN_DAMAGE.items() if edit in edits}
     gains: dict[str, list[float]] = {}
     for name, source in tqdm(photographs.items(), desc="repairs", unit="photograph"):
         for repair, (edit, damage) in known.items():
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{repair}".encode()))
-            noise = torch.randn(1, *source.shape[1:], generator=generator)
-            pair = Pair(damage(Scene(source, noise, generator)).clamp(0, 1), source)
-            sentence = load_phrases()[edit]["en"]["train"][0]
-            cases = make_cases(name, [edit], [sentence], [Scene(source, noise, generator)], "en", "train", [pair])
-            output = apply(model, cases, *generate(model, cases))[0]
-            gains.setdefault(repair, []).append(psnr_of(output, source) - psnr_of(pair.picture, source))
+            scene = seeded_scene(source, f"{name}/{repair}")
+            pair = Pair(damage(scene).clamp(0, 1), source)
+            case = make_case(edit, first_phrase(edit), scene, photograph=name, pair=pair)
+            output = edit_cases(model, [case], generate(model, [case]))[0]
+            gains.setdefault(repair, []).append(float(psnr(output, source) - psnr(pair.picture, source)))
     return {name: sum(values) / len(values) for name, values in gains.items()}
 
 
 def goals(
     report: Report, wordings: Sequence[Wording], shares: Mapping[str, float], gains: Mapping[str, float]
 ) -> list[Goal]:
-    """Every goal about sub-tasks that were measured; there is none about an edit that the model does not know."""
+    """Return the goals about sub-tasks that were measured; edits that the model does not know have none."""
     exact = [name for name in report.edits if EDITS[name].exact]
 
     def gain(edit: str) -> float:
@@ -93,6 +93,7 @@ def goals(
 
 
 def goals_table(goals: Sequence[Goal]) -> str:
+    """Tabulate goals and measurements."""
     rows = [
         (goal.name, f"{goal.wanted:.2f}", f"{goal.measured:.2f}", "yes" if goal.met else "**no**") for goal in goals
     ]
@@ -100,7 +101,7 @@ def goals_table(goals: Sequence[Goal]) -> str:
 
 
 def suite_table(report: Report, seeds: Sequence[int], photographs: Sequence[str]) -> str:
-    """Mean PSNR (dB) / SSIM of every sub-task under every method."""
+    """Tabulate the mean PSNR (dB) / SSIM of every sub-task under every method."""
     text = (
         f"Mean PSNR in dB / SSIM over {len(photographs)} test photographs ({', '.join(photographs)}) and seeds "
         f"{', '.join(map(str, seeds))}; half of the requests in Chinese, half with held-out phrasings.\n\n"
@@ -118,7 +119,7 @@ def suite_table(report: Report, seeds: Sequence[int], photographs: Sequence[str]
 
 
 def families_table(report: Report) -> str:
-    """Mean PSNR of every family under every method."""
+    """Tabulate the mean PSNR of every family under every method."""
     rows = []
     for family, members in FAMILIES.items():
         names = [member.name for member in members if member.name in report.edits]
@@ -128,6 +129,7 @@ def families_table(report: Report) -> str:
 
 
 def wording_table(wordings: Sequence[Wording], shares: Mapping[str, float]) -> str:
+    """Tabulate PSNR by language and split, and the understanding of sentences."""
     cells = [
         (lang, *(f"{mean_psnr(wordings, language=lang, split=split):.2f}" for split in SPLITS)) for lang in LANGUAGES
     ]
@@ -147,6 +149,7 @@ def _percent(share: float | None) -> str:
 
 
 def strength_table(found: Sequence[Graded]) -> str:
+    """Tabulate PSNR and change by strength."""
     rows = [
         (by, f"{s:g}", f"{psnr:.1f}", "-" if math.isnan(share) else f"{share:.2f}")  # at 0, no change is wanted
         for by, s, psnr, share in by_strength(found)
@@ -157,6 +160,7 @@ def strength_table(found: Sequence[Graded]) -> str:
 
 
 def composition_table(found: Sequence[Composed]) -> str:
+    """Tabulate every combination's PSNR."""
     if not found:
         return "The model knows both edits of none of the combinations.\n\n"
     rows = [
@@ -172,5 +176,6 @@ def composition_table(found: Sequence[Composed]) -> str:
 
 
 def missed_list(report: Report) -> str:
+    """List the sub-tasks that do not beat copying their input."""
     missed = report.missed()
     return f"Sub-tasks that do not beat copying their input: {', '.join(missed) if missed else 'none'}.\n\n"

@@ -1,11 +1,7 @@
-"""How much the wording matters: the same picture asked for the same edit in every held-out and training sentence.
-
-Enters: the embedded model and a photograph. Leaves: the PSNR of every sentence.
-"""
+"""Understanding of instructions, and PSNR of one edit under every training and held-out sentence."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,15 +10,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.backbones.embedded.instruction import InstructionEncoder
-from openwu.data.suite import EDITS, Scene
+from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import DEGREES, LANGUAGES, OUT_OF_SCOPE, frame, load_phrases, load_strength_words
-from openwu.evaluation.suite import apply, generate, make_cases, psnr_of
+from openwu.evaluation.cases import edit as edit_cases
+from openwu.evaluation.cases import generate, make_case, seeded_scene
+from openwu.evaluation.metrics import psnr
 from openwu.training.embedded.model import EmbeddedModel
 
 
 @torch.inference_mode()
 def understanding(encoder: InstructionEncoder) -> dict[str, float]:
-    """Shares of held-out sentences: accepted, refused, taken for the right sub-task, in the right degree."""
+    """Return shares of held-out sentences: accepted, refused, of the right sub-task, in the right degree."""
     labels = encoder.config.labels
     shares: dict[str, float] = {}
     for language in LANGUAGES:
@@ -40,7 +38,7 @@ def understanding(encoder: InstructionEncoder) -> dict[str, float]:
 
 
 def degree_accuracy(encoder: InstructionEncoder, language: str) -> float:
-    """Share of held-out sentences in held-out words of strength, or in none, whose degree is understood."""
+    """Return the share of held-out sentences, with held-out words of strength or none, of the right degree."""
     names, pairs = list(DEGREES), []
     for label in (name for name in encoder.config.labels if name in EDITS):
         for i, sentence in enumerate(load_phrases()[label][language]["held_out"]):
@@ -79,7 +77,7 @@ class Wording:
 
 @torch.inference_mode()
 def evaluate_wording(model: EmbeddedModel, source: Tensor, second: Tensor, edits: Sequence[str]) -> list[Wording]:
-    """Sentences of one sub-task share picture, noise and damage: they differ in nothing but their words."""
+    """Measure every sentence; those of one sub-task share picture, noise and damage and differ only in words."""
     found = []
     for edit in tqdm(edits, desc="wording", unit="edit"):
         asked = [
@@ -88,19 +86,17 @@ def evaluate_wording(model: EmbeddedModel, source: Tensor, second: Tensor, edits
             for split in SPLITS
             for sentence in load_phrases()[edit][language][split][:SENTENCES]
         ]
-        scenes = []
-        for _ in asked:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"wording/{edit}".encode()))
-            noise = torch.randn(1, *source.shape[1:], generator=generator)
-            scenes.append(Scene(source, noise, generator, second=second))
-        cases = make_cases("wording", [edit] * len(asked), [each[2] for each in asked], scenes, "", "")
-        output = apply(model, cases, *generate(model, cases))
-        for i, (language, split, sentence) in enumerate(asked):
-            found.append(Wording(edit, language, split, sentence, psnr_of(output[i], cases.target[i])))
+        cases = [
+            make_case(edit, sentence, seeded_scene(source, f"wording/{edit}", second=second))
+            for _, _, sentence in asked
+        ]
+        outputs = edit_cases(model, cases, generate(model, cases))
+        for case, output, (language, split, sentence) in zip(cases, outputs, asked, strict=True):
+            found.append(Wording(edit, language, split, sentence, float(psnr(output, case.target))))
     return found
 
 
 def mean_psnr(wordings: Sequence[Wording], **only: str) -> float:
-    """Mean over the sentences with these attributes."""
+    """Average the PSNR of the sentences with these attributes."""
     values = [each.psnr for each in wordings if all(getattr(each, name) == value for name, value in only.items())]
     return sum(values) / len(values) if values else float("nan")

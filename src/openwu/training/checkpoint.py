@@ -1,8 +1,8 @@
-"""The state of a training in one safetensors file: weights, what the optimiser remembers, moving averages, the step.
+"""Training checkpoints: weights, optimiser state, EMA weights and the step in one safetensors file.
 
-Enters and leaves: a module, its optimiser, its averages, a step. Written beside the old file and renamed over it, so
-that a training killed at any moment finds the last whole checkpoint. Nothing else has to be stored: data depend on the
-step. Weights that are cut up among processes are written whole, and cut up again when they are read.
+The file is written beside the old one and renamed over it, so that a training killed at any moment finds the last whole
+checkpoint. Data depend on the step alone and need not be stored. Sharded weights are gathered before they are written
+and sharded again when they are read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from openwu.errors import CheckpointError
 from openwu.files.writing import whole_file
-from openwu.training.distributed import like, whole_state
-from openwu.training.optimizers import Average, StageOptimizer
+from openwu.training.distributed import full_state, shard_like
+from openwu.training.optimizers import EmaWeights, StageOptimizer
 
 STATE = "state.safetensors"
 
@@ -30,19 +30,19 @@ def save_state(
     optimizer: StageOptimizer,
     step: int,
     recipe: str,
-    average: Average | None = None,
+    ema: EmaWeights | None = None,
     main: bool = True,
 ) -> None:
-    """`step`: how many updates have been made. `recipe`: a description that a resumed training must match.
+    """Write a checkpoint; every process calls it, since each may hold a shard, and only the `main` one writes.
 
-    Every process calls it, since each may hold a shard; only the `main` one writes.
+    step: updates made so far. recipe: a description that a resumed training must match.
     """
     tensors: dict[str, Tensor] = {f"weight/{name}": value for name, value in module.state_dict().items()}
     for name, parameter in module.named_parameters():
         tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state_of(parameter).items()}
-    if average is not None:
-        tensors |= {f"average/{name}": value for name, value in average.values.items()}
-    tensors = whole_state(tensors)
+    if ema is not None:
+        tensors |= {f"average/{name}": value for name, value in ema.values.items()}
+    tensors = full_state(tensors)
     if not main:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,16 +51,16 @@ def save_state(
 
 
 def load_state(
-    folder: Path, module: nn.Module, optimizer: StageOptimizer, recipe: str, average: Average | None = None
+    folder: Path, module: nn.Module, optimizer: StageOptimizer, recipe: str, ema: EmaWeights | None = None
 ) -> int:
-    """Continue where `save_state` stopped: returns the number of updates made, 0 where there is no state."""
+    """Restore a checkpoint that `save_state` wrote; return the updates made, 0 where there is none."""
     path = folder / STATE
     if not path.exists():
         return 0
     step = check_recipe(folder, recipe)
     tensors = load_file(path)
     averages = _under("average/", tensors)
-    target = {} if average is None else average.values
+    target = {} if ema is None else ema.values
     if averages.keys() != target.keys():
         raise CheckpointError(
             f"{path}: expected moving averages of {len(target)} parameters, got {len(averages)}; "
@@ -69,19 +69,19 @@ def load_state(
     _fill(module, _under("weight/", tensors))
     with torch.no_grad():
         for name, value in target.items():
-            value.copy_(like(averages[name], value))
-    remembered: dict[str, dict[str, Tensor]] = {}
+            value.copy_(shard_like(averages[name], value))
+    states: dict[str, dict[str, Tensor]] = {}
     for stored, value in _under("optimizer/", tensors).items():
         key, _, name = stored.partition("/")
-        remembered.setdefault(name, {})[key] = value
+        states.setdefault(name, {})[key] = value
     for name, parameter in module.named_parameters():
-        if name in remembered:
-            optimizer.set_state_of(parameter, {k: like(v, parameter) for k, v in remembered[name].items()})
+        if name in states:
+            optimizer.set_state_of(parameter, {k: shard_like(v, parameter) for k, v in states[name].items()})
     return step
 
 
 def check_recipe(folder: Path, recipe: str) -> int:
-    """The number of updates made by the training that `folder` holds, 0 for none. Raises where it was another one's."""
+    """Return the updates made by the training in `folder`, 0 for none; raise CheckpointError for another recipe's."""
     path = folder / STATE
     if not path.exists():
         return 0
@@ -96,7 +96,7 @@ def check_recipe(folder: Path, recipe: str) -> int:
 
 
 def read_state_header(path: Path) -> tuple[int, str]:
-    """(step, recipe) of a state file."""
+    """Read (step, recipe) of a checkpoint without its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -108,7 +108,7 @@ def read_state_header(path: Path) -> tuple[int, str]:
 
 
 def load_weights(folder: Path, module: nn.Module, steps: int) -> None:
-    """Only the weights of a stage that is finished after so many steps: their moving averages where there are some."""
+    """Load the weights of a stage that is finished after so many steps: its EMA weights where it kept some."""
     path = folder / STATE
     if not path.exists():
         raise CheckpointError(f"{path}: expected the state of an earlier stage; run the recipe's stages in order")
@@ -125,9 +125,9 @@ def _under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
-    module.load_state_dict({name: like(v, own[name]) if name in own else v for name, v in weights.items()})
+    module.load_state_dict({name: shard_like(v, own[name]) if name in own else v for name, v in weights.items()})
 
 
-def _changed_fields(stored: str, x_t: str) -> str:
-    before, after = json.loads(stored), json.loads(x_t)
+def _changed_fields(stored: str, given: str) -> str:
+    before, after = json.loads(stored), json.loads(given)
     return ", ".join(sorted(key for key in {*before, *after} if before.get(key) != after.get(key)))

@@ -1,36 +1,30 @@
-"""What a recipe returns: every number that decides which weights come out of a training.
+"""Training configs: the optimisation of a stage, what every recipe has, and runs through a large base.
 
-A recipe is a Python file with a function `recipe()` that returns an EmbeddedRecipe, PairsRecipe, WordingRecipe or
-PipelineRun; a variant calls a base recipe and replaces fields. Command-line overrides (`key=value`, dots for nesting)
-replace fields in the same way.
+A recipe is a Python file with a function `recipe()` that returns a `Recipe`: a `PipelineRun`, or one of the embedded
+model's in `openwu.training.embedded.config`. A variant calls a base recipe and replaces fields. Every config class
+names the function that trains it.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from openwu.errors import OpenwuError
 from openwu.registry import CONDITION_ENCODERS
-from openwu.training.embedded.losses import FLOOR
-from openwu.training.embedded.model import EmbeddedConfig
-
-STAGES = ("instruction", "base", "generator", "shared")
-"""In the order in which they build on one another; "shared" is the baseline of equal length, not part of the model."""
 
 SCHEDULES = ("linear", "cosine", "constant")
-"""See `schedule.FALLS`."""
+"""See `optimizers.DECAYS`."""
 
 ENCODERS_AFTER = ("drop", "cpu", "keep")
-"""What becomes of a large base's encoders once they have said all that a training needs."""
+"""What becomes of a large base's encoders once every pair is encoded."""
 
-LATER = {"later": True}
-"""Marks fields that descriptions leave out at their defaults; those of earlier trainings do not have them."""
+LATER: dict[str, Any] = {"later": True}
+"""Field metadata: left out of descriptions at its default, since recipes described earlier do not have the field."""
+
+FIRST_FLOOR = 1e-4
+"""Default of `StageConfig.first_floor`: the floor that every training ends with."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class StageConfig:
     steps: int
     """Optimiser steps."""
     shapes: tuple[tuple[int, int], ...]
-    """Steps walk through these (requests, side of the base's crop in pixels) in turn; sentences have no side."""
+    """Steps cycle through these (requests, side of the base's crop in pixels); sentences have no side."""
     learning_rate: float
     """Peak learning rate of AdamW."""
     matrix_learning_rate: float = 0.0
@@ -48,11 +42,11 @@ class StageConfig:
     warmup: int = 50
     """Steps over which the learning rate rises from 0."""
     decay: float = 0.6
-    """Fraction of the steps, at the end, over which the learning rate falls to 0."""
+    """Fraction of the steps, at the end, over which the learning rate falls."""
     weight_decay: float = 0.02
     """Weight decay, on matrices only."""
-    first_floor: float = FLOOR
-    """Where the loss's floor starts; see `loss.falling_floor`."""
+    first_floor: float = FIRST_FLOOR
+    """Where the floor of a picture loss starts; see `embedded.picture_stages.annealed_floor`."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     schedule: str = field(default="linear", metadata=LATER)
@@ -60,7 +54,7 @@ class StageConfig:
     accumulate: int = field(default=1, metadata=LATER)
     """Micro-batches of an update: the batch is computed in so many parts, for less memory at equal gradients."""
     ema: float = field(default=0.0, metadata=LATER)
-    """Decay of the moving average of the weights, which is then what is evaluated and exported; 0: none."""
+    """Decay of the EMA weights, which then are what is evaluated and exported; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "learning_rate", "clip"):
@@ -80,139 +74,52 @@ class StageConfig:
             raise ValueError(f"ema: expected 0, or a decay below 1 such as 0.999, got {self.ema}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON. Fields that came later stand in it only where they are set, so that old descriptions stay true."""
-        fields = {each.name: (each, getattr(self, each.name)) for each in dataclasses.fields(self)}
-        return {name: value for name, (each, value) in fields.items() if not each.metadata or value != each.default}
+        """Return the fields as JSON values; `LATER` ones only where they differ from their defaults."""
+        return set_fields(self)
 
 
-@dataclass(frozen=True)
-class EmbeddedRecipe:
-    """How the embedded model is made from nothing."""
+def set_fields(config: Any) -> dict[str, Any]:
+    """Return a config's fields by name, those marked `LATER` only where they differ from their defaults."""
+    fields = {each: getattr(config, each.name) for each in dataclasses.fields(config)}
+    return {each.name: value for each, value in fields.items() if not each.metadata or value != each.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every recipe has. A subclass adds its own fields and names the function that trains it."""
+
+    runner: ClassVar[str]
+    """ "module:function", called as `(recipe, folder, stages)`."""
+    known_stages: ClassVar[tuple[str, ...]]
+    """The stages that it may train, in order; each has a field of its name with its StageConfig."""
 
     name: str
     """Names the run's folder."""
-    model: EmbeddedConfig
-    """Sizes of the four parts."""
-    instruction: StageConfig
-    """Instruction encoder: tell the sub-tasks apart."""
-    base: StageConfig
-    """Frozen base: a few sub-tasks, read from the instruction."""
-    generator: StageConfig
-    """Condition encoder and generator, end to end through the frozen base, on every sub-task."""
-    shared: StageConfig
-    """The baseline: one adapter for all sub-tasks, for as many steps on batches drawn alike."""
-    base_edits: tuple[str, ...]
-    """Sub-tasks that the base learns."""
-    edits: tuple[str, ...]
-    """Sub-tasks that adapters learn."""
-    photographs: str = "photos"
-    """Folder of training photographs, relative to the working directory."""
-    side: int = 192
-    """Side in pixels of the picture that the condition encoder sees in training."""
     seed: int = 0
     """Seed of initial weights and data."""
-    b_init_std: float = 1e-2
-    """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
-    bf16: bool = True
-    """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     evaluate_every: int = 200
-    """Steps between evaluations on the validation photographs."""
-    log_every: int = 10
-    """Steps between points of the training curve."""
-    export: str | None = field(default=None)
-    """Where the finished model is written besides the run's folder."""
-    start: str | None = field(default=None, metadata=LATER)
-    """Folder of a finished model of the same sizes whose weights the stages go on from; None: from nothing."""
-    stages: tuple[str, ...] = field(default=STAGES, metadata=LATER)
-    """The stages that are trained; with a `start`, the others stay as they are there."""
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.stages) - set(STAGES))
-        if unknown or not self.stages:
-            raise ValueError(f"stages: expected some of {list(STAGES)}, got {list(self.stages)}")
-
-    def check_baseline(self) -> None:
-        """Refuse an unfair baseline. Not at construction: overrides change one of the two stages at a time."""
-        for name in ("steps", "shapes", "first_floor"):
-            ours, theirs = getattr(self.shared, name), getattr(self.generator, name)
-            if ours != theirs:
-                raise OpenwuError(
-                    f"shared.{name}: expected the generator's {theirs} for a fair baseline, got {ours}; set both"
-                )
-
-
-@dataclass(frozen=True)
-class PairsRecipe:
-    """How a finished model goes on to learn pairs of one's own: its condition encoder and generator, end to end."""
-
-    name: str
-    """Names the run's folder."""
-    generator: StageConfig
-    """Condition encoder and generator; every shape has as many requests, so that tasks stay balanced."""
-    data: str | None = None
-    """JSONL file or folder of pairs, see `openwu.data.pairs`."""
-    start: str | None = None
-    """Folder of the model to start from; None: the one inside the package."""
-    side: int = 192
-    """Side of the square part of a picture that is shown whole to the condition encoder."""
-    held_back: float = 0.1
-    """Share of every task's pairs that is validated on instead, at least one where a task has two."""
-    seed: int = 0
-    """Of everything that is drawn."""
-    bf16: bool = True
-    """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
-    evaluate_every: int = 100
-    """Steps between evaluations on the pairs held back."""
-    log_every: int = 10
-    """Steps between points of the training curve."""
-    export: str | None = None
-    """Where the finished model is written besides the run's folder."""
-
-    def __post_init__(self) -> None:
-        if len({requests for requests, _ in self.generator.shapes}) > 1:
-            raise ValueError(f"generator.shapes: expected equally many requests in all, got {self.generator.shapes}")
-        if any(not 0 < crop <= self.side for _, crop in self.generator.shapes):
-            raise ValueError(f"generator.shapes: expected crops of 1 to side={self.side}, got {self.generator.shapes}")
-        if not 0 <= self.held_back < 1:
-            raise ValueError(f"held_back: expected a share from 0 to below 1, got {self.held_back}")
-
-
-@dataclass(frozen=True)
-class WordingRecipe:
-    """How a finished model's instruction encoder goes on with sentences that came later; all else stays as it is."""
-
-    name: str
-    """Names the run's folder."""
-    wording: StageConfig
-    """The instruction encoder; its one shape has (sentences, 0)."""
-    dropped: float = 0.3
-    """Share of the n-grams that is left out of sentences."""
-    hold: float = 0.3
-    """Weight of the distance from the tokens that the frozen base and generator expect."""
-    start: str | None = None
-    """Folder of the model to start from; None: the one inside the package."""
-    seed: int = 0
-    """Of everything that is drawn."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-    evaluate_every: int = 400
-    """Steps between evaluations on sentences that were held out."""
+    """Steps between evaluations on data that is not trained on."""
     log_every: int = 10
     """Steps between points of the training curve."""
     export: str | None = None
     """Where the finished model is written besides the run's folder."""
 
 
-@dataclass(frozen=True)
-class PipelineRun:
-    """How a generator for a large frozen base is made from pairs, end to end through the base."""
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError unless a share of the data that is held back is from 0 to below 1."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a share from 0 to below 1, got {value}")
 
-    name: str
-    """Names the run's folder."""
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRun(Recipe):
+    """Train a generator for a large frozen base in a diffusers pipeline, from pairs, end to end through the base."""
+
+    runner: ClassVar[str] = "openwu.training.pipelines:train_pipeline"
+    known_stages: ClassVar[tuple[str, ...]] = ("generator",)
+
     model: str
     """The base: a name of `openwu.registry.BASES`."""
     generator: StageConfig
@@ -245,15 +152,15 @@ class PipelineRun:
     b_init_std: float = 1e-3
     """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
     bf16: bool = True
-    """The base's weights, and what is computed, in bfloat16; the generator's weights are float32. False: all are."""
+    """Base weights and activations in bfloat16; the generator's weights are float32. False: all are float32."""
     quantise: str | None = None
     """Linear maps in the base's layers in fewer bits: "8bit" or "4bit", by bitsandbytes; None: as `bf16` says."""
     checkpoint_base: bool = True
-    """Compute the base's blocks again in the backward pass instead of keeping what they computed."""
+    """Gradient checkpointing of the base's blocks: recomputed in the backward pass instead of kept."""
     checkpoint_generator: bool = True
     """The same for the generator's blocks."""
     cache: str = "cache"
-    """Folder of what the base's encoders say of every pair, relative to the run's; "" encodes in every step instead."""
+    """Folder of the pairs' encodings, relative to the run's; "" encodes in every step instead."""
     encoders: str = "drop"
     """Once all is in the cache: "drop" encoders from memory, move them to the "cpu", or "keep" them where they are."""
     device: str | None = None
@@ -262,16 +169,7 @@ class PipelineRun:
     """Share of every task's pairs that is validated on instead, at least one where a task has two."""
     validated: int = 4
     """Most pairs held back whose loss is logged; they are computed at once."""
-    seed: int = 0
-    """Of the generator's first weights and everything that is drawn."""
     checkpoint_every: int = 100
-    """Steps between checkpoints."""
-    evaluate_every: int = 200
-    """Steps between evaluations on pairs held back."""
-    log_every: int = 10
-    """Steps between points of the training curve."""
-    export: str | None = None
-    """Where the finished generator is written besides the run's folder."""
 
     def __post_init__(self) -> None:
         if len(self.generator.shapes) != 1 or self.generator.shapes[0][1] != 0:
@@ -280,8 +178,7 @@ class PipelineRun:
             raise ValueError(f"encoders: expected one of {list(ENCODERS_AFTER)}, got {self.encoders!r}")
         if self.quantise not in (None, "8bit", "4bit"):
             raise ValueError(f"quantise: expected 8bit, 4bit or None, got {self.quantise!r}")
-        if not 0 <= self.held_back < 1:
-            raise ValueError(f"held_back: expected a share from 0 to below 1, got {self.held_back}")
+        check_share("held_back", self.held_back)
         for chosen in self.condition:
             if not isinstance(chosen, Mapping) or chosen.get("name") not in CONDITION_ENCODERS:
                 known = ", ".join(name for name in CONDITION_ENCODERS if name != "segments")
@@ -289,61 +186,3 @@ class PipelineRun:
         for name in ("pixels", "validated"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-
-Recipe = EmbeddedRecipe | PairsRecipe | WordingRecipe | PipelineRun
-RECIPES = (EmbeddedRecipe, PairsRecipe, WordingRecipe, PipelineRun)
-
-
-def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """The recipe of a file, with `key=value` overrides applied."""
-    spec = importlib.util.spec_from_file_location("openwu_recipe", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise OpenwuError(f"recipe: expected a Python file with a function recipe(), found none at {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    build = getattr(module, "recipe", None)
-    made = build() if callable(build) else None
-    if not isinstance(made, RECIPES):
-        kinds = " or ".join(kind.__name__ for kind in RECIPES)
-        raise OpenwuError(f"recipe: expected {path} to define recipe() -> {kinds}, got {type(made).__name__}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise OpenwuError(f"override: expected key=value, got {override!r}")
-        try:
-            made = _replaced(made, key.split("."), value, key)
-        except (TypeError, ValueError) as error:
-            raise OpenwuError(f"override {key}: {error}") from error
-    return made
-
-
-def _replaced(config: Any, path: list[str], value: str, whole: str) -> Any:
-    names = [each.name for each in dataclasses.fields(config)]
-    if path[0] not in names:
-        raise OpenwuError(f"override {whole}: expected one of {names}, got {path[0]!r}")
-    current = getattr(config, path[0])
-    if len(path) > 1:
-        if not dataclasses.is_dataclass(current):
-            raise OpenwuError(f"override {whole}: {path[0]} has no fields")
-        return dataclasses.replace(config, **{path[0]: _replaced(current, path[1:], value, whole)})
-    return dataclasses.replace(config, **{path[0]: _parsed(value, current, whole)})
-
-
-def _parsed(text: str, current: Any, whole: str) -> Any:
-    """A value of the field's own type."""
-    if dataclasses.is_dataclass(current):
-        raise OpenwuError(
-            f"override {whole}: expected one of its fields, e.g. {whole}.{dataclasses.fields(current)[0].name}"
-        )
-    if isinstance(current, str) or current is None:
-        return text
-    try:
-        value = ast.literal_eval(text.capitalize() if isinstance(current, bool) else text)
-    except (ValueError, SyntaxError):
-        value = None
-    if isinstance(current, float) and isinstance(value, int):
-        value = float(value)
-    if type(value) is not type(current):
-        raise OpenwuError(f"override {whole}: expected {type(current).__name__} like {current!r}, got {text!r}")
-    return value

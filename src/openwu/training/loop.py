@@ -1,116 +1,37 @@
-"""The training loop: a stage's loss goes in, an updated module and its curves come out.
+"""The training loop: draw, forward in the adapter's scope, backward, clip, step, log; resumable at any step.
 
-A stage says what is trained and what the loss of a step is; the loop knows nothing of pictures. Every random draw of a
-step depends on the seed and the step alone, so a training that was killed continues to the same weights, and neither
-micro-batches nor several processes (`torchrun`, `accelerate launch`) change what it learns.
+A `Stage` says what is trained and what the loss of a step is. Every random draw depends on the seed and the step alone,
+so a training that was killed resumes to the same weights, and neither micro-batches nor several processes (`torchrun`,
+`accelerate launch`) change what it learns.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_state, save_state
-from openwu.training.config import StageConfig
-from openwu.training.distributed import Processes, spread, whole, without_reduction
+from openwu.training.config import Recipe, StageConfig
+from openwu.training.distributed import Processes, full_tensor, no_gradient_sync, wrap_distributed
 from openwu.training.micro_batch import MicroBatch
-from openwu.training.optimizers import Average, StageOptimizer
+from openwu.training.optimizers import EmaWeights, StageOptimizer, learning_rate_factor
 
-FALLS: dict[str, Callable[[float], float]] = {
-    "linear": lambda left: left,
-    "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
-    "constant": lambda _: 1.0,
-}
-"""Name of a schedule -> what is left of the peak when this part (1 to 0) of the fall's steps is left."""
-
-
-def part_of_peak(config: StageConfig, step: int) -> float:
-    """The learning rates of a step as part of their peaks: linear warm-up, constant, then the fall of the schedule."""
-    rise = min(1.0, (step + 1) / max(1, config.warmup))
-    left = (config.steps - step) / max(1.0, config.decay * config.steps)
-    return min(rise, FALLS[config.schedule](min(1.0, left)))
-
-
-class Updates:
-    """Makes the updates of a stage, and owns what they need: optimiser, moving average, the module as it is spread."""
-
-    def __init__(self, stage: Stage, config: StageConfig, processes: Processes, shard: bool = False) -> None:
-        self.stage, self.config, self.processes = stage, config, processes
-        if shard and config.matrix_learning_rate:
-            raise OpenwuError(
-                "shard: Muon needs whole matrices and cannot train sharded weights; set matrix_learning_rate to 0, "
-                "or train without shard"
-            )
-        self.around = spread(stage.trained, processes, shard)
-        self.optimizer = StageOptimizer(stage.trained, config)
-        self.average = Average(stage.trained, config.ema)
-
-    def make(self, step: int) -> tuple[float, float]:
-        """One update; returns the loss and the gradient's norm before clipping.
-
-        Raises OpenwuError, before any weight is touched, when one of them is not finite.
-        """
-        parameters = [each for each in self.stage.trained.parameters() if each.requires_grad]
-        self.optimizer.zero_grad()
-        loss = self._gradients(step)
-        if not math.isfinite(loss):
-            raise self._diverged(step, f"the loss is {loss}")
-        norm = float(whole(nn.utils.clip_grad_norm_(parameters, self.config.clip)))
-        if not math.isfinite(norm):
-            raise self._diverged(step, f"the loss is {loss:.4g}, but its gradient's norm is {norm}")
-        self.optimizer.step(part_of_peak(self.config, step))
-        self.average.update(step)
-        return loss, norm
-
-    def _parts(self) -> list[MicroBatch]:
-        """Of the batch, those that this process computes."""
-        each = self.config.accumulate
-        return [MicroBatch(self.processes.rank * each + i, self.processes.count * each) for i in range(each)]
-
-    def _gradients(self, step: int) -> float:
-        """Add up the gradients of this process's parts; the loss of the whole batch."""
-        total: Tensor | None = None
-        *earlier, last = self._parts()
-        for part in (*earlier, last):
-            with without_reduction(self.around, part is not last), ExitStack() as scope:
-                loss: Tensor = self.around(partial(self._entered, scope, step, part))
-                # Gradients are averaged over processes, and are to be added up.
-                torch.autograd.backward(loss * self.processes.count)
-                total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
-        return float(self.processes.sum(total))
-
-    def _entered(self, scope: ExitStack, step: int, part: MicroBatch) -> Tensor:
-        return scope.enter_context(self.stage.loss(step, part))
-
-    def _diverged(self, step: int, what: str) -> OpenwuError:
-        """Names the samples."""
-        with torch.no_grad():
-            own = [s for part in self._parts() for s in self.around(partial(self.stage.not_finite, step, part))]
-        samples = self.processes.gathered(own)
-        named = (
-            f"Samples whose loss is not finite: {', '.join(samples)}" if samples else "Every sample's loss is finite"
-        )
-        return OpenwuError(
-            f"{self.stage.name}: {what} at step {step}; the last checkpoint is kept. {named}. "
-            "Look at them, or lower learning_rate or clip"
-        )
-
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 SECONDS = "seconds.txt"
-"""File in a stage's folder: seconds between checkpoints, whatever process they passed in."""
+"""File in a stage's folder with the seconds between checkpoints, one line each, of all processes that trained it."""
 
 
 @dataclass(frozen=True)
@@ -123,109 +44,208 @@ class Evaluation:
 
 
 class Stage(Protocol):
-    """One training: what changes, and how wrong it is."""
+    """What is trained, and the loss of a step."""
 
     name: str
 
     @property
-    def trained(self) -> nn.Module: ...
+    def trained(self) -> nn.Module:
+        """The module whose parameters are updated."""
+        ...
 
-    def loss(self, step: int, part: MicroBatch, /) -> AbstractContextManager[Tensor]:
-        """A scope with the part's share of the step's loss: the sum over its samples / the samples of the whole batch.
+    def loss(self, step: int, micro_batch: MicroBatch, /) -> AbstractContextManager[Tensor]:
+        """Return a scope; entering it gives the micro-batch's share of the loss: its sum / the whole batch's size.
 
         Backward runs inside the scope: adapters stay applied until then, as gradient checkpointing needs. Every draw
         depends on the seed, the step and the sample's place in the batch alone, not on how the batch is cut.
         """
         ...
 
-    def not_finite(self, step: int, part: MicroBatch, /) -> Sequence[str]:
-        """The samples of a part whose loss is not finite, in words that let a user find them."""
+    def not_finite(self, step: int, micro_batch: MicroBatch, /) -> Sequence[str]:
+        """Name the samples of a micro-batch whose loss is not finite, in words that let a user find them."""
         ...
 
-    def evaluate(self) -> Evaluation: ...
+    def evaluate(self) -> Evaluation:
+        """Measure the module as it is now; called without gradients."""
+        ...
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop needs besides the stage's own optimisation."""
+    """What the loop needs besides the stage's own optimisation. Intervals are in steps, 0: never."""
 
-    recipe: str
-    """JSON description that a checkpoint must match to be continued."""
-    checkpoint_every: int
-    evaluate_every: int
-    log_every: int
+    recipe: str = "{}"
+    """JSON description that a checkpoint must match to be resumed."""
+    checkpoint_every: int = 0
+    """A checkpoint is also written where the training stops."""
+    evaluate_every: int = 0
+    """Unless it is 0, the last step is evaluated too."""
+    log_every: int = 0
     stop_after: int | None = None
     """Stop early after so many updates in this process, leaving a checkpoint; for tests and trials."""
     shard: bool = False
     """Several processes hold a shard of the weights, gradients and optimiser each (FSDP2), where all of them would not
     fit. The stage's module is cut up in place: read the result from the folder with `checkpoint.load_weights`."""
 
+    @classmethod
+    def of(cls, recipe: Recipe, description: str, stop_after: int | None = None) -> LoopConfig:
+        """Take the intervals of a recipe; `description`: see `recipe` above."""
+        return cls(description, recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every, stop_after)
 
-def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig, folder: Path) -> bool:
-    """Train to the end, from the last checkpoint in `folder` if there is one. True when every step has been made.
 
-    A finished stage's module has its moving averages, where the stage keeps some. Every process of a training calls
-    this alike; one of them writes.
+_IN_MEMORY = LoopConfig()
+
+
+def train_stage(stage: Stage, config: StageConfig, loop: LoopConfig = _IN_MEMORY, folder: Path | None = None) -> bool:
+    """Train a stage to the end, from the last checkpoint in `folder` if there is one. True when every step is made.
+
+    Without a folder nothing is written: no checkpoints, no curves. A finished stage's module holds its EMA weights,
+    where the stage keeps some. Every process of a training calls this alike; one of them writes.
     """
-    processes = Processes.joined(next(stage.trained.parameters()).device)
-    updates = Updates(stage, config, processes, loop.shard)
-    kept = (folder, stage.trained, updates.optimizer)
-    step = load_state(*kept, loop.recipe, updates.average)
-    processes.agree(step, folder)
-    if step < config.steps:
-        stop = config.steps if loop.stop_after is None else min(config.steps, step + loop.stop_after)
-        with (
-            _curves(folder, step, processes.main) as curves,
-            tqdm(total=config.steps, initial=step, desc=stage.name, unit="step", disable=not processes.main) as bar,
-        ):
-            began = time.monotonic()
-            while step < stop:
-                loss, norm = updates.make(step)
-                step += 1
-                bar.update()
-                if step % loop.log_every == 0 and curves is not None:
-                    bar.set_postfix(loss=f"{loss:.3f}")
-                    curves.add_scalar("loss", loss, step)
-                    curves.add_scalar("gradient_norm", norm, step)
-                    curves.add_scalar("learning_rate", config.learning_rate * part_of_peak(config, step - 1), step)
-                if step % loop.evaluate_every == 0 or step == config.steps:
-                    # Every process evaluates, since each may hold a shard of the weights.
-                    with torch.no_grad(), updates.average.applied():
-                        evaluation: Evaluation = updates.around(stage.evaluate)
-                    _log_evaluation(curves, evaluation, step)
-                if step % loop.checkpoint_every == 0 or step == stop:
-                    save_state(*kept, step, loop.recipe, updates.average, processes.main)
-                    began = _note_seconds(folder, began, processes.main)
-        processes.wait()
-    if step < config.steps:
+    trainer = Trainer(stage, config, loop, folder)
+    trainer.run(None if loop.stop_after is None else trainer.step + loop.stop_after)
+    if trainer.step < config.steps:
         return False
-    updates.average.keep()
+    trainer.ema.copy_to_module()
     return True
 
 
-@contextmanager
-def _curves(folder: Path, step: int, main: bool) -> Iterator[SummaryWriter | None]:
-    """What the main process writes curves with."""
-    if not main:
-        yield None
-        return
-    with SummaryWriter(str(folder), purge_step=step + 1) as curves:
-        yield curves
+class Trainer:
+    """One stage in training, at some step: its optimiser, its EMA weights, and its checkpoints if it has a folder."""
+
+    def __init__(
+        self, stage: Stage, config: StageConfig, loop: LoopConfig = _IN_MEMORY, folder: Path | None = None
+    ) -> None:
+        """Resume from the checkpoint in `folder`, if there is one."""
+        if loop.shard and config.matrix_learning_rate:
+            raise OpenwuError(
+                "shard: Muon needs whole matrices and cannot train sharded weights; set matrix_learning_rate to 0, "
+                "or train without shard"
+            )
+        self.stage, self.config, self.loop, self.folder = stage, config, loop, folder
+        self.processes = Processes.join(next(stage.trained.parameters()).device)
+        self.wrapper = wrap_distributed(stage.trained, self.processes, loop.shard)
+        self.optimizer = StageOptimizer(stage.trained, config)
+        self.ema = EmaWeights(stage.trained, config.ema)
+        self.step = 0
+        """Updates made so far."""
+        if folder is not None:
+            self.step = load_state(folder, stage.trained, self.optimizer, loop.recipe, self.ema)
+            self.processes.check_same_step(self.step, folder)
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """The parts of every batch that this process computes, one after another."""
+        first, count = self.processes.rank * self.config.accumulate, self.processes.count * self.config.accumulate
+        return [MicroBatch(first + i, count) for i in range(self.config.accumulate)]
+
+    def run(self, until: int | None = None) -> None:
+        """Train until this many updates are made in all; None: to the end."""
+        config, loop = self.config, self.loop
+        stop = config.steps if until is None else min(config.steps, until)
+        if self.step >= stop:
+            return
+        with self._curves() as curves, self._progress() as bar:
+            began = time.monotonic()
+            while self.step < stop:
+                loss, gradient_norm = self.update()
+                bar.update()
+                if _is_due(loop.log_every, self.step) and curves is not None:
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    curves.add_scalar("loss", loss, self.step)
+                    curves.add_scalar("gradient_norm", gradient_norm, self.step)
+                    rate = config.learning_rate * learning_rate_factor(config, self.step - 1)
+                    curves.add_scalar("learning_rate", rate, self.step)
+                if loop.evaluate_every and (_is_due(loop.evaluate_every, self.step) or self.step == config.steps):
+                    self._evaluate(curves)
+                if self.folder is not None and (_is_due(loop.checkpoint_every, self.step) or self.step == stop):
+                    self._save(self.folder, began)
+                    began = time.monotonic()
+        self.processes.barrier()
+
+    def update(self) -> tuple[float, float]:
+        """Make one update; return the batch's loss and the gradient's norm before clipping.
+
+        Raises OpenwuError, before any weight changes, where one of them is not finite.
+        """
+        parameters = [each for each in self.stage.trained.parameters() if each.requires_grad]
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=parameters[0].device)
+        micro_batches = self.micro_batches
+        for micro_batch in micro_batches:
+            more_follow = micro_batch is not micro_batches[-1]
+            with no_gradient_sync(self.wrapper, enabled=more_follow), ExitStack() as scope:
+                loss: Tensor = self.wrapper(partial(scope.enter_context, self.stage.loss(self.step, micro_batch)))
+                # Processes' gradients are averaged when they are synchronised; their sum is wanted.
+                torch.autograd.backward(loss * self.processes.count)
+                total = total + loss.detach()
+        batch_loss = float(self.processes.all_reduce_sum(total))
+        if not math.isfinite(batch_loss):
+            raise self._diverged(f"the loss is {batch_loss}")
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.clip)))
+        if not math.isfinite(norm):
+            raise self._diverged(f"the loss is {batch_loss:.4g}, but its gradient's norm is {norm}")
+        self.optimizer.step(learning_rate_factor(self.config, self.step))
+        self.ema.update(self.step)
+        self.step += 1
+        return batch_loss, norm
+
+    def _evaluate(self, curves: SummaryWriter | None) -> None:
+        """Every process evaluates, since each may hold a shard of the weights; the main one logs."""
+        with torch.no_grad(), self.ema.applied():
+            evaluation: Evaluation = self.wrapper(self.stage.evaluate)
+        if curves is None:
+            return
+        for name, value in evaluation.scalars.items():
+            curves.add_scalar(name, value, self.step)
+        if evaluation.picture is not None:
+            curves.add_image("validation", evaluation.picture, self.step)
+
+    def _save(self, folder: Path, began: float) -> None:
+        """Write a checkpoint, and the seconds since `began` as a line of the stage's record."""
+        main = self.processes.main
+        save_state(folder, self.stage.trained, self.optimizer, self.step, self.loop.recipe, self.ema, main)
+        if main:
+            with (folder / SECONDS).open("a", encoding="utf-8") as file:
+                file.write(f"{time.monotonic() - began:.1f}\n")
+
+    def _diverged(self, what: str) -> OpenwuError:
+        """The error that names the samples whose loss is not finite."""
+        with torch.no_grad():
+            own = [
+                sample
+                for micro_batch in self.micro_batches
+                for sample in self.wrapper(partial(self.stage.not_finite, self.step, micro_batch))
+            ]
+        samples = self.processes.all_gather(own)
+        named = (
+            f"Samples whose loss is not finite: {', '.join(samples)}" if samples else "Every sample's loss is finite"
+        )
+        return OpenwuError(
+            f"{self.stage.name}: {what} at step {self.step}; the last checkpoint is kept. {named}. "
+            "Look at them, or lower learning_rate or clip"
+        )
+
+    @contextmanager
+    def _curves(self) -> Iterator[SummaryWriter | None]:
+        """TensorBoard's writer in the main process of a training that has a folder."""
+        if self.folder is None or not self.processes.main:
+            yield None
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.folder), purge_step=self.step + 1) as curves:
+            yield curves
+
+    def _progress(self) -> tqdm:
+        return tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc=self.stage.name,
+            unit="step",
+            disable=not self.processes.main,
+        )
 
 
-def _note_seconds(folder: Path, began: float, main: bool) -> float:
-    """Add the seconds since `began` to the stage's record, a line for each checkpoint; returns the time now."""
-    now = time.monotonic()
-    if main:
-        with (folder / SECONDS).open("a", encoding="utf-8") as file:
-            file.write(f"{now - began:.1f}\n")
-    return now
-
-
-def _log_evaluation(curves: SummaryWriter | None, evaluation: Evaluation, step: int) -> None:
-    if curves is None:
-        return
-    for name, value in evaluation.scalars.items():
-        curves.add_scalar(name, value, step)
-    if evaluation.picture is not None:
-        curves.add_image("validation", evaluation.picture, step)
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,8 +1,8 @@
-"""Parts of a step's batch: what one process computes at a time.
+"""Micro-batches: the rows of a step's batch that one process computes at a time.
 
-Enters: a batch, and which of how many parts is wanted. Leaves: its rows. Micro-batches of one process and the shares of
-several processes are the same thing, parts of one batch that depends on the seed and the step alone: so neither their
-number nor the number of processes changes what is learned, except for rounding.
+Micro-batches of one process and the shares of several processes are the same thing, parts of one batch that depends on
+the seed and the step alone: neither their number nor the number of processes changes what is learned, except for
+rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MicroBatch:
     count: int = 1
 
     def rows(self, size: int) -> slice:
-        """Which of `size` rows belong to it."""
+        """Return the rows of a batch of `size` that belong to it."""
         if size < self.count:
             raise OpenwuError(
                 f"a batch of {size} cannot be cut into {self.count} parts (processes x accumulate); "
@@ -36,23 +36,24 @@ class MicroBatch:
         return slice(self.index * size // self.count, (self.index + 1) * size // self.count)
 
     def share(self, size: int) -> float:
-        """Part of the `size` rows that belong to it; the factor on the mean of their losses."""
+        """Return the fraction of a batch of `size` that belongs to it: the factor on its mean loss."""
         rows = self.rows(size)
         return float(rows.stop - rows.start) / size
 
 
-WHOLE = MicroBatch()
+FULL_BATCH = MicroBatch()
+"""The whole batch as a single part."""
 
 
 class StepBatchCache(Generic[Batch]):
-    """The batch of a step, drawn once for all parts of it that one process computes."""
+    """Draw the batch of a step once for all micro-batches of it that one process computes."""
 
     def __init__(self, draw: Callable[[int], Batch]) -> None:
         self._draw = draw
         self._latest: tuple[int, Batch] | None = None
 
-    def at(self, step: int, part: MicroBatch) -> Batch:
-        if part.count == 1:
+    def at(self, step: int, micro_batch: MicroBatch) -> Batch:
+        if micro_batch.count == 1:
             return self._draw(step)
         if self._latest is None or self._latest[0] != step:
             self._latest = None  # Two batches are never held at once.
@@ -61,7 +62,7 @@ class StepBatchCache(Generic[Batch]):
 
 
 def take_rows(batch: Any, rows: slice) -> Any:
-    """Some rows of a batch: of a tensor or sequence, or of every entry of a mapping, dataclass or tuple of tensors.
+    """Select rows of a batch: of a tensor or sequence, or of every entry of a mapping, dataclass or tuple of tensors.
 
     Raises OpenwuError for anything else; None stays None.
     """
@@ -83,3 +84,14 @@ def take_rows(batch: Any, rows: slice) -> Any:
         f"rows: expected a batch of tensors or sequences, found {type(batch).__name__}; give the stage a function "
         "rows(batch, slice) -> batch, which accumulate and several processes need"
     )
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of rows of a batch that `take_rows` can cut: that of its first tensor or sequence."""
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        batch = tuple(getattr(batch, each.name) for each in dataclasses.fields(batch))
+    elif isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, tuple) and any(isinstance(each, Tensor) and each.ndim for each in batch):
+        return batch_size(next(each for each in batch if each is not None))
+    return len(batch)

@@ -1,11 +1,8 @@
-"""The moving average of trained weights: a module enters, its averaged weights stand in for it while it is judged.
-
-average <- decay * average + (1 - decay) * weight after every update, from the weights after the first one on. It lags
-behind a training and is calmer than it; what is evaluated, exported and built on is the average.
-"""
+"""Optimisers (AdamW, or Muon beside it), learning-rate schedules and EMA weights of a training stage."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,48 +14,63 @@ from openwu.training.config import StageConfig
 
 BETAS = (0.9, 0.98)
 
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
+    "constant": lambda _: 1.0,
+}
+"""Name of a schedule -> the learning-rate factor when this fraction (1 to 0) of the decay's steps is left."""
+
+
+def learning_rate_factor(config: StageConfig, step: int) -> float:
+    """Return the factor on the peak learning rates at a step: linear warm-up, constant, then the schedule's decay."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup))
+    left = (config.steps - step) / max(1.0, config.decay * config.steps)
+    return min(warmup, DECAYS[config.schedule](min(1.0, left)))
+
 
 class StageOptimizer:
-    """Muon and AdamW side by side, each with its own peak learning rate."""
+    """Muon for linear layers' weights and AdamW for the rest, each with its own peak learning rate."""
 
     def __init__(self, module: nn.Module, config: StageConfig) -> None:
         matrices = list(_linear_weights(module)) if config.matrix_learning_rate else []
-        theirs = {id(parameter) for parameter in matrices}
-        rest = [p for p in module.parameters() if p.requires_grad and id(p) not in theirs]
+        by_muon = {id(parameter) for parameter in matrices}
+        rest = [p for p in module.parameters() if p.requires_grad and id(p) not in by_muon]
         decayed, others = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._parts: list[tuple[torch.optim.Optimizer, float]] = [
+        self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [
             (torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=True), config.learning_rate)
         ]
         if matrices:
             rate = config.matrix_learning_rate
             # The update is scaled to the size of AdamW's, so that rates and decay mean the same (Liu et al. 2025).
             muon = torch.optim.Muon(matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-            self._parts.append((muon, rate))
+            self._optimizers.append((muon, rate))
 
-    def step(self, part_of_peak: float) -> None:
-        """One update at this part (0 to 1) of the peak learning rates."""
-        for optimizer, peak in self._parts:
+    def step(self, factor: float) -> None:
+        """Update the weights at this factor (0 to 1) of the peak learning rates."""
+        for optimizer, peak in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * part_of_peak
+                group["lr"] = peak * factor
             optimizer.step()
-            # Fused kernels change weights without counting it; whoever keeps something made from them would not notice.
+            # Fused kernels change weights without raising their version, by which caches notice a change.
             for group in optimizer.param_groups:
                 torch.autograd.graph.increment_version(group["params"])
 
     def zero_grad(self) -> None:
-        for optimizer, _ in self._parts:
+        """Drop all gradients."""
+        for optimizer, _ in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """What the optimiser remembers of a parameter; empty before its first update."""
-        return {key: value for opt, _ in self._parts for key, value in opt.state.get(parameter, {}).items()}
+        """Return the optimiser state of a parameter; empty before its first update."""
+        return {key: value for opt, _ in self._optimizers for key, value in opt.state.get(parameter, {}).items()}
 
     def set_state_of(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """What `state_of` gave, wherever it was stored meanwhile."""
-        for optimizer, _ in self._parts:
+        """Restore what `state_of` returned."""
+        for optimizer, _ in self._optimizers:
             if any(parameter is each for group in optimizer.param_groups for each in group["params"]):
-                # Files are read on the CPU, and fused kernels want even the step beside the weights.
+                # Files are read on the CPU, and fused kernels want even the step counter beside the weights.
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
 
@@ -69,38 +81,39 @@ def _linear_weights(module: nn.Module) -> Iterator[nn.Parameter]:
             yield each.weight
 
 
-class Average:
-    """Averages of the parameters that are trained. `decay` 0: there is none, and nothing happens."""
+class EmaWeights:
+    """EMA of the trained parameters; evaluated, exported and built on in their place. `decay` 0: no average is kept.
+
+    average <- decay * average + (1 - decay) * weight after every update, starting from the weights after the first.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        own = {name: p for name, p in module.named_parameters() if p.requires_grad} if decay else {}
-        self._parameters = list(own.values())
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad} if decay else {}
+        self._parameters = list(trained.values())
         self._update: Callable[..., None] = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in own.items()}
+        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in trained.items()}
         """Name of the parameter -> its average."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After an update, the `step`-th (from 0)."""
+        """Average in the weights after the update number `step` (from 0)."""
         if step == 0:
-            self.keep(back=True)
+            for average, parameter in zip(self.values.values(), self._parameters, strict=True):
+                average.copy_(parameter)
         elif self.values:
             self._update(list(self.values.values()), list(self._parameters), step)
 
     @torch.no_grad()
-    def keep(self, back: bool = False) -> None:
-        """Give the module its averages; `back`: the averages the module's weights."""
+    def copy_to_module(self) -> None:
+        """Overwrite the module's weights with their averages."""
         for average, parameter in zip(self.values.values(), self._parameters, strict=True):
-            if back:
-                average.copy_(parameter)
-            else:
-                parameter.copy_(average)
+            parameter.copy_(average)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module has its averages inside the scope."""
+        """Swap the averages in for the scope; the trained weights come back at its end, also after an exception."""
         trained = [parameter.detach().clone() for parameter in self._parameters]
-        self.keep()
+        self.copy_to_module()
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
-"""A generator for a large base, from pairs: a recipe enters, a generator's folder with its provenance leaves.
+"""Train a generator for a large base in a diffusers pipeline from pairs, and write it with its provenance.
 
-In this order, so that what is wrong shows before what takes long: pairs, the base's folder, the begun training, memory,
-then loading, then the encoders' say on every pair (once; it stays on disk), then the training without the encoders.
+Errors come before long work: pairs, the base's folder, the interrupted training and memory are checked, then weights
+are loaded, every pair is encoded once (on disk), and the generator is trained without the encoders.
 """
 
 from __future__ import annotations
@@ -33,35 +33,33 @@ from openwu.backbones.quantised import Quantise, check_quantise
 from openwu.conditions import Encoder, chosen_encoder, describe_encoder
 from openwu.config import ConfigError, GeneratorConfig
 from openwu.data.buckets import Buckets
-from openwu.data.pairs import Pair, Pairs, picture_size, read_pairs
+from openwu.data.pairs import Pair, Pairs, pairs_hashes, picture_size, read_pairs, split_pairs
 from openwu.editor.compatibility import attach_generator, generator_config
 from openwu.errors import OpenwuError
 from openwu.files.hashing import of_json
-from openwu.files.origin import origin
 from openwu.generator.model import ParameterGenerator
 from openwu.kernels.memory import free_memory
 from openwu.training.checkpoint import check_recipe
 from openwu.training.config import PipelineRun
 from openwu.training.distributed import Processes, is_main
-from openwu.training.embedded.own_pairs import pairs_hashes, split_pairs
 from openwu.training.encoded_rows import Encoded, RowStore, to_device
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.memory import ADVICE, WARNING, training_plan
 from openwu.training.objectives import Diffusion, FlowMatching, NoisySample, Objective
-from openwu.training.record import describe, export_folders, seconds_of, write_provenance
+from openwu.training.record import dependencies, export_folders, provenance, write_provenance
 from openwu.training.stage import GeneratorStage
 from openwu.types import LatentBatch
 
 
 def objective_of(backbone: Backbone) -> Objective:
-    """The loss that the base was trained with."""
+    """Return the objective that the base was trained with."""
     if backbone.prediction == "flow":
         return FlowMatching()
     assert backbone.alphas_cumprod is not None
     return Diffusion(backbone.prediction, backbone.alphas_cumprod.float().cpu())
 
 
-def based_stage(
+def backbone_stage(
     backbone: Backbone,
     generator: ParameterGenerator,
     batches: Callable[[int], LatentBatch],
@@ -72,11 +70,11 @@ def based_stage(
     seed: int = 0,
     name: str = "generator",
 ) -> GeneratorStage[LatentBatch]:
-    """One generator, end to end through one frozen base.
+    """Make the stage that trains one generator end to end through one frozen base.
 
-    `batches`: the latent batch of any step, by its number alone. `handle`: the hooks on the base's denoiser, where
-    there are some already. `objective`: `objective_of(backbone)` if none. What the base is told is dropped at random
-    as its guidance was trained; validation batches are left whole.
+    batches: the latent batch of any step, by its number alone. handle: the hooks on the base's denoiser, where there
+    are some already. objective: `objective_of(backbone)` if none. The base's conditions are dropped at random (CFG
+    dropout) as it was trained; validation batches keep them.
     """
     if handle is None:
         handle = attach_generator(backbone, generator)
@@ -85,12 +83,12 @@ def based_stage(
         draws = torch.Generator().manual_seed(seed * 7_000_003 + step)
         return backbone.drop_conditions(batches(step), draws)
 
-    def predict(asked: LatentBatch, question: NoisySample) -> Tensor:
-        assert question.x_t is not None
-        assert question.time is not None
-        # The base computes in its weights' dtype: autocast would keep what leaves its norms in float32, twice as large.
+    def predict(latents: LatentBatch, sample: NoisySample) -> Tensor:
+        assert sample.x_t is not None
+        assert sample.time is not None
+        # The base computes in its weights' dtype: autocast would keep its norms' outputs in float32, twice as large.
         with torch.autocast(weight.device.type, enabled=False):
-            return backbone.predict(asked, question.x_t, question.time)
+            return backbone.predict(latents, sample.x_t, sample.time)
 
     weight = generator.hidden_in.weight
     return GeneratorStage(
@@ -98,8 +96,8 @@ def based_stage(
         generator,
         handle,
         batch,
-        adapt=lambda asked: generator(asked.condition.to(weight.device, weight.dtype)),
-        target=lambda asked: asked.target,
+        adapt=lambda latents: generator(latents.condition.to(weight.device, weight.dtype)),
+        target=lambda latents: latents.target,
         predict=predict,
         objective=objective or objective_of(backbone),
         seed=seed,
@@ -108,13 +106,17 @@ def based_stage(
 
 
 STAGE = "generator"
-_ELSEWHERE = ("name", "export", "checkpoint_every", "evaluate_every", "log_every", "data", "base", "revision", "cache",
-              "encoders", "device", "checkpoint_base", "checkpoint_generator", "validated")  # fmt: skip
-"""Fields on which the trained weights do not depend, or that are described by what is found there."""
+_INDEPENDENT = (
+    *("data", "base", "revision", "cache", "encoders", "device"),
+    *("checkpoint_base", "checkpoint_generator", "validated"),
+)
+"""Fields on which the trained weights do not depend, or that are described by hashes of their files."""
 
 
-def train_based(recipe: PipelineRun, folder: Path, stop_after: int | None = None) -> None:
-    """`stop_after`: leave after so many updates, for tests and trials."""
+def train_pipeline(
+    recipe: PipelineRun, folder: Path, _stages: tuple[str, ...] | None = None, stop_after: int | None = None
+) -> None:
+    """Train the generator and write it; `stop_after`: leave after so many updates, for tests and trials."""
     for name, what in (("data", "a JSONL file or a folder of pairs"), ("base", "the base's folder or hub id")):
         if getattr(recipe, name) is None:
             raise OpenwuError(f"{name}: expected {what}; pass {name}=PATH")
@@ -127,8 +129,7 @@ def train_based(recipe: PipelineRun, folder: Path, stop_after: int | None = None
     check_class(base, kind.pipelines)
     check_weights(base)
     fingerprint = pipeline_fingerprint(base)
-    every = (recipe.checkpoint_every, recipe.evaluate_every, recipe.log_every)
-    loop = LoopConfig(_depends_on(recipe, hashes, fingerprint), *every, stop_after)
+    loop = LoopConfig.of(recipe, _description(recipe, hashes, fingerprint), stop_after)
     check_recipe(folder / STAGE, loop.recipe)
 
     check_quantise(recipe.quantise)
@@ -137,7 +138,8 @@ def train_based(recipe: PipelineRun, folder: Path, stop_after: int | None = None
     hollow.pixels = recipe.pixels
     config = new_config(recipe, hollow)
     # Without weights: it shows what is wrong with the choice. Conditions of other widths change little in memory.
-    reader = getattr(chosen_encoder(recipe.condition, hollow), "own_bytes", 0)
+    planned = chosen_encoder(recipe.condition, hollow)
+    reader = 0 if planned is None else planned.own_bytes
     _check_memory(recipe, config, base, kind, device, (training, held_back), reader)
 
     with_cache = bool(recipe.cache)
@@ -151,19 +153,19 @@ def train_based(recipe: PipelineRun, folder: Path, stop_after: int | None = None
         f" {recipe.quantise}" if recipe.quantise else ""
     )
     if encoder is not None:
-        made_by += f" {json.dumps(describe_encoder(encoder), sort_keys=True)} {getattr(encoder, 'identity', '')}"
+        made_by += f" {json.dumps(describe_encoder(encoder), sort_keys=True)} {encoder.identity}"
         config = new_config(recipe, backbone, encoder)
     store = RowStore(folder / recipe.cache, made_by)
     encoded = Encoded(backbone, store if with_cache else None, device, encoder)
-    judged = _judged(held_back, backbone, recipe.validated)
+    validated = _validated(held_back, backbone, recipe.validated)
     if with_cache:
-        encoded.fill([training, judged], Processes.joined(device))
+        encoded.fill([training, validated], Processes.join(device))
         kept = device if recipe.encoders == "keep" else torch.device("meta" if recipe.encoders == "drop" else "cpu")
         backbone.place(encoders=kept, denoiser=device)
         encoded.place_encoder(kept)
 
     generator = new_generator(recipe, config).to(device)
-    stage = _stage(recipe, backbone, generator, encoded, (training, judged))
+    stage = _stage(recipe, backbone, generator, encoded, (training, validated))
     try:
         done = train_stage(stage, recipe.generator, loop, folder / STAGE)
     finally:
@@ -171,29 +173,27 @@ def train_based(recipe: PipelineRun, folder: Path, stop_after: int | None = None
     if done:
         for target in export_folders(recipe, folder):
             generator.save_pretrained(target)
-            seconds = {STAGE: seconds_of(folder / STAGE)}
-            made = {**origin(), "seconds": seconds, "recipe": describe(recipe), "base": fingerprint, "pairs": hashes}
-            write_provenance(target, made)
+            write_provenance(target, provenance(recipe, folder, base=fingerprint, pairs=hashes))
 
 
 def pipeline_class(recipe: PipelineRun) -> type[PipelineBackbone]:
-    """The backbone of the recipe's base; raises OpenwuError for one that this training cannot take."""
+    """Return the backbone class of the recipe's base; raise OpenwuError for one that this training cannot take."""
     kind = backbone_class(recipe.model)
     if not issubclass(kind, PipelineBackbone):
         raise OpenwuError(
             f"model: expected a base in a diffusers pipeline, got {recipe.model}; train others with "
-            "openwu.training.pipelines.based_stage"
+            "openwu.training.pipelines.backbone_stage"
         )
     if kind.encodes_in_training and recipe.cache and recipe.encoders != "keep":
         raise OpenwuError(
-            f"encoders: expected 'keep' for {recipe.model}, whose encoders are asked in every step, "
+            f"encoders: expected 'keep' for {recipe.model}, whose encoders run in every step, "
             f"got {recipe.encoders!r}; pass encoders=keep"
         )
     return kind
 
 
 def device_of(recipe: PipelineRun) -> torch.device:
-    """Where this process computes."""
+    """Return the device that this process computes on."""
     if recipe.device is not None:
         return torch.device(recipe.device)
     if torch.cuda.is_available():
@@ -216,7 +216,7 @@ def new_config(recipe: PipelineRun, backbone: PipelineBackbone, encoder: Encoder
 
 
 def new_generator(recipe: PipelineRun, config: GeneratorConfig) -> ParameterGenerator:
-    """Weights from the recipe's seed, without touching the global random state."""
+    """Make a generator with weights from the recipe's seed, without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         generator = ParameterGenerator(config, b_init_std=recipe.b_init_std)
@@ -233,7 +233,7 @@ def _check_memory(
     pairs: tuple[Pairs, Pairs],
     reader: int,
 ) -> None:
-    """Say what is needed, and refuse what cannot fit."""
+    """Print the memory that is needed, and refuse what cannot fit."""
     pictures = max(len(pair.images) for part in pairs for pair in part.pairs)
     saved, part = 0, kind.denoiser_name
     if recipe.quantise is not None:
@@ -255,13 +255,13 @@ def _stage(
 ) -> GeneratorStage[LatentBatch]:
     if recipe.checkpoint_base:
         backbone.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    training, judged = pairs
+    training, validated = pairs
     buckets = _buckets(training, backbone, recipe.generator.shapes[0][0], recipe.seed)
     validation = None
-    if len(judged):
-        asked = [(pair, text) for pair in judged.pairs for text in pair.instructions]
-        validation = to_device(encoded.batch(asked), encoded.device)
-    stage = based_stage(
+    if len(validated):
+        chosen = [(pair, text) for pair in validated.pairs for text in pair.instructions]
+        validation = to_device(encoded.batch(chosen), encoded.device)
+    stage = backbone_stage(
         backbone,
         generator,
         lambda step: to_device(encoded.batch(buckets.step(step)), encoded.device),
@@ -280,18 +280,15 @@ def _buckets(pairs: Pairs, backbone: PipelineBackbone, count: int, seed: int) ->
     return Buckets.of(pairs, shape, count, seed)
 
 
-def _judged(held_back: Pairs, backbone: PipelineBackbone, most: int) -> Pairs:
-    """Pairs held back of their commonest shape, with their first wordings: one batch."""
+def _validated(held_back: Pairs, backbone: PipelineBackbone, most: int) -> Pairs:
+    """Select pairs held back of their commonest shape, with their first wordings: one batch."""
     groups = _buckets(held_back, backbone, most, 0).groups
     largest = max(groups, key=len).pairs[:most] if groups else ()
     return Pairs(tuple(dataclasses.replace(pair, instructions=pair.instructions[:1]) for pair in largest))
 
 
-def _depends_on(recipe: PipelineRun, hashes: dict[str, str], fingerprint: str) -> str:
-    """What the trained weights depend on."""
-    described = {key: value for key, value in describe(recipe).items() if key not in _ELSEWHERE}
-    described["generator"].pop("accumulate", None)
-    if described["quantise"] is None:  # as before there was a choice
-        del described["quantise"]
+def _description(recipe: PipelineRun, hashes: dict[str, str], fingerprint: str) -> str:
+    """Describe what the trained weights depend on, as JSON."""
+    without = (*_INDEPENDENT, *(("quantise",) if recipe.quantise is None else ()))  # as before there was a choice
     pairs = of_json(hashes).hexdigest()
-    return json.dumps({**described, "base": fingerprint, "pairs": pairs}, sort_keys=True)
+    return json.dumps(dependencies(recipe, without, base=fingerprint, pairs=pairs), sort_keys=True)

@@ -1,11 +1,11 @@
-"""Training a generator for a base of one's own: batches enter, the loss through the frozen base leaves.
+"""Stages of the training loop for any base: a generator through a frozen base, or a module by itself.
 
-A stage for `loop.train_stage`, which brings resuming, curves, schedules, micro-batches, averages and several processes.
-It knows neither pictures nor texts: what a batch is, how adapters are made for it, what it should come to and what the
-base is given are functions of the user's. `examples/train_your_own.py` is a whole training in about 170 lines.
+A stage knows neither pictures nor texts: what a batch is, how adapters are generated for it, its targets and the base's
+predictions are functions of the user's. `train_stage` brings resuming, curves, schedules, micro-batches, EMA weights
+and several processes. `examples/train_your_own.py` is a whole training in about 170 lines.
 
-The adapters stay applied until the backward pass has run, so a base with gradient checkpointing (`use_reentrant=False`)
-is trained like any other.
+Adapters stay applied until the backward pass has run, so a base with gradient checkpointing (`use_reentrant=False`) is
+trained like any other.
 
 Shapes: b samples of a batch.
 """
@@ -24,9 +24,9 @@ from openwu.adapters.inject import AdapterHandle
 from openwu.adapters.updates import relative_std, task_variances
 from openwu.errors import OpenwuError
 from openwu.training.loop import Evaluation
-from openwu.training.micro_batch import WHOLE, MicroBatch, StepBatchCache, take_rows
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache, batch_size, take_rows
 from openwu.training.objectives import NoisySample, Objective
-from openwu.types import Adapter
+from openwu.types import Adapter, Target
 
 Batch = TypeVar("Batch")
 """Requests with their answers; only the user's own functions look into it."""
@@ -34,12 +34,12 @@ Batch = TypeVar("Batch")
 
 @dataclass
 class GeneratorStage(Generic[Batch]):
-    """One generator, end to end through one frozen base."""
+    """Train one generator end to end through one frozen base."""
 
     name: str
     """Names the stage's curves and folder."""
     trained: nn.Module
-    """What learns: the generator, and the condition encoder if it is trained with it."""
+    """The generator, and the condition encoder if it is trained with it."""
     handle: AdapterHandle
     """`openwu.attach(base, targets)` of the frozen base."""
     batches: Callable[[int], Batch]
@@ -48,47 +48,47 @@ class GeneratorStage(Generic[Batch]):
     adapt: Callable[[Batch], Adapter]
     """Condition and generator: one adapter for every sample of a batch."""
     target: Callable[[Batch], Tensor]
-    """The clean answers [b, ...]."""
+    """The clean data [b, ...]."""
     predict: Callable[[Batch, NoisySample], Tensor]
-    """What the base says; called while the batch's adapters are applied."""
+    """The base's prediction; called while the batch's adapters are applied."""
     objective: Objective
     seed: int = 0
     """Of the objective's draws, together with the step."""
     validation: Batch | None = None
     """Requests that are not trained on; their loss is logged, and how much their adapters differ."""
     rows: Callable[[Batch, slice], Batch] = take_rows
-    """Some samples of a batch, for micro-batches and several processes. By default rows of a tensor or list, or of
+    """Select samples of a batch, for micro-batches and several processes. By default rows of a tensor or list, or of
     every field of a dataclass, mapping or tuple."""
     bf16: bool = False
     """Compute in bfloat16 where autocast does. Weights, their gradients and losses keep their dtype; so does the
-    generator's residual stream (`ParameterGenerator.residual_dtype`); a base's has the dtype of what it is given."""
+    generator's residual stream (`ParameterGenerator.residual_dtype`); a base's has the dtype of its input."""
     tasks: Callable[[Batch], Sequence[str]] | None = None
     """The task of every sample: then `adapter/within`, `adapter/across` and their ratio are logged, from the
     validation batch, which needs two samples of a task and two tasks for them."""
     sheet: Callable[[Batch], Tensor] | None = None
     """A contact sheet `[3, h, w]` in 0..1 of the validation batch for TensorBoard; called while its adapters are
     applied and without gradients, so it may run the base, a sampler included."""
-
     names: Callable[[int], Sequence[str]] | None = None
-    """What a step's samples are called where their loss is not finite; None: by their numbers in the batch."""
+    """Names of a step's samples for errors about their loss; None: their numbers in the batch."""
 
     def __post_init__(self) -> None:
         if not any(parameter.requires_grad for parameter in self.trained.parameters()):
             raise OpenwuError("trained: expected a module with parameters that require gradients, got none")
-        self._drawn = StepBatchCache(lambda step: self.batches(step))
+        self._cache = StepBatchCache(lambda step: self.batches(step))
 
     @contextmanager
-    def loss(self, step: int, part: MicroBatch = WHOLE) -> Iterator[Tensor]:
-        """The part's share of the step's loss; the adapters are applied until the scope ends."""
-        batch, question, share = self._asked(step, part)
-        with self.answered(batch, question) as (losses, _):
+    def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
+        """Enter the adapters' scope with the micro-batch's share of the step's loss."""
+        batch, sample, share = self._draw(step, micro_batch)
+        with self.forward(batch, sample) as (losses, _):
             yield losses.mean() * share
 
-    def not_finite(self, step: int, part: MicroBatch = WHOLE) -> list[str]:
-        batch, question, share = self._asked(step, part)
-        with self.answered(batch, question) as (losses, _):
+    def not_finite(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
+        """Name the samples of a micro-batch whose loss is not finite."""
+        batch, sample, share = self._draw(step, micro_batch)
+        with self.forward(batch, sample) as (losses, _):
             finite = losses.isfinite().tolist()
-        first = part.rows(round(len(finite) / share)).start
+        first = micro_batch.rows(round(len(finite) / share)).start
         broken = [first + i for i, fine in enumerate(finite) if not fine]
         if self.names is None:
             return [f"number {number} of the batch" for number in broken]
@@ -96,44 +96,102 @@ class GeneratorStage(Generic[Batch]):
         return [names[number] for number in broken]
 
     @contextmanager
-    def answered(self, batch: Batch, question: NoisySample) -> Iterator[tuple[Tensor, Adapter]]:
-        """The loss of every sample `[b]` and the adapters, which are applied inside the scope."""
+    def forward(self, batch: Batch, sample: NoisySample) -> Iterator[tuple[Tensor, Adapter]]:
+        """Generate the adapters, apply them for the scope, and compute the loss of every sample `[b]` under them."""
         with self._precision():
             adapter = self.adapt(batch)
         with self.handle.applied(adapter):
             with self._precision():
-                prediction = self.predict(batch, question)
-            yield self.objective.losses(prediction, question), adapter
+                prediction = self.predict(batch, sample)
+            yield self.objective.losses(prediction, sample), adapter
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
+        """Compute the validation batch's loss, how much its adapters differ, and its contact sheet."""
         if self.validation is None:
             return Evaluation({})
-        question = self.objective.sample(self.target(self.validation), torch.Generator().manual_seed(self.seed))
-        with self.answered(self.validation, question) as (losses, adapter), self._precision():
+        sample = self.objective.sample(self.target(self.validation), torch.Generator().manual_seed(self.seed))
+        with self.forward(self.validation, sample) as (losses, adapter), self._precision():
             sheet = None if self.sheet is None else self.sheet(self.validation)
         scalars = {"validation": float(losses.mean())}
         if adapter.batch > 1:
             scalars |= adapter_scalars(adapter, None if self.tasks is None else self.tasks(self.validation))
         return Evaluation(scalars, sheet)
 
-    def _asked(self, step: int, part: MicroBatch) -> tuple[Batch, NoisySample, float]:
-        """A part of a step's batch, its question, and its share of the batch. The draws are those of the whole."""
-        whole = self._drawn.at(step, part)
+    def _draw(self, step: int, micro_batch: MicroBatch) -> tuple[Batch, NoisySample, float]:
+        """A micro-batch, its noisy sample, and its share of the batch. The random draws are those of the whole."""
+        whole = self._cache.at(step, micro_batch)
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        question = self.objective.sample(self.target(whole), draws)
-        if part.count == 1:
-            return whole, question, 1.0
-        size = len(question.target)
-        own = part.rows(size)
-        return self.rows(whole, own), take_rows(question, own), part.share(size)
+        sample = self.objective.sample(self.target(whole), draws)
+        if micro_batch.count == 1:
+            return whole, sample, 1.0
+        size = len(sample.target)
+        own = micro_batch.rows(size)
+        return self.rows(whole, own), take_rows(sample, own), micro_batch.share(size)
 
     def _precision(self) -> torch.autocast:
         device = next(self.trained.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
 
 
+@dataclass
+class ModuleStage(Generic[Batch]):
+    """Train any module by a loss of every sample, without adapters; a base before it is frozen, for example."""
+
+    name: str
+    trained: nn.Module
+    batches: Callable[[int], Batch]
+    """The batch of any step, by its number alone; its samples are the rows of its tensors and sequences."""
+    losses: Callable[[Batch], Tensor]
+    """The loss of every sample [b]."""
+
+    @contextmanager
+    def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
+        """Compute the micro-batch's share of the step's loss."""
+        batch = self.batches(step)
+        if micro_batch.count == 1:
+            yield self.losses(batch).mean()
+            return
+        size = batch_size(batch)
+        yield self.losses(take_rows(batch, micro_batch.rows(size))).mean() * micro_batch.share(size)
+
+    def not_finite(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
+        """Name the samples whose loss is not finite by their numbers in the whole batch."""
+        finite = self.losses(self.batches(step)).isfinite().tolist()
+        own = micro_batch.rows(len(finite))
+        return [f"number {i} of the batch" for i, fine in enumerate(finite) if not fine and own.start <= i < own.stop]
+
+    def evaluate(self) -> Evaluation:
+        """Report nothing."""
+        return Evaluation({})
+
+
+class TrainableLora(nn.Module):
+    """LoRA adapters as plain parameters, `count` of them side by side: A random, B zero (Hu et al. 2021, section 4.1).
+
+    The baselines that a generator is compared with: one adapter for all requests, or one for each task.
+    """
+
+    def __init__(
+        self, targets: Sequence[Target], rank: int, generator: torch.Generator, *, count: int = 1, scale: float = 1.0
+    ) -> None:
+        """`generator`: draws A."""
+        super().__init__()
+        self.targets, self.scale = tuple(targets), scale
+        self.a, self.b = nn.ParameterList(), nn.ParameterList()
+        for target in self.targets:
+            shape_a, shape_b = target.shapes(count, rank).values()
+            self.a.append(nn.Parameter(torch.randn(shape_a, generator=generator) * target.in_dim**-0.5))
+            self.b.append(nn.Parameter(torch.zeros(shape_b)))
+
+    def forward(self, index: Sequence[int] = (0,)) -> Adapter:
+        """Return the adapters of these numbers, one sample each."""
+        rows = list(index)
+        weights = {target.name: (self.a[i][rows], self.b[i][rows]) for i, target in enumerate(self.targets)}
+        return Adapter.from_pairs(self.targets, weights, self.scale)
+
+
 def adapter_scalars(adapter: Adapter, tasks: Sequence[str] | None) -> dict[str, float]:
-    """What is logged of generated adapters: `adapter/spread`, and with tasks what `task_variances` says."""
+    """Return what is logged of generated adapters: `adapter/relative_std`, and with tasks their `task_variances`."""
     variances = {} if tasks is None else task_variances(adapter, tasks)
-    return {f"adapter/{name}": value for name, value in {"spread": relative_std(adapter), **variances}.items()}
+    return {f"adapter/{name}": value for name, value in {"relative_std": relative_std(adapter), **variances}.items()}

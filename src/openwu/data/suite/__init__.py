@@ -1,4 +1,4 @@
-"""The edit suite: one file per family, each sub-task one small definition; `core.py` says what a definition is.
+"""The edit suite: one file per family, each sub-task one small definition; `core.py` defines `Edit`.
 
 An edit is added by its definition in a family's file and its phrasings in phrases.json.
 """
@@ -55,7 +55,7 @@ BASE_EDITS = (
     "rain",
     "snow",
 )
-"""What the frozen base learns before any adapter exists: one side of some pairs, so that retention can be measured."""
+"""Sub-tasks of the frozen base, learned before any adapter: one side of some pairs, to measure retention."""
 
 CONTRADICTORY_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (edit.name, edit.opposite)

@@ -23,7 +23,7 @@ CORNERS = 64
 DIALLED_SHARE = 0.25
 """Share of the requests whose strength is set by the adapter's scale, where adapters learn to be scaled."""
 NEEDLESS_SHARE = 0.05
-"""Share of the requests, there, with a second picture that they do not need."""
+"""Share of those batches' requests with a second picture that they do not need."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,24 @@ class PairBatch:
     sentences: tuple[str, ...]
     """Instruction of each request."""
     whole: Tensor
-    """What the condition encoder sees: the whole input picture `[b, 3, s, s]`."""
+    """The condition encoder's input: whole pictures `[b, 3, s, s]`."""
     picture: Tensor
-    """What the base edits: a crop of it `[b, 3, k, k]`."""
+    """The base's input: a crop of each `[b, 3, k, k]`."""
     planes: Tensor
     """The base's noise, y and x for the crop `[b, 3, k, k]`."""
     target: Tensor
-    """What should come out `[b, 3, k, k]`."""
+    """The edited crop `[b, 3, k, k]`."""
     reference: Tensor
     """The request's second picture `[b, 3, s, s]`, zeros where it has none; the condition encoder alone sees it."""
     present: Tensor
     """Which requests have a second picture `[b]` bool."""
     dial: Tensor
-    """By how much the adapter is to be scaled `[b]`: the target is an edit of that strength."""
+    """Scale of the adapter `[b]`: the target is an edit of that strength."""
 
 
 @dataclass(frozen=True)
 class PairSampler:
-    """Draws the batch of any step."""
+    """Draws the batch of any step from photographs, without state."""
 
     photographs: list[Photograph]
     tasks: tuple[str, ...]
@@ -65,6 +65,7 @@ class PairSampler:
     """Whether some requests ask for another strength by the adapter's scale, as a user does with `strength`."""
 
     def batch(self, step: int) -> PairBatch:
+        """Draw the batch of a step."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         names = self._balanced(step)
         crop = self.shapes[step % len(self.shapes)][1]
@@ -73,11 +74,11 @@ class PairSampler:
         return PairBatch(names, tuple(sentence for sentence, _ in drawn), *stacked)
 
     def size(self, step: int) -> int:
-        """Requests of a step's batch."""
+        """Return the number of requests of a step."""
         return self.shapes[step % len(self.shapes)][0]
 
     def _balanced(self, step: int) -> tuple[str, ...]:
-        """The next sub-tasks of an endless list made of shuffled rounds through all of them."""
+        """Return a step's sub-tasks, from an endless list of shuffled rounds through all of them."""
         sizes = [requests for requests, _ in self.shapes]
         rounds, place = divmod(step, len(sizes))
         first = rounds * sum(sizes) + sum(sizes[:place])
@@ -115,7 +116,7 @@ class PairSampler:
         return sample_phrase(name, generator, degree=degree), tensors
 
     def _strength(self, edit: Edit, generator: torch.Generator) -> tuple[str, float]:
-        """The degree that words ask for, and the scale of the adapter."""
+        """Draw the degree of the instruction and the scale of the adapter."""
         draw = torch.rand(3, generator=generator).tolist()
         if not edit.graded:
             return "normal", 1.0

@@ -1,8 +1,6 @@
-"""What a sub-task of the edit suite is.
+"""Sub-tasks of the edit suite: an `Edit` makes a `Pair` (input and target) from a `Scene` (a photograph and noise).
 
-Enters: a Scene, that is a clean photograph with the planes that the base model sees besides it. Leaves: a Pair, that is
-what the model is given and what should come out. Sub-tasks exist only to make training and test pairs; what reaches an
-edited file is what the network computes.
+Sub-tasks exist only to make training and test pairs; an edited file holds what the network computes.
 
 Shapes: h, w sides of the photograph; p, q sides of the reference picture.
 """
@@ -23,48 +21,48 @@ LITTLE, NORMAL, STRONG = 0.5, 1.0, 1.5
 
 @dataclass(frozen=True)
 class Scene:
-    """What a pair is made of."""
+    """A clean photograph with the noise and random draws that a pair is made of."""
 
     source: Tensor
     """A clean photograph `[3, h, w]` in 0..1."""
     noise: Tensor
     """Standard normal noise `[1, h, w]`, seen by the model: added grain, rain and scratches are functions of it."""
     generator: torch.Generator
-    """For what varies from sample to sample, such as how strong the damage is that shall be repaired."""
+    """Draws what varies from sample to sample, such as the amount of damage to repair."""
     strength: float = NORMAL
-    """How much of the edit is asked for."""
+    """Strength of the edit."""
     second: Tensor | None = None
     """A clean photograph of something else `[3, p, q]`, from which a reference edit makes its reference."""
 
     @property
     def place(self) -> Tensor:
-        """Where every pixel lies `[2, h, w]`: y and x from -1 to 1."""
+        """The position of every pixel `[2, h, w]`: y and x from -1 to 1."""
         return place_planes(*self.source.shape[-2:])
 
     def uniform(self, low: float, high: float) -> float:
-        """A random number of this scene."""
+        """Draw a number of this scene."""
         return low + (high - low) * float(torch.rand((), generator=self.generator))
 
     def normal_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise that the model does not see."""
+        """Draw standard normal noise that the model does not see."""
         return torch.randn(x.shape, generator=self.generator)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A training or test pair."""
+    """A training or test pair: input and target."""
 
     picture: Tensor
-    """What the model is given `[3, h, w]`."""
+    """The input `[3, h, w]`."""
     target: Tensor
-    """What should come out `[3, h, w]`."""
+    """The edited picture `[3, h, w]`."""
     reference: Tensor | None = None
     """The second picture of the request `[3, p, q]`, where there is one."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One sub-task."""
+    """One sub-task: how its pairs are made, and its properties."""
 
     name: str
     family: str
@@ -83,7 +81,7 @@ class Edit:
     """Whether the answer is what colours naturally are: its photographs are not recoloured for variety."""
 
     def make_pair(self, scene: Scene) -> Pair:
-        """The pair of a scene, in 0..1. At strength 0, where some operators are undefined, the target is the input."""
+        """Make a scene's pair, in 0..1. At strength 0, where some operators are undefined, the target is the input."""
         if self.needs_reference and scene.second is None:
             raise ValueError(f"{self.name}: expected a scene with a second photograph, got none")
         pair = self.make(replace(scene, strength=scene.strength or NORMAL))
@@ -96,17 +94,17 @@ Change = Callable[[Tensor, float], Tensor]
 
 
 def forward(change: Change) -> Callable[[Scene], Pair]:
-    """The input is the photograph, the target a fixed change of it."""
+    """Make pairs whose input is the photograph and whose target is a fixed change of it."""
     return lambda scene: Pair(scene.source, change(scene.source, scene.strength))
 
 
 def whole(change: Callable[[Tensor], Tensor]) -> Callable[[Scene], Pair]:
-    """As `forward`, for a change that has no degrees of its own: the strength blends it in."""
+    """Make pairs as `forward` does, for a change without degrees of its own: the strength blends it in."""
     return lambda scene: Pair(scene.source, blend(scene.source, change(scene.source).clamp(0, 1), scene.strength))
 
 
 def repair(damage: Callable[[Scene], Tensor]) -> Callable[[Scene], Pair]:
-    """The input is a damaged photograph, the target the photograph itself, or at lower strength something between."""
+    """Make pairs of a damaged photograph and the photograph itself, or at lower strength a blend of both."""
 
     def make(scene: Scene) -> Pair:
         damaged = damage(scene).clamp(0, 1)
@@ -116,5 +114,5 @@ def repair(damage: Callable[[Scene], Tensor]) -> Callable[[Scene], Pair]:
 
 
 def blend(x: Tensor, y: Tensor, amount: float | Tensor) -> Tensor:
-    """x + amount * (y - x)"""
+    """Blend y into x: x + amount * (y - x)."""
     return x + amount * (y - x)

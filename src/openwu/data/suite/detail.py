@@ -1,4 +1,4 @@
-"""Age: what years do to a photograph, and its repair."""
+"""Detail: sharpness, noise and their repair, and the ageing of photographs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Photographs, split by picture.
+"""Photographs: a folder for training, as crops at several scales, and those of scikit-image and scikit-learn for tests.
 
-Enters: a folder of photographs with free licences (training), and those inside scikit-image and scikit-learn (test).
-Leaves: crops at several scales `[3, s, s]` in 0..1 for training, whole pictures `[3, h, w]` for tests, and the hashes
-that go into the provenance of trained weights.
+The split is by photograph: no training sees one of the test's. Hashes of files go into the provenance of weights.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ TRAINING_SIDES = (1024, 768, 512, 384)
 """Longest sides at which a photograph is kept for training: the edits are defined in pixels, so scale is variety."""
 
 VALIDATION = ("kleiber_by_lukas_baubkus.jpg", "life_by_aitzol_berasategi.jpg")
-"""Files of the training folder that are kept back to watch a training and to tune it."""
+"""Files of the training folder that are kept back for validation."""
 
 TEST_PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png"),
@@ -46,7 +44,7 @@ class Photograph:
 
 
 def load_folder(folder: Path, validation: bool = False) -> list[Photograph]:
-    """The training photographs of a folder, or with `validation` those kept back."""
+    """Load the training photographs of a folder, or with `validation` those kept back."""
     files = sorted(file for file in folder.glob("*.jpg") if (file.name in VALIDATION) == validation)
     if not files:
         raise DatasetError(f"photographs: expected JPEG files in {folder}, found none; pass the folder that holds them")
@@ -54,12 +52,12 @@ def load_folder(folder: Path, validation: bool = False) -> list[Photograph]:
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 of its bytes, for provenance."""
+    """Return file name -> SHA-256 of its bytes, for provenance."""
     return {file.name: of_files([file]).hexdigest() for file in sorted(folder.glob("*.jpg"))}
 
 
 def load_test_photographs(side: int = 512) -> dict[str, Tensor]:
-    """Name -> `[3, h, w]` in 0..1, longest side at most `side`."""
+    """Load the test photographs: name -> `[3, h, w]` in 0..1, longest side at most `side`."""
     found: dict[str, Tensor] = {}
     for name, (package, path) in TEST_PHOTOGRAPHS.items():
         try:
@@ -75,12 +73,12 @@ def load_test_photographs(side: int = 512) -> dict[str, Tensor]:
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """`[h, w, 3]` uint8 -> `[3, h, w]` float32 in 0..1"""
+    """Convert `[h, w, 3]` uint8 to `[3, h, w]` float32 in 0..1."""
     return pixels.permute(2, 0, 1).float() / 255
 
 
 def random_crop(photographs: list[Photograph], size: int, generator: torch.Generator, natural: bool = False) -> Tensor:
-    """A square crop `[3, size, size]` in 0..1 at a random scale, mirrored and recoloured at random.
+    """Draw a square crop `[3, size, size]` in 0..1 at a random scale, mirrored and recoloured at random.
 
     `natural`: not recoloured.
     """
@@ -99,7 +97,7 @@ def random_crop(photographs: list[Photograph], size: int, generator: torch.Gener
 
 
 def recoloured(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Colour jitter against learning the palettes of a few scenes: channel order, gains, gamma, contrast."""
+    """Jitter colours against learning the palettes of a few scenes: channel order, gains, gamma, contrast."""
     if _draw(generator, 2) == 0:
         return x
     amount = torch.rand(6, generator=generator) * 2 - 1  # six independent draws in -1..1

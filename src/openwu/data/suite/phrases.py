@@ -1,8 +1,7 @@
-"""The sentences that people use to ask for an edit, by sub-task, language and split.
+"""Instructions of every sub-task by language and split, from phrases.json, and their random variations.
 
-Enters: phrases.json beside this file. Leaves: training sentences with everyday variations (politeness, capitals, end
-marks, slips of the keyboard, other words for the picture, words of strength), and held-out sentences exactly as
-written, which no variation of a training sentence ever equals.
+Training sentences are varied (politeness, capitals, end marks, typing errors, other words for the picture, words of
+strength); held-out sentences are used exactly as written, and no variation of a training sentence ever equals one.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from openwu.data.suite.core import LITTLE, NORMAL, STRONG
 from openwu.files.hashing import of_files
 
 OUT_OF_SCOPE = "out_of_scope"
-"""The label of sentences that ask for something that no sub-task of the suite does."""
+"""The label of sentences that no sub-task of the suite serves."""
 
 LANGUAGES = ("en", "zh")
 
 DEGREES = {"little": LITTLE, "normal": NORMAL, "strong": STRONG}
-"""What words of strength ask for; "normal" is none of them."""
+"""Strength of each degree; "normal" is the absence of words of strength."""
 
-_FILE = Path(__file__).parent / "phrases.json"
+DATA_FILES = ("phrases.json",)
+_FILE = Path(__file__).parent / DATA_FILES[0]
 
 Phrases = dict[str, dict[str, dict[str, list[str]]]]
 
@@ -58,7 +58,7 @@ _NOUN = {
 
 @cache
 def load_phrases() -> Phrases:
-    """Sub-task name (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out", "fresh") -> sentences.
+    """Load sub-task (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out", "fresh") -> sentences.
 
     Fresh sentences are held out too; see `openwu.evaluation.wording`.
     """
@@ -68,13 +68,13 @@ def load_phrases() -> Phrases:
 
 @cache
 def load_strength_words() -> Phrases:
-    """Degree ("little", "strong") -> language -> split -> frames with {} where the sentence goes."""
+    """Load degree ("little", "strong") -> language -> split -> frames with {} where the sentence goes."""
     frames: Phrases = _stored()["strength"]
     return frames
 
 
 def phrases_hash() -> str:
-    """SHA-256 of the file with all sentences."""
+    """Return the SHA-256 of the file with all sentences."""
     return of_files([_FILE]).hexdigest()
 
 
@@ -85,7 +85,7 @@ def _stored() -> dict[str, Any]:
 
 
 def sample_phrase(name: str, generator: torch.Generator, language: str | None = None, degree: str = "normal") -> str:
-    """A training sentence for the sub-task `name`, varied as people vary it, asking for a degree (see `DEGREES`)."""
+    """Draw a training sentence of the sub-task `name`, varied, with words for a degree (see `DEGREES`)."""
     if language is None:
         language = LANGUAGES[_draw(generator, len(LANGUAGES))]
     sentences = load_phrases()[name][language]["train"]
@@ -98,18 +98,18 @@ def sample_phrase(name: str, generator: torch.Generator, language: str | None = 
 
 
 def frame(words: str, sentence: str) -> str:
-    """Put a sentence into words of strength; its own end mark goes."""
+    """Put a sentence into words of strength; its own end mark is dropped."""
     return words.format(sentence.rstrip(".!?。！？"))
 
 
 def letters(sentence: str) -> str:
-    """A sentence without capitals, spaces and marks: what differs only there counts as the same."""
+    """Strip capitals, spaces and marks: sentences that differ only in these count as equal."""
     return _NO_LETTER.sub("", sentence.lower())
 
 
 @cache
 def _held_out() -> frozenset[str]:
-    """The letters of all sentences that are never trained on."""
+    """Return the letters of all sentences that are never trained on."""
     kept = (
         sentence
         for languages in load_phrases().values()
@@ -122,7 +122,7 @@ def _held_out() -> frozenset[str]:
 
 
 def vary(sentence: str, language: str, generator: torch.Generator) -> str:
-    """Sometimes with another word for the picture, polite, capitalised, mistyped."""
+    """Vary a sentence at random: another word for the picture, politeness, capitals, typing errors."""
     if _draw(generator, 3) == 0:
         nouns = _NOUNS[language]
         sentence = _NOUN[language].sub(nouns[_draw(generator, len(nouns))], sentence)
@@ -140,7 +140,7 @@ def vary(sentence: str, language: str, generator: torch.Generator) -> str:
 
 
 def mistype(sentence: str, generator: torch.Generator) -> str:
-    """One slip: two neighbouring letters swapped, one dropped, or one doubled."""
+    """Make one typing error: two neighbouring letters swapped, one dropped, or one doubled."""
     if len(sentence) < 4:
         return sentence
     at = 1 + _draw(generator, len(sentence) - 2)

@@ -1,6 +1,6 @@
-"""Reference edits: a second picture says how the first shall look.
+"""Reference edits: the first picture takes a property of the second.
 
-The base model never sees the second picture: what it asks for reaches the base only through the generated adapter.
+The base model never sees the second picture: it acts on the base only through the generated adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _pair(scene: Scene, target: Tensor, reference: Tensor) -> Pair:
 
 
 def with_palette(x: Tensor, reference: Tensor) -> Tensor:
-    """Mean and covariance of the colours become the reference's (the linear map closest to the identity)."""
+    """Match mean and covariance of the colours to the reference's (by the linear map closest to the identity)."""
     mean, theirs = x.mean((1, 2)), reference.mean((1, 2))
     ours, wanted = (_covariance(each) + 1e-3 * torch.eye(3) for each in (x, reference))
     root = _power(ours, 0.5)
@@ -40,7 +40,7 @@ def _covariance(x: Tensor) -> Tensor:
 
 
 def _correction(values: Tensor) -> int:
-    """What a variance over the last dimension leaves out of the count: one, but a single pixel varies by nothing."""
+    """Return the correction of a variance over the last dimension: 1, or 0 for a single pixel."""
     return min(1, values.shape[-1] - 1)
 
 
@@ -51,7 +51,7 @@ def _power(symmetric: Tensor, exponent: float) -> Tensor:
 
 
 def with_tone(x: Tensor, reference: Tensor) -> Tensor:
-    """Mean and spread of the luma become the reference's; colours move along."""
+    """Match mean and standard deviation of the luma to the reference's; colours move along."""
     grey, theirs = luma(x), luma(reference)
     spread, wanted = (each.std(correction=_correction(each.flatten())) for each in (grey, theirs))
     gain = ((wanted + 0.02) / (spread + 0.02)).clamp(0.4, 2.5)
@@ -59,13 +59,13 @@ def with_tone(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def with_light(x: Tensor, reference: Tensor) -> Tensor:
-    """A gamma that gives the luma the reference's mean."""
+    """Apply the gamma that gives the luma the reference's mean."""
     mean, wanted = (luma(each).mean().clamp(0.05, 0.95) for each in (x, reference))
     return x.clamp(min=1e-4) ** float((wanted.log() / mean.log()).clamp(0.35, 2.8))
 
 
 def with_cast(x: Tensor, reference: Tensor) -> Tensor:
-    """Gains that give the channels the reference's ratios; the luma keeps its mean."""
+    """Apply gains that give the channels the reference's ratios; the luma keeps its mean."""
     ours, theirs = x.mean((1, 2)).clamp(min=0.02), reference.mean((1, 2)).clamp(min=0.02)
     gains = ((theirs / theirs.mean()) / (ours / ours.mean())).clamp(0.5, 2.0).view(3, 1, 1)
     changed = x * gains
@@ -73,7 +73,7 @@ def with_cast(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def _lit(scene: Scene) -> Tensor:
-    """A second photograph in more or less light than it was taken in."""
+    """Brighten or darken the second photograph at random."""
     return _second(scene).clamp(min=1e-4) ** float(torch.exp(torch.tensor(scene.uniform(-0.8, 0.8))))
 
 
@@ -90,7 +90,7 @@ def _ranged(scene: Scene) -> Tensor:
 def _taking(
     statistic: Callable[[Tensor, Tensor], Tensor], prepare: Callable[[Scene], Tensor]
 ) -> Callable[[Scene], Pair]:
-    """The source gets the statistic of a reference that `prepare` makes of the second photograph."""
+    """Make pairs whose source gets a statistic of the reference, which `prepare` makes of the second photograph."""
 
     def make(scene: Scene) -> Pair:
         reference = prepare(scene)
@@ -106,7 +106,7 @@ def _take_grain(scene: Scene) -> Pair:
 
 
 def _take_sharpness(scene: Scene) -> Pair:
-    """Out of focus as the reference is, or sharpened as it is."""
+    """Blur or sharpen source and reference alike."""
     amount = scene.uniform(-1, 1)
 
     def focused(x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _take_sharpness(scene: Scene) -> Pair:
 
 
 LOOKS = (*STYLES, sepia, lambda x: saturation(x, 0.0))
-"""What a reference picture may have been turned into."""
+"""Styles that a reference picture may have."""
 
 
 def _take_style(scene: Scene) -> Pair:

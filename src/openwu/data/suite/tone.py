@@ -1,4 +1,4 @@
-"""Colour: temperature, saturation, hues, tints, white balance."""
+"""Tone and colour: light, contrast, temperature, saturation, hues, tints, white balance."""
 
 from __future__ import annotations
 

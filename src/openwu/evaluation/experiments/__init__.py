@@ -1,5 +1,5 @@
 """Experiments that test the claims of functional memory, one file each.
 
-`subject.py` says what an experiment examines: any generator with any base. `embedded.py` is the subject inside the
-package. `geometry.py` compares adapters, `intervals.py` says how sure a mean is, `report.py` writes what was found.
+`audit.py` defines the `Subject` that audit and manifold examine: any generator with any base. `runs.py` runs
+each experiment on the embedded model and writes its results; `geometry.py` compares adapters.
 """

@@ -1,16 +1,12 @@
-"""Tasks that arrive one group after another: what is remembered, and at what price.
-
-Enters: a model whose base is frozen, groups of tasks in their order. Leaves: for every way to go on how good each task
-is after each group, and from that what has been forgotten.
+"""Continual learning: tasks arrive one group after another; forgetting, transfer, and what is stored for it.
 
 - `shared`: one LoRA that goes on with every group. `sft`: the whole base does.
 - `retrieval`: a new LoRA per task, chosen by the nearest training sentences among those seen so far.
 - `generator`: goes on with every group and nothing else, the control. `generator, replay`: half of the batches are of
-  earlier groups. `generator, past self`: the same, but how they should come out is said by the generator as it was
-  before the group, through the base, on the photographs at hand; of earlier groups only sentences are known, and no
-  edited picture (Li and Hoiem 2016, learning without forgetting). `generator, distilled`: conditions and adapters of
-  earlier groups are stored, and the generator shall go on writing those adapters; no picture of them is shown to the
-  base again.
+  earlier groups. `generator, past self`: the same, but the targets of earlier groups are edits by the generator as it
+  was before the group, on the photographs at hand; of earlier groups only sentences are known, and no edited picture
+  (Li and Hoiem 2016, learning without forgetting). `generator, distilled`: conditions and adapters of earlier groups
+  are stored, and the generator is kept close to them; no picture of them is shown to the base again.
 
 Shapes: b requests.
 """
@@ -23,33 +19,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
-from openwu.evaluation.experiments.embedded import EmbeddedCase, draw, score
+from openwu.evaluation.cases import Case, draw_cases, score
 from openwu.evaluation.experiments.geometry import Mean, mean_over, update_distances
 from openwu.evaluation.experiments.methods import (
-    FIRST_FLOOR,
     SIDE,
     AdapterBank,
     Budget,
     Method,
-    batch_loss,
     copied,
+    fit,
     new_method,
     retrieved,
+    sampler,
 )
-from openwu.evaluation.experiments.results import Keep, Part, keep_nothing
-from openwu.training.config import StageConfig
-from openwu.training.embedded.losses import falling_floor
+from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.loop import part_of_peak
-from openwu.training.optimizers import StageOptimizer
+from openwu.training.embedded.picture_stages import Batches
 from openwu.types import Adapter
 
-WAYS: Mapping[str, str] = {
+STRATEGIES: Mapping[str, str] = {
     "shared": "shared",
     "sft": "sft",
     "retrieval": "single",
@@ -58,19 +50,19 @@ WAYS: Mapping[str, str] = {
     "generator, past self": "generated",
     "generator, distilled": "generated",
 }
-"""Way to go on -> the method of `methods.py` that it trains."""
+"""Strategy -> the method of `methods.py` that it trains."""
 REHEARSING = ("generator, replay", "generator, past self")
-"""Ways whose every other batch is of earlier groups."""
+"""Strategies whose every other batch is of earlier groups."""
 STORED = 4
 """Requests of every earlier task whose condition and adapter are stored for distillation."""
 DISTILLED_AT_ONCE = 8
 DRIFT_FLOOR = 1e-3
-"""Of a squared relative distance: below it a stored adapter is close enough."""
+"""Floor of the squared relative distance from a stored adapter, below which its loss hardly falls."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What is kept of earlier groups for distillation: conditions and what was written for them."""
+    """Conditions of earlier groups and the adapters generated for them, stored for distillation."""
 
     pictures: Tensor
     """[b, 3, s, s] uint8"""
@@ -84,12 +76,13 @@ class Memory:
         return self.pictures.nbytes + factors + sum(len(sentence.encode()) for sentence in self.sentences)
 
     def join(self, other: Memory) -> Memory:
+        """Append another group's."""
         pictures = torch.cat([self.pictures, other.pictures])
         return Memory(pictures, self.sentences + other.sentences, Adapter.stack([self.adapter, other.adapter]))
 
 
 class PastSelf:
-    """Condition encoder and generator as they are when this is made. They say how requests should come out."""
+    """A frozen copy of the generator, whose edits are the targets of later batches."""
 
     def __init__(self, method: Method, requests: PairSampler) -> None:
         self._model, self._requests = copied(method.model), requests
@@ -101,17 +94,37 @@ class PastSelf:
 
     @torch.no_grad()
     def batch(self, step: int) -> PairBatch:
-        """The requests of a step, with what was made of them then for their answers."""
+        """Return the requests of a step with the copy's edits as their targets."""
         batch, model = self._requests.batch(step), self._model
         text = model.instruction(batch.sentences)
         with torch.autocast("cpu", torch.bfloat16):
             edited = model.edit(batch.picture, batch.planes, text, model.adapt(batch.whole, text))
         return replace(batch, target=edited.float())
 
+    def size(self, step: int) -> int:
+        """Return the number of requests of a step."""
+        return self._requests.size(step)
+
 
 @dataclass(frozen=True)
-class Seen:
-    """One task after one group: the mean PSNR in dB over the test photographs."""
+class Interleaved:
+    """Batches of which every other one is of earlier groups."""
+
+    new: Batches
+    earlier: Batches
+
+    def batch(self, step: int) -> PairBatch:
+        """Return the batch of a step."""
+        return (self.earlier if step % 2 else self.new).batch(step)
+
+    def size(self, step: int) -> int:
+        """Return the number of requests of a step."""
+        return (self.earlier if step % 2 else self.new).size(step)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The mean PSNR in dB of one task over the test photographs, after one group."""
 
     way: str
     seed: int
@@ -124,33 +137,35 @@ class Seen:
 
 
 @dataclass
-class Course:
-    """All that was found."""
+class ContinualResults:
+    """Scores of every task after every group, under every strategy."""
 
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[TaskScore] = field(default_factory=list)
     stored_bytes: dict[str, int] = field(default_factory=dict)
-    """What a way keeps besides the base and one generator: adapters, or conditions, or pictures to be shown again."""
+    """What a strategy stores besides the base and one generator: adapters, conditions, or pictures for replay."""
 
     @property
     def ways(self) -> list[str]:
         return list(dict.fromkeys(each.way for each in self.seen))
 
-    def _of(self, way: str) -> dict[tuple[int, str], dict[int, Seen]]:
-        """(seed, task) -> groups learned -> what was seen."""
-        found: dict[tuple[int, str], dict[int, Seen]] = {}
+    def _of(self, way: str) -> dict[tuple[int, str], dict[int, TaskScore]]:
+        """(seed, task) -> groups learned -> score."""
+        found: dict[tuple[int, str], dict[int, TaskScore]] = {}
         for each in self.seen:
             if each.way == way:
                 found.setdefault((each.seed, each.task), {})[each.after] = each
         return found
 
     def final(self, way: str) -> Mean:
-        """Mean PSNR over all tasks after the last group."""
+        """Return the mean PSNR over all tasks after the last group."""
         each = self._of(way)
         return mean_over([after[max(after)].psnr for after in each.values()], [task for _, task in each])
 
     def forgetting(self, way: str) -> Mean:
-        """dB lost since a task's own group, over tasks of all groups but the last (Chaudhry et al. 2018, with the
-        quality right after learning in place of the best)."""
+        """Return the dB lost since a task's own group, over tasks of all groups but the last.
+
+        As in Chaudhry et al. 2018, with the quality right after learning in place of the best.
+        """
         lost = {
             key: after[after[max(after)].group].psnr - after[max(after)].psnr
             for key, after in self._of(way).items()
@@ -159,7 +174,7 @@ class Course:
         return mean_over(list(lost.values()), [task for _, task in lost])
 
     def transfer(self, way: str) -> Mean:
-        """dB that earlier groups bring to a task before it is learned, over tasks of all groups but the first."""
+        """Return the dB that earlier groups bring to a task before it is learned, over all groups but the first."""
         gained = {
             key: after[after[0].group - 1].psnr - after[0].psnr
             for key, after in self._of(way).items()
@@ -167,19 +182,30 @@ class Course:
         }
         return mean_over(list(gained.values()), [task for _, task in gained])
 
+    def table(self) -> str:
+        """Return every strategy, best first, as plain text."""
+        rows = [
+            (
+                way,
+                str(self.final(way)),
+                str(self.forgetting(way)),
+                str(self.transfer(way)),
+                f"{self.stored_bytes[way] / 1e6:.1f} MB",
+            )
+            for way in sorted(self.ways, key=lambda way: self.final(way).value, reverse=True)
+        ]
+        head = ("strategy", "all tasks at the end, dB", "forgotten, dB", "gained before learning, dB", "stored")
+        return columns(head, rows)
+
     def to_json(self) -> dict[str, Any]:
+        """Return all numbers as JSON."""
         return {
             "ways": [
                 {
                     "way": way,
-                    **{
-                        name: {"value": mean.value, "low": mean.low, "high": mean.high}
-                        for name, mean in (
-                            ("final", self.final(way)),
-                            ("forgetting", self.forgetting(way)),
-                            ("transfer", self.transfer(way)),
-                        )
-                    },
+                    "final": self.final(way).to_json(),
+                    "forgetting": self.forgetting(way).to_json(),
+                    "transfer": self.transfer(way).to_json(),
                     "stored_bytes": self.stored_bytes[way],
                 }
                 for way in self.ways
@@ -195,88 +221,62 @@ def continual(
     groups: Sequence[Sequence[str]],
     budget: Budget,
     seeds: Sequence[int],
-    keep: Keep = keep_nothing,
-) -> Course:
-    """`groups`: tasks in the order in which they arrive, at least two groups; `budget.steps` for each.
+    cache: ResultCache = UNCACHED,
+) -> ContinualResults:
+    """Train every strategy with every seed on one group after another.
 
-    `keep`: where finished parts are found again; a part is one way with one seed.
+    groups: tasks in the order in which they arrive, at least two groups; `budget.steps` for each. cache: where results
+    of finished trials are found again; a trial is one strategy with one seed.
     """
-    found, tasks = Course(), [task for group in groups for task in group]
+    found, tasks = ContinualResults(), [task for group in groups for task in group]
 
-    def gone(way: str, seed: int) -> Part:
-        method, cases = new_method(model, WAYS[way], tasks, budget, seed), draw(test, tasks, seed)
+    def run(way: str, seed: int) -> TrialResult:
+        method, cases = new_method(model, STRATEGIES[way], tasks, budget, seed), draw_cases(test, tasks, seed)
         memory: Memory | None = None
-        old: PairSampler | PastSelf | None = None
-        seen = _look(way, method, cases, groups, 0, seed)
+        past: PastSelf | None = None
+        seen = _measure(way, method, cases, groups, 0, seed)
         for number, group in enumerate(groups, start=1):
             earlier = tuple(task for done in groups[: number - 1] for task in done)
+            batches: Batches = sampler(photographs, group, budget, 100 * seed + number)
             if earlier and way in REHEARSING:
-                shapes = ((budget.requests, budget.crop),)
-                requests = PairSampler(photographs, earlier, shapes, SIDE, 100 * seed + number)
-                old = requests if way == "generator, replay" else PastSelf(method, requests)
-            _learn(method, photographs, group, old, memory, budget, (way, number, seed))
+                rehearsed = sampler(photographs, earlier, budget, 100 * seed + number)
+                past = PastSelf(method, rehearsed) if way == "generator, past self" else None
+                batches = Interleaved(batches, past or rehearsed)
+            penalty = None if memory is None else partial(_drift, method, memory)
+            label = f"{way}, group {number}, seed {seed}"
+            fit(method, batches, budget, budget.steps, method.rates, label, penalty)
             if way == "generator, distilled":
                 fresh = _remember(method, photographs, group, seed)
                 memory = fresh if memory is None else memory.join(fresh)
-            seen += _look(way, method, cases, groups, number, seed)
-        stored = _stored_bytes(way, method, old if isinstance(old, PastSelf) else memory, photographs)
-        return Part({"seen": [vars(each) for each in seen], "stored_bytes": stored})
+            seen += _measure(way, method, cases, groups, number, seed)
+        stored = _stored_bytes(way, method, past or memory, photographs)
+        return TrialResult({"seen": [vars(each) for each in seen], "stored_bytes": stored})
 
     for seed in seeds:
-        for way in WAYS:
-            part = keep(f"{way}, seed {seed}", partial(gone, way, seed))
-            found.seen += [Seen(**each) for each in part.values["seen"]]
-            found.stored_bytes[way] = part.values["stored_bytes"]
+        for way in STRATEGIES:
+            trial = cache.get(f"{way}, seed {seed}", partial(run, way, seed))
+            found.seen += [TaskScore(**each) for each in trial.values["seen"]]
+            found.stored_bytes[way] = trial.values["stored_bytes"]
     return found
 
 
-def _learn(
-    method: Method,
-    photographs: list[Photograph],
-    group: Sequence[str],
-    old: PairSampler | PastSelf | None,
-    memory: Memory | None,
-    budget: Budget,
-    which: tuple[str, int, int],
-) -> None:
-    """One group; `old`: what every other batch is taken from; `memory`: adapters that shall stay as they were."""
-    way, number, seed = which
-    steps = budget.steps
-    config = StageConfig(
-        steps=steps,
-        shapes=((budget.requests, budget.crop),),
-        warmup=min(50, steps // 5),
-        **dict[str, Any](method.rates),
-    )
-    optimizer = StageOptimizer(method.trained, config)
-    new = PairSampler(photographs, tuple(group), config.shapes, SIDE, 100 * seed + number)
-    for step in tqdm(range(steps), desc=f"{way}, group {number}, seed {seed}", unit="step"):
-        batch = (old if old is not None and step % 2 else new).batch(step)
-        loss = batch_loss(method.model, batch, method.adapt, falling_floor(FIRST_FLOOR, step / steps))
-        if memory is not None:
-            loss = loss + _drift(method, memory, torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(method.trained.parameters(), config.clip)
-        optimizer.step(part_of_peak(config, step))
+def _drift(method: Method, memory: Memory, step: int) -> Tensor:
+    """Return the mean log distance of the generator's adapters for some stored conditions from the stored ones.
 
-
-def _drift(method: Method, memory: Memory, generator: torch.Generator) -> Tensor:
-    """How far the generator's adapters for some stored conditions are from the stored ones, as a mean logarithm.
-
-    The pictures' loss is a logarithm too: against it a plain distance stops pulling long before it is small.
+    The pictures' loss is a logarithm too: beside it the gradient of a plain distance vanishes long before it is small.
     """
+    generator = torch.Generator().manual_seed(step)
     chosen = torch.randint(len(memory.sentences), (DISTILLED_AT_ONCE,), generator=generator).tolist()
     with torch.no_grad():
         text = method.model.instruction([memory.sentences[i] for i in chosen])
     with torch.autocast("cpu", torch.bfloat16):
-        written = method.model.adapt(memory.pictures[chosen].float() / 255, text)
-    return (update_distances(written, memory.adapter.select(chosen)) + DRIFT_FLOOR).log().mean()
+        generated = method.model.adapt(memory.pictures[chosen].float() / 255, text)
+    return (update_distances(generated, memory.adapter.select(chosen)) + DRIFT_FLOOR).log().mean()
 
 
 @torch.no_grad()
 def _remember(method: Method, photographs: list[Photograph], group: Sequence[str], seed: int) -> Memory:
-    """Conditions of a group's tasks, and what the generator writes for them now."""
+    """Store conditions of a group's tasks and the adapters that the generator makes for them now."""
     count = STORED * len(group)
     batch: PairBatch = PairSampler(photographs, tuple(group), ((count, SIDE // 3),), SIDE, 500 + seed).batch(0)
     pictures = (batch.whole * 255).round().byte()
@@ -286,15 +286,15 @@ def _remember(method: Method, photographs: list[Photograph], group: Sequence[str
 
 
 @torch.inference_mode()
-def _look(
+def _measure(
     way: str,
     method: Method,
-    cases: Sequence[EmbeddedCase],
+    cases: Sequence[Case],
     groups: Sequence[Sequence[str]],
     number: int,
     seed: int,
-) -> list[Seen]:
-    """Every task, learned already or not."""
+) -> list[TaskScore]:
+    """Score every task, learned already or not."""
     known = [task for done in groups[:number] for task in done]
     if way == "retrieval":
         adapter = retrieved(method, cases, known) if known else None
@@ -306,8 +306,8 @@ def _look(
     seen = []
     for at, group in enumerate(groups, start=1):
         for task in group:
-            own = [value for case, value in zip(cases, scores, strict=True) if case.edit == task]
-            seen.append(Seen(way, seed, number, task, at, sum(own) / len(own)))
+            own = [value for case, value in zip(cases, scores, strict=True) if case.task == task]
+            seen.append(TaskScore(way, seed, number, task, at, sum(own) / len(own)))
     return seen
 
 

@@ -1,8 +1,8 @@
-"""Adapters as points: what they do to the base's weights is compared, not the factors that say so.
+"""Geometry of adapters by their updates scale * B A: cosines, means, random updates of equal size, coordinates.
 
-Enters: a batch of adapters. Leaves: cosines of their updates, the mean update, random updates of equal size,
-coordinates. B A stays the same when B and A are turned against one another, so raw factors of equal updates may look
-unlike; every quantity here is one of the updates scale * B A themselves, computed without ever forming them.
+B A stays the same when B and A are rotated against one another, so factors of equal updates may look unlike: every
+quantity here is one of the updates themselves, computed without ever forming them. Bootstrap intervals of means are
+here too.
 
 Shapes: b samples, E experts, r LoRA rank, in / out widths of a target.
 """
@@ -26,7 +26,7 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and where it lies in 95% of the bootstrap samples."""
+    """A mean with its 95% bootstrap interval."""
 
     value: float
     low: float
@@ -40,9 +40,17 @@ class Mean:
         """Whether the whole interval lies above 0."""
         return self.low > 0
 
+    def to_json(self) -> dict[str, float]:
+        """Return value, low and high."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+    def named(self, name: str) -> dict[str, float]:
+        """Return the numbers under a name, with `_low` and `_high` behind it."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def mean_over(values: Sequence[float], groups: Sequence[str], seed: int = 0) -> Mean:
-    """The mean of the groups' means, with the interval of a bootstrap over groups and over the values inside them.
+    """Return the mean of the groups' means, with a bootstrap interval over groups and over the values inside them.
 
     Cases of one task are alike: drawing cases alone would promise too narrow an interval (cluster bootstrap, Davison
     and Hinkley 1997, section 3.8).
@@ -66,14 +74,14 @@ def _by_group(values: Sequence[float], groups: Sequence[str]) -> list[NDArray[np
 
 
 def cosines(adapter: Adapter) -> Tensor:
-    """Cosine similarity of the updates of all samples `[b, b]`."""
+    """Return the cosine similarity of the updates of all samples `[b, b]`."""
     products = inner_products(adapter)
     sizes = products.diagonal().clamp(min=1e-30).sqrt()
     return products / sizes[:, None] / sizes[None, :]
 
 
 def coordinates(products: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
-    """Principal components of points with these inner products: `[b, dimensions]`, and each one's share of variance.
+    """Return principal components from inner products: coordinates `[b, dimensions]`, and each one's variance share.
 
     Equal to PCA of the flattened updates, which would have millions of columns.
     """
@@ -85,7 +93,7 @@ def coordinates(products: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
 
 
 def mean_update(adapter: Adapter) -> Adapter:
-    """One adapter (b = 1) whose update is the mean of all samples' updates, exactly: its rank grows as it must."""
+    """Return one adapter (b = 1) whose update is exactly the mean of all samples' updates; its rank grows as needed."""
     rank = max(min(target.in_dim, target.out_dim, adapter.batch * adapter.rank) for target in adapter.targets)
     weights = {}
     for name, (a, b) in adapter.pairs.items():
@@ -102,7 +110,7 @@ def mean_update(adapter: Adapter) -> Adapter:
 
 
 def random_like(adapter: Adapter, generator: torch.Generator) -> Adapter:
-    """Normal factors, scaled so that every sample's update of every target is as large as the adapter's own."""
+    """Draw normal factors, scaled so that every sample's update of every target is as large as the adapter's own."""
     weights = {}
     for name, (a, b) in adapter.pairs.items():
         drawn_a, drawn_b = (torch.randn(each.shape, generator=generator) for each in (a, b))
@@ -118,7 +126,7 @@ def _sizes(a: Tensor, b: Tensor) -> Tensor:
 
 
 def nearest_same_task(similarity: Tensor, tasks: Sequence[str], groups: Sequence[str] | None = None) -> list[bool]:
-    """For every sample: whether the most similar other one has its task.
+    """Tell for every sample whether the most similar other one has its task.
 
     `groups`: samples of one group (say, of one photograph) are not compared with one another.
     """
@@ -130,7 +138,7 @@ def nearest_same_task(similarity: Tensor, tasks: Sequence[str], groups: Sequence
 
 
 def update_distances(adapter: Adapter, stored: Adapter) -> Tensor:
-    """|update - stored update|^2 / |stored update|^2 of every sample `[b]`, differentiable in the adapter's factors."""
+    """Return |update - stored|^2 / |stored|^2 of every sample `[b]`, differentiable in the adapter's factors."""
     square, own = torch.zeros(adapter.batch), torch.zeros(adapter.batch)
     for name, (a, b) in adapter.pairs.items():
         a, b = a.float(), b.float() * adapter.scale

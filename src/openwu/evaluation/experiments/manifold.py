@@ -1,7 +1,6 @@
-"""Do generated adapters of one task lie together? A map of them, its neighbours, and sums of adapters.
+"""Do generated adapters of one task lie together? Nearest neighbours, silhouettes, a map, and arithmetic of adapters.
 
-Enters: a `Subject` and the group (say, the photograph) of every case. Leaves: how often an adapter's nearest neighbour
-from another group has its task, silhouettes, coordinates for a picture, and how well a - b + c does its work.
+Every case has a group (say, its photograph); neighbours are sought in other groups. Arithmetic: a - b + c.
 
 All distances are between updates scale * B A, see `geometry.py`.
 """
@@ -17,15 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.adapters.updates import inner_products
-from openwu.evaluation.experiments.audit import generate
+from openwu.evaluation.experiments.audit import CaseT, Subject, generate
 from openwu.evaluation.experiments.geometry import Mean, coordinates, mean_over, nearest_same_task
-from openwu.evaluation.experiments.subject import Case, Subject
+from openwu.evaluation.experiments.results import columns
 from openwu.types import Adapter
 
 
 @dataclass(frozen=True)
 class Manifold:
-    """What the map shows."""
+    """Neighbours, silhouettes, coordinates and arithmetic of the adapters of all cases."""
 
     subject: str
     unit: str
@@ -53,12 +52,23 @@ class Manifold:
         pairs = zip(self.arithmetic[how], self.arithmetic[over], strict=True)
         return mean_over([one - other for one, other in pairs], self.arithmetic_tasks)
 
+    def table(self) -> str:
+        """Return the means as plain text."""
+        rows = [
+            ("nearest neighbour has the task", str(self.neighbours)),
+            ("the same by chance", f"{self.chance:.2f}"),
+            ("silhouette by task", f"{sum(self.silhouette) / len(self.silhouette):.2f}"),
+            (f"a - b + c minus another sample's, {self.unit}", str(self.lead("a - b + c", "another sample's"))),
+            (f"a - b + c minus matched, {self.unit}", str(self.lead("a - b + c", "matched"))),
+        ]
+        return columns(("adapters of the test set", "mean [95% interval]"), rows)
+
     def to_json(self) -> dict[str, Any]:
-        near = self.neighbours
+        """Return all numbers as JSON."""
         return {
             "subject": self.subject,
             "unit": self.unit,
-            "nearest_neighbour": {"value": near.value, "low": near.low, "high": near.high, "chance": self.chance},
+            "nearest_neighbour": {**self.neighbours.to_json(), "chance": self.chance},
             "silhouette": sum(self.silhouette) / len(self.silhouette),
             "arithmetic": {how: sum(values) / len(values) for how, values in self.arithmetic.items()},
             "shares": self.shares,
@@ -82,8 +92,11 @@ class Manifold:
 
 
 @torch.inference_mode()
-def manifold(subject: Subject[Case], groups: Sequence[str], seeds: Sequence[int] = (0, 1, 2)) -> Manifold:
-    """`groups`: neighbours are sought in other groups than a case's own, so that equal pictures prove nothing."""
+def manifold(subject: Subject[CaseT], groups: Sequence[str], seeds: Sequence[int] = (0, 1, 2)) -> Manifold:
+    """Map the adapters of a subject's cases.
+
+    groups: of every case; neighbours are sought in other groups than its own, so that equal pictures prove nothing.
+    """
     adapters = generate(subject, subject.cases)
     products = inner_products(adapters)
     sizes = products.diagonal().clamp(min=1e-30).sqrt()
@@ -112,7 +125,7 @@ def manifold(subject: Subject[Case], groups: Sequence[str], seeds: Sequence[int]
 
 
 def _chance(tasks: Sequence[str], groups: Sequence[str]) -> float:
-    """Mean share of cases of one's own task among those of other groups."""
+    """Return the mean share of cases of one's own task among those of other groups."""
     shares = []
     for task, group in zip(tasks, groups, strict=True):
         others = [other for other, theirs in zip(tasks, groups, strict=True) if theirs != group]
@@ -121,7 +134,7 @@ def _chance(tasks: Sequence[str], groups: Sequence[str]) -> float:
 
 
 def silhouettes(similarity: Tensor, tasks: Sequence[str]) -> list[float]:
-    """How much closer every point is to its own task than to the nearest other one, by distance 1 - cosine."""
+    """Return how much closer every point is to its own task than to the nearest other one, by distance 1 - cosine."""
     distance = (1 - similarity).clamp(min=0)
     names = list(dict.fromkeys(tasks))
     member = torch.tensor([[task == name for name in names] for task in tasks], dtype=distance.dtype)
@@ -133,9 +146,9 @@ def silhouettes(similarity: Tensor, tasks: Sequence[str]) -> list[float]:
 
 
 def arithmetic_scores(
-    subject: Subject[Case], adapters: Adapter, groups: Sequence[str], seed: int
+    subject: Subject[CaseT], adapters: Adapter, groups: Sequence[str], seed: int
 ) -> tuple[list[str], dict[str, list[float]]]:
-    """A task moved from one group to another by a - b + c, one sum for each task: names, and scores by how.
+    """Score a - b + c, one sum for each task: the tasks, and scores by method.
 
     Wanted: task Y in group 1. Known: a, task X in group 1; b, task X in group 2; c, task Y in group 2. If what a group
     adds is the same for every task, a - b + c does better than c ("another sample's") and about as well as what was

@@ -1,7 +1,7 @@
-"""Ways to learn many tasks on one base, each with what it trains, how it serves requests, and its learning rates.
+"""Methods to learn many tasks on one base: the trained parameters, the adapters of requests, and learning rates.
 
-Enters: the embedded model, tasks, a budget. Leaves: methods that `fit` trains on the same requests in the same order.
-`conflict.py` says what each method is; `continual.py` trains some of them on one group of tasks after another.
+`fit` trains all of them on the same requests in the same order. `conflict.py` compares them; `continual.py` trains some
+of them on one group of tasks after another.
 
 Shapes: b requests, t tasks, r LoRA rank, in / out widths of a target.
 """
@@ -15,98 +15,84 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.data.suite.phrases import load_phrases
-from openwu.evaluation.experiments.embedded import EmbeddedCase, adapt
-from openwu.kernels.attention import training_attention
+from openwu.evaluation.cases import Case, encode, generate
 from openwu.training.config import StageConfig
-from openwu.training.embedded.losses import falling_floor, picture_loss
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.stages import SharedAdapter
-from openwu.training.loop import part_of_peak
-from openwu.training.optimizers import StageOptimizer
+from openwu.training.embedded.picture_stages import Adapt, Batches, PictureStage
+from openwu.training.loop import train_stage
+from openwu.training.stage import TrainableLora
 from openwu.types import Adapter, Target
 
 SIDE = 192
 """Side in pixels of the picture that the condition encoder sees in training."""
-UNTOLD = ""
-"""What a base reads that is not told what is wanted."""
 FIRST_FLOOR = 3e-2
-"""Where the floor of the loss starts; see `openwu.training.embedded.losses.falling_floor`."""
-Adapt = Callable[[PairBatch, Tensor], Adapter | None]
-"""The adapters of a training batch, from its instruction tokens."""
+"""Where the floor of the loss starts; see `openwu.training.embedded.picture_stages.annealed_floor`."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to learn all tasks."""
+    """A way to learn all tasks."""
 
     name: str
     trained: nn.Module
     model: EmbeddedModel
-    """Whose base answers: the frozen one, or the copy that `sft` changes."""
+    """The model whose base edits: the frozen one, or the copy that `sft` trains."""
     adapt: Adapt
     """The adapters of a training batch, from its instruction tokens."""
-    serve: Callable[[Sequence[EmbeddedCase]], Adapter | None]
+    serve: Callable[[Sequence[Case]], Adapter | None]
     """The adapters of test requests."""
     rates: Mapping[str, float]
     """Fields of StageConfig: the peak learning rates at factor 1 of the search."""
 
 
-class AdapterBank(nn.Module):
-    """One LoRA per task: A random, B zero, as LoRA starts."""
+class AdapterBank(TrainableLora):
+    """One LoRA per task."""
 
     def __init__(self, targets: Sequence[Target], rank: int, tasks: Sequence[str], generator: torch.Generator) -> None:
-        super().__init__()
-        self.targets, self.tasks = tuple(targets), tuple(tasks)
-        shapes = [tuple(target.shapes(len(tasks), rank).values()) for target in self.targets]
-        self.a = nn.ParameterList(
-            nn.Parameter(torch.randn(shape_a, generator=generator) * target.in_dim**-0.5)
-            for target, (shape_a, _) in zip(self.targets, shapes, strict=True)
-        )
-        self.b = nn.ParameterList(nn.Parameter(torch.zeros(shape_b)) for _, shape_b in shapes)
+        super().__init__(targets, rank, generator, count=len(tasks))
+        self.tasks = tuple(tasks)
 
     def of(self, tasks: Sequence[str]) -> Adapter:
-        """The adapters of these tasks, one sample each."""
-        index = torch.tensor([self.tasks.index(task) for task in tasks])
-        weights = {target.name: (self.a[i][index], self.b[i][index]) for i, target in enumerate(self.targets)}
-        return Adapter.from_pairs(self.targets, weights, 1.0)
+        """Return the adapters of these tasks, one sample each."""
+        adapter: Adapter = self([self.tasks.index(task) for task in tasks])
+        return adapter
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long, and on what, every method learns."""
+    """Steps and batches of every method's training."""
 
     steps: int
     requests: int = 24
     crop: int = 64
     wide_rank: int = 64
     factors: tuple[float, ...] = (1.0,)
-    """Learning rates are tried at these multiples for `search_steps` each; what is best on validation is taken."""
+    """Learning rates are searched at these multiples for `search_steps` each; the best on validation is taken."""
     search_steps: int = 0
 
 
 METHODS = ("single", "shared", "shared, wide", "sft", "generated")
-"""Methods that something is trained for; `base`, `retrieval` and `random` come with others."""
+"""Methods that are trained; `base`, `retrieval` and `random` come with others."""
 
 
 def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Budget, seed: int) -> Method:
-    """One of METHODS, untrained."""
+    """Make one of METHODS, untrained."""
     targets, rank = model.generator.targets, model.generator.config.rank
     random = torch.Generator().manual_seed(seed)
     if name == "single":
         bank = AdapterBank(targets, rank, tasks, random)
 
-        def own(cases: Sequence[EmbeddedCase]) -> Adapter | None:
-            known = [case.edit in tasks for case in cases]
-            return bank.of([case.edit for case in cases]).detach() if all(known) else None
+        def own(cases: Sequence[Case]) -> Adapter | None:
+            known = [case.task in tasks for case in cases]
+            return bank.of([case.task for case in cases]).detach() if all(known) else None
 
         return Method(name, bank, model, lambda batch, _: bank.of(batch.names), own, {"learning_rate": 1e-2})
     if name in ("shared", "shared, wide"):
-        shared = SharedAdapter(targets, rank if name == "shared" else budget.wide_rank, 1.0, random)
+        shared = TrainableLora(targets, rank if name == "shared" else budget.wide_rank, random)
         one = {"learning_rate": 1e-2 if name == "shared" else 3e-3}
         return Method(name, shared, model, lambda *_: shared(), lambda _: shared().detach(), one)
     changed = copied(model)
@@ -117,7 +103,7 @@ def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Bu
 
 
 def generated_on(model: EmbeddedModel, seed: int) -> Method:
-    """Condition encoder and generator of a model, from nothing, through its frozen base."""
+    """Make the method that trains a model's condition encoder and generator, from nothing, through its frozen base."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = EmbeddedModel(model.config)
@@ -126,18 +112,15 @@ def generated_on(model: EmbeddedModel, seed: int) -> Method:
     model.generator.load_state_dict(fresh.generator.state_dict())
     trained = nn.ModuleDict({"condition": model.condition, "generator": model.generator}).requires_grad_(True)
 
-    def write(batch: PairBatch, text: Tensor) -> Adapter:
+    def adapt(batch: PairBatch, text: Tensor) -> Adapter:
         return model.adapt(batch.whole, text)
 
-    def generated(cases: Sequence[EmbeddedCase]) -> Adapter:
-        return adapt(model, cases)
-
     rates = {"learning_rate": 1e-3, "matrix_learning_rate": 3e-3}
-    return Method("generated", trained, model, write, generated, rates)
+    return Method("generated", trained, model, adapt, lambda cases: generate(model, cases), rates)
 
 
 def copied(model: EmbeddedModel) -> EmbeddedModel:
-    """The same weights in a model of its own: hooks belong to the module that they were made on."""
+    """Copy the weights into a model of its own: hooks belong to the module that they were made on."""
     fresh = EmbeddedModel(model.config)
     fresh.load_state_dict(copy.deepcopy(model.state_dict()))
     return fresh.requires_grad_(False)
@@ -145,45 +128,52 @@ def copied(model: EmbeddedModel) -> EmbeddedModel:
 
 def fit(
     method: Method,
-    photographs: list[Photograph],
-    tasks: Sequence[str],
+    batches: Batches,
     budget: Budget,
     steps: int,
     rates: Mapping[str, float],
-    seed: int,
+    label: str,
+    penalty: Callable[[int], Tensor] | None = None,
 ) -> None:
+    """Train a method in memory; `label` names the progress bar, `penalty`: see `PictureStage`."""
     config = StageConfig(
-        steps=steps, shapes=((budget.requests, budget.crop),), warmup=min(50, steps // 5), **dict[str, Any](rates)
+        steps=steps,
+        shapes=((budget.requests, budget.crop),),
+        warmup=min(50, steps // 5),
+        first_floor=FIRST_FLOOR,
+        **dict[str, Any](rates),
     )
-    optimizer = StageOptimizer(method.trained, config)
-    batches = PairSampler(photographs, tuple(tasks), config.shapes, SIDE, seed)
-    for step in tqdm(range(steps), desc=f"{method.name}, seed {seed}", unit="step"):
-        optimizer.zero_grad()
-        torch.autograd.backward(method_loss(method, batches.batch(step), falling_floor(FIRST_FLOOR, step / steps)))
-        nn.utils.clip_grad_norm_(method.trained.parameters(), config.clip)
-        optimizer.step(part_of_peak(config, step))
+    train_stage(method_stage(method, config, batches, label, penalty), config)
 
 
-def method_loss(method: Method, batch: PairBatch, floor: float) -> Tensor:
-    """The method's loss on a batch."""
-    return batch_loss(method.model, batch, method.adapt, floor)
+def method_stage(
+    method: Method,
+    config: StageConfig,
+    batches: Batches,
+    label: str,
+    penalty: Callable[[int], Tensor] | None = None,
+) -> PictureStage:
+    """Make the stage that trains a method, with whole sentences."""
+    return PictureStage(
+        label, config, method.model, method.trained, method.adapt, batches, dropped=0.0, penalty=penalty
+    )
 
 
-def batch_loss(model: EmbeddedModel, batch: PairBatch, adapt: Adapt, floor: float, told: bool = True) -> Tensor:
-    """The loss of a batch under the adapters that `adapt` gives it, in the precision of the trainings.
-
-    `told`: whether the base reads the instructions; if not, it reads the same words for every request.
-    """
-    with torch.no_grad():
-        text = model.instruction(batch.sentences)
-        read = text if told else model.instruction([UNTOLD]).expand_as(text)
-    with training_attention(batch.target.device), torch.autocast("cpu", torch.bfloat16):
-        edited = model.edit(batch.picture, batch.planes, read, adapt(batch, text))
-    return picture_loss(edited, batch.target, floor)
+def sampler(photographs: list[Photograph], tasks: Sequence[str], budget: Budget, seed: int) -> PairSampler:
+    """Make the sampler of a method's training batches."""
+    return PairSampler(photographs, tuple(tasks), ((budget.requests, budget.crop),), SIDE, seed)
 
 
-def retrieved(method: Method, cases: Sequence[EmbeddedCase], known: Sequence[str]) -> Adapter:
-    """The adapter of the known task whose training sentences are nearest, by cosine of mean instruction tokens.
+@torch.no_grad()
+def method_loss(method: Method, batch: PairBatch, floor: float) -> float:
+    """Return the method's mean loss on a batch."""
+    config = StageConfig(steps=1, shapes=((len(batch.names), batch.target.shape[-1]),), learning_rate=1.0)
+    stage = method_stage(method, config, PairSampler([], (), config.shapes), method.name)
+    return float(stage.losses_of(batch, stage.read(batch), floor).mean())
+
+
+def retrieved(method: Method, cases: Sequence[Case], known: Sequence[str]) -> Adapter:
+    """Choose the adapter of the known task with the nearest training sentences, by cosine of mean instruction tokens.
 
     A memory without a key for "none of these": an unknown task gets the nearest known one's adapter.
     """
@@ -191,6 +181,6 @@ def retrieved(method: Method, cases: Sequence[EmbeddedCase], known: Sequence[str
     assert isinstance(bank, AdapterBank)
     sentences = [[text for split in load_phrases()[task].values() for text in split["train"]] for task in known]
     keys = torch.stack([encoder(some).flatten(1).mean(0) for some in sentences])
-    asked = encoder([case.sentence for case in cases]).flatten(1)
+    asked = encode(method.model, cases).flatten(1)
     nearest = (nn.functional.normalize(asked) @ nn.functional.normalize(keys).t()).argmax(1)
     return bank.of([known[int(i)] for i in nearest]).detach()

@@ -1,4 +1,4 @@
-"""Pictures of what experiments found: a ladder, a map, matrices."""
+"""Pictures of experiments: the audit's ladder, the map of adapters, matrices of gradients, curves."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from openwu.evaluation.experiments.audit import Ladder
-from openwu.evaluation.experiments.conflict import Contest
-from openwu.evaluation.experiments.continual import Course
+from openwu.evaluation.experiments.conflict import ConflictResults
+from openwu.evaluation.experiments.continual import ContinualResults
 from openwu.evaluation.experiments.geometry import Mean
-from openwu.evaluation.experiments.gradients import Conflict
+from openwu.evaluation.experiments.gradients import GradientConflict
 from openwu.evaluation.experiments.manifold import Manifold
 from openwu.evaluation.experiments.scaling import Scaling
 from openwu.evaluation.pictures import grid
 
 
 def draw_ladder(ladder: Ladder, path: Path) -> Path:
-    """Mean score of every rung with its interval, worst at the bottom."""
+    """Draw the mean score of every rung with its interval, worst at the bottom."""
     means = {rung: ladder.mean(rung) for rung in ladder.scores}
     figure = Figure(figsize=(6.4, 0.4 * len(means) + 1.1), layout="constrained")
     panel = figure.subplots()
@@ -31,7 +31,7 @@ def draw_ladder(ladder: Ladder, path: Path) -> Path:
 
 
 def _draw_means(panel: Axes, means: Mapping[str, Mean], marked: str) -> None:
-    """A row for each mean with its interval, the largest on top."""
+    """Draw a row for each mean with its interval, the largest on top."""
     ordered = sorted(means.items(), key=lambda each: each[1].value)
     for place, (name, mean) in enumerate(ordered):
         ends = [[mean.value - mean.low], [mean.high - mean.value]]
@@ -42,7 +42,7 @@ def _draw_means(panel: Axes, means: Mapping[str, Mean], marked: str) -> None:
 
 
 def draw_map(found: Manifold, families: Mapping[str, Sequence[str]], path: Path) -> Path:
-    """The first two principal components; a colour per family, a name per task."""
+    """Draw the first two principal components; a colour per family, a name per task."""
     figure = Figure(figsize=(9, 7), layout="constrained")
     panel = figure.subplots()
     for number, (family, tasks) in enumerate(families.items()):
@@ -61,8 +61,8 @@ def draw_map(found: Manifold, families: Mapping[str, Sequence[str]], path: Path)
     return path
 
 
-def draw_conflicts(found: Sequence[Conflict], path: Path) -> Path:
-    """A matrix of cosines for each set of parameters, opposites beside one another."""
+def draw_gradients(found: Sequence[GradientConflict], path: Path) -> Path:
+    """Draw a matrix of cosines for each set of parameters, opposites beside one another."""
     figure = Figure(figsize=(4.6 * len(found), 4.8), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for panel, each in zip(panels, found, strict=True):
@@ -78,8 +78,8 @@ def draw_conflicts(found: Sequence[Conflict], path: Path) -> Path:
     return path
 
 
-def draw_contest(found: Contest, path: Path) -> Path:
-    """Every method on the new tasks and on what the base knew before."""
+def draw_conflict(found: ConflictResults, path: Path) -> Path:
+    """Draw every method's PSNR on the new tasks and on the base's old ones."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     for panel, old in zip(figure.subplots(1, 2), (False, True), strict=True):
         names = [name for name in found.methods if any(o.method == name and o.old == old for o in found.outcomes)]
@@ -90,16 +90,16 @@ def draw_contest(found: Contest, path: Path) -> Path:
     return path
 
 
-def draw_cells(found: Contest, path: Path) -> Path:
-    """A row per new task: input, every method, target."""
+def draw_cells(found: ConflictResults, path: Path) -> Path:
+    """Draw a row per new task: input, every method, target."""
     titles = ["input", *found.methods, "target"]
     rows = {task: [cells[title] for title in titles] for task, cells in found.cells.items()}
     grid(rows, titles).save(path, quality=85)
     return path
 
 
-def draw_course(found: Course, path: Path) -> Path:
-    """Every way: mean over the tasks of the first group, and over all tasks learned so far, after each group."""
+def draw_continual(found: ContinualResults, path: Path) -> Path:
+    """Draw every strategy's mean over the first group's tasks, and over all tasks learned so far, after each group."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     first, learned = figure.subplots(1, 2)
     for way in found.ways:
@@ -122,7 +122,7 @@ def draw_course(found: Course, path: Path) -> Path:
 
 
 def draw_scaling(found: Scaling, path: Path) -> Path:
-    """Quality against parameters, a panel for each axis, with its fitted line."""
+    """Draw quality against parameters, a panel for each axis, with its fitted line."""
     figure = Figure(figsize=(4 * len(found.axes), 3.2), layout="constrained")
     for panel, axis in zip(figure.subplots(1, len(found.axes), squeeze=False)[0], found.axes, strict=True):
         sizes, line = found.sizes(axis), found.line(axis)

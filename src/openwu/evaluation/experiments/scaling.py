@@ -1,7 +1,4 @@
-"""Does quality grow with the generator, and with the base? Trainings of equal length at several sizes.
-
-Enters: a model, tasks, sizes. Leaves: quality on unseen photographs against parameters, with a fitted line per axis and
-what it leaves unexplained.
+"""Scaling: quality on unseen photographs against parameters of the generator and of the base, with a fitted line.
 
 The two axes are separate: generators of several sizes on one frozen base, or bases of several sizes, each trained on
 the base's own tasks first, with a generator of one size.
@@ -21,10 +18,10 @@ from torch import Tensor
 
 from openwu.backbones.embedded.config import tiny_layer_groups
 from openwu.data.suite.photographs import Photograph
-from openwu.evaluation.experiments.embedded import draw, score
+from openwu.evaluation.cases import draw_cases, score
 from openwu.evaluation.experiments.geometry import Mean, mean_over
-from openwu.evaluation.experiments.methods import Budget, Method, fit, generated_on
-from openwu.evaluation.experiments.results import Keep, Part, keep_nothing
+from openwu.evaluation.experiments.methods import Budget, Method, fit, generated_on, sampler
+from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
 from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 
 GENERATOR_SIZES = ((128, 1), (256, 1), (384, 2), (512, 3))
@@ -38,7 +35,7 @@ BASE_RATES = {"learning_rate": 2.5e-3, "matrix_learning_rate": 1e-2}
 
 @dataclass(frozen=True)
 class Point:
-    """One size, one seed."""
+    """The scores of one size with one seed."""
 
     axis: str
     """What varies, one of AXES."""
@@ -63,7 +60,7 @@ class Line:
 
 @dataclass
 class Scaling:
-    """All that was found."""
+    """The scores of all sizes and seeds."""
 
     points: list[Point]
 
@@ -72,15 +69,16 @@ class Scaling:
         return list(dict.fromkeys(point.axis for point in self.points))
 
     def sizes(self, axis: str) -> dict[str, int]:
-        """Size -> parameters."""
+        """Return size -> parameters."""
         return {point.size: point.parameters for point in self.points if point.axis == axis}
 
     def mean(self, axis: str, size: str) -> Mean:
-        """Over tasks and seeds."""
+        """Average a size over tasks and seeds."""
         found = [point.scores for point in self.points if (point.axis, point.size) == (axis, size)]
         return mean_over([s for each in found for s in each.values()], [task for each in found for task in each])
 
     def line(self, axis: str) -> Line:
+        """Fit the line of an axis."""
         own = [point for point in self.points if point.axis == axis]
         x = np.log10([point.parameters for point in own])
         y = np.array([sum(point.scores.values()) / len(point.scores) for point in own])
@@ -88,11 +86,26 @@ class Scaling:
         residual = float(np.sqrt(np.mean((y - slope * x - offset) ** 2)))
         return Line(float(slope), float(offset), residual)
 
+    def table(self) -> str:
+        """Return every size and the fitted lines as plain text."""
+        rows = [
+            (axis, size, f"{parameters:,}", str(self.mean(axis, size)))
+            for axis in self.axes
+            for size, parameters in self.sizes(axis).items()
+        ]
+        fitted = {axis: self.line(axis) for axis in self.axes}
+        lines = [
+            f"{axis}: {line.slope:+.2f} dB for ten times the parameters, residual {line.residual:.2f}"
+            for axis, line in fitted.items()
+        ]
+        return columns(("what varies", "size", "parameters", "mean, dB"), rows) + "\n" + "\n".join(lines) + "\n"
+
     def to_json(self) -> dict[str, Any]:
+        """Return all numbers as JSON."""
         return {
             "lines": {axis: dataclasses.asdict(self.line(axis)) for axis in self.axes},
             "sizes": [
-                {"axis": axis, "size": size, "parameters": parameters, **dataclasses.asdict(self.mean(axis, size))}
+                {"axis": axis, "size": size, "parameters": parameters, **self.mean(axis, size).to_json()}
                 for axis in self.axes
                 for size, parameters in self.sizes(axis).items()
             ],
@@ -111,26 +124,28 @@ def scaling(
     seeds: Sequence[int],
     generator_sizes: Sequence[tuple[int, int]] = GENERATOR_SIZES,
     base_widths: Sequence[int] = BASE_WIDTHS,
-    keep: Keep = keep_nothing,
+    cache: ResultCache = UNCACHED,
 ) -> Scaling:
-    """Generators on the model's own base; then bases of other widths, trained on `base_tasks` for `base_steps`.
+    """Train generators on the model's own base; then bases of other widths, on `base_tasks` for `base_steps`.
 
-    `keep`: where finished parts are found again; a part is one size with one seed.
+    cache: where results of finished trials are found again; a trial is one size with one seed.
     """
     found = Scaling([])
 
-    def measured(axis: str, size: str, changed: Callable[[], EmbeddedModel], seed: int) -> Part:
-        resized, cases = changed(), draw(test, tasks, seed)
+    def run(axis: str, size: str, changed: Callable[[], EmbeddedModel], seed: int) -> TrialResult:
+        resized, cases = changed(), draw_cases(test, tasks, seed)
         varies = resized.backbone if axis == "base" else resized.generator
         method = generated_on(resized, seed)
-        fit(method, photographs, tasks, budget, budget.steps, method.rates, seed)
+        batches = sampler(photographs, tasks, budget, seed)
+        fit(method, batches, budget, budget.steps, method.rates, f"{size}, seed {seed}")
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             values = score(resized, cases, method.serve(cases))
         scores = {
-            task: float(np.mean([v for case, v in zip(cases, values, strict=True) if case.edit == task]))
+            task: float(np.mean([v for case, v in zip(cases, values, strict=True) if case.task == task]))
             for task in tasks
         }
-        return Part(vars(Point(axis, size, sum(parameter.numel() for parameter in varies.parameters()), seed, scores)))
+        parameters = sum(parameter.numel() for parameter in varies.parameters())
+        return TrialResult(vars(Point(axis, size, parameters, seed, scores)))
 
     for seed in seeds:
         sized: list[tuple[str, str, Callable[[], EmbeddedModel]]] = [
@@ -140,13 +155,13 @@ def scaling(
         trained = partial(_with_base, model, photographs, base_tasks, budget, base_steps, seed)
         sized += [("base", f"width {width}", partial(trained, width)) for width in base_widths]
         for axis, size, changed in sized:
-            part = keep(f"{axis}, {size}, seed {seed}", partial(measured, axis, size, changed, seed))
-            found.points.append(Point(**part.values))
+            trial = cache.get(f"{axis}, {size}, seed {seed}", partial(run, axis, size, changed, seed))
+            found.points.append(Point(**trial.values))
     return found
 
 
 def _with_generator(model: EmbeddedModel, width: int, blocks: int) -> EmbeddedModel:
-    """A generator of another size on the model's base."""
+    """Put an untrained generator of another size on the model's base."""
     generator = dataclasses.replace(model.config.generator, d_model=width, num_pg_layers=blocks)
     changed = EmbeddedModel(dataclasses.replace(model.config, generator=generator)).requires_grad_(False)
     changed.instruction.load_state_dict(model.instruction.state_dict())
@@ -163,20 +178,21 @@ def _with_base(
     seed: int,
     width: int,
 ) -> EmbeddedModel:
-    """A base of another width, trained on its own tasks and frozen."""
+    """Train a base of another width on its own tasks, and freeze it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         changed = EmbeddedModel(with_base_width(model.config, width)).requires_grad_(False)
     changed.instruction.load_state_dict(model.instruction.state_dict())
     base = changed.backbone.requires_grad_(True)
     method = Method(f"base, width {width}", base, changed, lambda *_: None, lambda _: None, BASE_RATES)
-    fit(method, photographs, base_tasks, budget, steps, method.rates, seed)
+    batches = sampler(photographs, base_tasks, budget, seed)
+    fit(method, batches, budget, steps, method.rates, f"{method.name}, seed {seed}")
     changed.backbone.requires_grad_(False)
     return changed
 
 
 def with_base_width(config: EmbeddedConfig, width: int) -> EmbeddedConfig:
-    """The same model with a base of another width, and a generator whose tokens fit it."""
+    """Return the config with a base of another width, and a generator whose tokens fit it."""
     backbone = dataclasses.replace(config.backbone, d_model=width, ffn_dim=3 * width)
     generator = dataclasses.replace(config.generator, token_dim=width, groups=tiny_layer_groups(backbone))
     return dataclasses.replace(config, backbone=backbone, generator=generator)

@@ -1,7 +1,7 @@
-"""Training the embedded model on pairs of one's own: pairs enter, a stage for `loop.train_stage` leaves.
+"""Train the embedded model on pairs of one's own: the stage, and the sampler of its batches.
 
 Of every pair a random square is shown to the condition encoder as the whole picture, and the base edits a crop of it,
-as in the training from photographs. What is drawn for a request depends on the seed and its number alone.
+as in the training from photographs. The draws of a request depend on the seed and its number alone.
 
 Shapes: b requests, s side of the square, k side of the crop that the base edits.
 """
@@ -16,17 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwu.backbones.embedded.network import place_planes
-from openwu.data.pairs import SHOWN, File, Pair, Pairs, content, load_picture
+from openwu.data.pairs import SHOWN, File, Pair, Pairs, load_picture
 from openwu.data.suite.batches import CORNERS, PairBatch
 from openwu.errors import DatasetError
-from openwu.files.hashing import of_json
-from openwu.training.config import PairsRecipe
+from openwu.training.embedded.config import PairsRecipe
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.stages import PictureStage, generated_by
-from openwu.training.micro_batch import WHOLE, MicroBatch
+from openwu.training.embedded.picture_stages import PictureStage, generator_of
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch
 
 UNNAMED = "pairs"
-"""What curves call the task of pairs that name none."""
+"""Name of the task of pairs that name none, in curves."""
 VALIDATED = 32
 """Requests of a validation batch, at most."""
 KEPT_PAIRS = 512
@@ -35,31 +34,8 @@ KEPT_SIDE = 512
 """Shorter side in pixels at which larger pictures are kept."""
 
 
-def split_pairs(pairs: Pairs, share: float) -> tuple[Pairs, Pairs]:
-    """(training, held back): of every task the last `share`, at least one where a task has two and share is above 0."""
-    training, held_back = [], []
-    for task in pairs.tasks:
-        own = [pair for pair in pairs.pairs if pair.task == task]
-        count = min(len(own) - 1, max(1, round(share * len(own)))) if share else 0
-        training += own[: len(own) - count]
-        held_back += own[len(own) - count :]
-    return Pairs(tuple(training)), Pairs(tuple(held_back))
-
-
-def pairs_hashes(*parts: Pairs) -> dict[str, str]:
-    """Where a pair stands -> SHA-256 of what it says and of its pictures' bytes."""
-    return {pair.where: _hash(pair) for pairs in parts for pair in pairs.pairs}
-
-
-def _hash(pair: Pair) -> str:
-    said = of_json([pair.task, *pair.instructions])
-    for file in (*pair.images, pair.target):
-        said.update(content(file))
-    return said.hexdigest()
-
-
 class PairsStage(PictureStage):
-    """Condition encoder and generator on pairs; where none is held back, the first training pairs are validated on."""
+    """Train condition encoder and generator on pairs; where none is held back, the first training pairs validate."""
 
     def __init__(self, recipe: PairsRecipe, model: EmbeddedModel, training: Pairs, held_back: Pairs) -> None:
         crowded = [pair.where for pair in (*training.pairs, *held_back.pairs) if len(pair.images) > 2]
@@ -72,20 +48,24 @@ class PairsStage(PictureStage):
         count = min(VALIDATED, len(judged))
         self.pairs = OwnPairSampler(training, recipe.generator.shapes, recipe.side, recipe.seed)
         validation = OwnPairSampler(judged, ((count, recipe.side),), recipe.side, recipe.seed + 9)
-        super().__init__("generator", recipe, model, *generated_by(model), (self.pairs, validation))
+        super().__init__(
+            *("generator", recipe.generator, model, *generator_of(model), self.pairs, validation),
+            seed=recipe.seed,
+            bf16=recipe.bf16,
+        )
 
-    def not_finite(self, step: int, part: MicroBatch = WHOLE) -> list[str]:
-        """Named by where they stand in the user's data."""
-        _, losses = self.losses(step, part)
+    def not_finite(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
+        """Name the pairs whose loss is not finite by their place in the user's data."""
+        _, losses = self.losses(step, micro_batch)
         size = self.pairs.size(step)
-        chosen = self.pairs.pairs.step(step, size, self.pairs.seed)[part.rows(size)]
+        chosen = self.pairs.pairs.step(step, size, self.pairs.seed)[micro_batch.rows(size)]
         finite = losses.isfinite().tolist()
         return [f"{pair.where} ({s!r})" for (pair, s), fine in zip(chosen, finite, strict=True) if not fine]
 
 
 @dataclass(frozen=True)
 class OwnPairSampler:
-    """Draws the batch of any step."""
+    """Draws the batch of any step from pairs, without state."""
 
     pairs: Pairs
     shapes: tuple[tuple[int, int], ...]
@@ -111,26 +91,26 @@ class OwnPairSampler:
 
 
 def _request(pair: Pair, side: int, crop: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """The tensors of one row of a `PairBatch`, in its order."""
-    picture, target = _kept(pair.images[0]), _kept(pair.target)
+    """Return the tensors of one row of a `PairBatch`, in its order."""
+    picture, target = _decoded(pair.images[0]), _decoded(pair.target)
     height, width = picture.shape[1:]
     shortest = min(height, width)
     cut = _between(min(side, shortest), shortest, generator)
     top, left = _between(0, height - cut, generator), _between(0, width - cut, generator)
-    whole, wanted = (_resized(each[:, top : top + cut, left : left + cut], side) for each in (picture, target))
+    whole, edited = (_resized(each[:, top : top + cut, left : left + cut], side) for each in (picture, target))
     planes = torch.cat([torch.randn(1, side, side, generator=generator), place_planes(side, side)])
     # Corners lie where an attention window of the base may begin.
     y, x = (CORNERS * _between(0, (side - crop) // CORNERS, generator) for _ in range(2))
     window = (slice(None), slice(y, y + crop), slice(x, x + crop))
     referenced = len(pair.images) > 1
-    reference = _middle(_kept(pair.images[1]), side) if referenced else torch.zeros_like(whole)
+    reference = _middle(_decoded(pair.images[1]), side) if referenced else torch.zeros_like(whole)
     return (
-        whole, whole[window], planes[window], wanted[window], reference, torch.tensor(referenced), torch.tensor(1.0)
+        whole, whole[window], planes[window], edited[window], reference, torch.tensor(referenced), torch.tensor(1.0)
     )  # fmt: skip
 
 
 def _middle(picture: Tensor, side: int) -> Tensor:
-    """The largest square about the middle, `[3, side, side]`."""
+    """Crop the largest square about the middle and resize it: `[3, side, side]`."""
     height, width = picture.shape[1:]
     cut = min(height, width)
     top, left = (height - cut) // 2, (width - cut) // 2
@@ -138,7 +118,7 @@ def _middle(picture: Tensor, side: int) -> Tensor:
 
 
 def _resized(square: Tensor, side: int) -> Tensor:
-    """uint8 `[3, c, c]` -> `[3, side, side]` in 0..1"""
+    """Resize a square: uint8 `[3, c, c]` -> `[3, side, side]` in 0..1."""
     unit = square.float() / 255
     if square.shape[-1] == side:
         return unit
@@ -146,8 +126,8 @@ def _resized(square: Tensor, side: int) -> Tensor:
 
 
 @lru_cache(maxsize=2 * KEPT_PAIRS)
-def _kept(file: File) -> Tensor:
-    """A picture `[3, h, w]` uint8, its shorter side at most KEPT_SIDE: decoding a photo takes longer than a step."""
+def _decoded(file: File) -> Tensor:
+    """Decode a picture `[3, h, w]` uint8, its shorter side at most KEPT_SIDE; kept, since decoding outlasts a step."""
     picture = load_picture(file)
     shortest = min(picture.shape[1:])
     if shortest > KEPT_SIDE:
@@ -157,5 +137,5 @@ def _kept(file: File) -> Tensor:
 
 
 def _between(lowest: int, highest: int, generator: torch.Generator) -> int:
-    """A whole number from `lowest` to `highest`, both included."""
+    """Draw a whole number from `lowest` to `highest`, both included."""
     return lowest + int(torch.randint(highest - lowest + 1, (), generator=generator))

@@ -1,0 +1,272 @@
+"""Run an experiment on the embedded model and write its results: JSON with every number, a picture, and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openwu.backbones.embedded.base import WEIGHTS, native_dtype
+from openwu.data.suite import BASE_EDITS, CONTRADICTORY_PAIRS, EDITS, FAMILIES
+from openwu.data.suite.photographs import Photograph, folder_hashes, load_folder, load_test_photographs
+from openwu.errors import OpenwuError
+from openwu.evaluation.cases import Case, draw_cases, first_phrase, generate, score
+from openwu.evaluation.experiments.audit import Subject, audit
+from openwu.evaluation.experiments.conflict import conflict
+from openwu.evaluation.experiments.continual import continual
+from openwu.evaluation.experiments.gradients import conflicts_table, generator_conflict, shared_conflicts
+from openwu.evaluation.experiments.manifold import manifold
+from openwu.evaluation.experiments.methods import Budget
+from openwu.evaluation.experiments.pictures import (
+    draw_cells,
+    draw_conflict,
+    draw_continual,
+    draw_gradients,
+    draw_ladder,
+    draw_map,
+    draw_scaling,
+)
+from openwu.evaluation.experiments.results import ResultCache, write_findings
+from openwu.evaluation.experiments.scaling import BASE_WIDTHS, GENERATOR_SIZES, scaling
+from openwu.files.fingerprint import fingerprint
+from openwu.training.embedded.model import EmbeddedModel
+
+QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
+QUICK_EDITS = tuple(name for pair in CONTRADICTORY_PAIRS[:8] for name in pair)
+PAIRED = tuple(name for pair in CONTRADICTORY_PAIRS for name in pair)
+STEPS, QUICK_STEPS = (0, 100), (0, 40)
+"""After how many steps of its training the shared LoRA's gradients are compared."""
+BUDGET = Budget(steps=400, wide_rank=192, factors=(0.5, 1.0, 2.0), search_steps=80)
+QUICK_BUDGET = Budget(steps=60)
+GROUPED = (("brighten", "warm", "blur", "add_noise"), ("fog", "age", "saturate", "vignette"))
+GROUPS = tuple(
+    tuple(pair[side] for pair in CONTRADICTORY_PAIRS if pair[0] in first) for side in (0, 1) for first in GROUPED
+)
+"""Four groups of four: opposites arrive two groups later."""
+QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for side in (0, 1))
+SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
+GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
+QUICK_OLD = 4
+"""How many of the base's old tasks a quick run looks at."""
+
+
+@dataclass(frozen=True)
+class LabSettings:
+    """The settings of an experiment; they are written with its results."""
+
+    quick: bool = False
+    """Fewer photographs and sub-tasks, shorter trainings."""
+    model: str | None = None
+    """Folder of a model; None: the one inside the package."""
+    output: str = "runs/lab"
+    side: int = 256
+    """Longest side of a test photograph."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    edits: tuple[str, ...] | None = None
+    """Sub-tasks; None: the experiment's own choice."""
+    photos: str = "photos"
+    """Folder of training photographs."""
+    steps: int | None = None
+    """Length of every training; None: the budget's."""
+    axis: str | None = None
+    """Scaling: vary only this; None: both."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.edits or ()) - set(EDITS))
+        if unknown:
+            raise OpenwuError(f"--edit: expected some of {list(EDITS)}, got {unknown}")
+
+    @property
+    def chosen_edits(self) -> tuple[str, ...]:
+        """The given sub-tasks, or those of quick and of full runs."""
+        return self.edits or (QUICK_EDITS if self.quick else tuple(EDITS))
+
+    @property
+    def paired_edits(self) -> tuple[str, ...]:
+        """The given sub-tasks, or those of contradictory pairs."""
+        return self.edits or (PAIRED[:8] if self.quick else PAIRED)
+
+    def load_model(self, **options: Any) -> EmbeddedModel:
+        """Load the model; options are those of `from_pretrained`."""
+        return EmbeddedModel.from_pretrained(Path(self.model) if self.model else WEIGHTS, **options)
+
+    def test_photographs(self) -> dict[str, Tensor]:
+        """Load the test photographs."""
+        found = load_test_photographs(self.side)
+        return {name: found[name] for name in QUICK_PHOTOGRAPHS} if self.quick else found
+
+    def training_photographs(self) -> list[Photograph]:
+        """Load the training photographs."""
+        return load_folder(Path(self.photos))
+
+    def shortened(self, budget: Budget) -> Budget:
+        """Return the budget with trainings of `steps`, if they are given."""
+        if self.steps is None:
+            return budget
+        search_steps = min(budget.search_steps, max(1, self.steps // 5))
+        return dataclasses.replace(budget, steps=self.steps, search_steps=search_steps)
+
+    def to_json(self, **more: object) -> dict[str, object]:
+        """Return the settings as they are written with results."""
+        return {**dataclasses.asdict(self), "model": self.model or "embedded", "edits": self.chosen_edits, **more}
+
+    def write(self, name: str, found: Mapping[str, Any], **more: object) -> Path:
+        """Write results with the settings to `NAME.json`; return the path without its suffix."""
+        path = Path(self.output) / name
+        write_findings(path.with_suffix(".json"), self.to_json(what=name, **more), found)
+        return path
+
+    def cache(self, name: str, model: EmbeddedModel, **more: object) -> ResultCache:
+        """Return the cache of an experiment's trials; its name depends on everything that they do but their seed."""
+        # "quick" counts: it chooses the test photographs, also where --edit and --steps determine all else.
+        relevant = {key: value for key, value in self.to_json(**more).items() if key not in ("seeds", "output", "axis")}
+        relevant["photos"] = folder_hashes(Path(self.photos))
+        code = f"openwu.evaluation.experiments.{name}"
+        digits = fingerprint(relevant, model.instruction, model.backbone, code=code)
+        return ResultCache(Path(self.output) / "trials" / f"{name}-{digits}")
+
+
+def run_audit(settings: LabSettings) -> str:
+    """Audit the model; return the table."""
+    # In the editor's dtype: an audit is of the model as it edits.
+    model = settings.load_model(dtype=native_dtype())
+    found = audit(embedded_subject(model, settings.test_photographs(), settings.chosen_edits), settings.seeds)
+    draw_ladder(found, settings.write("audit", found.to_json()).with_suffix(".png"))
+    return found.table()
+
+
+def run_manifold(settings: LabSettings) -> str:
+    """Map the model's adapters; return the table."""
+    model = settings.load_model(dtype=native_dtype())
+    subject = embedded_subject(model, settings.test_photographs(), settings.chosen_edits)
+    found = manifold(subject, [case.photograph for case in subject.cases], settings.seeds)
+    families = {name: [edit.name for edit in edits] for name, edits in FAMILIES.items()}
+    draw_map(found, families, settings.write("manifold", found.to_json()).with_suffix(".png"))
+    return found.table()
+
+
+def run_gradients(settings: LabSettings) -> str:
+    """Compare the tasks' gradients in a shared LoRA and in the generator; return the table."""
+    tasks = settings.chosen_edits
+    opposites = [pair for pair in CONTRADICTORY_PAIRS if set(pair) <= set(tasks)]
+    if not opposites:
+        raise OpenwuError("--edit: expected both sides of at least one contradictory pair, such as warm and cool")
+    model, photographs = settings.load_model(), settings.training_photographs()
+    steps = QUICK_STEPS if settings.quick else STEPS
+    found = [
+        *shared_conflicts(model, photographs, tasks, opposites, steps, settings.seeds),
+        *shared_conflicts(model, photographs, tasks, opposites, steps, settings.seeds, base_reads_instruction=False),
+        generator_conflict(model, photographs, tasks, opposites, settings.seeds),
+    ]
+    numbers = {"tasks": list(tasks), "opposites": opposites, "found": [each.to_json() for each in found]}
+    draw_gradients(found, settings.write("gradients", numbers, steps=steps).with_suffix(".png"))
+    return conflicts_table(found)
+
+
+def run_conflict(settings: LabSettings) -> str:
+    """Train and compare all methods on contradictory tasks; return the table."""
+    tasks = settings.paired_edits
+    old = [name for name in BASE_EDITS if name not in PAIRED and name not in tasks]
+    old = old[:QUICK_OLD] if settings.quick else old
+    budget = settings.shortened(QUICK_BUDGET if settings.quick else BUDGET)
+    photographs = (settings.training_photographs(), load_folder(Path(settings.photos), validation=True))
+    model, test = settings.load_model(), settings.test_photographs()
+    more = {"edits": tasks, "old": old, "budget": vars(budget)}
+    cache = settings.cache("conflict", model, **more)
+    found = conflict(model, photographs, test, tasks, old, budget, settings.seeds, cache)
+    path = settings.write("conflict", found.to_json(), **more)
+    draw_conflict(found, path.with_suffix(".png"))
+    draw_cells(found, path.with_suffix(".jpg"))
+    return found.table()
+
+
+def run_continual(settings: LabSettings) -> str:
+    """Train all strategies on one group of tasks after another; return the table."""
+    groups = QUICK_GROUPS if settings.quick else GROUPS
+    if settings.edits:
+        groups = tuple((edit,) for edit in settings.edits)
+    if len(groups) < 2:
+        raise OpenwuError(f"--edit: expected at least two sub-tasks, to be learned one after another, got {groups}")
+    budget = settings.shortened(QUICK_GROUP_BUDGET if settings.quick else GROUP_BUDGET)
+    model, photographs = settings.load_model(), settings.training_photographs()
+    more = {"edits": None, "groups": groups, "budget": vars(budget)}
+    cache = settings.cache("continual", model, **more)
+    found = continual(model, photographs, settings.test_photographs(), groups, budget, settings.seeds, cache)
+    draw_continual(found, settings.write("continual", found.to_json(), **more).with_suffix(".png"))
+    return found.table()
+
+
+def run_scaling(settings: LabSettings) -> str:
+    """Train generators and bases of several sizes; return the table."""
+    tasks = settings.paired_edits
+    base_tasks = [name for name in BASE_EDITS if name not in tasks]
+    budget, base_steps = (QUICK_SCALING, 60) if settings.quick else (SCALING, 600)
+    budget, base_steps = settings.shortened(budget), base_steps if settings.steps is None else 2 * settings.steps
+    sizes = () if settings.axis == "base" else GENERATOR_SIZES[: 3 if settings.quick else None]
+    widths = () if settings.axis == "generator" else BASE_WIDTHS[: 2 if settings.quick else None]
+    model, photographs = settings.load_model(), settings.training_photographs()
+    more = {"edits": tasks, "budget": vars(budget), "base_steps": base_steps}
+    cache, test = settings.cache("scaling", model, **more), settings.test_photographs()
+    found = scaling(
+        model, photographs, test, tasks, base_tasks, budget, base_steps, settings.seeds, sizes, widths, cache
+    )
+    draw_scaling(found, settings.write("scaling", found.to_json(), **more).with_suffix(".png"))
+    return found.table()
+
+
+EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
+    "conflict": run_conflict,
+    "continual": run_continual,
+    "gradients": run_gradients,
+    "manifold": run_manifold,
+    "scaling": run_scaling,
+}
+"""Name -> the function that runs it and returns its table. One line adds an experiment."""
+
+
+def embedded_subject(
+    model: EmbeddedModel, photographs: dict[str, Tensor], tasks: Sequence[str], seed: int = 0
+) -> Subject[Case]:
+    """Make a subject of every task on every photograph; languages and phrasings alternate as in the edit suite."""
+    cases = draw_cases(photographs, tasks, seed)
+    return Subject(
+        name="embedded",
+        cases=cases,
+        tasks=[case.task for case in cases],
+        adapt=lambda some: generate(model, some),
+        score=lambda some, adapter: score(model, some, adapter),
+        unit="dB",
+        variants=variants(cases),
+    )
+
+
+def variants(cases: Sequence[Case]) -> dict[str, Callable[[Case, torch.Generator], Case]]:
+    """Return changes of the generator's request: random letters, another task's words, another photograph."""
+
+    def random_words(case: Case, generator: torch.Generator) -> Case:
+        letters = torch.randint(26, (24,), generator=generator).tolist()
+        return dataclasses.replace(
+            case, instruction="".join(string.ascii_lowercase[i] + " " * (i % 5 == 0) for i in letters)
+        )
+
+    def other_words(case: Case, generator: torch.Generator) -> Case:
+        others = sorted({each.task for each in cases} - {case.task})
+        task = others[int(torch.randint(len(others), (), generator=generator))]
+        return dataclasses.replace(case, instruction=first_phrase(task, case.language))
+
+    def other_picture(case: Case, generator: torch.Generator) -> Case:
+        others = [each for each in cases if each.task == case.task and each.photograph != case.photograph]
+        other = others[int(torch.randint(len(others), (), generator=generator))]
+        return dataclasses.replace(case, picture=other.picture, reference=other.reference)
+
+    found: dict[str, Callable[[Case, torch.Generator], Case]]
+    found = {"random words": random_words, "other words": other_words}
+    if len({case.photograph for case in cases}) > 1:
+        found["other picture"] = other_picture
+    return found

@@ -1,0 +1,110 @@
+"""Recipes of the embedded model: made from nothing, from pairs of one's own, or with new sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from openwu.errors import OpenwuError
+from openwu.training.config import LATER, Recipe, StageConfig, check_share
+from openwu.training.embedded.model import EmbeddedConfig
+
+STAGES = ("instruction", "base", "generator", "shared")
+"""In the order in which they build on one another; "shared" is the baseline of equal length, not part of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedRecipe(Recipe):
+    """Make the embedded model, from nothing or from a finished one."""
+
+    runner: ClassVar[str] = "openwu.training.embedded.run:train"
+    known_stages: ClassVar[tuple[str, ...]] = STAGES
+
+    model: EmbeddedConfig
+    """Sizes of the four parts."""
+    instruction: StageConfig
+    """Instruction encoder: tell the sub-tasks apart."""
+    base: StageConfig
+    """Frozen base: a few sub-tasks, read from the instruction."""
+    generator: StageConfig
+    """Condition encoder and generator, end to end through the frozen base, on every sub-task."""
+    shared: StageConfig
+    """The baseline: one adapter for all sub-tasks, for as many steps on batches drawn alike."""
+    base_edits: tuple[str, ...]
+    """Sub-tasks that the base learns."""
+    edits: tuple[str, ...]
+    """Sub-tasks that adapters learn."""
+    photographs: str = "photos"
+    """Folder of training photographs, relative to the working directory."""
+    side: int = 192
+    """Side in pixels of the picture that the condition encoder sees in training."""
+    b_init_std: float = 1e-2
+    """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
+    bf16: bool = True
+    """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
+    start: str | None = field(default=None, metadata=LATER)
+    """Folder of a finished model of the same sizes whose weights the stages go on from; None: from nothing."""
+    stages: tuple[str, ...] = field(default=STAGES, metadata=LATER)
+    """The stages that are trained; with a `start`, the others stay as they are there."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.stages) - set(STAGES))
+        if unknown or not self.stages:
+            raise ValueError(f"stages: expected some of {list(STAGES)}, got {list(self.stages)}")
+
+    def check_baseline(self) -> None:
+        """Refuse an unfair baseline. Not at construction: overrides change one of the two stages at a time."""
+        for name in ("steps", "shapes", "first_floor"):
+            ours, theirs = getattr(self.shared, name), getattr(self.generator, name)
+            if ours != theirs:
+                raise OpenwuError(
+                    f"shared.{name}: expected the generator's {theirs} for a fair baseline, got {ours}; set both"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsRecipe(Recipe):
+    """Train a finished model's condition encoder and generator on pairs of one's own, end to end."""
+
+    runner: ClassVar[str] = "openwu.training.embedded.run:train_pairs"
+    known_stages: ClassVar[tuple[str, ...]] = ("generator",)
+
+    generator: StageConfig
+    """Condition encoder and generator; every shape has as many requests, so that tasks stay balanced."""
+    data: str | None = None
+    """JSONL file or folder of pairs, see `openwu.data.pairs`."""
+    start: str | None = None
+    """Folder of the model to start from; None: the one inside the package."""
+    side: int = 192
+    """Side of the square part of a picture that is shown whole to the condition encoder."""
+    held_back: float = 0.1
+    """Share of every task's pairs that is validated on instead, at least one where a task has two."""
+    bf16: bool = True
+    """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
+    evaluate_every: int = 100
+
+    def __post_init__(self) -> None:
+        if len({requests for requests, _ in self.generator.shapes}) > 1:
+            raise ValueError(f"generator.shapes: expected equally many requests in all, got {self.generator.shapes}")
+        if any(not 0 < crop <= self.side for _, crop in self.generator.shapes):
+            raise ValueError(f"generator.shapes: expected crops of 1 to side={self.side}, got {self.generator.shapes}")
+        check_share("held_back", self.held_back)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordingRecipe(Recipe):
+    """Train a finished model's instruction encoder on the suite's present sentences; all else stays as it is."""
+
+    runner: ClassVar[str] = "openwu.training.embedded.run:train_wording"
+    known_stages: ClassVar[tuple[str, ...]] = ("wording",)
+
+    wording: StageConfig
+    """The instruction encoder; its one shape has (sentences, 0)."""
+    dropped: float = 0.3
+    """Share of the n-grams that is left out of sentences."""
+    hold: float = 0.3
+    """Weight of the distance from the tokens that the frozen base and generator expect."""
+    start: str | None = None
+    """Folder of the model to start from; None: the one inside the package."""
+    checkpoint_every: int = 200
+    evaluate_every: int = 400

@@ -1,0 +1,176 @@
+"""Train the embedded model from a recipe: its stages in order, or one on pairs of one's own or new sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from openwu.backbones.embedded.base import WEIGHTS
+from openwu.data.pairs import pairs_hashes, read_pairs, split_pairs
+from openwu.data.suite.photographs import folder_hashes, load_folder
+from openwu.data.suite.phrases import phrases_hash
+from openwu.errors import OpenwuError
+from openwu.files.hashing import of_files, of_json
+from openwu.training.checkpoint import load_weights
+from openwu.training.embedded.config import STAGES, EmbeddedRecipe, PairsRecipe, WordingRecipe
+from openwu.training.embedded.instruction_stages import InstructionStage, WordingStage
+from openwu.training.embedded.model import SHARED, EmbeddedModel
+from openwu.training.embedded.own_pairs import PairsStage
+from openwu.training.embedded.picture_stages import Photographs, base_stage, generator_of, generator_stage, shared_stage
+from openwu.training.loop import LoopConfig, Stage, train_stage
+from openwu.training.record import (
+    dependencies,
+    describe,
+    export_folders,
+    provenance,
+    stored_provenance,
+    write_provenance,
+)
+from openwu.training.stage import TrainableLora
+
+STAGE_BUILDERS: dict[str, Callable[[EmbeddedRecipe, EmbeddedModel, Photographs], Stage]] = {
+    "instruction": lambda recipe, model, _: InstructionStage(model, recipe.seed, recipe.instruction.shapes[0][0]),
+    "base": base_stage,
+    "generator": generator_stage,
+    "shared": shared_stage,
+}
+
+
+def train(
+    recipe: EmbeddedRecipe, folder: Path, stages: tuple[str, ...] | None = None, stop_after: int | None = None
+) -> None:
+    """Train stages in order and write the model. Finished stages are skipped, interrupted ones resume.
+
+    stages: None for those of the recipe. stop_after: leave each stage after so many updates, for tests and trials.
+    """
+    stages = recipe.stages if stages is None else stages
+    recipe.check_baseline()
+    photographs = Path(recipe.photographs)
+    hashes = folder_hashes(photographs)
+    # Computed before anything is written: an export may replace the start.
+    described = {name: stage_dependencies(name, recipe, hashes) for name in stages}
+    model, before = starting_model(recipe)
+    pictures = (load_folder(photographs), load_folder(photographs, validation=True))
+    last = max((STAGES.index(name) for name in stages), default=-1)
+    for name in STAGES[: last + 1]:
+        if name in stages:
+            stage = STAGE_BUILDERS[name](recipe, model, pictures)
+            loop = LoopConfig.of(recipe, described[name], stop_after)
+            if not train_stage(stage, getattr(recipe, name), loop, folder / name):
+                return
+            if isinstance(stage.trained, TrainableLora):
+                _export_shared(recipe, stage.trained, folder, hashes)
+        elif recipe.start is None or name in recipe.stages:
+            load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
+        if name == "generator":  # The model is complete; the baseline is no part of it.
+            _export(recipe, model, folder, before, sentences=phrases_hash(), photographs=hashes)
+
+
+def train_pairs(
+    recipe: PairsRecipe, folder: Path, _stages: tuple[str, ...] | None = None, stop_after: int | None = None
+) -> None:
+    """Train condition encoder and generator on pairs; every pair is checked before the first step."""
+    if recipe.data is None:
+        raise OpenwuError("data: expected a JSONL file or a folder of pairs; pass data=PATH")
+    training, held_back = split_pairs(read_pairs(recipe.data), recipe.held_back)
+    hashes = pairs_hashes(training, held_back)
+    start = Path(recipe.start or WEIGHTS)
+    model, before = EmbeddedModel.from_pretrained(start), stored_provenance(start)
+    stage = PairsStage(recipe, model, training, held_back)
+    # The start by its contents: the package's weights change with its version, and a checkpoint has the trained alone.
+    found = {"start": weights_hash(start), "pairs": of_json(hashes).hexdigest()}
+    described = json.dumps(dependencies(recipe, ("data",), **found), sort_keys=True)
+    if train_stage(stage, recipe.generator, LoopConfig.of(recipe, described, stop_after), folder / "generator"):
+        _export(recipe, model, folder, before, sentences=phrases_hash(), pairs=hashes)
+
+
+def train_wording(
+    recipe: WordingRecipe, folder: Path, _stages: tuple[str, ...] | None = None, stop_after: int | None = None
+) -> None:
+    """Train the instruction encoder alone, on the suite's present sentences."""
+    start = Path(recipe.start or WEIGHTS)
+    model, before = EmbeddedModel.from_pretrained(start), stored_provenance(start)
+    stage = WordingStage(recipe, model)
+    found = {"start": weights_hash(start), "sentences": phrases_hash()}
+    described = json.dumps(dependencies(recipe, **found), sort_keys=True)
+    if train_stage(stage, recipe.wording, LoopConfig.of(recipe, described, stop_after), folder / "wording"):
+        _export(recipe, model, folder, before, sentences=phrases_hash())
+
+
+def starting_model(recipe: EmbeddedRecipe) -> tuple[EmbeddedModel, dict[str, Any] | None]:
+    """Load the recipe's start with its provenance, or make a new model, which has None."""
+    if recipe.start is None:
+        return new_model(recipe), None
+    model = EmbeddedModel.from_pretrained(recipe.start)
+    if model.config != recipe.model:
+        raise OpenwuError(
+            f"start: expected a model of the recipe's sizes and labels, got another one in {recipe.start}; "
+            "change the recipe's model, or start from nothing"
+        )
+    return model, stored_provenance(recipe.start)
+
+
+def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
+    """Make initial weights from the recipe's seed, without touching the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = EmbeddedModel(recipe.model)
+        model.generator.init_weights(recipe.b_init_std)
+        return model
+
+
+def stage_dependencies(name: str, recipe: EmbeddedRecipe, photographs: dict[str, str]) -> str:
+    """Describe what a stage's weights depend on, as JSON: not on later stages and parts.
+
+    photographs: their hashes. Files count by their contents: they change, and so do the package's own sentences and
+    weights from version to version.
+    """
+    without = {"stages", *STAGES[STAGES.index(name) + 1 :], *({"generator"} if name == "shared" else ())}
+    without |= {"b_init_std"} if name != "generator" else set()
+    later_parts = {"instruction": ("backbone", "condition", "generator"), "base": ("condition", "generator")}
+    model = describe(recipe)["model"]
+    found: dict[str, Any] = {
+        "model": {key: value for key, value in model.items() if key not in later_parts.get(name, ())},
+        "sentences": phrases_hash(),
+    }
+    if recipe.start is not None:
+        found["start"] = weights_hash(Path(recipe.start))
+    if name != "instruction":
+        found["photographs"] = of_json(photographs).hexdigest()
+    return json.dumps(dependencies(recipe, without, **found), sort_keys=True)
+
+
+def weights_hash(model: Path) -> str:
+    """Return the SHA-256 of the weights in a model's folder."""
+    return of_files(sorted(model.glob("*.safetensors"))).hexdigest()
+
+
+def _trained(name: str, model: EmbeddedModel) -> nn.Module:
+    parts = {"instruction": model.instruction, "base": model.backbone}
+    return parts[name] if name in parts else generator_of(model)[0]
+
+
+def _export(
+    recipe: EmbeddedRecipe | PairsRecipe | WordingRecipe,
+    model: EmbeddedModel,
+    folder: Path,
+    before: dict[str, Any] | None,
+    **data: object,
+) -> None:
+    """Write the model with its provenance; `data`: hashes of what it was trained on."""
+    for target in export_folders(recipe, folder):
+        model.save_pretrained(target)
+        write_provenance(target, provenance(recipe, folder, **data), before)
+
+
+def _export_shared(recipe: EmbeddedRecipe, shared: TrainableLora, folder: Path, photographs: dict[str, str]) -> None:
+    """Write the baseline beside the model, with a provenance of its own, so that the table can be made again."""
+    for target in export_folders(recipe, folder):
+        shared().detach().to(torch.float16).save_pretrained(target / SHARED)
+        made = provenance(recipe, folder, sentences=phrases_hash(), photographs=photographs)
+        write_provenance(target / SHARED, made)
