@@ -108,7 +108,7 @@ def header_settings(metadata: Mapping[str, str]) -> dict[str, LoraSettings]:
 
     def state(component: str, field: str, value: Any, key: str) -> None:
         known = stated.setdefault(component, {})
-        if known.setdefault(field, value) != value:
+        if (first := known.setdefault(field, value)) is not value and first != value:
             raise CheckpointError(f"header {key}: expected {field} {known[field]!r} as stated elsewhere, got {value!r}")
 
     if CONFIG_HEADER in metadata:
@@ -118,7 +118,7 @@ def header_settings(metadata: Mapping[str, str]) -> dict[str, LoraSettings]:
         for key, value in held.items():
             component, _, field = key.rpartition(".")
             state(component, field, value, f"{CONFIG_HEADER}: {key}")
-    for key, text in metadata.items():
+    for key, text in sorted(metadata.items()):  # a header has no order
         component, _, field = key.rpartition(".")
         if field in (*ALPHAS, *RANKS, *OTHERS):
             standard = "lora_alpha" if field in ALPHAS else "r" if field in RANKS else field
