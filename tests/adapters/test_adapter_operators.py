@@ -352,7 +352,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: random_adapter(targets("scale")).pairs, r"expected LoRA targets only, got conv \(scale\)"),
     (
         lambda: Adapter(targets("scale")[2:], {"last": {"offset": torch.zeros(1, 5)}}, 1.0),
-        r"last: expected factors of shapes {'gain': \(1, 5\)}, got {'offset': \(1, 5\)}",
+        r"last: expected factors of shapes {'gain': \(1, 5\)}, in this order, got {'offset': \(1, 5\)}",
     ),
     (
         lambda: Adapter.sum([random_adapter(targets("scale")), random_adapter(targets("offset"))]),

@@ -27,6 +27,7 @@ from openwu.adapters.site import Active, check_device
 from openwu.adapters.stacked import StackedSite
 from openwu.errors import TargetError
 from openwu.kernels.grouped import GroupedProduct, Routed
+from openwu.kernels.low_rank import contained
 from openwu.types import Target
 
 COLUMNS = 16
@@ -93,7 +94,10 @@ class AugmentedSite(StackedSite):
             free = wide[..., width : width + columns]
             # [b, E, out, r], the order of B
             own = free[..., : len(used) * rank].view(*wide.shape[:2], len(used), rank).permute(2, 0, 1, 3)
-            torch.mul(b if b.dtype == own.dtype else b.to(own.dtype), active.scale, out=own)
+            up = (b if b.dtype == own.dtype else b.to(own.dtype)) * active.scale
+            if not active.uniform:  # every routed row is multiplied with the B of all samples
+                a, up = contained(a, up)
+            own.copy_(up)
             self._tail_a = a.transpose(0, 1).flatten(1, 2)
             if columns > len(used) * rank:
                 free[..., len(used) * rank :] = 0
@@ -126,16 +130,16 @@ class AugmentedSite(StackedSite):
         check_device(self.path, a, x)
         tail = self.module.product(x, a.to(x.dtype), routed)
         if self._place_n is not None:
-            tail = tail * self._own(routed, tail)
+            tail = tail.masked_fill(~self._own(routed), 0)
         width = x.shape[1]
         return self.module.append_columns(x, tail), wide[..., : width + self._used], routed
 
-    def _own(self, routed: Routed, tail: Tensor) -> Tensor:
-        """`[S, c]` 1 in the columns of a routed row's own sample, 0 in all others."""
+    def _own(self, routed: Routed) -> Tensor:
+        """`[S, c]` bool: the columns of a routed row's own sample."""
         assert self._place_n is not None
         place_s = self._place_n[self._row_of(routed)]
-        place_c = torch.arange(self._used, device=tail.device) // self._rank
-        return (place_s[:, None] == place_c).to(tail.dtype)
+        place_c = torch.arange(self._used, device=place_s.device) // self._rank
+        return place_s[:, None] == place_c
 
 
 def _rounded(columns: int) -> int:

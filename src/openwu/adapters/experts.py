@@ -54,7 +54,7 @@ class RouterSite(Site):
         self._run_t: Tensor | None = None
         self._chosen_tk: Tensor | None = None
 
-    def update(self, y: Any, _: Any) -> Any:
+    def adapt(self, y: Any, _: tuple[Any, ...], __: Mapping[str, Any]) -> Any:
         if not self._samples:
             return y
         chosen_tk = self._indices(y)
@@ -129,10 +129,11 @@ class ExpertSite(Site):
                 parts.append(part)
                 continue
             check_device(self.path, pair[0], y)
+            a, b = self.marked(*pair) if self._trained else pair
             if sample_t is None:
-                parts.append(dispatch.add_linear(part, x_ti, *pair, self.scale))
+                parts.append(dispatch.add_linear(part, x_ti, a, b, self.scale))
             else:
-                parts.append(dispatch.add_routed(part, x_ti, *pair, self.scale, sample_t))
+                parts.append(dispatch.add_routed(part, x_ti, a, b, self.scale, sample_t))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(y.shape)
 
     def take(self, active: Active) -> None:

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from openwu.adapters.inject import resolve
-from openwu.adapters.site import Active, Caller, Site, Slot, check_device
+from openwu.adapters.site import DENSE, Active, Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
-
-MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of weights that an update can be added to; others are quantised formats."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -119,7 +116,7 @@ def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Slot, Tensor]
     problems = _problems(model, sites)
     if problems:
         raise TargetError.listing("merge: use attach(...).applied(...) instead:", problems)
-    active = Active.of(adapter, None, Caller())
+    active = Active.of(adapter)
     for site in sites:
         for slot, delta in zip(site.slots, site.deltas(active), strict=True):
             beside = slot.parameter if slot.parameter is not None else site.slots[0].parameter
@@ -150,7 +147,7 @@ def _problems(model: nn.Module, sites: Sequence[Site]) -> list[str]:
             parameter = slot.parameter
             if parameter is None:
                 continue
-            if type(parameter.data) is not Tensor or parameter.dtype not in MERGEABLE:
+            if type(parameter.data) is not Tensor or parameter.dtype not in DENSE:
                 kind = type(parameter.data).__name__
                 problems.append(f"{site.path}: a {slot.attribute} of {parameter.dtype} ({kind}) is quantised")
             elif parameter.is_meta:

@@ -50,6 +50,7 @@ class StackedSite(Site):
         assert a is not None
         assert b is not None
         check_device(self.path, a, y)
+        y, x, a, b = self.marked(y, x, a, b)
         group_s, ends = routed.expert_s, routed.ends
         if self._rows is not None:
             group_s = group_s * self._rows + self._row_of(routed)
