@@ -28,7 +28,6 @@ from openwu.adapters.stacked import StackedSite
 from openwu.errors import TargetError
 from openwu.kernels.grouped import GroupedProduct, Routed
 from openwu.kernels.low_rank import contained
-from openwu.types import Target
 
 COLUMNS = 16
 """Rooms and columns in use are multiples of it, so that rows stay whole multiples of what grouped products want."""
@@ -37,9 +36,18 @@ COLUMNS = 16
 class AugmentedSite(StackedSite):
     """One weight of all experts, `[E, out, in]`, with room beside it."""
 
-    def __init__(self, target: Target, module: GroupedProduct, container: nn.Module, spare_columns: int) -> None:
-        super().__init__(target, module, container)
-        weight = self._parameter
+    module: GroupedProduct
+
+    def __init__(self, plain: StackedSite, spare_columns: int) -> None:
+        """Of a site without spare columns."""
+        product = plain.module if isinstance(plain.module, GroupedProduct) else None
+        super().__init__(plain.targets[0], product, plain.container, plain.transposed)
+        target, weight = self.targets[0], self._parameter
+        if plain.transposed:
+            raise TargetError(
+                f"{target.name}: spare columns need weights [experts, out, in], got [experts, in, out]; attach without "
+                "spare_columns"
+            )
         if not weight.is_floating_point() or type(weight) is not nn.Parameter or weight.is_meta:
             raise TargetError(
                 f"{target.name}: room for adapters needs plain floating-point weights in memory, got "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from openwu.adapters.augmented import AugmentedSite
 from openwu.adapters.operators.lora import product
 from openwu.adapters.site import Active, Site, check_device, check_widths
-from openwu.adapters.stacked import StackedSite, stacked_products
+from openwu.adapters.stacked import stacked_sites
 from openwu.errors import TargetError
 from openwu.kernels import dispatch
 from openwu.types import Target
@@ -185,11 +185,9 @@ def expert_sites(
     by_weight = {target.name.removeprefix(f"{container}."): target for target in targets}
     experts = targets[0].experts
     held = modules.get(container)
-    stacked = None if held is None else stacked_products(container, held, targets)
-    if held is not None and stacked is not None:
-        if spare_columns:
-            return [AugmentedSite(target, product, held, spare_columns) for target, product in stacked]
-        return [StackedSite(target, product, held) for target, product in stacked]
+    stacked = None if held is None else stacked_sites(held, targets)
+    if stacked is not None:
+        return [AugmentedSite(site, spare_columns) for site in stacked] if spare_columns else list(stacked)
     children = [] if held is None else [name for name, _ in held.named_children()]
     if children != [str(expert) for expert in range(len(children))] or {t.experts for t in targets} != {len(children)}:
         raise TargetError(

@@ -68,6 +68,8 @@ def attach(
             f"spare_columns: expected a number from 0 (rank times adapters in a batch), got {spare_columns!r}"
         )
     sites = resolve(model, targets, routing, spare_columns)
+    if unreachable := [f"{site.path}: {site.unreachable}" for site in sites if site.unreachable]:
+        raise TargetError.listing("the model does not call these modules:", unreachable)
     taken = [site.path for site in sites if site.targets and site.module in _attached]
     if taken:
         raise TargetError(
@@ -228,7 +230,10 @@ class _Applied(AbstractContextManager[None]):
 def resolve(
     model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None, spare_columns: int = 0
 ) -> list[Site]:
-    """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit."""
+    """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit.
+
+    Some may be `unreachable` by hooks, and open to merging alone.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     named = Counter(target.name for target in targets)
     problems = [f"{name}: named {count} times" for name, count in named.items() if count > 1]
@@ -247,8 +252,8 @@ def resolve(
             sites.extend(expert_sites(modules, container, grouped, routing, spare_columns))
         except TargetError as problem:
             problems.append(str(problem))
-    held = Counter(site.module for site in sites)
-    problems += [f"{site.path}: the same module as another target" for site in sites if held[site.module] > 1]
+    held = Counter(site.slots[0][1:] for site in sites)
+    problems += [f"{site.path}: the same module as another target" for site in sites if held[site.slots[0][1:]] > 1]
     if spare_columns and not problems and not any(isinstance(site, AugmentedSite) for site in sites):
         problems.append(
             "spare_columns: expected experts with stacked weights among the targets, found none; leave it out"
@@ -261,14 +266,15 @@ def resolve(
 def _plain_site(modules: Mapping[str, nn.Module], target: Target, hint: bool) -> Site:
     module = modules.get(target.name)
     if module is None:
+        if f"_orig_mod.{target.name}" in modules:
+            raise TargetError(
+                f"{target.name}: no such module, since the model is compiled; attach to its _orig_mod before it runs"
+            )
         near = difflib.get_close_matches(target.name, modules, n=3) if hint else []
         raise TargetError(f"{target.name}: no such module" + (f"; near it are {', '.join(near)}" if near else ""))
-    if isinstance(modules.get(target.name.rpartition(".")[0]), nn.MultiheadAttention):
-        raise TargetError(
-            f"{target.name}: nn.MultiheadAttention computes with this module's weight and never calls it, so that no "
-            "hook can reach it; merge the adapter"
-        )
     site = operator_of(target.operator).site(target, module)
+    if isinstance(modules.get(target.name.rpartition(".")[0]), nn.MultiheadAttention):
+        site.unreachable = "nn.MultiheadAttention computes with its weight and never calls it; merge the adapter"
     # A shared expert may see its mixture's tokens as the other experts do.
     site.flattened = any(f"{part}experts" in modules for part in _ancestors(target.name))
     for part in _ancestors(target.name):

@@ -153,6 +153,8 @@ class Site:
 
     makes_output = False
     """Whether the module's own forward pass always returns a tensor that it has just made and does not keep."""
+    unreachable = ""
+    """Why no hook can reach the weight, so that it can only be merged into; empty where one can."""
 
     def __init__(self, path: str, module: nn.Module, targets: Sequence[Target]) -> None:
         self.path = path
@@ -422,7 +424,10 @@ def check_widths(target: Target, module: nn.Module, *, path: str | None = None, 
             )
         return
     if not isinstance(module, nn.Conv2d):
-        raise TargetError(f"{path}: expected an nn.Linear or nn.Conv2d, got {type(module).__name__}")
+        kind = type(module).__name__
+        if "base_layer" in module._modules:  # PEFT's wrapper, whose class may be called Linear too
+            kind += f" of {type(module).__module__}; adapt {path}.base_layer"
+        raise TargetError(f"{path}: expected an nn.Linear or nn.Conv2d, got {kind}")
     if module.groups != 1:
         raise TargetError(f"{path}: expected an ungrouped convolution, got one of {module.groups} groups")
     height, width = module.kernel_size
