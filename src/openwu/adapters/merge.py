@@ -8,14 +8,14 @@ that other threads may run it; `merged` and `merge_` change it in place and keep
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from openwu.adapters.inject import resolve
+from openwu.adapters.inject import AdapterHandle, attach, resolve
 from openwu.adapters.site import DENSE, Active, Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
@@ -106,6 +106,41 @@ def unmerge_(model: nn.Module, originals: Originals) -> None:
             continue
         module, _, attribute = name.rpartition(".")
         model.get_submodule(module).register_parameter(attribute, None)
+
+
+@torch.no_grad()
+def check_applied(
+    model: Model,
+    adapter: Adapter,
+    run: Callable[[Model], Tensor],
+    *,
+    handle: AdapterHandle | None = None,
+    tolerance: float = 0.02,
+) -> None:
+    """Compare hooks with merged weights, one sample after another; TargetError where the outputs differ.
+
+    Finds what no hook can see: layers that the model also computes by their `forward` or their weight, or in code that
+    was compiled before attach. `run` calls the model it is given, on any input.
+    `handle`: what is attached to the model, if anything is. `tolerance`: of the difference's norm, relative to the
+    update's; more for 16 bits.
+    """
+    for sample in range(adapter.batch):
+        one = adapter.select([sample])
+        base = run(model)
+        if handle is not None:
+            with handle.applied(one):
+                hooked = run(model)
+        else:
+            with attach(model, one.targets) as own, own.applied(one):
+                hooked = run(model)
+        expected = run(merged_copy(model, one))
+        error, size = ((hooked - expected).float().norm(), (expected - base).float().norm())
+        if not error <= tolerance * size:
+            raise TargetError(
+                f"check_applied: sample {sample}: the output with hooks differs from the merged model's by "
+                f"{float(error / size):.2f} of the update; the model computes some target by its weight or its "
+                "forward, in code that was compiled before attach, or in a forward of its own; merge the adapter"
+            )
 
 
 def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Slot, Tensor]]:

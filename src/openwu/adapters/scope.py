@@ -106,12 +106,12 @@ def generator_of(frame: FrameType | None) -> FrameType | None:
 
 
 def marked(number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors with a scope's number in their graph, where a checkpoint may recompute what follows.
+    """Return tensors, one of which requires gradients, with a scope's number in their graph inside a checkpoint.
 
-    Those that enter an update: every gradient of it then passes a mark. Other saved-tensor hooks than checkpointing's
-    are served as well.
+    They are those that enter an update: every gradient of it passes a mark, whose backward compares the number of the
+    recomputation with its own. Other saved-tensor hooks than checkpointing's do no harm.
     """
-    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return tensors
     marks = iter(_ScopeMark.apply(number, *(each for each in tensors if each.requires_grad)))  # type: ignore[no-untyped-call]
     return tuple(next(marks) if each.requires_grad else each for each in tensors)

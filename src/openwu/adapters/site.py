@@ -256,7 +256,9 @@ class Site:
 
     def marked(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What enters an update, marked with the scope where a checkpoint may recompute it."""
-        if torch.compiler.is_compiling() or not any(each.requires_grad for each in tensors):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return tensors
+        if not any(each.requires_grad for each in tensors):
             return tensors
         assert self._scope is not None
         return marked(self._scope.number, *tensors)
