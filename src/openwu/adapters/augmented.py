@@ -102,10 +102,11 @@ class AugmentedSite(StackedSite):
             free = wide[..., width : width + columns]
             # [b, E, out, r], the order of B
             own = free[..., : len(used) * rank].view(*wide.shape[:2], len(used), rank).permute(2, 0, 1, 3)
-            up = (b if b.dtype == own.dtype else b.to(own.dtype)) * active.scale
+            torch.mul(b if b.dtype == own.dtype else b.to(own.dtype), active.scale, out=own)
             if not active.uniform:  # every routed row is multiplied with the B of all samples
-                a, up = contained(a, up)
-            own.copy_(up)
+                a, finite = contained(a, own)
+                if finite is not own:
+                    own.copy_(finite)
             self._tail_a = a.transpose(0, 1).flatten(1, 2)
             if columns > len(used) * rank:
                 free[..., len(used) * rank :] = 0
@@ -138,16 +139,16 @@ class AugmentedSite(StackedSite):
         check_device(self.path, a, x)
         tail = self.module.product(x, a.to(x.dtype), routed)
         if self._place_n is not None:
-            tail = tail.masked_fill(~self._own(routed), 0)
+            tail = tail.masked_fill(self._foreign(routed), 0)
         width = x.shape[1]
         return self.module.append_columns(x, tail), wide[..., : width + self._used], routed
 
-    def _own(self, routed: Routed) -> Tensor:
-        """`[S, c]` bool: the columns of a routed row's own sample."""
+    def _foreign(self, routed: Routed) -> Tensor:
+        """`[S, c]` bool: all columns but those of a routed row's own sample."""
         assert self._place_n is not None
         place_s = self._place_n[self._row_of(routed)]
         place_c = torch.arange(self._used, device=place_s.device) // self._rank
-        return place_s[:, None] == place_c
+        return place_s[:, None] != place_c
 
 
 def _rounded(columns: int) -> int:

@@ -8,12 +8,12 @@
 Forward hooks add the update to the outputs of the target modules; nothing of the model is replaced, its state-dict
 names stay. With `spare_columns`, weights of stacked experts lie elsewhere in memory while the handle is attached.
 
-Checkpointing: `use_reentrant=False`, and backward inside the scope of its forward. Backward after the scope fails in
-torch ("a different number of tensors was saved"), backward in a later scope that has not run the model fails here.
+Checkpointing: `use_reentrant=False`, and backward inside the scope of its forward; anything else is an error (after the
+scope torch's, "a different number of tensors was saved").
 
-Threads: an adapter belongs to the thread that applied it. Another thread that runs the model meanwhile gets a
+An adapter belongs to the thread and task that applied it (`scope`). Another one that runs the model meanwhile gets a
 TargetError (from code compiled with `fullgraph=True` torch's own error; compiled code that trains factors cannot tell
-threads apart and does not check).
+threads apart and does not check). What no hook can see is in docs/adapters.md.
 """
 
 from __future__ import annotations
