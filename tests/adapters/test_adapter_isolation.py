@@ -100,7 +100,11 @@ def spoiled(adapter: Adapter, sample: int, spoil: str, factor: int) -> Adapter:
 def test_rows_of_others_are_what_they_are_without_the_broken_adapter(
     name: str, dtype: torch.dtype, stored: torch.dtype | None, rows: list[int], spoil: str, factor: int, packed: bool
 ) -> None:
-    """Bit for bit: those of sound samples as beside a sound neighbour, those without an adapter as the base's."""
+    """Bit for bit: those of sound samples as beside a sound neighbour, those without an adapter as the base's.
+
+    A product with spare columns is a wider one, which may round otherwise than the base's: there, rows without an
+    adapter equal the base's to rounding.
+    """
     case = CASES[name]
     torch.manual_seed(0)
     model = case.build().to(dtype)
@@ -123,7 +127,12 @@ def test_rows_of_others_are_what_they_are_without_the_broken_adapter(
         assert torch.equal(model(x), base)
     for row, sample in enumerate(rows):
         if sample < 0:
-            assert torch.equal(found[1][row], base.view(len(rows), -1)[row])
+            assert torch.equal(found[1][row], found[0][row])
+            expected = base.view(len(rows), -1)[row]
+            if name == "augmented":
+                torch.testing.assert_close(found[1][row], expected)
+            else:
+                assert torch.equal(found[1][row], expected)
         elif sample != bad:
             assert found[0][row].isfinite().all()
             assert torch.equal(found[1][row], found[0][row])

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from openwu.adapters.site import Active, check_device
+from openwu.adapters.active import Active
+from openwu.adapters.site import check_device
 from openwu.adapters.stacked import StackedSite
 from openwu.errors import TargetError
 from openwu.kernels.grouped import GroupedProduct, Routed

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openwu.adapters.active import Active
 from openwu.adapters.augmented import AugmentedSite
 from openwu.adapters.operators.lora import product
-from openwu.adapters.site import Active, Site, check_device, check_widths
+from openwu.adapters.site import Site, check_device, check_widths
 from openwu.adapters.stacked import stacked_sites
 from openwu.errors import TargetError
 from openwu.kernels import dispatch

@@ -32,11 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from openwu.adapters.active import Active, PackedSequences
 from openwu.adapters.augmented import AugmentedSite
 from openwu.adapters.experts import ExpertRouting, expert_sites
 from openwu.adapters.operators import operator_of
 from openwu.adapters.scope import Caller, Scope
-from openwu.adapters.site import Active, PackedSequences, Site
+from openwu.adapters.site import Site
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 

@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from openwu.adapters.active import Active
 from openwu.adapters.inject import AdapterHandle, attach, resolve
-from openwu.adapters.site import DENSE, Active, Site, Slot, check_device
+from openwu.adapters.site import DENSE, Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 

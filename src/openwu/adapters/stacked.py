@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwu.adapters.site import Active, Site, Slot, check_device
+from openwu.adapters.active import Active
+from openwu.adapters.site import Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.kernels import dispatch
 from openwu.kernels.grouped import GroupedProduct, Routed, group_ends
