@@ -103,3 +103,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     for page in ("index.html", "tutorial/index.html", "api/editing/index.html", "repository/CHANGELOG/index.html"):
         assert (tmp_path / "site" / page).is_file(), page
+    home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "pictures/demo.jpg" in home
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', home), "expected no file of another host"
