@@ -39,7 +39,7 @@ from openwu.export.fit import with_kernels
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.images import Photo, read_picture
-from openwu.images.instruction import check_instruction
+from openwu.registry import OPERATORS, module_of
 from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions
 
 
@@ -129,7 +129,7 @@ class Editor:
         timings: dict[str, float] = {}
         with timed(timings, "read"):
             photos = self._photos(request)
-        asked = checked_instructions(request, None)
+        asked = checked_instructions(request, None, self.backbone.check_instruction)
         if not allow_out_of_scope:  # all instructions, before the first pass
             with self._turn(), torch.no_grad():
                 self.backbone.check_scope([self.backbone.read(photos, asked, seed, reasoning)])
@@ -170,7 +170,9 @@ class Editor:
         """
         request = EditRequest(listed(images), instruction, seed=seed, reasoning=reasoning)
         self._check([request], allow_out_of_scope, None)
-        job = self.backbone.read(self._photos(request), (check_instruction(instruction),), seed, reasoning)
+        job = self.backbone.read(
+            self._photos(request), (self.backbone.check_instruction(instruction),), seed, reasoning
+        )
         (adapter,) = self._adapters([job], allow_out_of_scope, 1, {})
         return adapter
 
@@ -198,7 +200,9 @@ class Editor:
         for owner, encoder in {"base": self.backbone, "encoder": self.encoder}.items():
             writers |= {f"{owner}.{name}": module for name, module in encoder.weights().items()}
         described = {"generator": self.generator.config.to_dict(), "base": self.backbone.identity}
-        return GeneratorIdentity(writers, {**described, "encoder": self.encoder.identity})
+        code = [type(self.backbone).__module__, type(self.encoder).__module__, *map(module_of, OPERATORS.values())]
+        ours = [name for name in code if name.startswith("openwu.")]
+        return GeneratorIdentity(writers, {**described, "encoder": self.encoder.identity}, ours)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -219,8 +223,9 @@ class Editor:
         timings: dict[str, float] = {}
         with timed(timings, "read"):
             photos = [self._photos(request) for request in requests]
+        check = self.backbone.check_instruction
         jobs = [
-            self.backbone.read(each, checked_instructions(request, given), request.seed, request.reasoning)
+            self.backbone.read(each, checked_instructions(request, given, check), request.seed, request.reasoning)
             for each, request in zip(photos, requests, strict=True)
         ]
         if given is None:

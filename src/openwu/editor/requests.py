@@ -12,7 +12,6 @@ from pathlib import Path
 from PIL import Image
 
 from openwu.images import Photo
-from openwu.images.instruction import check_instruction
 from openwu.types import Adapter
 
 Progress = Callable[[int, int], None]
@@ -68,12 +67,14 @@ def with_instruction(adapter: Adapter, instruction: str) -> Adapter:
     return adapter if adapter.instructions == own else replace(adapter, instructions=own)
 
 
-def checked_instructions(request: EditRequest, given: Adapter | None) -> tuple[str, ...]:
+def checked_instructions(
+    request: EditRequest, given: Adapter | None, check: Callable[[object], str]
+) -> tuple[str, ...]:
     """Check a request's instructions; where it has none, take those that a given adapter was generated for."""
     if given is not None and not request.instruction:
         return instructions_of(given) or ("",)
     then = (request.then,) if isinstance(request.then, str) else request.then
-    return tuple(check_instruction(text) for text in (request.instruction, *then))
+    return tuple(check(text) for text in (request.instruction, *then))
 
 
 def listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:

@@ -43,7 +43,8 @@ OUT_OF_SCOPE = "out_of_scope"
 """The label of sentences that ask for something that no sub-task does."""
 NEAREST = 3
 """How many known edits a refusal names."""
-_KNOWN_EDITS = Path(__file__).with_name("known_edits.json")
+DATA_FILES = ("known_edits.json",)
+_KNOWN_EDITS = Path(__file__).with_name(DATA_FILES[0])
 
 
 @dataclass(frozen=True)
