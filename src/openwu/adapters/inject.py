@@ -1,4 +1,4 @@
-"""Apply generated adapters to a frozen base model: a model and targets enter, a handle with an `applied` scope leaves.
+"""Apply generated adapters to a frozen base model: `attach` installs hooks, `applied` is the scope in which they act.
 
     handle = attach(model, adapter.targets)      # before torch.compile
     with handle.applied(adapter):
