@@ -1,193 +1,200 @@
-"""What a library would lose or misread without a word: laid out so that it loads, or refused by name; and garbage."""
+"""What PEFT and ComfyUI would get wrong or leave out: laid out so that they load it, or refused by name."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
+from exporting_cases import random_adapter, targets_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from openwu.adapters.inject import attach
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.export.comfyui_names import FAMILIES, unknown_names
+from openwu.export.comfyui_names import FAMILIES, family_of, unknown_names
+from openwu.export.files import COMFYUI_WEIGHTS
+from openwu.export.proof import Base, export
 from openwu.types import Adapter, Target
 
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
 
-def adapter_on(model: nn.Module, names: list[str]) -> Adapter:
-    """Rank 3 on linear modules and convolutions of the model."""
-    weights = {name: model.get_submodule(name).weight for name in names}
-    draw = torch.Generator().manual_seed(0)
-    targets, pairs = [], {}
-    for name, weight in weights.items():
-        assert isinstance(weight, Tensor)
-        targets.append(Target(name, weight[0].numel(), len(weight)))
-        pairs[name] = (
-            torch.randn(1, 3, weight[0].numel(), generator=draw),
-            torch.randn(1, len(weight), 3, generator=draw),
-        )
-    return Adapter.from_pairs(tuple(targets), pairs, 0.5)
+SMALL = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12}
+UNET = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "in_channels": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+    "norm_num_groups": 2,
+}
+XL = {"use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FLUX.1": ("FluxTransformer2DModel", SMALL | {"axes_dims_rope": [2, 2, 4], "guidance_embeds": True}),
+    "FLUX.2": ("Flux2Transformer2DModel", SMALL | {"axes_dims_rope": (2, 2, 2, 2), "num_single_layers": 1}),
+    "LongCat-Image": ("LongCatImageTransformer2DModel", SMALL | {"axes_dims_rope": [2, 2, 4], "num_single_layers": 1}),
+    "Qwen-Image": ("QwenImageTransformer2DModel", SMALL | {"axes_dims_rope": (2, 2, 4)}),
+    "Stable Diffusion 3": ("SD3Transformer2DModel", SMALL | {"sample_size": 8, "caption_projection_dim": 16}),
+    "Stable Diffusion": ("UNet2DConditionModel", UNET),
+    "Stable Diffusion XL": ("UNet2DConditionModel", UNET | XL | {"projection_class_embeddings_input_dim": 40}),
+}
+UNKNOWN = {
+    "FLUX.2": {
+        *(f"time_guidance_embed.{part}_embedder.linear_{i}" for part in ("timestep", "guidance") for i in (1, 2)),
+        *(f"{name}.linear" for name in ("double_stream_modulation_img", "double_stream_modulation_txt")),
+        "single_stream_modulation.linear",
+    },
+    "LongCat-Image": {f"time_embed.timestep_embedder.linear_{i}" for i in (1, 2)},
+}
+"""Modules that ComfyUI 0.19.3 left out when its own loader was run on all modules of such models; of others none."""
 
 
-@pytest.mark.parametrize(("dilation", "mode"), [(2, "zeros"), (1, "reflect"), (1, "circular")])
-def test_convolutions_that_peft_computes_otherwise(tmp_path: Path, dilation: int, mode: str) -> None:
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, dilation=dilation, padding=2, padding_mode=mode))
-    adapter = adapter_on(model, ["0"])
-    with pytest.raises(OpenwuError, match=rf"0 \(dilation \({dilation}, {dilation}\), padding mode {mode}\)"):
-        adapter.save_pretrained(tmp_path / "x", "peft", model=model)
-    assert not (tmp_path / "x").exists()
+def names_of(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
-def mixture() -> nn.Module:
-    """A mixture of transformers whose first layer is dense."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        mlp_only_layers=[0],
-    )
+@pytest.mark.parametrize("label", MODELS)
+def test_the_names_that_comfyui_knows(label: str) -> None:
+    kind, config = MODELS[label]
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**config)
+    family = family_of(model)
+    assert family is not None
+    names = names_of(model)
+    assert set(unknown_names(family, names, family.components[0])) == UNKNOWN.get(label, set())
+    assert unknown_names(family, names, "nothing") == names
+
+
+def test_every_family_is_tried() -> None:
+    assert {kind for kind, _ in MODELS.values()} == set(FAMILIES)
+
+
+def flux2() -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    kind, config = MODELS["FLUX.2"]
+    model: nn.Module = getattr(diffusers, kind)(**config)
+    return model.requires_grad_(False)
+
+
+def test_comfyui_exports_of_flux2_are_checked_or_refused(tmp_path: Path) -> None:
+    model = flux2()
+    known = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_qkv_mlp_proj"]
+    outcome = export(random_adapter(targets_of(model, known)), tmp_path / "a", "comfyui", base=Base(model))
+    assert outcome.checked
+    assert "tables have all names of Flux2Transformer2DModel" in outcome.told
+    assert f"transformer.{known[0]}.alpha" in load_file(tmp_path / "a" / COMFYUI_WEIGHTS)
+    more = random_adapter(targets_of(model, [*known, "single_stream_modulation.linear"]))
+    with pytest.raises(
+        OpenwuError, match=r"does not know 1 of 3 modules .*: single_stream_modulation\.linear; it knows"
+    ):
+        export(more, tmp_path / "b", "comfyui", base=Base(flux2()))
+    with pytest.raises(OpenwuError, match=r"does not know 2 of 2 modules .*'transformer', got 'diffusion_model'"):
+        random_adapter(targets_of(model, known)).save_pretrained(
+            tmp_path / "b", "comfyui", component="diffusion_model", model=model
+        )
+    assert not (tmp_path / "b").exists()
+
+
+# PEFT
+
+
+@pytest.mark.parametrize("changes", [{"dilation": 2, "padding": 2}, {"padding": 1, "padding_mode": "reflect"}])
+def test_convolutions_that_peft_computes_otherwise(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, **changes), nn.Conv2d(4, 4, 3)).requires_grad_(False)
+    adapter = random_adapter(targets_of(model, ["0", "1"]))
+    for write in (
+        lambda: adapter.save_pretrained(tmp_path / "a", "peft", model=model),
+        lambda: export(adapter, tmp_path / "a", "peft", base=Base(model)),
+    ):
+        with pytest.raises(OpenwuError, match=r"no dilation and pad with zeros alone, got 0 \(dilation"):
+            write()
+    assert not list(tmp_path.iterdir())
+    random_adapter(targets_of(model, ["1"])).save_pretrained(tmp_path / "a", "peft", model=model)
+
+
+def mixture(kind: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
+
+    small = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 20, "moe_intermediate_size": 12}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    if kind == "dense":
+        config: Any = Qwen3MoeConfig(**small, head_dim=8, num_experts=4, mlp_only_layers=[0])
+    else:
+        heads = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+        groups = {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "n_shared_experts": 1}
+        config = DeepseekV3Config(**small, **heads, **groups, first_k_dense_replace=1)
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     return model
 
 
+def run(model: nn.Module) -> Tensor:
+    logits: Tensor = model(input_ids=torch.tensor([[1, 5, 9, 2]])).logits
+    return logits
+
+
+def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
+    return targets_of(model, [name for name in names_of(model) if any(part in name for part in parts)])
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-@torch.no_grad()
-def test_dense_layers_of_mixtures_are_loaded_by_peft(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model, tokens = mixture(), torch.arange(7)[None]
-    names = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")]
-    adapter = adapter_on(model, names)
-    adapter.save_pretrained(tmp_path / "x", "peft", model=model)
-    merged = copy.deepcopy(model)
-    for name in names:
-        a, b = (part[0] for part in adapter.pairs[name])
-        weight = merged.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        weight.add_(adapter.scale * b @ a)
-    expected, plain = merged(input_ids=tokens).logits, model(input_ids=tokens).logits
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "x").eval()
-    came = loaded(input_ids=tokens).logits
-    assert float((came - expected).norm()) < 1e-4 * float((expected - plain).norm())
-    back = Adapter.from_pretrained(tmp_path / "x", model=model)
-    for name in names:
-        assert torch.equal(back.pairs[name][1], adapter.pairs[name][1])
+@pytest.mark.parametrize("kind", ["dense", "shared"])
+@pytest.mark.parametrize("parts", [["mlp"], ["mlp", "o_proj"]])
+def test_dense_layers_of_mixtures_are_loaded_by_peft(tmp_path: Path, kind: str, parts: list[str]) -> None:
+    """PEFT's conversion from transformers 4 to 5 takes their last names for those of experts."""
+    model = mixture(kind)
+    targets = linear_targets(model, parts)
+    adapter = random_adapter(targets)
+    with torch.no_grad(), attach(model, targets) as handle:
+        base = run(model)
+        with handle.applied(adapter):
+            expected = run(model)
+    adapter.save_pretrained(tmp_path / "a", "peft", model=model)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "a"))
+    with torch.no_grad():
+        torch.testing.assert_close(run(loaded), expected, rtol=1e-4, atol=1e-5)
+        assert float((base - expected).norm() / expected.norm()) > 0.05
+    loaded.save_pretrained(str(tmp_path / "b"))
+    for folder in ("a", "b"):
+        for known in (model, None):
+            back = Adapter.from_pretrained(tmp_path / folder, model=known)
+            assert set(back.targets) == set(targets)
+            assert back.scale == adapter.scale
+            for name, (a, b) in adapter.pairs.items():
+                assert torch.equal(back.pairs[name][0], a)
+                assert torch.equal(back.pairs[name][1], b)
+    assert export(adapter, tmp_path / "c", "peft", base=Base(model)).checked
 
 
-def test_experts_of_transformers_4_are_named(tmp_path: Path) -> None:
-    stem = "model.layers.1.mlp.experts.3.up_proj"
-    tensors = {f"{stem}.lora_A.weight": torch.ones(2, 16), f"{stem}.lora_B.weight": torch.ones(12, 2)}
-    save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="made with transformers 4"):
-        Adapter.from_pretrained(tmp_path / "x.safetensors", model=mixture())
+def test_biases_beside_layers_that_peft_takes_for_experts(tmp_path: Path) -> None:
+    model = mixture("dense")
+    targets = [Target(t.name, t.in_dim, t.out_dim, operator="offset") for t in linear_targets(model, ["mlp"])]
+    factors = {t.name: {"offset": torch.ones(1, t.out_dim)} for t in targets}
+    with pytest.raises(OpenwuError, match=r"PEFT takes .*gate_proj.* for experts, which have no lora_bias"):
+        Adapter(tuple(targets), factors, 1.0).save_pretrained(tmp_path / "a", "peft", model=model)
 
 
-@pytest.mark.parametrize(
-    ("family", "component", "known", "unknown"),
-    [
-        ("FluxTransformer2DModel", "transformer", "single_transformer_blocks.7.proj_mlp", "transformer_blocks.0.norm1"),
-        ("LongCatImageTransformer2DModel", "transformer", "transformer_blocks.0.attn.to_q", "time_text_embed.linear"),
-        ("Flux2Transformer2DModel", "transformer", "transformer_blocks.0.ff.linear_in", "double_stream_modulation"),
-        ("QwenImageTransformer2DModel", "diffusion_model", "transformer_blocks.9.img_mod.1", "transformer_blocks.x"),
-        ("SD3Transformer2DModel", "transformer", "transformer_blocks.3.attn2.to_out.0", "pos_embed"),
-        ("UNet2DConditionModel", "unet", "mid_block.attentions.0.proj_in", "down_blocks.0.attentions.0.norm"),
-    ],
-)
-def test_the_names_that_comfyui_knows(family: str, component: str, known: str, unknown: str) -> None:
-    assert unknown_names(FAMILIES[family], [known, unknown], component) == [unknown]
-    assert unknown_names(FAMILIES[family], [known], "elsewhere") == [known]
-
-
-STEMS = st.sampled_from(
-    ["0", "transformer.0", "lora_unet_0", "base_model.model.0", "1", "", "lora_te_0", "x.experts.1"]
-)
-ENDS = st.sampled_from(
-    [
-        "lora_A.weight",
-        "lora_B.weight",
-        "lora_down.weight",
-        "lora_up.weight",
-        "lora_mid.weight",
-        "lora_A.default.weight",
-        "lora_B.default.weight",
-        "lora_B.bias",
-        "alpha",
-        "diff",
-        "diff_b",
-        "dora_scale",
-        "weight",
-    ]
-)
-SHAPES = st.lists(st.integers(0, 3), max_size=5)
-DTYPES = st.sampled_from([torch.float32, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64])
-VALUES = st.sampled_from([0.0, 1.0, -2.0, 6e4, float("nan"), float("inf")])
-
-
-@st.composite
-def tensor(draw: st.DrawFn) -> Tensor:
-    dtype, value = draw(DTYPES), draw(VALUES)
-    if dtype in (torch.int64, torch.bool):
-        value = 1.0
-    return torch.full(draw(SHAPES), value).to(dtype)
-
-
-FIELDS = st.sampled_from(
-    ["lora_adapter_metadata", "alpha", "transformer.r", "lora_alpha", "use_rslora", "alpha_pattern", "ss_network_alpha"]
-)
-TEXTS = st.sampled_from(["", "4", "-1e400", "NaN", "null", "[]", "{", '{"0": []}', '{"(": 1}', '{"transformer.r": 0}'])
-OPTIONS = {
-    "r": st.sampled_from([0, 1, 2, True, None, "2", 1e400, [1]]),
-    "lora_alpha": st.sampled_from([0, 1, 2.5, None, "x", float("nan"), 10**400]),
-    "target_modules": st.sampled_from([["0"], "0", None, 3, [[]]]),
-    "target_parameters": st.sampled_from([None, ["0.weight"], ["0"], 3, [""]]),
-    "alpha_pattern": st.sampled_from([{}, {"(": 1}, {"0": None}, [], "x"]),
-    "rank_pattern": st.sampled_from([{}, {"0": 2}, {"0": -1}, 5]),
-    "lora_bias": st.booleans(),
-    "init_lora_weights": st.sampled_from([True, None, "pissa", [], {}]),
-}
-
-
-def read(path: Path) -> None:
-    """Whatever is there: an adapter of finite numbers, or CheckpointError."""
-    for model in (None, nn.Sequential(nn.Linear(2, 3), nn.Conv2d(1, 2, 1))):
-        for skip in (False, True):
-            try:
-                adapter = Adapter.from_pretrained(path, model=model, skip_text_encoders=skip)
-            except CheckpointError:
-                continue
-            assert all(part.float().isfinite().all() for part in adapter.state_dict().values())
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    tensors=st.dictionaries(st.tuples(STEMS, ENDS).map(".".join), tensor(), max_size=5),
-    header=st.dictionaries(FIELDS, TEXTS, max_size=2),
-)
-def test_any_file_is_an_adapter_or_refused(tmp_path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    save_file(tensors, tmp_path / "x.safetensors", header)
-    read(tmp_path / "x.safetensors")
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(a=tensor(), b=tensor(), options=st.fixed_dictionaries({}, optional=OPTIONS), sound=st.booleans())
-def test_any_folder_is_an_adapter_or_refused(
-    tmp_path: Path, a: Tensor, b: Tensor, options: dict[str, object], sound: bool
-) -> None:
-    pair = (torch.ones(2, 2), torch.ones(3, 2)) if sound else (a, b)
-    tensors = {f"base_model.model.0.lora_{part}.weight": each for part, each in zip("AB", pair, strict=True)}
+@pytest.mark.parametrize("format", ["peft", "file"])
+def test_experts_of_transformers_4_are_named(tmp_path: Path, format: str) -> None:
+    model = mixture("dense")
+    tensors = {}
+    for expert in range(4):
+        stem = f"base_model.model.model.layers.1.mlp.experts.{expert}.up_proj"
+        tensors |= {f"{stem}.lora_A.weight": torch.ones(2, 16), f"{stem}.lora_B.weight": torch.ones(12, 2)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["0"]} | options
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    read(tmp_path)
+    path = tmp_path
+    if format == "peft":
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        path = tmp_path / "adapter_model.safetensors"
+    with pytest.raises(CheckpointError, match=r"experts\.0\.up_proj: the adapter was made with transformers 4"):
+        Adapter.from_pretrained(path, model=model)
+    assert len(Adapter.from_pretrained(path).targets) == 4
