@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from openwu.adapters.merge import merged
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
 from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest
-from openwu.errors import InstructionError, OpenwuError
+from openwu.errors import InstructionError, OpenwuError, TargetError
 from openwu.types import BaseRequest, LoadingOptions, SamplingOptions
 
 FAST = SamplingOptions(steps=2)
@@ -127,6 +128,31 @@ def test_a_batch_is_its_requests_one_at_a_time(editor: Editor) -> None:
     ]
     for one, together in zip(alone, editor.edit_batch(requests), strict=True):
         assert difference(one, together) <= 2
+
+
+def test_a_generator_that_does_not_fit_is_refused_before_weights_are_opened(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail: Any = lambda *_, **__: pytest.fail("weights must not be read")  # noqa: E731
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(openwu.ParameterGenerator, "from_pretrained", fail)
+    config = base_cases.generator(HunyuanImage3(hunyuan_stand_in.made())).config
+    deeper = tuple(replace(group, num_layers=group.num_layers + 1) for group in config.groups)
+    for changed, message in (
+        (
+            replace(config, groups=deeper),
+            r"made for another base than this hunyuan-image-3: .* first model\.layers\.2\.",
+        ),
+        (replace(config, input_dim=24), "it reads conditions of widths 24 "),
+    ):
+        openwu.ParameterGenerator(changed).save_pretrained(tmp_path / "other")
+        with pytest.raises(TargetError, match=message):
+            openwu.Editor.from_pretrained(
+                "hunyuan-image-3",
+                base=folders[0],
+                generator=tmp_path / "other",
+                loading=LoadingOptions(device="cpu", trust_remote_code=True),
+            )
 
 
 def test_on_the_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

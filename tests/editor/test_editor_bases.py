@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,37 @@ def test_folders_and_options_that_do_not_belong_together(
     base_cases.picture(1).save(tmp_path / "photo.png")
     assert cli.main(["edit", f"{tmp_path}/photo.png", "--instruction", "warm", "--steps", "3"]) == 2
     assert "--steps: expected only with --base and --generator" in capsys.readouterr().err
+
+
+def test_a_generator_that_does_not_fit_is_refused_before_weights_are_opened(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The base's files are garbage behind their headers: whatever reads them fails otherwise."""
+    base, generator = tmp_path / "base", tmp_path / "generator"
+    shutil.copytree(folders[0], base)
+    for file in base.glob("*/*.safetensors"):
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        file.write_bytes(file.read_bytes()[:header])
+    other = base_cases.backbone("instruct-pix2pix")
+    base_cases.generator(other).save_pretrained(generator)
+    with pytest.raises(TargetError, match="it was made for another base than this flux-kontext: targets"):
+        openwu.Editor.from_pretrained("flux-kontext", base=base, generator=generator)
+    fitting = base_cases.generator(base_cases.backbone("flux-kontext")).config
+    ParameterGenerator(replace(fitting, input_dim=24)).save_pretrained(generator)
+    with pytest.raises(TargetError, match="it reads conditions of widths 24 "):
+        openwu.Editor.from_pretrained("flux-kontext", base=base, generator=generator)
+
+
+@pytest.mark.parametrize("name", base_cases.NAMES)
+def test_a_base_without_weights_has_the_same_layers_and_widths(name: str, tmp_path: Path) -> None:
+    whole = base_cases.backbone(name)
+    whole.pipeline.save_pretrained(tmp_path)
+    seen: list[Any] = []
+    with pytest.raises(ZeroDivisionError):
+        type(whole).from_pretrained(tmp_path, before_weights=lambda hollow: seen.append(hollow) or 1 / 0)
+    (hollow,) = seen
+    assert hollow.layer_groups() == whole.layer_groups()
+    assert hollow.condition_widths == whole.condition_widths
 
 
 def test_models_lists_every_base_with_its_licence_and_extra(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,8 @@ class Backbone(ConditionEncoder):
 
     facts: ClassVar[BaseFacts]
     loading_options: ClassVar[frozenset[str]] = frozenset()
-    """Further arguments of `from_pretrained`: of `trust_remote_code`, `quantise`, `offload`, `reserve_bytes`."""
+    """Further arguments of `from_pretrained`: of `trust_remote_code`, `quantise`, `offload`, `reserve_bytes`, and
+    `before_weights`, which is called with the base on the meta device before any of its weights are read."""
     reasons: ClassVar[bool] = False
     """Whether the base writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
     refuses_out_of_scope: ClassVar[bool] = False

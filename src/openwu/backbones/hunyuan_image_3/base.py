@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -64,7 +64,9 @@ class HunyuanImage3(Backbone):
         parameters="80 billion, a mixture of 64 experts",
         extra=EXTRA,
     )
-    loading_options: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "quantise", "offload", "reserve_bytes"})
+    loading_options: ClassVar[frozenset[str]] = frozenset(
+        {"trust_remote_code", "quantise", "offload", "reserve_bytes", "before_weights"}
+    )
     reasons: ClassVar[bool] = True
     reads_seed = True
     asks_denoiser = True
@@ -99,12 +101,13 @@ class HunyuanImage3(Backbone):
         quantise: Quantise | None = None,
         offload: bool = False,
         reserve_bytes: int = 0,
+        before_weights: Callable[[Backbone], object] | None = None,
     ) -> Self:
         """Load the user's own download. `dtype` None: that of the files. `device` `cuda`: spread over all GPUs.
 
         `trust_remote_code` must be asked for: the folder brings its model's code. `quantise`: the decoder's linear maps
         in 8 or 4 bits by bitsandbytes. `offload`: layers that do not fit wait in the machine's memory. `reserve_bytes`:
-        what must stay free on the first device.
+        what must stay free on the first device. `before_weights`: called with the base on the meta device.
 
         Raises, before weights are read, OpenwuError: no permission, no GPU, another transformers, too little memory
         (with the numbers); CheckpointError: a folder that is none, has dots in its name, or lacks something;
@@ -121,7 +124,7 @@ class HunyuanImage3(Backbone):
             quantise=quantise,
             offload=offload,
             reserve_bytes=reserve_bytes,
-            check=lambda rehearsed: _layer_group(rehearsed.model.layers),
+            check=lambda rehearsed: _check_rehearsed(cls(rehearsed), before_weights),
         )
         return cls(model)
 
@@ -295,6 +298,13 @@ def _targets_of(layer: Any, index: int) -> tuple[PlainTarget | GroupedTarget, ..
         *(PlainTarget(path, *widths[path]) for path in PLAIN),
         GroupedTarget(EXPERTS, count, tuple(PlainTarget(name, *each) for name, each in weights.items())),
     )
+
+
+def _check_rehearsed(base: HunyuanImage3, before_weights: Callable[[Backbone], object] | None) -> None:
+    """Check widths of layers, and whatever the caller checks, on a base that has no weights yet."""
+    base.layer_groups()
+    if before_weights is not None:
+        before_weights(base)
 
 
 def _refuse_revision(revision: str | None) -> None:
