@@ -79,7 +79,7 @@ def test_a_file_means_the_sum_of_its_products(
 
 
 def test_joined_adapters_with_unchanged_alpha_are_as_weak_as_elsewhere(tmp_path: Path) -> None:
-    """Three LoRA of rank 2 side by side with the alpha of one: alpha / r is a third, and nothing in the file says so."""
+    """Three LoRA of rank 2 side by side with the alpha of one: alpha / r is a third; the file does not say so."""
     draws = [(torch.randn(2, 5), torch.randn(7, 2)) for _ in range(3)]
     tensors = {
         "transformer.blocks.0.to_q.lora_down.weight": torch.cat([a for a, _ in draws]),
