@@ -153,6 +153,37 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class Understood:
+    """What an instruction was taken for, by a base that tells edits apart."""
+
+    edit: str
+    """Name of the edit: "black_and_white"."""
+    probability: float
+    """Of this edit, 0 to 1, as the base's instruction encoder gives it."""
+    degree: str = "normal"
+    """What words of strength asked for: "little", "normal" or "strong"."""
+    strength: float = 1.0
+    """Factor on the adapter from a number in the instruction ("20% brighter"), beside the request's strength."""
+    runners_up: tuple[tuple[str, float], ...] = ()
+    """(edit, probability) of the next ones, the most probable first."""
+    instruction: str = ""
+    """The words that the base reads for this edit."""
+    then: tuple[Understood, ...] = ()
+    """What comes after it, for a request of several edits."""
+
+    def __str__(self) -> str:
+        """For people: "brighten (84%) at strength 0.51, then add noise (95%)"."""
+        words = f"{self.edit.replace('_', ' ')} ({self.probability:.0%})"
+        words += "" if self.strength == 1 else f" at strength {self.strength:.2f}"
+        return ", then ".join([words, *map(str, self.then)])
+
+    @property
+    def wishes(self) -> tuple[Understood, ...]:
+        """This edit and those after it."""
+        return (self, *self.then)
+
+
+@dataclass(frozen=True)
 class LatentBatch:
     """A batch for training as a frozen base's encoders leave it: nothing here depends on the generator."""
 

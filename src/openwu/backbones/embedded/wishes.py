@@ -58,6 +58,11 @@ Read = Callable[[Sequence[str]], list[Reading]]
 """Sentences -> what the encoder takes each for."""
 
 
+def is_chinese(text: str) -> bool:
+    """Return whether a text has a Chinese character."""
+    return any("一" <= character <= "鿿" for character in text)
+
+
 def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     """Return the edits that a sentence asks for, in order.
 
@@ -86,8 +91,7 @@ _FUNCTION_WORDS = {
     "Dutch": "het de een maak voeg verwijder foto meer minder en niet van",
 }
 _ENGLISH = frozenset(
-    "the it this that is a an of in on with for and to make more less my as like look photo picture image i you please "
-    "add remove not no up down at from by all so but give turn put take every into".split()
+    ["the", "it", "this", "that", "is", "a", "an", "of", "in", "on", "with", "for", "and", "to", "make", "more", "less", "my", "as", "like", "look", "photo", "picture", "image", "i", "you", "please", "add", "remove", "not", "no", "up", "down", "at", "from", "by", "all", "so", "but", "give", "turn", "put", "take", "every", "into"]
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
@@ -121,9 +125,7 @@ _VERB_EN = (
     r"fix|correct|restore|denoise|dehaze|deblur|clean|fade|age|emboss|pixelate|posteri[sz]e|cartooni[sz]e|enhance|"
     r"improve|smooth|crop|rotate|flip|change|replace|swap|delete|erase|draw|write|paint|sketch|vignette)"
 )
-_VERB_ZH = (
-    r"(?:加|添|去掉|去除|去|除|变|调|提|降|减|增|把|让|给(?![他她我]$)|做|转|改|弄|压|拉|模糊|虚化|锐化|柔化|上色|染|换|修|恢复|画(?!面|质)|打(?!印|算)|放(?!大)|删|裁|消)"
-)
+_VERB_ZH = r"(?:加|添|去掉|去除|去|除|变|调|提|降|减|增|把|让|给(?![他她我]$)|做|转|改|弄|压|拉|模糊|虚化|锐化|柔化|上色|染|换|修|恢复|画(?!面|质)|打(?!印|算)|放(?!大)|删|裁|消)"
 _COMPARATIVE = re.compile(r"^(?:(?:a|much|bit|little|lot|more|less)\s+)*(?:more |less |\w+er$)", re.IGNORECASE)
 _COMMAND = re.compile(
     rf"^(?:(?:please|pls|then|also|just|now|can you|could you|i want you to|i'd like you to)\s+)*"
@@ -162,8 +164,7 @@ _COMPLAINT = re.compile(
 )
 """What follows a negation that describes a picture or reminds, and commands nothing."""
 _REPAIRS = frozenset(
-    "remove_vignette white_balance deblur remove_motion_blur denoise remove_jpeg remove_salt_pepper restore "
-    "remove_scratches unfade dehaze remove_rain".split()
+    ["remove_vignette", "white_balance", "deblur", "remove_motion_blur", "denoise", "remove_jpeg", "remove_salt_pepper", "restore", "remove_scratches", "unfade", "dehaze", "remove_rain"]
 )
 """Edits that are asked for by naming what is to go: "no fog"."""
 
@@ -195,8 +196,7 @@ def _negated(clause: str) -> str | None:
 # Restrictions
 
 _LOCAL = frozenset(
-    "lift_shadows recover_highlights vignette remove_vignette tilt_shift hdr hue_shift take_palette take_tone take_grain take_style "
-    "take_light take_sharpness take_cast".split()
+    ["lift_shadows", "recover_highlights", "vignette", "remove_vignette", "tilt_shift", "hdr", "hue_shift", "take_palette", "take_tone", "take_grain", "take_style", "take_light", "take_sharpness", "take_cast"]
 )
 """Edits that concern part of the tones, the frame or another picture by themselves."""
 _REGION = (
@@ -205,9 +205,7 @@ _REGION = (
     r"mountains?|hair|eyes?|skin|lips|teeth|hands?|dress|shirt|jacket|hat|left|right|top|bottom|upper|lower|wall|floor|"
     r"window|door|text|sign|logo|table|chair|food|road|street|beach|sand|object|part|area|side|half)"
 )
-_KEPT = (
-    rf"(?:colou?rs?|hues?|saturation|brightness|exposure|lightness|contrast|rest|others?|everything else|{_REGION[3:-1]})"
-)
+_KEPT = rf"(?:colou?rs?|hues?|saturation|brightness|exposure|lightness|contrast|rest|others?|everything else|{_REGION[3:-1]})"
 _THE = r"(?:the|his|her|its|my|our|their|this|that|these|those|all|original|other)"
 _RESTRICTIONS = (
     re.compile(
@@ -226,7 +224,9 @@ _RESTRICTIONS = (
     re.compile(
         r"(?:其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空).{0,4}(?:不变|别动|不动|不要动|别碰|保持|别改|不改)"
     ),
-    re.compile(r"(?:保持|保留|不要动|别动|不动|不改变?|别改)(?:住|原来的?|原有的?)?(?:颜色|色彩|亮度|对比|饱和度|背景|人物?|脸|天空|其[他它余])"),
+    re.compile(
+        r"(?:保持|保留|不要动|别动|不动|不改变?|别改)(?:住|原来的?|原有的?)?(?:颜色|色彩|亮度|对比|饱和度|背景|人物?|脸|天空|其[他它余])"
+    ),
 )
 
 
@@ -281,7 +281,11 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
             or (explicit and not each.reading.is_wish(accepted))
         )
     ]
-    if lost and whole.edit not in _LOCAL and any(each.reading.edit == whole.edit and _is_command(each.text) for each in clear):
+    if (
+        lost
+        and whole.edit not in _LOCAL
+        and any(each.reading.edit == whole.edit and _is_command(each.text) for each in clear)
+    ):
         raise InstructionError(
             f"instruction: {instruction!r} asks for more than {_plain(whole.edit)}, but {lost[0].text!r} was not "
             "understood; leave it out, or say each wish by itself with --then (then=)"
@@ -315,7 +319,8 @@ def _joined(pieces: Sequence[str], read: Read) -> list[str]:
 
 
 _EMPTY = re.compile(
-    r"(?:please|pls|thanks?|thank you|thx|ok|hey|hi|a (?:bit|little)|谢谢啦?|拜托|你好|那个|好吗|可以吗|谢了)", re.IGNORECASE
+    r"(?:please|pls|thanks?|thank you|thx|ok|hey|hi|a (?:bit|little)|谢谢啦?|拜托|你好|那个|好吗|可以吗|谢了)",
+    re.IGNORECASE,
 )
 
 
@@ -390,7 +395,7 @@ def _stops_share(value: str, edit: str) -> float:
 def _strength(number: str, share: float, edit: str) -> float:
     limit = 1 / MID_GREY if edit == "brighten" else 1.0 if edit in _FALLING else math.inf
     by_quantity = _STRENGTHS.get(edit)
-    inside = 0 < share and (not by_quantity or 0 < share < (limit - 1 if edit == "brighten" else limit))
+    inside = share > 0 and (not by_quantity or 0 < share < (limit - 1 if edit == "brighten" else limit))
     strength = (by_quantity(share) if by_quantity else share) if inside else math.inf
     if not 0 < strength <= MAX_STRENGTH:
         raise InstructionError(
