@@ -13,9 +13,9 @@ from PIL import Image
 from openwu import cli
 from openwu.cli.evaluate import _parser
 from openwu.data.suite import EDITS
+from openwu.editor.requests import EditResult
 from openwu.evaluation.experiments.runs import EXPERIMENTS
 from openwu.training.embedded.config import EmbeddedRecipe
-from openwu.types import EditResult
 
 ROOT = Path(__file__).parents[1]
 README, EDITING, TRAINING, EVIDENCE = (

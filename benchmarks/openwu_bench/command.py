@@ -6,14 +6,12 @@ With `--report` nothing is measured: docs/performance.md and its figures are mad
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from openwu.cli.console import Parser, UsageError, complain, note
 from openwu.errors import OpenwuError
 from openwu.evaluation.experiments.results import columns
+from openwu.registry import resolve
 from openwu_bench import CURVES, ROWS, needs_gpu
 from openwu_bench.measurement import Curve, Row
 from openwu_bench.report import write_report
@@ -129,13 +128,6 @@ def _scaling(curve: Curve) -> str:
         f"{seconds(last.measured.median)} at {number(last.x)} {curve.unit}, grows as size ^ {curve.exponent:.2f}, "
         f"at most {number((curve.max_deviation - 1) * 100)} % off its law"
     )
-
-
-def resolve(path: str) -> Callable[[bool], Any]:
-    """Import the function that "module:function" names."""
-    module, _, function = path.partition(":")
-    found: Callable[[bool], Any] = getattr(importlib.import_module(module), function)
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

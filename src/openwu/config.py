@@ -1,4 +1,4 @@
-"""The shape of a parameter generator: `config.json` or keyword arguments go in, a checked `GeneratorConfig` comes out.
+"""Configuration of a parameter generator (`config.json`), read, checked and written.
 
 The JSON form with the keys `num_base_model_layers`, `prefix` and `pg_mapping` is the released one and describes one
 group of identical base layers. A base whose layers differ in width has several groups; its JSON holds a list `groups`
@@ -10,6 +10,7 @@ problems first and raises them together.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,11 @@ _LORA_WIDTHS = ("lora_A_dim", "lora_B_dim")
 _WIDTHS = ("in_dim", "out_dim")
 LORA = "lora"
 """The operator of an entry of `pg_mapping` that names none."""
+_RELEASED_DEFAULTS: Mapping[str, Any] = {
+    **{"rank": 16, "alpha": 64, "token_dim": 1024, "input_dim": 4096, "d_model": 4096, "head_dim": 128},
+    **{"dim_accumulation": 4, "num_pg_layers": 24, "num_base_model_layers": 32, "prefix": "model.layers."},
+}
+"""What the released code takes for a field that the released JSON form leaves out."""
 _BOOKKEEPING = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"})
 """Keys that other libraries write beside the fields; kept and written back, like every key that starts with "_"."""
 
@@ -317,14 +323,22 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GeneratorConfig:
-        """Read what `to_dict` or the released checkpoint wrote; one `ConfigError` names every problem."""
+        """Read what `to_dict` or the released checkpoint wrote; one `ConfigError` names every problem.
+
+        The released form is read as the released code reads it: fields that are left out have its defaults, and unknown
+        ones are kept in `extra`; a warning names them.
+        """
         if not isinstance(data, Mapping):
             raise ConfigError([f"expected an object with fields, got {type(data).__name__}"])
         extra = {key: value for key, value in data.items() if key in _BOOKKEEPING or str(key).startswith("_")}
         fields = {key: value for key, value in data.items() if key not in extra}
         encoder = extra.pop(_ENCODER_KEY, None)
         group_keys = ("groups",) if "groups" in fields else _RELEASED_GROUP_KEYS
-        problems = key_problems(fields, (*_NUMBERS, "output_dim"), optional=("model_type", "more_inputs", *group_keys))
+        required, optional = (*_NUMBERS, "output_dim"), ("model_type", "more_inputs", *group_keys)
+        if "groups" not in fields:
+            unknown = {key: value for key, value in fields.items() if key not in {*required, *optional}}
+            fields, extra = _with_defaults(fields, unknown), {**extra, **unknown}
+        problems = key_problems(fields, required, optional)
         if fields.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             problems.append(f"model_type: expected {MODEL_TYPE!r}, got {fields['model_type']!r}")
         numbers = {name: fields[name] for name in _NUMBERS if name in fields}
@@ -338,6 +352,19 @@ class GeneratorConfig:
         groups = _read_groups(fields, problems)
         raise_if(problems)
         return cls(**numbers, groups=groups, more_inputs=more_inputs, condition_encoder=encoder, extra=extra)
+
+
+def _with_defaults(fields: Mapping[str, Any], unknown: Mapping[str, Any]) -> dict[str, Any]:
+    """The known fields of a released config with its defaults, after a warning about what is unknown or left out."""
+    missing = {key: value for key, value in _RELEASED_DEFAULTS.items() if key not in fields}
+    known = {**missing, **{key: value for key, value in fields.items() if key not in unknown}}
+    if "output_dim" not in fields:
+        missing["output_dim"] = known["output_dim"] = known["token_dim"]
+    for name in unknown:
+        warnings.warn(f"generator config: unknown field {name!r}, which changes nothing", stacklevel=3)
+    for name, value in missing.items():
+        warnings.warn(f"generator config: missing field {name!r}, taken as {value!r}", stacklevel=3)
+    return known
 
 
 def _read_groups(fields: Mapping[str, Any], problems: list[str]) -> tuple[LayerGroup, ...]:

@@ -1,4 +1,4 @@
-"""Libraries that only some users need: a module's name enters, the module leaves, or the command that installs it."""
+"""Import optional libraries, or raise an error with the command that installs them."""
 
 from __future__ import annotations
 

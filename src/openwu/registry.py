@@ -60,6 +60,11 @@ OPERATOR_OF = "openwu.adapters.operators:operator_of"
 """The function that finds an operator by its name."""
 
 
+def module_of(path: str) -> str:
+    """Return the module of "module:name"."""
+    return path.partition(":")[0]
+
+
 def resolve(path: str) -> Any:
     """Import "module:name" and return the object of that name."""
     module, colon, name = path.partition(":")

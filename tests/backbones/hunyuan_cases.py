@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from openwu.backbones.hunyuan_image_3.memory import Headers, Needs, Room, fits, needs
+from openwu.backbones.hunyuan_image_3.memory import FreeMemory, Headers, Needs, fits, needs
 from openwu.config import GeneratorConfig
 from openwu.generator.checkpoint import needed
 from openwu.generator.model import ParameterGenerator
@@ -74,7 +74,7 @@ def table() -> list[str]:
 
 def _fewest(need: Needs, size: int) -> int:
     """How many GPUs of so many GB it takes."""
-    return next(count for count in range(1, 65) if fits(need, Room((size * 10**9,) * count, None)))
+    return next(count for count in range(1, 65) if fits(need, FreeMemory((size * 10**9,) * count, None)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """A stand-in for HunyuanImage-3.0-Instruct: a small model of our own with the same module names, routing and surface.
 
-It reads text, reasoning and source pictures, says the shape of its picture as a token, and draws with flow matching,
-two guidance rows and a cache of what it has read. This file is also what `save` puts into a folder as the model's own
-code, so it imports nothing but torch, transformers, numpy and Pillow.
+It reads text, reasoning and source pictures, answers with the number of its picture's ratio, and draws with flow
+matching, two guidance rows and a cache of what it has read. It is as strict as the published code: one request in a
+call, a flat list of pictures, no size "auto" to draw at, no guidance of 1, a tokenizer that needs `model_version`.
+This file is also what `save` puts into a folder as the model's own code, so it imports nothing but torch, transformers,
+numpy and Pillow.
 
-Shapes: b requests, n rows, T tokens of a batch, d width, s source or noisy tokens, L tokens read.
+Shapes: n rows, T tokens of a batch, d width, s source or noisy tokens, L tokens read.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,16 +30,20 @@ SIZES = ((32, 32), (24, 40), (40, 24))
 """Heights and widths that it draws."""
 TEXT = slice(ord("a"), ord("z") + 1)
 """Reasoning is written in these letters."""
+PART = 4
+"""Letters of a part of the reasoning; then it ends."""
 
 
 class StandInConfig(PretrainedConfig):
     model_type = "hunyuan_stand_in"
 
     def __init__(
-        self, hidden_size=32, head_dim=8, num_layers=2, num_experts=4, moe_topk=2, expert_size=12, moe_impl="", **rest
-    ):
+        self, hidden_size=32, head_dim=8, num_layers=2, num_experts=4, moe_topk=2, expert_size=12, moe_impl="",
+        moe_drop_tokens=True, **rest
+    ):  # fmt: skip
         self.hidden_size, self.head_dim, self.num_layers = hidden_size, head_dim, num_layers
         self.num_experts, self.moe_topk, self.expert_size, self.moe_impl = num_experts, moe_topk, expert_size, moe_impl
+        self.moe_drop_tokens = moe_drop_tokens
         super().__init__(**rest)
 
 
@@ -160,13 +165,37 @@ class VAE(nn.Module):
 
 class ImageProcessor:
     img_ratio_slice_logits_processor = None
+    vae_reso_group = SIZES
 
     def build_img_ratio_slice_logits_proc(self, tokenizer):
         self.img_ratio_slice_logits_processor = [tokenizer]
 
+    def postprocess_outputs(self, outputs, batch_cond_images, infer_align_image_size=False):
+        """In place: a picture of its source's ratio gets the source's aspect."""
+        (sources,) = batch_cond_images
+        width, height = sources[0].size
+        if infer_align_image_size and nearest(width, height) == outputs[0].size[::-1]:
+            scale = (32 * 32 / (width * height)) ** 0.5
+            outputs[0] = outputs[0].resize((round(width * scale), round(height * scale)))
+
+
+def nearest(width, height):
+    """The size that it draws whose ratio is nearest."""
+    return min(SIZES, key=lambda size: abs(size[0] / size[1] - height / width))
+
+
+class Tokenizer:
+    """Bytes; "(" and "[" begin the parts of the reasoning, ")" and "]" end them."""
+
+    think_token, recaption_token = "(", "["
+    end_of_think_token_id, end_of_recaption_token_id = ord(")"), ord("]")
+
+    def decode(self, tokens):
+        return bytes(tokens).decode()
+
 
 def get_system_prompt(sys_type, bot_task, system_prompt=None):
-    return f" {sys_type}: " if sys_type != "None" else None
+    return f" {sys_type}: "
 
 
 class StandIn(PreTrainedModel, GenerationMixin):
@@ -174,8 +203,8 @@ class StandIn(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.moe_impl != "eager":
-            raise ValueError(f"moe_impl: expected eager, got {config.moe_impl!r}")
+        if config.moe_impl != "eager" or config.moe_drop_tokens:
+            raise ValueError(f"expected experts that drop no tokens, got {config.moe_impl!r} {config.moe_drop_tokens}")
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, self.model.wte.num_embeddings, bias=False)
         self.vae = VAE()
@@ -183,8 +212,7 @@ class StandIn(PreTrainedModel, GenerationMixin):
         self.vision_model = nn.Linear(3, config.hidden_size)
         self.time_embed = nn.Linear(1, config.hidden_size)
         self.final_layer = nn.Linear(config.hidden_size, LATENT)
-        self.tokenizer = None
-        self._tokenizer = SimpleNamespace(think_token="(", recaption_token=")")
+        self._tokenizer = None
         self.image_processor = ImageProcessor()
         self.post_init()
 
@@ -192,48 +220,54 @@ class StandIn(PreTrainedModel, GenerationMixin):
         """Weights come from `save`."""
 
     def load_tokenizer(self, tokenizer):
-        self.tokenizer = json.loads((Path(tokenizer) / "stand_in_tokenizer.json").read_text())
+        assert self.config.model_version == "HunyuanImage-3.0-Instruct"
+        json.loads((Path(tokenizer) / "stand_in_tokenizer.json").read_text())
+        self._tokenizer = Tokenizer()
 
     def prepare_model_inputs(
         self, *, prompt, image, cot_text=None, mode="gen_text", bot_task="auto", image_size="auto", seed=None,
-        max_new_tokens=None, system_prompt=None,
+        max_new_tokens=None, system_prompt=None, infer_align_image_size=False, drop_think=None,
     ):  # fmt: skip
-        if self.tokenizer is None:
-            raise RuntimeError("load_tokenizer first")
-        for texts in (prompt, cot_text, system_prompt):
-            if texts is not None and not (len(texts) == len(prompt) and all(texts)):
-                raise ValueError(f"expected {len(prompt)} texts, none empty, got {texts}")
-        draws = [torch.Generator().manual_seed(each) for each in seed]
-        cot = cot_text or [""] * len(prompt)
+        for each in image:
+            assert isinstance(each, Image.Image), f"`image` should be a list of PIL images, but got {type(each)}"
+        for text in (prompt, cot_text, system_prompt):
+            if text is not None and not (isinstance(text, str) and text):
+                raise ValueError(f"expected one text, not empty, got {text!r}")
+        if cot_text and (getattr(self.generation_config, "drop_think", False) if drop_think is None else drop_think):
+            cot_text = cot_text.rpartition(")")[2]
+        draws = torch.Generator().manual_seed(seed)
         last = DRAW if mode == "gen_image" else {"think": THINK, "recaption": RECAPTION, "img_ratio": RATIO}[bot_task]
-        system = system_prompt or [""] * len(prompt)
-        asked = [before + text for before, text in zip(system, prompt, strict=True)]
-        rows = [self._read(*each, last) for each in zip(asked, cot, image, draws, strict=True)]
+        small = [self._sized(each, infer_align_image_size) for each in image]
+        rows = [self._read((system_prompt or "") + prompt, cot_text or "", small, draws, last)]
         inputs = {"mode": mode, "max_new_tokens": max_new_tokens, "bot_task": bot_task, "rows": rows, "draws": draws}
         if mode == "gen_image":
-            number = 0 if image_size == "auto" else int(image_size.removeprefix("<img_ratio_").removesuffix(">"))
-            inputs["size"] = SIZES[number]
-            inputs["unguided"] = [
-                self._read("", "", pictures, torch.Generator().manual_seed(each), last)
-                for pictures, each in zip(image, seed, strict=True)
-            ]
-        return inputs
+            if image_size == "auto":
+                raise ValueError("`image_size` should be in the format of 'HxW', 'W:H' or <img_ratio_i>, got auto.")
+            if image_size.startswith("<img_ratio_"):
+                inputs["size"] = SIZES[int(image_size.removeprefix("<img_ratio_").removesuffix(">"))]
+            else:
+                first, second = (int(side) for side in image_size.replace(":", "x").split("x"))
+                inputs["size"] = nearest(first, second) if ":" in image_size else nearest(second, first)
+            rows.append(self._read("", "", small, torch.Generator().manual_seed(seed), last))
+        longest = max(len(row) for row in rows)
+        return {**inputs, "input_ids": torch.zeros(len(rows), longest, dtype=torch.long), "batch_cond_images": [image]}
 
     @torch.no_grad()
     def generate(
-        self, *, mode, rows, draws, bot_task, max_new_tokens, size=None, unguided=None, generation_config=None,
-        decode_text=False, do_sample=True, logits_processor=None,
+        self, *, mode, rows, draws, bot_task, max_new_tokens, input_ids, batch_cond_images, size=None,  # noqa: ARG002
+        generation_config=None, do_sample=None, logits_processor=None,
     ):  # fmt: skip
+        how = generation_config or self.generation_config
         if mode == "gen_image":
-            how = generation_config or self.generation_config
             return self._draw(
-                rows, unguided, draws, size,
+                rows, draws, size,
                 diff_infer_steps=how.diff_infer_steps, diff_guidance_scale=how.diff_guidance_scale,
             )  # fmt: skip
-        if do_sample or len(rows) != 1 or (bot_task == "img_ratio") != (logits_processor is not None):
-            raise ValueError("expected one greedy text, and only ratios where one is asked for")
-        text = self._write(rows[0], bot_task, max_new_tokens)
-        return [text] if decode_text else torch.tensor([[*text.encode()]])
+        sample = how.do_sample if do_sample is None else do_sample
+        if (bot_task == "img_ratio") != (logits_processor is not None):
+            raise ValueError("expected only ratios where one is asked for")
+        new = self._write(rows[0], bot_task, max_new_tokens, sample)
+        return torch.cat([input_ids, torch.tensor([new])], dim=1)
 
     def prefill(self, rows):
         """Rows `[L, d]` of any lengths -> `ln_f`'s states `[n, L, d]`, keys and values, the mask; padded in front."""
@@ -254,7 +288,7 @@ class StandIn(PreTrainedModel, GenerationMixin):
         words = [BEGIN, *(prompt.encode() or [NOTHING]), *cot.encode()]
         parts = [self._words(words)]
         for picture in pictures:
-            small = picture.convert("RGB").resize((32, 32))
+            small = picture.resize((32, 32))
             pixels = torch.from_numpy(np.asarray(small, np.float32) / 127.5 - 1).permute(2, 0, 1)
             pixels = pixels.to(self.lm_head.weight)
             parts += [self._words([PICTURE]), self.patch_embed(self.vae.encode(pixels, draws))]
@@ -270,38 +304,49 @@ class StandIn(PreTrainedModel, GenerationMixin):
         angles = index[:, None] * rates
         return 0.5 * torch.cat([angles.sin(), angles.cos()], -1).to(self.lm_head.weight)
 
-    def _write(self, row, task, most):
-        written = ""
-        for _ in range(most):
+    def _sized(self, picture, aligned):
+        """Resized to a size that it draws, or cropped to one."""
+        height, width = nearest(*picture.size)
+        if not aligned:
+            scale = min(picture.width / width, picture.height / height)
+            box = (round(width * scale), round(height * scale))
+            left, top = (picture.width - box[0]) // 2, (picture.height - box[1]) // 2
+            picture = picture.crop((left, top, left + box[0], top + box[1]))
+        return picture.convert("RGB").resize((width, height))
+
+    def _write(self, row, task, most, sample):
+        """Token ids; of the ratio, its number: the logits processor leaves only ratios in the vocabulary."""
+        written = []
+        for number in range(most):
             states, _, _ = self.prefill([row])
             logits = self.lm_head(states[0, -1])
             if task == "img_ratio":
-                return f"<img_ratio_{int(logits[FIRST_RATIO:].argmax())}>"
-            letter = TEXT.start + int(logits[TEXT].argmax())
-            written += chr(letter)
-            row = torch.cat([row, self._words([letter]) + self._places(torch.tensor([len(row)]))])
+                return [int(logits[FIRST_RATIO:].argmax())]
+            if number == PART:
+                return [*written, ord(")" if task == "think" else "]")]
+            letters = logits[TEXT].float()
+            chosen = letters.softmax(-1).multinomial(1) if sample else letters.argmax()
+            written.append(TEXT.start + int(chosen))
+            row = torch.cat([row, self._words(written[-1:]) + self._places(torch.tensor([len(row)]))])
         return written
 
-    def _draw(self, rows, unguided, draws, size, *, diff_infer_steps, diff_guidance_scale):
-        guided = diff_guidance_scale > 1
-        rows = [*rows, *unguided] if guided else rows
+    def _draw(self, rows, draws, size, *, diff_infer_steps, diff_guidance_scale):
+        if diff_guidance_scale <= 1:
+            raise RuntimeError(f"Expected index [{len(rows)}] to be no larger size than src [1]")
         tokens = size[0] // PATCH * (size[1] // PATCH)
-        x = torch.stack([torch.randn(tokens, LATENT, generator=each) for each in draws]).to(self.lm_head.weight)
+        x = torch.randn(tokens, LATENT, generator=draws).to(self.lm_head.weight)[None]
         cache = None
         for step in range(diff_infer_steps):
             time = torch.full((1, 1, 1), 1 - step / diff_infer_steps).to(x)
             if cache is None:
                 _, cache, real = self.prefill(rows)
-            noisy = self.patch_embed(torch.cat([x, x]) if guided else x) + self.time_embed(time)
+            noisy = self.patch_embed(torch.cat([x, x])) + self.time_embed(time)
             noisy = noisy + self._places(torch.arange(500, 500 + tokens))
             seen = F.pad(real, (0, tokens), value=True)[:, None].expand(-1, tokens, -1)
             states, _ = self.model(noisy, seen, cache)
-            velocity = self.final_layer(states)
-            if guided:
-                with_text, without = velocity.chunk(2)
-                velocity = without + diff_guidance_scale * (with_text - without)
-            x = x - velocity / diff_infer_steps
-        return [_picture(self.vae.decode(each, size)) for each in x]
+            with_text, without = self.final_layer(states).chunk(2)
+            x = x - (without + diff_guidance_scale * (with_text - without)) / diff_infer_steps
+        return [_picture(self.vae.decode(x[0], size))]
 
 
 def _picture(pixels):
@@ -313,7 +358,7 @@ def made(**sizes):
     """A model with random weights, its tokenizer read."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = StandIn(StandInConfig(moe_impl="eager", **sizes))
+        model = StandIn(StandInConfig(moe_impl="eager", moe_drop_tokens=False, **sizes))
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=(2.0 if "wg" in name else 1.0) * parameter.shape[1] ** -0.5)
@@ -323,9 +368,9 @@ def made(**sizes):
                 nn.init.uniform_(parameter, 0.5, 1.5)
         nn.init.normal_(model.model.wte.weight, std=0.5)
     model.generation_config = GenerationConfig(
-        diff_guidance_scale=3.0, diff_infer_steps=7, use_system_prompt="en_unified"
+        diff_guidance_scale=3.0, diff_infer_steps=7, use_system_prompt="None", do_sample=True
     )
-    model.tokenizer = {}
+    model._tokenizer = Tokenizer()
     return model.eval()
 
 
@@ -336,7 +381,7 @@ def save(folder, **sizes):
     config = json.loads((folder / "config.json").read_text())
     code = "modeling_hunyuan_stand_in"
     config["auto_map"] = {"AutoConfig": f"{code}.StandInConfig", "AutoModelForCausalLM": f"{code}.StandIn"}
-    config["moe_impl"] = ""  # the folder leaves the choice to whoever loads it
+    config["moe_impl"], config["moe_drop_tokens"] = "", True  # the folder leaves the choice to whoever loads it
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "stand_in_tokenizer.json").write_text("{}")
     shutil.copy(__file__, folder / f"{code}.py")

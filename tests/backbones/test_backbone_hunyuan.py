@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from openwu import attach
 from openwu.adapters.experts import ExpertRouting
 from openwu.adapters.merge import merged
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3, chosen_experts
-from openwu.backbones.hunyuan_image_3.dialogue import inputs_of
+from openwu.backbones.hunyuan_image_3.dialogue import choose_ratio, draw, inputs_of, write_reasoning
 from openwu.config import LayerGroup
 from openwu.editor.compatibility import generator_config, placed
 from openwu.errors import OpenwuError, TargetError
@@ -36,7 +37,6 @@ def base(model: Any) -> HunyuanImage3:
     """Requests are not remembered from one test to the next."""
     made = HunyuanImage3(model)
     made.reasoning_tokens = 4
-    made.max_batch = 4
     return made
 
 
@@ -48,6 +48,18 @@ def edited(base: Any, asked: Sequence[BaseRequest], weights: Any, options: Sampl
             return handle.applied(weights.select(present), rows=[present.index(owner) for owner in owners])
 
         return base.generate(asked, options, rows)
+
+
+def listen(base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `prepare_model_inputs` is called with from now on."""
+    prepare, asked = base.model.prepare_model_inputs, []
+
+    def listening(**how: Any) -> Any:
+        asked.append(how)
+        return prepare(**how)
+
+    monkeypatch.setattr(base.model, "prepare_model_inputs", listening)
+    return asked
 
 
 def test_targets_have_the_released_names_and_stand_in_the_released_order(base: HunyuanImage3) -> None:
@@ -75,7 +87,7 @@ def test_every_target_of_every_expert_receives_gradient(base: HunyuanImage3, mod
         for part in pair:
             part.requires_grad_()
     asked = [BaseRequest((picture(i),), "a long instruction, so that every expert reads " * 2) for i in (1, 2)]
-    rows = inputs_of(model, asked, ["", ""], None)["rows"]
+    rows = [inputs_of(model, each, "", None)["rows"][0] for each in asked]
     with attach(model, weights.targets, routing=ExpertRouting(*base.routing)) as handle, handle.applied(weights):
         states, _, _ = model.prefill([row.detach() for row in rows])
     states.square().mean().backward()
@@ -93,7 +105,7 @@ def test_the_condition_is_the_last_layer_s_output_before_the_last_norm(base: Hun
     request = BaseRequest((picture(1), picture(2)), "make it warm", seed=5, reasoning="because")
     tokens = base.condition([request]).tokens
     with torch.no_grad():
-        (row,) = inputs_of(model, [request], ["because"], "img_ratio")["rows"]
+        (row,) = inputs_of(model, request, "because", "img_ratio", max_new_tokens=1)["rows"]
         x, seen, _ = model.padded([row])
         for layer in model.model.layers:
             x, _ = layer(x, seen)
@@ -140,77 +152,114 @@ def test_a_batch_of_conditions_is_its_samples(base: HunyuanImage3) -> None:
 def test_the_base_reasons_once_and_a_given_reasoning_is_taken(
     base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks: list[tuple[str | None, str, Any]] = []
-    prepare = base.model.prepare_model_inputs
-
-    def listening(**how: Any) -> Any:
-        tasks.append((how.get("bot_task"), how["image_size"], how["cot_text"]))
-        assert how["system_prompt"] == ["en_unified:"], "the one that the folder is used with"
-        return prepare(**how)
-
-    monkeypatch.setattr(base.model, "prepare_model_inputs", listening)
+    asked = listen(base, monkeypatch)
+    base.reasoning_tokens = 20
     request = requests(1)[0]
     base.condition([request])
     base.generate([request], FAST, nothing)
-    (first, _, none), (second, _, thought), (third, _, read), (fourth, size, drawn) = tasks
-    assert (first, second, third, fourth) == ("think", "recaption", "img_ratio", None)
-    assert none is None
-    assert read == drawn
-    assert (len(thought[0]), len(read[0])) == (5, 10), "each part's token, and what was written"
-    assert read[0].startswith(thought[0] + ")")
-    assert size.startswith("<img_ratio_"), "the ratio is not asked for again"
-    tasks.clear()
+    think, recaption, ratio, drawing = asked
+    assert [each.get("bot_task") for each in asked] == ["think", "recaption", "img_ratio", None]
+    assert [each.get("max_new_tokens") for each in asked] == [20, 14, 1, None], "of both parts, and the token between"
+    assert think["cot_text"] is None
+    assert re.fullmatch(r"\([a-z]{4}\)", recaption["cot_text"])
+    assert recaption["drop_think"] is False
+    assert re.fullmatch(r"\([a-z]{4}\)\[[a-z]{4}\]", ratio["cot_text"])
+    assert drawing["cot_text"] == ratio["cot_text"]
+    assert "drop_think" not in drawing
+    assert drawing["image_size"].startswith("<img_ratio_"), "the ratio is not asked for again"
+    asked.clear()
     base.generate([BaseRequest(request.pictures, request.instruction, 1, reasoning="thus")], FAST, nothing)
-    assert [(task, cot) for task, _, cot in tasks] == [("img_ratio", ["thus"]), (None, ["thus"])]
+    assert [(each.get("bot_task"), each["cot_text"]) for each in asked] == [("img_ratio", "thus"), (None, "thus")]
 
 
-def test_requests_with_and_without_reasoning_do_not_share_a_call(base: HunyuanImage3) -> None:
-    """The folder's code takes no empty reasoning."""
-    asked = [BaseRequest((picture(i),), "warm", seed=i, reasoning=text) for i, text in enumerate(("", "so", "", "as"))]
-    seen: list[list[int]] = []
+def test_every_call_has_the_released_pipeline_s_settings(
+    base: HunyuanImage3, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system prompt whatever generation_config names, one flat list of pictures, aligned sizes, words verbatim."""
+    asked = listen(base, monkeypatch)
+    words = "make it warm,\n  please" * 50
+    base.generate([BaseRequest((picture(1), picture(2)), words, 3)], FAST, nothing)
+    assert len(asked) == 3, "four tokens are too few for thinking and rewording"
+    for each in asked:
+        assert each["system_prompt"] == "en_unified:"
+        assert each["prompt"] == words
+        assert [type(image).__name__ for image in each["image"]] == ["Image", "Image"]
+        assert each["infer_align_image_size"] is True
+        assert each["seed"] == 3
+    asked.clear()
+    base.image_size = "24x40"
+    (other,) = base.generate([BaseRequest((picture(1), picture(2)), words, 3)], FAST, nothing)
+    assert other.shape == (3, 24, 40)
+    assert [each["infer_align_image_size"] for each in asked] == [False] * 3, "the condition is another one, too"
+    assert [each.get("image_size") for each in asked] == [None, None, "24x40"]
+    for size, shape in {"1:1": (3, 32, 32), "5:3": (3, 24, 40), "400x240": (3, 40, 24)}.items():
+        base.image_size = size
+        assert base.generate([requests(1)[0]], FAST, nothing)[0].shape == shape
+    for size in ("big", "10", "<img_ratio_3>", "0x10", "10x10x10"):
+        base.image_size = size
+        with pytest.raises(OpenwuError, match="image_size: expected auto, HxW such as 1024x1024, or W:H, got"):
+            base.generate([requests(1)[0]], FAST, nothing)
 
-    def rows(owners: Sequence[int]) -> Any:
-        seen.append(sorted(set(owners)))
-        return nothing(owners)
 
-    together = base.generate(asked, FAST, rows)
-    assert not any({0, 2} & set(each) and {1, 3} & set(each) for each in seen)
-    for request, came in zip(asked, together, strict=True):
-        (alone,) = base.generate([request], FAST, nothing)
-        torch.testing.assert_close(came, alone, rtol=0, atol=1.01 * LEVEL)
-
-
-def test_an_answer_without_a_ratio_leaves_the_shape_to_the_base(base: HunyuanImage3, model: Any) -> None:
-    asked = requests(2)
+def test_a_picture_of_the_source_s_ratio_gets_its_exact_aspect(
+    base: HunyuanImage3, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = model._write
-    model._write = lambda row, _, most: write(row, "text", most)
-    try:
-        pictures = base.generate(asked, FAST, nothing)
-    finally:
-        del model._write
-    assert [picture.shape for picture in pictures] == [(3, 32, 32), (3, 32, 32)]
+
+    def wide(*how: Any) -> list[int]:
+        write(*how)
+        return [1]  # 24 x 40
+
+    monkeypatch.setattr(model, "_write", wide)
+    request = BaseRequest((picture(1, 70, 40),), "warm", 1, reasoning="")
+    (aligned,) = base.generate([request], FAST, nothing)
+    (otherwise,) = base.generate([BaseRequest((picture(1, 40, 40),), "warm", 1, reasoning="")], FAST, nothing)
+    assert aligned.shape == (3, 24, 42)
+    assert otherwise.shape == (3, 24, 40)
+
+
+def test_reasoning_is_sampled_with_the_request_s_seed_where_the_config_says_so(
+    base: HunyuanImage3, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(seed: int) -> str:
+        return write_reasoning(model, BaseRequest((picture(1),), "warm", seed), "auto", 20)
+
+    assert written(1) == written(1)
+    assert len({written(seed) for seed in range(6)}) > 1
+    monkeypatch.setattr(model.vae, "encode", lambda _, __: torch.zeros(16, 8))
+    monkeypatch.setattr(model.generation_config, "do_sample", False)
+    assert len({written(seed) for seed in range(6)}) == 1
+
+
+def test_thoughts_that_later_passes_drop_are_not_kept(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = requests(1)[0]
+    whole = write_reasoning(model, request, "auto", 20)
+    monkeypatch.setattr(model.generation_config, "drop_think", True, raising=False)
+    assert write_reasoning(model, request, "auto", 20) == whole[whole.index("[") :]
 
 
 def test_answers_of_other_kinds_say_what_was_agreed_on(base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch) -> None:
     request = requests(1)[0]
-    monkeypatch.setattr(base.model, "generate", lambda **_: torch.zeros(1, 9, dtype=torch.int64))
-    with pytest.raises(OpenwuError, match=r"generate: expected 1 of str from the folder's code, got Tensor; .*RemoteM"):
+    monkeypatch.setattr(base.model, "generate", lambda **_: ["text"])
+    with pytest.raises(OpenwuError, match=r"generate: expected tokens \[1, more than \d+\] .* got list; .*RemoteModel"):
         base.condition([request])
-    monkeypatch.undo()
-    base.condition([request])
-    monkeypatch.setattr(base.model, "generate", lambda **_: [request.pictures[0], None])
-    with pytest.raises(OpenwuError, match=r"expected 1 of Image from the folder's code, got \['Image', 'NoneType'\]"):
-        base.generate([request], FAST, nothing)
+    with pytest.raises(OpenwuError, match=r"expected a list of one PIL picture from the folder's code, got \['text'\]"):
+        draw(base.model, {}, "auto", 0, 2, 2.0)
+    monkeypatch.setattr(
+        base.model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.full((1, 1), 900)], dim=1)
+    )
+    with pytest.raises(OpenwuError, match="expected the number of one of 3 ratios from the folder's code, got 900"):
+        choose_ratio(base.model, request, "", "auto")
 
 
 def test_only_so_many_requests_are_remembered(base: HunyuanImage3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openwu.backbones.hunyuan_image_3.base.REMEMBERED", 2)
+    monkeypatch.setattr("openwu.backbones.hunyuan_image_3.base.READINGS", 2)
     for seed in range(4):
         base.condition([BaseRequest((picture(1),), "warm", seed=seed, reasoning="")])
     assert len(base._readings) == 2
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [1.5, 3.0])
 def test_an_adapter_changes_the_picture_as_merged_weights_do(base: HunyuanImage3, guidance: float) -> None:
     asked, weights, options = requests(1), adapter(base, 1), SamplingOptions(steps=2, guidance=guidance)
     (alone,) = base.generate(asked, options, nothing)
@@ -241,9 +290,7 @@ def test_each_request_of_a_batch_has_its_own_adapter_seed_and_pictures(base: Hun
                 yield
 
         together = base.generate(asked, FAST, rows)
-    assert max(len(set(owners)) for owners in calls) > 1, "the sizes of this test's pictures must be alike"
-    assert all(list(owners) == list(owners[: len(owners) // 2]) * 2 for owners in calls)
-    base.max_batch = 1
+    assert calls == [[0, 0], [1, 1], [2, 2], [3, 3]], "the folder's code takes one request at a time"
     for i, request in enumerate(asked):
         (alone,) = edited(base, [request], weights.select([i]))
         torch.testing.assert_close(together[i], alone, rtol=0, atol=1.01 * LEVEL)
@@ -252,20 +299,23 @@ def test_each_request_of_a_batch_has_its_own_adapter_seed_and_pictures(base: Hun
 
 def test_progress_counts_the_steps_of_every_call(base: HunyuanImage3) -> None:
     seen: list[tuple[int, int]] = []
-    base.max_batch = 1
     base.generate(requests(2), FAST, nothing, lambda done, total: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_one_request_needs_no_routing_and_several_say_so(base: HunyuanImage3, model: Any) -> None:
-    """A router that says nothing of indices: one request at a time is served all the same."""
+def test_routers_that_say_nothing_of_indices(base: HunyuanImage3, model: Any) -> None:
+    """Requests go one at a time, so that none is needed; rows of several say so."""
     weights = adapter(base, 2)
     asked = requests(2)
     routing = ExpertRouting("gate", lambda output: chosen_experts(output[0]))
     with attach(model, weights.targets, routing=routing) as handle:
-        base.generate(asked[:1], FAST, lambda rows: handle.applied(weights.select([0]), rows=rows))
-        with pytest.raises(TargetError, match=r"router: expected one tensor .*; edit one request at a time"):
-            base.generate(asked, FAST, lambda rows: handle.applied(weights, rows=rows))
+        base.generate(asked, FAST, lambda rows: handle.applied(weights.select([rows[0]])))
+        rows = [inputs_of(model, each, "", None)["rows"][0] for each in asked]
+        with (
+            pytest.raises(TargetError, match=r"router: expected one tensor .*; edit one request at a time"),
+            handle.applied(weights),
+        ):
+            model.prefill(rows)
 
 
 def test_options_that_it_has_not_and_training(base: HunyuanImage3, model: Any) -> None:
@@ -273,20 +323,16 @@ def test_options_that_it_has_not_and_training(base: HunyuanImage3, model: Any) -
         base.options(SamplingOptions(pixels=4096))
     with pytest.raises(OpenwuError, match="true_guidance: expected none"):
         base.options(SamplingOptions(true_guidance=2.0))
-    assert base.options(SamplingOptions()) == SamplingOptions(steps=50, guidance=3.0)
-    kept, model.generation_config = model.generation_config, None
-    try:
-        with pytest.raises(OpenwuError, match=r"guidance: expected a number, since generation_config\.json"):
-            base.options(SamplingOptions())
-    finally:
-        model.generation_config = kept
+    assert base.options(SamplingOptions()) == SamplingOptions(steps=7, guidance=3.0), "of the folder's config"
+    assert base.options(SamplingOptions(steps=3, guidance=2)) == SamplingOptions(steps=3, guidance=2)
+    with pytest.raises(OpenwuError, match=r"guidance: expected above 1, .* both rows, got 1"):
+        base.options(SamplingOptions(guidance=1))
     batch = LatentBatch(torch.zeros(1), {}, base.condition(requests(1)))
     for call in (
         lambda: base.latent_batch(requests(1), [torch.zeros(3, 8, 8)]),
         lambda: base.predict(batch, torch.zeros(1), torch.zeros(1)),
-        lambda: base.drop_conditions(batch, torch.Generator()),
     ):
-        with pytest.raises(OpenwuError, match="training: not supported through hunyuan-image-3"):
+        with pytest.raises(OpenwuError, match="training: expected a base with a loss of its own, got HunyuanImage3"):
             call()
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import tomllib
+import venv
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +22,8 @@ from base_cases import nothing, requests
 from openwu.backbones import quantised
 from openwu.backbones.hunyuan_image_3 import loading as hunyuan_loading
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
-from openwu.backbones.hunyuan_image_3.loading import check_surface, check_version, unquantised
-from openwu.backbones.hunyuan_image_3.memory import Room, read_headers
+from openwu.backbones.hunyuan_image_3.loading import check_version, unquantised
+from openwu.backbones.hunyuan_image_3.memory import FreeMemory, read_headers
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.types import SamplingOptions
 
@@ -43,6 +47,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The stand-in's code works with the transformers that is here; its modules are cached beside the test's files."""
     monkeypatch.setattr(HunyuanImage3, "transformers_version", transformers.__version__)
+    monkeypatch.setattr(HunyuanImage3, "needs_gpu", False)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -124,19 +129,108 @@ def test_another_transformers_is_refused_with_the_command(saved: Path, monkeypat
 
 
 def test_the_extra_names_the_release_that_is_checked() -> None:
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'hunyuan = ["transformers=={REQUIRED}"' in project
+    assert f"transformers=={REQUIRED}" in extra()
+
+
+@pytest.mark.slow
+def test_the_extra_can_be_installed_and_brings_what_the_folder_s_code_imports(tmp_path: Path) -> None:
+    """Resolved as pip would in a fresh environment; nothing is installed."""
+    project = Path(__file__).parents[2]
+    report = tmp_path / "report.json"
+    venv.create(tmp_path / "venv", with_pip=True)
+    pip = [tmp_path / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--dry-run"]
+    subprocess.run([*pip, "--report", report, f"{project}[hunyuan]"], check=True, timeout=550)
+    found = {
+        each["metadata"]["name"].lower(): each["metadata"]["version"]
+        for each in json.loads(report.read_text())["install"]
+    }
+    assert found["transformers"] == REQUIRED
+    assert {"einops", "diffusers", "torchvision", "accelerate", "bitsandbytes", "torch"} <= set(found)
+
+
+def extra() -> list[str]:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    names: list[str] = project["project"]["optional-dependencies"]["hunyuan"]
+    return names
+
+
+def test_a_machine_without_a_gpu_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HunyuanImage3, "needs_gpu", True)
+    with pytest.raises(OpenwuError, match="device: expected a CUDA GPU, got cpu: the folder's code puts tensors there"):
+        load("nowhere")
 
 
 def test_too_little_memory_is_said_before_any_code_runs(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hunyuan_loading.Room, "of", classmethod(lambda *_: Room((), 10**5)))
+    monkeypatch.setattr(hunyuan_loading.FreeMemory, "of", classmethod(lambda *_: FreeMemory((), 10**5)))
     monkeypatch.setattr(hunyuan_loading, "library", lambda *_: pytest.fail("must not load"))
     with pytest.raises(OpenwuError, match=r"generator and adapters 7\.0 GB\), but free are memory 0\.0 GB"):
         load(saved, reserve_bytes=7 * GB)
 
 
+def code(folder: Path, old: str, new: str) -> None:
+    """Change the folder's own code."""
+    path = folder / "modeling_hunyuan_stand_in.py"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def settings(folder: Path, **changed: Any) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+def replaced(old: str, new: str) -> Callable[[Path], None]:
+    return lambda folder: code(folder, old, new)
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+ROUTED = "weights, indices = self.gate(x)"
+SPOILED: dict[str, Callable[[Path], None]] = {
+    r"cannot load this model: .*stand_in_tokenizer": without("stand_in_tokenizer.json"),
+    r"cannot load this model: invalid syntax": replaced("class StandInConfig(", "class StandInConfig(:"),
+    r"no_such_package.*pip install 'openwu\[hunyuan\]'": replaced("import torch\n", "import torch, no_such_package\n"),
+    r"not have generation_config\.diff_infer_steps, gen": without("generation_config.json"),
+    r"not have generation_config\.diff_guidance_scale, which": lambda folder: settings(
+        folder, diff_guidance_scale=None
+    ),
+    r"not have get_system_prompt in its module": replaced("def get_system_prompt", "def other"),
+    r"not have image_processor\.build_img_ratio_s": replaced("build_img_ratio_slice_logits_proc", "other"),
+    r"got the revision of January 2026, .* 45 to 60 GB": replaced(ROUTED, f"dispatch_mask = 0; {ROUTED}"),
+    r"expected the linear maps .*gate_and_up_proj": replaced("gate_and_up_proj", "fused_proj"),
+    r"of another shape, .*time_embed\.weight \(32, 2\), got \(32, 1\)": replaced("nn.Linear(1, ", "nn.Linear(2, "),
+    r"missing or .*more\.bias \(1,\), got none": replaced(
+        "self.vae = VAE()", "self.vae, self.more = VAE(), nn.Linear(1, 1)"
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "spoil"), SPOILED.items(), ids=map(str, range(len(SPOILED))))
+def test_what_is_wrong_is_said_before_weights_are_read(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, message: str, spoil: Callable[[Path], None]
+) -> None:
+    spoil(copy)
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights must not be read")
+    )
+    with pytest.raises(OpenwuError, match=message):
+        load(copy)
+
+
+def test_the_released_pipeline_s_settings_are_loaded(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["moe_impl"], config["moe_drop_tokens"]) == ("", True)
+    assert "model_version" not in config
+    loaded = load(saved).model.config
+    assert (loaded.moe_impl, loaded.moe_drop_tokens) == ("eager", False)
+    assert loaded.model_version == "HunyuanImage-3.0-Instruct"
+
+
 def test_ways_of_loading_that_cannot_be(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OpenwuError, match="offload: expected a GPU"):
+    with pytest.raises(OpenwuError, match="offload: expected a CUDA GPU, got cpu: layers wait in memory"):
         load(saved, offload=True)
     with pytest.raises(OpenwuError, match="expected one of them"):
         load(saved, quantise="8bit", offload=True, device="cuda")
@@ -177,18 +271,24 @@ def test_what_transformers_is_asked_for(
 
     def from_pretrained(folder: str, **given: Any) -> Any:
         seen.update(given, folder=folder)
-        return hunyuan_stand_in.StandIn.from_pretrained(folder, moe_impl="eager")
+        return hunyuan_stand_in.StandIn.from_pretrained(folder, config=given["config"])
 
     fake = SimpleNamespace(
-        AutoModelForCausalLM=SimpleNamespace(from_pretrained=from_pretrained),
+        AutoConfig=transformers.AutoConfig,
+        GenerationConfig=transformers.GenerationConfig,
+        AutoModelForCausalLM=SimpleNamespace(
+            from_pretrained=from_pretrained, from_config=transformers.AutoModelForCausalLM.from_config
+        ),
         BitsAndBytesConfig=lambda **given: given,
         utils=transformers.utils,
     )
     for module in (hunyuan_loading, quantised):
         monkeypatch.setattr(module, "library", lambda *_: fake)
-    monkeypatch.setattr(hunyuan_loading.Room, "of", classmethod(lambda *_: Room((10 * GB,) * gpus, 20 * GB)))
+    monkeypatch.setattr(
+        hunyuan_loading.FreeMemory, "of", classmethod(lambda *_: FreeMemory((10 * GB,) * gpus, 20 * GB))
+    )
     load(saved, device=device, reserve_bytes=GB, **how)
-    assert (seen["trust_remote_code"], seen["moe_impl"], seen["dtype"]) == (True, "eager", "auto")
+    assert (seen["trust_remote_code"], seen["config"].moe_impl, seen["dtype"]) == (True, "eager", "auto")
     assert seen["device_map"] == expected["device_map"]
     budgets = {place: round(size / GB) for place, size in seen.get("max_memory", {}).items()}
     assert budgets == {place: size // GB for place, size in expected.get("max_memory", {}).items()}
@@ -208,40 +308,18 @@ def test_what_stays_unquantised_is_all_but_the_decoder_s_linear_maps(saved: Path
 
 
 def test_code_without_what_is_called_is_named_in_full(copy: Path) -> None:
-    code = copy / "modeling_hunyuan_stand_in.py"
-    text = code.read_text().replace("def load_tokenizer", "def other").replace("cot_text=None, ", "").replace(
-        'cot_text or [""]', '[""]'
-    )  # fmt: skip
-    code.write_text(text.replace("self.ln_f", "self.norm"))
+    code(copy, "def load_tokenizer", "def other")
+    code(copy, "self.ln_f", "self.norm")
     with pytest.raises(
-        CheckpointError,
-        match=r"does not have load_tokenizer\(\), prepare_model_inputs\(cot_text=\), model\.ln_f, which",
+        CheckpointError, match=r"does not have model\.ln_f, load_tokenizer, _tokenizer\.decode, .*which"
     ):
-        load(copy)
-
-
-def test_surface_with_any_arguments_is_enough() -> None:
-    class Anything(hunyuan_stand_in.StandIn):
-        def prepare_model_inputs(self, **_: Any) -> None: ...
-
-    check_surface(Anything(hunyuan_stand_in.StandInConfig(moe_impl="eager")))
-
-
-def test_errors_of_the_folder_s_code_are_ours(copy: Path) -> None:
-    (copy / "stand_in_tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"its own code cannot load this model: .*stand_in_tokenizer"):
-        load(copy)
-
-
-def test_code_that_is_no_python_is_our_error(copy: Path) -> None:
-    (copy / "modeling_hunyuan_stand_in.py").write_text("class StandInConfig(:")
-    with pytest.raises(CheckpointError, match="its own code cannot load this model: invalid syntax"):
         load(copy)
 
 
 def test_more_passes_than_one_for_the_ratio_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load(saved)
     write = base.model._write  # type: ignore[attr-defined]
-    monkeypatch.setattr(base.model, "_write", lambda row, _, __: write(row, "text", 2))
+    monkeypatch.setattr(base.model, "_write", lambda row, *_: [write(row, "think", 2, False), 1][-1:])
+    base.reasoning_tokens = 1
     with pytest.raises(OpenwuError, match=r"expected one pass of the decoder .* got 2"):
         base.condition(requests(1))

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from openwu.backbones.hunyuan_image_3.memory import (
     ROWS,
     TOKENS,
+    FreeMemory,
     Needs,
-    Room,
-    check_room,
+    check_memory,
     fits,
     gpu_budgets,
     needs,
@@ -67,50 +67,51 @@ def test_what_stands_beside_is_counted_from_the_generator_s_folder(tmp_path: Pat
     config, numbers, dtype = read_shape(tmp_path / "generator")
     assert (numbers, dtype) == (generator.num_parameters, torch.float32)
     (layout,) = GeneratorLayout.of(config).groups
-    expected = numbers + 10 * layout.num_positions * 32 + 3 * 2 * 16 * 8
-    assert generator_bytes(tmp_path / "generator", None) == 4 * expected
-    assert generator_bytes(tmp_path / "generator", torch.bfloat16) == 2 * expected
+    stream = layout.num_positions * 32
+    expected = numbers + 9 * stream + 3 * 2 * 16 * 8
+    assert generator_bytes(tmp_path / "generator", None) == 4 * expected + 4 * stream
+    assert generator_bytes(tmp_path / "generator", torch.bfloat16) == 2 * expected + 4 * stream
     with pytest.raises(CheckpointError, match="got none"):
         generator_bytes(tmp_path / "nowhere", None)
 
 
 def test_what_fits() -> None:
     need = Needs(weights=100 * GB, layer=5 * GB, cache=2 * GB, reserve_bytes=10 * GB)
-    assert fits(need, Room((), 120 * GB))
-    assert not fits(need, Room((), 110 * GB))
-    assert fits(need, Room((), None))
-    assert fits(need, Room((141 * GB,), 0))
-    assert not fits(need, Room((80 * GB,), 500 * GB))
+    assert fits(need, FreeMemory((), 120 * GB))
+    assert not fits(need, FreeMemory((), 110 * GB))
+    assert fits(need, FreeMemory((), None))
+    assert fits(need, FreeMemory((141 * GB,), 0))
+    assert not fits(need, FreeMemory((80 * GB,), 500 * GB))
     # 152 GB may be used, and one layer may not fit the end of the first GPU.
-    assert fits(need, Room((80 * GB, 80 * GB), 0))
-    assert not fits(need, Room((60 * GB, 60 * GB), 0))
-    assert not fits(need, Room((12 * GB, 200 * GB), 0)), "generator and cache are on the first one"
-    assert fits(need, Room((48 * GB,), 128 * GB), offload=True)
-    assert not fits(need, Room((48 * GB,), 32 * GB), offload=True)
-    assert not fits(need, Room((20 * GB,), 500 * GB), offload=True), "two layers must be there at once"
+    assert fits(need, FreeMemory((80 * GB, 80 * GB), 0))
+    assert not fits(need, FreeMemory((60 * GB, 60 * GB), 0))
+    assert not fits(need, FreeMemory((12 * GB, 200 * GB), 0)), "generator and cache are on the first one"
+    assert fits(need, FreeMemory((48 * GB,), 128 * GB), offload=True)
+    assert not fits(need, FreeMemory((48 * GB,), 32 * GB), offload=True)
+    assert not fits(need, FreeMemory((20 * GB,), 500 * GB), offload=True), "two layers must be there at once"
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_what_would() -> None:
     headers = hunyuan_cases.released_decoder()
-    how = {"quantise": None, "offload": False, "dtype": None, "beside": 35 * GB}
+    how = {"quantise": None, "offload": False, "dtype": None, "reserve_bytes": 35 * GB}
     with pytest.raises(OpenwuError) as caught:
-        check_room(headers, Room((141 * GB,), 256 * GB), **how)  # type: ignore[arg-type]
+        check_memory(headers, FreeMemory((141 * GB,), 256 * GB), **how)  # type: ignore[arg-type]
     message = str(caught.value)
     assert "needs 199.0 GB (weights 159.7 GB, cache of a request 4.3 GB, generator and adapters 35.0 GB)" in message
     assert "free are cuda:0 141.0 GB, memory 256.0 GB" in message
     assert "what would fit: --quantise 8bit (119.3 GB), --quantise 4bit (84.2 GB), --offload (199.0 GB)" in message
     with pytest.raises(OpenwuError, match="no option makes it fit here; use more or larger GPUs"):
-        check_room(headers, Room((24 * GB,), 64 * GB), **how)  # type: ignore[arg-type]
+        check_memory(headers, FreeMemory((24 * GB,), 64 * GB), **how)  # type: ignore[arg-type]
     with pytest.raises(OpenwuError, match=r"but free are memory 64\.0 GB"):
-        check_room(headers, Room((), 64 * GB), **how)  # type: ignore[arg-type]
-    assert check_room(headers, Room((141 * GB,) * 2, None), **how).total == 199_030_840_832  # type: ignore[arg-type]
+        check_memory(headers, FreeMemory((), 64 * GB), **how)  # type: ignore[arg-type]
+    assert check_memory(headers, FreeMemory((141 * GB,) * 2, None), **how).total == 199_030_840_832  # type: ignore[arg-type]
 
 
 def test_budgets_leave_room_for_generator_and_cache() -> None:
     need = Needs(weights=100 * GB, layer=5 * GB, cache=2 * GB, reserve_bytes=10 * GB)
-    assert gpu_budgets(need, Room((100 * GB, 100 * GB), 64 * GB), offload=False) == {0: 83 * GB, 1: 94 * GB}
-    assert gpu_budgets(need, Room((100 * GB,), 100 * GB, first=3), offload=True) == {3: 83 * GB, "cpu": 95 * GB}
-    assert gpu_budgets(need, Room((8 * GB,), None), offload=True) == {0: 0, "cpu": 100 * GB}
+    assert gpu_budgets(need, FreeMemory((100 * GB, 100 * GB), 64 * GB), offload=False) == {0: 83 * GB, 1: 94 * GB}
+    assert gpu_budgets(need, FreeMemory((100 * GB,), 100 * GB, first=3), offload=True) == {3: 83 * GB, "cpu": 95 * GB}
+    assert gpu_budgets(need, FreeMemory((8 * GB,), None), offload=True) == {0: 0, "cpu": 100 * GB}
 
 
 def test_files_of_an_index_that_are_not_there(tmp_path: Path) -> None:

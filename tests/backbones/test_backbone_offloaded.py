@@ -35,7 +35,6 @@ LEVEL = 1 / 255
 def hunyuan() -> Any:
     base = HunyuanImage3(hunyuan_stand_in.made())
     base.reasoning_tokens = 2
-    base.max_batch = 2
     return base
 
 
@@ -86,7 +85,7 @@ def gradients(base: Any, weights: Adapter) -> dict[str, Tensor]:
     routing = None if base.routing is None else ExpertRouting(*base.routing)
     with attach(base.denoiser, weights.targets, routing=routing) as handle, handle.applied(trained):
         if isinstance(base, HunyuanImage3):
-            rows = inputs_of(base.model, requests(2), ["", ""], None)["rows"]
+            rows = [inputs_of(base.model, each, "", None)["rows"][0] for each in requests(2)]
             output = base.model.prefill([row.detach() for row in rows])[0]  # type: ignore[attr-defined]
         else:
             batch = base.latent_batch(requests(2), [torch.zeros(3, 64, 64)] * 2)

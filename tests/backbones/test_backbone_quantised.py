@@ -54,6 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The stand-in works with the transformers that is here, and thinks briefly."""
     monkeypatch.setattr(HunyuanImage3, "transformers_version", transformers.__version__)
+    monkeypatch.setattr(HunyuanImage3, "needs_gpu", False)
     monkeypatch.setattr(HunyuanImage3, "reasoning_tokens", 2)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -206,7 +207,7 @@ def test_gradients_reach_every_adapter_also_after_a_pass_without(base: Any) -> N
     if isinstance(base, HunyuanImage3):
         from openwu.backbones.hunyuan_image_3.dialogue import inputs_of
 
-        given = [row.detach() for row in inputs_of(base.model, asked, ["", ""], None)["rows"]]
+        given = [inputs_of(base.model, each, "", None)["rows"][0].detach() for each in asked]
 
         def run() -> Tensor:
             return base.model.prefill(given)[0]  # type: ignore[attr-defined, no-any-return]

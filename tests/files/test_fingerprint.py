@@ -94,3 +94,8 @@ def test_an_experiment_depends_on_the_sentences_the_model_and_the_loop_but_on_no
     assert json.loads(files["openwu.data.suite.phrases/phrases.json"].read_text(encoding="utf-8"))
     assert {"openwu.training.loop", "openwu.backbones.embedded.network", "openwu.generator.model"} <= files.keys()
     assert not {"openwu.evaluation.experiments.continual", "openwu.cli.lab", "openwu.editor.editor"} & files.keys()
+
+
+def test_the_module_that_reads_declarations_declares_none() -> None:
+    assert "openwu.files.fingerprint" in code_files("openwu.files.fingerprint")
+    assert all(file.is_file() for file in code_files("openwu.editor.editor").values())

@@ -49,6 +49,29 @@ def test_bookkeeping_of_other_libraries_is_kept(released_fields: dict[str, Any])
     assert config == GeneratorConfig.from_dict(released_fields)
 
 
+def test_released_form_is_read_as_the_released_code_reads_it(released_fields: dict[str, Any]) -> None:
+    """Unknown fields are kept, missing ones have its defaults, and a warning names each."""
+    left_out = ("alpha", "prefix", "num_base_model_layers", "output_dim")
+    fields = {key: value for key, value in released_fields.items() if key not in left_out}
+    with pytest.warns(UserWarning, match="generator config: ") as caught:
+        config = GeneratorConfig.from_dict({**fields, "use_cache": False})
+    assert [str(each.message).removeprefix("generator config: ") for each in caught] == [
+        "unknown field 'use_cache', which changes nothing",
+        "missing field 'alpha', taken as 64",
+        "missing field 'num_base_model_layers', taken as 32",
+        "missing field 'prefix', taken as 'model.layers.'",
+        "missing field 'output_dim', taken as 1024",
+    ]
+    assert (config.alpha, config.groups[0].prefix, config.groups[0].num_layers) == (64, "model.layers.", 32)
+    assert config.to_dict()["use_cache"] is False
+    del fields["pg_mapping"]
+    with (
+        pytest.warns(UserWarning, match="missing field"),
+        pytest.raises(ConfigError, match="missing field 'pg_mapping'"),
+    ):
+        GeneratorConfig.from_dict(fields)
+
+
 def test_paths_with_and_without_an_index() -> None:
     targets = (PlainTarget("conv1", 2, 3),)
     assert LayerGroup("body.", 4, targets).layer_path(3) == "body.3."
@@ -57,7 +80,7 @@ def test_paths_with_and_without_an_index() -> None:
 
 
 def test_all_problems_come_in_one_error(released_fields: dict[str, Any]) -> None:
-    fields = {key: value for key, value in released_fields.items() if key not in ("alpha", "prefix")}
+    fields = dict(released_fields)
     fields |= {
         "model_type": "bert",
         "rank": 6,
@@ -65,7 +88,6 @@ def test_all_problems_come_in_one_error(released_fields: dict[str, Any]) -> None
         "input_dim": -1,
         "output_dim": 512,
         "num_base_model_layers": True,
-        "num_layers": 3,
         "pg_mapping": {
             "bad name.": {"lora_A_dim": 1, "lora_B_dim": 1},
             "q": {"lora_A_dim": 1.5, "lora_C_dim": 2},
@@ -78,9 +100,6 @@ def test_all_problems_come_in_one_error(released_fields: dict[str, Any]) -> None
         GeneratorConfig.from_dict(fields)
     message = str(caught.value)
     for part in (
-        "missing field 'alpha'",
-        "missing field 'prefix'",
-        "unknown field 'num_layers'",
         "model_type: expected 'parameter_generator', got 'bert'",
         "rank: expected a multiple of dim_accumulation (4), got 6",
         "head_dim: expected a whole number above 0, got '128'",
@@ -98,7 +117,7 @@ def test_all_problems_come_in_one_error(released_fields: dict[str, Any]) -> None
         "f: sub_weights: expected an object name -> widths with at least one entry, got {}",
     ):
         assert part in message
-    assert len(caught.value.problems) == 18
+    assert len(caught.value.problems) == 15
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, OpenwuError)
 

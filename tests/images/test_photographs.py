@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, features
 
 from openwu.errors import PictureError
-from openwu.images import Photo, check_picture, encode_picture, read_picture, write_picture
+from openwu.images import Photo, check_output, check_picture, encode_picture, read_picture, write_picture
 from openwu.images.colour import ADOBE_RGB, matrix_profile
 from openwu.images.read import READABLE
 from openwu.images.source import RAW_SUFFIXES, Source
@@ -116,7 +117,7 @@ def test_planar_cmyk_is_the_same_as_chunky() -> None:
         assert read.mode == "CMYK"
 
 
-def test_extra_channels_are_left_out_and_said() -> None:
+def test_extra_channels_are_left_out_and_noted() -> None:
     values = noise(6, 8, 6)
     read = read_picture(tiff(values, 8, 2, t152=(3, (2, 0, 0))))
     assert np.array_equal(read.pixels, values[:, :, :3])
@@ -132,8 +133,9 @@ def test_extra_channels_are_left_out_and_said() -> None:
         (tiff(noise(3, 3, 3), 8, 9), r"this kind of TIFF is not supported \(colour model 9"),
         (tiff(noise(3, 3, 1), 8, 1, t142=(4, 65536), t143=(4, 65536), t144=(4, 8)), "tiles are of 4295 megapixels"),
         (tiff(noise(3, 3, 1), 8, 1, t111=(4, 400)), "its pixels end behind the file"),
+        (tiff(noise(3, 3, 3), 8, 2, t103=(3, 50001)), "TIFF with the compression 50001 is not supported"),
     ],
-    ids=["signed", "floats", "ICC Lab", "tile bomb", "cut"],
+    ids=["signed", "floats", "ICC Lab", "tile bomb", "cut", "WebP inside"],
 )
 def test_tiff_that_would_be_read_wrongly_is_refused(file: bytes, words: str) -> None:
     with pytest.raises(PictureError, match=words):
@@ -295,7 +297,7 @@ def jpeg_with_everything(path: Path, xmp: bytes = XMP) -> None:
 
 
 @pytest.mark.parametrize("target", WRITTEN)
-def test_xmp_iptc_and_comments_are_kept_or_said(tmp_path: Path, target: str) -> None:
+def test_xmp_iptc_and_comments_are_kept_or_noted(tmp_path: Path, target: str) -> None:
     jpeg_with_everything(tmp_path / "a.jpg")
     read = read_picture(tmp_path / "a.jpg")
     notes = write_picture(read, tmp_path / f"b{target}")
@@ -468,7 +470,7 @@ def test_adobe_rgb_of_cameras_becomes_a_profile(tmp_path: Path) -> None:
     assert np.abs(to_srgb(read).astype(int) - [231, 58, 59]).max() <= 4
 
 
-def test_a_profile_for_other_pixels_is_left_out_and_said() -> None:
+def test_a_profile_for_other_pixels_is_left_out_and_noted() -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     image = Image.new("RGB", (4, 4))
     image.info["icc_profile"] = lab
@@ -482,6 +484,36 @@ def test_profile_of_a_bmp_file() -> None:
     header += struct.pack("<IIII", 0, 124 + 16, len(profile), 0)
     data = b"BM" + struct.pack("<IHHI", 14 + 140 + len(profile), 0, 0, 14 + 124) + header + bytes(16) + profile
     assert read_picture(data).icc == profile
+
+
+def test_profile_of_a_jpeg_2000_file(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(noise(16, 16, 3)).save(tmp_path / "a.jp2")
+    data = (tmp_path / "a.jp2").read_bytes()
+    header, box = data.index(b"jp2h"), data.index(b"colr")
+    length = struct.unpack(">I", data[box - 4 : box])[0]
+    assert read_picture(data).icc is None
+
+    def declaring(content: bytes) -> bytes:
+        whole = struct.unpack(">I", data[header - 4 : header])[0] + 8 + len(content) - length
+        colour = struct.pack(">I", 8 + len(content)) + b"colr" + content
+        return (
+            data[: header - 4] + struct.pack(">I", whole) + data[header : box - 4] + colour + data[box - 4 + length :]
+        )
+
+    assert read_picture(declaring(b"\x02\0\0" + profile)).icc == profile
+    refused(declaring(b"\x01\0\0" + struct.pack(">I", 21)), "declares the colour space 21, which is not supported")
+
+
+@pytest.mark.parametrize("boxed", [True, False], ids=["jp2", "codestream"])
+def test_deep_colour_of_jpeg_2000_is_refused(tmp_path: Path, boxed: bool) -> None:
+    """Pillow would make white black; the file has 8 bits and says 16, which its header alone is read for."""
+    Image.fromarray(noise(16, 16, 3)).save(tmp_path / "a.jp2", no_jp2=not boxed)
+    data = bytearray((tmp_path / "a.jp2").read_bytes())
+    assert read_picture(bytes(data)).size == (16, 16)
+    place = data.index(b"\xff\x4f\xff\x51") + 42
+    data[place : place + 9 : 3] = bytes([15] * 3)
+    refused(bytes(data), "JPEG 2000 with 16 bits per channel of colour is not supported; convert it to PNG or TIFF")
 
 
 # Traps, messages, formats
@@ -521,7 +553,7 @@ def test_only_lines_of_libtiff_are_taken_out_of_stderr(capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == "mine\n"
 
 
-def test_deep_colour_that_pillow_narrows_is_said() -> None:
+def test_deep_colour_that_pillow_narrows_is_noted() -> None:
     read = read_picture(b"P6 # a comment\n4 4\n65535\n" + bytes(96))
     assert read.notes == ("16 bits per channel are read as 8",)
 
@@ -565,6 +597,18 @@ def test_interlaced_16_bit_png(tmp_path: Path) -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 13, 11, 16, 2, 0, 0, 1))
     data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(parts)) + chunk(b"IEND", b"")
     assert np.array_equal(read_picture(data).pixels, values)
+
+
+def test_names_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PictureError, match="cannot be written: File name too long; choose another name"):
+        check_output(tmp_path / f"{'y' * 260}.png")
+
+    def denied(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(PictureError, match="cannot be written: Permission denied; choose another name"):
+        check_output(tmp_path / "a.png")
 
 
 WRITE_AND_WAIT = """

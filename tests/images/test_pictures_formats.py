@@ -319,7 +319,7 @@ def test_a_huge_16_bit_picture_is_refused_from_the_header(tmp_path: Path) -> Non
         read_picture(tmp_path / "a.png")
 
 
-def test_an_opened_image_has_no_16_bit_colour_and_says_so(tmp_path: Path) -> None:
+def test_an_opened_image_has_no_16_bit_colour_and_notes_it(tmp_path: Path) -> None:
     make(tmp_path / "a.png", "rgb 16", 1, None)
     with Image.open(tmp_path / "a.png") as image:
         read = read_picture(image)
@@ -376,7 +376,7 @@ def test_a_truncated_file_is_refused(
 
 
 @pytest.mark.parametrize("primary", [0, 1, 2])
-def test_heic_with_several_pictures_gives_the_primary_one_and_says_so(tmp_path: Path, primary: int) -> None:
+def test_heic_with_several_pictures_gives_the_primary_one_and_notes_it(tmp_path: Path, primary: int) -> None:
     need(".heic")
     frames = [Image.new("RGB", (64, 64), (90 * k, 0, 0)) for k in range(3)]
     frames[0].save(tmp_path / "a.heic", save_all=True, append_images=frames[1:], primary_index=primary)

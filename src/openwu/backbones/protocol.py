@@ -27,6 +27,7 @@ from openwu.errors import OpenwuError
 from openwu.files.weights import sampled_digest
 from openwu.images import Photo
 from openwu.images.colour import Pixels
+from openwu.images.instruction import check_prompt
 from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, SamplingOptions, Understood
 
 RowScope = Callable[[Sequence[int]], AbstractContextManager[None]]
@@ -219,6 +220,10 @@ class Backbone(ConditionEncoder):
         return f"{type(self).__qualname__} {sampled_digest({**modules, '': self.denoiser})}"
 
     # Editing
+
+    def check_instruction(self, text: object) -> str:
+        """Check an instruction and return it as the base reads it: by default any text, verbatim."""
+        return check_prompt(text)
 
     def read(
         self, photos: tuple[Photo, ...], instructions: tuple[str, ...], seed: int = 0, reasoning: str | None = None

@@ -6,7 +6,6 @@ Only the standard library is imported here, so that `--help` is instant; a verb 
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import os
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from openwu import __version__
 from openwu.cli.console import USAGE, Parser, UsageError, complain, say
 from openwu.errors import InstructionError, OpenwuError
+from openwu.registry import resolve
 
 FAILED, STOPPED, PIPE_CLOSED = 1, 130, 141
 
@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    module, _, function = arguments.run.partition(":")
-    verb = getattr(importlib.import_module(module), function)
+    verb = resolve(arguments.run)
     if arguments.verb == "train":
         folder = verb(arguments.recipe, arguments.overrides, output=arguments.output, stages=arguments.stages)
         if os.environ.get("RANK", "0") == "0":  # Of several processes that train together, one speaks.

@@ -13,7 +13,6 @@ Shapes: h, w the sides of a picture as the generator reads it.
 
 from __future__ import annotations
 
-import functools
 import json
 import operator
 import re
@@ -32,7 +31,8 @@ from torch import Tensor, nn
 
 from openwu.editor.store import AdapterStore
 from openwu.errors import TargetError
-from openwu.files.hashing import SHA256, add_tensor, fastest, of_bytes, of_json, of_pieces
+from openwu.files.fingerprint import code_digest
+from openwu.files.hashing import SHA256, add_tensor, fastest, of_json, of_pieces
 from openwu.types import Adapter, Target
 from openwu.version import __version__
 
@@ -92,6 +92,8 @@ MEMORY_BYTES = 256 * 2**20
 DISK_BYTES = 2 * 2**30
 KEY_VERSION = 4
 """Changed when a key would mean something else than before."""
+EDITOR = "openwu.editor.editor"
+"""The module whose code, with everything that it imports, computes adapters."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 _COUNTED = ("memory_hits", "disk_hits", "misses", "evictions", "dropped", "unwritten")
 
@@ -219,9 +221,13 @@ class AdapterCache:
 class GeneratorIdentity:
     """What makes one generator's adapters differ from another's: weights, sizes and code of all that takes part."""
 
-    def __init__(self, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> None:
-        """`parts`: name -> module, of everything between a request and its adapter. `config`: plain JSON values."""
+    def __init__(self, parts: Mapping[str, nn.Module], config: Mapping[str, Any], code: Sequence[str] = ()) -> None:
+        """`parts`: name -> module, of everything between a request and its adapter. `config`: plain JSON values.
+
+        `code`: modules of the package that compute adapters beside the editor, such as a base's.
+        """
         self._parts = dict(parts)
+        self._code = code_digest(EDITOR, *code)
         self._config = json.dumps(config, sort_keys=True)
         self._known: tuple[_Weights, str] | None = None
 
@@ -240,7 +246,7 @@ class GeneratorIdentity:
         return known[1]
 
     def _compute(self) -> str:
-        digest = of_json([__version__, code_digest(), self._config])
+        digest = of_json([__version__, self._code, self._config])
         for name, part in sorted(self._parts.items()):
             for key, tensor in part.state_dict().items():
                 add_tensor(digest, f"{name}.{key}", tensor)
@@ -312,16 +318,6 @@ def request_key(
         data = np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data
         digest.update(of_pieces(data, new) if name == SHA256.name else data)
     return digest.hexdigest()
-
-
-@functools.cache
-def code_digest() -> str:
-    """A hash of the package's source, so that changed code never finds what older code made."""
-    folder = Path(__file__).parents[1]
-    files = sorted(folder.rglob("*.py"))
-    return of_bytes(
-        json.dumps(file.relative_to(folder).as_posix()).encode() + file.read_bytes() for file in files
-    ).hexdigest()
 
 
 def _check_key(key: str) -> None:

@@ -43,7 +43,7 @@ from openwu.export.fit import with_kernels
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.images import Photo, read_picture
-from openwu.images.instruction import check_instruction
+from openwu.registry import OPERATORS, module_of
 from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions, Understood
 
 
@@ -180,13 +180,13 @@ class Editor:
         Raises OpenwuError as `edit` does, and for an instruction that asks for several edits.
         """
         check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
-        request = EditRequest(images, check_instruction(instruction), seed=seed, reasoning=reasoning)
+        request = EditRequest(images, instruction, seed=seed, reasoning=reasoning)
         self._check([request], allow_out_of_scope, None)
         task = self._task(request, self._photos(request), None, False, not allow_out_of_scope)
         if len(task.job.instructions) > 1:
             raise InstructionError(
-                f"instruction: {instruction!r} asks for several edits ({task.summary}); adapt to one at a time, and add "
-                "adapters up with Adapter.sum"
+                f"instruction: {instruction!r} asks for several edits ({task.summary}); adapt to one at a time, and "
+                "add the adapters up with Adapter.sum"
             )
         (adapter,) = self._adapters([task.job], allow_out_of_scope, 1, {})
         return adapter if task.factor(0) == 1 else adapter.scaled(task.factor(0))
@@ -227,7 +227,9 @@ class Editor:
         for owner, encoder in {"base": self.backbone, "encoder": self.encoder}.items():
             writers |= {f"{owner}.{name}": module for name, module in encoder.weights().items()}
         described = {"generator": self.generator.config.to_dict(), "base": self.backbone.identity}
-        return GeneratorIdentity(writers, {**described, "encoder": self.encoder.identity})
+        code = [type(self.backbone).__module__, type(self.encoder).__module__, *map(module_of, OPERATORS.values())]
+        ours = [name for name in code if name.startswith("openwu.")]
+        return GeneratorIdentity(writers, {**described, "encoder": self.encoder.identity}, ours)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -319,7 +321,7 @@ class Editor:
     ) -> Task:
         """Make a job of a request and its decoded pictures, and see what the base takes the instructions for."""
         first = None if request.edit is None else self._named(request.edit)
-        texts = checked_instructions(request, given, first)
+        texts = checked_instructions(request, given, self.backbone.check_instruction, first)
         job = self.backbone.read(photos, texts, request.seed, request.reasoning)
         if texts == ("",):  # an adapter without words
             return Task(request, job, None)

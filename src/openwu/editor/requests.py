@@ -20,7 +20,6 @@ from PIL import Image
 from openwu.backbones.protocol import EditJob
 from openwu.errors import InstructionError, OpenwuError, PictureError
 from openwu.images import Photo, Readable, encode_picture, write_picture
-from openwu.images.instruction import check_instruction
 from openwu.types import Adapter, SamplingOptions, Understood
 
 Progress = Callable[[int, int], None]
@@ -116,10 +115,11 @@ def check_request(request: EditRequest) -> None:
     """Raise OpenwuError that names the field of a wrong value; instructions and pictures are checked when read."""
     if not isinstance(request, EditRequest):
         raise OpenwuError(f"requests: expected EditRequest objects, got {type(request).__name__}")
-    strength, seed = request.strength, request.seed
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not math.isfinite(strength):
+    strength: object = request.strength
+    seed: object = request.seed
+    if isinstance(strength, bool) or not isinstance(strength, float | Real) or not math.isfinite(strength):
         raise OpenwuError(f"strength: expected a finite number, 1 for the edit as asked, got {strength!r}")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, int | Integral) or not 0 <= seed < 2**63:
         raise OpenwuError(f"seed: expected a whole number from 0 to {2**63 - 1}, got {seed!r}; leave it out for 0")
     if not isinstance(request.then, str | Sequence):
         raise InstructionError(f"then: expected a text or a list of texts, got {type(request.then).__name__}")
@@ -164,7 +164,9 @@ def with_instruction(adapter: Adapter, instruction: str) -> Adapter:
     return adapter if adapter.instructions == own else replace(adapter, instructions=own)
 
 
-def checked_instructions(request: EditRequest, given: Adapter | None, first: str | None = None) -> tuple[str, ...]:
+def checked_instructions(
+    request: EditRequest, given: Adapter | None, check: Callable[[object], str], first: str | None = None
+) -> tuple[str, ...]:
     """Check a request's instructions; where it has none, take those that a given adapter was generated for.
 
     `first`: the sentence of `request.edit`.
@@ -172,7 +174,7 @@ def checked_instructions(request: EditRequest, given: Adapter | None, first: str
     if given is not None and not request.instruction:
         return instructions_of(given) or ("",)
     then = (request.then,) if isinstance(request.then, str) else request.then
-    return tuple(check_instruction(text) for text in (first or request.instruction, *(then or ())))
+    return tuple(check(text) for text in (first or request.instruction, *then))
 
 
 def listed(images: Picture | Sequence[Picture]) -> list[Picture]:

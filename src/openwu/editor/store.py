@@ -1,4 +1,4 @@
-"""A folder of cached adapters within a bound of bytes: a key and an `Adapter` enter, the same adapter leaves, or None.
+"""Store cached adapters in a folder of bounded size that several processes may share.
 
 One safetensors file per key, with its own checksum. A file appears whole, by renaming, and is read in one go, so that
 any number of processes may share a folder without locks: what one of them evicts meanwhile is a miss for the others.

@@ -20,7 +20,7 @@ from openwu.errors import OpenwuError
 from openwu.files.hashing import add_tensor, of_bytes, of_json
 
 PACKAGE = __name__.partition(".")[0]
-DATA_FILES = "DATA_FILES"
+DECLARATION = "DATA_FILES"
 """Name of a module's constant: a literal tuple of the files beside it whose contents its functions read."""
 
 
@@ -37,6 +37,7 @@ def fingerprint(settings: Mapping[str, Any], *frozen: nn.Module, code: str) -> s
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def code_digest(*modules: str) -> str:
     """Return the SHA-256 of the source and data files of modules and of everything of the package that they import."""
     return of_bytes(
@@ -114,7 +115,7 @@ def _runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _declared_data(node: ast.stmt) -> tuple[str, ...]:
-    if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == DATA_FILES for t in node.targets):
+    if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == DECLARATION for t in node.targets):
         files: tuple[str, ...] = ast.literal_eval(node.value)
         return files
     return ()

@@ -1,4 +1,4 @@
-"""The parameter generator: a condition goes in, an adapter comes out.
+"""The parameter generator: a transformer that computes adapters from conditions.
 
 `layout` says where every generated number stands, `blocks` holds the transformer's parts, `model` joins them, and
 `checkpoint` reads and writes folders. Beside them stands the fast path for inference: `fast` joins `stages` (a block in

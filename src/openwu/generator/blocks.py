@@ -1,4 +1,4 @@
-"""The generator's building blocks: parameter tokens and the condition go in, the refined tokens come out.
+"""Transformer blocks of the parameter generator: attention along both axes, cross-attention, feed-forward.
 
 Shapes: b samples, n base layers, p positions of one base layer (hw), L condition tokens (l in suffixes), d width,
 m heads, D = d / m head width (e in suffixes). In `Attention`: s sequences, q queries, k keys. A suffix names the axes:

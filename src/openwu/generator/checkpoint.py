@@ -1,4 +1,4 @@
-"""What a generator needs in memory before it is loaded: its folder enters, bytes leave.
+"""Read and write generator folders, the released checkpoint included; estimate their memory before loading.
 
 Shapes: n base layers of a group, hw positions of one, d width.
 """
@@ -247,8 +247,8 @@ def _error(folder: Path, problems: Iterable[str]) -> CheckpointError:
     return CheckpointError.listing(f"{folder}: {count} in this checkpoint:", listed)
 
 
-FEED_FORWARD = 10
-"""Numbers per position and width in a block's feed-forward: the residual, its norm, 4 before and 4 after silu."""
+FEED_FORWARD = 9
+"""Numbers per position and width in a block's feed-forward beside the residual: its norm, 4 before and 4 after silu."""
 
 COPIES = 3
 """An adapter as generated, at its strength, and stacked for the base's call."""
@@ -264,5 +264,6 @@ def needed(config: GeneratorConfig, numbers: int, dtype: torch.dtype) -> int:
     """The same for a generator of `numbers` parameters: groups go through the blocks one after another."""
     layout = GeneratorLayout.of(config)
     positions = max(group.num_positions for group in layout.groups)
-    activations = FEED_FORWARD * positions * config.d_model
-    return (numbers + activations + COPIES * layout.adapter_size) * dtype.itemsize
+    width = positions * config.d_model
+    stream = width * torch.promote_types(dtype, torch.float32).itemsize
+    return (numbers + FEED_FORWARD * width + COPIES * layout.adapter_size) * dtype.itemsize + stream

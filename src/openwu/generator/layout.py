@@ -1,4 +1,4 @@
-"""Targets <-> tokens: where every generated number of every target stands in the generator's sequence.
+"""Map the factors of every target to parameter tokens of the generator's sequence, and back.
 
 `pack` turns factors by target name into parameter tokens, `unpack` does the reverse. Pure arithmetic on shapes; nothing
 here has weights.

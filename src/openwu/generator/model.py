@@ -29,7 +29,7 @@ class ParameterGenerator(nn.Module):
     """Reads a condition `[b, L, input_dim]`, with further segments of other widths if the config names them, and
     writes the adapter of every sample.
 
-    Dtypes: the residual stream has `residual_dtype`, by default the parameters' dtype, with or without autocast. The
+    Dtypes: the residual stream has `stream_dtype`, with or without autocast. The
     adapter has the dtype that the output projections return: the parameters' dtype, or autocast's inside of autocast.
     """
 
@@ -52,6 +52,14 @@ class ParameterGenerator(nn.Module):
         self.norm_final = RMSNorm(config.d_model)
         self.groups = nn.ModuleDict({layout.name: GroupTokens(layout, config) for layout in self.layout.groups})
         self.init_weights(b_init_std)
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream: `residual_dtype` if set, else the parameters' dtype, but at least float32.
+
+        The released code has a float32 stream, too: under autocast its RMSNorm returns float32.
+        """
+        return self.residual_dtype or torch.promote_types(self.hidden_in.weight.dtype, torch.float32)
 
     @property
     def num_parameters(self) -> int:
@@ -154,7 +162,7 @@ class ParameterGenerator(nn.Module):
 
     def _refined(self, x_bnpd: Tensor, c_bld: Tensor, mask_bl: Tensor | None, layout: GroupLayout) -> Tensor:
         """The sequence of one group after all blocks, in the residual dtype."""
-        x_bnpd = x_bnpd.to(self.residual_dtype or self.hidden_in.weight.dtype)
+        x_bnpd = x_bnpd.to(self.stream_dtype)
         angles = self.angles(layout, c_bld, mask_bl)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

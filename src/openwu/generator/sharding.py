@@ -1,4 +1,4 @@
-"""One generator over several processes: a condition goes in on every one, its adapter comes out, in whole or in parts.
+"""Run one generator over several processes, each with a part of the sequence (sequence parallelism).
 
 Every process holds all weights and works on a part of the sequence. Attention along base layers needs all layers of a
 position, everything else all positions of a layer; so the sequence changes hands twice per block (all-to-all): cut by
@@ -111,7 +111,7 @@ class ShardedGenerator:
         own = angles._replace(cross_queries=asked)
         x_npd = generator.norm_tokens(tokens.queries_npd())
         x = x_npd[:, first:last].expand(len(c_bld), -1, -1, -1)
-        x = x.to(generator.residual_dtype or generator.hidden_in.weight.dtype)
+        x = x.to(generator.stream_dtype)
         for number, block in enumerate(generator.blocks):
             assert isinstance(block, Block)
             if number:
@@ -128,7 +128,7 @@ class ShardedGenerator:
         (start, stop), (first, last) = self._own(layout)
         dtype = generator.hidden_in.weight.dtype
         fast.pack(dtype)
-        x_npd = generator.norm_tokens(tokens.queries_npd()).to(generator.residual_dtype or dtype)
+        x_npd = generator.norm_tokens(tokens.queries_npd()).to(generator.stream_dtype)
         x = x_npd[:, first:last].expand(len(c_bld), -1, -1, -1).contiguous()
         for number in range(len(generator.blocks)):
             stages, keys = fast.stages(number, layout, c_bld.shape[1], dtype, c_bld.device)

@@ -175,7 +175,7 @@ def _xyz(x: float, y: float) -> NDArray[np.float64]:
 
 
 def _rgb_to_xyz(primaries: Chromaticities) -> NDArray[np.float64]:
-    columns = np.stack([_xyz(*primaries[place : place + 2]) for place in (2, 4, 6)], axis=1)
+    columns = np.stack([_xyz(*primaries[position : position + 2]) for position in (2, 4, 6)], axis=1)
     scaled: NDArray[np.float64] = columns * np.linalg.solve(columns, _xyz(primaries[0], primaries[1]))
     return scaled
 
@@ -240,7 +240,7 @@ def print_to_srgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> Im
 
 
 def fitting_profile(icc: Any, mode: str, notes: list[str]) -> bytes | None:
-    """The profile that a picture of this Pillow mode came with, unless it is for other pixels."""
+    """Return the ICC profile, or None with a note where it does not describe pixels of this Pillow mode."""
     if not isinstance(icc, bytes) or not icc:
         return None
     space = profile_space(icc)

@@ -52,6 +52,8 @@ def declared(source: Source, max_pixels: int) -> Declared:
             return _heif(source)
         elif head[4:8] == b"jP  ":
             return _jpeg_2000(source)
+        elif head[:4] == b"\xff\x4f\xff\x51":
+            _check_codestream(source.name, source.at(0, 256))
         elif head[:2] == b"BM":
             return _bmp(source)
         elif head[:1] == b"P" and head[1:2] in b"2356":
@@ -65,11 +67,11 @@ def declared(source: Source, max_pixels: int) -> Declared:
 
 def png_chunks(source: Source) -> Iterator[tuple[bytes, int, int]]:
     """(name, offset of its data, length) of every chunk of a PNG file."""
-    place, end = len(PNG_SIGNATURE), source.size
-    while place + 12 <= end:
-        length, name = struct.unpack(">I4s", source.at(place, 8))
-        yield name, place + 8, length
-        place += 12 + length
+    position, end = len(PNG_SIGNATURE), source.size
+    while position + 12 <= end:
+        length, name = struct.unpack(">I4s", source.at(position, 8))
+        yield name, position + 8, length
+        position += 12 + length
 
 
 def _png(source: Source) -> Declared:
@@ -113,41 +115,39 @@ def _gamma_and_chromaticities(found: dict[bytes, bytes]) -> Colour | None:
 
 
 def _check_gif(source: Source, max_pixels: int) -> None:
-    """Pillow makes room for every frame that it counts, however large; so all are looked at here. As Pillow does, bytes
-    between blocks are skipped.
-    """
+    """Refuse frames that are too large: Pillow allocates every frame that it counts. Like Pillow, skip stray bytes."""
     flags = source.at(10, 1)[0]
-    place, end = 13 + (3 << (flags & 7) + 1) * (flags >> 7), source.size
-    while place < end:
-        kind = source.at(place, 1)
+    position, end = 13 + (3 << (flags & 7) + 1) * (flags >> 7), source.size
+    while position < end:
+        kind = source.at(position, 1)
         if kind == b"\x21":
-            place += 2
+            position += 2
         elif kind == b"\x2c":
-            left, top, width, height, flags = struct.unpack("<4HB", source.at(place + 1, 9))
+            left, top, width, height, flags = struct.unpack("<4HB", source.at(position + 1, 9))
             if (left + width) * (top + height) > max_pixels:
                 raise PictureError(
                     f"{source.name}: expected frames of at most {max_pixels / 1e6:g} megapixels, "
                     f"got {(left + width) * (top + height) / 1e6:.0f} ({width} x {height}); scale it down"
                 )
-            place += 11 + (3 << (flags & 7) + 1) * (flags >> 7)
+            position += 11 + (3 << (flags & 7) + 1) * (flags >> 7)
         elif kind == b";":
             return
         else:
-            place += 1
+            position += 1
             continue
-        while place < end and (length := source.at(place, 1)[0]):
-            place += 1 + length
-        place += 1
+        while position < end and (length := source.at(position, 1)[0]):
+            position += 1 + length
+        position += 1
 
 
 def _has_chunk(source: Source, wanted: bytes) -> bool:
     """Whether a RIFF file has such a chunk among its first."""
-    place, end = 12, source.size
-    while place + 8 <= end:
-        name, length = struct.unpack("<4sI", source.at(place, 8))
+    position, end = 12, source.size
+    while position + 8 <= end:
+        name, length = struct.unpack("<4sI", source.at(position, 8))
         if name == wanted:
             return True
-        place += 8 + length + length % 2
+        position += 8 + length + length % 2
     return False
 
 
@@ -171,60 +171,71 @@ def _bmp(source: Source) -> Declared:
 
 def _jpeg(source: Source) -> Declared:
     """What Pillow keeps of a JPEG file's segments suffices, but for XMP that goes on in others."""
-    result, place = Declared(), 2
+    result, position = Declared(), 2
     while True:
-        marker, length = struct.unpack(">HH", source.at(place, 4))
+        marker, length = struct.unpack(">HH", source.at(position, 4))
         if marker >> 4 != 0xFFE and marker not in (0xFFFE, 0xFFDB):
             return result
-        if marker == 0xFFE1 and source.at(place + 4, 34) == b"http://ns.adobe.com/xmp/extension/":
+        if marker == 0xFFE1 and source.at(position + 4, 34) == b"http://ns.adobe.com/xmp/extension/":
             result.notes = ["the part of its XMP that is too long for one block was left out"]
-        place += 2 + length
+        position += 2 + length
 
 
 def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(name, content) of the boxes in a box of the ISO base media format."""
-    place = 0
-    while place + 8 <= len(data):
-        length, name, header = *struct.unpack_from(">I4s", data, place), 8
+    position = 0
+    while position + 8 <= len(data):
+        length, name, header = *struct.unpack_from(">I4s", data, position), 8
         if length == 1:
-            length, header = struct.unpack_from(">Q", data, place + 8)[0], 16
-        length = length or len(data) - place
+            length, header = struct.unpack_from(">Q", data, position + 8)[0], 16
+        length = length or len(data) - position
         if length < header:
             return
-        yield name, data[place + header : place + length]
-        place += length
+        yield name, data[position + header : position + length]
+        position += length
 
 
-def _top_box(source: Source, wanted: bytes) -> bytes:
-    """The content of the first top-level box of this name; empty where there is none."""
-    place, end = 0, source.size
-    while place + 8 <= end:
-        length, name, header = *struct.unpack(">I4s", source.at(place, 8)), 8
+def _top_box(source: Source, wanted: bytes, most: int = MAX_HEADER) -> bytes:
+    """The content, or `most` bytes of it, of the first top-level box of this name; empty where there is none."""
+    position, end = 0, source.size
+    while position + 8 <= end:
+        length, name, header = *struct.unpack(">I4s", source.at(position, 8)), 8
         if length == 1:
-            length, header = struct.unpack(">Q", source.at(place + 8, 8))[0], 16
-        length = length or end - place
+            length, header = struct.unpack(">Q", source.at(position + 8, 8))[0], 16
+        length = length or end - position
         if name == wanted:
-            return source.at(place + header, min(length - header, MAX_HEADER))
+            return source.at(position + header, min(length - header, most))
         if length < header:
             break
-        place += length
+        position += length
     return b""
 
 
 def _jpeg_2000(source: Source) -> Declared:
     """JP2's colour box: a profile, or a number for a colour space; Pillow knows sRGB, grey and YCC."""
-    known = {12, 16, 17, 18}
+    result, known = Declared(), {12, 16, 17, 18}
+    _check_codestream(source.name, _top_box(source, b"jp2c", 256))
     for name, content in boxes(_top_box(source, b"jp2h")):
         if name == b"colr" and content[0] == 2:
-            return Declared(icc=content[3:])
-        if name == b"colr" and content[0] == 1 and (space := struct.unpack_from(">I", content, 3)[0]) not in known:
-            raise PictureError(
-                f"{source.name}: its colour box declares the colour space {space}, which is not supported; "
-                "convert it to sRGB first"
-            )
-        if name == b"ihdr" and content[10] != 255 and (content[10] & 127) >= 8:
-            return Declared(bits=(content[10] & 127) + 1 if struct.unpack_from(">H", content, 8)[0] > 2 else 8)
-    return Declared()
+            result.icc = content[3:]
+        elif name == b"colr" and content[0] == 1:
+            space = struct.unpack_from(">I", content, 3)[0]
+            if space not in known:
+                raise PictureError(
+                    f"{source.name}: its colour box declares the colour space {space}, which is not supported; "
+                    "convert it to sRGB first"
+                )
+    return result
+
+
+def _check_codestream(name: str, head: bytes) -> None:
+    """Refuse JPEG 2000 colour of more than 8 bits: Pillow rounds white beyond 255, to black."""
+    count = struct.unpack_from(">H", head, 40)[0]
+    bits = max((value & 127) + 1 for value in head[42 : 42 + 3 * count : 3])
+    if count > 1 and bits > 8:
+        raise PictureError(
+            f"{name}: JPEG 2000 with {bits} bits per channel of colour is not supported; convert it to PNG or TIFF"
+        )
 
 
 def _heif(source: Source) -> Declared:
@@ -235,7 +246,11 @@ def _heif(source: Source) -> Declared:
     primary = struct.unpack_from(">I" if wide else ">H", top[b"pitm"], 4)[0]
     container = dict(boxes(top[b"iprp"]))
     properties = list(boxes(container[b"ipco"]))
-    own = [properties[place - 1] for place in _associated(container[b"ipma"], primary) if 0 < place <= len(properties)]
+    own = [
+        properties[position - 1]
+        for position in _associated(container[b"ipma"], primary)
+        if 0 < position <= len(properties)
+    ]
     result = Declared(exif=_heif_exif(source, top))
     profile = any(name == b"colr" and content[:4] in (b"prof", b"rICC") for name, content in own)
     for name, content in own:
@@ -256,17 +271,17 @@ def _heif(source: Source) -> Declared:
 def _associated(ipma: bytes, item: int) -> list[int]:
     """Numbers of the properties of an item, from 1."""
     wide, long = ipma[0] > 0, ipma[3] & 1
-    count, place = struct.unpack_from(">I", ipma, 4)[0], 8
+    count, position = struct.unpack_from(">I", ipma, 4)[0], 8
     for _ in range(count):
-        number = struct.unpack_from(">I" if wide else ">H", ipma, place)[0]
-        place += 4 if wide else 2
-        length = ipma[place]
-        place += 1
+        number = struct.unpack_from(">I" if wide else ">H", ipma, position)[0]
+        position += 4 if wide else 2
+        length = ipma[position]
+        position += 1
         if number == item:
             if long:
-                return [value & 0x7FFF for value in struct.unpack_from(f">{length}H", ipma, place)]
-            return [value & 0x7F for value in ipma[place : place + length]]
-        place += length * (2 if long else 1)
+                return [value & 0x7FFF for value in struct.unpack_from(f">{length}H", ipma, position)]
+            return [value & 0x7F for value in ipma[position : position + length]]
+        position += length * (2 if long else 1)
     return []
 
 
@@ -291,12 +306,12 @@ def _item(source: Source, top: dict[bytes, bytes], wanted: int) -> bytes:
     iloc = top[b"iloc"]
     version, sizes, more = iloc[0], iloc[4], iloc[5]
     offset_size, length_size, base_size, index_size = sizes >> 4, sizes & 15, more >> 4, (more & 15) * (version > 0)
-    place = 6
+    position = 6
 
     def number(size: int) -> int:
-        nonlocal place
-        place += size
-        return int.from_bytes(iloc[place - size : place], "big")
+        nonlocal position
+        position += size
+        return int.from_bytes(iloc[position - size : position], "big")
 
     for _ in range(number(4 if version == 2 else 2)):
         item = number(4 if version == 2 else 2)

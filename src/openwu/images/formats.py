@@ -18,7 +18,7 @@ from openwu.images.metadata import chunk
 from openwu.images.source import PNG_SIGNATURE, Source
 
 INSTALL = "pip install 'openwu[formats]'"
-"""What the user is told where a library is missing."""
+"""Command in messages where an optional library is missing."""
 
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 """Third word of a HEIC file; the last two may as well begin an AVIF file."""

@@ -1,4 +1,4 @@
-"""Instructions: what a user typed enters, text that a model can read leaves, or an `InstructionError`."""
+"""Check instructions: normalise what a user typed, and refuse what is no text that a model can read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def check_instruction(text: object) -> str:
-    """Normalise an instruction (composed characters, single spaces) and refuse what is no instruction."""
+    """Normalise an instruction (NFC, single spaces); raise InstructionError for what is no instruction."""
     if not isinstance(text, str):
         hint = "decode the bytes first" if isinstance(text, bytes | bytearray) else "pass a string"
         raise InstructionError(f"instruction: expected text, got {type(text).__name__}; {hint}")
@@ -25,6 +25,15 @@ def check_instruction(text: object) -> str:
         raise InstructionError(f"instruction: expected at most {MAX_LENGTH} characters, got {len(text)}; shorten it")
     if not any(unicodedata.category(character).startswith("L") for character in text):
         raise InstructionError(f"instruction: expected words, got {text[:20]!r}; say what to change in the picture")
+    return text
+
+
+def check_prompt(text: object) -> str:
+    """Refuse what is no prompt; text is kept verbatim, with its line breaks and at any length."""
+    if not isinstance(text, str):
+        raise InstructionError(f"instruction: expected text, got {type(text).__name__}; pass a string")
+    if not text.strip():
+        raise InstructionError("instruction: expected text, got nothing; say what to change in the picture")
     return text
 
 

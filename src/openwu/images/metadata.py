@@ -184,10 +184,10 @@ def with_jpeg_segments(jpeg: bytes, xmp: bytes | None, iptc: bytes | None, comme
         added += _segment(0xED, IPTC_SEGMENT + record)
     if comment:
         added += _segment(0xFE, comment)
-    place = 2
-    while jpeg[place + 1] == 0xE0 or (jpeg[place + 1] == 0xE1 and jpeg[place + 4 : place + 10] == PREFIX):
-        place += 2 + struct.unpack_from(">H", jpeg, place + 2)[0]
-    return jpeg[:place] + added + jpeg[place:]
+    position = 2
+    while jpeg[position + 1] == 0xE0 or (jpeg[position + 1] == 0xE1 and jpeg[position + 4 : position + 10] == PREFIX):
+        position += 2 + struct.unpack_from(">H", jpeg, position + 2)[0]
+    return jpeg[:position] + added + jpeg[position:]
 
 
 def with_png_chunks(
@@ -214,8 +214,8 @@ def with_png_chunks(
             added += chunk(b"iTXt", key + b"\0\0\0\0\0" + text.encode("utf-8", "replace"))
     if block:
         added += chunk(b"eXIf", block)
-    place = len(PNG_SIGNATURE) + 25
-    return png[:place] + added + png[place:]
+    position = len(PNG_SIGNATURE) + 25
+    return png[:position] + added + png[position:]
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -276,16 +276,16 @@ def _set_long(data: bytearray, order: str, offset: int, tag: int, value: int) ->
 
 def _iptc_of_resources(data: bytes) -> bytes | None:
     """The IPTC record among Photoshop's image resources."""
-    place = 0
-    while data[place : place + 4] == b"8BIM" and place + 12 <= len(data):
-        kind, name = struct.unpack_from(">HB", data, place + 4)
-        place += 6 + (name + 2) // 2 * 2
-        if place + 4 > len(data):
+    position = 0
+    while data[position : position + 4] == b"8BIM" and position + 12 <= len(data):
+        kind, name = struct.unpack_from(">HB", data, position + 4)
+        position += 6 + (name + 2) // 2 * 2
+        if position + 4 > len(data):
             return None
-        length = struct.unpack_from(">I", data, place)[0]
+        length = struct.unpack_from(">I", data, position)[0]
         if kind == 0x0404:
-            return data[place + 4 : place + 4 + length] or None
-        place += 4 + length + length % 2
+            return data[position + 4 : position + 4 + length] or None
+        position += 4 + length + length % 2
     return None
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu.images.colour import Pixels, grey_profile_to_srgb, profile_space
+from openwu.images.colour import Pixels as Pixels
+from openwu.images.colour import grey_profile_to_srgb, profile_space
 
 Floats = NDArray[np.float32]
 
@@ -47,7 +48,7 @@ class Photo:
     dpi: tuple[float, float] | None = None
     """Dots per inch, horizontal and vertical."""
     format: str | None = None
-    """Pillow's name of the file format ("JPEG"); None for a picture that came from memory."""
+    """Pillow's name of the file format ("JPEG"); None for a picture from memory."""
     mode: str = "RGB"
     """Pillow's mode of the file ("CMYK"), before anything was converted."""
     lossless: bool = False
@@ -88,6 +89,16 @@ class Photo:
         if np.issubdtype(pixels.dtype, np.floating):
             return replace(self, pixels=_quantise(cast(Floats, pixels), self.pixels.dtype))
         return replace(self, pixels=cast(Pixels, pixels))
+
+    def resized(self, pixels: Floats) -> Photo:
+        """The same photo with new pixels `[h', w', 3]` between 0 and 1, of another size; transparency is scaled."""
+        alpha = self.alpha
+        if alpha is not None:
+            size = pixels.shape[1], pixels.shape[0]
+            scaled = Image.fromarray(alpha.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+            limit = np.iinfo(alpha.dtype).max
+            alpha = np.rint(np.asarray(scaled).clip(0, limit)).astype(alpha.dtype)
+        return replace(self, pixels=_quantise(pixels, self.pixels.dtype), alpha=alpha)
 
     def neutral(self) -> Photo:
         """The same photo with its luma in all three channels, exactly grey at its depth, and written so.

@@ -102,10 +102,10 @@ class Tiff:
             raise ValueError(f"a directory of {count} tags")
         table = self.source.at(start, count * each)
         entries: dict[int, Entry] = {}
-        for place in range(0, count * each, each):
-            tag, kind, length = struct.unpack_from(f"{self.order}HH{offset_as}", table, place)
+        for position in range(0, count * each, each):
+            tag, kind, length = struct.unpack_from(f"{self.order}HH{offset_as}", table, position)
             wanted = SIZES.get(kind, 0) * length
-            data = table[place + each - inline : place + each][:wanted]
+            data = table[position + each - inline : position + each][:wanted]
             if wanted > inline:
                 where = struct.unpack(self.order + offset_as, data)[0]
                 data = self.source.at(where, wanted) if wanted <= self.source.size else b""

@@ -60,6 +60,9 @@ from openwu.images.tiff import (
     shorts,
 )
 
+PIXEL_CODECS = frozenset((2, 3, 4, 6, 7, 32771))
+"""Compressions of pixels that Pillow reads: fax and JPEG."""
+
 PLAIN_CODECS = frozenset((1, 5, 8, 32946, 32773, 34925, 50000))
 """Compressions that know nothing of pixels: none, LZW, Deflate, PackBits, LZMA, Zstandard."""
 
@@ -122,13 +125,16 @@ def layout(page: Directory, name: str) -> Layout | None:
         raise PictureError(f"{name}: expected pixels, got complex numbers; save it with 8 or 16 bits first")
     if 2 in formats and max(bits) <= 16:
         raise PictureError(f"{name}: expected unsigned pixels, got signed ones; save it as unsigned 8 or 16 bits first")
+    codec = page.number(COMPRESSION, 1)
+    if codec not in PLAIN_CODECS | PIXEL_CODECS:
+        raise PictureError(f"{name}: TIFF with the compression {codec} is not supported; save it with Deflate or LZW")
     if max(bits) > 16:
         if samples > 1:
             raise PictureError(
                 f"{name}: expected up to 16 bits per channel, got {max(bits)}; save it with 8 or 16 bits first"
             )
         return None
-    if page.number(PHOTOMETRIC, 1) not in (0, 1, 2, 5) or page.number(COMPRESSION, 1) not in PLAIN_CODECS:
+    if page.number(PHOTOMETRIC, 1) not in (0, 1, 2, 5) or codec not in PLAIN_CODECS:
         if page.number(PLANAR, 1) == 2 and samples > 1:
             raise PictureError(
                 f"{name}: its channels are stored in planes of a kind that is not supported; save as PNG"
@@ -137,7 +143,7 @@ def layout(page: Directory, name: str) -> Layout | None:
     if not 1 <= samples <= MAX_SAMPLES or len(set(bits)) != 1 or len(bits) not in (1, samples):
         raise PictureError(f"{name}: expected equal channels, got {samples} with {bits} bits; save it as PNG")
     tile = (page.number(TILE_WIDTH, 0), page.number(TILE_HEIGHT, 0)) if TILES in page.entries else None
-    predictor = page.number(PREDICTOR, 1) if page.number(COMPRESSION, 1) not in (1, 32773) else 1
+    predictor = page.number(PREDICTOR, 1) if codec not in (1, 32773) else 1
     if predictor not in (1, 2) or (predictor == 2 and bits[0] not in (8, 16)):
         raise PictureError(f"{name}: the predictor {predictor} of its {bits[0]} bits is not supported; save it as PNG")
     return Layout(bits[0], samples, page.number(PLANAR, 1) == 2 and samples > 1, predictor, tile)
@@ -197,7 +203,7 @@ def _check_inside(
         rows = page.number(ROWS, page.size[1])
         rest = 0 if TILES in page.entries else page.size[1] % max(1, rows)
         last = whole // rows * rest if rest else whole
-        lengths = [whole if (place + 1) % share else last for place in range(len(offsets))]
+        lengths = [whole if (position + 1) % share else last for position in range(len(offsets))]
     if not offsets or any(start + length > size for start, length in zip(offsets, lengths, strict=False)):
         raise ValueError("its pixels end behind the file")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, features
+from PIL import Image, ImageDraw, ImageFont, features
 
 from openwu.errors import PictureError
 from openwu.files.writing import whole_file
@@ -37,6 +37,9 @@ SUFFIXES = {
     ".heif": "HEIF",
 }
 """Suffix of an output file -> Pillow's name of its format."""
+
+PILLOW_PNG_PROFILE = 2**20
+"""Bytes of a profile that Pillow reads from a PNG file by default."""
 
 MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_536}
 """Longest side that a format can hold, where it has a limit."""
@@ -65,7 +68,8 @@ def check_output(path: str | Path, inputs: Iterable[str | Path] = (), *, overwri
             if Path(source).exists() and path.samefile(source):
                 raise PictureError(f"{path}: the output is the input {source}; choose another name")
     except (OSError, RuntimeError, ValueError) as error:
-        raise PictureError(f"{path}: cannot be written: {error}; choose another name") from None
+        words = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise PictureError(f"{path}: cannot be written: {words}; choose another name") from None
     if path.is_dir():
         raise PictureError(f"{path}: expected a file name, got a folder; name a file in it")
     if not path.is_file():
@@ -181,7 +185,7 @@ def _png(photo: Photo, notes: list[str]) -> bytes:
     texts = [*photo.texts]
     if photo.xmp:
         texts.append(("XML:com.adobe.xmp", photo.xmp.decode("utf-8", "replace")))
-    if plain.icc and len(plain.icc) > PngImagePlugin.MAX_TEXT_CHUNK:
+    if plain.icc and len(plain.icc) > PILLOW_PNG_PROFILE:
         notes.append("its colour profile is longer than 1 MB: programs built on Pillow refuse such a PNG; use .tif")
     _note_lost(photo, ("texts",), notes)
     return with_png_chunks(data, plain.icc, _block(photo), photo.dpi, texts)
@@ -200,7 +204,7 @@ def _jpeg(photo: Photo, data: bytes, notes: list[str]) -> bytes:
 
 
 def _note_lost(photo: Photo, kept: tuple[str, ...], notes: list[str]) -> None:
-    """Say what a format has no place for."""
+    """Note the metadata that a format cannot hold."""
     if photo.iptc and "iptc" not in kept:
         notes.append("its IPTC data was left out; to keep it: use .jpg or .tif")
     keys = [key for key, _ in photo.texts if "texts" not in kept and not (key == "Comment" and "comment" in kept)]
@@ -219,7 +223,7 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def _options(photo: Photo, image: Image.Image, format: str, notes: list[str]) -> dict[str, Any]:
-    """What Pillow's encoder is told: near-lossless quality, and the metadata, which it leaves out unless asked."""
+    """Options of Pillow's encoders: near-lossless quality, and the metadata, which they leave out by default."""
     names = ("icc_profile", "exif") if format == "JPEG" else ("icc_profile", "exif", "xmp")
     options: dict[str, Any] = {name: image.info[name] for name in names if name in image.info}
     if format == "JPEG":

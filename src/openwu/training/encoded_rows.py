@@ -22,13 +22,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
+from openwu.conditions import Encoder
 from openwu.data.pairs import SHOWN, Pair, Pairs, content
 from openwu.errors import DatasetError, OpenwuError
 from openwu.files.hashing import of_bytes, of_json
 from openwu.files.writing import whole_file
 from openwu.kernels.memory import gigabytes
 from openwu.training.distributed import Processes
-from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, Segment
+from openwu.types import BaseRequest, Condition, LatentBatch, Segment
 
 FORMAT = 1
 """Version of the files; part of their names."""
@@ -157,7 +158,7 @@ class Encoded:
     store: RowStore | None
     device: torch.device
     """Where the encoders run."""
-    encoder: ConditionEncoder | None = None
+    encoder: Encoder | None = None
     """Encodes the conditions; None: the base itself."""
 
     def __post_init__(self) -> None:
@@ -179,7 +180,7 @@ class Encoded:
         problems: list[str] = []
         if missing:
             self.backbone.place(encoders=self.device)
-            if getattr(self.encoder, "asks_denoiser", False):
+            if self.encoder is not None and self.encoder.asks_denoiser:
                 self.backbone.place(denoiser=self.device)
             self.place_encoder(self.device)
         for number, (pair, text) in enumerate(tqdm(missing, desc="encoding", unit="pair", disable=not missing)):
@@ -201,8 +202,8 @@ class Encoded:
 
     def place_encoder(self, device: str | torch.device) -> None:
         """Move an encoder's own weights, if it has some; "meta" drops them for good."""
-        if (place := getattr(self.encoder, "place", None)) is not None:
-            place(device)
+        if self.encoder is not None:
+            self.encoder.place(device)
 
     def batch(self, chosen: Sequence[tuple[Pair, str]]) -> LatentBatch:
         """Return one batch of some pairs with their wordings, on the device of the rows."""
@@ -224,7 +225,7 @@ class Encoded:
         pictures, target = pair.load()
         request = BaseRequest(tuple(_to_image(picture) for picture in pictures), text)
         row = self.backbone.latent_batch([request], [target])
-        if self.encoder is None or self.encoder is self.backbone:
+        if self.encoder is None:
             return row
         # Some encoders draw noise from the request's seed: every pair has its own, since edits may have any.
         seeded = dataclasses.replace(request, seed=_seed_of(pair, text))

@@ -138,7 +138,8 @@ def train_pipeline(
     hollow.pixels = recipe.pixels
     config = new_config(recipe, hollow)
     # Without weights: it shows what is wrong with the choice. Conditions of other widths change little in memory.
-    reader = getattr(chosen_encoder(recipe.condition, hollow), "own_bytes", 0)
+    planned = chosen_encoder(recipe.condition, hollow)
+    reader = 0 if planned is None else planned.own_bytes
     _check_memory(recipe, config, base, kind, device, (training, held_back), reader)
 
     with_cache = bool(recipe.cache)
@@ -152,7 +153,7 @@ def train_pipeline(
         f" {recipe.quantise}" if recipe.quantise else ""
     )
     if encoder is not None:
-        made_by += f" {json.dumps(describe_encoder(encoder), sort_keys=True)} {getattr(encoder, 'identity', '')}"
+        made_by += f" {json.dumps(describe_encoder(encoder), sort_keys=True)} {encoder.identity}"
         config = new_config(recipe, backbone, encoder)
     store = RowStore(folder / recipe.cache, made_by)
     encoded = Encoded(backbone, store if with_cache else None, device, encoder)

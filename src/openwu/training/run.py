@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openwu.errors import OpenwuError
+from openwu.registry import resolve
 from openwu.training.config import Recipe
 from openwu.training.distributed import process_group_scope
 
@@ -28,9 +29,8 @@ def run_recipe(
     if unknown:
         raise OpenwuError(f"stages: expected some of {list(known)}, got {unknown}")
     chosen = None if stages is None else tuple(stage for stage in known if stage in stages)
-    module, _, function = recipe.runner.partition(":")
     with process_group_scope():
-        getattr(importlib.import_module(module), function)(recipe, folder, chosen)
+        resolve(recipe.runner)(recipe, folder, chosen)
     return folder
 
 

@@ -31,12 +31,12 @@ from openwu.backbones.diffusers.latents import (
     working_size,
 )
 from openwu.backbones.diffusers.loading import HollowPart, check_local, hollow_pipeline, load_pipeline
-from openwu.backbones.protocol import Backbone, Prediction, Progress, Routing, RowScope
+from openwu.backbones.protocol import Backbone, Progress, RowScope
 from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_layers
 from openwu.errors import InstructionError, OpenwuError
 from openwu.extras import library
 from openwu.kernels.padding import padded
-from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions, Segment
+from openwu.types import BaseRequest, Condition, SamplingOptions, Segment
 
 PICTURES = "pictures"
 """Name of the condition segment with the tokens of a request's pictures."""
@@ -167,18 +167,6 @@ class PipelineBackbone(Backbone, ABC):
         return dtype
 
     @property
-    def prediction(self) -> Prediction:
-        return "flow"
-
-    @property
-    def alphas_cumprod(self) -> Tensor | None:
-        return None
-
-    @property
-    def routing(self) -> Routing | None:
-        return None
-
-    @property
     @abstractmethod
     def text_width(self) -> int:
         """Width of the text states in a condition."""
@@ -212,10 +200,6 @@ class PipelineBackbone(Backbone, ABC):
         self, requests: Sequence[BaseRequest], options: SamplingOptions, rows: RowScope, step_done: StepCallback
     ) -> Tensor:
         """Edit requests with equal `batch_key`, pictures already resized, in one call: `[b, 3, h, w]` in 0..1."""
-
-    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:  # noqa: ARG002
-        """Return the batch unchanged: flow models are distilled, or trained on without dropping conditions."""
-        return batch
 
     def batch_key(self, request: BaseRequest) -> object:
         """Return a key; requests with equal keys share a call of the pipeline."""

@@ -40,6 +40,7 @@ from openwu.errors import CheckpointError, InstructionError, OpenwuError
 from openwu.files.weights import fill
 from openwu.images import Photo, read_picture
 from openwu.images.colour import Pixels
+from openwu.images.instruction import check_instruction
 from openwu.types import BaseRequest, Condition, SamplingOptions, Understood
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -129,6 +130,9 @@ class EmbeddedBase(Backbone):
     def modules(self) -> dict[str, nn.Module]:
         """The three parts by the names of their files."""
         return {"instruction": self.instruction, "backbone": self.network, "condition": self.condition_encoder}
+
+    def check_instruction(self, text: object) -> str:
+        return check_instruction(text)
 
     @property
     def denoiser(self) -> nn.Module:

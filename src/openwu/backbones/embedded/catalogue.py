@@ -18,10 +18,29 @@ _LIKELY, _ALIKE = 0.1, 0.3
 """From which probability, and from which similarity of words, a known edit is worth naming."""
 _NEUTRAL = frozenset({"black_and_white"})
 _COLOURING = frozenset(
-    ["warm", "cool", "sepia", "colourise", "tint_red", "tint_green", "tint_blue", "tint_purple", "age", "fade", "cross_stitch", "blueprint", "sunset", "night", "take_palette", "take_cast", "take_style"]
+    [
+        "warm",
+        "cool",
+        "sepia",
+        "colourise",
+        "tint_red",
+        "tint_green",
+        "tint_blue",
+        "tint_purple",
+        "age",
+        "fade",
+        "cross_stitch",
+        "blueprint",
+        "sunset",
+        "night",
+        "take_palette",
+        "take_cast",
+        "take_style",
+    ]
 )
 """Edits that give a grey photograph colours."""
-_KNOWN_EDITS = Path(__file__).with_name("known_edits.json")
+DATA_FILES = ("known_edits.json",)
+_KNOWN_EDITS = Path(__file__).with_name(DATA_FILES[0])
 
 
 @cache
@@ -115,7 +134,32 @@ def _grams(text: str) -> Counter[str]:
     return Counter(_pieces(text.lower()))
 
 
-_STOP = frozenset(["a", "an", "the", "it", "to", "of", "in", "on", "this", "that", "my", "me", "i", "make", "add", "put", "turn", "into", "please", "photo", "picture", "image"])
+_STOP = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "it",
+        "to",
+        "of",
+        "in",
+        "on",
+        "this",
+        "that",
+        "my",
+        "me",
+        "i",
+        "make",
+        "add",
+        "put",
+        "turn",
+        "into",
+        "please",
+        "photo",
+        "picture",
+        "image",
+    ]
+)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -10,17 +10,15 @@ is told from the one in "don't brighten it". Pure functions; English and Chinese
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from openwu.backbones.embedded.amounts import LIGHT, find_amount, strength_of
 from openwu.errors import InstructionError
 
 OUT_OF_SCOPE = "out_of_scope"
 """The label of sentences that ask for something that no sub-task does."""
-MAX_STRENGTH = 1.5
-"""Largest strength that a number may ask for: the strongest that training showed."""
 CERTAIN = 0.7
 """Probability from which a part of a sentence counts as a wish of its own."""
 
@@ -52,6 +50,10 @@ class Wish:
     """Factor on the adapter, from a number in the sentence."""
     number: str = ""
     """The number as it was written, empty for none."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 Read = Callable[[Sequence[str]], list[Reading]]
@@ -90,8 +92,9 @@ _FUNCTION_WORDS = {
     "Portuguese": "os uma mais menos faça deixe adicione remova imagem esta com e foto por",
     "Dutch": "het de een maak voeg verwijder foto meer minder en niet van",
 }
-_ENGLISH = frozenset(
-    ["the", "it", "this", "that", "is", "a", "an", "of", "in", "on", "with", "for", "and", "to", "make", "more", "less", "my", "as", "like", "look", "photo", "picture", "image", "i", "you", "please", "add", "remove", "not", "no", "up", "down", "at", "from", "by", "all", "so", "but", "give", "turn", "put", "take", "every", "into"]
+_ENGLISH = _words(
+    "the it this that is a an of in on with for and to make more less my as like look photo picture image "
+    "i you please add remove not no up down at from by all so but give turn put take every into"
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
@@ -125,7 +128,10 @@ _VERB_EN = (
     r"fix|correct|restore|denoise|dehaze|deblur|clean|fade|age|emboss|pixelate|posteri[sz]e|cartooni[sz]e|enhance|"
     r"improve|smooth|crop|rotate|flip|change|replace|swap|delete|erase|draw|write|paint|sketch|vignette)"
 )
-_VERB_ZH = r"(?:加|添|去掉|去除|去|除|变|调|提|降|减|增|把|让|给(?![他她我]$)|做|转|改|弄|压|拉|模糊|虚化|锐化|柔化|上色|染|换|修|恢复|画(?!面|质)|打(?!印|算)|放(?!大)|删|裁|消)"
+_VERB_ZH = (
+    r"(?:加|添|去掉|去除|去|除|变|调|提|降|减|增|把|让|给(?![他她我]$)|做|转|改|弄|压|拉|模糊|虚化|锐化|"
+    r"柔化|上色|染|换|修|恢复|画(?!面|质)|打(?!印|算)|放(?!大)|删|裁|消)"
+)
 _COMPARATIVE = re.compile(r"^(?:(?:a|much|bit|little|lot|more|less)\s+)*(?:more |less |\w+er$)", re.IGNORECASE)
 _COMMAND = re.compile(
     rf"^(?:(?:please|pls|then|also|just|now|can you|could you|i want you to|i'd like you to)\s+)*"
@@ -149,22 +155,26 @@ def _is_command(text: str) -> bool:
 
 _POLITE = r"(?:please|pls|hey|ok|okay|just|but|and|so|you|i|we|could|would|can|kindly|请|麻烦|拜托)"
 _NEGATED_EN = re.compile(
-    rf"^(?:{_POLITE}[\s,]*)*(?:do\s*n['’]?t|do not|never|avoid|refrain from|must\s*n['’]?t|must not|should\s*n['’]?t|"
+    rf"^(?:{_POLITE}[\s,]*)*(?:do\s*n['’]?t|do not|never|avoid|refrain from|"
+    r"must\s*n['’]?t|must not|should\s*n['’]?t|"
     r"should not|i (?:do\s*n['’]?t|do not) want (?:it|you to|to)?|no need to|not too|not|no more|no)\s+(?P<rest>.+)$",
     re.IGNORECASE,
 )
 _NEGATED_ZH = re.compile(
-    r"^(?:请|麻烦|拜托|你|我|千万)*(?:不要|别|不用|不需要|无需|不必|勿|不想要?|不许|不可以?|禁止|避免)太?(?:给我|帮我|把它)?(?P<rest>.+)$"
+    r"^(?:请|麻烦|拜托|你|我|千万)*(?:不要|别|不用|不需要|无需|不必|勿|不想要?|不许|不可以?|禁止|避免)"
+    r"太?(?:给我|帮我|把它)?(?P<rest>.+)$"
 )
 _CLAUSES = re.compile(r"\s*(?:[,;:.!?，；：。！？]|\bbut\b|\binstead\b|但是?|而是)\s*", re.IGNORECASE)
 _COMPLAINT = re.compile(
-    r"^(?:like|see|need|know|care|think|mind|forget|understand|look|even|worry|have|be|leave|let|just|only|so|as|that)\b"
+    r"^(?:like|see|need|know|care|think|mind|forget|understand|look|even|worry|have|be|leave|let|"
+    r"just|only|so|as|that)\b"
     r"|\btoo\b|\bso\b|\benough\b|^(?:那么|这么|这样|再|老|让|留|忘|有|够|是|只|光|这种|那种)",
     re.IGNORECASE,
 )
 """What follows a negation that describes a picture or reminds, and commands nothing."""
-_REPAIRS = frozenset(
-    ["remove_vignette", "white_balance", "deblur", "remove_motion_blur", "denoise", "remove_jpeg", "remove_salt_pepper", "restore", "remove_scratches", "unfade", "dehaze", "remove_rain"]
+_REPAIRS = _words(
+    "remove_vignette white_balance deblur remove_motion_blur denoise remove_jpeg remove_salt_pepper "
+    "restore remove_scratches unfade dehaze remove_rain"
 )
 """Edits that are asked for by naming what is to go: "no fog"."""
 
@@ -195,8 +205,9 @@ def _negated(clause: str) -> str | None:
 
 # Restrictions
 
-_LOCAL = frozenset(
-    ["lift_shadows", "recover_highlights", "vignette", "remove_vignette", "tilt_shift", "hdr", "hue_shift", "take_palette", "take_tone", "take_grain", "take_style", "take_light", "take_sharpness", "take_cast"]
+_LOCAL = _words(
+    "lift_shadows recover_highlights vignette remove_vignette tilt_shift hdr hue_shift take_palette "
+    "take_tone take_grain take_style take_light take_sharpness take_cast"
 )
 """Edits that concern part of the tones, the frame or another picture by themselves."""
 _REGION = (
@@ -205,7 +216,10 @@ _REGION = (
     r"mountains?|hair|eyes?|skin|lips|teeth|hands?|dress|shirt|jacket|hat|left|right|top|bottom|upper|lower|wall|floor|"
     r"window|door|text|sign|logo|table|chair|food|road|street|beach|sand|object|part|area|side|half)"
 )
-_KEPT = rf"(?:colou?rs?|hues?|saturation|brightness|exposure|lightness|contrast|rest|others?|everything else|{_REGION[3:-1]})"
+_KEPT = (
+    r"(?:colou?rs?|hues?|saturation|brightness|exposure|lightness|contrast|rest|others?|everything else|"
+    rf"{_REGION[3:-1]})"
+)
 _THE = r"(?:the|his|her|its|my|our|their|this|that|these|those|all|original|other)"
 _RESTRICTIONS = (
     re.compile(
@@ -219,13 +233,16 @@ _RESTRICTIONS = (
     ),
     re.compile(r"除了.{1,8}(?:以外|之外|外|都|其[他它余])"),
     re.compile(
-        r"(?<!不)只(?!剩)(?:把|让|给|对|将|改|动|在)?.{0,3}(?:天空?|脸|人物?|背景|前景|主体|左|右|上半|下半|头发|眼睛|皮肤|衣服|车|房子|花|草|水|树)"
+        r"(?<!不)只(?!剩)(?:把|让|给|对|将|改|动|在)?.{0,3}(?:天空?|脸|人物?|背景|前景|主体|左|右|"
+        r"上半|下半|头发|眼睛|皮肤|衣服|车|房子|花|草|水|树)"
     ),
     re.compile(
-        r"(?:其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空).{0,4}(?:不变|别动|不动|不要动|别碰|保持|别改|不改)"
+        r"(?:其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空)"
+        r".{0,4}(?:不变|别动|不动|不要动|别碰|保持|别改|不改)"
     ),
     re.compile(
-        r"(?:保持|保留|不要动|别动|不动|不改变?|别改)(?:住|原来的?|原有的?)?(?:颜色|色彩|亮度|对比|饱和度|背景|人物?|脸|天空|其[他它余])"
+        r"(?:保持|保留|不要动|别动|不动|不改变?|别改)(?:住|原来的?|原有的?)?"
+        r"(?:颜色|色彩|亮度|对比|饱和度|背景|人物?|脸|天空|其[他它余])"
     ),
 )
 
@@ -247,7 +264,8 @@ def _check_restrictions(instruction: str, whole: Reading) -> None:
 _THEN = r"(?:and then|then|followed by|afterwards|and also|and after that)"
 _SPLIT = re.compile(
     rf"(?P<then>\s*[,;.]?\s*\b{_THEN}\s+|[，。；,;]?\s*(?:然后|接着|随后|之后)再?|[，。；,;]\s*再)"
-    r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+|[，。；、,;.]\s*(?:并且|并|同时|而且|还要|也|另外)?\s*|并且|同时|再",
+    r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+|"
+    r"[，。；、,;.]\s*(?:并且|并|同时|而且|还要|也|另外)?\s*|并且|同时|再",
     re.IGNORECASE,
 )
 _FIRST = re.compile(r"^\s*(?:first(?:ly)?,?\s+|首先|先)|\s*(?:first)\s*$", re.IGNORECASE)
@@ -263,7 +281,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
     explicit = any(word in ("then", "and") for _, word in pieces[1:])
     if any(word == "," and _COMPARATIVE.match(text) for text, word in pieces[1:]):
         return None
-    texts = _joined([text for text, _ in pieces], read)
+    texts = _with_content([text for text, _ in pieces])
     found = [_with_number(text, reading, read, accepted) for text, reading in zip(texts, read(texts), strict=True)]
     clear = [each for each in found if each.reading.is_wish()]
     edits = {each.reading.edit for each in clear}
@@ -312,117 +330,33 @@ def _trimmed(piece: str) -> str:
     return _FIRST.sub("", piece).strip(" ,.;:!?，。；：！？")
 
 
-def _joined(pieces: Sequence[str], read: Read) -> list[str]:
-    """Pieces, where a piece that is no edit by itself ("please", "thanks") is dropped if it has no content."""
-    kept = [piece for piece in pieces if not _EMPTY.fullmatch(piece)]
-    return kept or list(pieces)
+def _with_content(pieces: Sequence[str]) -> list[str]:
+    """Drop pieces such as "please" and "thanks", unless nothing else is left."""
+    return [piece for piece in pieces if not _EMPTY.fullmatch(piece)] or list(pieces)
 
 
 _EMPTY = re.compile(
-    r"(?:please|pls|thanks?|thank you|thx|ok|hey|hi|a (?:bit|little)|谢谢啦?|拜托|你好|那个|好吗|可以吗|谢了)",
+    r"(?:please|pls|thanks?|thank you|thx|ok|hey|hi|a (?:bit|little)|"
+    r"谢谢啦?|拜托|你好|那个|好吗|可以吗|谢了)",
     re.IGNORECASE,
 )
 
 
 # Numbers
 
-_PERCENT = re.compile(
-    r"\s*(?P<to>\bto |到|至|成)?\s*(?:\bby |\babout |\baround )?"
-    r"(?:(?P<value>\d+(?:\.\d+)?)\s*(?:%|％|percent\b|per cent\b)|百分之(?P<zh>[\d零一二两三四五六七八九十百]+))(?: of)?\s*",
-    re.IGNORECASE,
-)
-_STOPS = re.compile(
-    r"\s*(?:\bby |\babout )?(?P<value>\d+(?:\.\d+)?|\ba half|\bhalf an?|\bhalf|\ban?|\bone|\btwo|\bthree|[半一二两三])\s*"
-    r"(?:-?stops?\b|EVs?\b|档)(?:\s*曝光)?\s*",
-    re.IGNORECASE,
-)
-_NAMED = {"a half": 0.5, "half": 0.5, "half a": 0.5, "half an": 0.5, "a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
-_NAMED_ZH = {"半": 0.5, "一": 1, "二": 2, "两": 2, "三": 3}
-_DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"两": 2}
-
-MID_GREY = 0.5
-"""The pixel value, of 0 to 1, at which "20% brighter" shall hold."""
-_STRENGTHS: Mapping[str, Callable[[float], float]] = {
-    "brighten": lambda share: (math.log(MID_GREY) / math.log(MID_GREY * (1 + share)) - 1) / 0.7,
-    "darken": lambda share: math.log(1 - share) / math.log(MID_GREY) / 0.7,
-    "contrast_up": lambda share: share / 0.5,
-    "contrast_down": lambda share: share / 0.45,
-    "saturate": lambda share: share / 0.7,
-    "desaturate": lambda share: share / 0.65,
-}
-"""Strength at which an edit changes its quantity by a share; inverse to the edits of `openwu.data.suite.tone`."""
-_FALLING = frozenset({"darken", "contrast_down", "desaturate"})
-
 
 def _with_number(text: str, reading: Reading, read: Read, accepted: float) -> Wish:
-    """The wish of a sentence, its number turned into a strength; numbers that belong to the edit's name stay."""
-    stops = _STOPS.search(text)
-    found = _PERCENT.search(text) or stops
-    if not found:
+    """Turn the number of a sentence into a strength; a number that belongs to the edit's name stays."""
+    amount = find_amount(text)
+    if amount is None:
         return Wish(text, reading)
-    plain = " ".join(f"{text[: found.start()]} {text[found.end() :]}".split()) or "$"
-    if not text.isascii():
-        plain = plain.replace(" ", "")
-    without = read([plain])[0]
-    if reading.is_wish(accepted) and (reading.edit != without.edit or (found is stops and _no_light(without))):
+    without = read([amount.plain or "$"])[0]
+    measurable = without.is_wish(accepted) and (not amount.stops or without.edit in LIGHT)
+    if reading.is_wish(accepted) and (reading.edit != without.edit or not measurable):
         return Wish(text, reading)
-    if not without.is_wish(accepted) or (found is stops and _no_light(without)):
+    if not measurable:
         return Wish(text, replace(reading, probability=min(reading.probability, without.probability)))
-    number = found[0].strip()
-    share = _stops_share(found["value"], without.edit) if found is stops else _percent_share(found, without.edit)
-    return Wish(plain, without, _strength(number, share, without.edit), number)
-
-
-def _no_light(reading: Reading) -> bool:
-    return reading.edit not in ("brighten", "darken")
-
-
-def _percent_share(found: re.Match[str], edit: str) -> float:
-    share = (float(found["value"]) if found["value"] else _chinese_number(found["zh"])) / 100
-    if found["to"] and edit in _STRENGTHS:  # "to 80%" of what it was
-        return 1 - share if edit in _FALLING else share - 1
-    return share
-
-
-def _stops_share(value: str, edit: str) -> float:
-    """The share by which mid-grey changes when the light changes by stops, with display gamma 2.2."""
-    named = " ".join(value.lower().split())
-    stops = _NAMED.get(named) or _NAMED_ZH.get(named) or float(named)
-    ratio: float = 2 ** (stops / 2.2)
-    return ratio - 1 if edit == "brighten" else 1 - 1 / ratio
-
-
-def _strength(number: str, share: float, edit: str) -> float:
-    limit = 1 / MID_GREY if edit == "brighten" else 1.0 if edit in _FALLING else math.inf
-    by_quantity = _STRENGTHS.get(edit)
-    inside = share > 0 and (not by_quantity or 0 < share < (limit - 1 if edit == "brighten" else limit))
-    strength = (by_quantity(share) if by_quantity else share) if inside else math.inf
-    if not 0 < strength <= MAX_STRENGTH:
-        raise InstructionError(
-            f"instruction: {number!r} is out of range for {_plain(edit)}: expected up to {_largest(edit)}; ask for "
-            "less, or say it without a number"
-        )
-    return strength
-
-
-def _largest(edit: str) -> str:
-    """The largest percentage that `MAX_STRENGTH` allows, rounded down."""
-    by_quantity = _STRENGTHS.get(edit)
-    if by_quantity is None:
-        return f"{MAX_STRENGTH:.0%}"
-    return f"{max(percent for percent in range(1, 100) if by_quantity(percent / 100) <= MAX_STRENGTH)}%"
-
-
-def _chinese_number(text: str) -> float:
-    """百分之二十五 -> 25."""
-    if text.isascii():
-        return float(text)
-    if text == "百" or text == "一百":
-        return 100.0
-    tens, ten, ones = text.rpartition("十")
-    if not ten:
-        return float("".join(str(_DIGITS.get(character, 0)) for character in text))
-    return float(10 * (_DIGITS.get(tens, 1) if tens else 1) + (_DIGITS.get(ones, 0) if ones else 0))
+    return Wish(amount.plain, without, strength_of(amount, without.edit), amount.text)
 
 
 def _plain(edit: str) -> str:

@@ -1,60 +1,58 @@
-"""HunyuanImage-3.0-Instruct: one mixture of experts reads and draws; the base that the released HY-WU generator is for.
+"""HunyuanImage-3.0-Instruct: one mixture of experts reads and draws; the base of the released HY-WU generator.
 
-A request enters; four steps: the base writes its reasoning (or the request brings it); one pass over everything that
-the base reads of the request, with the reasoning, whose last decoder layer says the condition and whose one token says
-the shape of the picture; outside of here a generator writes the adapter; the base draws, adapter applied, shape known.
+An edit takes four steps: the base writes its reasoning (unless the request brings it); one pass over everything it
+reads gives the condition (the last decoder layer's output) and the number of the picture's ratio; outside of here a
+generator writes the adapter; the base draws, with the adapter applied. Settings are those of the released pipeline.
 
-The condition depends on the request's seed: latents of the source pictures are sampled with it. The base runs the code
-of its own folder, see `hunyuan_loading`. It cannot be trained through here.
+The condition depends on the request's seed, with which latents of the source pictures are sampled. The base runs the
+code of its own folder, see loading.py, and cannot be trained through here.
 
-Shapes: b requests, L tokens that the base reads, d width of the decoder, T tokens of a batch, k experts per token.
+Shapes: L tokens that the base reads, d width of the decoder, T tokens of a batch, k experts per token.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from openwu.backbones.diffusers.latents import as_tensor
-from openwu.backbones.hunyuan_image_3.dialogue import drawn, inputs_of, ratio_of, reasoning_of
-from openwu.backbones.hunyuan_image_3.loading import (
-    EXTRA,
-    LastLayer,
-    RemoteModel,
-    check_folder,
-    check_trust,
-    load_remote,
-)
-from openwu.backbones.protocol import Backbone, BaseFacts, Prediction, Progress, Routing, RowScope
+from openwu.backbones.hunyuan_image_3.dialogue import AUTO, LastLayer, choose_ratio, draw, inputs_of, write_reasoning
+from openwu.backbones.hunyuan_image_3.loading import EXTRA, RemoteModel, check_folder, check_trust, load_remote
+from openwu.backbones.protocol import Backbone, BaseFacts, EditJob, Progress, RequestScope, Routing, RowScope
 from openwu.backbones.quantised import Quantise
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import of_bytes
+from openwu.images import Photo
 from openwu.kernels.padding import padded
-from openwu.types import BaseRequest, Condition, LatentBatch, SamplingOptions
+from openwu.types import BaseRequest, Condition, SamplingOptions
 
 PLAIN = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj")
 EXPERTS = "mlp.experts"
 PREFIX = "model.layers."
 
-REMEMBERED = 64
-"""Requests whose reasoning and shape are kept, so that drawing does not repeat what the condition has found out."""
+READINGS = 64
+"""Requests whose reasoning and ratio are kept, so that drawing does not repeat what the condition has found out."""
+
+IMAGE_SIZE = re.compile(r"auto|[1-9]\d*[x:][1-9]\d*")
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the base said of a request before any adapter."""
+    """What the base wrote about a request before any adapter."""
 
     reasoning: str
-    size: str
-    """The ratio token, or `auto` where the base did not answer with one."""
+    ratio: int
+    """Number of the picture's ratio among those that the base draws."""
 
 
 class HunyuanImage3(Backbone):
@@ -72,12 +70,17 @@ class HunyuanImage3(Backbone):
     asks_denoiser = True
     transformers_version: ClassVar[str] = "4.57.1"
     """The one release that the folder's code works with. Of the class, so that a model of tests can name another."""
-    steps: ClassVar[int] = 50
+    needs_gpu: ClassVar[bool] = True
+    """Whether the folder's code makes CUDA tensors as it loads. Of the class, for the same reason."""
     reasoning_tokens: int = 2048
-    """At most so many tokens of each of the two parts of its reasoning."""
+    """Maximum number of tokens of the reasoning, both parts together."""
+    image_size: str = AUTO
+    """Size of the pictures: `auto`, by which the base chooses a ratio, or its size nearest to `HxW` or the ratio `W:H`.
+    With `auto`, source pictures are resized to a size of the base, else cropped; the condition depends on it."""
+    fit_to_photo: bool = False
+    """Whether results are stretched to the photograph's size; the released pipeline returns the base's own size."""
     max_batch: int = 1
-    """Requests that share a call, at most. 1: whether the folder's code draws several at once has not been tried, and
-    noise that it takes from the global source would be that of the first."""
+    """Requests that share a call: the folder's code fails on several."""
 
     def __init__(self, model: RemoteModel) -> None:
         self.model = model
@@ -100,22 +103,25 @@ class HunyuanImage3(Backbone):
         """Load the user's own download. `dtype` None: that of the files. `device` `cuda`: spread over all GPUs.
 
         `trust_remote_code` must be asked for: the folder brings its model's code. `quantise`: the decoder's linear maps
-        in 8 or 4 bits by bitsandbytes. `offload`: layers that do not fit wait in the machine's memory.
-        `reserve_bytes`: what must stay free on the first device.
+        in 8 or 4 bits by bitsandbytes. `offload`: layers that do not fit wait in the machine's memory. `reserve_bytes`:
+        what must stay free on the first device.
 
-        Raises OpenwuError: no permission, another transformers, too little memory (with the numbers); CheckpointError:
-        a folder that is none, has dots in its name, or whose code is not as expected.
+        Raises, before weights are read, OpenwuError: no permission, no GPU, another transformers, too little memory
+        (with the numbers); CheckpointError: a folder that is none, has dots in its name, or lacks something;
+        TargetError: layers that are not as the released generator's.
         """
         _refuse_revision(revision)
         model = load_remote(
             folder,
             transformers_version=cls.transformers_version,
+            needs_gpu=cls.needs_gpu,
             device=torch.device(device),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             quantise=quantise,
             offload=offload,
             reserve_bytes=reserve_bytes,
+            check=lambda rehearsed: _layer_group(rehearsed.model.layers),
         )
         return cls(model)
 
@@ -133,13 +139,10 @@ class HunyuanImage3(Backbone):
         """The whole model: paths of the released generator begin at it."""
         return cast("nn.Module", self.model)
 
-    @property
-    def prediction(self) -> Prediction:
-        return "flow"
-
-    @property
-    def alphas_cumprod(self) -> Tensor | None:
-        return None
+    @cached_property
+    def identity(self) -> str:
+        """Samples of all weights, and the settings that the condition depends on beside the request."""
+        return f"{super().identity} {self.image_size} {self.reasoning_tokens}"
 
     @property
     def routing(self) -> Routing | None:
@@ -151,10 +154,7 @@ class HunyuanImage3(Backbone):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """The released mapping, with this model's widths: all layers are alike."""
-        found = {_targets_of(layer, index) for index, layer in enumerate(self._layers)}
-        if len(found) != 1:
-            raise TargetError(f"{PREFIX}: expected layers of equal widths, got {len(found)} kinds")
-        return (LayerGroup(PREFIX, len(self._layers), found.pop()),)
+        return (_layer_group(self._layers),)
 
     @torch.no_grad()
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
@@ -162,17 +162,24 @@ class HunyuanImage3(Backbone):
         tokens, mask = padded([self._read(request)[1] for request in requests])
         return Condition(tokens, None if bool(mask.all()) else mask)
 
-    def latent_batch(self, requests: Sequence[BaseRequest], targets: Sequence[Tensor]) -> LatentBatch:  # noqa: ARG002
-        """Not supported."""
-        _no_training()
+    def check_sampling(self, options: SamplingOptions) -> None:
+        self.options(options)
 
-    def drop_conditions(self, batch: LatentBatch, generator: torch.Generator) -> LatentBatch:  # noqa: ARG002
-        """Not supported."""
-        _no_training()
-
-    def predict(self, batch: LatentBatch, given: Tensor, time: Tensor) -> Tensor:  # noqa: ARG002
-        """Not supported."""
-        _no_training()
+    def edit(
+        self,
+        jobs: Sequence[EditJob],
+        options: SamplingOptions,
+        scope: RequestScope,
+        progress: Progress | None = None,
+    ) -> list[Photo]:
+        """Edit every job's first picture; results have the base's own size and aspect unless `fit_to_photo`."""
+        if self.fit_to_photo:
+            return super().edit(jobs, options, scope, progress)
+        pictures = self.generate([job.request for job in jobs], options, scope.rows, progress)
+        return [
+            job.photos[0].resized(picture.clamp(0, 1).permute(1, 2, 0).contiguous().numpy())
+            for job, picture in zip(jobs, pictures, strict=True)
+        ]
 
     @torch.no_grad()
     def generate(
@@ -182,61 +189,71 @@ class HunyuanImage3(Backbone):
         rows: RowScope,
         progress: Progress | None = None,
     ) -> list[Tensor]:
-        """See `protocols.Backbone`: the adapter acts on everything the base reads and on both guidance rows."""
+        """See `protocol.Backbone`: the adapter acts on everything the base reads and on both guidance rows.
+
+        Requests go one at a time, and pictures have the size that the base gave them.
+        """
         options = self.options(options)
-        readings = [self._known(request) or self._read(request)[0] for request in requests]
-        chunks = _chunks(readings, min(options.batch, self.max_batch))
         assert options.steps is not None
         assert options.guidance is not None
-        edited: dict[int, Tensor] = {}
-        with _counted(self.model.model, options.steps, len(chunks), progress) as begin:
-            for chunk in chunks:
-                asked = [requests[i] for i in chunk]
-                reasoning, size = [readings[i].reasoning for i in chunk], readings[chunk[0]].size
-                inputs = inputs_of(self.model, asked, reasoning, None, size)
-                begin()
-                with rows(chunk * (2 if options.guidance > 1 else 1)):
-                    pictures = drawn(self.model, inputs, len(chunk), asked[0].seed, options.steps, options.guidance)
-                edited |= {i: as_tensor(each.convert("RGB")) for i, each in zip(chunk, pictures, strict=True)}
-        return [edited[i] for i in range(len(requests))]
+        edited = []
+        for index, request in enumerate(requests):
+            reading = self._readings.get(self._digest(request)) or self._read(request)[0]
+            inputs = inputs_of(
+                self.model, request, reading.reasoning, None, image_size=self.image_size, ratio=reading.ratio
+            )
+            done = index * options.steps
+            with (
+                _counted(self.model.model, options.steps, done, options.steps * len(requests), progress),
+                rows([index] * len(inputs["input_ids"])),
+            ):
+                image = draw(self.model, inputs, self.image_size, request.seed, options.steps, options.guidance)
+            edited.append(as_tensor(image.convert("RGB")))
+        return edited
 
     def options(self, options: SamplingOptions) -> SamplingOptions:
-        """The options with what is usual for this base where they say nothing; refuses what it does not have."""
+        """The options with the folder's steps and guidance where they say nothing; refuses what the base cannot do."""
         for name in ("image_guidance", "true_guidance", "pixels"):
             if getattr(options, name) is not None:
-                reason = "which chooses among its own sizes" if name == "pixels" else "which has none"
+                reason = "which chooses among its own sizes (`image_size`)" if name == "pixels" else "which has none"
                 raise OpenwuError(f"{name}: expected none for {type(self).__name__}, {reason}; leave it out")
-        guidance = options.guidance
-        if guidance is None:
-            guidance = getattr(self.model.generation_config, "diff_guidance_scale", None)
-        if guidance is None:
-            raise OpenwuError("guidance: expected a number, since generation_config.json of the base's folder has none")
-        return replace(options, steps=options.steps or self.steps, guidance=guidance)
+        if IMAGE_SIZE.fullmatch(self.image_size) is None:
+            raise OpenwuError(f"image_size: expected auto, HxW such as 1024x1024, or W:H, got {self.image_size!r}")
+        usual = self.model.generation_config
+        guidance = usual.diff_guidance_scale if options.guidance is None else options.guidance
+        if guidance <= 1:
+            raise OpenwuError(
+                f"guidance: expected above 1, since the folder's code always draws both rows, got {guidance}"
+            )
+        return replace(options, steps=options.steps or usual.diff_infer_steps, guidance=guidance)
 
     @property
     def _layers(self) -> nn.ModuleList:
         layers: nn.ModuleList = self.model.model.layers
         return layers
 
-    def _known(self, request: BaseRequest) -> _Reading | None:
-        return self._readings.get(_digest(request))
-
     def _read(self, request: BaseRequest) -> tuple[_Reading, Tensor]:
-        """Reasoning and shape of a request, and what the last layer says of its tokens `[L, d]`."""
-        known = self._known(request)
-        reasoning = request.reasoning
+        """Reasoning and ratio of a request, and the last layer's output for its tokens `[L, d]`."""
+        digest = self._digest(request)
+        known, reasoning = self._readings.get(digest), request.reasoning
+        if reasoning is None and known is not None:
+            reasoning = known.reasoning
         if reasoning is None:
-            reasoning = (
-                known.reasoning if known is not None else reasoning_of(self.model, request, self.reasoning_tokens)
-            )
+            reasoning = write_reasoning(self.model, request, self.image_size, self.reasoning_tokens)
         # Deviates: the pass is not left after the last layer. What follows is one token of `lm_head`, and it is the
         # ratio that drawing would need a second prefill for.
-        with LastLayer(self.model) as heard:
-            reading = _Reading(reasoning, ratio_of(self.model, request, reasoning))
-        self._readings[_digest(request)] = reading
-        while len(self._readings) > REMEMBERED:
+        with LastLayer(self.model) as last:
+            reading = _Reading(reasoning, choose_ratio(self.model, request, reasoning, self.image_size))
+        self._readings[digest] = reading
+        while len(self._readings) > READINGS:
             self._readings.popitem(last=False)
-        return reading, heard.states[0]
+        return reading, last.states
+
+    def _digest(self, request: BaseRequest) -> bytes:
+        """Hash of everything that the base's answers about a request depend on."""
+        words = repr((request.instruction, request.seed, request.reasoning, self.image_size, self.reasoning_tokens))
+        pictures = (repr((each.size, each.mode)).encode() + each.tobytes() for each in request.pictures)
+        return of_bytes([words.encode(), *pictures]).digest()
 
 
 def chosen_experts(output: Any) -> Tensor:
@@ -250,6 +267,13 @@ def chosen_experts(output: Any) -> Tensor:
             "edit one request at a time"
         )
     return found[0]
+
+
+def _layer_group(layers: nn.ModuleList) -> LayerGroup:
+    found = {_targets_of(layer, index) for index, layer in enumerate(layers)}
+    if len(found) != 1:
+        raise TargetError(f"{PREFIX}: expected layers of equal widths, got {len(found)} kinds")
+    return LayerGroup(PREFIX, len(layers), found.pop())
 
 
 def _targets_of(layer: Any, index: int) -> tuple[PlainTarget | GroupedTarget, ...]:
@@ -278,46 +302,19 @@ def _refuse_revision(revision: str | None) -> None:
         raise OpenwuError(f"revision: expected none for this base, which is a local folder, got {revision!r}")
 
 
-def _no_training() -> NoReturn:
-    raise OpenwuError(
-        "training: not supported through hunyuan-image-3, whose folder's code draws only with its own sampler; "
-        "edit with the released generator, or train one for another base (`openwu models`)"
-    )
-
-
-def _digest(request: BaseRequest) -> bytes:
-    """Of all that decides what the base says of a request."""
-    words = repr((request.instruction, request.seed, request.reasoning)).encode()
-    pictures = (repr((each.size, each.mode)).encode() + each.tobytes() for each in request.pictures)
-    return of_bytes([words, *pictures]).digest()
-
-
-def _chunks(readings: Sequence[_Reading], most: int) -> list[list[int]]:
-    """Places of requests that share a call: pictures of one shape, with reasoning or without; others go alone."""
-    alike: dict[object, list[int]] = {}
-    for index, reading in enumerate(readings):
-        key = index if reading.size == "auto" else (reading.size, bool(reading.reasoning))
-        alike.setdefault(key, []).append(index)
-    return [members[start : start + most] for members in alike.values() for start in range(0, len(members), most)]
-
-
 @contextmanager
-def _counted(decoder: nn.Module, steps: int, calls: int, progress: Progress | None) -> Iterator[Any]:
-    """Reports every pass of the decoder as a step; yields what begins the next call."""
-    begun = passes = 0
-
-    def begin() -> None:
-        nonlocal begun, passes
-        begun, passes = begun + 1, 0
+def _counted(decoder: nn.Module, steps: int, done: int, total: int, progress: Progress | None) -> Iterator[None]:
+    """Report every pass of the decoder inside the scope as a step."""
+    passes = 0
 
     def count(*_: Any) -> None:
         nonlocal passes
         passes += 1
-        if progress is not None and begun and passes <= steps:
-            progress((begun - 1) * steps + passes, steps * calls)
+        if progress is not None and passes <= steps:
+            progress(done + passes, total)
 
     hook = decoder.register_forward_hook(count)
     try:
-        yield begin
+        yield
     finally:
         hook.remove()

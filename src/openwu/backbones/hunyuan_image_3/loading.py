@@ -1,26 +1,28 @@
-"""HunyuanImage-3.0-Instruct on disk: the user's own folder enters; the model that its code builds leaves, or an error.
+"""Load HunyuanImage-3.0-Instruct from the user's own folder, after everything checkable without its weights is checked.
 
-The folder brings the code of its model, and transformers runs it: whoever loads it must ask for that. Everything that
-can be known without running it is checked first, in this order: permission, folder, versions, memory.
+The folder brings the code of its model, and transformers runs it: whoever loads it must ask for that. Checks, in this
+order: permission, device, folder, versions, memory; then a rehearsal, which runs the folder's code on the meta device
+(no weights are read): its packages, names, tokenizer, settings, and every weight's name and shape in the files.
 
-`RemoteModel` is all that is used of that code. Its names were compared with the published interface (see
-docs/hunyuan-image-3.md): none of the code is copied here, and none of this has been run against the real folder.
-`check_surface` says what is missing.
+`RemoteModel` is all that is used of that code; none of it is copied here. docs/hunyuan-image-3.md compares both.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from openwu.backbones.hunyuan_image_3.memory import LAYER, LINEAR, Room, check_room, gpu_budgets, read_headers
+from openwu.backbones.hunyuan_image_3.memory import LAYER, LINEAR, FreeMemory, check_memory, gpu_budgets, read_headers
 from openwu.backbones.quantised import Quantise, bitsandbytes, check_way, differentiable_, wide_enough
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.extras import library, quiet
@@ -31,24 +33,32 @@ if TYPE_CHECKING:
 
 EXTRA = "hunyuan"
 
+MODEL_VERSION = "HunyuanImage-3.0-Instruct"
+"""`model_version` where the folder's config has none; the code of some revisions reads it with the tokenizer."""
+
 USED = 0.9
 """Share of a budget that transformers uses where it quantises; the plan has room for that already."""
 
 Task = Literal["think", "recaption", "img_ratio"]
 """What the base is asked to write."""
 
+RATIO_PROCESSOR_MAKERS = ("build_img_ratio_slice_logits_proc", "build_img_ratio_slice_logits_processor")
+"""Names, by revision, of what makes `image_processor.img_ratio_slice_logits_processor`."""
+
 
 class RemoteModel(Protocol):
-    """What the backbone uses of the folder's own code, all of it. Rows: b requests."""
+    """What is used of the folder's own code, all of it; one request at a time."""
 
+    config: Any
     generation_config: Any
-    """`diff_guidance_scale`: weight of the instruction that the base is used with; above 1 it draws with two rows."""
+    """`diff_guidance_scale` and `diff_infer_steps`: with what the base is used; perhaps `drop_think`."""
     model: Any
     """The decoder: `layers`, each with `self_attn.{qkv_proj, o_proj}`, `mlp.gate`, `mlp.experts.N.{gate_and_up_proj,
     down_proj}` and `mlp.shared_mlp.{gate_and_up_proj, down_proj}`, and `ln_f` behind the last one."""
-
+    image_processor: Any
+    """`vae_reso_group`, a sequence of sizes; `postprocess_outputs`; and one of `RATIO_PROCESSOR_MAKERS`."""
     _tokenizer: Any
-    """`think_token` and `recaption_token`, with which the parts of its reasoning begin."""
+    """`decode`, `think_token`, `end_of_think_token_id` and `recaption_token`."""
 
     def load_tokenizer(self, tokenizer: str) -> None:
         """Read the tokenizer from the folder; the model keeps it."""
@@ -56,91 +66,107 @@ class RemoteModel(Protocol):
     def prepare_model_inputs(
         self,
         *,
-        prompt: Sequence[str],
-        image: Sequence[Sequence[Image.Image]],
-        cot_text: Sequence[str] | None,
+        prompt: str,
+        image: list[Image.Image],
+        cot_text: str | None,
+        system_prompt: str,
         mode: Literal["gen_text", "gen_image"],
-        image_size: str,
-        seed: Sequence[int],
+        seed: int,
+        infer_align_image_size: bool,
+        image_size: str = ...,
         bot_task: Task = ...,
         max_new_tokens: int = ...,
-        system_prompt: Sequence[str] = ...,
+        drop_think: bool = ...,
     ) -> Mapping[str, Any]:
-        """Everything that `generate` needs, encoders run: latents of source pictures are sampled with the `seed`s.
+        """Everything that `generate` needs, encoders run: latents of source pictures are sampled with `seed`.
 
-        What it returns holds `mode` and `max_new_tokens`, too. `cot_text`: reasoning, one per request and none empty.
-        `image_size`: `auto`, or the ratio token such as `<img_ratio_3>`. `bot_task`: of texts alone.
+        Among it: `input_ids` [rows, L] and `batch_cond_images`. `image_size`: to draw, `HxW`, `W:H` or `<img_ratio_3>`.
         """
 
     def generate(self, **inputs: Any) -> Any:
-        """What `prepare_model_inputs` returned and, mode `gen_text`: `do_sample`, `decode_text=True` (without it:
-        tokens) and perhaps `logits_processor` -> one text; `gen_image`: a `generation_config` with `diff_infer_steps`
-        and `diff_guidance_scale`, which it does not read elsewhere -> b PIL pictures."""
+        """What `prepare_model_inputs` returned and, mode `gen_text`, perhaps `do_sample` and `logits_processor` ->
+        tokens [1, L + new]; `gen_image`: a `generation_config`, for steps and guidance -> a list of one PIL picture."""
 
 
-SURFACE: Mapping[str, tuple[str, ...]] = {
-    "load_tokenizer": (),
-    "prepare_model_inputs": (
-        *("prompt", "image", "cot_text", "mode", "bot_task", "image_size", "seed"),
-        *("max_new_tokens", "system_prompt"),
-    ),
-    "generate": (),
-}
-"""Methods of `RemoteModel`, and the arguments that each must take."""
+SURFACE = (
+    *("model.layers", "model.ln_f", "load_tokenizer", "prepare_model_inputs", "generate"),
+    *("generation_config.diff_infer_steps", "generation_config.diff_guidance_scale"),
+    *("image_processor.vae_reso_group", "image_processor.postprocess_outputs"),
+    *("_tokenizer.decode", "_tokenizer.think_token", "_tokenizer.end_of_think_token_id", "_tokenizer.recaption_token"),
+)
+"""Paths that a model must have. A setting of `generation_config` must not be None either."""
 
 
 def load_remote(
     folder: str | Path,
     *,
     transformers_version: str,
+    needs_gpu: bool,
     device: torch.device,
     dtype: torch.dtype | None,
     trust_remote_code: bool,
     quantise: Quantise | None,
     offload: bool,
     reserve_bytes: int,
+    check: Callable[[RemoteModel], object],
 ) -> RemoteModel:
-    """The model on `device` (`cuda`: spread over all GPUs), its tokenizer read. Raises for all that a user can mend."""
+    """Return the model on `device` (`cuda`: spread over all GPUs), its tokenizer loaded.
+
+    `check`: raises for what is wrong with the model while it has no weights yet. Raises OpenwuError for everything that
+    the user can fix, CheckpointError where the folder is at fault.
+    """
     check_trust(folder, trust_remote_code)
+    _check_ways(device, quantise, offload, needs_gpu)
     path = check_folder(folder)
     check_version(transformers_version)
-    _check_ways(device, quantise, offload)
-    room, headers = Room.of(device), read_headers(path)
-    if device.type == "cuda" and not room.gpus:
-        raise OpenwuError(f"device: expected a machine with a CUDA GPU for {device}, found none; use --device cpu")
-    need = check_room(headers, room, quantise=quantise, offload=offload, dtype=dtype, reserve_bytes=reserve_bytes)
-    placed: dict[str, Any] = {"device_map": {"": str(device)}}
-    if room.gpus and (len(room.gpus) > 1 or offload):
-        budgets = gpu_budgets(need, room, offload=offload)
-        if quantise is not None:
-            budgets = {place: int(size / USED) for place, size in budgets.items()}
-        placed = {"device_map": "auto", "max_memory": budgets}
-    if device.type == "cpu" and quantise is None:
-        placed = {}
-    else:
-        library("accelerate", EXTRA)
+    headers = read_headers(path)
+    placement = _placement(
+        headers, device, quantise=quantise, offload=offload, dtype=dtype, reserve_bytes=reserve_bytes
+    )
     transformers = library("transformers", EXTRA)
     if quantise is not None:
-        placed["quantization_config"] = _quantisation(transformers, quantise, dtype, unquantised(headers, quantise))
+        placement["quantization_config"] = _quantisation(transformers, quantise, dtype, unquantised(headers, quantise))
     try:
         with quiet(transformers.utils.logging):
+            config, rehearsed = rehearse(transformers, path)
+            check(rehearsed)
+            check_weights(rehearsed, headers)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path),
+                config=config,
                 trust_remote_code=True,
-                moe_impl="eager",
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 local_files_only=True,
-                **placed,
+                **placement,
             )
-            check_surface(model)
             differentiable_(model)
             model.load_tokenizer(str(path))
     except OpenwuError:
         raise
+    except ImportError as error:
+        raise OpenwuError(
+            f"{folder}: its own code needs more packages: {error}; pip install 'openwu[{EXTRA}]'"
+        ) from error
     except Exception as error:  # foreign code raises what it likes
         raise CheckpointError(f"{folder}: its own code cannot load this model: {error}") from error
     return cast("RemoteModel", model)
+
+
+def rehearse(transformers: Any, path: Path) -> tuple[Any, RemoteModel]:
+    """Return the folder's config, with the released pipeline's settings, and its model without weights, checked."""
+    config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=True, local_files_only=True)
+    config.moe_impl, config.moe_drop_tokens = "eager", False
+    if not hasattr(config, "model_version"):
+        config.model_version = MODEL_VERSION
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=True)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    if hasattr(model, "load_tokenizer"):
+        model.load_tokenizer(str(path))
+    check_surface(model)
+    return config, model
 
 
 def check_trust(folder: str | Path, trust_remote_code: bool) -> None:
@@ -192,69 +218,93 @@ def check_version(required: str) -> None:
         )
 
 
-def check_surface(model: Any) -> None:
-    """Raise with everything that `RemoteModel` names and this folder's code does not have."""
-    missing = []
-    for name, arguments in SURFACE.items():
-        method = getattr(model, name, None)
-        if not callable(method):
-            missing.append(f"{name}()")
-            continue
-        taken = inspect.signature(method).parameters.values()
-        if any(each.kind is each.VAR_KEYWORD for each in taken):
-            continue
-        names = {each.name for each in taken}
-        missing += [f"{name}({argument}=)" for argument in arguments if argument not in names]
-    decoder = getattr(model, "model", None)
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        missing.append("model.layers")
-    if not isinstance(getattr(decoder, "ln_f", None), nn.Module):
-        missing.append("model.ln_f")
+def check_surface(model: RemoteModel) -> None:
+    """Raise with everything that `RemoteModel` names and this folder's code does not have, or the code's revision."""
+    missing = [path for path in SURFACE if not _has(model, path)]
+    if not any(_has(model, f"image_processor.{name}") for name in RATIO_PROCESSOR_MAKERS):
+        missing.append(" or ".join(f"image_processor.{name}" for name in RATIO_PROCESSOR_MAKERS))
+    if not hasattr(sys.modules[type(model).__module__], "get_system_prompt"):
+        missing.append("get_system_prompt in its module")
     if missing:
         raise CheckpointError(
-            f"{type(model).__name__}: the folder's code does not have {', '.join(missing)}, which openwu calls; use "
-            "another revision of the folder, or adapt "
-            "openwu.backbones.hunyuan_image_3.loading.RemoteModel and its caller to it"
+            f"{type(model).__name__}: the folder's code or generation_config.json does not have {', '.join(missing)}, "
+            "which openwu uses; take another revision of the folder, or adapt "
+            "openwu.backbones.hunyuan_image_3.loading.RemoteModel and its callers to it"
+        )
+    mixture = inspect.unwrap(type(model.model.layers[-1].mlp).forward)
+    if "dispatch_mask" in mixture.__code__.co_varnames:
+        raise CheckpointError(
+            f"{type(model).__name__}: expected code from February 2026 on, got the revision of January 2026, whose "
+            "mixture of experts takes 45 to 60 GB more per layer at 20,000 tokens; download the folder's code again"
         )
 
 
-class LastLayer:
-    """Hears what the last decoder layer says in a pass, before `ln_f`: a scope; afterwards `states` `[b, L, d]`."""
-
-    def __init__(self, model: RemoteModel) -> None:
-        self._layer: nn.Module = model.model.layers[-1]
-        self._heard: list[Any] = []
-
-    def __enter__(self) -> LastLayer:
-        self._hook = self._layer.register_forward_hook(lambda _, __, output: self._heard.append(output))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    @property
-    def states(self) -> Tensor:
-        if len(self._heard) != 1:
-            raise OpenwuError(
-                f"condition: expected one pass of the decoder for the ratio of the picture, got {len(self._heard)}; "
-                "the folder's code generates more than the one token that it was asked for"
-            )
-        said = self._heard[0][0] if isinstance(self._heard[0], tuple | list) else self._heard[0]
-        if not isinstance(said, Tensor) or said.ndim != 3:
-            raise OpenwuError(
-                f"condition: expected hidden states [b, L, d] of a decoder layer, got {type(said).__name__}"
-            )
-        return said
+def check_weights(model: RemoteModel, headers: Headers) -> None:
+    """Raise where the files lack a weight of the model, or have it in another shape."""
+    expected = {name: tuple(weight.shape) for name, weight in cast("nn.Module", model).named_parameters()}
+    shapes = {name: shape for name, (_, shape) in headers.items()}
+    wrong = [
+        f"{name} {shape}, got {shapes.get(name, 'none')}"
+        for name, shape in expected.items()
+        if shapes.get(name) != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"safetensors: expected {len(expected)} weights that the folder's code has, but {len(wrong)} are missing "
+            f"or of another shape, first {'; '.join(wrong[:3])}; download the whole folder again, from one revision"
+        )
 
 
-def _check_ways(device: torch.device, quantise: Quantise | None, offload: bool) -> None:
+def prompt_function(model: RemoteModel) -> Callable[[str, Task | None, None], str]:
+    """Return the folder's own function (name of a system prompt, task, own prompt) -> text."""
+    make: Callable[[str, Task | None, None], str] = sys.modules[type(model).__module__].get_system_prompt
+    return make
+
+
+def _check_ways(device: torch.device, quantise: Quantise | None, offload: bool, needs_gpu: bool) -> None:
     check_way(quantise)
     if quantise is not None and offload:
         raise OpenwuError("quantise, offload: expected one of them: bitsandbytes keeps its weights on the GPU")
-    if device.type == "cpu" and offload:
-        raise OpenwuError("offload: expected a GPU (--device cuda), got --device cpu; leave it out")
+    if device.type == "cpu" and (offload or needs_gpu):
+        reason = "layers wait in memory for a GPU" if offload else "the folder's code puts tensors there as it loads"
+        raise OpenwuError(
+            f"{'offload' if offload else 'device'}: expected a CUDA GPU, got cpu: {reason}; use --device cuda"
+        )
     if quantise is not None:
         bitsandbytes(EXTRA)
+
+
+def _placement(
+    headers: Headers,
+    device: torch.device,
+    *,
+    quantise: Quantise | None,
+    offload: bool,
+    dtype: torch.dtype | None,
+    reserve_bytes: int,
+) -> dict[str, Any]:
+    """What transformers is told about devices, after the check that the weights fit there."""
+    free = FreeMemory.of(device)
+    if device.type == "cuda" and not free.gpus:
+        raise OpenwuError(f"device: expected a machine with a CUDA GPU for {device}, found none")
+    need = check_memory(headers, free, quantise=quantise, offload=offload, dtype=dtype, reserve_bytes=reserve_bytes)
+    if device.type == "cpu" and quantise is None:
+        return {}
+    library("accelerate", EXTRA)
+    if len(free.gpus) <= 1 and not offload:
+        return {"device_map": {"": str(device)}}
+    budgets = gpu_budgets(need, free, offload=offload)
+    if quantise is not None:
+        budgets = {place: int(size / USED) for place, size in budgets.items()}
+    return {"device_map": "auto", "max_memory": budgets}
+
+
+def _has(model: object, path: str) -> bool:
+    """Whether a foreign object has this path, with a value."""
+    try:
+        return attrgetter(path)(model) is not None
+    except AttributeError:
+        return False
 
 
 def unquantised(headers: Headers, how: Quantise) -> list[str]:

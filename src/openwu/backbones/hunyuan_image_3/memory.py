@@ -1,7 +1,7 @@
-"""Does HunyuanImage-3.0-Instruct fit? Headers of its safetensors and a machine enter; a plan leaves, or an error.
+"""Plan the memory of HunyuanImage-3.0-Instruct from its safetensors headers, before any weights are read.
 
-Everything is known before a byte of weights is read: what every tensor takes in its own dtype or quantised, what the
-cache of a request takes, and what must stay free beside the base (`beside`: generator and adapters).
+Counted are every tensor, in its own dtype or quantised, the KV cache of a request, and what must stay free beside the
+base (`reserve_bytes`: generator and adapters).
 
 Bytes are decimal in messages: 1 GB = 10^9.
 """
@@ -29,7 +29,7 @@ LINEAR = re.compile(r"^model\.layers\.\d+\.(self_attn|mlp\.shared_mlp|mlp\.exper
 """What is quantised: attention, shared MLP and experts of the decoder. Never routers, embeddings, encoders and VAE."""
 
 TOKENS = 16_384
-"""Tokens of one row that room is kept for: text, source pictures and the picture that is made."""
+"""Tokens of one row of the KV cache that memory is kept for: text, source pictures and the new picture."""
 
 ROWS = 2
 """Rows of a request: with and without the instruction."""
@@ -39,7 +39,7 @@ HEADROOM = 0.95
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeMemory:
     """Free bytes of a machine, as far as they may be used."""
 
     gpus: tuple[int, ...]
@@ -49,7 +49,7 @@ class Room:
     """Number of the first GPU."""
 
     @classmethod
-    def of(cls, device: torch.device) -> Room:
+    def of(cls, device: torch.device) -> FreeMemory:
         """`cuda` means all GPUs, `cuda:1` that one, `cpu` none."""
         cpu = free_memory(torch.device("cpu"))
         if device.type != "cuda":
@@ -78,7 +78,7 @@ class Needs:
 
 
 def read_headers(folder: Path) -> Headers:
-    """Names, dtypes and shapes of all tensors in a folder's safetensors; CheckpointError where files are missing."""
+    """Return dtypes and shapes of all tensors in a folder's safetensors; CheckpointError if files are missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -123,38 +123,38 @@ def needs(
     return Needs(rest + sum(layers.values()), max(layers.values(), default=0), _cache(headers, dtype), reserve_bytes)
 
 
-def fits(need: Needs, room: Room, *, offload: bool = False) -> bool:
-    """Whether weights, cache and what stands beside fit into this room."""
-    if not room.gpus:
-        return room.cpu is None or need.total <= HEADROOM * room.cpu
-    together = int(HEADROOM * sum(room.gpus)) - need.layer * (len(room.gpus) - 1)
+def fits(need: Needs, free: FreeMemory, *, offload: bool = False) -> bool:
+    """Whether weights, cache and what must stay free beside them fit."""
+    if not free.gpus:
+        return free.cpu is None or need.total <= HEADROOM * free.cpu
+    together = int(HEADROOM * sum(free.gpus)) - need.layer * (len(free.gpus) - 1)
     if not offload:
-        return need.total <= together and need.reserve_bytes + need.cache <= HEADROOM * room.gpus[0]
+        return need.total <= together and need.reserve_bytes + need.cache <= HEADROOM * free.gpus[0]
     # Layers wait in the machine's memory and visit the GPU one at a time, the next one while the last is still there.
-    least = need.reserve_bytes + need.cache + 2 * need.layer <= HEADROOM * room.gpus[0]
-    return least and (room.cpu is None or need.total <= together + HEADROOM * room.cpu)
+    least = need.reserve_bytes + need.cache + 2 * need.layer <= HEADROOM * free.gpus[0]
+    return least and (free.cpu is None or need.total <= together + HEADROOM * free.cpu)
 
 
-def check_room(
+def check_memory(
     headers: Headers,
-    room: Room,
+    free: FreeMemory,
     *,
     quantise: Quantise | None,
     offload: bool,
     dtype: torch.dtype | None,
     reserve_bytes: int,
 ) -> Needs:
-    """The needs of what was asked for; OpenwuError with the numbers, and what would fit, where it does not."""
+    """Return the needs; if they exceed `free`, raise OpenwuError with the numbers and the options that would fit."""
     asked = needs(headers, quantise=quantise, dtype=dtype, reserve_bytes=reserve_bytes)
-    if fits(asked, room, offload=offload):
+    if fits(asked, free, offload=offload):
         return asked
     ways: dict[str, tuple[Needs, bool]] = {}
-    if room.gpus:
+    if free.gpus:
         for label, how in (("--quantise 8bit", "8bit"), ("--quantise 4bit", "4bit"), ("--offload", None)):
             ways[label] = (needs(headers, quantise=how, dtype=dtype, reserve_bytes=reserve_bytes), how is None)  # type: ignore[arg-type]
-    fitting = [f"{label} ({_gb(way.total)})" for label, (way, moved) in ways.items() if fits(way, room, offload=moved)]
-    have = [f"cuda:{number} {_gb(free)}" for number, free in enumerate(room.gpus, start=room.first)]
-    have += [] if room.cpu is None else [f"memory {_gb(room.cpu)}"]
+    fitting = [f"{label} ({_gb(way.total)})" for label, (way, moved) in ways.items() if fits(way, free, offload=moved)]
+    have = [f"cuda:{number} {_gb(size)}" for number, size in enumerate(free.gpus, start=free.first)]
+    have += [] if free.cpu is None else [f"memory {_gb(free.cpu)}"]
     raise OpenwuError(
         f"memory: this base needs {_gb(asked.total)} (weights {_gb(asked.weights)}, cache of a request "
         f"{_gb(asked.cache)}, generator and adapters {_gb(asked.reserve_bytes)}), but free are "
@@ -167,15 +167,15 @@ def check_room(
     )
 
 
-def gpu_budgets(need: Needs, room: Room, *, offload: bool) -> dict[int | str, int]:
+def gpu_budgets(need: Needs, free: FreeMemory, *, offload: bool) -> dict[int | str, int]:
     """What transformers may fill with weights: bytes of every GPU, and of the machine where layers are offloaded."""
-    reserved = [need.reserve_bytes + need.cache, *[need.cache // len(room.gpus)] * (len(room.gpus) - 1)]
+    reserved = [need.reserve_bytes + need.cache, *[need.cache // len(free.gpus)] * (len(free.gpus) - 1)]
     budgets: dict[int | str, int] = {
-        room.first + number: max(0, int(HEADROOM * free) - kept)
-        for number, (free, kept) in enumerate(zip(room.gpus, reserved, strict=True))
+        free.first + number: max(0, int(HEADROOM * size) - kept)
+        for number, (size, kept) in enumerate(zip(free.gpus, reserved, strict=True))
     }
     if offload:
-        budgets["cpu"] = int(HEADROOM * room.cpu) if room.cpu is not None else need.weights
+        budgets["cpu"] = int(HEADROOM * free.cpu) if free.cpu is not None else need.weights
     return budgets
 
 

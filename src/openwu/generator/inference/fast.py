@@ -1,4 +1,4 @@
-"""The generator's fast path for inference: a `ParameterGenerator` and a condition go in, the same adapter comes out.
+"""Run a `ParameterGenerator` without gradients, faster and in bounded memory; the same function to rounding.
 
 Against the clear path of `model.py` and `blocks.py`, equal to rounding:
 
@@ -172,7 +172,7 @@ class FastGenerator:
 
     @property
     def _residual(self) -> torch.dtype:
-        return self.generator.residual_dtype or self.generator.hidden_in.weight.dtype
+        return self.generator.stream_dtype
 
     def _adapter(self, condition: Condition | Tensor) -> Adapter:
         generator = self.generator

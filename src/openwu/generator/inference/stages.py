@@ -1,4 +1,4 @@
-"""A block's parts for inference: the residual stream goes in and is changed in place, piece by piece.
+"""Parts of a generator block for inference, which change the residual stream in place, piece by piece.
 
 The same function as `blocks.Block` to rounding. Every intermediate result lies in a workspace of bounded size, which
 pieces use one after another; on a CPU it stays in the caches. Queries, keys and values are one product, turned in

@@ -1,4 +1,4 @@
-"""Rotary angles as complex numbers, kept between calls: positions go in, factors of modulus 1 come out.
+"""Rotary tables as complex numbers, cached between calls, and the workspace of intermediate results.
 
 A pair (x[2k], x[2k+1]) read as x[2k] + i x[2k+1] is turned by one complex product, in place and without a temporary
 (`openwu.kernels`).
