@@ -160,8 +160,9 @@ class Editor:
         All are checked before the first is edited. Raises OpenwuError as `edit` does.
         """
         check_options(None, sampling, progress, allow_out_of_scope=allow_out_of_scope)
-        if not isinstance(requests, Sequence) or isinstance(requests, str | bytes):
-            raise OpenwuError(f"requests: expected a list of EditRequest, got {type(requests).__name__}")
+        came: object = requests
+        if not isinstance(came, Sequence) or isinstance(came, str | bytes):
+            raise OpenwuError(f"requests: expected a list of EditRequest, got {type(came).__name__}")
         return self._edited(list(requests), None, False, allow_out_of_scope, sampling, progress) if requests else []
 
     @torch.no_grad()  # not inference mode: a caller may train on what comes back

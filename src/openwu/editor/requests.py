@@ -119,7 +119,7 @@ def check_request(request: EditRequest) -> None:
     seed: object = request.seed
     if isinstance(strength, bool) or not isinstance(strength, float | Real) or not math.isfinite(strength):
         raise OpenwuError(f"strength: expected a finite number, 1 for the edit as asked, got {strength!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int | Integral) or not 0 <= seed < 2**63:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
         raise OpenwuError(f"seed: expected a whole number from 0 to {2**63 - 1}, got {seed!r}; leave it out for 0")
     if not isinstance(request.then, str | Sequence):
         raise InstructionError(f"then: expected a text or a list of texts, got {type(request.then).__name__}")
