@@ -3,19 +3,31 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+CORE := $(VENV)/.installed-core
+DEV := $(VENV)/.installed-dev
 
-.PHONY: venv demo test test-slow test-gpu lint clean
+# On Linux without an NVIDIA driver, PyTorch comes from PyTorch's own index, whose CPU builds are a tenth as large as PyPI's
+# with CUDA. Where that index cannot be reached, pip falls back to PyPI; `make TORCH_INDEX= ...` uses PyPI alone.
+TORCH_INDEX ?= $(shell test "$$(uname -s)" != Linux || command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
 
-venv: $(VENV)/.installed
+.PHONY: venv demo docs test test-slow test-gpu lint release-check clean
 
-# Installed again only when what is asked for changes.
-$(VENV)/.installed: pyproject.toml constraints.txt
+venv: $(DEV)
+
+# What an edit needs and nothing else. Installed again only when pyproject.toml or constraints.txt change.
+$(CORE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or later; name one: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(if $(TORCH_INDEX),$(PIP) --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) torch)
+	$(PIP) -e .
 	touch $@
 
-demo: venv
+$(DEV): $(CORE)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: $(CORE)
 	mkdir -p demo-output
 	$(BIN)/openwu edit photos/life_by_aitzol_berasategi.jpg --instruction "make it look like an old photograph" \
 		--output demo-output/demo.png --compare --overwrite
@@ -35,6 +47,16 @@ test-slow: venv
 test-gpu: venv
 	$(BIN)/pytest -m gpu
 
+# The pages of docs/ and the API reference as a site in site/; a broken link fails. `.venv/bin/mkdocs serve` shows it while one writes.
+docs: venv
+	$(BIN)/mkdocs build --strict
+
+# Source archive and wheel in dist/, checked as PyPI checks them (docs/releasing.md).
+release-check: venv
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) demo-output dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo-output dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -165,3 +165,29 @@ def test_strength_does_not_recompile_and_every_rank_does_so_once() -> None:
 
         assert [run(2, seed) for seed in range(4)] == [1] * 4
         assert [run(5, 4), run(5, 5), run(2, 6), run(5, 7)] == [2] * 4
+
+
+@pytest.mark.parametrize("operator", ["lora", "scale_offset"])
+def test_another_scale_does_not_recompile(operator: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(2), nn.Linear(36, 5)).double()
+    targets = [Target("0", 36, 4, operator=operator), Target("2", 36, 5, operator=operator)]
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    factors = {t.name: {n: torch.randn(s).double() for n, s in t.shapes(2, 3).items()} for t in targets}
+    with attach(model, targets) as handle:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for step in range(12):
+            with handle.applied(Adapter(tuple(targets), factors, 0.1 * step - 0.5)):
+                torch.testing.assert_close(compiled(x), model(x))
+    assert graphs() == 1
+
+
+def test_experts_of_another_scale_do_not_recompile() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(StackedMixture(8, 8))
+    targets = stacked_targets(8, 8, prefix="0.experts")
+    with attach(model, targets) as handle:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for scale in (0.5, 0.25, -1.0):
+            with handle.applied(random_adapter(targets, 2, scale=scale, dtype=torch.float32)):
+                torch.testing.assert_close(compiled(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-5)
+    assert graphs() == 1

@@ -28,10 +28,11 @@ class ResultCache(nn.Linear):
 
 
 class Passing(nn.Linear):
-    """Returns its input."""
+    """Returns its input itself where W x is equal to it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[..., :5]
+        y = super().forward(x)
+        return x[..., :5] if torch.equal(y, x[..., :5]) else y
 
 
 def adapted(layer: nn.Linear, x: Tensor, adapter: Adapter, rows: list[int] | None = None) -> Tensor:
@@ -127,7 +128,9 @@ def test_hooks_of_all_modules_see_the_output_as_it_was() -> None:
 def test_an_input_that_is_passed_on_stays_as_it_was() -> None:
     x = torch.randn(3, 4, 6)
     before = x.clone()
-    came = adapted(Passing(6, 5), x, random_adapter([TARGET], 3, dtype=torch.float32))
+    layer = Passing(6, 5, bias=False)
+    layer.weight.copy_(torch.eye(5, 6))
+    came = adapted(layer, x, random_adapter([TARGET], 3, dtype=torch.float32))
     assert torch.equal(x, before)
     assert not torch.equal(came, x[..., :5])
 

@@ -188,7 +188,7 @@ def test_attaching_twice_is_refused_until_detached() -> None:
 def test_parts_of_one_model_can_have_a_handle_each() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)))
     with attach(model[1], [Target("0", 3, 3)]), pytest.raises(TargetError, match="already carry"):
-        attach(model, [Target("0", 3, 3)])
+        attach(model, [Target("0", 3, 3), Target("1.0", 3, 3)])
     with attach(model[1], [Target("0", 3, 3)]), attach(model[0:1], [Target("0", 3, 3)]):
         pass
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from openwu.adapters.inject import attach
-from openwu.adapters.merge import merged
+from openwu.adapters.merge import merged, merged_copy
 from openwu.backbones.causal_lm.experts import group_experts
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
@@ -28,10 +28,16 @@ SIZES = {
 }
 
 
-@pytest.fixture(params=["mixtral", "qwen3_moe"])
+@pytest.fixture(params=["mixtral", "qwen3_moe", "gpt_oss"])
 def model(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
     torch.manual_seed(0)
-    if request.param == "mixtral":
+    if request.param == "gpt_oss":  # stored [E, in, out], with biases, gate and up interleaved
+        config = transformers.GptOssConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=2, head_dim=16)
+        found = transformers.GptOssModel(config).eval()
+        for parameter in found.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        yield found
+    elif request.param == "mixtral":
         config = transformers.MixtralConfig(**SIZES, num_local_experts=EXPERTS)
         yield transformers.MixtralModel(config).eval()
     else:
@@ -93,6 +99,10 @@ def test_every_request_of_a_batch_has_its_own_experts(model: nn.Module) -> None:
 def test_spare_columns_change_no_result(model: nn.Module, batch: int) -> None:
     """With the model's own gate, written where the product wants it, and with another one in its place."""
     adapted = targets(group_experts(model))
+    if type(model).__name__ == "GptOssModel":
+        with pytest.raises(TargetError, match=r"spare columns need weights \[experts, out, in\]"):
+            attach(model, adapted, spare_columns=16)
+        return
     adapter, tokens = adapter_for(adapted, batch), torch.arange(14).view(2, 7)
     experts = type(model.get_submodule("layers.0.mlp.experts"))
     usual = experts._apply_gate
@@ -112,6 +122,38 @@ def test_spare_columns_change_no_result(model: nn.Module, batch: int) -> None:
 def test_without_grouping_the_targets_are_refused_and_say_what_to_do(model: nn.Module) -> None:
     with pytest.raises(TargetError, match="group_experts"):
         attach(model, targets(["layers.0.mlp.experts"]))
+
+
+@torch.no_grad()
+def test_experts_in_one_piece_can_be_merged_all_the_same(model: nn.Module) -> None:
+    adapted, tokens = targets(["layers.0.mlp.experts"]), torch.arange(7)[None]
+    adapter = adapter_for(adapted, 1)
+    alone = merged_copy(model, adapter)(tokens).last_hidden_state
+    assert (alone - model(tokens).last_hidden_state).abs().max() > 1e-3
+    group_experts(model)
+    with attach(model, adapted) as handle, handle.applied(adapter):
+        torch.testing.assert_close(model(tokens).last_hidden_state, alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_llama_4_can_be_merged_and_says_why_it_cannot_be_attached_to() -> None:
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(**SIZES, head_dim=16, num_local_experts=EXPERTS, interleave_moe_layer_step=1)
+    model = transformers.Llama4TextModel(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    path, tokens = "layers.0.feed_forward.experts", torch.arange(7)[None]
+    adapted = targets([path])
+    with pytest.raises(TargetError, match="computes its experts in one piece") as error:
+        attach(model, adapted[1:])
+    assert "merge the adapter" in str(error.value)
+    adapter = adapter_for(adapted[1:], 1)
+    a, b = adapter.pairs[f"{path}.down_proj"]
+    came = merged_copy(model, adapter)(tokens).last_hidden_state
+    model.get_parameter(f"{path}.down_proj").add_(adapter.scale * (b[0] @ a[0]).mT)
+    torch.testing.assert_close(came, model(tokens).last_hidden_state)
+    with pytest.raises(TargetError, match="Llama 4 has others"):
+        group_experts(model)
 
 
 def test_a_model_without_stacked_experts_is_refused() -> None:

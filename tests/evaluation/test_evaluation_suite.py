@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,14 +195,15 @@ def test_scores_are_those_of_the_8_bit_picture(
 @torch.inference_mode()
 @pytest.mark.parametrize("task", ["brighten", "take_palette"])
 def test_the_suite_measures_what_the_editor_makes(
-    editor: Editor, photographs: dict[str, torch.Tensor], task: str
+    editor: Editor, model_folder: Path, photographs: dict[str, torch.Tensor], task: str
 ) -> None:
     """They go different ways through the same model."""
     source, second = photographs["coffee"], photographs["rocket"]
     height, width = source.shape[1:]
     scene = Scene(source, noise_plane(width, height, 5).float(), torch.Generator(), second=second)
     case = make_case(task, "do something", scene)
-    measured = edit(editor.model, [case], generate(editor.model, [case]))[0]
+    model = EmbeddedModel.from_pretrained(model_folder)
+    measured = edit(model, [case], generate(model, [case]))[0]
     given = [to_image(source)]
     if case.reference is not None:
         given.append(to_image(case.reference))

@@ -100,7 +100,7 @@ def test_bad_input(embedded_adapter: Path, tmp_path: Path, capsys: pytest.Captur
         (embedded_adapter, "peft", out, ["--component", "unet"], 2, "--component: peft has none; leave it out"),
         (embedded_adapter, "diffusers", out, ["--component", "diffusion_model"], 1, "component: expected one of"),
         (embedded_adapter, "peft", out, ["--base", tmp_path / "nowhere"], 1, "expected a base model's folder with"),
-        (embedded_adapter, "peft", out, ["--base", index], 1, "expected a pipeline's JSON index"),
+        (embedded_adapter, "peft", out, ["--base", index], 1, "expected a diffusers pipeline with model_index.json"),
         (embedded_adapter, "peft", out, ["--base", neither], 1, "expected one of transformer, unet, got"),
         (
             embedded_adapter,

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from openwu.adapters.site import Active, check_device
+from openwu.adapters.active import Active
+from openwu.adapters.site import check_device
 from openwu.adapters.stacked import StackedSite
 from openwu.errors import TargetError
 from openwu.kernels.grouped import GroupedProduct, Routed
-from openwu.types import Target
+from openwu.kernels.low_rank import contained
 
 COLUMNS = 16
 """Rooms and columns in use are multiples of it, so that rows stay whole multiples of what grouped products want."""
@@ -36,9 +37,18 @@ COLUMNS = 16
 class AugmentedSite(StackedSite):
     """One weight of all experts, `[E, out, in]`, with room beside it."""
 
-    def __init__(self, target: Target, module: GroupedProduct, container: nn.Module, spare_columns: int) -> None:
-        super().__init__(target, module, container)
-        weight = self._parameter
+    module: GroupedProduct
+
+    def __init__(self, plain: StackedSite, spare_columns: int) -> None:
+        """Of a site without spare columns."""
+        product = plain.module if isinstance(plain.module, GroupedProduct) else None
+        super().__init__(plain.targets[0], product, plain.container, plain.transposed)
+        target, weight = self.targets[0], self._parameter
+        if plain.transposed:
+            raise TargetError(
+                f"{target.name}: spare columns need weights [experts, out, in], got [experts, in, out]; attach without "
+                "spare_columns"
+            )
         if not weight.is_floating_point() or type(weight) is not nn.Parameter or weight.is_meta:
             raise TargetError(
                 f"{target.name}: room for adapters needs plain floating-point weights in memory, got "
@@ -94,6 +104,10 @@ class AugmentedSite(StackedSite):
             # [b, E, out, r], the order of B
             own = free[..., : len(used) * rank].view(*wide.shape[:2], len(used), rank).permute(2, 0, 1, 3)
             torch.mul(b if b.dtype == own.dtype else b.to(own.dtype), active.scale, out=own)
+            if not active.uniform:  # every routed row is multiplied with the B of all samples
+                a, finite = contained(a, own)
+                if finite is not own:
+                    own.copy_(finite)
             self._tail_a = a.transpose(0, 1).flatten(1, 2)
             if columns > len(used) * rank:
                 free[..., len(used) * rank :] = 0
@@ -126,16 +140,16 @@ class AugmentedSite(StackedSite):
         check_device(self.path, a, x)
         tail = self.module.product(x, a.to(x.dtype), routed)
         if self._place_n is not None:
-            tail = tail * self._own(routed, tail)
+            tail = tail.masked_fill(self._foreign(routed), 0)
         width = x.shape[1]
         return self.module.append_columns(x, tail), wide[..., : width + self._used], routed
 
-    def _own(self, routed: Routed, tail: Tensor) -> Tensor:
-        """`[S, c]` 1 in the columns of a routed row's own sample, 0 in all others."""
+    def _foreign(self, routed: Routed) -> Tensor:
+        """`[S, c]` bool: all columns but those of a routed row's own sample."""
         assert self._place_n is not None
         place_s = self._place_n[self._row_of(routed)]
-        place_c = torch.arange(self._used, device=tail.device) // self._rank
-        return (place_s[:, None] == place_c).to(tail.dtype)
+        place_c = torch.arange(self._used, device=place_s.device) // self._rank
+        return place_s[:, None] != place_c
 
 
 def _rounded(columns: int) -> int:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openwu.adapters.active import Active
 from openwu.adapters.augmented import AugmentedSite
 from openwu.adapters.operators.lora import product
-from openwu.adapters.site import Active, Site, check_device, check_widths
-from openwu.adapters.stacked import StackedSite, stacked_products
+from openwu.adapters.site import Site, check_device, check_widths
+from openwu.adapters.stacked import stacked_sites
 from openwu.errors import TargetError
 from openwu.kernels import dispatch
 from openwu.types import Target
@@ -54,7 +55,7 @@ class RouterSite(Site):
         self._run_t: Tensor | None = None
         self._chosen_tk: Tensor | None = None
 
-    def update(self, y: Any, _: Any) -> Any:
+    def adapt(self, y: Any, _: tuple[Any, ...], __: Mapping[str, Any]) -> Any:
         if not self._samples:
             return y
         chosen_tk = self._indices(y)
@@ -129,10 +130,11 @@ class ExpertSite(Site):
                 parts.append(part)
                 continue
             check_device(self.path, pair[0], y)
+            a, b = self.marked(*pair) if self._trained else pair
             if sample_t is None:
-                parts.append(dispatch.add_linear(part, x_ti, *pair, self.scale))
+                parts.append(dispatch.add_linear(part, x_ti, a, b, self.scale))
             else:
-                parts.append(dispatch.add_routed(part, x_ti, *pair, self.scale, sample_t))
+                parts.append(dispatch.add_routed(part, x_ti, a, b, self.scale, sample_t))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(y.shape)
 
     def take(self, active: Active) -> None:
@@ -184,11 +186,9 @@ def expert_sites(
     by_weight = {target.name.removeprefix(f"{container}."): target for target in targets}
     experts = targets[0].experts
     held = modules.get(container)
-    stacked = None if held is None else stacked_products(container, held, targets)
-    if held is not None and stacked is not None:
-        if spare_columns:
-            return [AugmentedSite(target, product, held, spare_columns) for target, product in stacked]
-        return [StackedSite(target, product, held) for target, product in stacked]
+    stacked = None if held is None else stacked_sites(held, targets)
+    if stacked is not None:
+        return [AugmentedSite(site, spare_columns) for site in stacked] if spare_columns else list(stacked)
     children = [] if held is None else [name for name, _ in held.named_children()]
     if children != [str(expert) for expert in range(len(children))] or {t.experts for t in targets} != {len(children)}:
         raise TargetError(

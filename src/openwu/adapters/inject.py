@@ -8,37 +8,44 @@
 Forward hooks add the update to the outputs of the target modules; nothing of the model is replaced, its state-dict
 names stay. With `spare_columns`, weights of stacked experts lie elsewhere in memory while the handle is attached.
 
-Checkpointing: `use_reentrant=False`, and backward inside the scope of its forward. Backward after the scope fails in
-torch ("a different number of tensors was saved"), backward in a later scope that has not run the model fails here.
+Checkpointing: `use_reentrant=False`, and backward inside the scope of its forward; anything else is an error (after the
+scope torch's, "a different number of tensors was saved").
 
-Threads: an adapter belongs to the thread that applied it. Another thread that runs the model meanwhile gets a
+An adapter belongs to the thread and task that applied it (`scope`). Another one that runs the model meanwhile gets a
 TargetError (from code compiled with `fullgraph=True` torch's own error; compiled code that trains factors cannot tell
-threads apart and does not check).
+threads apart and does not check). What no hook can see is in docs/adapters.md.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, SupportsIndex
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from openwu.adapters.active import Active, PackedSequences
 from openwu.adapters.augmented import AugmentedSite
 from openwu.adapters.experts import ExpertRouting, expert_sites
 from openwu.adapters.operators import operator_of
-from openwu.adapters.site import Active, Caller, PackedSequences, Site
+from openwu.adapters.scope import Caller, Scope
+from openwu.adapters.site import Site
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 
 HINTS = 5
 """How many missing modules get a hint: looking for near names takes long in a large model."""
+
+TOKENS_FIRST = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Modules of torch that pass `[tokens, rows, d]` to their linear modules unless batch_first is set."""
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules that carry a hook of some handle."""
@@ -61,13 +68,16 @@ def attach(
         raise TargetError(
             f"spare_columns: expected a number from 0 (rank times adapters in a batch), got {spare_columns!r}"
         )
-    taken = [name or type(model).__name__ for name, module in model.named_modules() if module in _attached]
+    sites = resolve(model, targets, routing, spare_columns)
+    if unreachable := [f"{site.path}: {site.unreachable}" for site in sites if site.unreachable]:
+        raise TargetError.listing("the model does not call these modules:", unreachable)
+    taken = [site.path for site in sites if site.targets and site.module in _attached]
     if taken:
         raise TargetError(
-            f"attach: {len(taken)} modules of the model already carry adapter hooks, {taken[0]} among them; "
-            "use the handle that is there, or detach() it first"
+            f"attach: {len(taken)} of the {len(sites)} modules already carry adapter hooks, {taken[0]} among them; use "
+            "the handle that is there, or detach() it first"
         )
-    return AdapterHandle(targets, resolve(model, targets, routing, spare_columns))
+    return AdapterHandle(targets, sites)
 
 
 class AdapterHandle:
@@ -77,12 +87,14 @@ class AdapterHandle:
         self.targets = tuple(targets)
         self._sites = tuple(sites)
         self._caller = Caller()
+        self._scope: Scope | None = None
         self._busy = threading.Lock()
         self._hooks: list[RemovableHandle] = []
         try:
             for site in self._sites:
                 self._hooks += site.install()
-                _attached.add(site.module)
+                if site.targets:  # handles may listen to the same router
+                    _attached.add(site.module)
         except BaseException:  # memory for room, say
             self.detach()
             raise
@@ -106,7 +118,7 @@ class AdapterHandle:
 
         Raises TargetError at exit when the model did not reach a target, unless another exception is on its way.
         """
-        return _Scope(self, adapter, rows, segments)
+        return _Applied(self, adapter, rows, segments)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -122,7 +134,14 @@ class AdapterHandle:
         self._hooks.clear()
         for site in self._sites:
             site.uninstall()
-            _attached.discard(site.module)
+            if site.targets:
+                _attached.discard(site.module)
+
+    def __reduce_ex__(self, _: SupportsIndex) -> Any:
+        """What copies and pickles call."""
+        raise TargetError(
+            "a handle belongs to the model that it was attached to; copy the model and attach() to the copy"
+        )
 
     def __enter__(self) -> AdapterHandle:
         return self
@@ -144,9 +163,13 @@ class AdapterHandle:
             )
 
     def _load(
-        self, adapter: Adapter, rows: Sequence[int] | Tensor | None, segments: Sequence[int] | Tensor | None
+        self,
+        frame: FrameType | None,
+        adapter: Adapter,
+        rows: Sequence[int] | Tensor | None,
+        segments: Sequence[int] | Tensor | None,
     ) -> None:
-        """Begin a scope."""
+        """Begin a scope that `frame` enters."""
         if not self._hooks:
             raise TargetError("applied: the handle is detached; attach to the model again")
         self.check_targets(adapter)
@@ -157,17 +180,20 @@ class AdapterHandle:
                 "applied: this handle is applying an adapter already; its scopes neither nest nor run in parallel"
             )
         try:
-            active = Active.of(adapter, samples, self._caller, packed)
+            self._scope = Scope(self._caller, frame)
+            active = Active.of(adapter, samples, packed, self._scope)
             for site in self._sites:
                 site.load(active)
-            self._caller.inside = True
+            self._scope.enter()
         except BaseException:
             self._clear()
             raise
 
     def _clear(self) -> None:
         """End a scope."""
-        self._caller.inside = False
+        if self._scope is not None:
+            self._scope.leave()
+            self._scope = None
         for site in self._sites:
             site.clear()
         self._busy.release()
@@ -185,14 +211,14 @@ class AdapterHandle:
             )
 
 
-class _Scope(AbstractContextManager[None]):
+class _Applied(AbstractContextManager[None]):
     """What `applied` returns. Not made by contextlib, whose generators take longer than a small layer's update."""
 
     def __init__(self, handle: AdapterHandle, *asked: Any) -> None:
         self._handle, self._asked = handle, asked
 
     def __enter__(self) -> None:
-        self._handle._load(*self._asked)
+        self._handle._load(sys._getframe(1), *self._asked)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
@@ -205,7 +231,10 @@ class _Scope(AbstractContextManager[None]):
 def resolve(
     model: nn.Module, targets: Sequence[Target], routing: ExpertRouting | None = None, spare_columns: int = 0
 ) -> list[Site]:
-    """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit."""
+    """The sites of `targets` in `model`, or one TargetError that lists everything that does not fit.
+
+    Some may be `unreachable` by hooks, and open to merging alone.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     named = Counter(target.name for target in targets)
     problems = [f"{name}: named {count} times" for name, count in named.items() if count > 1]
@@ -224,8 +253,8 @@ def resolve(
             sites.extend(expert_sites(modules, container, grouped, routing, spare_columns))
         except TargetError as problem:
             problems.append(str(problem))
-    held = Counter(site.module for site in sites)
-    problems += [f"{site.path}: the same module as another target" for site in sites if held[site.module] > 1]
+    held = Counter(site.slots[0][1:] for site in sites)
+    problems += [f"{site.path}: the same module as another target" for site in sites if held[site.slots[0][1:]] > 1]
     if spare_columns and not problems and not any(isinstance(site, AugmentedSite) for site in sites):
         problems.append(
             "spare_columns: expected experts with stacked weights among the targets, found none; leave it out"
@@ -238,11 +267,21 @@ def resolve(
 def _plain_site(modules: Mapping[str, nn.Module], target: Target, hint: bool) -> Site:
     module = modules.get(target.name)
     if module is None:
+        if f"_orig_mod.{target.name}" in modules:
+            raise TargetError(
+                f"{target.name}: no such module, since the model is compiled; attach to its _orig_mod before it runs"
+            )
         near = difflib.get_close_matches(target.name, modules, n=3) if hint else []
         raise TargetError(f"{target.name}: no such module" + (f"; near it are {', '.join(near)}" if near else ""))
     site = operator_of(target.operator).site(target, module)
+    if isinstance(modules.get(target.name.rpartition(".")[0]), nn.MultiheadAttention):
+        site.unreachable = "nn.MultiheadAttention computes with its weight and never calls it; merge the adapter"
     # A shared expert may see its mixture's tokens as the other experts do.
     site.flattened = any(f"{part}experts" in modules for part in _ancestors(target.name))
+    for part in _ancestors(target.name):
+        around = modules[part.removesuffix(".")]
+        if isinstance(around, TOKENS_FIRST) and not around.self_attn.batch_first:
+            site.tokens_first = part.removesuffix(".") or type(around).__name__
     return site
 
 
@@ -253,11 +292,32 @@ def _ancestors(name: str) -> Iterator[str]:
         yield f"{name}." if name else ""
 
 
+def _whole_numbers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Check `rows` or `segments`; TargetError for masks, fractions, names and all else that is no whole number."""
+    entries: Sequence[Any] | None = None
+    if isinstance(values, Tensor):
+        if values.ndim == 1 and not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
+            entries = values.tolist()
+    elif isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set):
+        entries = list(values)
+    if entries is None:
+        came = f"a tensor {tuple(values.shape)} of {values.dtype}" if isinstance(values, Tensor) else repr(values)
+        raise TargetError(f"{name}: expected a sequence of whole numbers, got {came}")
+    for place, entry in enumerate(entries):
+        number = entry.item() if isinstance(entry, Tensor) and entry.numel() == 1 else entry
+        if isinstance(number, bool) or not isinstance(number, SupportsIndex):
+            raise TargetError(
+                f"{name}: expected whole numbers (no mask, no strengths: adapter.scaled takes those), got {entry!r} at "
+                f"place {place}"
+            )
+    return tuple(map(int, entries))
+
+
 def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
     """`rows` as checked numbers."""
     if rows is None:
         return None
-    samples = tuple(map(int, rows.tolist() if isinstance(rows, Tensor) else rows))
+    samples = _whole_numbers("rows", rows)
     if not samples or min(samples) < -1 or max(samples) >= adapter.batch:
         wrong = sorted({sample for sample in samples if not -1 <= sample < adapter.batch})
         raise TargetError(
@@ -269,11 +329,11 @@ def _samples(adapter: Adapter, rows: Sequence[int] | Tensor | None) -> tuple[int
 
 def _segments(adapter: Adapter, samples: tuple[int, ...] | None, segments: Sequence[int] | Tensor) -> PackedSequences:
     """`segments` checked, where the adapter is."""
-    lengths = [int(length) for length in (segments.tolist() if isinstance(segments, Tensor) else segments)]
+    lengths = _whole_numbers("segments", segments)
     count = len(samples) if samples is not None else None if adapter.batch == 1 else adapter.batch
     if not lengths or min(lengths) < 0 or count not in (None, len(lengths)):
         raise TargetError(
-            f"segments: expected a number of tokens for each of {count or 'one or more'} segments, got {lengths}"
+            f"segments: expected a number of tokens for each of {count or 'one or more'} segments, got {list(lengths)}"
         )
     device = next(iter(adapter.factors[adapter.targets[0].name].values())).device
     return PackedSequences.of(lengths, device)

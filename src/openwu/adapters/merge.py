@@ -8,20 +8,18 @@ that other threads may run it; `merged` and `merge_` change it in place and keep
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from openwu.adapters.inject import resolve
-from openwu.adapters.site import Active, Caller, Site, Slot, check_device
+from openwu.adapters.active import Active
+from openwu.adapters.inject import AdapterHandle, attach, resolve
+from openwu.adapters.site import DENSE, Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
-
-MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of weights that an update can be added to; others are quantised formats."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -111,6 +109,41 @@ def unmerge_(model: nn.Module, originals: Originals) -> None:
         model.get_submodule(module).register_parameter(attribute, None)
 
 
+@torch.no_grad()
+def check_applied(
+    model: Model,
+    adapter: Adapter,
+    run: Callable[[Model], Tensor],
+    *,
+    handle: AdapterHandle | None = None,
+    tolerance: float = 0.02,
+) -> None:
+    """Compare hooks with merged weights, one sample after another; TargetError where the outputs differ.
+
+    Finds what no hook can see: layers that the model also computes by their `forward` or their weight, or in code that
+    was compiled before attach. `run` calls the model it is given, on any input.
+    `handle`: what is attached to the model, if anything is. `tolerance`: of the difference's norm, relative to the
+    update's; more for 16 bits.
+    """
+    for sample in range(adapter.batch):
+        one = adapter.select([sample])
+        base = run(model)
+        if handle is not None:
+            with handle.applied(one):
+                hooked = run(model)
+        else:
+            with attach(model, one.targets) as own, own.applied(one):
+                hooked = run(model)
+        expected = run(merged_copy(model, one))
+        error, size = ((hooked - expected).float().norm(), (expected - base).float().norm())
+        if not error <= tolerance * size:
+            raise TargetError(
+                f"check_applied: sample {sample}: the output with hooks differs from the merged model's by "
+                f"{float(error / size):.2f} of the update; the model computes some target by its weight or its "
+                "forward, in code that was compiled before attach, or in a forward of its own; merge the adapter"
+            )
+
+
 def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Slot, Tensor]]:
     """Each parameter with what is to be added to it, after checking that all of them can be merged."""
     if adapter.batch != 1:
@@ -119,7 +152,7 @@ def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Slot, Tensor]
     problems = _problems(model, sites)
     if problems:
         raise TargetError.listing("merge: use attach(...).applied(...) instead:", problems)
-    active = Active.of(adapter, None, Caller())
+    active = Active.of(adapter)
     for site in sites:
         for slot, delta in zip(site.slots, site.deltas(active), strict=True):
             beside = slot.parameter if slot.parameter is not None else site.slots[0].parameter
@@ -150,7 +183,7 @@ def _problems(model: nn.Module, sites: Sequence[Site]) -> list[str]:
             parameter = slot.parameter
             if parameter is None:
                 continue
-            if type(parameter.data) is not Tensor or parameter.dtype not in MERGEABLE:
+            if type(parameter.data) is not Tensor or parameter.dtype not in DENSE:
                 kind = type(parameter.data).__name__
                 problems.append(f"{site.path}: a {slot.attribute} of {parameter.dtype} ({kind}) is quantised")
             elif parameter.is_meta:

@@ -4,125 +4,27 @@ A site is resolved once, when adapters are attached. Between `load` and `clear` 
 They are plain attributes that the hook reads: torch.compile makes graph inputs of them, so that other adapters of
 equal shapes run the same code (another rank compiles once), and their gradients flow back to whatever generated them.
 
-Shapes: b samples of the adapter, n rows of a module's input (or runs of tokens, where requests of different lengths are
-packed in one sequence), T tokens, E experts, r rank.
+Shapes: n rows of a module's input (or runs of tokens, where requests of different lengths are packed in one sequence).
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
+from openwu.adapters.active import Active
+from openwu.adapters.scope import Caller, Scope, marked
 from openwu.errors import TargetError
-from openwu.types import LORA_A, LORA_B, Adapter, Target
+from openwu.types import Target
 
-
-class Caller(threading.local):
-    """Whether the current thread is inside the `applied` scope. A thread-local, because compiled code can read one."""
-
-    inside = False
-
-
-@dataclass(frozen=True)
-class PackedSequences:
-    """Runs of tokens in a packed sequence, one after another, each with the adapter of one sample."""
-
-    lengths: tuple[int, ...]
-    ends: Tensor
-    """`[n]` int32: where each run ends"""
-    of_token: Tensor
-    """`[T]` run of every token"""
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
-        each = torch.tensor(lengths)
-        of_token = torch.repeat_interleave(torch.arange(len(lengths)), each)
-        return cls(tuple(lengths), each.cumsum(0).to(device, torch.int32), of_token.to(device))
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-
-@dataclass(frozen=True)
-class Active:
-    """The adapter of one scope, taken apart for the sites."""
-
-    factors: Mapping[str, Mapping[str, Tensor]]
-    """target name -> factor name -> `[b, ...]`"""
-    scale: float
-    batch: int
-    rows: tuple[int, ...] | None
-    """Sample of every input row, -1 for none; None: as many rows as samples, or any number of rows for one sample."""
-    segments: PackedSequences | None
-    """Where `rows` are runs of tokens rather than entries of the batch."""
-    trained: bool
-    """Whether gradients flow into the factors."""
-    caller: Caller
-    in_order: bool
-    """Whether every sample has one row, in order, so that factors need no indexing."""
-    _of_experts: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """LoRA target -> (A `[b, r, in]`, B `[b, out, r]`) of every expert"""
-
-    @classmethod
-    def of(
-        cls, adapter: Adapter, rows: tuple[int, ...] | None, caller: Caller, segments: PackedSequences | None = None
-    ) -> Active:
-        trained = any(part.requires_grad for parts in adapter.factors.values() for part in parts.values())
-        in_order = rows is None or rows == tuple(range(adapter.batch))
-        return cls(adapter.factors, adapter.scale, adapter.batch, rows, segments, trained, caller, in_order)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all rows have the same sample."""
-        return self.batch == 1 if self.rows is None else len(set(self.rows)) == 1
-
-    @property
-    def num_rows(self) -> int | None:
-        """Rows that a module's input should have; None: any number, since all have the only sample."""
-        return len(self.rows) if self.rows is not None else None if self.batch == 1 else self.batch
-
-    def pair(self, name: str, expert: int | None = None) -> tuple[Tensor, Tensor]:
-        """A LoRA target's A and B, or those of one of its experts: A `[b, r, in]` and B `[b, out, r]`."""
-        parts = self.factors[name]
-        if expert is None:
-            return parts[LORA_A], parts[LORA_B]
-        if name not in self._of_experts:
-            # One unbind for all experts: its gradient is one stack, where E indexings have E gradients of full size.
-            each = zip(parts[LORA_A].unbind(1), parts[LORA_B].unbind(1), strict=True)
-            self._of_experts[name] = list(each)
-        return self._of_experts[name][expert]
-
-    def pair_per_row(self, target: Target, expert: int | None = None) -> tuple[Tensor, Tensor]:
-        """`pair` with one entry per input row, or with a single one where `uniform`."""
-        a, b = self.pair(target.name, expert)
-        return (a, b) if self.in_order else (self._chosen(a), self._chosen(b, linear=True))
-
-    def per_row(self, target: Target) -> tuple[Tensor, ...]:
-        """A target's factors, in their order, with one entry per input row, or with a single one where `uniform`."""
-        parts = self.factors[target.name]
-        if self.in_order:
-            return tuple(parts.values())
-        linear = target.rules.linear
-        return tuple(self._chosen(part, name in linear) for name, part in parts.items())
-
-    def _chosen(self, part: Tensor, linear: bool = False) -> Tensor:
-        """A factor `[b, ...]` as `[n or 1, ...]`; rows without an adapter get zeros where the change is `linear`."""
-        assert self.rows is not None
-        if self.uniform and self.rows[0] >= 0:
-            return part[self.rows[0] : self.rows[0] + 1]
-        index = torch.as_tensor(self.rows[:1] if self.uniform else self.rows)
-        chosen = part.index_select(0, index.clamp(min=0).to(part.device))
-        if not linear or -1 not in self.rows:
-            return chosen
-        return chosen * (index >= 0).to(chosen).view(-1, *[1] * (chosen.ndim - 1))
+DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights that are numbers; others are quantised formats."""
 
 
 class Slot(NamedTuple):
@@ -143,6 +45,8 @@ class Site:
 
     makes_output = False
     """Whether the module's own forward pass always returns a tensor that it has just made and does not keep."""
+    unreachable = ""
+    """Why no hook can reach the weight, so that it can only be merged into; empty where one can."""
 
     def __init__(self, path: str, module: nn.Module, targets: Sequence[Target]) -> None:
         self.path = path
@@ -150,8 +54,10 @@ class Site:
         self.targets = tuple(targets)
         self.active = False
         self.reached = False
-        self.scale = 1.0
         self._trained = False
+        self._scale = 1.0
+        self._scale_tensor: Tensor | None = None
+        self._scope: Scope | None = None
         self._caller: Caller | None = None
 
     def install(self) -> list[RemovableHandle]:
@@ -164,20 +70,59 @@ class Site:
     def load(self, active: Active) -> None:
         """Activate an adapter."""
         self.take(active)
-        self.scale, self._trained, self._caller = active.scale, active.trained, active.caller
+        self._scale, self._scale_tensor, self._trained = active.scale, active.scale_tensor, active.trained
+        self._scope = active.scope
+        self._caller = None if active.scope is None else active.scope.caller
         self.active, self.reached = True, False
 
     def clear(self) -> None:
         """Deactivate the adapter and let go of its tensors."""
-        # Without the thread-local, a model with hooks can be deep-copied and pickled outside of a scope.
-        self.active, self._caller = False, None
+        # Without the scope, a model with hooks can be deep-copied and pickled.
+        self.active, self._scope, self._caller, self._scale_tensor = False, None, None, None
         self.drop()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """What copies and pickles of a model with hooks call; an applied adapter is no part of the model."""
+        if self.active:
+            raise TargetError(
+                f"{self.path}: an adapter is applied; copy, pickle or save the model outside of its scope, or "
+                "openwu.adapters.merge.merged_copy(model, adapter) for a copy that holds it"
+            )
+        return super().__reduce_ex__(protocol)
+
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks hooks for, which it cannot compile; for everybody else, hooks have no name."""
+        raise _NoNameError(
+            f"{self.path}: torch.jit.script does not take a model with adapter hooks; detach() the handle, or script "
+            "openwu.adapters.merge.merged_copy(model, adapter)"
+        )
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The adapter's scale; in compiled code a tensor, so that another one does not compile anew."""
+        if torch.compiler.is_compiling():
+            assert self._scale_tensor is not None
+            return self._scale_tensor
+        return self._scale
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
         """The forward hook (`with_kwargs=True`)."""
         if not self.active:
             return None
-        self._check_caller()
+        if torch.compiler.is_compiling():
+            # Compiled code cannot see that it is inside a backward pass; it takes a foreign thread for autograd's while
+            # training.
+            if not self._trained and not (self._caller is not None and self._caller.inside):
+                raise TargetError(
+                    f"{self.path}: another thread runs the model while an adapter is applied; run the model there, "
+                    "batch the requests, or give each thread its own model"
+                )
+            self.reached = True
+            return self.adapt(y, args, kwargs)
+        scope = self._scope
+        assert scope is not None
+        scope.check(self.path, reached=self.reached, trained=self._trained)
         self.reached = True
         return self.adapt(y, args, kwargs)
 
@@ -188,7 +133,27 @@ class Site:
 
     def adapt(self, y: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> Any:
         """The adapted output for a module's output y and whatever it was called with."""
-        return self.update(y, args[0] if args else kwargs.get("input"))
+        return self.update(*self.marked(y, self.input_of(y, args, kwargs)))
+
+    def input_of(self, y: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The input x, by position or by any keyword, after checking that it and the output y are tensors."""
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise TargetError(
+                f"{self.path}: expected a module that takes a tensor first and returns one, but "
+                f"{type(self.module).__name__} got {type(x).__name__} and returned {type(y).__name__}; adapt a module "
+                "inside of it, or merge the adapter"
+            )
+        return x
+
+    def marked(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What enters an update, marked with the scope where a checkpoint may recompute it."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return tensors
+        if not any(each.requires_grad for each in tensors):
+            return tensors
+        assert self._scope is not None
+        return marked(self._scope.number, *tensors)
 
     def update(self, y: Any, x: Any) -> Any:
         """The adapted output for a module's output y and input x."""
@@ -214,31 +179,14 @@ class Site:
             and self.makes_output
             and not y.requires_grad
             and not (self._trained and torch.is_grad_enabled())
+            # `out=` has neither batching rules nor forward derivatives.
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
             # Somebody else's hook, or a forward pass that somebody has put in place of the module's own.
             and len(module._forward_hooks) == 1
             and not _global_forward_hooks
             and "forward" not in vars(module)
         )
-
-    def _check_caller(self) -> None:
-        """Refuse other threads, and the recomputation of a forward pass that ran outside of this scope.
-
-        Autograd recomputes checkpointed blocks in threads of its own on accelerators, so a call inside a backward
-        pass is not foreign. Compiled code cannot see that it is inside one; it takes a foreign thread for autograd's
-        while training.
-        """
-        compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._current_graph_task_id() != -1:
-            if not self.reached:
-                raise TargetError(
-                    f"{self.path}: a backward pass recomputes a forward pass that ran outside of this `applied` scope; "
-                    "keep the adapter applied until backward has run"
-                )
-        elif not (self._caller is not None and self._caller.inside) and not (compiling and self._trained):
-            raise TargetError(
-                f"{self.path}: another thread runs the model while an adapter is applied; an adapter belongs to the "
-                "thread that applied it: run the model there, batch the requests, or give each thread its own model"
-            )
 
 
 class PlainSite(Site):
@@ -246,6 +194,8 @@ class PlainSite(Site):
 
     flattened = False
     """Whether the module may see tokens `[n * length, in]` of n rows of equal lengths, as in a mixture of experts."""
+    tokens_first: str | None = None
+    """Path of a module around this one that is known to work on `[tokens, n, d]`."""
 
     def __init__(self, module: nn.Module, target: Target) -> None:
         super().__init__(target.name, module, (target,))
@@ -253,17 +203,67 @@ class PlainSite(Site):
         self._rows: int | None = None
         self._ends: Tensor | None = None
         self._run_t: Tensor | None = None
+        self._own_forward = type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward)
+
+    def adapt(self, y: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Check what the module was called with and what it returned, and adapt that."""
+        x = self.input_of(y, args, kwargs)
+        if self._own_forward and not torch.compiler.is_compiling():
+            self._check_forward(y, x, args, kwargs)
+        return self.update(*self.marked(y, x))
 
     def factors(self, y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The active factors, after checking that the module's input x `[n, ...]` has the rows they are meant for."""
         factors = self._factors
-        if self._run_t is None and self._rows is not None and not self._has_rows(x, self._rows):
+        if self._rows is not None:
+            self._check_rows(x, self._rows)
+        check_device(self.path, factors[0], y)
+        return self.marked(*factors) if self._trained else factors
+
+    def _check_rows(self, x: Tensor, rows: int) -> None:
+        if self._run_t is None and not self._has_rows(x, rows):
             raise TargetError(
-                f"{self.path}: the adapter is for {self._rows} rows, but the module's input has shape "
+                f"{self.path}: the adapter is for {rows} rows, but the module's input has shape "
                 f"{tuple(x.shape)}; pass applied(adapter, rows=...) with the sample index of every input row"
             )
-        check_device(self.path, factors[0], y)
-        return factors
+        if torch.compiler.is_compiling():
+            return
+        if self.tokens_first is not None and x.ndim > 2:
+            raise TargetError(
+                f"{self.path}: the adapter has several samples, but {self.tokens_first} has batch_first=False, so that "
+                "the first axis here is no batch; apply one sample at a time"
+            )
+        if torch._C._are_functorch_transforms_active() and _in_vmap():
+            raise TargetError(
+                f"{self.path}: the adapter is for {rows} rows, but torch.func.vmap takes the batch axis away; call the "
+                "model on the whole batch, or apply an adapter of one sample inside vmap"
+            )
+
+    @torch.no_grad()
+    def _check_forward(self, y: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a subclass whose forward is not W x plus what does not depend on W: hooks and merging would differ.
+
+        Half of the weight must take W x / 2 off the output. Quantised weights, which are not read here, are trusted.
+        """
+        module, weight = self.module, self.module._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.dtype not in DENSE or weight.is_meta or "forward" in vars(module):
+            return
+        half, plain = module.__new__(type(module)), module.__new__(type(module))
+        half.__dict__, plain.__dict__ = dict(vars(module)), dict(vars(module))
+        half._parameters = {**module._parameters, "weight": nn.Parameter(weight / 2, requires_grad=False)}
+        plain._parameters = {**module._parameters, "bias": None}
+        usual: Any = nn.Conv2d.forward if isinstance(module, nn.Conv2d) else nn.Linear.forward
+        change, expected = y - half.forward(*args, **kwargs), usual(plain, x) / 2
+        if change.shape == expected.shape:
+            rounding = 8 * torch.finfo(y.dtype).eps * y.float().norm()
+            if (change - expected).float().norm() <= 0.05 * expected.float().norm() + rounding:
+                self._own_forward = False  # once for each attachment
+                return
+        raise TargetError(
+            f"{self.path}: {type(module).__name__} has a forward of its own, whose output does not change with the "
+            "weight as W x does, so that an update of the output is not one of the weight; adapt a module inside of "
+            "it, or merge the adapter"
+        )
 
     def check_runs(self, tokens: int, x: Tensor) -> None:
         """Refuse an input of another number of tokens than the packed sequences hold."""
@@ -290,6 +290,15 @@ class PlainSite(Site):
         self._ends = self._run_t = None
 
 
+class _NoNameError(TargetError, AttributeError):
+    """A hook has no `__name__`, as hasattr() and getattr() expect to hear it."""
+
+
+def _in_vmap() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def check_device(path: str, factor: Tensor, y: Tensor) -> None:
     """Refuse an adapter that is not where the module computes."""
     if factor.device != y.device:
@@ -313,7 +322,10 @@ def check_widths(target: Target, module: nn.Module, *, path: str | None = None, 
             )
         return
     if not isinstance(module, nn.Conv2d):
-        raise TargetError(f"{path}: expected an nn.Linear or nn.Conv2d, got {type(module).__name__}")
+        kind = type(module).__name__
+        if "base_layer" in module._modules:  # PEFT's wrapper, whose class may be called Linear too
+            kind += f" of {type(module).__module__}; adapt {path}.base_layer"
+        raise TargetError(f"{path}: expected an nn.Linear or nn.Conv2d, got {kind}")
     if module.groups != 1:
         raise TargetError(f"{path}: expected an ungrouped convolution, got one of {module.groups} groups")
     height, width = module.kernel_size

@@ -1,10 +1,10 @@
 """Mixtures whose experts are stacked in one tensor: a grouped product enters, the same with the updates leaves.
 
-A target `<container>.<weight>` with E experts adapts the parameter of that name `[E, out, in]`. The container computes
-it in `products[<weight>]`, a `GroupedProduct` of `compute.grouped`, and there the hook sits: it receives the tokens
-sorted by expert. Within an expert they ascend, so tokens of one request lie side by side, and the (expert, request)
-groups of the update need no second permutation. Containers of transformers get their products from
-`backbone.grouped_experts`.
+A target `<container>.<weight>` with E experts adapts the parameter of that name, `[E, out, in]` or, where the container
+stores it transposed (GPT-OSS), `[E, in, out]`. The container computes it in `products[<weight>]`, a `GroupedProduct` of
+`kernels.grouped`, and there the hook sits: it receives the tokens sorted by expert. Within an expert they ascend, so
+tokens of one request lie side by side, and the (expert, request) groups of the update need no second permutation.
+Containers of transformers get their products from `backbones.causal_lm.experts`.
 
 Shapes: T tokens, S routed rows, E experts, b samples, n rows of the batch (or segments), r rank, g = E or E * n groups.
 """
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwu.adapters.site import Active, Site, Slot, check_device
+from openwu.adapters.active import Active
+from openwu.adapters.site import Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.kernels import dispatch
 from openwu.kernels.grouped import GroupedProduct, Routed, group_ends
@@ -27,12 +28,18 @@ from openwu.types import Target
 class StackedSite(Site):
     """One weight of all experts: x `[S, in]` sorted by expert, A `[g, r, in]`, B `[g, out, r]`."""
 
-    module: GroupedProduct
-
-    def __init__(self, target: Target, module: GroupedProduct, container: nn.Module) -> None:
-        super().__init__(target.name, module, (target,))
+    def __init__(self, target: Target, module: GroupedProduct | None, container: nn.Module, transposed: bool) -> None:
+        """`module` is None where the container computes everything in one piece, so that merging is all one can do."""
+        super().__init__(target.name, container if module is None else module, (target,))
         self.makes_output = type(module) is GroupedProduct
-        self._container = container
+        if module is None:
+            self.unreachable = (
+                f"{type(container).__name__} computes its experts in one piece, so that no hook can reach this weight; "
+                "call openwu.backbones.causal_lm.experts.group_experts(model) before attach, which mixtures that use "
+                "transformers' experts interface allow, or merge the adapter"
+            )
+        self.transposed = transposed
+        self.container = container
         self._parameter = container.get_parameter(target.name.rpartition(".")[2])
         self._a: Tensor | None = None
         self._b: Tensor | None = None
@@ -41,7 +48,7 @@ class StackedSite(Site):
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return (Slot(self.path, self._container, self.path.rpartition(".")[2]),)
+        return (Slot(self.path, self.container, self.path.rpartition(".")[2]),)
 
     def adapt(self, y: Tensor, args: tuple[Any, ...], _: Mapping[str, Any]) -> Tensor:
         """`GroupedProduct`'s output y `[S, out]` and its arguments."""
@@ -50,6 +57,7 @@ class StackedSite(Site):
         assert a is not None
         assert b is not None
         check_device(self.path, a, y)
+        y, x, a, b = self.marked(y, x, a, b)
         group_s, ends = routed.expert_s, routed.ends
         if self._rows is not None:
             group_s = group_s * self._rows + self._row_of(routed)
@@ -68,7 +76,8 @@ class StackedSite(Site):
     def deltas(self, active: Active) -> tuple[Tensor, ...]:
         a, b = active.pair(self.path)
         wide = torch.promote_types(torch.promote_types(a.dtype, self._parameter.dtype), torch.float32)
-        return (active.scale * torch.bmm(b[0].to(wide), a[0].to(wide)),)
+        delta = active.scale * torch.bmm(b[0].to(wide), a[0].to(wide))
+        return (delta.mT if self.transposed else delta,)
 
     def _row_of(self, routed: Routed) -> Tensor:
         """`[S]` row of the batch, or segment, that each routed row belongs to."""
@@ -86,26 +95,37 @@ class StackedSite(Site):
         return routed.token_s // (tokens // rows)
 
 
-def stacked_products(
-    container: str, held: nn.Module, targets: Sequence[Target]
-) -> list[tuple[Target, GroupedProduct]] | None:
-    """Where the `targets` of a container that stacks its experts are computed; None where it has a module for each."""
+def stacked_sites(held: nn.Module, targets: Sequence[Target]) -> list[StackedSite] | None:
+    """The sites of a container that stacks its experts; None for one that has a module for each."""
     parameters = dict(held.named_parameters(recurse=False))
     if not any(target.name.rpartition(".")[2] in parameters for target in targets):
         return None
-    products = getattr(held, "products", None)
-    found: list[tuple[Target, GroupedProduct]] = []
+    products = vars(held)["_modules"].get("products")
+    found: list[StackedSite] = []
     for target in targets:
         weight = target.name.rpartition(".")[2]
-        expected = (target.experts, target.out_dim, target.in_dim)
-        if weight not in parameters or tuple(parameters[weight].shape) != expected:
-            came = tuple(parameters[weight].shape) if weight in parameters else "no such parameter"
-            raise TargetError(f"{target.name}: expected a stacked weight [experts, out, in] {expected}, got {came}")
         product = products[weight] if isinstance(products, nn.ModuleDict) and weight in products else None
         if not isinstance(product, GroupedProduct):
-            raise TargetError(
-                f"{target.name}: {container} computes its experts in one piece, so that no hook can reach this weight; "
-                "call openwu.backbones.causal_lm.experts.group_experts(model) before attach"
-            )
-        found.append((target, product))
+            product = None
+        shape = tuple(parameters[weight].shape) if weight in parameters else None
+        found.append(StackedSite(target, product, held, _transposed(target, shape, product, held)))
     return found
+
+
+def _transposed(target: Target, shape: tuple[int, ...] | None, product: GroupedProduct | None, held: nn.Module) -> bool:
+    """Whether a parameter is `[E, in, out]`: its product says so, or its shape, or transformers' attribute."""
+    usual, turned = (target.experts, target.out_dim, target.in_dim), (target.experts, target.in_dim, target.out_dim)
+    stored = product.transposed if product is not None else vars(held).get("is_transposed")
+    if stored is None and shape == usual == turned:
+        raise TargetError(
+            f"{target.name}: a weight {shape} may be stored [experts, out, in] or [experts, in, out], and "
+            f"{type(held).__name__} does not say which; set its attribute is_transposed"
+        )
+    if shape == usual and not stored:
+        return False
+    if shape == turned and stored in (None, True):
+        return True
+    layout, expected = ("[experts, in, out]", turned) if stored else ("[experts, out, in]", usual)
+    raise TargetError(
+        f"{target.name}: expected a stacked weight {layout} {expected}, got {shape or 'no such parameter'}"
+    )

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from openwu.conditions import ConditionSource, Encoder
 from openwu.conditions.segments import grey_request
 from openwu.errors import TargetError
-from openwu.kernels.padding import padded
-from openwu.kernels.stop import capture_outputs
+from openwu.kernels.modules import capture_outputs, padded
 from openwu.types import BaseRequest, Condition
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from openwu.errors import OpenwuError
-from openwu.kernels.stop import capture_outputs
+from openwu.kernels.modules import capture_outputs
 from openwu.types import Condition
 
 

@@ -19,8 +19,7 @@ from openwu.conditions import ConditionSource, Encoder
 from openwu.conditions.hidden_states import HiddenStates
 from openwu.conditions.segments import grey_request
 from openwu.errors import TargetError
-from openwu.kernels.padding import padded
-from openwu.kernels.stop import capture_inputs
+from openwu.kernels.modules import capture_inputs, padded
 from openwu.types import BaseRequest, Condition
 
 

@@ -19,8 +19,7 @@ from openwu.conditions import ConditionSource, Encoder
 from openwu.errors import CheckpointError, InstructionError
 from openwu.extras import library, quiet
 from openwu.files.weights import sampled_digest
-from openwu.kernels.padding import padded
-from openwu.kernels.placement import computes_on
+from openwu.kernels.modules import computes_on, padded
 from openwu.types import BaseRequest, Condition, Segment
 
 MAX_PATCHES = 256

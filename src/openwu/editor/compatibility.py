@@ -23,7 +23,7 @@ from openwu.config import GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
 from openwu.files.hashing import of_bytes
 from openwu.generator.model import ParameterGenerator
-from openwu.kernels.placement import hook_device
+from openwu.kernels.modules import hook_device
 from openwu.types import Adapter, ConditionEncoder, Target
 
 SHOWN = 3

@@ -277,10 +277,10 @@ def find_base(folder: Path | None) -> Base:
 def fits(adapter: Adapter, base: Base) -> bool:
     """Whether the base has all of the adapter's targets."""
     try:
-        resolve(base.model, adapter.targets)
+        sites = resolve(base.model, adapter.targets)
     except TargetError:
         return False
-    return True
+    return not any(site.unreachable for site in sites)
 
 
 def export(

@@ -19,7 +19,7 @@ from openwu.kernels import low_rank as grouped
 from openwu.kernels import low_rank as lora
 from openwu.kernels import norm, rotary, trials
 from openwu.kernels.autotune import CHOICES, bucket
-from openwu.kernels.low_rank import add_conv, add_linear, add_routed
+from openwu.kernels.low_rank import add_conv, add_linear, add_routed, contained
 
 __all__ = [
     "add_conv",
@@ -35,7 +35,15 @@ __all__ = [
 
 
 def add_sorted(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, group_t: Tensor, ends: Tensor, *, in_place: bool = False
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    group_t: Tensor,
+    ends: Tensor,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """Rows sorted by group: y `[t, out]`, x `[t, in]`, a `[g, r, in]`, b `[g, out, r]`, group_t `[t]` ascending.
 
@@ -46,7 +54,7 @@ def add_sorted(
     def plain() -> Tensor:
         if grouped.fits(y, x, a):
             return grouped.add_grouped(y, x, a, b, scale, ends, in_place=in_place)
-        return lora.add_routed(y, x, a, b, scale, group_t)
+        return lora.add_routed(y, x, *contained(a, b.to(y.dtype)), scale, group_t)
 
     # Gradients are plain torch's: the kernel has none.
     if not kernels.usable(y, x, a, b, ends) or _differentiated(y, x, a, b):
@@ -60,8 +68,8 @@ def add_sorted(
         "low-rank update of sorted rows",
         key,
         y.device,
-        lambda: trials.of_sorted(y, x, a, b, scale),
-        lambda: kernel.add_sorted(y, x, a, b, scale, ends),
+        lambda: trials.of_sorted(y, x, a, b, float(scale)),
+        lambda: kernel.add_sorted(y, x, a, b, float(scale), ends),
         plain,
     )
 

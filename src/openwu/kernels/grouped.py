@@ -59,8 +59,10 @@ class GroupedProduct(nn.Module):
     widen the input by an adapter's columns without copying it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, transposed: bool = False) -> None:
+        """`transposed`: the base model stores the weight as `[E, in, out]`."""
         super().__init__()
+        self.transposed = transposed
         self.spare_columns = 0
         """Columns that the adapter applied at the moment appends to the input."""
         self._widened: tuple[Tensor, Tensor] | None = None
@@ -102,10 +104,10 @@ class GroupedProduct(nn.Module):
         return buffer
 
     def forward(self, x_si: Tensor, weight_eoi: Tensor, routed: Routed) -> Tensor:
-        """Multiply x `[S, in]`, sorted by expert, with weight `[E, out, in]` -> `[S, out]`."""
+        """Multiply x `[S, in]`, sorted by expert, with weight `[E, out, in]`, or as it is stored -> `[S, out]`."""
         if self._widened is not None:
             self._widened = None
-        return grouped_product(x_si, weight_eoi, routed.ends)
+        return grouped_product(x_si, weight_eoi.mT if self.transposed else weight_eoi, routed.ends)
 
 
 def group_ends(group_s: Tensor, groups: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from openwu.kernels.grouped import ALIGNMENT, grouped_product, has_grouped_mm
 
 
-def add_linear(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, *, in_place: bool = False) -> Tensor:
+def add_linear(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, *, in_place: bool = False) -> Tensor:
     """Linear module: y `[n, ..., out]`, x `[n, ..., in]`, a `[n or 1, r, in]`, b `[n or 1, out, r]`.
 
     `in_place`: the result may be written into y; nothing may have gradients then.
@@ -34,7 +34,7 @@ def add_conv(
     x: Tensor,
     a: Tensor,
     b: Tensor,
-    scale: float,
+    scale: float | Tensor,
     stride: tuple[int, ...],
     padding: tuple[int, ...] | str,
     dilation: tuple[int, ...],
@@ -58,38 +58,64 @@ def add_conv(
     if _channels_last(y):
         return _add_up(y.permute(0, 2, 3, 1), down.permute(0, 2, 3, 1), b, scale).permute(0, 3, 1, 2)
     b = b.to(y.dtype).expand(len(y), -1, -1)
-    return torch.baddbmm(y.flatten(2), b, down.to(y.dtype).flatten(2), alpha=scale).view(y.shape)
+    down, alpha = _scaled(down.to(y.dtype), scale)
+    return torch.baddbmm(y.flatten(2), b, down.flatten(2), alpha=alpha).view(y.shape)
 
 
-def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, sample_t: Tensor) -> Tensor:
+def add_routed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, sample_t: Tensor) -> Tensor:
     """One expert's linear on routed tokens: y `[t, out]`, x `[t, in]`, a `[s, r, in]`, b `[s, out, r]`, sample_t `[t]`.
 
     A token of sample -1 is left alone. Every token goes through all s A's side by side, and what is not its own is
-    set to zero before the B's: no shape depends on the routing, so nothing waits for the device.
+    set to zero before the B's: no shape depends on the routing, so nothing waits for the device. b must be finite (see
+    `contained`), or one sample's would reach the tokens of all.
     """
+    if b.dtype != y.dtype:
+        a, b = contained(a, b.to(y.dtype))
     samples, rank = a.shape[:2]
     down = (x @ a.to(x.dtype).flatten(0, 1).t()).view(-1, samples, rank)
     own_ts = sample_t[:, None] == torch.arange(samples, device=sample_t.device)
     down = torch.where(own_ts[:, :, None], down, 0.0).flatten(1)
-    return torch.addmm(y, down.to(y.dtype), b.to(y.dtype).transpose(1, 2).flatten(0, 1), alpha=scale)
+    down, alpha = _scaled(down.to(y.dtype), scale)
+    return torch.addmm(y, down, b.transpose(1, 2).flatten(0, 1), alpha=alpha)
 
 
-def _add_up(y: Tensor, down: Tensor, b: Tensor, scale: float, in_place: bool = False) -> Tensor:
+def contained(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and B with every B `[..., out, r]` finite: NaN and infinity move to the A `[..., r, in]` beside it.
+
+    For products in which every token meets every sample's B, with zeros for those of others: 0 times infinity is NaN.
+    Tokens of a sample whose B was not finite become NaN altogether.
+    """
+    if not b.numel():
+        return a, b
+    finite = torch.linalg.vector_norm(b.detach(), torch.inf, dim=(-2, -1), keepdim=True).isfinite()
+    # To ask is free on a CPU and half of the cost; elsewhere it would wait for the device.
+    if b.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite.all()):
+        return a, b
+    return torch.where(finite, a, torch.nan), torch.where(finite, b, 0)
+
+
+def _scaled(down: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
+    """A x times the scale where that is a tensor, as in compiled code, and what is left to multiply with."""
+    return (down * scale, 1.0) if isinstance(scale, Tensor) else (down, scale)
+
+
+def _add_up(y: Tensor, down: Tensor, b: Tensor, scale: float | Tensor, in_place: bool = False) -> Tensor:
     """y `[n, ..., out]` + scale * b `[n or 1, out, r]` applied to down `[n, ..., r]`, in one matrix product."""
     # Nothing is asked of torch that would change nothing: of a small layer's update that would be half of the time.
     if b.dtype != y.dtype:
         b = b.to(y.dtype)
     if down.dtype != y.dtype:
         down = down.to(y.dtype)
+    down, alpha = _scaled(down, scale)
     rows = b.shape[0]
     if rows == 1:
         flat_y, flat_down = y.reshape(-1, y.shape[-1]), down.reshape(-1, down.shape[-1])
         out = flat_y if in_place else None
-        return torch.addmm(flat_y, flat_down, b[0].t(), alpha=scale, out=out).view(y.shape)
+        return torch.addmm(flat_y, flat_down, b[0].t(), alpha=alpha, out=out).view(y.shape)
     if y.ndim == 3:
-        return torch.baddbmm(y, down, b.transpose(1, 2), alpha=scale, out=y if in_place else None)
+        return torch.baddbmm(y, down, b.transpose(1, 2), alpha=alpha, out=y if in_place else None)
     flat_y, flat_down = y.reshape(rows, -1, y.shape[-1]), down.reshape(rows, -1, down.shape[-1])
-    return torch.baddbmm(flat_y, flat_down, b.transpose(1, 2), alpha=scale, out=flat_y if in_place else None).view(
+    return torch.baddbmm(flat_y, flat_down, b.transpose(1, 2), alpha=alpha, out=flat_y if in_place else None).view(
         y.shape
     )
 
@@ -115,7 +141,7 @@ ROWS = 32
 
 
 def add_grouped(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, ends: Tensor, *, in_place: bool = False
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, ends: Tensor, *, in_place: bool = False
 ) -> Tensor:
     """y `[t, out]`, x `[t, in]`, a `[g, r, in]`, b `[g, out, r]`, ends `[g]` int32: where each group's rows end.
 
@@ -123,17 +149,17 @@ def add_grouped(
     for groups of many rows one more.
     """
     a, b = _padded(a.to(x.dtype), b.to(y.dtype))
-    down = grouped_product(x, a, ends).to(y.dtype)
+    down, alpha = _scaled(grouped_product(x, a, ends).to(y.dtype), scale)
     in_place = in_place and not (torch.is_grad_enabled() and (y.requires_grad or down.requires_grad or b.requires_grad))
     # Only for plain tensors: of those that stand for others (fake, traced) nobody knows the groups' rows yet.
     if in_place and y.device.type == "cpu" and type(y) is Tensor and len(y) >= ROWS * len(ends):
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         groups = y.split_with_sizes(sizes), down.split_with_sizes(sizes), b.transpose(1, 2).unbind()
         for own, own_down, up in zip(*groups, strict=True):
-            own.addmm_(own_down, up, alpha=scale)
+            own.addmm_(own_down, up, alpha=alpha)
         return y
     up = grouped_product(down, b, ends)
-    return torch.add(y, up, alpha=scale, out=y if in_place else None)
+    return torch.add(y, up, alpha=alpha, out=y if in_place else None)
 
 
 def fits(y: Tensor, x: Tensor, a: Tensor) -> bool:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openwu.adapters.active import Active
 from openwu.adapters.operators import Operator
-from openwu.adapters.site import Active, PlainSite, check_widths
+from openwu.adapters.site import PlainSite, check_widths
 from openwu.errors import TargetError
 from openwu.kernels import dispatch
 from openwu.types import LORA_A, LORA_B, Factor, Target

@@ -18,8 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from openwu.adapters.active import Active
 from openwu.adapters.operators import Operator
-from openwu.adapters.site import Active, PlainSite, Slot, check_widths
+from openwu.adapters.site import PlainSite, Slot, check_widths
 from openwu.errors import TargetError
 from openwu.types import Factor, Target
 

@@ -220,8 +220,9 @@ def _targets(layer: nn.Module, path: str, names: set[str] | None) -> tuple[Plain
         if names is None or names & {name.rpartition(".")[2] for name in weights}:
             known = sorted({last for target in _known(layer) for last in _last_names(target)})
             raise TargetError(
-                f"{path}.{container}: a mixture of experts whose weights are not stacked as gate_up_proj [E, 2I, H] "
-                f"and down_proj [E, H, I] without biases; leave it out: layer_groups(only={tuple(known)})"
+                f"{path}.{container}: a mixture of experts whose weights are not stacked as gate_up_proj and "
+                "down_proj, or not computed by transformers' experts interface; leave it out: "
+                f"layer_groups(only={tuple(known)})"
             )
     found = _known(layer)
     if names is None:
@@ -244,8 +245,10 @@ def _known(layer: nn.Module) -> list[PlainTarget | GroupedTarget]:
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTERS and not name.startswith(foreign):
             found.append(PlainTarget(name, module.in_features, module.out_features))
         elif is_stacked(module):
-            shapes = {weight: module.get_parameter(weight).shape for weight in WEIGHTS}  # [E, out, in]
-            weights = tuple(PlainTarget(weight, shape[2], shape[1]) for weight, shape in shapes.items())
+            shapes = {weight: module.get_parameter(weight).shape[1:] for weight in WEIGHTS}  # (out, in)
+            if module.is_transposed:
+                shapes = {weight: shape[::-1] for weight, shape in shapes.items()}
+            weights = tuple(PlainTarget(weight, shape[1], shape[0]) for weight, shape in shapes.items())
             found.append(GroupedTarget(name, len(module.get_parameter(WEIGHTS[0])), weights))
     return found
 

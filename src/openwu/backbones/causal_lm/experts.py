@@ -33,12 +33,13 @@ def group_experts(model: nn.Module) -> list[str]:
     found = {path: module for path, module in model.named_modules() if is_stacked(module)}
     if not found:
         raise TargetError(
-            f"grouped experts: {type(model).__name__} has no experts with stacked weights gate_up_proj [E, 2I, H] and "
-            "down_proj [E, H, I], without biases"
+            f"grouped experts: {type(model).__name__} has no experts with stacked weights gate_up_proj and down_proj "
+            "that transformers computes by its experts interface (Llama 4 has others); merge adapters for those"
         )
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
     for module in found.values():
-        module.products = nn.ModuleDict({name: GroupedProduct() for name in WEIGHTS})
+        transposed = bool(module.is_transposed)
+        module.products = nn.ModuleDict({name: GroupedProduct(transposed=transposed) for name in WEIGHTS})
         # What `model.set_experts_implementation` would set; that one exists for whole models only.
         module.config._experts_implementation = IMPLEMENTATION
     return list(found)
@@ -46,12 +47,16 @@ def group_experts(model: nn.Module) -> list[str]:
 
 def forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute the experts: hidden states `[T, H]`, indices and weights of the chosen experts `[T, k]` -> `[T, H]`."""
-    products: Any = experts.products
-    first, last = products["gate_up_proj"], products["down_proj"]
-    gate_up_proj, down_proj = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
+    held: Any = experts  # attributes, not parameters: PEFT computes the weights from others while it is around them
+    first, last = held.products["gate_up_proj"], held.products["down_proj"]
+    gate_up_proj, down_proj = held.gate_up_proj, held.down_proj
     routed = Routed.of(top_k_index, len(gate_up_proj))
     gate_up = first(first.gather(hidden_states, routed), gate_up_proj, routed)
+    if held.has_bias:
+        gate_up = gate_up + held.gate_up_proj_bias[routed.expert_s]
     down = last(_gated(experts, last, gate_up), down_proj, routed)
+    if held.has_bias:
+        down = down + held.down_proj_bias[routed.expert_s]
     return routed.combine(down, top_k_weights).to(hidden_states.dtype)
 
 
@@ -71,11 +76,12 @@ def _gated(experts: nn.Module, last: GroupedProduct, gate_up_s: Tensor) -> Tenso
 def is_stacked(module: nn.Module) -> bool:
     """Tell whether a module holds stacked experts of transformers, in the layout that `forward` computes."""
     parameters = dict(module.named_parameters(recurse=False))
+    biases = {f"{name}_bias" for name in WEIGHTS} if getattr(module, "has_bias", False) else set()
     return (
-        set(parameters) == set(WEIGHTS)
-        and all(parameter.ndim == 3 for parameter in parameters.values())
+        set(parameters) == set(WEIGHTS) | biases
+        and all(parameters[name].ndim == 3 for name in WEIGHTS)
         and getattr(module, "has_gate", False)
-        and not getattr(module, "is_transposed", True)
+        and isinstance(getattr(module, "is_transposed", None), bool)
         and not getattr(module, "has_post_expert_norm", False)
         and hasattr(module, "_apply_gate")
     )

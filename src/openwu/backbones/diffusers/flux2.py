@@ -23,7 +23,7 @@ from openwu.backbones.layers import JOINT_ATTENTION, below, double_and_single
 from openwu.backbones.protocol import BaseFacts, RowScope
 from openwu.config import LayerGroup
 from openwu.errors import InstructionError, OpenwuError
-from openwu.kernels.stop import capture_inputs
+from openwu.kernels.modules import capture_inputs
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
 DOUBLE_TARGETS = (*below(["attn"], JOINT_ATTENTION), *below(["ff", "ff_context"], ["linear_in", "linear_out"]))

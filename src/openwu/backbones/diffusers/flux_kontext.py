@@ -19,7 +19,7 @@ from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.backbones.layers import JOINT_ATTENTION, below, double_and_single
 from openwu.backbones.protocol import BaseFacts, RowScope
 from openwu.config import LayerGroup
-from openwu.kernels.placement import computes_on
+from openwu.kernels.modules import computes_on
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
 DOUBLE_TARGETS = (*below(["attn"], JOINT_ATTENTION), *below(["ff.net", "ff_context.net"], ["0.proj", "2"]))

@@ -22,7 +22,7 @@ from openwu.backbones.layers import ATTENTION, below, find_groups
 from openwu.backbones.protocol import BaseFacts, Prediction, RowScope
 from openwu.config import LayerGroup
 from openwu.errors import OpenwuError
-from openwu.kernels.placement import computes_on
+from openwu.kernels.modules import computes_on
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
 TARGETS = (*below(["attn1", "attn2"], ATTENTION), "ff.net.0.proj", "ff.net.2")

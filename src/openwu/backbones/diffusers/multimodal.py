@@ -22,9 +22,7 @@ from openwu.backbones.diffusers.latents import StepCallback, draw_noise, patches
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.backbones.protocol import RowScope
 from openwu.errors import InstructionError
-from openwu.kernels.padding import padded
-from openwu.kernels.placement import computes_on
-from openwu.kernels.stop import capture_outputs
+from openwu.kernels.modules import capture_outputs, computes_on, padded
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
 PICTURE = "<|image_pad|>"

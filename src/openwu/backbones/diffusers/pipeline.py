@@ -35,7 +35,7 @@ from openwu.backbones.protocol import Backbone, Progress, RowScope
 from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_layers
 from openwu.errors import InstructionError, OpenwuError
 from openwu.extras import library
-from openwu.kernels.padding import padded
+from openwu.kernels.modules import padded
 from openwu.types import BaseRequest, Condition, SamplingOptions, Segment
 
 PICTURES = "pictures"

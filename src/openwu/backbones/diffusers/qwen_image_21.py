@@ -29,7 +29,7 @@ from openwu.backbones.layers import ATTENTION, below, block_groups
 from openwu.backbones.protocol import BaseFacts, RowScope
 from openwu.config import LayerGroup
 from openwu.errors import OpenwuError
-from openwu.kernels.padding import padded
+from openwu.kernels.modules import padded
 from openwu.types import BaseRequest, LatentBatch, SamplingOptions
 
 TARGETS = (*below(["attn"], ATTENTION), "img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out")

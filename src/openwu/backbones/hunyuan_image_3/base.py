@@ -33,7 +33,7 @@ from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import of_bytes
 from openwu.images import Photo
-from openwu.kernels.padding import padded
+from openwu.kernels.modules import padded
 from openwu.types import BaseRequest, Condition, SamplingOptions
 
 PLAIN = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj")

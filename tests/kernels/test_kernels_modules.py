@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from openwu.kernels.stop import capture_inputs, capture_outputs
+from openwu.kernels.modules import capture_inputs, capture_outputs
 
 
 @pytest.fixture
