@@ -177,11 +177,6 @@ class Understood:
         words += "" if self.strength == 1 else f" at strength {self.strength:.2f}"
         return ", then ".join([words, *map(str, self.then)])
 
-    @property
-    def wishes(self) -> tuple[Understood, ...]:
-        """This edit and those after it."""
-        return (self, *self.then)
-
 
 @dataclass(frozen=True)
 class LatentBatch:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from openwu.editor.requests import (
     checked_instructions,
     listed,
     part_of,
+    sentence_of,
     timed,
     with_instruction,
 )
@@ -321,7 +321,7 @@ class Editor:
         self, request: EditRequest, photos: tuple[Photo, ...], given: Adapter | None, sequential: bool, checked: bool
     ) -> Task:
         """Make a job of a request and its decoded pictures, and see what the base takes the instructions for."""
-        first = None if request.edit is None else self._named(request.edit)
+        first = None if request.edit is None else sentence_of(request.edit, self.backbone, self.name)
         texts = checked_instructions(request, given, self.backbone.check_instruction, first)
         job = self.backbone.read(photos, texts, request.seed, request.reasoning)
         if texts == ("",):  # an adapter without words
@@ -345,18 +345,6 @@ class Editor:
         if words != texts:
             job = self.backbone.read(photos, words, request.seed, request.reasoning)
         return Task(request, job, understood, several or (sequential and len(words) > 1))
-
-    def _named(self, edit: str) -> str:
-        known = self.backbone.edits()
-        if edit in known:
-            return self.backbone.name_edit(edit)
-        if not known:
-            raise InstructionError(
-                f"edit: expected none for {self.name}, which knows no edits by name; use instruction"
-            )
-        near = get_close_matches(edit, known, 3, 0.5)
-        hint = f", for example {', '.join(near)}" if near else ""
-        raise InstructionError(f"edit: expected one of the names that `openwu edits` lists{hint}; got {edit!r}")
 
     def _check(
         self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None

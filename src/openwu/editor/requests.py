@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openwu.backbones.protocol import EditJob
+from openwu.backbones.protocol import Backbone, EditJob
 from openwu.errors import InstructionError, OpenwuError, PictureError
 from openwu.images import Photo, Readable, encode_picture, write_picture
 from openwu.types import Adapter, SamplingOptions, Understood
@@ -175,6 +176,21 @@ def checked_instructions(
         return instructions_of(given) or ("",)
     then = (request.then,) if isinstance(request.then, str) else request.then
     return tuple(check(text) for text in (first or request.instruction, *then))
+
+
+def sentence_of(edit: str, base: Backbone, name: str) -> str:
+    """Return the sentence that asks for an edit by its name. Raises InstructionError for one that the base lacks.
+
+    `name`: the base's, for messages.
+    """
+    known = base.edits()
+    if edit in known:
+        return base.name_edit(edit)
+    if not known:
+        raise InstructionError(f"edit: expected none for {name}, which knows no edits by name; use instruction")
+    near = get_close_matches(edit, known, 3, 0.5)
+    hint = f", for example {', '.join(near)}" if near else ""
+    raise InstructionError(f"edit: expected one of the names that `openwu edits` lists{hint}; got {edit!r}")
 
 
 def listed(images: Picture | Sequence[Picture]) -> list[Picture]:

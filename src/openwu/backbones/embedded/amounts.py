@@ -94,9 +94,8 @@ def strength_of(amount: Amount, edit: str) -> float:
     elif amount.absolute and edit in _STRENGTHS:
         share = 1 - share if edit in _FALLING else share - 1
     by_quantity = _STRENGTHS.get(edit)
-    if by_quantity is None:
-        strength = share
-    else:
+    strength = share
+    if by_quantity is not None:
         strength = by_quantity(share) if 0 < share < 1 else math.inf
     if not 0 < strength <= MAX_STRENGTH:
         raise InstructionError(

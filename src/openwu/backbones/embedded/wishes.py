@@ -283,7 +283,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
         return None
     texts = _with_content([text for text, _ in pieces])
     found = [_with_number(text, reading, read, accepted) for text, reading in zip(texts, read(texts), strict=True)]
-    clear = [each for each in found if each.reading.is_wish()]
+    clear = [each for each in found if each.reading.is_wish(accepted)]
     edits = {each.reading.edit for each in clear}
     if len(edits) == len(found) <= MOST_WISHES and all(map(_is_command, texts)):
         if whole.edit in edits or not whole.is_wish(accepted):
