@@ -30,8 +30,8 @@ from openwu.editor.requests import (
     Progress,
     Task,
     check_options,
-    check_request,
     checked_instructions,
+    checked_request,
     listed,
     part_of,
     sentence_of,
@@ -182,7 +182,7 @@ class Editor:
         """
         check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
         request = EditRequest(images, instruction, seed=seed, reasoning=reasoning)
-        self._check([request], allow_out_of_scope, None)
+        (request,) = self._checked([request], allow_out_of_scope, None)
         task = self._task(request, self._photos(request), None, False, not allow_out_of_scope)
         if len(task.job.instructions) > 1:
             raise InstructionError(
@@ -200,8 +200,7 @@ class Editor:
 
         `references`: how many reference pictures would come with it. Raises InstructionError for what `edit` refuses.
         """
-        request = EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit)
-        check_request(request)
+        request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit))
         return self._task(request, self._photos(request), None, False, True).summary
 
     def adapter_key(self, job: EditJob, *, allow_out_of_scope: bool = False) -> str:
@@ -248,7 +247,7 @@ class Editor:
         progress: Progress | None,
     ) -> list[EditResult]:
         sampling = sampling or self.sampling
-        self._check(requests, allow_out_of_scope, sampling)
+        requests = self._checked(requests, allow_out_of_scope, sampling)
         timings: dict[str, float] = {}
         with timed(timings, "read"):
             photos = [self._photos(request) for request in requests]
@@ -346,12 +345,11 @@ class Editor:
             job = self.backbone.read(photos, words, request.seed, request.reasoning)
         return Task(request, job, understood, several or (sequential and len(words) > 1))
 
-    def _check(
+    def _checked(
         self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
-    ) -> None:
+    ) -> list[EditRequest]:
         """Refuse wrong values, and by name what this base cannot serve."""
-        for request in requests:
-            check_request(request)
+        requests = [checked_request(request) for request in requests]
         if any(each.reasoning is not None for each in requests) and not self.backbone.reasons:
             raise InstructionError(f"reasoning: expected none for {self.name}, which does not reason; leave it out")
         if allow_out_of_scope and not self.backbone.refuses_out_of_scope:
@@ -360,6 +358,7 @@ class Editor:
             )
         if sampling is not None:
             self.backbone.check_sampling(sampling)
+        return requests
 
     def _photos(self, request: EditRequest) -> tuple[Photo, ...]:
         images = listed(request.images)
