@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from openwu.backbones.embedded.catalogue import known_edits, makes_neutral, named, phrase, refusal
+from openwu.backbones.embedded.catalogue import instead, known_edits, makes_neutral, phrase, refusal
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
 from openwu.backbones.embedded.instruction import InstructionEncoder
@@ -176,8 +176,10 @@ class EmbeddedBase(Backbone):
         """
         own = self._own(job)
         found: list[Wish] = []
-        for text, reading in zip(own.instructions, self._readings(own.tokens), strict=True):
-            found += self._wishes(text, reading) if checked else (Wish(text, reading),)
+        for text in own.instructions if checked else ():
+            found += wishes(text, self.read_sentences, self.config.instruction.accepted)
+        if not checked:
+            found = [Wish(*each) for each in zip(own.instructions, self._readings(own.tokens), strict=True)]
         for wish in found if checked else ():
             if error := refusal(wish.text, wish.reading, self.config.instruction.accepted):
                 raise error
@@ -192,16 +194,20 @@ class EmbeddedBase(Backbone):
                 )
         return tuple(_understood(wish) for wish in found)
 
-    def _wishes(self, text: str, reading: Reading) -> tuple[Wish, ...]:
-        accepted = self.config.instruction.accepted
-
-        def read(sentences: Sequence[str]) -> list[Reading]:
-            return [reading] if list(sentences) == [text] else self._readings(self.instruction(sentences))
-
-        name = None if reading.is_wish(accepted) else named(text, self.config.instruction.labels)
-        if name is not None:
-            return (Wish(phrase(name), read([phrase(name)])[0]),)
-        return wishes(text, read, accepted)
+    def read_sentences(self, sentences: Sequence[str]) -> list[Reading]:
+        """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""
+        config = self.config.instruction
+        readings = self._readings(self.instruction(sentences))
+        stand_ins = {
+            index: text
+            for index, (sentence, reading) in enumerate(zip(sentences, readings, strict=True))
+            if (text := instead(sentence, reading, config.labels, config.accepted)) is not None
+        }
+        if stand_ins:
+            read = self._readings(self.instruction(list(stand_ins.values())))
+            for (index, text), reading in zip(stand_ins.items(), read, strict=True):
+                readings[index] = replace(reading, sentence=text)
+        return readings
 
     def _readings(self, tokens: Tensor) -> list[Reading]:
         return self.instruction.readings(tokens, self.config.instruction.labels)
