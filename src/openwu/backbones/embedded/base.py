@@ -206,7 +206,8 @@ class EmbeddedBase(Backbone):
         if stand_ins:
             read = self._readings(self.instruction(list(stand_ins.values())))
             for (index, text), reading in zip(stand_ins.items(), read, strict=True):
-                readings[index] = replace(reading, sentence=text)
+                if reading.is_wish(config.accepted):
+                    readings[index] = replace(reading, sentence=text)
         return readings
 
     def _readings(self, tokens: Tensor) -> list[Reading]:

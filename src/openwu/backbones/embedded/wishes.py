@@ -195,7 +195,7 @@ _COLOURS = word_set(
     "take_palette take_style take_cast"
 )
 _LIGHT = word_set("brighten darken lift_shadows recover_highlights hdr invert night day sunset take_light take_tone")
-_KEEPS = (
+_KEEPS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
     (re.compile(r"\b(?:colou?rs?|hues?)\b|颜色|色彩", re.I), _COLOURS),
     (re.compile(r"\bsaturation\b|饱和度", re.I), _COLOURS | {"saturate", "desaturate", "unfade"}),
     (re.compile(r"\b(?:brightness|exposure|lightness)\b|亮度", re.I), _LIGHT),
@@ -255,7 +255,8 @@ def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
         if found := pattern.search(instruction):
             left = _trimmed(instruction[: found.start()] + instruction[found.end() :])
             wanted = read([left or "$"])[0]
-            wanted = wanted if wanted.is_wish(max(CERTAIN, accepted)) else whole
+            bar = max(CERTAIN, accepted) if whole.is_wish(accepted) else accepted
+            wanted = wanted if wanted.is_wish(bar) else whole
             changed = next((edits for kept, edits in _KEEPS if kept.search(found["kept"])), None)
             part = changed is not None and not changed and re.search(rf"\b{_REGION}\b", left, re.I)
             if part or changed is None or wanted.edit in changed:
@@ -266,12 +267,12 @@ def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
 
 
 def _refuse_part(instruction: str, whole: Reading, found: str) -> None:
-    if whole.edit in _LOCAL or whole.edit == OUT_OF_SCOPE:
+    if whole.edit in _LOCAL:
         return
+    everywhere = "" if whole.edit == OUT_OF_SCOPE else f" for {_plain(whole.edit)} everywhere"
     raise InstructionError(
         f"instruction: {instruction!r} asks for a part of the picture, or to spare one ({found.strip()!r}), "
-        f"but this model edits whole pictures; leave that out for {_plain(whole.edit)} everywhere, or use a "
-        "larger model (`openwu models`)"
+        f"but this model edits whole pictures; leave that out{everywhere}, or use a larger model (`openwu models`)"
     )
 
 
@@ -281,7 +282,7 @@ _THEN = r"(?:and then|then|followed by|afterwards|and also|and after that)"
 _SPLIT = re.compile(
     rf"(?P<then>\s*[,;.]?\s*\b{_THEN}\s+|[，。；,;]?\s*(?:然后|接着|随后|之后)再?|[，。；,;]\s*再)"
     r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+"
-    r"|\s+with (?:(?:some|added|film|fine|heavy|a|a bit of|a little) )*(?=(?:grain|noise|vignette|fog|snow|rain)\b)|"
+    r"|\s+(?P<adding>with )(?:(?:some|added|film|fine|heavy|a|a bit of|a little) )*(?=(?:grain|noise|vignette|fog|snow|rain)\b)|"
     r"[，。；、,;.]\s*(?:并且|并|同时|而且|还要|也|另外)?\s*|并且|同时|(?<!合)并(?![不没非排])|再",
     re.IGNORECASE,
 )
@@ -318,16 +319,19 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
             or (explicit and not each.reading.is_wish(accepted))
         )
     ]
-    if (
-        lost
-        and whole.edit not in _LOCAL
-        and any(each.reading.edit == whole.edit and _is_command(each.text) for each in clear)
-    ):
+    wanted = [each for each in clear if _stands_alone(each)]
+    shown = not whole.is_wish(accepted) or any(each.reading.edit == whole.edit for each in wanted)
+    if lost and wanted and shown and whole.edit not in _LOCAL:
         raise InstructionError(
-            f"instruction: {instruction!r} asks for more than {_plain(whole.edit)}, but {lost[0].text!r} was not "
-            "understood; leave it out, or say each wish by itself with --then (then=)"
+            f"instruction: {instruction!r} asks for more than {_plain(wanted[0].reading.edit)}, but {lost[0].text!r} "
+            "was not understood; leave it out, or say each wish by itself with --then (then=)"
         )
     return None
+
+
+def _stands_alone(wish: Wish) -> bool:
+    """Whether these words ask for their edit by themselves: a command, a complaint, or the edit's name."""
+    return bool(_is_command(wish.text) or wish.reading.sentence or wish.text.lower() == _plain(wish.reading.edit))
 
 
 _VERB_OF = re.compile(r"^(?:.*\b)?(?P<verb>add|put on|remove|reduce|increase|apply)\s", re.IGNORECASE)
@@ -354,16 +358,17 @@ def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]
 def _split_pieces(instruction: str) -> Iterator[tuple[str, str]]:
     """(piece, what stands before it: "then", "and" or ",") of a sentence, fixed phrases left whole."""
     fixed = [match.span() for match in _FIXED.finditer(instruction)]
-    start, word = 0, ""
+    start, word, verb = 0, "", ""
     for match in _SPLIT.finditer(instruction):
         if any(begin <= match.start() < end for begin, end in fixed):
             continue
         if piece := _trimmed(instruction[start : match.start()]):
-            yield piece, word
+            yield verb + piece, word
+            verb = "add " if match["adding"] else ""
             word = "then" if match["then"] else "," if not match[0].strip(" ,.;，。；、") else "and"
         start = match.end()
     if piece := _trimmed(instruction[start:]):
-        yield piece, word
+        yield verb + piece, word
 
 
 def _trimmed(piece: str) -> str:
