@@ -282,7 +282,8 @@ _THEN = r"(?:and then|then|followed by|afterwards|and also|and after that)"
 _SPLIT = re.compile(
     rf"(?P<then>\s*[,;.]?\s*\b{_THEN}\s+|[，。；,;]?\s*(?:然后|接着|随后|之后)再?|[，。；,;]\s*再)"
     r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+"
-    r"|\s+(?P<adding>with )(?:(?:some|added|film|fine|heavy|a|a bit of|a little) )*(?=(?:grain|noise|vignette|fog|snow|rain)\b)|"
+    r"|\s+(?P<adding>with )(?:(?:some|added|film|fine|heavy|a|a bit of|a little) )*"
+    r"(?=(?:grain|noise|vignette|fog|snow|rain)\b)|"
     r"[，。；、,;.]\s*(?:并且|并|同时|而且|还要|也|另外)?\s*|并且|同时|(?<!合)并(?![不没非排])|再",
     re.IGNORECASE,
 )
@@ -303,9 +304,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
     found = [_with_number(text, reading, read, accepted) for text, reading in zip(texts, read(texts), strict=True)]
     clear = [each for each in found if each.reading.is_wish(accepted)]
     edits = {each.reading.edit for each in clear}
-    if len(edits) == len(found) <= MOST_WISHES and all(
-        _is_command(each.text) or each.reading.sentence for each in found
-    ):
+    if len(edits) == len(found) <= MOST_WISHES and all(map(_stands_alone, found)):
         if whole.edit in edits or not whole.is_wish(accepted):
             return tuple(found)
         return None
