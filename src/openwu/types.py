@@ -10,6 +10,7 @@ width of one adapted weight.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,14 @@ class BaseRequest:
     instruction: str
     seed: int = 0
     reasoning: str | None = None
+    image_size: str | None = None
+    """Size of the result, where the base draws at sizes of its own; see `check_image_size`. None: it chooses."""
+
+
+def check_image_size(size: object) -> None:
+    """Raise OpenwuError unless a size is None, "auto" (as None), HxW such as 1024x768, or a ratio W:H."""
+    if size is not None and not (isinstance(size, str) and re.fullmatch(r"auto|[1-9]\d*[x:][1-9]\d*", size)):
+        raise OpenwuError(f"image_size: expected auto, HxW such as 1024x1024, or W:H, got {size!r}")
 
 
 class ConditionEncoder(ABC):
@@ -136,6 +145,8 @@ class SamplingOptions:
     """Weight of the instruction against a second call without it, where a base that is told `guidance` has that too."""
     pixels: int | None = None
     """About how many pixels the base works on; the result is scaled back to the photograph's size."""
+    fit_to_photo: bool = False
+    """Stretch the result to the photograph's size, where the base draws at sizes of its own; others always do so."""
     batch: int = 4
     """Requests that share one call of the base, at most."""
 
@@ -144,6 +155,8 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise OpenwuError(f"{name}: expected a whole number above 0, got {value!r}")
+        if not isinstance(self.fit_to_photo, bool):
+            raise OpenwuError(f"fit_to_photo: expected True or False, got {self.fit_to_photo!r}")
         for name in ("guidance", "image_guidance", "true_guidance"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):

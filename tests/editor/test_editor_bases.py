@@ -368,6 +368,21 @@ def test_what_a_base_cannot_serve_is_refused_by_name(kontext: Editor, model_fold
             embedded.edit(photo, "brighter", sampling=options)
     with pytest.raises(InstructionError, match="reasoning: expected none for embedded"):
         embedded.adapt(photo, "brighter", reasoning="because")
+    for editor, name in ((embedded, "embedded"), (kontext, "FluxKontext")):
+        with pytest.raises(OpenwuError, match=f"^image_size: expected none for {name}, whose results have the photogr"):
+            editor.edit(photo, "brighter", image_size="64x64")
+        with pytest.raises(OpenwuError, match=f"^fit_to_photo: expected none for {name}, whose results have the photo"):
+            editor.edit(photo, "brighter", sampling=SamplingOptions(fit_to_photo=True))
+        with pytest.raises(OpenwuError, match=r"^image_size: expected none"):
+            editor.adapt(photo, "brighter", image_size="1:2")
+
+
+def test_without_a_seed_it_is_the_base_s_and_the_result_tells(kontext: Editor) -> None:
+    photo = base_cases.picture(1)
+    result = kontext.edit(photo, "warm")
+    assert result.seed == kontext.backbone.default_seed == 0
+    assert difference(result, kontext.edit(photo, "warm", seed=0)) == 0
+    assert [each.seed for each in kontext.edit_batch([EditRequest(photo, "warm", seed=s) for s in (None, 7)])] == [0, 7]
 
 
 def test_threads_take_turns_in_a_large_base(kontext: Editor) -> None:

@@ -89,6 +89,8 @@ class EditJob:
     """What to do, in order; several for an adapter that is the sum of several."""
     seed: int = 0
     reasoning: str | None = None
+    image_size: str | None = None
+    """Size of the result, for bases of `own_sizes`."""
 
     def only(self, index: int) -> Self:
         """Return the job with one of its instructions: what one adapter is generated for."""
@@ -103,7 +105,7 @@ class EditJob:
     def request(self) -> BaseRequest:
         """The job as large bases take it: pictures of 8 bits, and one text."""
         pictures = tuple(Image.fromarray(pixels) for pixels in self.pixels)
-        return BaseRequest(pictures, ". ".join(self.instructions), self.seed, self.reasoning)
+        return BaseRequest(pictures, ". ".join(self.instructions), self.seed, self.reasoning, self.image_size)
 
 
 class RequestScope(Protocol):
@@ -138,6 +140,10 @@ class Backbone(ConditionEncoder):
     """Whether `understand` refuses instructions that the base does not know."""
     identity_at_zero: ClassVar[bool] = False
     """Whether strength 0 means the picture as it is; otherwise it means the base without an adapter."""
+    default_seed: ClassVar[int] = 0
+    """Seed of requests that name none."""
+    own_sizes: ClassVar[bool] = False
+    """Whether the base draws at sizes of its own: it then reads `image_size` and `SamplingOptions.fit_to_photo`."""
     concurrent: ClassVar[bool] = False
     """Whether several threads may encode conditions and edit at once; otherwise they take turns."""
     max_pictures: ClassVar[int | None] = None

@@ -126,7 +126,9 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="S",
         help="1 as asked (default), 0 the photo as it is (large bases: no adapter), below 0 reversed, above 1 more",
     )
-    edit.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default: 0)")
+    edit.add_argument(
+        "--seed", type=_seed, metavar="N", help="seed of everything random (default: the base's, mostly 0)"
+    )
     edit.add_argument(
         "--model",
         metavar="M",
@@ -204,6 +206,10 @@ def _add_base(edit: argparse.ArgumentParser) -> None:
     large.add_argument(
         "--offload", action="store_true", help="keep layers that do not fit on the GPU in the machine's memory"
     )
+    large.add_argument(
+        "--image-size", metavar="SIZE", help="of the result, HxW or W:H, where the base draws at sizes of its own"
+    )
+    large.add_argument("--fit-to-photo", action="store_true", help="stretch such a result to the photograph's size")
     large.add_argument("--pixels", type=int, metavar="N", help="pixels that the base works on (default: as trained)")
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from openwu.editor.editor import Editor
     from openwu.types import Adapter, Understood
 
-LOADING, SAMPLING = ("device", "revision", "trust_remote_code", "quantise", "offload"), ("steps", "guidance", "pixels")
+LOADING = ("device", "revision", "trust_remote_code", "quantise", "offload")
+SAMPLING = ("steps", "guidance", "pixels", "fit_to_photo")
 """Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
 
 BAR_DELAY = 2.0
@@ -105,7 +106,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
     if arguments.base is None and arguments.generator is None:
         unused = [
             f"--{name.replace('_', '-')}"
-            for name in (*LOADING, *SAMPLING, "reasoning")
+            for name in (*LOADING, *SAMPLING, "reasoning", "image_size")
             if getattr(arguments, name) not in (None, False)
         ]
         if unused:
@@ -157,6 +158,7 @@ def _edit(
             adapter=adapter,
             allow_out_of_scope=arguments.allow_out_of_scope,
             reasoning=arguments.reasoning,
+            image_size=arguments.image_size,
             progress=progress,
         )
     start = time.perf_counter()

@@ -106,8 +106,9 @@ class Editor:
         then: str | Sequence[str] = (),
         sequential: bool = False,
         strength: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         reasoning: str | None = None,
+        image_size: str | None = None,
         adapter: Adapter | None = None,
         allow_out_of_scope: bool = False,
         sampling: SamplingOptions | None = None,
@@ -124,7 +125,8 @@ class Editor:
         tells edits apart runs an instruction that itself asks for two edits ("brighter and add grain") that way, too.
 
         `strength`: factor on the adapter: 1 as asked, above 1 exaggerated, below 0 reversed; 0 gives back the pixels
-        as they are with the embedded base, and the base without an adapter with others. `seed`: of everything random.
+        as they are with the embedded base, and the base without an adapter with others. `seed`: of everything random
+        (None: the base's default, which the result tells).
         `reasoning`: what a base that reasons first shall have thought (None: it writes that itself, "": nothing).
 
         `adapter` (b = 1) reuses an adapter instead of generating one; without an instruction the base then reads the
@@ -143,7 +145,7 @@ class Editor:
         if adapter is not None and (then or edit is not None):
             name = "then" if then else "edit"
             raise InstructionError(f"{name}: expected nothing beside a given adapter; add adapters up with Adapter.sum")
-        request = EditRequest(images, instruction, strength, seed, then, reasoning, edit)
+        request = EditRequest(images, instruction, strength, seed, then, reasoning, edit, image_size)
         return self._edited([request], adapter, sequential, allow_out_of_scope, sampling, progress)[0]
 
     def edit_batch(
@@ -171,17 +173,19 @@ class Editor:
         images: Picture | Sequence[Picture],
         instruction: str,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         reasoning: str | None = None,
+        image_size: str | None = None,
         allow_out_of_scope: bool = False,
     ) -> Adapter:
         """Generate the adapter (b = 1) of a request, or take it from the cache.
 
-        `seed`: of what is drawn while the request is read; a base that draws nothing gives the same for every seed.
+        `seed`, `reasoning`, `image_size`: as for `edit`, of a base that reads its request with them; others give the
+        same adapter for every seed.
         Raises OpenwuError as `edit` does, and for an instruction that asks for several edits.
         """
         check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
-        request = EditRequest(images, instruction, seed=seed, reasoning=reasoning)
+        request = EditRequest(images, instruction, seed=seed, reasoning=reasoning, image_size=image_size)
         (request,) = self._checked([request], allow_out_of_scope, None)
         task = self._task(request, self._photos(request), None, False, not allow_out_of_scope)
         if len(task.job.instructions) > 1:
@@ -200,7 +204,7 @@ class Editor:
 
         `references`: how many reference pictures would come with it. Raises InstructionError for what `edit` refuses.
         """
-        request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit))
+        request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit), 0)
         return self._task(request, self._photos(request), None, False, True).summary
 
     def adapter_key(self, job: EditJob, *, allow_out_of_scope: bool = False) -> str:
@@ -217,6 +221,7 @@ class Editor:
             how=f"{self.fast.described} autocast {autocast}",
             seed=job.seed if self.encoder.reads_seed or self.backbone.reads_seed else None,
             reasoning=job.reasoning,
+            image_size=job.image_size,
             in_scope=not allow_out_of_scope,
         )
 
@@ -292,7 +297,7 @@ class Editor:
         with timed(timings, "edit"):
             edited = self._apply(tasks, adapters, sampling, progress)
         return [
-            EditResult(photo, adapter, timings, task.summary)
+            EditResult(photo, adapter, timings, task.job.seed, task.summary)
             for photo, adapter, task in zip(edited, adapters, tasks, strict=True)
         ]
 
@@ -307,9 +312,7 @@ class Editor:
         """Run a pass for each instruction on the result of the pass before. Returns the last one's result."""
         photo, *references = task.job.photos
         for index in task.indices:
-            job = self.backbone.read(
-                (photo, *references), (task.job.instructions[index],), task.request.seed, task.request.reasoning
-            )
+            job = self._job(task.request, (photo, *references), (task.job.instructions[index],))
             one = Task(task.request, job, None if task.understood is None else (task.understood[index],))
             report = part_of(progress, index, len(task.indices))
             (result,) = self._together([one], None, allow_out_of_scope, sampling, report, timings)
@@ -322,7 +325,7 @@ class Editor:
         """Make a job of a request and its decoded pictures, and see what the base takes the instructions for."""
         first = None if request.edit is None else sentence_of(request.edit, self.backbone, self.name)
         texts = checked_instructions(request, given, self.backbone.check_instruction, first)
-        job = self.backbone.read(photos, texts, request.seed, request.reasoning)
+        job = self._job(request, photos, texts)
         if texts == ("",):  # an adapter without words
             return Task(request, job, None)
         with self._turn():
@@ -342,20 +345,34 @@ class Editor:
             )
         words = tuple(each.instruction for each in understood)
         if words != texts:
-            job = self.backbone.read(photos, words, request.seed, request.reasoning)
+            job = self._job(request, photos, words)
         return Task(request, job, understood, several or (sequential and len(words) > 1))
+
+    def _job(self, request: EditRequest, photos: tuple[Photo, ...], texts: tuple[str, ...]) -> EditJob:
+        """Make a job of a checked request, as the base reads it."""
+        assert request.seed is not None
+        job = self.backbone.read(photos, texts, request.seed, request.reasoning)
+        return job if request.image_size is None else replace(job, image_size=request.image_size)
 
     def _checked(
         self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
     ) -> list[EditRequest]:
         """Refuse wrong values, and by name what this base cannot serve."""
-        requests = [checked_request(request) for request in requests]
+        requests = [checked_request(request, self.backbone.default_seed) for request in requests]
         if any(each.reasoning is not None for each in requests) and not self.backbone.reasons:
             raise InstructionError(f"reasoning: expected none for {self.name}, which does not reason; leave it out")
         if allow_out_of_scope and not self.backbone.refuses_out_of_scope:
             raise InstructionError(
                 f"allow_out_of_scope: expected False for {self.name}, which refuses no instruction; leave it out"
             )
+        if not self.backbone.own_sizes:
+            asked = {"image_size": any(each.image_size is not None for each in requests)}
+            asked["fit_to_photo"] = sampling is not None and sampling.fit_to_photo
+            if refused := [name for name, value in asked.items() if value]:
+                raise OpenwuError(
+                    f"{', '.join(refused)}: expected none for {self.name}, whose results have the photograph's size; "
+                    "leave it out"
+                )
         if sampling is not None:
             self.backbone.check_sampling(sampling)
         return requests

@@ -21,7 +21,7 @@ from PIL import Image
 from openwu.backbones.protocol import Backbone, EditJob
 from openwu.errors import InstructionError, OpenwuError, PictureError
 from openwu.images import Photo, Readable, encode_picture, write_picture
-from openwu.types import Adapter, SamplingOptions, Understood
+from openwu.types import Adapter, SamplingOptions, Understood, check_image_size
 
 Progress = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""
@@ -45,14 +45,18 @@ class EditRequest:
     strength: float = 1.0
     """Factor on the adapter: negative values reverse, values above 1 exaggerate. 0 is the picture as it is with the
     embedded base, and the base without an adapter with others."""
-    seed: int = 0
-    """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws."""
+    seed: int | None = None
+    """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws. None:
+    the base's default, `Backbone.default_seed`."""
     then: str | Sequence[str] = ()
     """What else to do in the same pass: the low-rank updates of all instructions are added up."""
     reasoning: str | None = None
     """What a base that reasons before it draws shall have thought; None: it writes that itself, "": it does not."""
     edit: str | None = None
     """Name of a known edit, in place of an instruction."""
+    image_size: str | None = None
+    """Size of the result, for bases that draw at sizes of their own: HxW such as "1024x768", or a ratio W:H, of which
+    they take their nearest size; None or "auto": the base chooses."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class EditResult:
     """The adapter of this request alone (b = 1), before `strength`."""
     timings: Mapping[str, float]
     """Stage -> seconds: read, condition, generate, edit."""
+    seed: int
+    """The seed that was used, the base's default included."""
     understood: Understood | None = None
     """What the instruction was taken for, and with which probability; None for bases that do not tell edits apart."""
 
@@ -112,8 +118,8 @@ class Task:
         return 1.0 if self.understood is None else self.understood[index].strength
 
 
-def checked_request(request: EditRequest) -> EditRequest:
-    """Return the request with plain numbers, also where they came from numpy.
+def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
+    """Return the request with plain numbers, also where they came from numpy, and a seed.
 
     Raises OpenwuError that names the field of a wrong value; instructions and pictures are checked when read.
     """
@@ -123,8 +129,12 @@ def checked_request(request: EditRequest) -> EditRequest:
     seed: object = request.seed
     if isinstance(strength, bool) or not isinstance(strength, float | Real) or not math.isfinite(strength):
         raise OpenwuError(f"strength: expected a finite number, 1 for the edit as asked, got {strength!r}")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
-        raise OpenwuError(f"seed: expected a whole number from 0 to {2**63 - 1}, got {seed!r}; leave it out for 0")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63):
+        raise OpenwuError(
+            f"seed: expected a whole number from 0 to {2**63 - 1}, got {seed!r}; leave it out for the base's default"
+        )
+    check_image_size(request.image_size)
+    size = None if request.image_size == "auto" else request.image_size
     if not isinstance(request.then, str | Sequence):
         raise InstructionError(f"then: expected a text or a list of texts, got {type(request.then).__name__}")
     for name, text in (("reasoning", request.reasoning), ("edit", request.edit)):
@@ -138,7 +148,9 @@ def checked_request(request: EditRequest) -> EditRequest:
                 f"images: expected a path, bytes, a file object, a PIL image, an array or a tensor, got "
                 f"{type(picture).__name__}"
             )
-    return replace(request, strength=float(request.strength), seed=int(request.seed))
+    return replace(
+        request, strength=float(request.strength), seed=default_seed if seed is None else int(seed), image_size=size
+    )
 
 
 def check_options(

@@ -12,7 +12,6 @@ Shapes: L tokens that the base reads, d width of the decoder, T tokens of a batc
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import of_bytes
 from openwu.images import Photo
 from openwu.kernels.modules import padded
-from openwu.types import BaseRequest, Condition, SamplingOptions
+from openwu.types import BaseRequest, Condition, SamplingOptions, check_image_size
 
 PLAIN = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj")
 EXPERTS = "mlp.experts"
@@ -42,8 +41,6 @@ PREFIX = "model.layers."
 
 READINGS = 64
 """Requests whose reasoning and ratio are kept, so that drawing does not repeat what the condition has found out."""
-
-IMAGE_SIZE = re.compile(r"auto|[1-9]\d*[x:][1-9]\d*")
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,8 @@ class HunyuanImage3(Backbone):
         {"trust_remote_code", "quantise", "offload", "reserve_bytes", "before_weights"}
     )
     reasons: ClassVar[bool] = True
+    default_seed: ClassVar[int] = 42
+    own_sizes: ClassVar[bool] = True
     reads_seed = True
     asks_denoiser = True
     transformers_version: ClassVar[str] = "4.57.1"
@@ -76,11 +75,6 @@ class HunyuanImage3(Backbone):
     """Whether the folder's code makes CUDA tensors as it loads. Of the class, for the same reason."""
     reasoning_tokens: int = 2048
     """Maximum number of tokens of the reasoning, both parts together."""
-    image_size: str = AUTO
-    """Size of the pictures: `auto`, by which the base chooses a ratio, or its size nearest to `HxW` or the ratio `W:H`.
-    With `auto`, source pictures are resized to a size of the base, else cropped; the condition depends on it."""
-    fit_to_photo: bool = False
-    """Whether results are stretched to the photograph's size; the released pipeline returns the base's own size."""
     max_batch: int = 1
     """Requests that share a call: the folder's code fails on several."""
 
@@ -145,7 +139,7 @@ class HunyuanImage3(Backbone):
     @cached_property
     def identity(self) -> str:
         """Samples of all weights, and the settings that the condition depends on beside the request."""
-        return f"{super().identity} {self.image_size} {self.reasoning_tokens}"
+        return f"{super().identity} {self.reasoning_tokens}"
 
     @property
     def routing(self) -> Routing | None:
@@ -175,8 +169,8 @@ class HunyuanImage3(Backbone):
         scope: RequestScope,
         progress: Progress | None = None,
     ) -> list[Photo]:
-        """Edit every job's first picture; results have the base's own size and aspect unless `fit_to_photo`."""
-        if self.fit_to_photo:
+        """Edit every job's first picture; results have the base's own size and aspect unless `options.fit_to_photo`."""
+        if options.fit_to_photo:
             return super().edit(jobs, options, scope, progress)
         pictures = self.generate([job.request for job in jobs], options, scope.rows, progress)
         return [
@@ -194,7 +188,8 @@ class HunyuanImage3(Backbone):
     ) -> list[Tensor]:
         """See `protocol.Backbone`: the adapter acts on everything the base reads and on both guidance rows.
 
-        Requests go one at a time, and pictures have the size that the base gave them.
+        Requests go one at a time. Pictures have the base's size nearest to the request's `image_size`; without one,
+        the base chooses a ratio, and source pictures are resized to a size of the base instead of cropped.
         """
         options = self.options(options)
         assert options.steps is not None
@@ -202,15 +197,14 @@ class HunyuanImage3(Backbone):
         edited = []
         for index, request in enumerate(requests):
             reading = self._readings.get(self._digest(request)) or self._read(request)[0]
-            inputs = inputs_of(
-                self.model, request, reading.reasoning, None, image_size=self.image_size, ratio=reading.ratio
-            )
+            size = request.image_size or AUTO
+            inputs = inputs_of(self.model, request, reading.reasoning, None, image_size=size, ratio=reading.ratio)
             done = index * options.steps
             with (
                 _counted(self.model.model, options.steps, done, options.steps * len(requests), progress),
                 rows([index] * len(inputs["input_ids"])),
             ):
-                image = draw(self.model, inputs, self.image_size, request.seed, options.steps, options.guidance)
+                image = draw(self.model, inputs, size, request.seed, options.steps, options.guidance)
             edited.append(as_tensor(image.convert("RGB")))
         return edited
 
@@ -220,8 +214,6 @@ class HunyuanImage3(Backbone):
             if getattr(options, name) is not None:
                 reason = "which chooses among its own sizes (`image_size`)" if name == "pixels" else "which has none"
                 raise OpenwuError(f"{name}: expected none for {type(self).__name__}, {reason}; leave it out")
-        if IMAGE_SIZE.fullmatch(self.image_size) is None:
-            raise OpenwuError(f"image_size: expected auto, HxW such as 1024x1024, or W:H, got {self.image_size!r}")
         usual = self.model.generation_config
         guidance = usual.diff_guidance_scale if options.guidance is None else options.guidance
         if guidance <= 1:
@@ -237,16 +229,17 @@ class HunyuanImage3(Backbone):
 
     def _read(self, request: BaseRequest) -> tuple[_Reading, Tensor]:
         """Reasoning and ratio of a request, and the last layer's output for its tokens `[L, d]`."""
-        digest = self._digest(request)
+        check_image_size(request.image_size)
+        digest, size = self._digest(request), request.image_size or AUTO
         known, reasoning = self._readings.get(digest), request.reasoning
         if reasoning is None and known is not None:
             reasoning = known.reasoning
         if reasoning is None:
-            reasoning = write_reasoning(self.model, request, self.image_size, self.reasoning_tokens)
+            reasoning = write_reasoning(self.model, request, size, self.reasoning_tokens)
         # Deviates: the pass is not left after the last layer. What follows is one token of `lm_head`, and it is the
         # ratio that drawing would need a second prefill for.
         with LastLayer(self.model) as last:
-            reading = _Reading(reasoning, choose_ratio(self.model, request, reasoning, self.image_size))
+            reading = _Reading(reasoning, choose_ratio(self.model, request, reasoning, size))
         self._readings[digest] = reading
         while len(self._readings) > READINGS:
             self._readings.popitem(last=False)
@@ -254,7 +247,8 @@ class HunyuanImage3(Backbone):
 
     def _digest(self, request: BaseRequest) -> bytes:
         """Hash of everything that the base's answers about a request depend on."""
-        words = repr((request.instruction, request.seed, request.reasoning, self.image_size, self.reasoning_tokens))
+        size = request.image_size or AUTO
+        words = repr((request.instruction, request.seed, request.reasoning, size, self.reasoning_tokens))
         pictures = (repr((each.size, each.mode)).encode() + each.tobytes() for each in request.pictures)
         return of_bytes([words.encode(), *pictures]).digest()
 
