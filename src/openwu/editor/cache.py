@@ -305,8 +305,8 @@ def request_key(
     `generator`: a GeneratorIdentity's digest. `pictures`: pixels `[h, w, 3]` as the condition encoder reads them, in
     their order. `instruction`: as the encoder reads it, so that spellings that it does not tell apart share a key.
     `how`: what the same weights are computed with, such as `FastOptions.described`. `seed`, `reasoning`, `image_size`:
-    only where the condition depends on them. `in_scope`: whether the instruction was found to be one that the model serves;
-    an adapter of one that was merely tried must not be found by those who did not ask to try.
+    only where the condition depends on them. `in_scope`: whether the instruction was found to be one that the model
+    serves; an adapter of one that was merely tried must not be found by those who did not ask to try.
 
     The hash is the fastest that is installed, and its name is part of what is hashed: with another one, nothing that
     was kept is found.

@@ -18,12 +18,6 @@ NEAREST = 3
 """How many known edits a refusal names, at most."""
 _LIKELY, _ALIKE = 0.1, 0.3
 """From which probability, and from which similarity of words, a known edit is worth naming."""
-_NEUTRAL = frozenset({"black_and_white"})
-_COLOURING = word_set(
-    "warm cool sepia colourise tint_red tint_green tint_blue tint_purple age fade cross_stitch blueprint sunset "
-    "night take_palette take_cast take_style"
-)
-"""Edits that give a grey photograph colours."""
 DATA_FILES = ("known_edits.json",)
 _KNOWN_EDITS = Path(__file__).with_name(DATA_FILES[0])
 
@@ -106,14 +100,6 @@ def refusal(instruction: str, reading: Reading, accepted: float) -> InstructionE
         "--allow-out-of-scope (allow_out_of_scope=True), or pass a larger model with --model FOLDER "
         "(Editor.from_pretrained(folder))"
     )
-
-
-def makes_neutral(edits: Sequence[str], degrees: Sequence[str], strength: float, grey: bool) -> bool:
-    """Return whether the result of these edits must be neutral grey: a colourless edit in full, or a grey input."""
-    if not edits or any(edit in _COLOURING for edit in edits):
-        return False
-    full = any(edit in _NEUTRAL and degree != "little" for edit, degree in zip(edits, degrees, strict=True))
-    return grey or (full and strength >= 1)
 
 
 def _alike(text: str, names: Sequence[str]) -> list[tuple[str, float]]:
