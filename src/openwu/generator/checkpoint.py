@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from openwu.config import RELEASED_GROUP, ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError
-from openwu.files.writing import whole_set
+from openwu.files.writing import atomic_set
 from openwu.generator.layout import GeneratorLayout
 
 CONFIG_FILE = "config.json"
@@ -123,7 +123,9 @@ def save_generator(module: nn.Module, config: GeneratorConfig, folder: Path, max
     if any(tensor.is_meta for tensor in tensors.values()):
         raise CheckpointError(f"{folder}: expected weights to save, got a generator on the meta device")
     try:
-        with whole_set(folder, last=CONFIG_FILE, stale=(WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")) as draft:
+        with atomic_set(
+            folder, last=CONFIG_FILE, stale=(WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+        ) as draft:
             _write(draft, tensors, config, max_shard_size)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
