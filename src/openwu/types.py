@@ -224,6 +224,8 @@ class FactorRules(ABC):
         scaled = dict(factors)
         for name in self.linear:
             part = factors[name]
+            if part.element_size() == 1:  # float8 knows no products
+                part = part.to(torch.bfloat16)
             scaled[name] = part * strength.reshape(-1, *[1] * (part.ndim - 1)).to(part)
         return scaled
 
@@ -284,6 +286,8 @@ class Adapter:
     tuple for each sample, with several entries where the adapter is a sum; empty if not known."""
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise TargetError(f"adapter: expected a finite scale, got {self.scale}")
         names = {target.name for target in self.targets}
         if not names or self.factors.keys() != names:
             missing, unexpected = sorted(names - set(self.factors)), sorted(set(self.factors) - names)

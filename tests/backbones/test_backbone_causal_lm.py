@@ -33,7 +33,7 @@ from openwu.adapters.merge import merged
 from openwu.backbones.causal_lm.base import IGNORED, CausalLM
 from openwu.config import LayerGroup
 from openwu.errors import CheckpointError, OpenwuError, TargetError
-from openwu.types import Adapter
+from openwu.types import Adapter, Target
 
 NEOX = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")}
 # Two experts and both chosen: every one has tokens, so every weight has a gradient.
@@ -161,8 +161,31 @@ def test_grouping_the_experts_changes_rounding_alone() -> None:
     torch.testing.assert_close(grouped, base.logits(texts), rtol=1e-5, atol=1e-5)
 
 
-def test_foreign_experts_and_layers_are_refused() -> None:
+def test_transposed_experts_are_adapted_as_merged_weights_are() -> None:
+    base = language_model(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+    (group,) = base.layer_groups(only=("q_proj", "gate_up_proj", "down_proj"))
+    targets = [
+        Target(group.layer_path(layer) + weight.name, weight.in_dim, weight.out_dim, weight.experts)
+        for layer in range(group.num_layers)
+        for weight in group.weights()
+    ]
+    draw = torch.Generator().manual_seed(0)
+    pairs = {t.name: tuple(0.3 * torch.randn(s, generator=draw) for s in t.shapes(1, 2).values()) for t in targets}
+    adapter = Adapter.from_pairs(targets, pairs, 0.5)  # type: ignore[arg-type]
+    texts = base.tokenize(["anna visits rome .", "ben drinks tea"])
+    with torch.no_grad():
+        plain = base.logits(texts)
+        with openwu.attach(base.model, targets) as handle, handle.applied(adapter):
+            adapted = base.logits(texts)
+        with merged(base.model, adapter):
+            expected = base.logits(texts)
+    torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - plain).abs().max() > 0.01
+
+
+def test_foreign_experts_and_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     foreign = language_model(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+    monkeypatch.setattr("openwu.backbones.causal_lm.base.is_stacked", lambda _: False)
     with pytest.raises(
         TargetError, match=r"model.layers.0.mlp.experts: a mixture of experts whose .*only=\('k_proj', '"
     ):

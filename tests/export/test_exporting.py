@@ -31,9 +31,13 @@ def test_the_embedded_base_is_compared_as_a_whole(
     place = ["--base", str(model_folder), "--output", str(tmp_path / "out")]
     assert cli.main(["export", str(embedded_adapter), "--format", format, *place]) == 0
     printed = capsys.readouterr()
-    assert not printed.err
-    told = printed.out.splitlines()[1]
-    assert told.startswith("checked: ")
+    told = printed.err if format == "comfyui" else printed.out.splitlines()[1]
+    if format == "comfyui":  # the arithmetic is right; whether ComfyUI has such a model nobody here can know
+        assert "written, but not checked: " in told
+        assert "whether ComfyUI has a model with the module names of TinyEditor is not known here" in told
+    else:
+        assert told.startswith("checked: ")
+        assert not printed.err
     assert format == "openwu" or "modules and the whole model answer as with live injection" in told
     base = find_base(model_folder)
     back, adapter = (

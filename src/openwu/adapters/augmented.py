@@ -1,4 +1,4 @@
-"""Stacked experts by augmented products: a grouped product's input enters wider, and its output holds the updates.
+"""Stacked experts by augmented products: fuse the LoRA into the grouped GEMM by widening K.
 
     y = W x + scale B (A x) = [W | scale B] [x, A x]
 

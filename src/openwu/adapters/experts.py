@@ -1,4 +1,4 @@
-"""Mixtures of experts: outputs of every expert's linear modules enter, the same with each sample's update leave.
+"""Apply LoRA to mixtures of experts: hooks on every expert's linear modules, per sample of the batch.
 
 A target `<container>.<weight>` with E experts adapts one linear module in each of the container's E children: the one
 of that name, or the module that stacks it with others along its output (`FUSED`). The base model routes and combines

@@ -1,4 +1,4 @@
-"""One adapted module of a base model: a module's output enters its forward hook, the adapted output leaves.
+"""One adapted module of a base model: the forward hook that changes its output inside a scope.
 
 A site is resolved once, when adapters are attached. Between `load` and `clear` it holds the factors that are active.
 They are plain attributes that the hook reads: torch.compile makes graph inputs of them, so that other adapters of

@@ -1,4 +1,4 @@
-"""Mixtures whose experts are stacked in one tensor: a grouped product enters, the same with the updates leaves.
+"""Apply LoRA to experts whose weights are stacked in one tensor, by grouped matrix products.
 
 A target `<container>.<weight>` with E experts adapts the parameter of that name, `[E, out, in]` or, where the container
 stores it transposed (GPT-OSS), `[E, in, out]`. The container computes it in `products[<weight>]`, a `GroupedProduct` of

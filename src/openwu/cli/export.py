@@ -1,4 +1,4 @@
-"""`openwu export`: an adapter's folder or file enters, a folder that another library reads leaves, checked there."""
+"""`openwu export`: convert an adapter's folder or file for another library, and check that it loads there."""
 
 from __future__ import annotations
 

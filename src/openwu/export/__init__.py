@@ -6,6 +6,8 @@
 | `peft`, `peft_experts`, `peft_ia3` | PEFT's folder: one sample; linear modules, convolutions, experts |
 | `single_file` | diffusers' and ComfyUI's LoRA files: one sample; linear modules and convolutions, LoRA alone |
 | `lora_file` | reads a LoRA file of any of these key styles |
+| `peft_config` | what a LoraConfig says, in a folder or in a file's header: ranks, alphas, options that are refused |
+| `comfyui_names` | which names of diffusers' modules ComfyUI translates |
 | `fit` | an adapter and the model that it is for; modules with ranks and scales of their own -> one `Adapter` |
 | `files` | reads and writes; a folder appears whole or not at all |
 | `read` | finds out which of them a path holds |

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 from openwu.adapters.inject import resolve
 from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.types import LORA, LORA_A, LORA_B, Adapter, Target
+
+OFFSET = "offset"
 
 
 def with_kernels(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -38,6 +41,7 @@ def with_kernels(adapter: Adapter, model: nn.Module) -> Adapter:
 
 def fitted(adapter: Adapter, model: nn.Module) -> Adapter:
     """The adapter with its convolutions' kernels; one TargetError lists every target that the model has not."""
+    refuse_expert_modules([target.name for target in adapter.targets], model)
     stacked = [target for target in adapter.targets if expert_parameter(model, target) is not None]
     if rest := [target for target in adapter.targets if target not in stacked]:
         resolve(model, rest)
@@ -47,6 +51,20 @@ def fitted(adapter: Adapter, model: nn.Module) -> Adapter:
         if shape != (target.experts, *inner):
             raise TargetError(f"{target.name}: expected a parameter of shape {(target.experts, *inner)}, got {shape}")
     return with_kernels(adapter, model)
+
+
+def refuse_expert_modules(names: Sequence[str], model: nn.Module) -> None:
+    """Refuse adapters of single experts (`experts.3.up_proj`) for a model that stacks its experts in parameters."""
+    modules = dict(model.named_modules())
+    for name in names:
+        found = re.match(r"(.*\bexperts)\.\d+\.", name)
+        container = modules.get(found[1]) if found and name not in modules else None
+        if container is not None and any(each.ndim == 3 for each in container._parameters.values() if each is not None):
+            raise CheckpointError(
+                f"{name}: the adapter was made with transformers 4, where every expert was a module of its own; this "
+                "model stacks them in parameters of their container: load the adapter with a PEFT that converts such "
+                "adapters, save it there, and read that folder"
+            )
 
 
 def expert_parameter(model: nn.Module, target: Target) -> nn.Module | None:
@@ -105,15 +123,30 @@ def in_file_shape(adapter: Adapter, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def folded(b: Tensor, factor: float) -> Tensor:
-    """`factor * B` in B's dtype, rounded once."""
+    """`factor * B` in B's dtype, rounded once; in a wider one where B's is of 8 bits or cannot hold the product."""
     if factor == 1:
         return b
-    wide = torch.promote_types(b.dtype, torch.float32)
-    return (b.to(wide) * factor).to(b.dtype)
+    product = b.to(torch.float64 if b.dtype == torch.float64 else torch.float32) * factor
+    dtype = torch.bfloat16 if b.element_size() == 1 else b.dtype
+    rounded = product.to(dtype)
+    lost = torch.linalg.vector_norm(rounded.to(product.dtype) - product)
+    if not lost <= torch.finfo(dtype).eps * torch.linalg.vector_norm(product):
+        rounded = product
+    if not bool(rounded.isfinite().all()):
+        raise CheckpointError(f"a scale of {factor:.3g} makes numbers of B infinite in {rounded.dtype}")
+    return rounded
 
 
 def _parameter(model: nn.Module, target: Target) -> Tensor:
     return model.get_parameter(target.name)
+
+
+class Bias(NamedTuple):
+    """The change of a module's bias, `scale * value`."""
+
+    value: Tensor
+    """[out]"""
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -132,7 +165,7 @@ class Update:
         """Of tensors as files hold them: A `[r, in]` or `[r, in, kh, kw]`, B `[out, r]` or `[out, r, 1, 1]`."""
         kernel = (a.shape[2], a.shape[3]) if a.ndim == 4 else None
         plain = a.ndim in (2, 4) and b.ndim in (2, 4) and b.shape[2:].numel() == 1
-        if not plain or a.shape[0] != b.shape[1] or not a.shape[0]:
+        if not plain or a.shape[0] != b.shape[1] or not a.numel() or not b.numel():
             raise CheckpointError(
                 f"{name}: expected A [r, in] or [r, in, kh, kw] and B [out, r] or [out, r, 1, 1], "
                 f"got {tuple(a.shape)} and {tuple(b.shape)}"
@@ -149,21 +182,44 @@ class Update:
         return Target(name, self.a.shape[-1], self.b.shape[-2], experts, self.kernel)
 
 
-def combine(updates: Mapping[str, Update]) -> Adapter:
-    """One sample's adapter of the updates, target name -> update, in their order."""
+def combine(updates: Mapping[str, Update], biases: Mapping[str, Bias] | None = None) -> Adapter:
+    """One sample's adapter of the updates, target name -> update, in their order.
+
+    A module of `biases` that has no LoRA, or one of zeros, gets an offset. CheckpointError where it has both.
+    """
+    biases = biases or {}
     if not updates:
         raise CheckpointError("expected the LoRA of at least one module, got none")
     for name, update in updates.items():
         if not (update.a.is_floating_point() and update.b.is_floating_point()):
             raise CheckpointError(f"{name}: expected floating-point numbers, got {update.a.dtype} and {update.b.dtype}")
-    scale = Counter(update.scale for update in updates.values()).most_common(1)[0][0]
-    if scale == 0:
-        # Of alpha 0 nothing can be a ratio.
-        scale = 1.0
-    rank = max(update.rank for update in updates.values())
-    weights = {}
+    if both := [name for name, bias in biases.items() if _any(updates[name].b) and _any(bias.value)]:
+        raise CheckpointError(
+            f"expected modules with a LoRA or with a bias beside it, got both for {', '.join(both)}; an adapter has "
+            "one operator for a module"
+        )
+    zero = {name for name in biases if not _any(updates[name].b)}
+    offsets = {name for name in zero if _any(biases[name].value) or not _any(updates[name].a)}
+    low_rank = [update for name, update in updates.items() if name not in offsets] or list(updates.values())
+    # Of alpha 0 nothing can be a ratio.
+    scale = Counter(update.scale for update in low_rank).most_common(1)[0][0] or 1.0
+    rank = max(update.rank for update in low_rank)
+    targets: list[Target] = []
+    factors: dict[str, dict[str, Tensor]] = {}
     for name, update in updates.items():
+        target = update.target(name)
+        if name in offsets:
+            bias = biases[name]
+            targets.append(replace(target, operator=OFFSET))
+            factors[name] = {OFFSET: folded(bias.value, bias.scale / scale)[None]}
+            continue
         more = rank - update.rank
         a, b = update.a, folded(update.b, update.scale / scale)
-        weights[name] = (F.pad(a, (0, 0, 0, more))[None], F.pad(b, (0, more))[None])
-    return Adapter.from_pairs([update.target(name) for name, update in updates.items()], weights, scale)
+        targets.append(target)
+        factors[name] = {LORA_A: F.pad(a, (0, 0, 0, more))[None], LORA_B: F.pad(b, (0, more))[None]}
+    return Adapter(tuple(targets), factors, scale)
+
+
+def _any(tensor: Tensor) -> bool:
+    """Whether a tensor has a number other than zero; `Tensor.any` knows no float8."""
+    return bool(tensor.to(torch.float32).any())

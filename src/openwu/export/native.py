@@ -1,4 +1,4 @@
-"""Our own adapter folder: writes and reads any `Adapter`, bit for bit.
+"""Our own adapter folder: write and read any `Adapter`, bit for bit.
 
 `adapter_config.json` has `format`, `version`, `batch`, `rank`, `scale`, `instructions` (for each sample a text, or a
 list of texts where the adapter is a sum) and `targets`, each with its `operator` where that is not LoRA;
@@ -60,7 +60,7 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
         )
         names = {t.name: {part: f"{t.name}.{part}" for part in t.shapes(*sizes)} for t in targets}
         adapter = Adapter(targets, tensors_of(tensors, names), scale, instructions)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{CONFIG}: expected batch, rank, scale and targets, got {error!r}") from error
     if (adapter.batch, adapter.rank) != sizes:
         raise CheckpointError(f"expected batch and rank {sizes}, got tensors of {(adapter.batch, adapter.rank)}")
@@ -75,6 +75,9 @@ def tensors_of(tensors: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, st
         raise CheckpointError(f"{WEIGHTS}: tensors do not fit {CONFIG}; missing {missing}, unexpected {unexpected}")
     if scalars := [key for key in expected if tensors[key].ndim < 2]:
         raise CheckpointError(f"{WEIGHTS}: expected matrices, got other shapes for {sorted(scalars)}")
+    if wrong := [key for key in expected if not tensors[key].is_floating_point()]:
+        dtype = tensors[wrong[0]].dtype
+        raise CheckpointError(f"{WEIGHTS}: expected floating-point numbers, got {dtype} in {wrong[0]}")
     return {name: {part: tensors[key] for part, key in parts.items()} for name, parts in keys.items()}
 
 

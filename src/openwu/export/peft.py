@@ -1,4 +1,4 @@
-"""PEFT's adapter folder: writes and reads one sample's adapter.
+"""PEFT's adapter folder: write and read one sample's adapter.
 
 `adapter_config.json` is a `LoraConfig`; `adapter_model.safetensors` has `base_model.model.{module}.lora_A.weight`
 `[r, in]` and `.lora_B.weight` `[out, r]`, of convolutions `[r, in, kh, kw]` and `[out, r, 1, 1]`. Experts: see
@@ -19,37 +19,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.export.files import CONFIG, METADATA, PREFIX, WEIGHTS, write
-from openwu.export.fit import Update, combine, exact, folded, in_file_shape, single
+from openwu.export.files import CONFIG, METADATA, PREFIX, WEIGHTS, plain_keys, write
+from openwu.export.fit import OFFSET, Bias, Update, combine, exact, in_file_shape, single
 from openwu.export.native import tensors_of
+from openwu.export.peft_config import LoraSettings, in_listed_order
 from openwu.export.peft_experts import place_experts, read_experts, read_parameters, unstacked
 from openwu.export.peft_ia3 import save_ia3
 from openwu.types import LORA, Adapter
 
 BIAS = ".lora_B.bias"
-SCALE, OFFSET = "scale", "offset"
-REFUSED = (
-    "use_dora",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-)
-"""Options of PEFT under which the folder's A and B would mean something else than `W x + scale * B (A x)`."""
+SCALE = "scale"
+EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Last names of modules that PEFT's conversion from transformers 4 to 5 takes for routers and experts."""
 
 
 def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component: str | None) -> None:
@@ -73,10 +60,15 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
             f"alone, got {', '.join(sorted(operators))}; PEFT cannot hold these in one folder: save with "
             "format='openwu', or merge the adapter into the weights"
         )
+    if model is not None:
+        _check_convolutions(adapter, model)
     experts = place_experts(adapter, model)
     plain, biases = _plain_modules(adapter)
     pairs = plain | experts.modules
-    modules, rank = list(pairs), adapter.rank or 1
+    taken = [] if model is None else _taken_for_experts(list(plain), model)
+    if taken and biased:
+        raise OpenwuError(f"peft: PEFT takes {', '.join(taken)} for experts, which have no lora_bias; use 'openwu'")
+    modules, rank = [name for name in pairs if name not in taken], adapter.rank or 1
     other = {name: len(a) for name, (a, _) in pairs.items() if len(a) != rank}
     pairs |= experts.parameters
     config: dict[str, Any] = {
@@ -96,14 +88,41 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
         config["alpha_pattern"] = {f"^{re.escape(name)}": _number(adapter.scale * own) for name, own in other.items()}
     if biased:
         config["lora_bias"] = True
-    if experts.parameters:
-        config["target_parameters"] = list(experts.names)
+    if experts.parameters or taken:
+        config["target_parameters"] = [*experts.names, *(f"{name}.weight" for name in taken)]
     tensors: dict[str, Tensor] = {}
     for stem, (a, b) in pairs.items():
         tensors[f"{PREFIX}{stem}.lora_A.weight"], tensors[f"{PREFIX}{stem}.lora_B.weight"] = a, b
     if biased:
         tensors |= {PREFIX + name + BIAS: bias for name, bias in biases.items()}
     write(folder, WEIGHTS, tensors, config, experts.metadata(adapter))
+
+
+def _check_convolutions(adapter: Adapter, model: nn.Module) -> None:
+    """PEFT's LoRA convolves with zeros as padding and without dilation, whatever the module does."""
+    modules = dict(model.named_modules())
+    held = {target.name: modules.get(target.name) for target in adapter.targets}
+    wrong = [
+        f"{name} (dilation {module.dilation}, padding mode {module.padding_mode})"
+        for name, module in held.items()
+        if isinstance(module, nn.Conv2d) and (module.dilation != (1, 1) or module.padding_mode != "zeros")
+    ]
+    if wrong:
+        raise OpenwuError(
+            f"peft: PEFT's convolutions know no dilation and pad with zeros alone, got {', '.join(wrong)}; save with "
+            "format='openwu', or merge the adapter into the weights"
+        )
+
+
+def _taken_for_experts(names: list[str], model: nn.Module) -> list[str]:
+    """The linear modules that PEFT would take for experts when it loads the folder.
+
+    For transformers' models with stacked experts PEFT rewrites `target_modules` of these last names to the experts'
+    parameters, also those of dense and shared MLPs. Named as parameters, they stay what they are.
+    """
+    if not hasattr(model, "config") or all("gate_up_proj" not in module._parameters for module in model.modules()):
+        return []
+    return [name for name in names if name.rpartition(".")[2] in EXPERT_NAMES]
 
 
 def _plain_modules(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
@@ -127,83 +146,51 @@ def read_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: nn.Module | None
 ) -> Adapter:
     """What `save_peft` or PEFT wrote. `model` is needed where experts have several parameters in one container."""
-    refused = [key for key in REFUSED if config.get(key)]
-    if refused or config.get("bias", "none") != "none":
-        raise CheckpointError(f"{CONFIG}: expected a plain LoRA, got one with {', '.join(refused) or 'bias'}")
+    settings = LoraSettings.of(config, CONFIG, complete=True)
+    tensors = plain_keys(tensors, model)
     end = ".lora_A.weight"
     stems = [key.removeprefix(PREFIX).removesuffix(end) for key in tensors if key.endswith(end)]
-    listed = config.get("target_modules")
-    if isinstance(listed, list) and set(listed) == set(stems):
-        stems = listed
-    biases = {stem: tensors[PREFIX + stem + BIAS] for stem in stems if PREFIX + stem + BIAS in tensors}
+    stems = in_listed_order(stems, config)
+    biases: dict[str, Bias] = {}
     if config.get("lora_bias"):
+        held = {stem: tensors.get(PREFIX + stem + BIAS) for stem in stems}
+        if missing := [stem for stem, bias in held.items() if bias is None]:
+            raise CheckpointError(f"{CONFIG}: lora_bias: expected a bias for every module, missing for {missing}")
         tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(BIAS)}
     keys = {stem: {part: f"{PREFIX}{stem}.lora_{part}.weight" for part in "AB"} for stem in stems}
     pairs = {stem: (parts["A"], parts["B"]) for stem, parts in tensors_of(tensors, keys).items()}
     updates: dict[str, Update] = {}
     if METADATA in metadata:
-        updates, order = read_experts(metadata[METADATA], pairs, lambda name: _scale(config, name)[1])
+        updates, order = read_experts(metadata[METADATA], pairs, lambda name, rank: settings.scale(name, rank))
         plain = {stem: pair for stem, pair in pairs.items() if stem in order}
     else:
-        parameters = config.get("target_parameters") or []
-        plain, held = read_parameters(parameters, pairs, model)
-        for name, (a, b) in held.items():
-            rank, scale = _scale(config, name)
-            if len(a) % rank or a.ndim != 2 or b.ndim != 2 or b.shape[1] != len(a):
+        plain, stacked = read_parameters(_names(config, "target_parameters"), pairs, model)
+        for name, (a, b) in stacked.items():
+            rank = settings.rank_of(name) or 0
+            if not rank or a.ndim != 2 or b.ndim != 2 or len(a) % rank or b.shape[1] != len(a):
                 raise CheckpointError(
                     f"{name}: expected A [E * {rank}, in] and B [out, {rank} * E], "
                     f"got {tuple(a.shape)} and {tuple(b.shape)}"
                 )
-            updates[name] = Update(*unstacked(a, b, len(a) // rank), scale)
-        order = [*plain, *held]
+            module, _, parameter = name.rpartition(".")
+            if parameter == "weight" and len(a) == rank:
+                plain[module] = a, b
+            else:
+                updates[name] = Update(*unstacked(a, b, len(a) // rank), settings.scale(name, rank))
+        order = [*plain, *updates]
     for name, (a, b) in plain.items():
-        rank, scale = _scale(config, name)
-        updates[name] = Update.of(name, a, b, scale)
-        if updates[name].rank != rank:
-            raise CheckpointError(f"{name}: expected rank {rank}, got tensors of rank {updates[name].rank}")
+        update = Update.of(name, a, b, 1.0)
+        updates[name] = replace(update, scale=settings.scale(name, update.rank))
     if config.get("lora_bias"):
-        return _with_offsets({name: updates[name] for name in order}, biases)
-    return combine({name: updates[name] for name in order})
+        biases = {name: Bias(bias, updates[name].scale) for name, bias in held.items() if bias is not None}
+    return combine({name: updates[name] for name in order}, biases)
 
 
-def _with_offsets(updates: Mapping[str, Update], biases: Mapping[str, Tensor]) -> Adapter:
-    """The adapter of a folder with `lora_bias`: a module has a LoRA or an offset, whichever is not zero."""
-    both = [name for name, each in updates.items() if name not in biases or (each.b.any() and biases[name].any())]
-    if both:
-        raise CheckpointError(
-            f"expected modules with a LoRA or with a bias beside it, got both for {', '.join(both)}; an adapter has "
-            "one operator for a module"
-        )
-    offsets = {name: each for name, each in updates.items() if not each.a.any() and not each.b.any()}
-    plain = {name: each for name, each in updates.items() if name not in offsets}
-    lora = combine(plain) if plain else None
-    scale = next(iter(updates.values())).scale if lora is None else lora.scale
-    targets, factors = [], {}
-    for name, each in updates.items():
-        if lora is not None and name in plain:
-            targets.append(next(target for target in lora.targets if target.name == name))
-            factors[name] = lora.factors[name]
-        else:
-            targets.append(replace(each.target(name), operator=OFFSET))
-            factors[name] = {OFFSET: folded(biases[name], each.scale / scale)[None]}
-    return Adapter(tuple(targets), factors, scale)
-
-
-def _scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    """Rank and scale of one module, as PEFT finds them: patterns fit whole names or their ends."""
-    rank = _pattern(config, "rank_pattern", name, config.get("r"))
-    alpha = _pattern(config, "alpha_pattern", name, config.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not isfinite(alpha):
-        raise CheckpointError(f"{CONFIG}: expected numbers r and lora_alpha, got {rank!r} and {alpha!r}")
-    return rank, alpha / (sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern(config: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
-    patterns = config.get(field) or {}
-    try:
-        return next((v for key, v in patterns.items() if re.match(rf"(?:.*\.)?(?:{key})$", name)), default)
-    except (AttributeError, re.error) as error:
-        raise CheckpointError(f"{CONFIG}: {field}: expected pattern -> number, got {patterns!r}") from error
+def _names(config: Mapping[str, Any], field: str) -> list[str]:
+    names = config.get(field) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{CONFIG}: {field}: expected a list of names, got {names!r}")
+    return names
 
 
 def _number(value: float) -> int | float:

@@ -116,9 +116,9 @@ def _place_modules(places: Places, adapter: Adapter, targets: Sequence[Target], 
 
 
 def read_experts(
-    text: str, pairs: Mapping[str, tuple[Tensor, Tensor]], scale: Callable[[str], float]
+    text: str, pairs: Mapping[str, tuple[Tensor, Tensor]], scale: Callable[[str, int], float]
 ) -> tuple[dict[str, Update], list[str]]:
-    """The experts of a file with our metadata, and the order of all targets. `scale`: of a name's module."""
+    """The experts of a file with our metadata, and the order of all targets. `scale`: of a module's name and rank."""
     updates: dict[str, Update] = {}
     used: set[str] = set()
     try:
@@ -128,16 +128,17 @@ def read_experts(
             count = int(place["experts"])
             if "stem" in place:
                 used.add(place["stem"])
-                updates[name] = Update(*unstacked(*pairs[place["stem"]], count), scale(name))
+                a, b = unstacked(*pairs[place["stem"]], count)
+                updates[name] = Update(a, b, scale(name, a.shape[1]))
                 continue
             stems = [stem for stem, _, _ in place["pieces"]]
             used |= set(stems)
             if len(stems) != count:
                 raise ValueError(f"{name}: {len(stems)} pieces for {count} experts")
-            updates[name] = Update(*_pieces(place, pairs), scale(stems[0]))
+            updates[name] = Update(*_pieces(place, pairs), scale(stems[0], len(pairs[stems[0]][0])))
         if sorted(order) != sorted([*experts, *(stem for stem in pairs if stem not in used)]):
             raise ValueError(f"targets {order} for {sorted(pairs)}")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"metadata {METADATA!r} do not fit the tensors: {error!r}") from error
     return updates, order
 

@@ -1,4 +1,4 @@
-"""(IA)^3 in PEFT's adapter folder: writes and reads one sample's adapter of `scale` targets.
+"""(IA)^3 in PEFT's adapter folder: write and read one sample's adapter of `scale` targets.
 
 `adapter_config.json` is an `IA3Config` without feed-forward modules (PEFT multiplies the input of those, the output of
 all others); `adapter_model.safetensors` has `base_model.model.{module}.ia3_l`, the multiplier 1 + scale * gain in
@@ -21,6 +21,7 @@ from openwu.errors import CheckpointError
 from openwu.export.files import CONFIG, METADATA, PREFIX, WEIGHTS, write
 from openwu.export.fit import exact
 from openwu.export.native import tensors_of
+from openwu.export.peft_config import in_listed_order
 from openwu.types import Adapter, Target
 
 IA3 = ".ia3_l"
@@ -55,9 +56,7 @@ def read_ia3(
 ) -> Adapter:
     """Read what `save_ia3` or PEFT wrote, at scale 1. `model` is needed for files without our metadata."""
     stems = [key.removeprefix(PREFIX).removesuffix(IA3) for key in tensors if key.endswith(IA3)]
-    listed = config.get("target_modules")
-    if isinstance(listed, list) and set(listed) == set(stems):
-        stems = listed
+    stems = in_listed_order(stems, config)
     if inputs := [stem for stem in stems if _scales_input(config, stem)]:
         raise CheckpointError(
             f"{CONFIG}: expected multipliers of outputs, got feedforward_modules, whose inputs are scaled: "
@@ -69,6 +68,8 @@ def read_ia3(
     factors: dict[str, dict[str, Tensor]] = {}
     for stem in stems:
         multiplier = found[stem][GAIN].flatten()
+        if multiplier.element_size() == 1:  # float8 knows no differences
+            multiplier = multiplier.to(torch.float32)
         in_dim, kernel = held[stem]
         targets.append(Target(stem, in_dim, len(multiplier), kernel=kernel, operator=SCALE))
         factors[stem] = {GAIN: (multiplier - 1)[None]}
@@ -78,9 +79,12 @@ def read_ia3(
 def _scales_input(config: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT takes a module for a feed-forward one: by a regular expression, or by the end of its name."""
     modules = config.get("feedforward_modules") or []
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(f".{name}".endswith(f".{each}") for each in modules)
+    try:
+        if isinstance(modules, str):
+            return re.fullmatch(modules, name) is not None
+        return any(f".{name}".endswith(f".{each}") for each in modules)
+    except (TypeError, re.error) as error:
+        raise CheckpointError(f"{CONFIG}: feedforward_modules: expected names or a pattern, got {modules!r}") from error
 
 
 def _widths(
@@ -110,5 +114,5 @@ def _widths(
         if sorted(stored["in_dims"]) != sorted(names):
             raise ValueError(f"widths of {sorted(stored['in_dims'])} for {sorted(names)}")
         return {name: (int(stored["in_dims"][name]), kernels.get(name)) for name in names}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"metadata {METADATA!r} do not fit the tensors: {error!r}") from error

@@ -1,8 +1,9 @@
 """Export an adapter and prove that the target library reads it and computes the same.
 
 The export is written beside its place, reloaded there by the library (PEFT, diffusers) or, for ComfyUI, which is no
-library, by a resolver that does what ComfyUI does with keys. Every adapted module then answers the same random input
-with the reloaded adapter and with live injection. Only what agrees takes its place.
+library, by a resolver that does what ComfyUI does with keys, and by facts about the names that it knows. Every
+adapted module then answers the same random input with the reloaded adapter and with live injection. Only what agrees
+takes its place.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from openwu.adapters.site import Site
 from openwu.backbones import backbone_class
 from openwu.backbones.diffusers.loading import INDEX, denoiser_name, load_denoiser, load_lora
 from openwu.errors import CheckpointError, ExportError, TargetError
+from openwu.export.comfyui_names import family_of
 from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, PREFIX, WEIGHTS, read_tensors, replaced
 from openwu.export.fit import expert_parameter, single
 from openwu.registry import DEFAULT_BASE
@@ -36,6 +38,15 @@ NOISE = 1e-6
 """Rounding of a module's output in float32, relative to it."""
 TOLERANCE = 1e-4
 """How far the reloaded update may be from the live one, relative to it; more where the file rounded the scale."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether an export was checked, and how."""
+
+    checked: bool
+    told: str
+    """What was compared and how well it agreed, or why nothing was."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Live:
         return cls(adapter, base, inputs, plain | whole, adapted)
 
 
-def check_peft(live: Live, folder: Path) -> str:
+def check_peft(live: Live, folder: Path) -> Outcome:
     """`PeftModel.from_pretrained` around the base."""
     import peft
 
@@ -94,10 +105,10 @@ def check_peft(live: Live, folder: Path) -> str:
         loaded = peft.PeftModel.from_pretrained(live.base.model, str(folder))
     keys = read_tensors(folder / WEIGHTS)[0]
     _same_keys("PEFT", keys, (PREFIX + key for key in _peft_keys(loaded.base_model.model)))
-    return _compare("PEFT", f"PEFT {version('peft')}", live, loaded.base_model.model, keys)
+    return Outcome(True, _compare("PEFT", f"PEFT {version('peft')}", live, loaded.base_model.model, keys))
 
 
-def check_diffusers(live: Live, folder: Path) -> str:
+def check_diffusers(live: Live, folder: Path) -> Outcome:
     """`load_lora_weights` of the base's pipeline."""
     component = live.base.component
     assert component is not None
@@ -105,12 +116,13 @@ def check_diffusers(live: Live, folder: Path) -> str:
         loaded = load_lora(live.base.pipeline, component, folder)
     keys = read_tensors(folder / DIFFUSERS_WEIGHTS)[0]
     _same_keys("diffusers", keys, (f"{component}.{key}" for key in _peft_keys(loaded)))
-    return _compare("diffusers", f"diffusers {version('diffusers')}", live, loaded, keys)
+    return Outcome(True, _compare("diffusers", f"diffusers {version('diffusers')}", live, loaded, keys))
 
 
 @torch.no_grad()
-def check_comfyui(live: Live, folder: Path) -> str:
-    """Stems looked up among the base's weights, then added to them, by the rules of ComfyUI."""
+def check_comfyui(live: Live, folder: Path) -> Outcome:
+    """Add the updates to the base's weights as ComfyUI does. Not checked for models whose names ComfyUI translates by
+    rules that `comfyui_names` has not: whether it knows them, only its log says."""
     tensors = read_tensors(folder / COMFYUI_WEIGHTS)[0]
     known: dict[str, nn.Parameter] = {}
     for name, weight in live.base.model.named_parameters():
@@ -128,7 +140,13 @@ def check_comfyui(live: Live, folder: Path) -> str:
         used |= {f"{stem}.{end}" for end in ("lora_up.weight", "lora_down.weight", "alpha")}
     if unmatched := sorted(set(tensors) - used):
         raise ExportError(f"ComfyUI: {len(unmatched)} keys would not be loaded: {_shown(unmatched)}")
-    return _compare("ComfyUI", "ComfyUI's rules for keys (ComfyUI itself was not run)", live, live.base.model, tensors)
+    told = _compare("ComfyUI", "ComfyUI's arithmetic", live, live.base.model, tensors)
+    kind = type(live.base.model).__name__
+    if family_of(live.base.model) is None:
+        return Outcome(False, f"{told}; whether ComfyUI has a model with the module names of {kind} is not known here")
+    return Outcome(
+        True, f"{told}; ComfyUI's tables have all names of {kind} that are used (ComfyUI itself was not run)"
+    )
 
 
 def check_native(adapter: Adapter, folder: Path) -> str:
@@ -139,7 +157,7 @@ def check_native(adapter: Adapter, folder: Path) -> str:
     return f"read back: the same {len(expected)} tensors"
 
 
-CHECKS: dict[str, Callable[[Live, Path], str]] = {
+CHECKS: dict[str, Callable[[Live, Path], Outcome]] = {
     "peft": check_peft,
     "diffusers": check_diffusers,
     "comfyui": check_comfyui,
@@ -246,15 +264,6 @@ def _shown(names: list[str], most: int = 5) -> str:
 CONFIG = "config.json"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an export."""
-
-    checked: bool
-    told: str
-    """What was compared and how well it agreed, or why nothing was."""
-
-
 def find_base(folder: Path | None) -> Base:
     """The base in a folder: a diffusers pipeline or an embedded model; of None, the embedded model inside the package.
 
@@ -328,4 +337,4 @@ def _checked(
             False, "diffusers loads LoRA into its pipelines, and the base is none; pass --base PIPELINE_FOLDER"
         )
     live = Live.of(single(adapter, format, base.model), base)
-    return Outcome(True, CHECKS[format](live, folder))
+    return CHECKS[format](live, folder)

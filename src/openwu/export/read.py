@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from openwu.errors import CheckpointError, TargetError
-from openwu.export.files import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config, read_tensors
+from openwu.errors import CheckpointError, OpenwuError
+from openwu.export.files import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, check_numbers, read_config, read_tensors
 from openwu.export.fit import fitted
 from openwu.export.lora_file import read_lora_file
 from openwu.export.native import FORMAT, read_native
@@ -19,15 +19,21 @@ SUFFIX = ".safetensors"
 
 
 def load_adapter(path: Path, model: nn.Module | None = None, skip_text_encoders: bool = False) -> Adapter:
-    """Read any format, on the CPU, in the dtypes of the file. `model`: must have every target, and explains names."""
+    """Read any format, on the CPU, in the dtypes of the file. `model`: must have every target, and explains names.
+
+    Raises CheckpointError for files that are damaged, are no adapter, or hold NaN, infinite or complex numbers.
+    """
     try:
         file = _lora_file(path)
-        if file is not None:
-            adapter = read_lora_file(read_tensors(file)[0], model, skip_text_encoders)
+        if file is None:
+            adapter = _read_folder(path, WEIGHTS, model)
+        elif _has_config(file):
+            adapter = _read_folder(file.parent, file.name, model)
         else:
-            adapter = _read_folder(path, model)
+            tensors, metadata = read_tensors(file)
+            adapter = read_lora_file(tensors, metadata, model, skip_text_encoders)
         return adapter if model is None else fitted(adapter, model)
-    except (CheckpointError, TargetError) as error:
+    except OpenwuError as error:
         told = str(error)
         raise CheckpointError(told if told.startswith(str(path)) else f"{path}: {told}") from error
 
@@ -49,9 +55,17 @@ def _lora_file(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def _read_folder(folder: Path, model: nn.Module | None) -> Adapter:
-    config = read_config(folder)
-    tensors, metadata = read_tensors(folder / WEIGHTS)
+def _has_config(file: Path) -> bool:
+    """Whether the config in a file's folder is the file's: it has the name that belongs to it, or is the only one."""
+    if not (file.parent / CONFIG).is_file():
+        return False
+    return file.name == WEIGHTS or list(file.parent.glob(f"*{SUFFIX}")) == [file]
+
+
+def _read_folder(folder: Path, weights: str, model: nn.Module | None) -> Adapter:
+    config = read_config(folder, weights)
+    tensors, metadata = read_tensors(folder / weights)
+    check_numbers(tensors)
     if config.get("format") == FORMAT:
         return read_native(config, tensors)
     if config.get("peft_type") == "LORA":

@@ -1,8 +1,9 @@
-"""ComfyUI's LoRA file: one sample's adapter enters, `comfyui_lora.safetensors` is written, to be put in `models/loras`.
+"""Write one sample as a LoRA file of diffusers (`pytorch_lora_weights`) or ComfyUI (`comfyui_lora.safetensors`).
 
-Keys are `{stem}.lora_down.weight` `[r, in]`, `{stem}.lora_up.weight` `[out, r]` (convolutions `[r, in, kh, kw]` and
-`[out, r, 1, 1]`) and the number `{stem}.alpha`; ComfyUI adds `alpha / r * up @ down` to the weight. Which stems it
-knows depends on whose module names the targets carry (ComfyUI's `comfy/lora.py`, function `model_lora_keys_unet`):
+ComfyUI's keys are `{stem}.lora_down.weight` `[r, in]`, `{stem}.lora_up.weight` `[out, r]` (convolutions
+`[r, in, kh, kw]` and `[out, r, 1, 1]`) and the number `{stem}.alpha`; ComfyUI adds `alpha / r * up @ down` to the
+weight. Which stems it knows depends on whose module names the targets carry (ComfyUI's `comfy/lora.py`, function
+`model_lora_keys_unet`):
 
 | component | stem | names |
 |---|---|---|
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from openwu.errors import OpenwuError
-from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, write
+from openwu.export.comfyui_names import family_of, unknown_names
+from openwu.export.files import COMFYUI_WEIGHTS, DIFFUSERS_WEIGHTS, listed, write
 from openwu.export.fit import folded, in_file_shape, refuse_all_but_plain_lora, single
 from openwu.types import Adapter
 
@@ -50,12 +52,22 @@ COMFYUI_COMPONENTS = ("diffusion_model", "transformer", "unet")
 
 
 def save_comfyui(adapter: Adapter, folder: Path, model: nn.Module | None, component: str | None) -> None:
-    """Write one sample. Raises OpenwuError for experts, and for names that become equal without their dots."""
-    component = COMFYUI_COMPONENTS[0] if component is None else component
+    """Write one sample. Raises OpenwuError for experts, for names that become equal without their dots, and for names
+    of a known model (see `comfyui_names`) that ComfyUI would leave out."""
+    family = family_of(model)
+    if component is None:
+        component = COMFYUI_COMPONENTS[0] if family is None else family.components[0]
     if component not in COMFYUI_COMPONENTS:
         raise OpenwuError(f"component: expected one of {', '.join(COMFYUI_COMPONENTS)} for comfyui, got {component!r}")
     adapter = single(adapter, "comfyui", model)
     refuse_all_but_plain_lora(adapter, "comfyui")
+    names = [target.name for target in adapter.targets]
+    if family is not None and (unknown := unknown_names(family, names, component)):
+        raise OpenwuError(
+            f"comfyui: ComfyUI does not know {len(unknown)} of {len(names)} modules and would leave them out: "
+            f"{listed(unknown)}; it knows most names of {type(model).__name__}, with component="
+            f"{family.components[0]!r}, got {component!r}: leave the others out, or merge the adapter into the weights"
+        )
     tensors: dict[str, Tensor] = {}
     for target in adapter.targets:
         name = stem(target.name, component)

@@ -37,7 +37,6 @@ def fingerprint(settings: Mapping[str, Any], *frozen: nn.Module, code: str) -> s
     return digest.hexdigest()[:16]
 
 
-@functools.cache
 def code_digest(*modules: str) -> str:
     """Return the SHA-256 of the source and data files of modules and of everything of the package that they import."""
     return of_bytes(

@@ -1,8 +1,8 @@
-"""A block's weights as its fast path wants them: queries, keys and values of one input are one product,
-or write side by side.
+"""Pack a block's weights for inference: queries, keys and values of one input become one product; fp8 as an option.
 
-In goes a `Block` of `blocks.py`, out comes a `PackedBlock` of detached copies in the dtype of the computation. Shapes:
-d width, i inputs and o outputs of a product.
+A `PackedBlock` holds detached copies of a `Block`'s weights in the dtype of the computation.
+
+Shapes: d width, i inputs and o outputs of a product.
 """
 
 from __future__ import annotations
