@@ -1,4 +1,4 @@
-"""Run `openwu edit`: write edited pictures, print a line of times for each, and return an exit code."""
+"""Run `openwu edit`: check the words, load the model once, then edit photo after photo; none that fails stops the rest."""
 
 from __future__ import annotations
 
@@ -6,72 +6,98 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import traceback
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING
 
-from openwu.cli.console import UsageError, complain, note, say
-from openwu.cli.plan import Job, check, plan
-from openwu.errors import InstructionError, OpenwuError
-from openwu.images import read_picture, side_by_side, write_picture
+from openwu.cli.console import UsageError, disk_is_full
+from openwu.cli.edit.find import PIPE, find_photos
+from openwu.cli.edit.plan import Job, Plan, check_makeable, make_folder, make_plan
+from openwu.cli.edit.progress import Progress
+from openwu.cli.edit.report import Report
+from openwu.cli.stopping import STOPPED, Stopped, StopRequest, stop_signals
+from openwu.errors import InstructionError, PictureError
+from openwu.images import PictureHeader, check_picture, encode_picture, read_picture, side_by_side, write_picture
 from openwu.images.instruction import check_instruction
+from openwu.images.write import SUFFIXES
 
 if TYPE_CHECKING:
     from openwu.editor.cache import CacheStatistics
     from openwu.editor.editor import Editor
+    from openwu.editor.requests import EditResult
     from openwu.types import Adapter, Understood
 
 LOADING, SAMPLING = ("device", "revision", "trust_remote_code", "quantise", "offload"), ("steps", "guidance", "pixels")
 """Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
 
-BAR_DELAY = 2.0
-"""Seconds of silence before a progress bar appears where stderr is not a terminal."""
-
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything, load the model, then edit photo after photo; one that fails does not stop the others."""
+    """Run the command and return its exit code; see `openwu.cli`."""
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs about damaged files, our errors say
-    instruction = _instruction(arguments)
-    then = [check_instruction(text) for text in arguments.then]
-    where = {"compare": arguments.compare, "adapter_folder": arguments.save_adapter}
-    jobs = plan(arguments.photos, arguments.output, **where)
-    notes, problems = check(
-        jobs,
-        arguments.output,
-        overwrite=arguments.overwrite,
-        references=arguments.reference,
-        dry_run=arguments.dry_run,
-    )
-    for problem in problems:
-        complain(problem)
-    if problems:
-        return 1
-    for text in notes:
-        _note(text, arguments)
-
-    editor, adapter = _load(arguments)
-    if arguments.dry_run:
-        return _dry_run(editor, jobs, (instruction, *then), arguments)
-    failed, told = 0, False
-    for number, job in enumerate(jobs, start=1):
-        name = job.photo.name if len(jobs) == 1 else f"{number}/{len(jobs)} {job.photo.name}"
+    words = _words(arguments)
+    with (
+        Progress(hidden=arguments.quiet) as progress,
+        Report(
+            progress,
+            json_lines=arguments.json,
+            quiet=arguments.quiet,
+            verbose=arguments.verbose,
+            file=None if arguments.dry_run else arguments.report,
+        ) as report,
+        stop_signals() as stop,
+    ):
         try:
-            times, understood = _edit(editor, job, (instruction, *then), adapter, arguments, name)
-        except OpenwuError as error:
-            complain(error)
-            failed += 1
-        else:
-            if understood is not None and not told and not arguments.quiet:
-                say(str(understood))
-                told = True
-            _report(job, times, arguments)
-    if editor.cache is not None:
-        _report_cache(editor.cache.statistics, arguments)
-    if failed and len(jobs) > 1:
-        complain(f"{failed} of {len(jobs)} photos failed; the others are done")
-    return 1 if failed else 0
+            return _run(arguments, words, progress, report, stop)
+        except KeyboardInterrupt as signal:
+            report.stopped()
+            return signal.code if isinstance(signal, Stopped) else STOPPED
 
 
-def _instruction(arguments: argparse.Namespace) -> str:
+def _run(
+    arguments: argparse.Namespace, words: tuple[str, ...], progress: Progress, report: Report, stop: StopRequest
+) -> int:
+    progress.stage("looking for photographs")
+    found = find_photos(arguments.photos, recursive=arguments.recursive, output=arguments.output)
+    plan = make_plan(
+        found,
+        arguments.output,
+        references=arguments.reference,
+        compare=arguments.compare,
+        adapter_folder=arguments.save_adapter,
+        overwrite=arguments.overwrite,
+    )
+    to_stdout = any(job.output is None for job in plan.jobs)
+    if to_stdout:
+        _check_stdout(arguments)
+    notes = [(name, text) for name in arguments.reference for text in check_picture(name).notes]
+    report.begin(len(plan.jobs) + len(found.problems), batch=found.batch, to_stdout=to_stdout)
+    for text in [*found.notes, *(f"{name}: {text}" for name, text in notes)]:
+        report.note(text)
+    for name, error in found.problems:
+        report.failed(name, error)
+
+    ready = _ready(plan, report)
+    first = next(ready, None)
+    if first is not None:
+        progress.stage("loading the model")
+        editor, adapter = _load(arguments)
+        understood = _understand(editor, words, arguments)
+        if understood is not None:
+            report.line(str(understood))
+        for job, header in chain([first], ready):
+            stop.check()
+            if arguments.dry_run:
+                report.planned(job)
+            elif not _try(_Edit(editor, adapter, words, arguments), job, header, progress, report):
+                return report.finish(because="the disk is full; free some space")
+        if editor.cache is not None:
+            _report_cache(editor.cache.statistics, arguments, report)
+    return report.finish()
+
+
+def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The checked instruction and what comes after it; refuses options that contradict one another."""
     if arguments.adapter and arguments.save_adapter:
         raise UsageError("--save-adapter: the adapter of --adapter is saved already; leave one of them out")
     if arguments.adapter and arguments.cache:
@@ -88,13 +114,33 @@ def _instruction(arguments: argparse.Namespace) -> str:
         raise UsageError("--edit: expected without --instruction and --adapter, which say what to do; leave one out")
     if arguments.dry_run and arguments.adapter:
         raise UsageError("--dry-run: an adapter of --adapter has no words to understand; leave one of them out")
-    if arguments.edit is not None:
-        return ""
+    instruction = ""
     if arguments.instruction is not None:
-        return check_instruction(arguments.instruction)
-    if not arguments.adapter:
+        instruction = check_instruction(arguments.instruction)
+    elif arguments.edit is None and not arguments.adapter:
         raise InstructionError('--instruction: expected what to do, got nothing; for example --instruction "warmer"')
-    return ""
+    return (instruction, *(check_instruction(text) for text in arguments.then))
+
+
+def _check_stdout(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        raise UsageError(f"--json: standard output holds the picture; add --output FILE, or leave out {PIPE}")
+    if not arguments.dry_run and (sys.stdout is None or sys.stdout.isatty()):
+        raise UsageError("--output: expected a file or a pipe for the picture, got a terminal; for example > out.png")
+
+
+def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader]]:
+    """The jobs that can be edited, checked when their turn comes; what is done or fails is reported."""
+    for job in plan.jobs:
+        if plan.is_done(job):
+            report.skipped(job)
+            continue
+        try:
+            header = plan.check(job)
+        except Exception as error:  # noqa: BLE001  # whatever a broken file leads to, the others are edited
+            report.failed(job.name, error)
+        else:
+            yield job, header
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
@@ -121,95 +167,86 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
     return editor, adapter
 
 
-def _dry_run(editor: Editor, jobs: Sequence[Job], instructions: tuple[str, ...], arguments: argparse.Namespace) -> int:
-    """Say what the instructions are taken for, and what would be written."""
-    if not arguments.allow_out_of_scope:
-        references = len(arguments.reference)
-        understood = editor.understand(
-            instructions[0], edit=arguments.edit, then=instructions[1:], references=references
-        )
-        if understood is not None:
-            say(str(understood))
-    for job in jobs:
-        for path in job.writes:
-            say(f"{job.photo} -> {path}  (dry run)")
-    return 0
+def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Namespace) -> Understood | None:
+    """What the words are taken for; raises InstructionError once, before any photo, for what the model refuses."""
+    if arguments.allow_out_of_scope or arguments.adapter:
+        return None
+    return editor.understand(
+        words[0],
+        edit=arguments.edit,
+        then=words[1:],
+        references=len(arguments.reference),
+        sequential=arguments.sequential,
+    )
 
 
-def _edit(
-    editor: Editor,
-    job: Job,
-    instructions: tuple[str, ...],
-    adapter: Adapter | None,
-    arguments: argparse.Namespace,
-    name: str,
-) -> tuple[Mapping[str, float], Understood | None]:
-    """Edit one photo and write all that was asked for. Returns stage -> seconds, and what was understood."""
-    with _Progress(name, arguments.quiet) as progress:
-        result = editor.edit(
-            [str(job.photo), *arguments.reference],
-            instructions[0],
+class _Edit:
+    """The edit that all photos of a command get."""
+
+    def __init__(
+        self, editor: Editor, adapter: Adapter | None, words: tuple[str, ...], arguments: argparse.Namespace
+    ) -> None:
+        self.editor, self.adapter, self.words, self.arguments = editor, adapter, words, arguments
+
+    def __call__(self, job: Job, header: PictureHeader, progress: Progress, report: Report) -> None:
+        """Edit a photo, write all that was asked for, its output last, and report it."""
+        arguments = self.arguments
+        number = sum(report.counts.values()) + 1
+        result = self.editor.edit(
+            [job.source, *arguments.reference],
+            self.words[0],
             edit=arguments.edit,
-            then=instructions[1:],
+            then=self.words[1:],
             sequential=arguments.sequential,
             strength=arguments.strength,
             seed=arguments.seed,
-            adapter=adapter,
+            adapter=self.adapter,
             allow_out_of_scope=arguments.allow_out_of_scope,
             reasoning=arguments.reasoning,
-            progress=progress,
+            progress=progress.photo(number, report.total, job.photo.path.name),
         )
-    start = time.perf_counter()
-    for text in write_picture(result.photo, job.output):
-        _note(f"{job.output}: {text}", arguments)
-    if job.comparison:
-        write_picture(side_by_side(read_picture(job.photo), result.photo), job.comparison)
-    if job.adapter_folder:
+        start = time.perf_counter()
+        lost = _write(job, result, header)
+        seconds = {**result.timings, "write": time.perf_counter() - start}
+        read = dict.fromkeys((*header.notes, *result.photo.notes))  # each once, in order
+        notes = [*((job.name, text) for text in read), *((job.target, text) for text in lost)]
+        report.done(job, seconds, result.understood, notes)
+
+
+def _try(edit: _Edit, job: Job, header: PictureHeader, progress: Progress, report: Report) -> bool:
+    """Edit a photo and report it, whatever happens. Returns whether there is any use in going on."""
+    try:
+        edit(job, header, progress, report)
+    except (BrokenPipeError, ModuleNotFoundError):  # would be the same for every photo
+        raise
+    except Exception as error:  # one photo must not stop the others
+        known = isinstance(error, OSError | MemoryError | PictureError)
+        if edit.arguments.verbose and not known:
+            report.note("".join(traceback.format_exception(error)))
+        report.failed(job.name, error)
+        return not disk_is_full(error)
+    return True
+
+
+def _write(job: Job, result: EditResult, header: PictureHeader) -> tuple[str, ...]:
+    """Write all of a job; the output last, so that a photo with an output is done. Returns notes on what was lost."""
+    for path in job.writes:
+        make_folder(path.parent)
+    if job.adapter_folder is not None:
         result.adapter.save_pretrained(job.adapter_folder)  # whole or not at all, as pictures are
-    return {**result.timings, "write": time.perf_counter() - start}, result.understood
+    if job.comparison is not None:
+        write_picture(side_by_side(read_picture(job.source), result.photo), job.comparison)
+    if job.output is not None:
+        return write_picture(result.photo, job.output)
+    suffix = next((suffix for suffix, kind in SUFFIXES.items() if kind == header.format), ".png")
+    data, notes = encode_picture(result.photo, suffix)
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+    return notes
 
 
-def _report(job: Job, times: Mapping[str, float], arguments: argparse.Namespace) -> None:
-    if arguments.quiet:
-        return
-    split = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in times.items())
-    say(f"{job.photo} -> {job.output}  {sum(times.values()):.2f} s ({split})")
-    for path in job.writes[1:]:
-        say(f"{job.photo} -> {path}")
-
-
-def _report_cache(found: CacheStatistics, arguments: argparse.Namespace) -> None:
+def _report_cache(found: CacheStatistics, arguments: argparse.Namespace, report: Report) -> None:
     if found.unwritten:
-        _note(f"{arguments.cache}: {found.unwritten} adapters could not be kept; check the disk", arguments)
-    if not arguments.quiet:
-        asked = found.hits + found.misses
-        say(f"{arguments.cache}: {found.hits} of {asked} adapters found, {found.disk_bytes / 1e6:.1f} MB held")
-
-
-def _note(text: str, arguments: argparse.Namespace) -> None:
-    if not arguments.quiet:
-        note(text)
-
-
-class _Progress:
-    """A bar on stderr over the parts of one photo: at once in a terminal, after two seconds elsewhere."""
-
-    def __init__(self, name: str, quiet: bool) -> None:
-        self.name, self.quiet = name, quiet
-        self.bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        """The editor calls this with how many parts of how many are done."""
-        from tqdm import tqdm
-
-        if self.bar is None:
-            delay = 0.0 if sys.stderr.isatty() else BAR_DELAY
-            self.bar = tqdm(total=total, desc=self.name, leave=False, delay=delay, disable=self.quiet, unit="part")
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        report.note(f"{arguments.cache}: {found.unwritten} adapters could not be kept; check the disk")
+    asked = found.hits + found.misses
+    report.line(f"{arguments.cache}: {found.hits} of {asked} adapters found, {found.disk_bytes / 1e6:.1f} MB held")
