@@ -111,10 +111,17 @@ class FakeEditor:
         )
 
     def understand(
-        self, instruction: str = "", *, edit: str | None = None, then: tuple[str, ...] = (), references: int = 0
+        self,
+        instruction: str = "",
+        *,
+        edit: str | None = None,
+        then: tuple[str, ...] = (),
+        references: int = 0,
+        sequential: bool = False,
     ) -> Understood | None:
         if "dragon" in instruction:
-            raise InstructionError("instruction: the model does not know how to")
+            raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
+        self.sequential = sequential
         self.read = (instruction, edit, then, references)
         return self.understood
 
@@ -617,7 +624,7 @@ def test_an_unknown_verb_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_option_is_explained() -> None:
-    verbs = next(action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    verbs = next(action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     for verb in ("edit", "train"):
         assert all(action.help for action in verbs.choices[verb]._actions)
 

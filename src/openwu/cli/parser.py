@@ -30,7 +30,7 @@ def build_parser() -> Parser:
         "completion",
         help="print a script that completes openwu's words in a shell",
         allow_abbrev=False,
-        description="Print a completion script: eval \"$(openwu completion bash)\" in ~/.bashrc, the same with zsh in "
+        description='Print a completion script: eval "$(openwu completion bash)" in ~/.bashrc, the same with zsh in '
         "~/.zshrc, or openwu completion fish > ~/.config/fish/completions/openwu.fish",
     )
     completion.add_argument("shell", choices=SHELLS, help="which shell")
@@ -57,8 +57,9 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         allow_abbrev=False,
         description="Edit photographs as an instruction says. Each photograph gets an adapter of its own.",
         epilog="One photo that fails does not stop the others; the exit code is then 1. Of several photos, those whose "
-        "output exists are skipped, so an interrupted command can be run again. Output formats: .jpg .png .webp .tif .avif, and .heic with pip install 'openwu[formats]'. "
-        "Size, transparency, colour profile, EXIF and DPI are kept.",
+        "output exists are skipped, so a command that was stopped goes on where it is run again. Output formats: .jpg "
+        ".png .webp .tif .avif, and .heic with pip install 'openwu[formats]'. Size, transparency, colour profile, EXIF "
+        "and DPI are kept.",
     )
     edit.add_argument(
         "photos",
@@ -98,7 +99,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         type=_finite,
         default=1.0,
         metavar="S",
-        help="1 as asked (default), 0 the photo as it is (large bases: the base alone), below 0 reversed, above 1 exaggerated",
+        help="1 as asked (default), 0 the photo as it is (large bases: the base alone), below 0 reversed, above 1 more",
     )
     edit.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default: 0)")
     edit.add_argument(
@@ -112,9 +113,14 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     edit.add_argument(
         "--save-adapter", type=_path, metavar="FOLDER", help="also write the generated adapter (per photo if several)"
     )
-    edit.add_argument("--adapter", type=_path, metavar="FOLDER", help="use this saved adapter instead of generating one")
     edit.add_argument(
-        "--cache", type=_path, metavar="FOLDER", help="look adapters up in this folder before generating them, and keep new ones"
+        "--adapter", type=_path, metavar="FOLDER", help="use this saved adapter instead of generating one"
+    )
+    edit.add_argument(
+        "--cache",
+        type=_path,
+        metavar="FOLDER",
+        help="look adapters up in this folder before generating them, and keep new ones",
     )
     edit.add_argument(
         "--allow-out-of-scope", action="store_true", help="try instructions that the model does not know, too"
@@ -135,7 +141,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     loudness = edit.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="print nothing but errors")
     loudness.add_argument("--verbose", action="store_true", help="print every note, and all that was understood")
-    edit.set_defaults(run="openwu.cli.edit:run")
+    edit.set_defaults(run="openwu.cli.edit.run:run")
 
 
 def _add_export(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -146,7 +152,9 @@ def _add_export(verbs: argparse._SubParsersAction[Parser]) -> None:
         description="Write an adapter as PEFT, diffusers or ComfyUI read it, and check that it does the same there. "
         "See docs/exports.md.",
     )
-    export.add_argument("adapter", type=_path, metavar="ADAPTER", help="adapter folder, or another tool's LoRA folder or file")
+    export.add_argument(
+        "adapter", type=_path, metavar="ADAPTER", help="adapter folder, or another tool's LoRA folder or file"
+    )
     export.add_argument("--format", required=True, choices=("peft", "diffusers", "comfyui", "openwu"), help="to what")
     export.add_argument("--output", required=True, type=_path, metavar="FOLDER", help="where to write")
     export.add_argument(
@@ -219,7 +227,7 @@ def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
 
 def _path(text: str) -> str:
     """Expand `~`, which shells leave as it is after an equals sign."""
-    return os.path.expanduser(text)
+    return os.path.expanduser(text)  # noqa: PTH111  # with the slash at its end
 
 
 def _finite(text: str) -> float:

@@ -194,7 +194,13 @@ class Editor:
 
     @torch.no_grad()
     def understand(
-        self, instruction: str = "", *, edit: str | None = None, then: str | Sequence[str] = (), references: int = 0
+        self,
+        instruction: str = "",
+        *,
+        edit: str | None = None,
+        then: str | Sequence[str] = (),
+        sequential: bool = False,
+        references: int = 0,
     ) -> Understood | None:
         """Return what an instruction would be taken for, without any picture; None where the base cannot tell.
 
@@ -202,7 +208,7 @@ class Editor:
         """
         request = EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit)
         check_request(request)
-        return self._task(request, self._photos(request), None, False, True).summary
+        return self._task(request, self._photos(request), None, sequential, True).summary
 
     def adapter_key(self, job: EditJob, *, allow_out_of_scope: bool = False) -> str:
         """Hash what the adapter of a job with one instruction depends on, and nothing else: its cache key."""

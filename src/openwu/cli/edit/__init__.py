@@ -1,1 +1,1 @@
-"""`openwu edit`: find the photos (find.py), plan every output (plan.py), edit one by one (run.py), report (report.py)."""
+"""`openwu edit`: find photos (find.py), plan their outputs (plan.py), edit one by one (run.py), report (report.py)."""

@@ -65,19 +65,24 @@ def find_photos(named: Sequence[str], *, recursive: bool, output: str | None) ->
     """
     found = Found(batch=len(named) > 1)
     for text in named:
-        name = os.path.expanduser(text)
+        name = os.path.expanduser(text)  # noqa: PTH111  # with the slash at its end
         if name == PIPE:
             found.photos.append(_from_stdin(any(photo.data is not None for photo in found.photos)))
         elif os.path.lexists(name) or not glob.has_magic(name):
             _add(found, name, recursive, output)
         else:
-            matches = sorted(glob.glob(name, recursive=True))
+            matches = sorted(glob.glob(name, recursive=True), key=_natural)  # noqa: PTH207  # also from the root
             found.batch = True
             for match in matches:
                 _add(found, match, recursive, output)
             if not matches:
-                found.problems.append((name, PictureError(f"{name}: nothing matches; check the pattern and the folder")))
-    found.photos = list({os.path.abspath(photo.path): photo for photo in reversed(found.photos)}.values())[::-1]
+                found.problems.append(
+                    (name, PictureError(f"{name}: nothing matches; check the pattern and the folder"))
+                )
+    unique: dict[str, Input] = {}
+    for photo in found.photos:
+        unique.setdefault(os.path.abspath(photo.path), photo)  # noqa: PTH100  # a link is a photo of its own
+    found.photos = list(unique.values())
     if found.batch:
         found.photos, results = _without_results(found.photos)
         if results:
@@ -85,6 +90,22 @@ def find_photos(named: Sequence[str], *, recursive: bool, output: str | None) ->
                 f"{_counted(results)} left out as results of earlier edits; name one alone to edit it again"
             )
     return found
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; False where nobody may look, and for names that are too long."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; False where nobody may look, and for names that are too long."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _from_stdin(again: bool) -> Input:
@@ -100,7 +121,7 @@ def _from_stdin(again: bool) -> Input:
 
 def _add(found: Found, name: str, recursive: bool, output: str | None) -> None:
     """Add a file that is named, or the pictures in a folder."""
-    if not os.path.isdir(name):
+    if not is_folder(name):
         found.photos.append(Input(Path(name)))
         return
     found.batch = True
@@ -128,9 +149,7 @@ def _add(found: Found, name: str, recursive: bool, output: str | None) -> None:
 def _files(folder: str, recursive: bool, left_out: str | None, errors: list[OSError]) -> Iterator[Path]:
     for root, folders, files in os.walk(folder, onerror=errors.append):
         inner = [name for name in folders if not name.startswith(".")] if recursive else []
-        folders[:] = sorted(
-            (name for name in inner if os.path.realpath(os.path.join(root, name)) != left_out), key=_natural
-        )
+        folders[:] = sorted((name for name in inner if os.path.realpath(Path(root, name)) != left_out), key=_natural)
         yield from (Path(root, name) for name in sorted(files, key=_natural) if not name.startswith("."))
 
 

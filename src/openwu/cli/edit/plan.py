@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openwu.cli.console import UsageError
-from openwu.cli.edit.find import PIPE, Found, Input
+from openwu.cli.edit.find import PIPE, Found, Input, is_file, is_folder
 from openwu.errors import PictureError
 from openwu.images import (
     PictureHeader,
@@ -74,7 +74,7 @@ class Plan:
         """Whether a run before has written all of a job, so that a batch that goes on can skip it."""
         if not self.batch or self.overwrite or any(self._input_at(path) for path in job.pictures):
             return False
-        return all(os.path.isfile(path) for path in job.pictures) and (
+        return all(is_file(path) for path in job.pictures) and (
             job.adapter_folder is None or _holds_files(job.adapter_folder)
         )
 
@@ -103,14 +103,20 @@ class Plan:
         return None if identity is None else self.inputs.get(identity)
 
     def _check_place(self, path: Path, overwrite: bool) -> None:
-        if os.path.isdir(path.parent) or not is_picture_suffix(path):
+        if is_folder(path.parent) or not is_picture_suffix(path):
             check_output(path, overwrite=overwrite)
         else:
             check_makeable(path.parent)
 
 
 def make_plan(
-    found: Found, output: str | None, *, references: Sequence[str], compare: bool, adapter_folder: str | None, overwrite: bool
+    found: Found,
+    output: str | None,
+    *,
+    references: Sequence[str],
+    compare: bool,
+    adapter_folder: str | None,
+    overwrite: bool,
 ) -> Plan:
     """Choose every path. Touches nothing; raises UsageError where two photos would write the same file."""
     folder = _output_folder(found, output)
@@ -149,8 +155,8 @@ def make_plan(
 def check_makeable(folder: Path) -> None:
     """Raise PictureError for a folder that does not exist and cannot be made."""
     existing = next((parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent)), folder)
-    if not os.path.isdir(existing):
-        why = "is a file" if os.path.isfile(existing) else "cannot be searched"
+    if not is_folder(existing):
+        why = "is a file" if is_file(existing) else "cannot be searched"
         raise PictureError(f"{folder}: the folder cannot be made: {existing} {why}; choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PictureError(f"{folder}: the folder cannot be made: no permission to write to {existing}; choose another")
@@ -171,11 +177,11 @@ def _output_folder(found: Found, output: str | None) -> Path | None:
     if not output:
         raise UsageError("--output: expected a file or folder, got nothing; leave it out to write beside each photo")
     path = Path(output)
-    if os.path.isdir(path) or output.endswith(("/", os.sep)):
+    if is_folder(path) or output.endswith(("/", os.sep)):
         return path
     if not found.batch:
         return None if path.suffix else path
-    if os.path.exists(path) or is_picture_suffix(path):
+    if os.path.lexists(path) or is_picture_suffix(path):
         many = f"{len(found.photos)} photos" if len(found.photos) > 1 else "any number of photos"
         raise UsageError(f"--output: expected a folder for {many}, got the file {output}; end it with /")
     return path
@@ -229,8 +235,8 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _check_adapter_folder(folder: Path, overwrite: bool) -> None:
-    if os.path.lexists(folder) and not os.path.isdir(folder):
+    if os.path.lexists(folder) and not is_folder(folder):
         raise PictureError(f"{folder}: expected a folder for the adapter, got a file; choose another name")
-    if os.path.isdir(folder) and _holds_files(folder) and not overwrite:
+    if is_folder(folder) and _holds_files(folder) and not overwrite:
         raise PictureError(f"{folder}: already holds files; choose another folder or allow overwriting (--overwrite)")
     check_makeable(folder)

@@ -1,4 +1,4 @@
-"""Run `openwu edit`: check the words, load the model once, then edit photo after photo; none that fails stops the rest."""
+"""Run `openwu edit`: check the words, load the model once, then edit photo after photo; a failure stops no other."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from openwu.cli.console import UsageError, disk_is_full
 from openwu.cli.edit.find import PIPE, find_photos
-from openwu.cli.edit.plan import Job, Plan, check_makeable, make_folder, make_plan
+from openwu.cli.edit.plan import Job, Plan, make_folder, make_plan
 from openwu.cli.edit.progress import Progress
 from openwu.cli.edit.report import Report
 from openwu.cli.stopping import STOPPED, Stopped, StopRequest, stop_signals
-from openwu.errors import InstructionError, PictureError
+from openwu.errors import InstructionError, OpenwuError
 from openwu.images import PictureHeader, check_picture, encode_picture, read_picture, side_by_side, write_picture
 from openwu.images.instruction import check_instruction
 from openwu.images.write import SUFFIXES
@@ -85,11 +86,12 @@ def _run(
         understood = _understand(editor, words, arguments)
         if understood is not None:
             report.line(str(understood))
+        edit = _Edit(editor, adapter, words, arguments, progress, report)
         for job, header in chain([first], ready):
             stop.check()
             if arguments.dry_run:
                 report.planned(job)
-            elif not _try(_Edit(editor, adapter, words, arguments), job, header, progress, report):
+            elif not edit.photo(job, header):
                 return report.finish(because="the disk is full; free some space")
         if editor.cache is not None:
             _report_cache(editor.cache.statistics, arguments, report)
@@ -137,7 +139,7 @@ def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader]]:
             continue
         try:
             header = plan.check(job)
-        except Exception as error:  # noqa: BLE001  # whatever a broken file leads to, the others are edited
+        except Exception as error:  # whatever a broken file leads to, the others are edited
             report.failed(job.name, error)
         else:
             yield job, header
@@ -180,52 +182,52 @@ def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Name
     )
 
 
+@dataclass(frozen=True)
 class _Edit:
     """The edit that all photos of a command get."""
 
-    def __init__(
-        self, editor: Editor, adapter: Adapter | None, words: tuple[str, ...], arguments: argparse.Namespace
-    ) -> None:
-        self.editor, self.adapter, self.words, self.arguments = editor, adapter, words, arguments
+    editor: Editor
+    adapter: Adapter | None
+    words: tuple[str, ...]
+    arguments: argparse.Namespace
+    progress: Progress
+    report: Report
 
-    def __call__(self, job: Job, header: PictureHeader, progress: Progress, report: Report) -> None:
-        """Edit a photo, write all that was asked for, its output last, and report it."""
-        arguments = self.arguments
-        number = sum(report.counts.values()) + 1
-        result = self.editor.edit(
-            [job.source, *arguments.reference],
-            self.words[0],
-            edit=arguments.edit,
-            then=self.words[1:],
-            sequential=arguments.sequential,
-            strength=arguments.strength,
-            seed=arguments.seed,
-            adapter=self.adapter,
-            allow_out_of_scope=arguments.allow_out_of_scope,
-            reasoning=arguments.reasoning,
-            progress=progress.photo(number, report.total, job.photo.path.name),
-        )
-        start = time.perf_counter()
-        lost = _write(job, result, header)
+    def photo(self, job: Job, header: PictureHeader) -> bool:
+        """Edit a photo and report what became of it. Returns whether there is any use in going on to the next."""
+        try:
+            result = self._result(job)
+            start = time.perf_counter()
+            lost = _write(job, result, header)
+        except (BrokenPipeError, ModuleNotFoundError):  # would be the same for every photo
+            raise
+        except Exception as error:  # one photo must not stop the others
+            if self.arguments.verbose and not isinstance(error, OpenwuError | OSError | MemoryError):
+                for line in "".join(traceback.format_exception(error)).splitlines():
+                    self.report.note(line)
+            self.report.failed(job.name, error)
+            return not disk_is_full(error)
         seconds = {**result.timings, "write": time.perf_counter() - start}
         read = dict.fromkeys((*header.notes, *result.photo.notes))  # each once, in order
         notes = [*((job.name, text) for text in read), *((job.target, text) for text in lost)]
-        report.done(job, seconds, result.understood, notes)
+        self.report.done(job, seconds, result.understood, notes)
+        return True
 
-
-def _try(edit: _Edit, job: Job, header: PictureHeader, progress: Progress, report: Report) -> bool:
-    """Edit a photo and report it, whatever happens. Returns whether there is any use in going on."""
-    try:
-        edit(job, header, progress, report)
-    except (BrokenPipeError, ModuleNotFoundError):  # would be the same for every photo
-        raise
-    except Exception as error:  # one photo must not stop the others
-        known = isinstance(error, OSError | MemoryError | PictureError)
-        if edit.arguments.verbose and not known:
-            report.note("".join(traceback.format_exception(error)))
-        report.failed(job.name, error)
-        return not disk_is_full(error)
-    return True
+    def _result(self, job: Job) -> EditResult:
+        number = sum(self.report.counts.values()) + 1
+        return self.editor.edit(
+            [job.source, *self.arguments.reference],
+            self.words[0],
+            edit=self.arguments.edit,
+            then=self.words[1:],
+            sequential=self.arguments.sequential,
+            strength=self.arguments.strength,
+            seed=self.arguments.seed,
+            adapter=self.adapter,
+            allow_out_of_scope=self.arguments.allow_out_of_scope,
+            reasoning=self.arguments.reasoning,
+            progress=self.progress.photo(number, self.report.total, job.photo.path.name),
+        )
 
 
 def _write(job: Job, result: EditResult, header: PictureHeader) -> tuple[str, ...]:
