@@ -121,6 +121,7 @@ class Report:
 
     def finish(self, *, because: str | None = None) -> int:
         """Print the last lines and return the exit code. `because`: why the batch was ended early."""
+        self.progress.end()
         for kind, count in self._kinds.items():
             if count > 1:
                 self.note(f"{count - 1} more like it: {kind}")
@@ -139,6 +140,7 @@ class Report:
 
     def stopped(self) -> None:
         """Say how far a command came that a signal stopped."""
+        self.progress.end()
         self._complain(f"stopped; {self._progress_made()}" if self.batch else "stopped")
 
     def _progress_made(self) -> str:
