@@ -52,10 +52,10 @@ def explain(error: BaseException) -> OpenwuError:
     if isinstance(error, MemoryError):
         return OpenwuError("not enough memory; close other programs, or edit a smaller picture")
     if isinstance(error, OSError):
-        place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         what = error.strerror or str(error) or type(error).__name__
-        todo = "free some space and run the same command again" if error.errno in FULL else "check it and its folder"
-        return OpenwuError(f"{place}: {what}; {todo}")
+        todo = "free some space and try again" if error.errno in FULL else "check the place and its permissions"
+        return OpenwuError(f"{place}{what}; {todo}")
     return OpenwuError(f"unexpected {type(error).__name__}: {error}; --verbose shows where, please report it")
 
 

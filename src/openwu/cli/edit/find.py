@@ -86,9 +86,7 @@ def find_photos(named: Sequence[str], *, recursive: bool, output: str | None) ->
     if found.batch:
         found.photos, results = _without_results(found.photos)
         if results:
-            found.notes.append(
-                f"{_counted(results)} left out as results of earlier edits; name one alone to edit it again"
-            )
+            found.notes.append(f"{_counted(results)} left out: made by earlier edits; name one alone to edit it again")
     return found
 
 

@@ -154,6 +154,13 @@ def make_plan(
 
 def check_makeable(folder: Path) -> None:
     """Raise PictureError for a folder that does not exist and cannot be made."""
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, a place where nobody may look
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PictureError(f"{folder}: the folder cannot be made: {why}; choose another") from None
     existing = next((parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent)), folder)
     if not is_folder(existing):
         why = "is a file" if is_file(existing) else "cannot be searched"

@@ -95,11 +95,12 @@ class Report:
             self.note(f"{job.name}: skipped, {job.target} exists")
         self._record("skipped", job.name, output=job.target)
 
-    def planned(self, job: Job) -> None:
+    def planned(self, job: Job, understood: Understood | None) -> None:
         """Record a photo that a dry run leaves alone."""
         for text in map(str, job.writes or (PIPE,)):
             self._line(f"{job.name} -> {text}  (dry run)")
-        self._record("planned", job.name, output=job.target)
+        words = None if understood is None else asdict(understood)
+        self._record("planned", job.name, output=job.target, understood=words)
 
     def failed(self, name: str, error: BaseException) -> None:
         """Record a photo that could not be edited, or an argument that led to none."""

@@ -90,7 +90,7 @@ def _run(
         for job, header in chain([first], ready):
             stop.check()
             if arguments.dry_run:
-                report.planned(job)
+                report.planned(job, understood)
             elif not edit.photo(job, header):
                 return report.finish(because="the disk is full; free some space")
         if editor.cache is not None:
