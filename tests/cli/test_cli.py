@@ -241,7 +241,12 @@ def test_a_cache_is_reported(here: Path, editor: FakeEditor, capsys: pytest.Capt
         (["a.png", "sub/A.PNG", "--output", "out"], "warm", 2, "would both write"),
         (["a.png", "sub/a.png", "--save-adapter", "out"], "warm", 2, "would both write out/a"),
         (["missing.png"], "warm", 1, "missing.png: no such file; check the name and the folder"),
-        (["empty"], "warm", 1, "empty: expected pictures in the folder, found none; --recursive looks into the folders"),
+        (
+            ["empty"],
+            "warm",
+            1,
+            "empty: expected pictures in the folder, found none; --recursive looks into the folders",
+        ),
         (["a.png", "--output", "a.png", "--overwrite"], "warm", 1, "the output is the input a.png"),
         (["a.png", "b.png", "--output", ".", "--overwrite"], "warm", 1, "a.png: the output is the input a.png"),
         (["a.png", "--output", "out.xyz"], "warm", 1, "expected a name that ends in one of"),
