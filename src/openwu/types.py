@@ -1,9 +1,7 @@
 """The nouns that a request meets on its way: BaseRequest -> Condition -> Target -> Adapter.
 
 `BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take. `FactorRules` is what an adapter and
-a generator need to know of an operator; `openwu.adapters.operators` has the operators.
-
-`EditRequest` and `EditResult`, which hold photographs, are in `openwu.editor.requests`.
+a generator need to know of an operator. What holds photographs, `EditRequest`, is in `openwu.editor.requests`.
 
 Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts, A_dim / B_dim the input and output
 width of one adapted weight.
@@ -172,10 +170,10 @@ class Understood:
     """What comes after it, for a request of several edits."""
 
     def __str__(self) -> str:
-        """For people: "brighten (84%) at strength 0.51, then add noise (95%)"."""
-        words = f"{self.edit.replace('_', ' ')} ({self.probability:.0%})"
-        words += "" if self.strength == 1 else f" at strength {self.strength:.2f}"
-        return ", then ".join([words, *map(str, self.then)])
+        """Return this for people: "brighten (84%) at strength 0.51, then add noise (95%)"."""
+        strength = "" if self.strength == 1 else f" at strength {self.strength:.2f}"
+        name = self.edit.replace("_", " ")
+        return ", then ".join([f"{name} ({self.probability:.0%}){strength}", *map(str, self.then)])
 
 
 @dataclass(frozen=True)
@@ -442,7 +440,6 @@ class Adapter:
         return replace(first, factors=summed, instructions=instructions)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
-        """All factors, changed."""
         return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
 
 

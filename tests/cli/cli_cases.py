@@ -100,11 +100,9 @@ class FakeEditor:
         edit: str | None = None,
         then: tuple[str, ...] = (),
         references: int = 0,
-        sequential: bool = False,
     ) -> Understood | None:
         if "dragon" in instruction:
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
-        self.sequential = sequential
         self.read = (instruction, edit, then, references)
         return self.understood
 

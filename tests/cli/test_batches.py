@@ -208,6 +208,13 @@ def test_instructions_are_checked_once_and_before_any_photo(here: Path, editor: 
     assert not (here / "out").exists()
 
 
+def test_every_instruction_in_turn_is_understood_alone(here: Path, editor: FakeEditor, capsys: Captured) -> None:
+    editor.understood = Understood("invert", 0.9)
+    assert edit("a.png", "--then", "blur it", "--then", "warm it", "--sequential") == 0
+    assert capsys.readouterr().out.startswith("invert (90%), then invert (90%), then invert (90%)\n")
+    assert edit("b.png", "--then", "add a dragon", "--sequential") == 2
+
+
 def test_a_model_is_not_loaded_for_nothing(here: Path, editor: FakeEditor) -> None:
     assert edit("missing.png", "gone.png", "--output", "out") == 1
     assert edit("a.png", "b.png", "--output", "out") == 0

@@ -786,7 +786,7 @@ def test_what_was_understood_is_returned(editor: Editor, photo: Image.Image) -> 
     assert editor.understand("brighter") == result.understood
     both = editor.edit(photo, "brighter", then="blur it")
     assert both.understood is not None
-    assert [each.instruction for each in both.understood.wishes] == ["brighter", "blur it"]
+    assert [each.instruction for each in (both.understood, *both.understood.then)] == ["brighter", "blur it"]
     assert editor.edit(photo, "whatever", allow_out_of_scope=True).understood is not None
 
 
@@ -817,7 +817,7 @@ def test_a_sentence_of_several_edits_runs_them_in_turn(
     result = editor.edit(photo, "brighter and blur it", seed=3)
     assert np.array_equal(result.photo.pixels, second.photo.pixels)
     assert result.understood is not None
-    assert [each.instruction for each in result.understood.wishes] == ["brighter", "blur it"]
+    assert [each.instruction for each in (result.understood, *result.understood.then)] == ["brighter", "blur it"]
     assert weights_differ(editor.adapt(photo, "blur it"), result.adapter) > 1e-6  # of the brighter picture
     scaled = editor.adapt(photo, "blur it")
     plain = editor.adapt(photo, "blur it", allow_out_of_scope=True)

@@ -99,7 +99,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         type=_finite,
         default=1.0,
         metavar="S",
-        help="1 as asked (default), 0 the photo as it is (large bases: the base alone), below 0 reversed, above 1 more",
+        help="1 as asked (default), 0 the photo as it is (large bases: no adapter), below 0 reversed, above 1 more",
     )
     edit.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default: 0)")
     edit.add_argument(

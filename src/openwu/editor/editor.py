@@ -30,8 +30,8 @@ from openwu.editor.requests import (
     Progress,
     Task,
     check_options,
-    check_request,
     checked_instructions,
+    checked_request,
     listed,
     part_of,
     sentence_of,
@@ -182,7 +182,7 @@ class Editor:
         """
         check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
         request = EditRequest(images, instruction, seed=seed, reasoning=reasoning)
-        self._check([request], allow_out_of_scope, None)
+        (request,) = self._checked([request], allow_out_of_scope, None)
         task = self._task(request, self._photos(request), None, False, not allow_out_of_scope)
         if len(task.job.instructions) > 1:
             raise InstructionError(
@@ -190,25 +190,18 @@ class Editor:
                 "add the adapters up with Adapter.sum"
             )
         (adapter,) = self._adapters([task.job], allow_out_of_scope, 1, {})
-        return adapter if task.factor(0) == 1 else adapter.scaled(task.factor(0))
+        return adapter
 
     @torch.no_grad()
     def understand(
-        self,
-        instruction: str = "",
-        *,
-        edit: str | None = None,
-        then: str | Sequence[str] = (),
-        sequential: bool = False,
-        references: int = 0,
+        self, instruction: str = "", *, edit: str | None = None, then: str | Sequence[str] = (), references: int = 0
     ) -> Understood | None:
         """Return what an instruction would be taken for, without any picture; None where the base cannot tell.
 
         `references`: how many reference pictures would come with it. Raises InstructionError for what `edit` refuses.
         """
-        request = EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit)
-        check_request(request)
-        return self._task(request, self._photos(request), None, sequential, True).summary
+        request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit))
+        return self._task(request, self._photos(request), None, False, True).summary
 
     def adapter_key(self, job: EditJob, *, allow_out_of_scope: bool = False) -> str:
         """Hash what the adapter of a job with one instruction depends on, and nothing else: its cache key."""
@@ -254,7 +247,7 @@ class Editor:
         progress: Progress | None,
     ) -> list[EditResult]:
         sampling = sampling or self.sampling
-        self._check(requests, allow_out_of_scope, sampling)
+        requests = self._checked(requests, allow_out_of_scope, sampling)
         timings: dict[str, float] = {}
         with timed(timings, "read"):
             photos = [self._photos(request) for request in requests]
@@ -292,7 +285,7 @@ class Editor:
             # One entry per instruction: a request that asks for two things stands here twice.
             flat = [job.only(index) for job in jobs for index in range(len(job.instructions))]
             each = iter(self._adapters(flat, allow_out_of_scope, sampling.batch, timings))
-            adapters = [Adapter.sum([_scaled(next(each), task.factor(i)) for i in task.indices]) for task in tasks]
+            adapters = [Adapter.sum([next(each) for _ in task.indices]) for task in tasks]
         else:
             timings |= {"condition": 0.0, "generate": 0.0}
             adapters = [given.to(self.generator.hidden_in.weight)]
@@ -350,14 +343,14 @@ class Editor:
         words = tuple(each.instruction for each in understood)
         if words != texts:
             job = self.backbone.read(photos, words, request.seed, request.reasoning)
-        return Task(request, job, understood, several or (sequential and len(words) > 1))
+        numbers = len(words) > 1 and any(each.strength != 1 for each in understood)
+        return Task(request, job, understood, several or numbers or (sequential and len(words) > 1))
 
-    def _check(
+    def _checked(
         self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
-    ) -> None:
+    ) -> list[EditRequest]:
         """Refuse wrong values, and by name what this base cannot serve."""
-        for request in requests:
-            check_request(request)
+        requests = [checked_request(request) for request in requests]
         if any(each.reasoning is not None for each in requests) and not self.backbone.reasons:
             raise InstructionError(f"reasoning: expected none for {self.name}, which does not reason; leave it out")
         if allow_out_of_scope and not self.backbone.refuses_out_of_scope:
@@ -366,6 +359,7 @@ class Editor:
             )
         if sampling is not None:
             self.backbone.check_sampling(sampling)
+        return requests
 
     def _photos(self, request: EditRequest) -> tuple[Photo, ...]:
         images = listed(request.images)
@@ -386,7 +380,7 @@ class Editor:
     def _adapters(
         self, jobs: Sequence[EditJob], allow_out_of_scope: bool, batch: int, timings: dict[str, float]
     ) -> list[Adapter]:
-        """One adapter (b = 1) per job of one instruction, from the cache where it has them, before their strengths."""
+        """One adapter (b = 1) per job of one instruction, from the cache where it has them."""
         with timed(timings, "condition"), self._turn():
             keys = [str(place) for place in range(len(jobs))]
             found: dict[str, Adapter] = {}
@@ -444,10 +438,6 @@ class Editor:
                 task = tasks[i]
                 edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)
         return [edited[i] for i in range(len(tasks))]
-
-
-def _scaled(adapter: Adapter, factor: float) -> Adapter:
-    return adapter if factor == 1 else adapter.scaled(factor)
 
 
 _BLANK = Photo(np.zeros((1, 1, 3), np.uint8))

@@ -112,8 +112,11 @@ class Task:
         return 1.0 if self.understood is None else self.understood[index].strength
 
 
-def check_request(request: EditRequest) -> None:
-    """Raise OpenwuError that names the field of a wrong value; instructions and pictures are checked when read."""
+def checked_request(request: EditRequest) -> EditRequest:
+    """Return the request with plain numbers, also where they came from numpy.
+
+    Raises OpenwuError that names the field of a wrong value; instructions and pictures are checked when read.
+    """
     if not isinstance(request, EditRequest):
         raise OpenwuError(f"requests: expected EditRequest objects, got {type(request).__name__}")
     strength: object = request.strength
@@ -135,6 +138,7 @@ def check_request(request: EditRequest) -> None:
                 f"images: expected a path, bytes, a file object, a PIL image, an array or a tensor, got "
                 f"{type(picture).__name__}"
             )
+    return replace(request, strength=float(request.strength), seed=int(request.seed))
 
 
 def check_options(

@@ -52,6 +52,9 @@ _STRENGTHS: Mapping[str, Callable[[float], float]] = {
 }
 """Strength at which an edit changes its quantity by a share; inverse to the edits of `openwu.data.suite.tone`."""
 
+MEASURED = frozenset(_STRENGTHS)
+"""Edits whose quantity a percentage measures."""
+
 
 @dataclass(frozen=True)
 class Amount:

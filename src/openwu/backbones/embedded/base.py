@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
@@ -18,9 +18,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from openwu.backbones.embedded.catalogue import known_edits, makes_neutral, named, phrase, refusal
+from openwu.backbones.embedded.catalogue import instead, known_edits, phrase, refusal
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
+from openwu.backbones.embedded.guarantees import guaranteed
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor, noise_plane, place_planes
 from openwu.backbones.embedded.tiles import Canvas, Tile, as_unit, pictures_per_pass, tiles_of
@@ -176,8 +177,10 @@ class EmbeddedBase(Backbone):
         """
         own = self._own(job)
         found: list[Wish] = []
-        for text, reading in zip(own.instructions, self._readings(own.tokens), strict=True):
-            found += self._wishes(text, reading) if checked else (Wish(text, reading),)
+        for text in own.instructions if checked else ():
+            found += wishes(text, self.read_sentences, self.config.instruction.accepted)
+        if not checked:
+            found = [Wish(*each) for each in zip(own.instructions, self._readings(own.tokens), strict=True)]
         for wish in found if checked else ():
             if error := refusal(wish.text, wish.reading, self.config.instruction.accepted):
                 raise error
@@ -192,16 +195,21 @@ class EmbeddedBase(Backbone):
                 )
         return tuple(_understood(wish) for wish in found)
 
-    def _wishes(self, text: str, reading: Reading) -> tuple[Wish, ...]:
-        accepted = self.config.instruction.accepted
-
-        def read(sentences: Sequence[str]) -> list[Reading]:
-            return [reading] if list(sentences) == [text] else self._readings(self.instruction(sentences))
-
-        name = None if reading.is_wish(accepted) else named(text, self.config.instruction.labels)
-        if name is not None:
-            return (Wish(phrase(name), read([phrase(name)])[0]),)
-        return wishes(text, read, accepted)
+    def read_sentences(self, sentences: Sequence[str]) -> list[Reading]:
+        """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""
+        config = self.config.instruction
+        readings = self._readings(self.instruction(sentences))
+        stand_ins = {
+            index: text
+            for index, (sentence, reading) in enumerate(zip(sentences, readings, strict=True))
+            if (text := instead(sentence, reading, config.labels, config.accepted)) is not None
+        }
+        if stand_ins:
+            read = self._readings(self.instruction(list(stand_ins.values())))
+            for (index, text), reading in zip(stand_ins.items(), read, strict=True):
+                if reading.is_wish(config.accepted):
+                    readings[index] = replace(reading, sentence=text)
+        return readings
 
     def _readings(self, tokens: Tensor) -> list[Reading]:
         return self.instruction.readings(tokens, self.config.instruction.labels)
@@ -212,9 +220,10 @@ class EmbeddedBase(Backbone):
         return {name: known[name] if name in known else KnownEdit(name, {"en": phrase(name)}) for name in labels}
 
     def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
-        """Return the photo exactly neutral for "black and white" in full, and for a grey input that stays grey."""
-        names, degrees = [each.edit for each in understood], [each.degree for each in understood]
-        return photo.neutral() if makes_neutral(names, degrees, strength, job.photos[0].grey) else photo
+        """Return the photo exactly neutral for "black and white" in full and for a grey input that stays grey, and
+        exactly toned for sepia.
+        """
+        return guaranteed(photo, understood, strength, job.photos[0].grey)
 
     def check_sampling(self, options: SamplingOptions) -> None:
         for name in ("steps", "guidance", "image_guidance", "true_guidance", "pixels"):

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, is_chinese
+from openwu.backbones.embedded.complaints import cures, single_word
+from openwu.backbones.embedded.language import is_chinese, word_set
+from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import KnownEdit
 from openwu.errors import InstructionError
 
@@ -16,29 +18,6 @@ NEAREST = 3
 """How many known edits a refusal names, at most."""
 _LIKELY, _ALIKE = 0.1, 0.3
 """From which probability, and from which similarity of words, a known edit is worth naming."""
-_NEUTRAL = frozenset({"black_and_white"})
-_COLOURING = frozenset(
-    [
-        "warm",
-        "cool",
-        "sepia",
-        "colourise",
-        "tint_red",
-        "tint_green",
-        "tint_blue",
-        "tint_purple",
-        "age",
-        "fade",
-        "cross_stitch",
-        "blueprint",
-        "sunset",
-        "night",
-        "take_palette",
-        "take_cast",
-        "take_style",
-    ]
-)
-"""Edits that give a grey photograph colours."""
 DATA_FILES = ("known_edits.json",)
 _KNOWN_EDITS = Path(__file__).with_name(DATA_FILES[0])
 
@@ -58,7 +37,9 @@ def search(query: str) -> list[KnownEdit]:
     if not query.strip():
         return list(known_edits().values())
     ranked = _alike(query, list(known_edits()))
-    return [known_edits()[name] for name, score in ranked if score >= _ALIKE]
+    if edit := single_word(query):
+        ranked.sort(key=lambda entry: entry[0] != edit)
+    return [known_edits()[name] for name, score in ranked if score >= _ALIKE or name == edit]
 
 
 def named(instruction: str, labels: Sequence[str]) -> str | None:
@@ -67,9 +48,25 @@ def named(instruction: str, labels: Sequence[str]) -> str | None:
     return next((name for name in labels if name.replace("_", " ") == words and name in known_edits()), None)
 
 
-def phrase(edit: str) -> str:
-    """Return the sentence with which an edit is asked for by its name."""
-    return known_edits()[edit].examples["en"] if edit in known_edits() else edit.replace("_", " ")
+def phrase(edit: str, language: str = "en") -> str:
+    """Return the sentence with which an edit is asked for by its name, in "en" or "zh"."""
+    return known_edits()[edit].examples[language] if edit in known_edits() else edit.replace("_", " ")
+
+
+def instead(sentence: str, reading: Reading, labels: Sequence[str], accepted: float) -> str | None:
+    """Return what to read in place of a complaint, a bare name or a single word; None to read the sentence itself.
+
+    `reading`: what the encoder takes the sentence for, which stands where it is one of the right ones.
+    """
+    clear = reading.is_wish(accepted)
+    cure = cures(sentence)
+    edit = None
+    if cure:
+        edit = None if clear and reading.edit in cure else next((each for each in cure if each in labels), None)
+    elif not clear:
+        word = single_word(sentence)
+        edit = named(sentence, labels) or (word if word in labels else None)
+    return None if edit is None else phrase(edit, "zh" if is_chinese(sentence) else "en")
 
 
 def shown(name: str, instruction: str) -> str:
@@ -105,14 +102,6 @@ def refusal(instruction: str, reading: Reading, accepted: float) -> InstructionE
     )
 
 
-def makes_neutral(edits: Sequence[str], degrees: Sequence[str], strength: float, grey: bool) -> bool:
-    """Return whether the result of these edits must be neutral grey: a colourless edit in full, or a grey input."""
-    if not edits or any(edit in _COLOURING for edit in edits):
-        return False
-    full = any(edit in _NEUTRAL and degree != "little" for edit, degree in zip(edits, degrees, strict=True))
-    return grey or (full and strength >= 1)
-
-
 def _alike(text: str, names: Sequence[str]) -> list[tuple[str, float]]:
     """(name, similarity 0 to 1) of edits, the most alike first: shared character n-grams with the best example."""
     own = _grams(text)
@@ -134,32 +123,7 @@ def _grams(text: str) -> Counter[str]:
     return Counter(_pieces(text.lower()))
 
 
-_STOP = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "it",
-        "to",
-        "of",
-        "in",
-        "on",
-        "this",
-        "that",
-        "my",
-        "me",
-        "i",
-        "make",
-        "add",
-        "put",
-        "turn",
-        "into",
-        "please",
-        "photo",
-        "picture",
-        "image",
-    ]
-)
+_STOP = word_set("a an the it to of in on this that my me i make add put turn into please photo picture image")
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -14,7 +14,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from openwu.backbones.embedded.amounts import LIGHT, find_amount, strength_of
+from openwu.backbones.embedded.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.language import check_language, word_set
 from openwu.errors import InstructionError
 
 OUT_OF_SCOPE = "out_of_scope"
@@ -33,6 +34,8 @@ class Reading:
     """What words of strength ask for: "little", "normal" or "strong"."""
     ranked: tuple[tuple[str, float], ...] = ()
     """(label, probability) of all labels, the most probable first."""
+    sentence: str = ""
+    """What was read in place of the words that were given: for a complaint, its cure; for a name, its sentence."""
 
     def is_wish(self, probability: float = CERTAIN) -> bool:
         """Whether this is an edit, with at least this probability."""
@@ -52,17 +55,8 @@ class Wish:
     """The number as it was written, empty for none."""
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 Read = Callable[[Sequence[str]], list[Reading]]
-"""Sentences -> what the encoder takes each for."""
-
-
-def is_chinese(text: str) -> bool:
-    """Return whether a text has a Chinese character."""
-    return any("一" <= character <= "鿿" for character in text)
+"""Sentences -> what each is taken for: by the encoder, or as a complaint or a name (`Reading.sentence`)."""
 
 
 def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
@@ -71,53 +65,21 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     `accepted`: probability from which an edit counts as understood. A single wish comes back whatever its probability:
     whether that suffices is the caller's to judge. Raises InstructionError where part of the sentence would be ignored.
     """
-    _check_language(instruction)
+    check_language(instruction)
     whole = read([instruction])[0]
-    _check_negations(instruction, whole, read)
-    _check_restrictions(instruction, whole)
-    if several := _several(instruction, whole, read, accepted):
+    if whole.sentence:
+        return (_wish(instruction, whole),)
+    text = _without_negations(instruction, whole, read, accepted)
+    text = _without_restrictions(text, read, accepted)
+    if text != instruction:
+        whole = read([text])[0]
+    if several := _several(text, whole, read, accepted):
         return several
-    return (_with_number(instruction, whole, read, accepted),)
+    return (_with_number(text, whole, read, accepted),)
 
 
-# Other languages
-
-_SCRIPTS = re.compile(r"[\u0370-\u1fff\u3040-\u30ff\u31f0-\u31ff\ua000-\ud7ff\uf900-\ufdff\uff66-\uff9f]")
-"""Letters of Greek, Cyrillic, Arabic, Indic scripts, kana, hangul and others: neither Latin nor Chinese."""
-_FUNCTION_WORDS = {
-    "French": "le la les une des du plus moins rendre rends rendez mets ajoute enlève image l'image cette dans avec et",
-    "German": "das der die den dem ein eine einen bild foto mach mache füge entferne und mehr weniger bitte nicht im",
-    "Spanish": "el la los las una más menos haz hazlo pon quita añade imagen por favor con y esta foto",
-    "Italian": "il la lo gli una più meno rendi rendila aggiungi togli immagine questa con e foto per",
-    "Portuguese": "os uma mais menos faça deixe adicione remova imagem esta com e foto por",
-    "Dutch": "het de een maak voeg verwijder foto meer minder en niet van",
-}
-_ENGLISH = _words(
-    "the it this that is a an of in on with for and to make more less my as like look photo picture image "
-    "i you please add remove not no up down at from by all so but give turn put take every into"
-)
-_WORDS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
-
-
-def _check_language(instruction: str) -> None:
-    language = "a language with another script" if _SCRIPTS.search(instruction) else _foreign(instruction)
-    if language:
-        raise InstructionError(
-            f"instruction: expected English or Chinese, got {language}: {instruction!r}; say it in one of the two, "
-            "or name the edit (--edit NAME, edit=NAME)"
-        )
-
-
-def _foreign(instruction: str) -> str | None:
-    """The Latin-script language that a sentence without English function words seems to be in; None for English."""
-    words = _WORDS.findall(instruction.lower())
-    best, most = None, 0
-    for language, listed in _FUNCTION_WORDS.items():
-        own = frozenset(listed.split())
-        found = sum(word in own for word in words) - 2 * sum(word in _ENGLISH - own for word in words)
-        if found > most:
-            best, most = language, found
-    return best if most >= 2 else None
+def _wish(text: str, reading: Reading, strength: float = 1.0, number: str = "") -> Wish:
+    return Wish(reading.sentence or text, reading, strength, number)
 
 
 # Commands
@@ -136,7 +98,7 @@ _COMPARATIVE = re.compile(r"^(?:(?:a|much|bit|little|lot|more|less)\s+)*(?:more 
 _COMMAND = re.compile(
     rf"^(?:(?:please|pls|then|also|just|now|can you|could you|i want you to|i'd like you to)\s+)*"
     rf"(?:{_VERB_EN}\b.*|(?:a (?:bit|little|lot) )?(?:more|less) \w+(?: \w+)?|(?:much |a (?:bit|little|lot) )?\w+er)$"
-    rf"|^(?:请|帮我|麻烦|再|并)*{_VERB_ZH}.+$",
+    rf"|^(?:请|帮我|麻烦|再|并)*(?:{_VERB_ZH}.+|锐化|模糊|虚化|柔化|上色)$",
     re.IGNORECASE,
 )
 _NO_COMMAND = re.compile(
@@ -172,28 +134,39 @@ _COMPLAINT = re.compile(
     re.IGNORECASE,
 )
 """What follows a negation that describes a picture or reminds, and commands nothing."""
-_REPAIRS = _words(
+_REPAIRS = word_set(
     "remove_vignette white_balance deblur remove_motion_blur denoise remove_jpeg remove_salt_pepper "
     "restore remove_scratches unfade dehaze remove_rain"
 )
 """Edits that are asked for by naming what is to go: "no fog"."""
 
 
-def _check_negations(instruction: str, whole: Reading, read: Read) -> None:
-    """Refuse a sentence that only says what not to do, and one whose negated part was taken for the wish."""
+def _without_negations(instruction: str, whole: Reading, read: Read, accepted: float) -> str:
+    """Return the sentence, or the part of it that says what to do where the whole is taken for what not to do.
+
+    Raises InstructionError for a sentence that only says what not to do.
+    """
     clauses = [clause for clause in map(_trimmed, _CLAUSES.split(instruction)) if clause]
     negated = {index: rest for index, clause in enumerate(clauses) if (rest := _negated(clause))}
     if not negated:
-        return
-    alone = len(negated) == len(clauses) and not re.match(r"(?:not|no)\b(?! too\b)", clauses[0], re.IGNORECASE)
-    others = [reading.edit for reading in read([c for i, c in enumerate(clauses) if i not in negated] or ["$"])]
+        return instruction
+    others = [clause for index, clause in enumerate(clauses) if index not in negated]
+    alone = not others and not re.match(r"(?:not|no)\b(?! too\b)", clauses[0], re.IGNORECASE)
+    unwanted = [reading for reading in read(list(negated.values())) if reading.is_wish(0.5)]
+    left = ", ".join(others)
+    if left and (whole.edit in {reading.edit for reading in unwanted} or not whole.is_wish(accepted)):
+        wanted = read([left])[0]
+        if wanted.is_wish(accepted) and wanted.edit not in {reading.edit for reading in unwanted}:
+            return left
+    found = {reading.edit for reading in read(others)} if others else set()
     for rest, reading in zip(negated.values(), read(list(negated.values())), strict=True):
-        ignored = reading.edit == whole.edit and whole.edit not in (*others, *_REPAIRS)
+        ignored = reading.edit == whole.edit and whole.edit not in (*found, *_REPAIRS)
         if reading.is_wish(0.5) and (ignored or (alone and _is_command(rest))):
             raise InstructionError(
                 f"instruction: {instruction!r} says what not to do ({rest!r} reads as {_plain(reading.edit)}); "
                 "say what to do instead"
             )
+    return instruction
 
 
 def _negated(clause: str) -> str | None:
@@ -205,7 +178,7 @@ def _negated(clause: str) -> str | None:
 
 # Restrictions
 
-_LOCAL = _words(
+_LOCAL = word_set(
     "lift_shadows recover_highlights vignette remove_vignette tilt_shift hdr hue_shift take_palette "
     "take_tone take_grain take_style take_light take_sharpness take_cast"
 )
@@ -216,47 +189,91 @@ _REGION = (
     r"mountains?|hair|eyes?|skin|lips|teeth|hands?|dress|shirt|jacket|hat|left|right|top|bottom|upper|lower|wall|floor|"
     r"window|door|text|sign|logo|table|chair|food|road|street|beach|sand|object|part|area|side|half)"
 )
+_COLOURS = word_set(
+    "warm cool sepia black_and_white colourise invert hue_shift tint_red tint_green tint_blue tint_purple "
+    "white_balance age fade pencil charcoal halftone cross_stitch neon blueprint sunset night day "
+    "take_palette take_style take_cast"
+)
+_LIGHT = word_set("brighten darken lift_shadows recover_highlights hdr invert night day sunset take_light take_tone")
+_KEEPS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
+    (re.compile(r"\b(?:colou?rs?|hues?)\b|颜色|色彩", re.I), _COLOURS),
+    (re.compile(r"\bsaturation\b|饱和度", re.I), _COLOURS | {"saturate", "desaturate", "unfade"}),
+    (re.compile(r"\b(?:brightness|exposure|lightness)\b|亮度", re.I), _LIGHT),
+    (re.compile(r"\bcontrast\b|对比", re.I), word_set("contrast_up contrast_down hdr unfade fade invert take_tone")),
+    (re.compile(r"\b(?:rest|others?|everything else)\b|其[他它余]|别的|剩下", re.I), frozenset()),
+)
+"""What a sentence may ask to keep as it is, and the edits that would change it."""
 _KEPT = (
     r"(?:colou?rs?|hues?|saturation|brightness|exposure|lightness|contrast|rest|others?|everything else|"
     rf"{_REGION[3:-1]})"
 )
 _THE = r"(?:the|his|her|its|my|our|their|this|that|these|those|all|original|other)"
-_RESTRICTIONS = (
+_PARTS = (
     re.compile(
         rf"\b(?:except|apart from|other than|aside from|excluding)\b(?: for)?(?: {_THE})* (?:\w+ )?{_KEPT}\b", re.I
     ),
     re.compile(rf"(?<!not )\b(?:only|just)\b(?: on| in| at| to)? {_THE} (?:\w+ )?{_REGION}\b", re.I),
-    re.compile(
-        rf"\b(?:keep|keeping|leave|leaving|preserve|preserving|without (?:changing|touching|affecting)|don['’]?t "
-        rf"(?:touch|change)|do not (?:touch|change))\b(?: {_THE})+ (?:\w+ )?{_KEPT}\b",
-        re.I,
-    ),
-    re.compile(r"除了.{1,8}(?:以外|之外|外|都|其[他它余])"),
+    re.compile(rf"(?<!not )\b(?:only|just)\b(?: the)? {_REGION}\b", re.I),
+    re.compile(r"除了.{1,8}(?:以外|之外|外|都|其[他它余])|.{1,4}以外"),
     re.compile(
         r"(?<!不)只(?!剩)(?:把|让|给|对|将|改|动|在)?.{0,3}(?:天空?|脸|人物?|背景|前景|主体|左|右|"
         r"上半|下半|头发|眼睛|皮肤|衣服|车|房子|花|草|水|树)"
     ),
+)
+"""Sentences that ask for a part of the picture."""
+_KEEPING = (
     re.compile(
-        r"(?:其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空)"
-        r".{0,4}(?:不变|别动|不动|不要动|别碰|保持|别改|不改)"
+        rf"(?:\b(?:but|and|while)\s+)?\b(?:keep|keeping|leave|leaving|preserve|preserving|without (?:changing|touching|"
+        rf"affecting)|don['’]?t (?:touch|change)|do not (?:touch|change))\b(?: {_THE})+ (?:\w+ )?(?P<kept>{_KEPT})\b"
+        r"(?: (?:as (?:they are|it is|is|before)|the same|unchanged|alone|intact))?",
+        re.I,
     ),
     re.compile(
-        r"(?:保持|保留|不要动|别动|不动|不改变?|别改)(?:住|原来的?|原有的?)?"
-        r"(?:颜色|色彩|亮度|对比|饱和度|背景|人物?|脸|天空|其[他它余])"
+        r"(?:但是?|而且|并且?)?(?:还|也)?(?:保持|保留|不要动|别动|不动|不改变?|别改)(?:住|原来的?|原有的?)?"
+        r"(?P<kept>颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空|其[他它余])(?:不变|不动)?"
+    ),
+    re.compile(
+        r"(?:但是?|而且|并且?)?(?P<kept>其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空)"
+        r".{0,4}?(?:不变|别动|不动|不要动|别碰|保持不变|别改|不改|保持)"
     ),
 )
+"""Sentences that ask to keep something as it is."""
 
 
-def _check_restrictions(instruction: str, whole: Reading) -> None:
-    if whole.edit in _LOCAL or whole.edit == OUT_OF_SCOPE:
-        return
-    for pattern in _RESTRICTIONS:
+def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
+    """Return the sentence without a clause that its edit obeys by itself, where that clause keeps it from being read.
+
+    Raises InstructionError for a wish that concerns a part of the picture, or that would change what is to be kept.
+    """
+    whole = read([instruction])[0]
+    if whole.edit in _LOCAL and whole.is_wish(accepted):
+        return instruction
+    for pattern in _PARTS:
         if found := pattern.search(instruction):
-            raise InstructionError(
-                f"instruction: {instruction!r} asks for a part of the picture, or to spare one ({found[0].strip()!r}), "
-                f"but this model edits whole pictures; leave that out for {_plain(whole.edit)} everywhere, or use a "
-                "larger model (`openwu models`)"
-            )
+            _refuse_part(instruction, whole, found[0])
+    for pattern in _KEEPING:
+        if found := pattern.search(instruction):
+            left = _trimmed(instruction[: found.start()] + instruction[found.end() :])
+            wanted = read([left or "$"])[0]
+            bar = max(CERTAIN, accepted) if whole.is_wish(accepted) else accepted
+            wanted = wanted if wanted.is_wish(bar) else whole
+            changed = next((edits for kept, edits in _KEEPS if kept.search(found["kept"])), None)
+            part = changed is not None and not changed and re.search(rf"\b{_REGION}\b", left, re.I)
+            if part or changed is None or wanted.edit in changed:
+                _refuse_part(instruction, wanted, found[0])
+            elif wanted.edit != whole.edit or not whole.is_wish(accepted):
+                return left if wanted is not whole else instruction
+    return instruction
+
+
+def _refuse_part(instruction: str, whole: Reading, found: str) -> None:
+    if whole.edit in _LOCAL:
+        return
+    everywhere = "" if whole.edit == OUT_OF_SCOPE else f" for {_plain(whole.edit)} everywhere"
+    raise InstructionError(
+        f"instruction: {instruction!r} asks for a part of the picture, or to spare one ({found.strip()!r}), "
+        f"but this model edits whole pictures; leave that out{everywhere}, or use a larger model (`openwu models`)"
+    )
 
 
 # Several wishes
@@ -264,8 +281,10 @@ def _check_restrictions(instruction: str, whole: Reading) -> None:
 _THEN = r"(?:and then|then|followed by|afterwards|and also|and after that)"
 _SPLIT = re.compile(
     rf"(?P<then>\s*[,;.]?\s*\b{_THEN}\s+|[，。；,;]?\s*(?:然后|接着|随后|之后)再?|[，。；,;]\s*再)"
-    r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+|"
-    r"[，。；、,;.]\s*(?:并且|并|同时|而且|还要|也|另外)?\s*|并且|同时|再",
+    r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+"
+    r"|\s+(?P<adding>with )(?:(?:some|added|film|fine|heavy|a|a bit of|a little) )*"
+    r"(?=(?:grain|noise|vignette|fog|snow|rain)\b)|"
+    r"[，。；、,;.]\s*(?:并且|并|同时|而且|还要|也|另外)?\s*|并且|同时|(?<!合)并(?![不没非排])|再",
     re.IGNORECASE,
 )
 _FIRST = re.compile(r"^\s*(?:first(?:ly)?,?\s+|首先|先)|\s*(?:first)\s*$", re.IGNORECASE)
@@ -281,11 +300,11 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
     explicit = any(word in ("then", "and") for _, word in pieces[1:])
     if any(word == "," and _COMPARATIVE.match(text) for text, word in pieces[1:]):
         return None
-    texts = _with_content([text for text, _ in pieces])
+    texts = _with_verbs(_with_content([text for text, _ in pieces]), read, accepted)
     found = [_with_number(text, reading, read, accepted) for text, reading in zip(texts, read(texts), strict=True)]
     clear = [each for each in found if each.reading.is_wish(accepted)]
     edits = {each.reading.edit for each in clear}
-    if len(edits) == len(found) <= MOST_WISHES and all(map(_is_command, texts)):
+    if len(edits) == len(found) <= MOST_WISHES and all(map(_stands_alone, found)):
         if whole.edit in edits or not whole.is_wish(accepted):
             return tuple(found)
         return None
@@ -299,31 +318,56 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
             or (explicit and not each.reading.is_wish(accepted))
         )
     ]
-    if (
-        lost
-        and whole.edit not in _LOCAL
-        and any(each.reading.edit == whole.edit and _is_command(each.text) for each in clear)
-    ):
+    wanted = [each for each in clear if _stands_alone(each)]
+    shown = not whole.is_wish(accepted) or any(each.reading.edit == whole.edit for each in wanted)
+    if lost and wanted and shown and whole.edit not in _LOCAL:
         raise InstructionError(
-            f"instruction: {instruction!r} asks for more than {_plain(whole.edit)}, but {lost[0].text!r} was not "
-            "understood; leave it out, or say each wish by itself with --then (then=)"
+            f"instruction: {instruction!r} asks for more than {_plain(wanted[0].reading.edit)}, but {lost[0].text!r} "
+            "was not understood; leave it out, or say each wish by itself with --then (then=)"
         )
     return None
+
+
+def _stands_alone(wish: Wish) -> bool:
+    """Whether these words ask for their edit by themselves: a command, a complaint, or the edit's name."""
+    return bool(_is_command(wish.text) or wish.reading.sentence or wish.text.lower() == _plain(wish.reading.edit))
+
+
+_VERB_OF = re.compile(r"^(?:.*\b)?(?P<verb>add|put on|remove|reduce|increase|apply)\s", re.IGNORECASE)
+
+
+def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]:
+    """Give "a vignette" of "add grain and a vignette" its verb, where that makes it a wish."""
+    verb, whole = "", []
+    for piece in pieces:
+        found = _VERB_OF.match(piece)
+        longer = f"{verb} {piece}"
+        if (
+            verb
+            and not _is_command(piece)
+            and len(piece.split()) <= 4
+            and read([longer])[0].is_wish(max(CERTAIN, accepted))
+        ):
+            piece = longer
+        verb = found["verb"] if found else verb
+        whole.append(piece)
+    return whole
 
 
 def _split_pieces(instruction: str) -> Iterator[tuple[str, str]]:
     """(piece, what stands before it: "then", "and" or ",") of a sentence, fixed phrases left whole."""
     fixed = [match.span() for match in _FIXED.finditer(instruction)]
-    start, word = 0, ""
+    start, word, verb = 0, "", ""
     for match in _SPLIT.finditer(instruction):
         if any(begin <= match.start() < end for begin, end in fixed):
             continue
         if piece := _trimmed(instruction[start : match.start()]):
-            yield piece, word
+            yield verb + piece, word
+            verb = "add " if match["adding"] else ""
             word = "then" if match["then"] else "," if not match[0].strip(" ,.;，。；、") else "and"
         start = match.end()
     if piece := _trimmed(instruction[start:]):
-        yield piece, word
+        yield verb + piece, word
 
 
 def _trimmed(piece: str) -> str:
@@ -349,14 +393,15 @@ def _with_number(text: str, reading: Reading, read: Read, accepted: float) -> Wi
     """Turn the number of a sentence into a strength; a number that belongs to the edit's name stays."""
     amount = find_amount(text)
     if amount is None:
-        return Wish(text, reading)
+        return _wish(text, reading)
     without = read([amount.plain or "$"])[0]
     measurable = without.is_wish(accepted) and (not amount.stops or without.edit in LIGHT)
-    if reading.is_wish(accepted) and (reading.edit != without.edit or not measurable):
-        return Wish(text, reading)
+    other = reading.edit != without.edit and without.edit not in MEASURED
+    if reading.is_wish(accepted) and (other or not measurable):
+        return _wish(text, reading)
     if not measurable:
-        return Wish(text, replace(reading, probability=min(reading.probability, without.probability)))
-    return Wish(amount.plain, without, strength_of(amount, without.edit), amount.text)
+        return _wish(text, replace(reading, probability=min(reading.probability, without.probability)))
+    return _wish(amount.plain, without, strength_of(amount, without.edit), amount.text)
 
 
 def _plain(edit: str) -> str:

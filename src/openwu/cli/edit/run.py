@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -173,13 +173,14 @@ def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Name
     """What the words are taken for; raises InstructionError once, before any photo, for what the model refuses."""
     if arguments.allow_out_of_scope or arguments.adapter:
         return None
-    return editor.understand(
-        words[0],
-        edit=arguments.edit,
-        then=words[1:],
-        references=len(arguments.reference),
-        sequential=arguments.sequential,
-    )
+    references = len(arguments.reference)
+    if not arguments.sequential:
+        return editor.understand(words[0], edit=arguments.edit, then=words[1:], references=references)
+    first = editor.understand(words[0], edit=arguments.edit, references=references)
+    others = [editor.understand(text, references=references) for text in words[1:]]
+    if first is None:
+        return None
+    return replace(first, then=(*first.then, *(each for each in others if each is not None)))
 
 
 @dataclass(frozen=True)
