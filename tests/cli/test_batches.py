@@ -383,8 +383,9 @@ class Editor:
     def edit(self, images, *_, **__): return Result(read_picture(images[0]))
 def sync(_):
     if os.path.exists("out/a.png"):
-        print("writing", flush=True)
-        try: time.sleep(50)
+        try:
+            print("writing", flush=True)
+            time.sleep(50)
         except KeyboardInterrupt:
             if "swallow" not in sys.argv: raise
 sys.modules["openwu.editor.editor"] = types.SimpleNamespace(Editor=Editor)
