@@ -10,7 +10,6 @@ width of one adapted weight.
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -77,13 +76,7 @@ class BaseRequest:
     seed: int = 0
     reasoning: str | None = None
     image_size: str | None = None
-    """Size of the result, where the base draws at sizes of its own; see `check_image_size`. None: it chooses."""
-
-
-def check_image_size(size: object) -> None:
-    """Raise OpenwuError unless a size is None, "auto" (as None), HxW such as 1024x768, or a ratio W:H."""
-    if size is not None and not (isinstance(size, str) and re.fullmatch(r"auto|[1-9]\d*[x:][1-9]\d*", size)):
-        raise OpenwuError(f"image_size: expected auto, HxW such as 1024x1024, or W:H, got {size!r}")
+    """Size of the result, where the base draws at sizes of its own: HxW or W:H; None: it chooses."""
 
 
 class ConditionEncoder(ABC):

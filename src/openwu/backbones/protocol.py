@@ -9,6 +9,7 @@ Shapes: b requests; h and w the sides of a picture.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -323,6 +324,12 @@ class Backbone(ConditionEncoder):
             f"training: expected a base with a loss of its own, got {type(self).__name__}, which has none; train for "
             "another base (`openwu models`)"
         )
+
+
+def check_image_size(size: object) -> None:
+    """Raise OpenwuError unless a size is None, "auto" (as None), HxW such as 1024x768, or a ratio W:H."""
+    if size is not None and not (isinstance(size, str) and re.fullmatch(r"auto|[1-9]\d*[x:][1-9]\d*", size)):
+        raise OpenwuError(f"image_size: expected auto, HxW such as 1024x1024, or W:H, got {size!r}")
 
 
 def with_picture(photo: Photo, picture: Tensor) -> Photo:

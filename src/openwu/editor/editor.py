@@ -30,8 +30,10 @@ from openwu.editor.requests import (
     Progress,
     Task,
     check_options,
+    check_served,
     checked_instructions,
     checked_request,
+    job_of,
     listed,
     part_of,
     sentence_of,
@@ -312,7 +314,7 @@ class Editor:
         """Run a pass for each instruction on the result of the pass before. Returns the last one's result."""
         photo, *references = task.job.photos
         for index in task.indices:
-            job = self._job(task.request, (photo, *references), (task.job.instructions[index],))
+            job = job_of(self.backbone, task.request, (photo, *references), (task.job.instructions[index],))
             one = Task(task.request, job, None if task.understood is None else (task.understood[index],))
             report = part_of(progress, index, len(task.indices))
             (result,) = self._together([one], None, allow_out_of_scope, sampling, report, timings)
@@ -325,7 +327,7 @@ class Editor:
         """Make a job of a request and its decoded pictures, and see what the base takes the instructions for."""
         first = None if request.edit is None else sentence_of(request.edit, self.backbone, self.name)
         texts = checked_instructions(request, given, self.backbone.check_instruction, first)
-        job = self._job(request, photos, texts)
+        job = job_of(self.backbone, request, photos, texts)
         if texts == ("",):  # an adapter without words
             return Task(request, job, None)
         with self._turn():
@@ -345,38 +347,17 @@ class Editor:
             )
         words = tuple(each.instruction for each in understood)
         if words != texts:
-            job = self._job(request, photos, words)
+            job = job_of(self.backbone, request, photos, words)
         numbers = len(words) > 1 and any(each.strength != 1 for each in understood)
         return Task(request, job, understood, several or numbers or (sequential and len(words) > 1))
-
-    def _job(self, request: EditRequest, photos: tuple[Photo, ...], texts: tuple[str, ...]) -> EditJob:
-        """Make a job of a checked request, as the base reads it."""
-        assert request.seed is not None
-        job = self.backbone.read(photos, texts, request.seed, request.reasoning)
-        return job if request.image_size is None else replace(job, image_size=request.image_size)
 
     def _checked(
         self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
     ) -> list[EditRequest]:
-        """Refuse wrong values, and by name what this base cannot serve."""
-        requests = [checked_request(request, self.backbone.default_seed) for request in requests]
-        if any(each.reasoning is not None for each in requests) and not self.backbone.reasons:
-            raise InstructionError(f"reasoning: expected none for {self.name}, which does not reason; leave it out")
-        if allow_out_of_scope and not self.backbone.refuses_out_of_scope:
-            raise InstructionError(
-                f"allow_out_of_scope: expected False for {self.name}, which refuses no instruction; leave it out"
-            )
-        if not self.backbone.own_sizes:
-            asked = {"image_size": any(each.image_size is not None for each in requests)}
-            asked["fit_to_photo"] = sampling is not None and sampling.fit_to_photo
-            if refused := [name for name, value in asked.items() if value]:
-                raise OpenwuError(
-                    f"{', '.join(refused)}: expected none for {self.name}, whose results have the photograph's size; "
-                    "leave it out"
-                )
-        if sampling is not None:
-            self.backbone.check_sampling(sampling)
-        return requests
+        """Refuse wrong values, and by name what this base cannot serve; fill in the base's seed."""
+        checked = [checked_request(request, self.backbone.default_seed) for request in requests]
+        check_served(checked, self.backbone, self.name, allow_out_of_scope, sampling)
+        return checked
 
     def _photos(self, request: EditRequest) -> tuple[Photo, ...]:
         images = listed(request.images)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openwu.backbones.protocol import Backbone, EditJob
+from openwu.backbones.protocol import Backbone, EditJob, check_image_size
 from openwu.errors import InstructionError, OpenwuError, PictureError
 from openwu.images import Photo, Readable, encode_picture, write_picture
-from openwu.types import Adapter, SamplingOptions, Understood, check_image_size
+from openwu.types import Adapter, SamplingOptions, Understood
 
 Progress = Callable[[int, int], None]
 """Called with (parts done, parts in all)."""
@@ -147,6 +147,38 @@ def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
     return replace(
         request, strength=float(request.strength), seed=default_seed if seed is None else int(seed), image_size=size
     )
+
+
+def check_served(
+    requests: Sequence[EditRequest],
+    base: Backbone,
+    name: str,
+    allow_out_of_scope: bool,
+    sampling: SamplingOptions | None,
+) -> None:
+    """Raise OpenwuError that names what a base cannot serve. `name`: the base's, for messages."""
+    if any(each.reasoning is not None for each in requests) and not base.reasons:
+        raise InstructionError(f"reasoning: expected none for {name}, which does not reason; leave it out")
+    if allow_out_of_scope and not base.refuses_out_of_scope:
+        raise InstructionError(
+            f"allow_out_of_scope: expected False for {name}, which refuses no instruction; leave it out"
+        )
+    sizes = {"image_size": any(each.image_size is not None for each in requests)}
+    sizes["fit_to_photo"] = sampling is not None and sampling.fit_to_photo
+    if not base.own_sizes and any(sizes.values()):
+        refused = ", ".join(option for option, asked in sizes.items() if asked)
+        raise OpenwuError(
+            f"{refused}: expected none for {name}, whose results have the photograph's size; leave it out"
+        )
+    if sampling is not None:
+        base.check_sampling(sampling)
+
+
+def job_of(base: Backbone, request: EditRequest, photos: tuple[Photo, ...], texts: tuple[str, ...]) -> EditJob:
+    """Make a base's job of a checked request, its decoded pictures and its instructions."""
+    assert request.seed is not None
+    job = base.read(photos, texts, request.seed, request.reasoning)
+    return job if request.image_size is None else replace(job, image_size=request.image_size)
 
 
 def check_options(

@@ -26,14 +26,23 @@ from torch import Tensor, nn
 from openwu.backbones.diffusers.latents import as_tensor
 from openwu.backbones.hunyuan_image_3.dialogue import AUTO, LastLayer, choose_ratio, draw, inputs_of, write_reasoning
 from openwu.backbones.hunyuan_image_3.loading import EXTRA, RemoteModel, check_folder, check_trust, load_remote
-from openwu.backbones.protocol import Backbone, BaseFacts, EditJob, Progress, RequestScope, Routing, RowScope
+from openwu.backbones.protocol import (
+    Backbone,
+    BaseFacts,
+    EditJob,
+    Progress,
+    RequestScope,
+    Routing,
+    RowScope,
+    check_image_size,
+)
 from openwu.backbones.quantised import Quantise
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import of_bytes
 from openwu.images import Photo
 from openwu.kernels.modules import padded
-from openwu.types import BaseRequest, Condition, SamplingOptions, check_image_size
+from openwu.types import BaseRequest, Condition, SamplingOptions
 
 PLAIN = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj")
 EXPERTS = "mlp.experts"
