@@ -3,8 +3,7 @@
 `BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take. `FactorRules` is what an adapter and
 a generator need to know of an operator. What holds photographs, `EditRequest`, is in `openwu.editor.requests`.
 
-Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts, A_dim / B_dim the input and output
-width of one adapted weight.
+Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts, A_dim / B_dim a weight's in and out.
 """
 
 from __future__ import annotations
@@ -76,7 +75,6 @@ class BaseRequest:
     seed: int = 0
     reasoning: str | None = None
     image_size: str | None = None
-    """Size of the result, where the base draws at sizes of its own: HxW or W:H; None: it chooses."""
 
 
 class ConditionEncoder(ABC):
@@ -148,8 +146,6 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise OpenwuError(f"{name}: expected a whole number above 0, got {value!r}")
-        if not isinstance(self.fit_to_photo, bool):
-            raise OpenwuError(f"fit_to_photo: expected True or False, got {self.fit_to_photo!r}")
         for name in ("guidance", "image_guidance", "true_guidance"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
@@ -178,8 +174,9 @@ class Understood:
     def __str__(self) -> str:
         """Return this for people: "brighten (84%) at strength 0.51, then add noise (95%)"."""
         strength = "" if self.strength == 1 else f" at strength {self.strength:.2f}"
-        name = self.edit.replace("_", " ")
-        return ", then ".join([f"{name} ({self.probability:.0%}){strength}", *map(str, self.then)])
+        return ", then ".join(
+            [f"{self.edit.replace('_', ' ')} ({self.probability:.0%}){strength}", *map(str, self.then)]
+        )
 
 
 @dataclass(frozen=True)
@@ -451,6 +448,5 @@ class Adapter:
 
 @cache
 def _rules(operator: str) -> FactorRules:
-    rules = resolve(OPERATOR_OF)(operator)
-    assert isinstance(rules, FactorRules)
+    rules: FactorRules = resolve(OPERATOR_OF)(operator)
     return rules

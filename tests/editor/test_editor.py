@@ -247,7 +247,7 @@ def weights_differ(one: Adapter, other: Adapter) -> float:
         ({"strength": "a"}, "strength: expected a finite number, 1 for the edit as asked, got 'a'"),
         ({"strength": True}, "strength: expected"),
         ({"strength": None}, "strength: expected"),
-        ({"seed": None}, "seed: expected a whole number"),
+        ({"seed": "7"}, "seed: expected a whole number"),
         ({"seed": 1.5}, "seed: expected a whole number"),
         ({"seed": -1}, "seed: expected a whole number"),
         ({"then": 5}, "then: expected a text or a list of texts, got int"),

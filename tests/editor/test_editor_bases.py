@@ -375,6 +375,8 @@ def test_what_a_base_cannot_serve_is_refused_by_name(kontext: Editor, model_fold
             editor.edit(photo, "brighter", sampling=SamplingOptions(fit_to_photo=True))
         with pytest.raises(OpenwuError, match=r"^image_size: expected none"):
             editor.adapt(photo, "brighter", image_size="1:2")
+        with pytest.raises(OpenwuError, match="fit_to_photo: expected True or False, got 'yes'"):
+            editor.edit(photo, "brighter", sampling=SamplingOptions(fit_to_photo="yes"))  # type: ignore[arg-type]
 
 
 def test_without_a_seed_it_is_the_base_s_and_the_result_tells(kontext: Editor) -> None:

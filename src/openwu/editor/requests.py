@@ -163,6 +163,8 @@ def check_served(
         raise InstructionError(
             f"allow_out_of_scope: expected False for {name}, which refuses no instruction; leave it out"
         )
+    if sampling is not None and not isinstance(sampling.fit_to_photo, bool):
+        raise OpenwuError(f"fit_to_photo: expected True or False, got {sampling.fit_to_photo!r}")
     sizes = {"image_size": any(each.image_size is not None for each in requests)}
     sizes["fit_to_photo"] = sampling is not None and sampling.fit_to_photo
     if not base.own_sizes and any(sizes.values()):
