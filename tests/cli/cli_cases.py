@@ -65,7 +65,6 @@ class FakeEditor:
         *,
         edit: str | None,
         then: tuple[str, ...],
-        sequential: bool,
         strength: float,
         seed: int | None,
         adapter: FakeAdapter | None,
@@ -79,7 +78,7 @@ class FakeEditor:
         self.asked.append(
             {"images": images, "instruction": instruction, "then": then, "strength": strength, "seed": seed}
         )
-        self.sequential, self.named = sequential, edit
+        self.named = edit
         if "dragon" in instruction and not allow_out_of_scope:
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
         progress(1, 2)
@@ -103,7 +102,7 @@ class FakeEditor:
         then: tuple[str, ...] = (),
         references: int = 0,
     ) -> Understood | None:
-        if "dragon" in instruction:
+        if any("dragon" in text for text in (instruction, *then)):
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
         self.read = (instruction, edit, then, references)
         return self.understood

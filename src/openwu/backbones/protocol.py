@@ -13,7 +13,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self
@@ -87,15 +87,11 @@ class EditJob:
     photos: tuple[Photo, ...]
     """The picture to edit, then references, in the depth in which they were read."""
     instructions: tuple[str, ...]
-    """What to do, in order; several for an adapter that is the sum of several."""
+    """What to do, in order. A pass has one instruction, or those of an adapter that is the sum of several."""
     seed: int = 0
     reasoning: str | None = None
     image_size: str | None = None
     """Size of the result, for bases of `own_sizes`."""
-
-    def only(self, index: int) -> Self:
-        """Return the job with one of its instructions: what one adapter is generated for."""
-        return self if len(self.instructions) == 1 else replace(self, instructions=(self.instructions[index],))
 
     @cached_property
     def pixels(self) -> list[Pixels]:

@@ -74,10 +74,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="what else to do, in the same pass by adding up adapters (--sequential comes closer); may be repeated",
-    )
-    edit.add_argument(
-        "--sequential", action="store_true", help="a pass for each --then, of what the pass before made: slower, closer"
+        help="what to do next, in a pass of its own on what the pass before made; may be repeated",
     )
     edit.add_argument(
         "--reference",

@@ -49,7 +49,7 @@ class EditRequest:
     """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws. None:
     the base's default, `Backbone.default_seed`."""
     then: str | Sequence[str] = ()
-    """What else to do in the same pass: the low-rank updates of all instructions are added up."""
+    """What to do next: each instruction has a pass of its own, on the result of the one before."""
     reasoning: str | None = None
     """What a base that reasons before it draws shall have thought; None: it writes that itself, "": it does not."""
     edit: str | None = None
@@ -100,18 +100,11 @@ class Task:
     request: EditRequest
     job: EditJob
     understood: tuple[Understood, ...] | None
-    sequential: bool = False
-    """Whether every instruction has a pass of its own."""
 
     @property
     def summary(self) -> Understood | None:
         """The first wish, with the others in its `then`."""
         return replace(self.understood[0], then=self.understood[1:]) if self.understood else None
-
-    @property
-    def indices(self) -> range:
-        """Of the instructions."""
-        return range(len(self.job.instructions))
 
 
 def checked_request(request: EditRequest, default_seed: int) -> EditRequest:

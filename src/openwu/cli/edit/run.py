@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -107,12 +107,8 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise UsageError("--cache: the adapter of --adapter needs no look-up; leave one of them out")
     if arguments.adapter and arguments.then:
         raise UsageError("--then: an adapter of --adapter is complete; generate with --instruction and --then instead")
-    if arguments.sequential and not arguments.then:
-        raise UsageError("--sequential: expected with --then, which says what comes next; add that or leave it out")
-    if arguments.sequential and arguments.save_adapter:
-        raise UsageError(
-            "--save-adapter: edits in turn have an adapter each; leave out --sequential, or save one by one"
-        )
+    if arguments.then and arguments.save_adapter:
+        raise UsageError("--save-adapter: edits in turn have an adapter each; leave out --then, or save one by one")
     if arguments.edit is not None and (arguments.instruction is not None or arguments.adapter):
         raise UsageError("--edit: expected without --instruction and --adapter, which say what to do; leave one out")
     if arguments.dry_run and arguments.adapter:
@@ -175,13 +171,13 @@ def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Name
     if arguments.allow_out_of_scope or arguments.adapter:
         return None
     references = len(arguments.reference)
-    if not arguments.sequential:
-        return editor.understand(words[0], edit=arguments.edit, then=words[1:], references=references)
-    first = editor.understand(words[0], edit=arguments.edit, references=references)
-    others = [editor.understand(text, references=references) for text in words[1:]]
-    if first is None:
-        return None
-    return replace(first, then=(*first.then, *(each for each in others if each is not None)))
+    understood = editor.understand(words[0], edit=arguments.edit, then=words[1:], references=references)
+    if understood is not None and understood.then and arguments.save_adapter:
+        raise UsageError(
+            f"--save-adapter: {words[0]!r} asks for several edits ({understood}), which have an adapter each; save one "
+            "by one"
+        )
+    return understood
 
 
 @dataclass(frozen=True)
@@ -222,7 +218,6 @@ class _Edit:
             self.words[0],
             edit=self.arguments.edit,
             then=self.words[1:],
-            sequential=self.arguments.sequential,
             strength=self.arguments.strength,
             seed=self.arguments.seed,
             adapter=self.adapter,
