@@ -1,0 +1,64 @@
+"""Systems that edit pictures: ours, other people's models on this machine, and those behind an API, each one file.
+
+A system turns a case into one picture, or says why there is none: refused, missing or failed. None of that is a score.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from PIL import Image
+
+from openwu.errors import OpenwuError
+from openwu.evaluation.cases import Case
+
+
+class RefusedError(OpenwuError):
+    """A system that declines a case; recorded as `refused`."""
+
+
+class MissingError(OpenwuError):
+    """A picture that should be there and is not; recorded as `missing`."""
+
+
+class System(ABC):
+    """An editor under evaluation."""
+
+    name: str
+    """Name in the record and in reports."""
+    is_paid: bool = False
+    """Whether a call may cost money: then the number of calls is shown and confirmed first."""
+    workers: int = 1
+    """Cases edited at once."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, object]:
+        """Return everything that the pictures depend on beside the case: model, settings, version; never a key."""
+
+    @abstractmethod
+    def edit(self, case: Case) -> Image.Image:
+        """Edit one case.
+
+        Raises RefusedError, MissingError, EndpointError where no case can succeed, or another OpenwuError for this case alone.
+        """
+
+    def check(self) -> None:
+        """Raise OpenwuError where nothing can be edited, before the first case."""
+        return
+
+
+SYSTEMS: dict[str, str] = {
+    "gpt-image-1.5": "openwu.evaluation.systems.openai_images:gpt_image_15",
+    "gpt-image-2": "openwu.evaluation.systems.openai_images:gpt_image_2",
+    "openai-compatible": "openwu.evaluation.systems.openai_images:compatible",
+    "nano-banana-2": "openwu.evaluation.systems.gemini:nano_banana_2",
+    "nano-banana-pro": "openwu.evaluation.systems.gemini:nano_banana_pro",
+    "seedream-4.5": "openwu.evaluation.systems.seedream:seedream_45",
+    "step1x-edit": "openwu.evaluation.systems.local:step1x_edit",
+    "qwen-image-edit": "openwu.evaluation.systems.local:qwen_image_edit",
+    "qwen-image-edit-2511": "openwu.evaluation.systems.local:qwen_image_edit_2511",
+    "longcat-image-edit": "openwu.evaluation.systems.local:longcat_image_edit",
+    "flux2-dev": "openwu.evaluation.systems.local:flux2_dev",
+    "flux-kontext": "openwu.evaluation.systems.local:flux_kontext",
+}
+"""Systems that the articles name: name -> function that makes one from `SystemOptions`."""
