@@ -6,6 +6,7 @@ A system turns a case into one picture, or says why there is none: refused, miss
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -19,6 +20,22 @@ class RefusedError(OpenwuError):
 
 class MissingError(OpenwuError):
     """A picture that should be there and is not; recorded as `missing`."""
+
+
+@dataclass(frozen=True)
+class SystemOptions:
+    """What a user chooses about a system."""
+
+    name: str
+    model: str | None = None
+    """Name of the model at the endpoint, or a local model's folder; None: the system's own."""
+    url: str | None = None
+    key_variable: str | None = None
+    timeout: float = 300.0
+    workers: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    device: str | None = None
 
 
 class System(ABC):
@@ -35,11 +52,16 @@ class System(ABC):
     def identity(self) -> dict[str, object]:
         """Return everything that the pictures depend on beside the case: model, settings, version; never a key."""
 
+    def identity_of(self, case: Case) -> dict[str, object]:
+        """Return what the picture of one case depends on beside the case and `identity`."""
+        return {}
+
     @abstractmethod
     def edit(self, case: Case) -> Image.Image:
         """Edit one case.
 
-        Raises RefusedError, MissingError, EndpointError where no case can succeed, or another OpenwuError for this case alone.
+        Raises RefusedError, MissingError, EndpointError where no case can succeed, or another OpenwuError for this
+        case alone.
         """
 
     def check(self) -> None:
