@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openwu.backbones.embedded.network import place_planes
+from openwu.backbones.embedded.network import noise_plane, place_planes
 from openwu.data.suite import EDITS, Pair, Scene
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS
 from openwu.data.suite.phrases import LANGUAGES, load_phrases
@@ -83,8 +83,8 @@ class Case:
         """Standard normal noise `[1, h, w]` that the base sees: added grain, rain and scratches depend on it."""
         if self.drawn_noise is not None:
             return self.drawn_noise
-        generator = torch.Generator().manual_seed(zlib.crc32(self.key.encode()))
-        return torch.randn(1, *self.picture.shape[1:], generator=generator)
+        height, width = self.picture.shape[1:]
+        return noise_plane(width, height, zlib.crc32(self.key.encode())).float()
 
     @property
     def planes(self) -> Tensor:

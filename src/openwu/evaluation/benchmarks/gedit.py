@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,15 @@ LANGUAGES = {"en": "en", "cn": "zh"}
 """Upstream's name -> ours."""
 INTERSECTION = "intersection"
 COLUMNS = ("task_type", "key", "instruction", "instruction_language", "input_image", "Intersection_exist")
+
+CSV_COLUMNS = (
+    "edited_image",
+    "instruction",
+    "sementics_score",
+    "quality_score",
+    "intersection_exist",
+    "instruction_language",
+)
 
 
 def load(folder: Path, work: Path, *, partial: bool = False) -> list[Case]:
@@ -129,20 +137,23 @@ def read_upstream_scores(folder: Path, system: str) -> tuple[list[StoredCase], S
     Returns cases, scores and statuses. Rows that upstream skipped in silence are cases of status "missing". Raises
     DatasetError for a missing category, a broken number, a row that is there twice, or more rows than cases.
     """
+    rows = {task: list(_csv_rows(folder, task)) for task in COUNTS}
+    languages = {row["instruction_language"] for each in rows.values() for row in each}
+    if not languages or languages - LANGUAGES.keys():
+        raise DatasetError(f"{folder}: expected rows of languages {list(LANGUAGES)}, got {sorted(languages)}")
     cases, scores, states = [], Scores(), {}
-    for task, count in COUNTS.items():
-        rows = list(_csv_rows(folder, task))
-        for upstream, language in LANGUAGES.items():
-            own = [row for row in rows if row["instruction_language"] == upstream]
-            keys = [f"{upstream}/{Path(row['edited_image']).stem}" for row in own]
-            twice = sorted(key for key, number in Counter(keys).items() if number > 1)
-            if twice or len(own) > count:
-                raise DatasetError(
-                    f"{folder}: {task}, {upstream}: expected {count} rows once each, got {len(own)}; {twice}"
-                )
-            if not own and not any(row["instruction_language"] == upstream for row in rows):
-                continue  # this language was not evaluated, or has no rows at all: see below
-            for row, key in zip(own, keys, strict=True):
+    for upstream in sorted(languages):
+        language = LANGUAGES[upstream]
+        for task, count in COUNTS.items():
+            own = {}
+            for row in (row for row in rows[task] if row["instruction_language"] == upstream):
+                key = f"{upstream}/{Path(row['edited_image']).stem}"
+                if key in own:
+                    raise DatasetError(f"{folder}: {task}: expected every case once, got {key!r} twice")
+                own[key] = row
+            if len(own) > count:
+                raise DatasetError(f"{folder}: {task}, {upstream}: expected at most {count} rows, got {len(own)}")
+            for key, row in own.items():
                 tags = (INTERSECTION,) if row["intersection_exist"].strip().lower() in ("true", "1") else ()
                 cases.append(StoredCase(key, task, row["instruction"], language, key, tags, ()))
                 semantics, quality = (_number(row, name, task) for name in ("sementics_score", "quality_score"))
@@ -152,15 +163,6 @@ def read_upstream_scores(folder: Path, system: str) -> tuple[list[StoredCase], S
                 key = f"{upstream}/{task}-missing-{number}"
                 cases.append(StoredCase(key, task, "", language, key, (), ()))
                 states[system, key] = "missing"
-    for language in {case.language for case in cases}:
-        absent = sorted(COUNTS.keys() - {case.task for case in cases if case.language == language})
-        for task in absent:
-            for number in range(COUNTS[task]):
-                key = f"{language}/{task}-missing-{number}"
-                cases.append(StoredCase(key, task, "", language, key, (), ()))
-                states[system, key] = "missing"
-    if not cases:
-        raise DatasetError(f"{folder}: expected rows in English or Chinese (en, cn), got none")
     return cases, scores, states
 
 

@@ -64,7 +64,7 @@ def _places(file: Path, name: str) -> list[Path]:
 
 
 def read_entries(folder: Path) -> tuple[Path, dict[str, dict[str, str]]]:
-    """Return the file and its entries, key -> {id, prompt, edit_type}. Raises DatasetError that lists broken entries."""
+    """Return the file and its entries, key -> {id, prompt, edit_type}. Raises DatasetError."""
     files = [folder] if folder.is_file() else [folder / LISTING, folder / "Basic" / LISTING]
     file = next((each for each in files if each.is_file()), None)
     if file is None:

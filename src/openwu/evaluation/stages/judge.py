@@ -50,15 +50,11 @@ class JudgePlan:
 
 
 def latest_outputs(record: RunFolder, systems: Sequence[str] | None = None) -> dict[tuple[str, str], Output]:
-    """Return (system, case) -> its last output with a picture, else its last one.
+    """Return (system, case) -> its last output.
 
     Raises OpenwuError for a system that the record does not have.
     """
-    found: dict[tuple[str, str], Output] = {}
-    for output in record.outputs().values():
-        where = (output.system, output.case)
-        if output.status == DONE or where not in found or found[where].status != DONE:
-            found[where] = output
+    found = {(output.system, output.case): output for output in record.outputs().values()}
     known = list(dict.fromkeys(system for system, _ in found))
     unknown = sorted(set(systems or ()) - set(known))
     if unknown or not known:

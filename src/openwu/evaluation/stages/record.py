@@ -160,8 +160,13 @@ class RunFolder:
         return [_read(StoredCase, line, self._cases) for line in self._cases.lines()]
 
     def outputs(self) -> dict[str, Output]:
-        """Read the last output of every key."""
-        return {each.key: each for each in (_read(Output, line, self._outputs) for line in self._outputs.lines())}
+        """Read the last output of every key, in the order in which they were recorded."""
+        found: dict[str, Output] = {}
+        for line in self._outputs.lines():
+            each = _read(Output, line, self._outputs)
+            found.pop(each.key, None)
+            found[each.key] = each
+        return found
 
     def judgements(self) -> dict[str, Judgement]:
         """Read the judgement of every key: the last one that scored, else the last one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,16 +86,31 @@ def summarise(record: RunFolder, rubric: Rubric, judge: str, *, macro: bool = Tr
         known = sorted({each.judge for each in record.judgements().values()})
         raise OpenwuError(f"{record.folder}: expected judgements of {judge!r}, got those of {known or 'nobody'}")
     scores, states = collect(cases, outputs, judgements, rubric)
-    systems = list(dict.fromkeys(system for system, _ in outputs))
+    name = str(record.settings()["benchmark"])
+    found = build(name, judge, rubric, list(cases.values()), scores, states, macro=macro)
+    return replace(found, diagnostics=diagnose(judgements))
+
+
+def build(
+    benchmark: str,
+    judge: str,
+    rubric: Rubric,
+    cases: Sequence[StoredCase],
+    scores: Scores,
+    states: Mapping[tuple[str, str], str],
+    *,
+    macro: bool = True,
+) -> Report:
+    """Build a report of scores, wherever they come from; systems are those of `states`."""
+    systems = list(dict.fromkeys(system for system, _ in states))
     rows = [
         _row(system, subset, members, scores, states, rubric, macro)
         for system in systems
-        for subset, members in subsets(list(cases.values())).items()
+        for subset, members in subsets(cases).items()
     ]
-    differences = _differences(systems, cases, scores, rubric)
+    differences = _differences(systems, {case.key: case for case in cases}, scores, rubric)
     adjusted = holm({name: each.p for name, each in differences.items() if not math.isnan(each.p)})
-    settings = record.settings()
-    return Report(str(settings["benchmark"]), judge, rubric.headline, rows, differences, adjusted, diagnose(judgements))
+    return Report(benchmark, judge, rubric.headline, rows, differences, adjusted)
 
 
 def collect(

@@ -43,14 +43,16 @@ def plan_run(record: RunFolder, cases: Sequence[Case], system: System, *, retry:
 
     `retry`: also those that failed, were missing or refused. A recorded picture that is damaged counts as none.
     """
-    outputs = record.outputs()
+    latest = {(output.system, output.case): output for output in record.outputs().values()}
     identity = {"name": system.name, **system.identity()}
     todo = []
     for case in cases:
-        key = output_key(case, identity)
-        output = outputs.get(key)
-        intact = output is not None and (output.status != DONE or record.has_picture(output.picture))
-        if output is None or not intact or (retry and output.status != DONE):
+        key = output_key(case, {**identity, **system.identity_of(case)})
+        output = latest.get((system.name, case.key))
+        intact = output is not None and output.key == key
+        if output is not None and output.status == DONE:
+            intact = intact and record.has_picture(output.picture)
+        if not intact or (retry and output is not None and output.status != DONE):
             todo.append((key, case))
     return RunPlan(tuple(todo), len(cases) - len(todo), system.is_paid)
 
@@ -125,11 +127,14 @@ def work_through(
                 while waiting and error is None and len(running) < workers:
                     running.add(pool.submit(do, waiting.popleft()))
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    keep(future.result())
-            except BaseException as raised:  # raised again when all that had begun is recorded
+            except BaseException as raised:  # Ctrl-C; raised again when all that had begun is recorded
                 if error is not None:
                     raise
-                error = raised
+                error, finished = raised, set()
+            for future in finished:
+                try:
+                    keep(future.result())
+                except BaseException as raised:
+                    error = error or raised
     if error is not None:
         raise error

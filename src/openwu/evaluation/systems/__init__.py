@@ -52,7 +52,7 @@ class System(ABC):
     def identity(self) -> dict[str, object]:
         """Return everything that the pictures depend on beside the case: model, settings, version; never a key."""
 
-    def identity_of(self, case: Case) -> dict[str, object]:
+    def identity_of(self, _case: Case, /) -> dict[str, object]:
         """Return what the picture of one case depends on beside the case and `identity`."""
         return {}
 

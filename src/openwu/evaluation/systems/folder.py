@@ -33,12 +33,11 @@ class OutputsFolder(System):
         }
 
     def identity(self) -> dict[str, object]:
-        names = sorted(file.relative_to(self.folder).as_posix() for file in self._files.values())
-        return {
-            "kind": "folder",
-            "files": names,
-            "content": of_files([self.folder / name for name in names]).hexdigest(),
-        }
+        return {"kind": "folder"}
+
+    def identity_of(self, case: Case, /) -> dict[str, object]:
+        file = self.file_of(case)
+        return {"file": None if file is None else of_files([file]).hexdigest()}
 
     def edit(self, case: Case) -> Image.Image:
         """Read the case's picture. Raises MissingError where there is none or it cannot be read."""

@@ -82,9 +82,8 @@ class DiffusersPipeline(System):
 def step1x_edit(options: SystemOptions) -> DiffusersPipeline:
     """Step1X-Edit v1.1; needs a diffusers that has its pipeline."""
     defaults = {"num_inference_steps": 28, "true_cfg_scale": 6.0}
-    return DiffusersPipeline(
-        options, "stepfun-ai/Step1X-Edit-v1p1-diffusers", defaults=defaults, guidance_name="true_cfg_scale"
-    )
+    repository = "stepfun-ai/Step1X-Edit-v1p1-diffusers"
+    return DiffusersPipeline(options, repository, defaults=defaults, guidance_name="true_cfg_scale")
 
 
 def qwen_image_edit(options: SystemOptions) -> DiffusersPipeline:
