@@ -8,14 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from openwu.errors import DatasetError
 from openwu.evaluation.cases import Case
 
-BENCHMARKS: dict[str, str] = {
-    "gedit": "openwu.evaluation.benchmarks.gedit:load",
-    "imgedit": "openwu.evaluation.benchmarks.imgedit:load",
-    "own": "openwu.evaluation.benchmarks.own:load",
-    "cases": "openwu.evaluation.benchmarks.listing:load",
-}
-"""Benchmark -> function (folder, working folder) -> cases; adding one is a file and a line."""
-
 RUBRIC_OF = {"gedit": "gedit", "imgedit": "imgedit", "own": "four-dimensions", "cases": "four-dimensions"}
 """The rubric that a benchmark is judged by, unless another one is asked for."""
 

@@ -86,7 +86,7 @@ class Rubric(ABC):
     """Whether two edited pictures are compared instead of one being scored."""
 
     @abstractmethod
-    def questions(self, case: StoredCase) -> Sequence[Question]:
+    def questions(self, case: StoredCase, /) -> Sequence[Question]:
         """Return the questions about a case."""
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Respondent(ABC):
         """Return everything that answers depend on, without keys."""
 
     @abstractmethod
-    def answer(self, question: Question, case: StoredCase, /, pictures: Mapping[str, Image.Image]) -> Answer:
+    def answer(self, question: Question, case: StoredCase, pictures: Mapping[str, Image.Image], /) -> Answer:
         """Answer one question about pictures by name. Raises EndpointError where no question can be answered."""
 
     def check(self) -> None:

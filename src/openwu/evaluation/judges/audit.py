@@ -86,7 +86,7 @@ class Audit:
 
 def audit_cases(cases: Sequence[tuple[StoredCase, Tensor, Tensor]]) -> list[AuditCase]:
     """Make audit cases of (case, source, target). Raises OpenwuError where no photograph has two different cases."""
-    found = []
+    found: list[AuditCase] = []
     for case, source, target in cases:
         others = [
             each

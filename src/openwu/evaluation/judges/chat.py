@@ -57,7 +57,7 @@ class ChatModel(Respondent):
     def check(self) -> None:
         self.endpoint.key()
 
-    def answer(self, question: Question, _case: StoredCase, /, pictures: Mapping[str, Image.Image]) -> Answer:
+    def answer(self, question: Question, _case: StoredCase, pictures: Mapping[str, Image.Image], /) -> Answer:
         try:
             reply = self.endpoint.post("/chat/completions", body=self._body(question, pictures))
         except CallRefusedError as error:

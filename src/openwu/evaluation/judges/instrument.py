@@ -8,6 +8,7 @@ Shapes: h, w sides of the picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,7 +35,7 @@ class Measures(Rubric):
     metrics: Mapping[str, tuple[float, float]] = {**dict.fromkeys(DIMENSIONS, (1.0, 5.0)), "overall": (1, 5)}
     headline = "overall"
 
-    def questions(self, case: StoredCase) -> Sequence[Question]:
+    def questions(self, _case: StoredCase, /) -> Sequence[Question]:
         return (Question("instrument", VERSION, "", (SOURCE, EDITED, TARGET), dict.fromkeys(DIMENSIONS, (1, 5))),)
 
     def combine(self, answers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -50,7 +51,7 @@ class Instrument(Respondent):
     def identity(self) -> dict[str, object]:
         return {"measures": VERSION}
 
-    def answer(self, question: Question, case: StoredCase, /, pictures: Mapping[str, Image.Image]) -> Answer:
+    def answer(self, _question: Question, case: StoredCase, pictures: Mapping[str, Image.Image], /) -> Answer:
         if TARGET not in pictures:
             return Answer(FAILED, note=f"case {case.key!r} has no known target to measure against")
         source, edited, target = (image_tensor(pictures[name]) for name in (SOURCE, EDITED, TARGET))
@@ -92,7 +93,7 @@ def _alignment(source: Tensor, edited: Tensor, target: Tensor) -> float:
     if size < (VISIBLE / 4) ** 2:  # nothing was to be done
         return 1.0 - min(1.0, float(made.abs().mean()) / 0.05)
     progress = float(made @ wanted / wanted.square().sum())
-    aside = float((made - progress * wanted).square().mean() / size) ** 0.5
+    aside = math.sqrt(float((made - progress * wanted).square().mean()) / size)
     return (1 - abs(1 - progress)) / (1 + aside)
 
 
@@ -150,7 +151,8 @@ def _noise(x: Tensor) -> float:
     rows = 2 * grey[..., 1:-1, 1:-1] - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1]
     columns = 2 * grey[..., 1:-1, 1:-1] - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]
     second = rows + columns
-    return float(second.abs().median()) / 0.6745 / 20**0.5
+    median: float = second.abs().median().item()
+    return median / 0.6745 / math.sqrt(20)
 
 
 def _levels(x: Tensor) -> float:

@@ -31,7 +31,7 @@ class GEdit(Rubric):
     metrics: Mapping[str, tuple[float, float]] = {"SC": (0, 10), "PQ": (0, 10), "O": (0, 10)}
     headline = "O"
 
-    def questions(self, case: StoredCase) -> Sequence[Question]:
+    def questions(self, case: StoredCase, /) -> Sequence[Question]:
         ten = (0, 10)
         semantics = _question(
             "gedit-sc",
@@ -124,7 +124,7 @@ class ImgEdit(Rubric):
     }
     headline = "overall"
 
-    def questions(self, case: StoredCase) -> Sequence[Question]:
+    def questions(self, case: StoredCase, /) -> Sequence[Question]:
         if case.task not in IMGEDIT_CRITERIA:
             raise OpenwuError(
                 f"imgedit: case {case.key!r}: expected a task of {sorted(IMGEDIT_CRITERIA)}, got {case.task!r}; "
@@ -166,7 +166,7 @@ class FourDimensions(Rubric):
     metrics: Mapping[str, tuple[float, float]] = {**dict.fromkeys(DIMENSIONS, (1.0, 5.0)), "overall": (1, 5)}
     headline = "overall"
 
-    def questions(self, case: StoredCase) -> Sequence[Question]:
+    def questions(self, case: StoredCase, /) -> Sequence[Question]:
         text = (
             f"A picture was to be edited as follows: {case.instruction}\nThe first picture is the original, the second "
             "one the result. Grade each of four things on its own, from 1 (bad) over 3 (acceptable) to 5 (nothing to "
@@ -188,7 +188,7 @@ class Pairs(Rubric):
     headline = "preference"
     pairwise = True
 
-    def questions(self, case: StoredCase) -> Sequence[Question]:
+    def questions(self, case: StoredCase, /) -> Sequence[Question]:
         text = (
             f"Two programs edited the first picture as follows: {case.instruction}\nThe second and the third picture "
             "are their results. Which one is better: the instruction carried out, the rest left alone, a "

@@ -137,7 +137,8 @@ def _pictures(record: RunFolder, sheet: Path) -> str:
     """Write the sheet of the first cases, and return the page's pictures."""
     outputs = latest_outputs(record)
     systems = list(dict.fromkeys(system for system, _ in outputs))
-    text, rows = "<h2>Pictures</h2>", {}
+    text = "<h2>Pictures</h2>"
+    rows: dict[str, list[torch.Tensor]] = {}
     for case in record.cases()[:PAGE_ROWS]:
         cells = _cells(record, case, systems, outputs)
         figures = "".join(

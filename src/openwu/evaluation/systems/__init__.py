@@ -67,20 +67,3 @@ class System(ABC):
     def check(self) -> None:
         """Raise OpenwuError where nothing can be edited, before the first case."""
         return
-
-
-SYSTEMS: dict[str, str] = {
-    "gpt-image-1.5": "openwu.evaluation.systems.openai_images:gpt_image_15",
-    "gpt-image-2": "openwu.evaluation.systems.openai_images:gpt_image_2",
-    "openai-compatible": "openwu.evaluation.systems.openai_images:compatible",
-    "nano-banana-2": "openwu.evaluation.systems.gemini:nano_banana_2",
-    "nano-banana-pro": "openwu.evaluation.systems.gemini:nano_banana_pro",
-    "seedream-4.5": "openwu.evaluation.systems.seedream:seedream_45",
-    "step1x-edit": "openwu.evaluation.systems.local:step1x_edit",
-    "qwen-image-edit": "openwu.evaluation.systems.local:qwen_image_edit",
-    "qwen-image-edit-2511": "openwu.evaluation.systems.local:qwen_image_edit_2511",
-    "longcat-image-edit": "openwu.evaluation.systems.local:longcat_image_edit",
-    "flux2-dev": "openwu.evaluation.systems.local:flux2_dev",
-    "flux-kontext": "openwu.evaluation.systems.local:flux_kontext",
-}
-"""Systems that the articles name: name -> function that makes one from `SystemOptions`."""
