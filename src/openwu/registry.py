@@ -1,7 +1,7 @@
 """Extension points by name: plain dicts name -> "module:Class", and the one function that resolves them.
 
-One line here adds a base, a condition encoder, an operator, an export format, a benchmark or an editor to compare with; the module behind it is imported on
-first use.
+One line here adds a base, a condition encoder, an operator, an export format, a benchmark or an editor to compare with;
+the module behind it is imported on first use.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def test_an_unfinished_line_is_cut_off_and_a_broken_one_is_named(tmp_path: Path)
         file.write(b'{"a": 2, "unfin')
     assert lines.lines() == [{"a": 1}]
     lines.append({"a": "\ud800 三"})
-    assert [each["a"] for each in lines.lines()][0] == 1
+    assert lines.lines()[0] == {"a": 1}
     assert len(lines.lines()) == 2
     lines.path.write_bytes(b'{"a": 1}\nnonsense\n{"a": 3}\n')
     with pytest.raises(OpenwuError, match=r"j\.jsonl:2: expected a JSON object"):
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(journal, "_write_all", half)
-        with pytest.raises(OpenwuError, match="No space left.*make room and repeat"):
+        with pytest.raises(OpenwuError, match=r"No space left.*make room and repeat"):
             lines.append({"b": 2})
     assert lines.path.read_bytes() == before
     lines.append({"b": 2})

@@ -147,7 +147,7 @@ class Endpoint:
 
     def _object(self, data: bytes) -> dict[str, Any]:
         try:
-            found = json.loads(data)
+            found = json.loads(self._hidden(data.decode("utf-8")))
         except ValueError:
             found = None
         if not isinstance(found, dict):

@@ -151,13 +151,12 @@ def _noise(x: Tensor) -> float:
     rows = 2 * grey[..., 1:-1, 1:-1] - grey[..., :-2, 1:-1] - grey[..., 2:, 1:-1]
     columns = 2 * grey[..., 1:-1, 1:-1] - grey[..., 1:-1, :-2] - grey[..., 1:-1, 2:]
     second = rows + columns
-    median: float = second.abs().median().item()
-    return median / 0.6745 / math.sqrt(20)
+    return float(second.abs().median()) / (0.6745 * math.sqrt(20))
 
 
 def _levels(x: Tensor) -> float:
     """Share of the 8-bit levels between a channel's extremes that occur: banding leaves most of them out."""
-    shares = []
+    shares: list[float] = []
     for channel in x:
         values = (channel * 255).round().long().flatten()
         span = int(values.max() - values.min()) + 1

@@ -54,7 +54,7 @@ class DiffusersPipeline(System):
         device = self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         try:
-            pipeline = library("diffusers").DiffusionPipeline.from_pretrained(self.repository, torch_dtype=dtype)
+            pipeline = library("diffusers").DiffusionPipeline.from_pretrained(self.repository, dtype=dtype)
         except (OSError, ValueError, AttributeError) as error:
             raise OpenwuError(
                 f"{self.name}: expected a diffusers pipeline in {self.repository!r}, which this version of diffusers "
