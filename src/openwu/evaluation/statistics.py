@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from openwu.errors import OpenwuError
 
 LEVEL = 0.95
-DRAWS = 2000
+DRAWS = 1000
 Values = NDArray[np.float64]
 
 

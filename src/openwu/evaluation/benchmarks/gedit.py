@@ -147,7 +147,7 @@ def read_upstream_scores(folder: Path, system: str) -> tuple[list[StoredCase], S
         for task, count in COUNTS.items():
             own = {}
             for row in (row for row in rows[task] if row["instruction_language"] == upstream):
-                key = f"{upstream}/{Path(row['edited_image']).stem}"
+                key = f"{upstream}/{task}/{Path(row['edited_image']).stem}"
                 if key in own:
                     raise DatasetError(f"{folder}: {task}: expected every case once, got {key!r} twice")
                 own[key] = row

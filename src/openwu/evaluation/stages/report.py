@@ -15,6 +15,7 @@ from openwu.evaluation.judges import Rubric
 from openwu.evaluation.stages.judge import latest_outputs
 from openwu.evaluation.stages.record import DONE, SCORED, Judgement, Output, RunFolder, StoredCase
 from openwu.evaluation.statistics import (
+    DRAWS,
     Difference,
     Interval,
     Mean,
@@ -200,24 +201,34 @@ def _overall(
     edges: tuple[float, float],
     scores: Scores,
 ) -> Mean:
-    """Macro mean over groups; its interval draws whole clusters, over all groups at once."""
+    """Macro mean over the groups that have scores, with bounds over all; its interval draws whole clusters."""
     clusters = {name: i for i, name in enumerate(dict.fromkeys(case.cluster for group in groups for case in group))}
-    weights = cluster_weights(len(clusters), 1000, 0)
-    drawn, values, worst, best, scored, total = [], [], [], [], 0, 0
+    weights = cluster_weights(len(clusters), DRAWS, 0)
+    drawn, values, worst, best, total = [], [], [], [], 0
+    scored = 0
     for group in groups:
         found = [scores.get((system, case.key), {}).get(metric) for case in group]
         there = [value for value in found if value is not None]
         total, scored = total + len(group), scored + len(there)
         missing = len(group) - len(there)
-        values.append(math.fsum(there) / len(there) if there else math.nan)
         worst.append((math.fsum(there) + missing * edges[0]) / len(group))
         best.append((math.fsum(there) + missing * edges[1]) / len(group))
-        drawn.append(_drawn_means(group, found, clusters, weights))
+        if there:
+            values.append(math.fsum(there) / len(there))
+            drawn.append(_drawn_means(group, found, clusters, weights))
     count = len(groups)
-    interval = (
-        percentiles(sum(drawn[1:], start=drawn[0]) / count, len(clusters)) if count else Interval(math.nan, math.nan)
-    )
-    return Mean(sum(values) / count, scored, total, sum(worst) / count, sum(best) / count, interval)
+    value = math.fsum(values) / len(values) if values else math.nan
+    interval = percentiles(_mean_of_there(drawn), len(clusters)) if drawn else Interval(math.nan, math.nan)
+    return Mean(value, scored, total, math.fsum(worst) / count, math.fsum(best) / count, interval)
+
+
+def _mean_of_there(drawn: Sequence[Values]) -> Values:
+    """Mean over groups in every bootstrap sample; a sample without any case of a group leaves that group out."""
+    stacked = np.stack(drawn)
+    there = np.isfinite(stacked)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: Values = np.where(there, stacked, 0.0).sum(0) / there.sum(0)
+    return found
 
 
 def _drawn_means(
