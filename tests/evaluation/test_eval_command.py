@@ -64,7 +64,7 @@ def test_three_stages_end_in_a_page_that_can_be_looked_at(
         assert sheet.size[0] > 400
     found = json.loads(page.with_name("report.json").read_text(encoding="utf-8"))
     theirs = next(row for row in found["rows"] if row["system"] == "<b>their|s</b>")
-    assert theirs["overall"]["overall"]["value"] == pytest.approx(5, abs=0.02)
+    assert theirs["overall"]["overall"]["value"] == pytest.approx(5, abs=0.05)
     assert theirs["statuses"] == {"scored": len(some) - 1, "missing": 1}
     assert (Path(out) / "report" / "four-dimensions-m" / "report.md").is_file()
 
