@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -107,7 +107,7 @@ def analyse(
     """Analyse votes. `cluster_of`: case -> photograph. Only real comparisons count; the others are about the raters."""
     by_id = {each.id: each for each in comparisons}
     outcomes: dict[tuple[str, str], list[tuple[str, str, float]]] = defaultdict(list)
-    ratings: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    ratings: dict[tuple[str, str, str], dict[Hashable, float]] = defaultdict(dict)
     for vote in votes:
         each = by_id[vote.id]
         if each.kind != REAL:
@@ -221,6 +221,7 @@ def davidson(wins: Values, ties: Values, iterations: int = 300) -> tuple[Values,
     tied = ties.sum((1, 2)) / 2
     pi, nu = np.ones(score.shape), np.ones(len(score))
     for _ in range(iterations):
+        before = pi
         root = np.sqrt(pi[:, :, None] * pi[:, None, :])
         share = total / (pi[:, :, None] + pi[:, None, :] + nu[:, None, None] * root)
         ratio = np.sqrt(pi[:, None, :] / pi[:, :, None])
@@ -229,6 +230,8 @@ def davidson(wins: Values, ties: Values, iterations: int = 300) -> tuple[Values,
         root = np.sqrt(pi[:, :, None] * pi[:, None, :])
         share = total / (pi[:, :, None] + pi[:, None, :] + nu[:, None, None] * root)
         nu = tied / ((share * root).sum((1, 2)) / 2)
+        if np.abs(pi - before).max() < 1e-8:
+            break
     return np.log(pi), nu
 
 

@@ -77,14 +77,14 @@ def make_comparisons(
         Comparison(name(), case, *((first, second) if draw.random() < 0.5 else (second, first)), REAL)
         for case, first, second in draw.sample(list(pairs), len(pairs))
     ]
-    again = draw.sample(real, min(len(real), round(repeats * len(real))))
+    half = len(real) // 2
+    again = draw.sample(real[:half], min(half, round(repeats * len(real))))
     later = [Comparison(name(), each.case, each.right, each.left, REPEAT, each.id) for each in again]
     for i, each in enumerate(draw.sample(real, min(len(real), round(planted * len(real))))):
         system = each.left
         sides = (system, system) if i % 2 else (system, SPOILED) if draw.random() < 0.5 else (SPOILED, system)
         later.append(Comparison(name(), each.case, *sides, IDENTICAL if i % 2 else BROKEN))
-    # What is added comes somewhere in the second half, so that a repeat is never the next question.
-    half = len(real) // 2
+    # What is repeated is of the first half, and what is added comes somewhere in the second one.
     tail = [*real[half:], *later]
     draw.shuffle(tail)
     return [*real[:half], *tail]
@@ -94,7 +94,7 @@ class Arena:
     """The folder of a blind comparison."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Load a plan. Raises OpenwuError for a folder that is none, or whose shuffle file changed after it was made."""
+        """Load a plan. Raises OpenwuError for a folder without one, or whose shuffle file changed."""
         self.folder = Path(folder)
         try:
             settings = json.loads((self.folder / "arena.json").read_text(encoding="utf-8"))
@@ -155,18 +155,11 @@ class Arena:
         return cls(folder)
 
     def order(self, rater: str) -> list[Comparison]:
-        """Return the comparisons in the order in which this rater sees them: repeats stay behind what they repeat."""
+        """Return the comparisons in this rater's order; each half is shuffled alone, so repeats stay in the second."""
         half = sum(each.kind == REAL for each in self.comparisons) // 2
         draw = random.Random(f"{self.salt}/{rater}")
         first, second = self.comparisons[:half], self.comparisons[half:]
-        order = [*draw.sample(first, len(first)), *draw.sample(second, len(second))]
-        place = {each.id: i for i, each in enumerate(order)}
-        for each in [each for each in order if each.kind == REPEAT]:
-            i, j = place[each.id], place[each.of]
-            if i < j:
-                order[i], order[j] = order[j], order[i]
-                place[each.id], place[each.of] = j, i
-        return order
+        return [*draw.sample(first, len(first)), *draw.sample(second, len(second))]
 
     def votes(self) -> list[Vote]:
         """Read all votes. Raises OpenwuError for a vote on what is not in the plan, or two by one rater."""

@@ -171,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, data, "image/png")
 
     def _local(self) -> bool:
-        """Whether the address that was asked for is ours: a foreign page must not reach the arena by a name of its own."""
+        """Whether the address that was asked for is ours, and not a foreign page's name for this machine."""
         host = urllib.parse.urlsplit(f"//{self.headers.get('host', '')}").hostname
         if host in ("localhost", "127.0.0.1", "::1", str(self.server.server_address[0])):
             return True
@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header(
             "Content-Security-Policy",
-            "default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; "
+            "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'unsafe-inline'; "
             "script-src 'unsafe-inline'; frame-ancestors 'none'",
         )
         self.end_headers()
