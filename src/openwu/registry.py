@@ -57,6 +57,7 @@ BENCHMARKS: dict[str, str] = {
     "gedit": "openwu.evaluation.benchmarks.gedit:load",
     "imgedit": "openwu.evaluation.benchmarks.imgedit:load",
     "own": "openwu.evaluation.benchmarks.own:load",
+    "real": "openwu.evaluation.benchmarks.real:load",
     "cases": "openwu.evaluation.benchmarks.listing:load",
 }
 """Benchmarks: functions (folder, working folder, partial) -> cases."""
@@ -74,6 +75,12 @@ SYSTEMS: dict[str, str] = {
     "longcat-image-edit": "openwu.evaluation.systems.local:longcat_image_edit",
     "flux2-dev": "openwu.evaluation.systems.local:flux2_dev",
     "flux-kontext": "openwu.evaluation.systems.local:flux_kontext",
+    "input": "openwu.evaluation.systems.restorers:copy_input",
+    "unsharp": "openwu.evaluation.systems.restorers:unsharp",
+    "nlm": "openwu.evaluation.systems.restorers:nlm",
+    "bm3d": "openwu.evaluation.systems.restorers:bm3d",
+    "realesrgan": "openwu.evaluation.systems.restorers:realesrgan",
+    "realesrgan-small": "openwu.evaluation.systems.restorers:realesrgan_small",
 }
 """Editors to compare with: functions that make a `openwu.evaluation.systems.System` from `SystemOptions`."""
 

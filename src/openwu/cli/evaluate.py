@@ -72,6 +72,7 @@ def judge_stage(options: argparse.Namespace) -> int:
 def report_stage(options: argparse.Namespace) -> int:
     """Write the report of a run, or of scores that a benchmark's own scorer wrote."""
     from openwu.evaluation.judges import Rubric
+    from openwu.evaluation.judges.fidelity import MEASURES, Fidelity
     from openwu.evaluation.judges.instrument import Measures
     from openwu.evaluation.judges.rubrics import RUBRICS
     from openwu.evaluation.stages.page import as_markdown, write_report
@@ -88,8 +89,9 @@ def report_stage(options: argparse.Namespace) -> int:
     wanted = [options.judge] if options.judge else judges
     if not wanted:
         raise UsageError(f"{options.folder}: expected judgements; run `openwu eval judge {options.folder}` first")
-    rubrics: dict[str, type[Rubric]] = {**RUBRICS, "instrument": Measures}
-    scoring = [name for name in wanted if name.split("/")[0] in rubrics and not rubrics[name.split("/")[0]].pairwise]
+    rubrics: dict[str, Callable[[], Rubric]] = {**RUBRICS, "instrument": Measures, "fidelity": Fidelity}
+    rubrics["fidelity-all"] = lambda: Fidelity(tuple(MEASURES))
+    scoring = [name for name in wanted if name.split("/")[0] != "pairs"]
     for name in wanted:
         if name not in scoring:
             note(f"{name}: compares pairs; see `openwu arena report {options.folder} --judge {name}`")
@@ -202,7 +204,7 @@ def _cases(options: argparse.Namespace, work: Path) -> list[Case]:
     from openwu.errors import OpenwuError
     from openwu.registry import BENCHMARKS, resolve
 
-    if options.data is None and options.benchmark != "own":
+    if options.data is None and options.benchmark not in ("own", "real"):
         raise UsageError(f"{options.benchmark}: expected --data FOLDER, where its files are")
     data = None if options.data is None else Path(options.data)
     found: list[Case] = resolve(BENCHMARKS[options.benchmark])(data, work, partial=options.partial)
@@ -264,13 +266,16 @@ def _judge(options: argparse.Namespace, benchmark: str) -> Judge:
     from openwu.evaluation.http import Endpoint
     from openwu.evaluation.judges import Judge
     from openwu.evaluation.judges.chat import ChatModel
+    from openwu.evaluation.judges.fidelity import BASIC, MEASURES, fidelity_judge
     from openwu.evaluation.judges.instrument import instrument_judge
     from openwu.evaluation.judges.rubrics import RUBRICS
 
     if options.instrument:
         return instrument_judge()
+    if options.measures:
+        return fidelity_judge(BASIC if options.measures == "basic" else tuple(MEASURES))
     if not options.endpoint or not options.model:
-        raise UsageError("expected --endpoint URL and --model NAME of a judge, or --instrument")
+        raise UsageError("expected --endpoint URL and --model NAME of a judge, or --instrument, or --measures")
     endpoint = Endpoint(options.endpoint, options.key_variable)
     model = ChatModel(endpoint, options.model, max_tokens=options.max_tokens, use_schema=not options.no_schema)
     return Judge(RUBRICS[options.rubric or RUBRIC_OF.get(benchmark, "four-dimensions")](), model)
