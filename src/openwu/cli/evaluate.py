@@ -38,7 +38,7 @@ def run_stage(options: argparse.Namespace) -> int:
     with locked(output):
         cases = _cases(options, output / "benchmark")
         record = RunFolder(output)
-        record.begin(options.benchmark + (" (partial)" if options.partial or options.limit else ""), cases)
+        record.begin(options.benchmark + (" (partial)" if options.partial else ""), cases)
         plan = plan_run(record, cases, system, retry=options.retry)
         what = f"{system.name}: {plan.calls} pictures to make, {plan.known} recorded already"
         if not _agreed(what, plan.calls, plan.is_paid, options):

@@ -12,8 +12,8 @@ import io
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, features
 from torch import Tensor
@@ -28,7 +28,7 @@ OPENCV_DOC = Path("/usr/share/doc/opencv-doc/examples/data")
 SIDE = 256
 """Longest side of a photograph in pixels: the opponents are slow."""
 ARTEFACTS, NOISE, BLUR = "remove the compression artefacts", "remove the noise", "make the blurred photo sharp"
-PILLOW_CODECS = {
+PILLOW_CODECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "webp": ("WEBP", "webp", {"quality": 5}),
     "avif": ("AVIF", "avif", {"quality": 25, "speed": 6}),
     "jpeg2000": ("JPEG2000", "jpg_2000", {"quality_mode": "rates", "quality_layers": [60]}),
@@ -129,13 +129,14 @@ def camera_cases(folder: Path, side: int = SIDE) -> list[Case]:
 
 def read_frames(video: Path, count: int) -> Tensor:
     """Read the first frames of a video: `[count, 3, h, w]` in 0..1. Raises OpenwuError for fewer."""
-    reader = library("imageio_ffmpeg", "measures").read_frames(str(video), pix_fmt="rgb24")
-    try:
-        width, height = next(reader)["size"]
-        data = [next(reader) for _ in range(count)]
-    except (StopIteration, OSError, RuntimeError) as error:
-        raise OpenwuError(f"{video}: expected a video of at least {count} frames ({error!r})") from error
-    finally:
-        reader.close()
-    frames = np.frombuffer(b"".join(data), np.uint8).reshape(count, height, width, 3)
-    return torch.from_numpy(frames.copy()).permute(0, 3, 1, 2).float() / 255
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ffmpeg("-i", str(video.resolve()), "-frames:v", str(count), "%04d.bmp", folder=folder)
+        files = sorted(folder.iterdir())
+        if len(files) < count:
+            raise OpenwuError(f"{video}: expected a video of at least {count} frames, got {len(files)}")
+        frames = []
+        for file in files:
+            with Image.open(file) as image:
+                frames.append(image_tensor(image))
+    return torch.stack(frames)

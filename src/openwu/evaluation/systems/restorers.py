@@ -6,6 +6,7 @@ BM3D's package is for non-commercial use only; it is never installed by ours.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import threading
 from collections.abc import Callable
@@ -41,9 +42,14 @@ class Restorer(System):
         self.needs()
 
     def edit(self, case: Case) -> Image.Image:
-        pixels = np.asarray(case.image(), np.float32) / 255
+        pixels = unit(case.image())
         found = self.restore(pixels)
         return Image.fromarray((np.clip(found, 0, 1) * 255).round().astype(np.uint8))
+
+
+def unit(image: Image.Image) -> Pixels:
+    """Convert a picture to `[h, w, 3]` in 0..1."""
+    return (np.asarray(image) / 255).astype(np.float32)
 
 
 def copy_input(options: SystemOptions) -> Restorer:
@@ -56,7 +62,7 @@ def unsharp(options: SystemOptions) -> Restorer:
 
     def restore(pixels: Pixels) -> Pixels:
         image = Image.fromarray((pixels * 255).round().astype(np.uint8))
-        return np.asarray(image.filter(ImageFilter.UnsharpMask(2, 100, 2)), np.float32) / 255
+        return unit(image.filter(ImageFilter.UnsharpMask(2, 100, 2)))
 
     return Restorer(options.name, restore, "1", lambda: None)
 
@@ -66,29 +72,44 @@ def nlm(options: SystemOptions) -> Restorer:
 
     def restore(pixels: Pixels) -> Pixels:
         sigma = estimated_noise(pixels)
-        denoise = library("skimage.restoration", "evaluate").denoise_nl_means
-        found: Pixels = denoise(
+        from skimage.restoration import denoise_nl_means  # slow to import
+
+        found: Pixels = denoise_nl_means(
             pixels, h=0.8 * sigma, sigma=sigma, patch_size=5, patch_distance=6, fast_mode=True, channel_axis=-1
         )
         return found
 
-    return Restorer(options.name, restore, "1", lambda: library("skimage.restoration", "evaluate"))
+    return Restorer(options.name, restore, "1", _wavelets)
+
+
+def _wavelets() -> Any:
+    """The package by which scikit-image estimates noise. Raises OpenwuError where it is missing."""
+    return library("pywt", "measures")
 
 
 def bm3d(options: SystemOptions) -> Restorer:
     """BM3D for colour; the noise is estimated."""
 
     def restore(pixels: Pixels) -> Pixels:
-        found: Pixels = library("bm3d", "measures").bm3d_rgb(pixels, max(estimated_noise(pixels), 1 / 255))
+        found: Pixels = _bm3d_package().bm3d_rgb(pixels, max(estimated_noise(pixels), 1 / 255))
         return found
 
-    return Restorer(options.name, restore, "1", lambda: library("bm3d", "measures"))
+    return Restorer(options.name, restore, "1", _bm3d_package)
+
+
+def _bm3d_package() -> Any:
+    """The package, which no extra of ours brings. Raises OpenwuError where it is missing."""
+    try:
+        return importlib.import_module("bm3d")
+    except ImportError as error:
+        raise OpenwuError("bm3d: expected the package bm3d (for non-commercial use only); pip install bm3d") from error
 
 
 def estimated_noise(pixels: Pixels) -> float:
     """Estimate the standard deviation of the noise from wavelets."""
-    estimate = library("skimage.restoration", "evaluate").estimate_sigma
-    return float(estimate(pixels, channel_axis=-1, average_sigmas=True))
+    from skimage.restoration import estimate_sigma  # slow to import
+
+    return float(estimate_sigma(pixels, channel_axis=-1, average_sigmas=True))
 
 
 def realesrgan(options: SystemOptions) -> Restorer:
@@ -142,4 +163,4 @@ class _Network:
         large = np.clip(np.array(found).transpose(1, 2, 0), 0, 1)
         image = Image.fromarray((large * 255).round().astype(np.uint8))
         small = image.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.LANCZOS)
-        return np.asarray(small, np.float32) / 255
+        return unit(small)
