@@ -27,8 +27,8 @@ from openwu.files.hashing import of_bytes
 DATA_FILES = ("page.html",)
 PAGE = Path(__file__).parent / DATA_FILES[0]
 MAX_BODY = 4096
-SOURCE = "source"
-SIDES = (SOURCE, LEFT, RIGHT)
+SOURCE, REFERENCE = "source", "reference"
+SIDES = (SOURCE, REFERENCE, LEFT, RIGHT)
 
 
 class ArenaServer(ThreadingHTTPServer):
@@ -42,7 +42,7 @@ class ArenaServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.cases = {case.key: case for case in arena.run.cases()}
         self.outputs = latest_outputs(arena.run)
-        self.tokens = {self.token(each, side): (each, side) for each in arena.comparisons for side in SIDES}
+        self.tokens = {self.token(each, side): (each, side) for each in arena.comparisons for side in self.sides(each)}
         self.given: dict[str, set[str]] = {}
         for vote in arena.votes():
             self.given.setdefault(vote.rater, set()).add(vote.id)
@@ -56,6 +56,11 @@ class ArenaServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://{self.server_address[0]!s}:{self.server_address[1]}/"
 
+    def sides(self, comparison: Comparison) -> tuple[str, ...]:
+        """Return the pictures that a comparison shows; a second picture of the request only where there is one."""
+        several = len(self.cases[comparison.case].pictures) > 1
+        return tuple(side for side in SIDES if several or side != REFERENCE)
+
     def token(self, comparison: Comparison, side: str) -> str:
         """Return the address of a picture: different for every comparison, and for both sides of one picture."""
         return of_bytes([f"{self.arena.salt}/{comparison.id}/{side}".encode()]).hexdigest()[:24]
@@ -68,8 +73,8 @@ class ArenaServer(ThreadingHTTPServer):
         comparison, side = self.tokens[token]
         case = self.cases[comparison.case]
         source = self.arena.run.picture(case.pictures[0])
-        image = source
-        if side != SOURCE:
+        image = source if side != REFERENCE else self.arena.run.picture(case.pictures[1])
+        if side in (LEFT, RIGHT):
             system = comparison.left if side == LEFT else comparison.right
             whole = comparison.right if side == LEFT else comparison.left
             made = self.outputs[whole if system == SPOILED else system, case.key]
@@ -92,7 +97,7 @@ class ArenaServer(ThreadingHTTPServer):
         state = {"done": len(given), "total": len(order), "shuffle": self.arena.digest}
         if each is None:
             return state
-        pictures = {side: f"picture/{self.token(each, side)}.png" for side in SIDES}
+        pictures = {side: f"picture/{self.token(each, side)}.png" for side in self.sides(each)}
         return {**state, "id": each.id, "instruction": self.cases[each.case].instruction, "pictures": pictures}
 
     def vote(self, values: dict[str, Any]) -> None:

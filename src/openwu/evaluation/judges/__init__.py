@@ -17,7 +17,8 @@ from PIL import Image
 from openwu.evaluation.stages.record import FAILED, REFUSED, SCORED, UNPARSED, StoredCase
 from openwu.files.hashing import of_json
 
-SOURCE, EDITED, FIRST, SECOND, TARGET = "source", "edited", "first", "second", "target"
+SOURCE, REFERENCE, EDITED = "source", "reference", "edited"
+FIRST, SECOND, TARGET = "first", "second", "target"
 """Pictures that a question shows."""
 
 
@@ -168,6 +169,7 @@ __all__ = [
     "EDITED",
     "FAILED",
     "FIRST",
+    "REFERENCE",
     "REFUSED",
     "SCORED",
     "SECOND",

@@ -14,6 +14,7 @@ from openwu.evaluation.judges import (
     EDITED,
     FAILED,
     FIRST,
+    REFERENCE,
     REFUSED,
     SECOND,
     SOURCE,
@@ -26,6 +27,7 @@ from openwu.evaluation.stages.record import UNPARSED, StoredCase
 
 CAPTIONS = {
     SOURCE: "Picture before the edit:",
+    REFERENCE: "Second picture of the request:",
     EDITED: "Picture after the edit:",
     FIRST: "First edited picture:",
     SECOND: "Second edited picture:",

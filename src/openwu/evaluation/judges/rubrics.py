@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from openwu.errors import OpenwuError
-from openwu.evaluation.judges import EDITED, FIRST, SECOND, SOURCE, Question, Rubric
+from openwu.evaluation.judges import EDITED, FIRST, REFERENCE, SECOND, SOURCE, Question, Rubric
 from openwu.evaluation.stages.record import StoredCase
 
 ANSWER = 'Answer with one JSON object alone: "reason", 30 words at most, then the scores as whole numbers: '
@@ -22,6 +22,16 @@ JUDGING = (
 def _question(name: str, text: str, shows: tuple[str, ...], ranges: Mapping[str, tuple[int, int]]) -> Question:
     fields = ", ".join(f'"{field}" ({low} to {high})' for field, (low, high) in ranges.items())
     return Question(name, "1", f"{JUDGING}{text}\n{ANSWER}{fields}.", shows, ranges)
+
+
+def _referring(
+    case: StoredCase, name: str, text: str, shows: tuple[str, ...], ranges: Mapping[str, tuple[int, int]]
+) -> Question:
+    """Ask a question that also shows the second picture of a request, where there is one."""
+    if len(case.pictures) < 2:
+        return _question(name, text, shows, ranges)
+    text += "\nThe request has a second picture, which the instruction speaks of; it comes last and was not edited."
+    return _question(name, text, (*shows, REFERENCE), ranges)
 
 
 class GEdit(Rubric):
@@ -173,7 +183,7 @@ class FourDimensions(Rubric):
             "find fault with). A result that equals the original has alignment 1 unless nothing was to be done.\n"
             + "\n".join(f"{name}: {question}" for name, question in DIMENSIONS.items())
         )
-        return (_question("four-dimensions", text, (SOURCE, EDITED), dict.fromkeys(DIMENSIONS, (1, 5))),)
+        return (_referring(case, "four-dimensions", text, (SOURCE, EDITED), dict.fromkeys(DIMENSIONS, (1, 5))),)
 
     def combine(self, answers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         (scores,) = answers.values()
@@ -195,7 +205,7 @@ class Pairs(Rubric):
             "good picture? Their order means nothing.\npreference: 1 if the first result is better, -1 if the second "
             "one is, 0 if you cannot tell."
         )
-        return (_question("pairs", text, (SOURCE, FIRST, SECOND), {"preference": (-1, 1)}),)
+        return (_referring(case, "pairs", text, (SOURCE, FIRST, SECOND), {"preference": (-1, 1)}),)
 
     def combine(self, answers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         (scores,) = answers.values()

@@ -10,7 +10,7 @@ from itertools import permutations
 from PIL import Image
 
 from openwu.errors import OpenwuError, PictureError
-from openwu.evaluation.judges import EDITED, FIRST, SECOND, SOURCE, TARGET, Answer, Judge, Question
+from openwu.evaluation.judges import EDITED, FIRST, REFERENCE, SECOND, SOURCE, TARGET, Answer, Judge, Question
 from openwu.evaluation.stages.record import (
     DONE,
     FAILED,
@@ -152,6 +152,8 @@ def _pictures(record: RunFolder, ask: Ask) -> dict[str, Image.Image]:
     edits = [record.picture(output.picture) for output in ask.outputs]
     edits = [edit if edit.size == source.size else edit.resize(source.size, Image.Resampling.BICUBIC) for edit in edits]
     found |= dict(zip((FIRST, SECOND) if len(edits) == 2 else (EDITED,), edits, strict=True))
+    if len(ask.case.pictures) > 1:
+        found[REFERENCE] = record.picture(ask.case.pictures[1])
     if ask.case.answer:
         found[TARGET] = record.picture(ask.case.answer)
     return found
