@@ -410,7 +410,7 @@ sys.exit(main(["edit", "a.png", "b.png", "c.jpg", "--output", "out", "--instruct
     ("number", "word"),
     [(signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGHUP, ""), (signal.SIGTERM, "swallow")],
 )
-def test_signals_leave_whole_files_and_say_how_far_it_came(here: Path, number: signal.Signals, word: str) -> None:
+def test_signals_leave_atomic_files_and_say_how_far_it_came(here: Path, number: signal.Signals, word: str) -> None:
     command = [sys.executable, "-c", STAND_IN, word]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
