@@ -1,4 +1,4 @@
-"""Composition of two edits: one pass under the sum of two adapters against two passes.
+"""Composition of two edits: one pass under the sum of two adapters against two passes, which is what an editor runs.
 
 Both are compared with the second edit of the first edit's target, by PSNR.
 """

@@ -21,7 +21,7 @@ from openwu.evaluation.cases import Case
 from openwu.evaluation.stages.record import SCORED, StoredCase
 from openwu.extras import library
 from openwu.files.hashing import of_bytes
-from openwu.files.writing import whole_file
+from openwu.files.writing import atomic_file
 from openwu.images import read_picture
 
 COUNTS = {
@@ -108,7 +108,7 @@ def _case(row: Mapping[str, Any], work: Path, where: str) -> Case:
             picture = read_picture(data).to_image()
         except PictureError as error:
             raise DatasetError(f"{where}: {key}: {error}") from error
-        with whole_file(file) as part:
+        with atomic_file(file) as part:
             picture.save(part, "PNG")
     tags = frozenset([INTERSECTION] if row["Intersection_exist"] else [])
     return Case(
@@ -196,5 +196,5 @@ def _number(row: Mapping[str, str], name: str, task: str) -> float:
 def save_source(image: Image.Image, file: Path) -> None:
     """Write a source picture where upstream's scorer expects it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as part:
+    with atomic_file(file) as part:
         image.save(part, "PNG")

@@ -21,7 +21,7 @@ from openwu.evaluation.stages.record import DONE, Output, RunFolder, StoredCase
 from openwu.evaluation.stages.report import Report, Row
 from openwu.evaluation.statistics import Mean
 from openwu.files.markdown import table
-from openwu.files.writing import whole_file, write_text
+from openwu.files.writing import atomic_file, write_text
 
 THUMBNAIL = 160
 """Side in pixels of a picture in the sheet and on the page."""
@@ -155,7 +155,7 @@ def _pictures(record: RunFolder, sheet: Path) -> str:
             ]
     if rows:
         titles = ["source", *systems, "target"]
-        with whole_file(sheet) as part:
+        with atomic_file(sheet) as part:
             grid(rows, titles[: max(map(len, rows.values()))]).save(part, "JPEG", quality=85)
     return text
 

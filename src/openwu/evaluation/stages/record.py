@@ -26,7 +26,7 @@ from openwu.evaluation.cases import Case, as_image, picture_digest
 from openwu.evaluation.stages.journal import Journal
 from openwu.files.hashing import of_bytes, of_json
 from openwu.files.origin import origin
-from openwu.files.writing import whole_file, write_json
+from openwu.files.writing import atomic_file, write_json
 
 VERSION = 1
 """Of the record's layout and keys."""
@@ -195,7 +195,7 @@ class RunFolder:
         if not file.exists():
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with whole_file(file) as part:
+                with atomic_file(file) as part:
                     part.write_bytes(data)
             except OSError as error:
                 raise OpenwuError(
