@@ -38,6 +38,7 @@ from openwu.adapters.experts import ExpertRouting, expert_sites
 from openwu.adapters.operators import operator_of
 from openwu.adapters.scope import Caller, Scope
 from openwu.adapters.site import Site
+from openwu.adapters.watch import Watch, forget_compiled_code
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
 
@@ -77,24 +78,27 @@ def attach(
             f"attach: {len(taken)} of the {len(sites)} modules already carry adapter hooks, {taken[0]} among them; use "
             "the handle that is there, or detach() it first"
         )
-    return AdapterHandle(targets, sites)
+    forget_compiled_code()
+    return AdapterHandle(model, targets, sites)
 
 
 class AdapterHandle:
     """The hooks on one model: `applied` is a scope, `detach` (or leaving the handle's own context) removes them."""
 
-    def __init__(self, targets: Sequence[Target], sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, targets: Sequence[Target], sites: Sequence[Site]) -> None:
         self.targets = tuple(targets)
         self._sites = tuple(sites)
         self._caller = Caller()
         self._scope: Scope | None = None
         self._busy = threading.Lock()
         self._hooks: list[RemovableHandle] = []
+        self._watch: Watch | None = None
         try:
             for site in self._sites:
                 self._hooks += site.install()
                 if site.targets:  # handles may listen to the same router
                     _attached.add(site.module)
+            self._watch = Watch(model, self._sites)
         except BaseException:  # memory for room, say
             self.detach()
             raise
@@ -132,6 +136,8 @@ class AdapterHandle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._watch is not None:
+            self._watch.remove()
         for site in self._sites:
             site.uninstall()
             if site.targets:
@@ -196,18 +202,28 @@ class AdapterHandle:
             self._scope = None
         for site in self._sites:
             site.clear()
+        if self._watch is not None:
+            self._watch.stop()
         self._busy.release()
 
     def _check_reached(self) -> None:
-        if all(site.reached for site in self._sites):
-            return
+        if not all(site.reached for site in self._sites):
+            self._refuse_unreached()
+        if self._watch is not None and self._watch.found:
+            raise TargetError.listing(
+                "applied: the model multiplies by adapted weights where no hook adds the update; call the module "
+                "itself, or merge the adapter (openwu.adapters.merge.merged_copy):",
+                self._watch.found,
+            )
+
+    def _refuse_unreached(self) -> None:
         reached = {target.name for site in self._sites if site.reached for target in site.targets}
         unreached = [target.name for target in self.targets if target.name not in reached]
         if unreached:
             cause = "does it compute them some other way, fused for example?" if reached else "did it run in the scope?"
             raise TargetError(
                 f"applied: the model did not reach {len(unreached)} of its {len(self.targets)} targets; {cause} "
-                f"(Hooks that were attached after torch.compile do not run.) Not reached: {', '.join(unreached)}"
+                f"Not reached: {', '.join(unreached)}"
             )
 
 

@@ -120,8 +120,7 @@ def check_applied(
 ) -> None:
     """Compare hooks with merged weights, one sample after another; TargetError where the outputs differ.
 
-    Finds what no hook can see: layers that the model also computes by their `forward` or their weight, or in code that
-    was compiled before attach. `run` calls the model it is given, on any input.
+    Finds what no hook can see (docs/adapters.md), on this input. `run` calls the model it is given.
     `handle`: what is attached to the model, if anything is. `tolerance`: of the difference's norm, relative to the
     update's; more for 16 bits.
     """
@@ -139,8 +138,8 @@ def check_applied(
         if not error <= tolerance * size:
             raise TargetError(
                 f"check_applied: sample {sample}: the output with hooks differs from the merged model's by "
-                f"{float(error / size):.2f} of the update; the model computes some target by its weight or its "
-                "forward, in code that was compiled before attach, or in a forward of its own; merge the adapter"
+                f"{float(error / size):.2f} of the update; the model computes some target in a way that no hook sees; "
+                "merge the adapter"
             )
 
 

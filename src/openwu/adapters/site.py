@@ -93,10 +93,7 @@ class Site:
     @property
     def __name__(self) -> str:
         """What torch.jit.script asks hooks for, which it cannot compile; for everybody else, hooks have no name."""
-        raise _NoNameError(
-            f"{self.path}: torch.jit.script does not take a model with adapter hooks; detach() the handle, or script "
-            "openwu.adapters.merge.merged_copy(model, adapter)"
-        )
+        raise NoNameError(self.path)
 
     @property
     def scale(self) -> float | Tensor:
@@ -290,8 +287,14 @@ class PlainSite(Site):
         self._ends = self._run_t = None
 
 
-class _NoNameError(TargetError, AttributeError):
+class NoNameError(TargetError, AttributeError):
     """A hook has no `__name__`, as hasattr() and getattr() expect to hear it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{path}: torch.jit.script does not take a model with adapter hooks; detach() the handle, or script "
+            "openwu.adapters.merge.merged_copy(model, adapter)"
+        )
 
 
 def _in_vmap() -> bool:
