@@ -42,6 +42,10 @@ class EmbeddedRecipe(Recipe):
     """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
+    examples: tuple[tuple[int, int], ...] = field(default=(), metadata=LATER)
+    """Shapes of the generator's batches of edits that are shown by example, every second step; none: no such steps."""
+    smooth: float = field(default=0.0, metadata=LATER)
+    """Share of the photographs that are smoothed, see `PairSampler.smooth`."""
     start: str | None = field(default=None, metadata=LATER)
     """Folder of a finished model of the same sizes whose weights the stages go on from; None: from nothing."""
     stages: tuple[str, ...] = field(default=STAGES, metadata=LATER)
