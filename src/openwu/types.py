@@ -1,9 +1,7 @@
 """The nouns that a request meets on its way: BaseRequest -> Condition -> Target -> Adapter.
 
 `BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take. `FactorRules` is what an adapter and
-a generator need to know of an operator; `openwu.adapters.operators` has the operators.
-
-`EditRequest` and `EditResult`, which hold photographs, are in `openwu.editor.requests`.
+a generator need to know of an operator. What holds photographs, `EditRequest`, is in `openwu.editor.requests`.
 
 Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts, A_dim / B_dim the input and output
 width of one adapted weight.
@@ -150,6 +148,32 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise OpenwuError(f"{name}: expected a number from 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What an instruction was taken for, by a base that tells edits apart."""
+
+    edit: str
+    """Name of the edit: "black_and_white"."""
+    probability: float
+    """Of this edit, 0 to 1, as the base's instruction encoder gives it."""
+    degree: str = "normal"
+    """What words of strength asked for: "little", "normal" or "strong"."""
+    strength: float = 1.0
+    """Share of the full edit, from a number in the instruction ("20% brighter"), beside the request's strength."""
+    runners_up: tuple[tuple[str, float], ...] = ()
+    """(edit, probability) of the next ones, the most probable first."""
+    instruction: str = ""
+    """The words that the base reads for this edit."""
+    then: tuple[Understood, ...] = ()
+    """What comes after it, for a request of several edits."""
+
+    def __str__(self) -> str:
+        """Return this for people: "brighten (84%) at strength 0.51, then add noise (95%)"."""
+        strength = "" if self.strength == 1 else f" at strength {self.strength:.2f}"
+        name = self.edit.replace("_", " ")
+        return ", then ".join([f"{name} ({self.probability:.0%}){strength}", *map(str, self.then)])
 
 
 @dataclass(frozen=True)
@@ -416,7 +440,6 @@ class Adapter:
         return replace(first, factors=summed, instructions=instructions)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
-        """All factors, changed."""
         return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
 
 

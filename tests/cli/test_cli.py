@@ -23,11 +23,13 @@ from PIL import Image
 import openwu
 from openwu import cli
 from openwu.backbones.embedded.base import EmbeddedBase
+from openwu.backbones.protocol import KnownEdit
 from openwu.cli import console, models
 from openwu.editor.cache import AdapterCache
 from openwu.errors import CheckpointError, InstructionError, OpenwuError
 from openwu.generator.model import ParameterGenerator
 from openwu.images import Photo, read_picture
+from openwu.types import Understood
 
 PYTHON = [sys.executable, "-m", "openwu"]
 
@@ -56,6 +58,7 @@ class FakeResult:
     photo: Photo
     adapter: FakeAdapter
     timings: dict[str, float]
+    understood: Understood | None = None
 
 
 @dataclass
@@ -66,6 +69,7 @@ class FakeEditor:
     cache: AdapterCache | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     fails: dict[str, BaseException] = field(default_factory=dict)
+    understood: Understood | None = None
 
     def from_pretrained(self, model: str | None = None, *, cache: str | None = None, **options: Any) -> FakeEditor:
         self.model, self.options = model, options
@@ -77,6 +81,7 @@ class FakeEditor:
         images: list[str],
         instruction: str,
         *,
+        edit: str | None,
         then: tuple[str, ...],
         sequential: bool,
         strength: float,
@@ -90,7 +95,7 @@ class FakeEditor:
         self.asked.append(
             {"images": images, "instruction": instruction, "then": then, "strength": strength, "seed": seed}
         )
-        self.sequential = sequential
+        self.sequential, self.named = sequential, edit
         if "dragon" in instruction and not allow_out_of_scope:
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
         progress(1, 2)
@@ -102,7 +107,16 @@ class FakeEditor:
             photo.with_pixels(1 - photo.floats()),
             adapter or FakeAdapter(),
             {"read": 0.1, "condition": 0.2, "generate": 0.3, "edit": 0.4},
+            self.understood,
         )
+
+    def understand(
+        self, instruction: str = "", *, edit: str | None = None, then: tuple[str, ...] = (), references: int = 0
+    ) -> Understood | None:
+        if "dragon" in instruction:
+            raise InstructionError("instruction: the model does not know how to")
+        self.read = (instruction, edit, then, references)
+        return self.understood
 
 
 @pytest.fixture
@@ -128,6 +142,62 @@ def names(folder: Path) -> set[str]:
 def edit(*arguments: str, instruction: str | None = "invert it") -> int:
     asked = [] if instruction is None else ["--instruction", instruction]
     return cli.main(["edit", *arguments, *asked])
+
+
+# What was understood
+
+
+def test_a_run_says_once_what_was_understood(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor.understood = Understood("brighten", 0.84)
+    assert edit("a.png", "b.png") == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "brighten (84%)"
+    assert [line.split(" ->")[0] for line in others] == ["a.png", "b.png"]
+    assert edit("a.png", "--quiet", "--overwrite") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_edit_may_be_asked_for_by_name(here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit("a.png", "--edit", "brighten", instruction=None) == 0
+    assert editor.named == "brighten"
+    assert editor.asked[0]["instruction"] == ""
+    assert edit("a.png", "--edit", "brighten", instruction="darker") == 2
+    assert "--edit: expected without --instruction" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_done_and_touches_nothing(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor.understood = Understood("invert", 0.9, then=(Understood("blur", 0.95),))
+    before = names(here)
+    arguments = ("a.png", "b.png", "--dry-run", "--then", "blur it", "--reference", "c.jpg", "--output", "new/")
+    assert edit(*arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "invert (90%), then blur (95%)",
+        f"a.png -> {Path('new/a.png')}  (dry run)",
+        f"b.png -> {Path('new/b.png')}  (dry run)",
+    ]
+    assert editor.read == ("invert it", None, ("blur it",), 1)
+    assert editor.asked == []
+    assert names(here) == before
+    assert not (here / "new").exists()
+    assert edit("a.png", "--dry-run", instruction="add a dragon") == 2
+    assert edit("a.png", "--dry-run", "--adapter", "x", instruction=None) == 2
+
+
+def test_edits_are_listed_and_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["edits"]) == 0
+    every = capsys.readouterr().out.splitlines()
+    assert len(every) == 70
+    assert cli.main(["edits", "black", "and", "white"]) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert found[0].startswith("black_and_white ")
+    assert len(found) < 70
+    assert any(ord(character) > 0x4E00 for character in found[0])
+    assert cli.main(["edits", "xqzj"]) == 1
+    assert "no edit resembles 'xqzj'" in capsys.readouterr().err
 
 
 # Where pictures go
@@ -495,7 +565,8 @@ def test_models_reads_its_facts_from_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(EmbeddedBase, "bundled_folder", lambda: tmp_path / "weights")
-    edits = {"warm": {"en": "", "zh": ""}, "cool": {"en": "", "zh": ""}}
+    examples = {"warm": {"en": "", "zh": ""}, "cool": {"en": "", "zh": ""}}
+    edits = {name: KnownEdit(name, texts) for name, texts in examples.items()}
     monkeypatch.setattr(models, "known_edits", lambda: edits)
     assert cli.main(["models"]) == 0
     assert "embedded: not in this installation" in capsys.readouterr().out
@@ -512,7 +583,7 @@ def test_models_reads_its_facts_from_the_package(
     assert "Apache-2.0" in out
     assert "English, Chinese" in out
     assert "2 kinds" in out
-    del edits["cool"]["zh"]
+    del examples["cool"]["zh"]
     assert cli.main(["models"]) == 0
     assert "Chinese" not in capsys.readouterr().out
 

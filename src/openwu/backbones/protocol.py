@@ -28,7 +28,7 @@ from openwu.files.weights import sampled_digest
 from openwu.images import Photo
 from openwu.images.colour import Pixels
 from openwu.images.instruction import check_prompt
-from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, SamplingOptions
+from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, SamplingOptions, Understood
 
 RowScope = Callable[[Sequence[int]], AbstractContextManager[None]]
 """Opens the scope of a pass of the denoiser: for every row of its input, the request that the row belongs to (-1 for
@@ -56,6 +56,17 @@ class BaseFacts:
     """Size of the denoiser."""
     extra: str = "diffusers"
     """Extra of our package that it needs: `pip install 'openwu[EXTRA]'`; empty for none."""
+
+
+@dataclass(frozen=True)
+class KnownEdit:
+    """One edit that a base knows by name."""
+
+    name: str
+    examples: Mapping[str, str]
+    """Language code -> a sentence that asks for it."""
+    reference: bool = False
+    """Whether it needs a second picture."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,9 @@ class Backbone(ConditionEncoder):
     reasons: ClassVar[bool] = False
     """Whether the base writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
     refuses_out_of_scope: ClassVar[bool] = False
-    """Whether `check_scope` refuses instructions that the base does not know."""
+    """Whether `understand` refuses instructions that the base does not know."""
+    identity_at_zero: ClassVar[bool] = False
+    """Whether strength 0 means the picture as it is; otherwise it means the base without an adapter."""
     concurrent: ClassVar[bool] = False
     """Whether several threads may encode conditions and edit at once; otherwise they take turns."""
     max_pictures: ClassVar[int | None] = None
@@ -225,8 +238,27 @@ class Backbone(ConditionEncoder):
         """
         return job.pixels, job.instructions[0]
 
-    def check_scope(self, jobs: Sequence[EditJob]) -> None:
-        """Raise InstructionError for the first instruction that the base does not know."""
+    def understand(self, job: EditJob, *, checked: bool = True) -> tuple[Understood, ...] | None:
+        """Return what each wish in a job's instructions was taken for; None for a base that does not tell edits apart.
+
+        There are more than the job has instructions where one asks for several edits. Raises InstructionError for an
+        instruction that the base does not know or could only serve in part, unless `checked` is False.
+        """
+        del job, checked
+        return None
+
+    def edits(self) -> Mapping[str, KnownEdit]:
+        """Return the edits that can be asked for by name; empty for a base that reads sentences only."""
+        return {}
+
+    def name_edit(self, edit: str) -> str:
+        """Return the sentence that asks for an edit of `edits`."""
+        return self.edits()[edit].examples["en"]
+
+    def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
+        """Return an edited photo with what the base guarantees by construction, such as exact neutrality."""
+        del job, understood, strength
+        return photo
 
     def check_sampling(self, options: SamplingOptions) -> None:
         """Raise OpenwuError that names an option which the base does not have, before anything is computed."""

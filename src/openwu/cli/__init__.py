@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_edit(verbs)
     models = verbs.add_parser("models", help="list the models that can edit", allow_abbrev=False)
     models.set_defaults(run="openwu.cli.models:run")
+    edits = verbs.add_parser("edits", help="list or search the edits that can be asked for", allow_abbrev=False)
+    edits.add_argument("query", nargs="*", metavar="QUERY", help="words to search for (default: list all)")
+    edits.set_defaults(run="openwu.cli.edits:run")
     _add_export(verbs)
     _add_train(verbs)
     _add_handed_on(verbs, "eval", "measure a model", "openwu.cli.evaluate:run")
@@ -93,6 +96,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     )
     edit.add_argument("photos", nargs="+", metavar="PHOTO", help="picture to edit")
     edit.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")
+    edit.add_argument("--edit", metavar="NAME", help="in place of --instruction, an edit that `openwu edits` lists")
     edit.add_argument(
         "--then",
         action="append",
@@ -120,7 +124,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         type=_finite,
         default=1.0,
         metavar="S",
-        help="1 as asked (default), 0 the base model alone, below 0 reversed, above 1 exaggerated",
+        help="1 as asked (default), 0 the photo as it is (large bases: no adapter), below 0 reversed, above 1 more",
     )
     edit.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default: 0)")
     edit.add_argument(
@@ -141,6 +145,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         "--allow-out-of-scope", action="store_true", help="try instructions that the model does not know, too"
     )
     edit.add_argument("--overwrite", action="store_true", help="replace outputs that exist already")
+    edit.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     edit.add_argument("--quiet", action="store_true", help="print nothing but errors")
     edit.set_defaults(run="openwu.cli.edit:run")
 

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from openwu.cli.console import UsageError, complain, note, say
@@ -18,7 +18,7 @@ from openwu.images.instruction import check_instruction
 if TYPE_CHECKING:
     from openwu.editor.cache import CacheStatistics
     from openwu.editor.editor import Editor
-    from openwu.types import Adapter
+    from openwu.types import Adapter, Understood
 
 LOADING, SAMPLING = ("device", "revision", "trust_remote_code", "quantise", "offload"), ("steps", "guidance", "pixels")
 """Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
@@ -34,7 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
     then = [check_instruction(text) for text in arguments.then]
     where = {"compare": arguments.compare, "adapter_folder": arguments.save_adapter}
     jobs = plan(arguments.photos, arguments.output, **where)
-    notes, problems = check(jobs, arguments.output, overwrite=arguments.overwrite, references=arguments.reference)
+    notes, problems = check(
+        jobs,
+        arguments.output,
+        overwrite=arguments.overwrite,
+        references=arguments.reference,
+        dry_run=arguments.dry_run,
+    )
     for problem in problems:
         complain(problem)
     if problems:
@@ -43,15 +49,20 @@ def run(arguments: argparse.Namespace) -> int:
         _note(text, arguments)
 
     editor, adapter = _load(arguments)
-    failed = 0
+    if arguments.dry_run:
+        return _dry_run(editor, jobs, (instruction, *then), arguments)
+    failed, told = 0, False
     for number, job in enumerate(jobs, start=1):
         name = job.photo.name if len(jobs) == 1 else f"{number}/{len(jobs)} {job.photo.name}"
         try:
-            times = _edit(editor, job, (instruction, *then), adapter, arguments, name)
+            times, understood = _edit(editor, job, (instruction, *then), adapter, arguments, name)
         except OpenwuError as error:
             complain(error)
             failed += 1
         else:
+            if understood is not None and not told and not arguments.quiet:
+                say(str(understood))
+                told = True
             _report(job, times, arguments)
     if editor.cache is not None:
         _report_cache(editor.cache.statistics, arguments)
@@ -73,6 +84,12 @@ def _instruction(arguments: argparse.Namespace) -> str:
         raise UsageError(
             "--save-adapter: edits in turn have an adapter each; leave out --sequential, or save one by one"
         )
+    if arguments.edit is not None and (arguments.instruction is not None or arguments.adapter):
+        raise UsageError("--edit: expected without --instruction and --adapter, which say what to do; leave one out")
+    if arguments.dry_run and arguments.adapter:
+        raise UsageError("--dry-run: an adapter of --adapter has no words to understand; leave one of them out")
+    if arguments.edit is not None:
+        return ""
     if arguments.instruction is not None:
         return check_instruction(arguments.instruction)
     if not arguments.adapter:
@@ -104,6 +121,21 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
     return editor, adapter
 
 
+def _dry_run(editor: Editor, jobs: Sequence[Job], instructions: tuple[str, ...], arguments: argparse.Namespace) -> int:
+    """Say what the instructions are taken for, and what would be written."""
+    if not arguments.allow_out_of_scope:
+        references = len(arguments.reference)
+        understood = editor.understand(
+            instructions[0], edit=arguments.edit, then=instructions[1:], references=references
+        )
+        if understood is not None:
+            say(str(understood))
+    for job in jobs:
+        for path in job.writes:
+            say(f"{job.photo} -> {path}  (dry run)")
+    return 0
+
+
 def _edit(
     editor: Editor,
     job: Job,
@@ -111,12 +143,13 @@ def _edit(
     adapter: Adapter | None,
     arguments: argparse.Namespace,
     name: str,
-) -> Mapping[str, float]:
-    """Edit one photo and write all that was asked for. Returns stage -> seconds."""
+) -> tuple[Mapping[str, float], Understood | None]:
+    """Edit one photo and write all that was asked for. Returns stage -> seconds, and what was understood."""
     with _Progress(name, arguments.quiet) as progress:
         result = editor.edit(
             [str(job.photo), *arguments.reference],
             instructions[0],
+            edit=arguments.edit,
             then=instructions[1:],
             sequential=arguments.sequential,
             strength=arguments.strength,
@@ -133,7 +166,7 @@ def _edit(
         write_picture(side_by_side(read_picture(job.photo), result.photo), job.comparison)
     if job.adapter_folder:
         result.adapter.save_pretrained(job.adapter_folder)  # whole or not at all, as pictures are
-    return {**result.timings, "write": time.perf_counter() - start}
+    return {**result.timings, "write": time.perf_counter() - start}, result.understood
 
 
 def _report(job: Job, times: Mapping[str, float], arguments: argparse.Namespace) -> None:

@@ -49,9 +49,17 @@ def plan(photos: Sequence[str], output: str | None, *, compare: bool, adapter_fo
 
 
 def check(
-    jobs: Sequence[Job], output: str | None, *, overwrite: bool, references: Sequence[str] = ()
+    jobs: Sequence[Job],
+    output: str | None,
+    *,
+    overwrite: bool,
+    references: Sequence[str] = (),
+    dry_run: bool = False,
 ) -> tuple[list[str], list[OpenwuError]]:
-    """Look at every input and output. Returns notes for the user, and what stands in the way of starting."""
+    """Look at every input and output. Returns notes for the user, and what stands in the way of starting.
+
+    Makes the output folder, except in a `dry_run`, which does not look into a folder that is not there yet.
+    """
     notes: list[str] = []
     problems: list[OpenwuError] = []
     seconds = [Path(reference) for reference in references]
@@ -63,6 +71,8 @@ def check(
     if problems:  # leave no new folder behind for pictures that cannot be read
         return notes, problems
     folder = _output_folder(len(jobs), output)
+    if folder and dry_run and not folder.exists():
+        return notes, problems
     if folder:
         _make_folder(folder)
     inputs = [*(job.photo for job in jobs), *seconds]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
@@ -18,30 +18,36 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from openwu.backbones.embedded.catalogue import instead, known_edits, phrase, refusal
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
-from openwu.backbones.embedded.instruction import InstructionEncoder, check_scope
+from openwu.backbones.embedded.guarantees import blended, guaranteed
+from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor, noise_plane, place_planes
 from openwu.backbones.embedded.tiles import Canvas, Tile, as_unit, pictures_per_pass, tiles_of
+from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.backbones.protocol import (
     Backbone,
     BaseFacts,
     BundledGenerator,
     EditJob,
+    KnownEdit,
     Progress,
     RequestScope,
     RowScope,
 )
 from openwu.config import LayerGroup
-from openwu.errors import CheckpointError, OpenwuError
+from openwu.errors import CheckpointError, InstructionError, OpenwuError
 from openwu.files.weights import fill
 from openwu.images import Photo, read_picture
 from openwu.images.colour import Pixels
 from openwu.images.instruction import check_instruction
-from openwu.types import BaseRequest, Condition, SamplingOptions
+from openwu.types import BaseRequest, Condition, SamplingOptions, Understood
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded model that comes with the package."""
+RUNNERS_UP = 3
+"""How many less probable edits `Understood` names."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class EmbeddedBase(Backbone):
         extra="",
     )
     refuses_out_of_scope: ClassVar[bool] = True
+    identity_at_zero: ClassVar[bool] = True
     concurrent: ClassVar[bool] = True
     max_pictures: ClassVar[int | None] = 2
 
@@ -164,12 +171,60 @@ class EmbeddedBase(Backbone):
     def as_read(self, job: EditJob) -> tuple[Sequence[Pixels], str]:
         return [condition_pixels(photo) for photo in job.photos], self.instruction.as_read(job.instructions[0])
 
-    def check_scope(self, jobs: Sequence[EditJob]) -> None:
-        """Raise InstructionError for an instruction that no sub-task serves, or that lacks its reference picture."""
-        for job in map(self._own, jobs):
-            referenced = [len(job.photos) > 1] * len(job.instructions)
-            logs = self.instruction.log_probabilities(job.tokens)
-            check_scope(job.instructions, logs, self.config.instruction.labels, referenced)
+    def understand(self, job: EditJob, *, checked: bool = True) -> tuple[Understood, ...]:
+        """Return what each wish was taken for. Raises InstructionError for what no sub-task serves in full, for a
+        probability below `InstructionConfig.accepted`, and for a missing reference picture, unless `checked` is False.
+        """
+        own = self._own(job)
+        found: list[Wish] = []
+        for text in own.instructions if checked else ():
+            found += wishes(text, self.read_sentences, self.config.instruction.accepted)
+        if not checked:
+            found = [Wish(*each) for each in zip(own.instructions, self._readings(own.tokens), strict=True)]
+        for wish in found if checked else ():
+            if error := refusal(wish.text, wish.reading, self.config.instruction.accepted):
+                raise error
+            if (
+                len(job.photos) < 2
+                and wish.reading.edit in known_edits()
+                and known_edits()[wish.reading.edit].reference
+            ):
+                raise InstructionError(
+                    f"instruction: {wish.text!r} asks for the look of a second picture, but only one came; add it with "
+                    "--reference FILE (images=[photo, reference])"
+                )
+        return tuple(_understood(wish) for wish in found)
+
+    def read_sentences(self, sentences: Sequence[str]) -> list[Reading]:
+        """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""
+        config = self.config.instruction
+        readings = self._readings(self.instruction(sentences))
+        stand_ins = {
+            index: text
+            for index, (sentence, reading) in enumerate(zip(sentences, readings, strict=True))
+            if (text := instead(sentence, reading, config.labels, config.accepted)) is not None
+        }
+        if stand_ins:
+            read = self._readings(self.instruction(list(stand_ins.values())))
+            for (index, text), reading in zip(stand_ins.items(), read, strict=True):
+                if reading.is_wish(config.accepted):
+                    readings[index] = replace(reading, sentence=text)
+        return readings
+
+    def _readings(self, tokens: Tensor) -> list[Reading]:
+        return self.instruction.readings(tokens, self.config.instruction.labels)
+
+    def edits(self) -> Mapping[str, KnownEdit]:
+        known = known_edits()
+        labels = [label for label in self.config.instruction.labels if label != OUT_OF_SCOPE]
+        return {name: known[name] if name in known else KnownEdit(name, {"en": phrase(name)}) for name in labels}
+
+    def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
+        """Return the photo exactly neutral for "black and white" in full and for a grey input that stays grey, and
+        exactly toned for sepia; of an edit with a number, the share that this asks for.
+        """
+        whole = guaranteed(photo, understood, strength, job.photos[0].grey)
+        return blended(job.photos[0], whole, understood[0].strength) if len(understood) == 1 else whole
 
     def check_sampling(self, options: SamplingOptions) -> None:
         for name in ("steps", "guidance", "image_guidance", "true_guidance", "pixels"):
@@ -263,6 +318,12 @@ class EmbeddedBase(Backbone):
 
     def _own(self, job: EditJob) -> EmbeddedJob:
         return job if isinstance(job, EmbeddedJob) else self.read(job.photos, job.instructions, job.seed)
+
+
+def _understood(wish: Wish) -> Understood:
+    reading = wish.reading
+    runners_up = tuple(each for each in reading.ranked[1:] if each[0] != OUT_OF_SCOPE)[:RUNNERS_UP]
+    return Understood(reading.edit, reading.probability, reading.degree, wish.strength, runners_up, wish.text)
 
 
 @dataclass(frozen=True)

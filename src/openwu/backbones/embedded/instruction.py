@@ -1,7 +1,7 @@
 """The instruction encoder of the embedded base: sentences in English or Chinese -> instruction tokens `[b, K, width]`.
 
 There are as many tokens for a short sentence as for a long one. From them follow the probability of every sub-task and
-of "out of scope", and with it which instructions are refused (`check_scope`).
+of "out of scope" (`readings`); wishes.py and catalogue.py make wishes and refusals of it.
 
 A sentence becomes words (English) or characters (Chinese). A word is the sum of learned vectors of its hashed letter
 n-grams, so that a mistyped word stays close to the right one; rows of the table that no training sentence touched are
@@ -16,35 +16,25 @@ Shapes: b sentences, t words, g n-grams of a word, K instruction tokens.
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.errors import InstructionError
+from openwu.backbones.embedded.wishes import Reading
 from openwu.kernels.norm import RMSNorm
 
 _WORD = re.compile(r"[a-z0-9]+|[一-鿿]|[^\sa-z0-9一-鿿]")
-NUM_DEGREES = 3
-"""Degrees that words of strength ask for: little, normal, strong."""
+DEGREES = ("little", "normal", "strong")
+"""What words of strength ask for."""
+NUM_DEGREES = len(DEGREES)
 SETTLED = 0.7
 """How far tokens are drawn towards what is typical of the sub-task and degree that they are taken for, 0 to 1."""
 _MARKS = re.compile(r"['’]")
-
-OUT_OF_SCOPE = "out_of_scope"
-"""The label of sentences that ask for something that no sub-task does."""
-NEAREST = 3
-"""How many known edits a refusal names."""
-DATA_FILES = ("known_edits.json",)
-_KNOWN_EDITS = Path(__file__).with_name(DATA_FILES[0])
 
 
 @dataclass(frozen=True)
@@ -67,12 +57,22 @@ class InstructionConfig:
     """Words read of one sentence; what comes after is not read."""
     max_grams: int = 24
     """n-grams read of one word."""
+    accepted_percent: int = 60
+    """Probability, in percent, from which an edit counts as understood; less is refused. Chosen on sentences of
+    writers whom no training saw, see docs/editing.md."""
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: expected at least two different names, got {self.labels}")
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
+        if not 0 < self.accepted_percent <= 100:
+            raise ValueError(f"accepted_percent: expected 1 to 100, got {self.accepted_percent}")
+
+    @property
+    def accepted(self) -> float:
+        """Probability, 0 to 1, from which an edit counts as understood."""
+        return self.accepted_percent / 100
 
 
 def split_words(sentence: str) -> list[str]:
@@ -184,6 +184,17 @@ class InstructionEncoder(nn.Module):
         """Instruction tokens `[b, K, width]` -> log-probability of each label `[b, labels]`."""
         return F.log_softmax(self.classify(tokens.flatten(1)).float(), dim=-1)
 
+    @torch.no_grad()
+    def readings(self, tokens: Tensor, labels: Sequence[str]) -> list[Reading]:
+        """Return what each sentence with these tokens `[b, K, width]` is taken for; `labels` name the classes."""
+        edits, degrees = self.log_probabilities(tokens).exp(), self.degree_log_probabilities(tokens).exp()
+        readings = []
+        for row, degree in zip(edits, degrees, strict=True):
+            order = row.argsort(descending=True).tolist()
+            ranked = tuple((labels[index], float(row[index])) for index in order)
+            readings.append(Reading(*ranked[0], DEGREES[int(degree.argmax())], ranked))
+        return readings
+
     def degree_log_probabilities(self, tokens: Tensor) -> Tensor:
         """Instruction tokens -> log-probability of "a little", no word of strength, "strongly" `[b, 3]`."""
         return F.log_softmax(self.grade(tokens.flatten(1)).float(), dim=-1)
@@ -212,43 +223,3 @@ class WordLayer(nn.Module):
         x = x + self.out(mixed.transpose(1, 2).reshape(b, n, width))
         out: Tensor = x + self.fc2(F.silu(self.fc1(self.norm2(x))))
         return out
-
-
-def check_scope(
-    instructions: Sequence[str], log_probabilities: Tensor, labels: Sequence[str], referenced: Sequence[bool]
-) -> None:
-    """Raise InstructionError for the first instruction that no sub-task serves, or that lacks its reference picture.
-
-    log_probabilities: `[b, labels]`; referenced: whether each request has a second picture.
-    """
-    outside = labels.index(OUT_OF_SCOPE)
-    for instruction, logs, second in zip(instructions, log_probabilities, referenced, strict=True):
-        ranked = [int(index) for index in logs.argsort(descending=True)]
-        label = labels[ranked[0]]
-        if ranked[0] == outside:
-            nearest = [labels[index] for index in ranked if index != outside][:NEAREST]
-            raise InstructionError(
-                f"instruction: the embedded model does not know how to {instruction!r}; the nearest edits it knows "
-                f"are: {', '.join(shown(name, instruction) for name in nearest)}. Ask for one of them, try anyway with "
-                "--allow-out-of-scope (allow_out_of_scope=True), or pass a larger model with --model FOLDER "
-                "(Editor.from_pretrained(folder))"
-            )
-        if not second and known_edits().get(label, {}).get("reference"):
-            raise InstructionError(
-                f"instruction: {instruction!r} asks for the look of a second picture, but only one came; add it with "
-                "--reference FILE (images=[photo, reference])"
-            )
-
-
-@cache
-def known_edits() -> dict[str, dict[str, Any]]:
-    """Sub-task -> whether it needs a reference picture ("reference"), and an example sentence by language."""
-    known: dict[str, dict[str, Any]] = json.loads(_KNOWN_EDITS.read_text(encoding="utf-8"))
-    return known
-
-
-def shown(name: str, instruction: str) -> str:
-    """A sub-task with an example of how to ask for it, in the instruction's language."""
-    language = "zh" if any("一" <= character <= "鿿" for character in instruction) else "en"
-    plain = name.replace("_", " ")
-    return f"{plain} ({known_edits()[name][language]!r})" if name in known_edits() else plain
