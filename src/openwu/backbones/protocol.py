@@ -89,6 +89,10 @@ class EditJob:
     """What to do, in order; several for an adapter that is the sum of several."""
     seed: int = 0
     reasoning: str | None = None
+    examples: tuple[tuple[Photo, Photo], ...] = ()
+    """Pairs before and after an edit that is shown rather than said; only the condition reads them."""
+    per_photo: bool = False
+    """With examples: whether the condition reads the photo, too, for an adapter of its own."""
 
     def only(self, index: int) -> Self:
         """Return the job with one of its instructions: what one adapter is generated for."""
@@ -135,6 +139,8 @@ class Backbone(ConditionEncoder):
     """Whether the base writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
     refuses_out_of_scope: ClassVar[bool] = False
     """Whether `understand` refuses instructions that the base does not know."""
+    reads_examples: ClassVar[bool] = False
+    """Whether conditions are read off `EditJob.examples`."""
     identity_at_zero: ClassVar[bool] = False
     """Whether strength 0 means the picture as it is; otherwise it means the base without an adapter."""
     concurrent: ClassVar[bool] = False

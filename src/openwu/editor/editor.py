@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from openwu.backbones.protocol import Backbone, EditJob
 from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
 from openwu.editor.loading import load_pair
+from openwu.editor.examples import read_examples
 from openwu.editor.requests import (
     EditRequest,
     EditResult,
@@ -103,6 +105,8 @@ class Editor:
         instruction: str = "",
         *,
         edit: str | None = None,
+        example: Sequence[tuple[Picture, Picture]] = (),
+        per_photo: bool = False,
         then: str | Sequence[str] = (),
         sequential: bool = False,
         strength: float = 1.0,
@@ -118,6 +122,10 @@ class Editor:
         `images`: the picture to edit: a path, the bytes of a file, a file object, a PIL image, an array `[h, w]` or
         `[h, w, 3]`, a tensor `[3, h, w]`, or a `Photo`; in a list, further ones are references of instructions such as
         "take its colours". `instruction`: what to do. `edit`: in its place, the name of a known edit ("brighten").
+
+        `example`: pairs of pictures before and after an edit that is shown rather than said, with or without an
+        instruction. The base sees the picture alone; what the example shows reaches it through the adapter. It is the
+        same for every picture of a series, unless with `per_photo`.
 
         `then`: one more instruction or several. In one pass, the updates of all are added up; with `sequential` each
         has a pass of its own, on the result of the one before, and the result's adapter is the last one's. A base that
@@ -140,10 +148,10 @@ class Editor:
         check_options(adapter, sampling, progress, sequential=sequential, allow_out_of_scope=allow_out_of_scope)
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
-        if adapter is not None and (then or edit is not None):
-            name = "then" if then else "edit"
+        if adapter is not None and (then or edit is not None or example):
+            name = "then" if then else "edit" if edit is not None else "example"
             raise InstructionError(f"{name}: expected nothing beside a given adapter; add adapters up with Adapter.sum")
-        request = EditRequest(images, instruction, strength, seed, then, reasoning, edit)
+        request = EditRequest(images, instruction, strength, seed, then, reasoning, edit, example, per_photo)
         return self._edited([request], adapter, sequential, allow_out_of_scope, sampling, progress)[0]
 
     def edit_batch(
@@ -168,20 +176,31 @@ class Editor:
     @torch.no_grad()  # not inference mode: a caller may train on what comes back
     def adapt(
         self,
-        images: Picture | Sequence[Picture],
-        instruction: str,
+        images: Picture | Sequence[Picture] | None = None,
+        instruction: str = "",
         *,
+        example: Sequence[tuple[Picture, Picture]] = (),
         seed: int = 0,
         reasoning: str | None = None,
         allow_out_of_scope: bool = False,
     ) -> Adapter:
         """Generate the adapter (b = 1) of a request, or take it from the cache.
 
+        `example`: see `edit`; without `images` the adapter serves a whole series, with them this picture.
+
         `seed`: of what is drawn while the request is read; a base that draws nothing gives the same for every seed.
         Raises OpenwuError as `edit` does, and for an instruction that asks for several edits.
         """
         check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
-        request = EditRequest(images, instruction, seed=seed, reasoning=reasoning)
+        series = images is None and bool(example)
+        request = EditRequest(
+            _BLANK if series else [] if images is None else images,
+            instruction,
+            seed=seed,
+            reasoning=reasoning,
+            example=example,
+            per_photo=bool(example) and not series,
+        )
         (request,) = self._checked([request], allow_out_of_scope, None)
         task = self._task(request, self._photos(request), None, False, not allow_out_of_scope)
         if len(task.job.instructions) > 1:
@@ -323,6 +342,9 @@ class Editor:
         first = None if request.edit is None else sentence_of(request.edit, self.backbone, self.name)
         texts = checked_instructions(request, given, self.backbone.check_instruction, first)
         job = self.backbone.read(photos, texts, request.seed, request.reasoning)
+        if request.example:  # words beside an example are a hint, and nothing to refuse
+            job = replace(job, examples=read_examples(request.example), per_photo=request.per_photo)
+            return Task(request, job, None)
         if texts == ("",):  # an adapter without words
             return Task(request, job, None)
         with self._turn():
@@ -357,6 +379,8 @@ class Editor:
             raise InstructionError(
                 f"allow_out_of_scope: expected False for {self.name}, which refuses no instruction; leave it out"
             )
+        if any(each.example for each in requests) and not self.backbone.reads_examples:
+            raise InstructionError(f"example: expected none for {self.name}, which reads words only; say what to do")
         if sampling is not None:
             self.backbone.check_sampling(sampling)
         return requests
@@ -388,9 +412,15 @@ class Editor:
             if self.cache is not None:
                 keys = [self.adapter_key(job, allow_out_of_scope=allow_out_of_scope) for job in jobs]
                 found, missing = self.cache.lookup(keys)
+            # Conditions of one call have the same tokens: those of examples have others than those of words.
+            missing = sorted(missing, key=lambda key: _kind(jobs[keys.index(key)]))
             new = [jobs[keys.index(key)] for key in missing]
             size = min(batch, self.backbone.max_batch or batch)
-            parts = [new[start : start + size] for start in range(0, len(new), size)]
+            parts = [
+                alike[start : start + size]
+                for alike in (list(each) for _, each in groupby(new, _kind))
+                for start in range(0, len(alike), size)
+            ]
             conditions = [self._condition(part) for part in parts]
         with timed(timings, "generate"):
             home = self.generator.hidden_in.weight.device
@@ -438,6 +468,11 @@ class Editor:
                 task = tasks[i]
                 edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)
         return [edited[i] for i in range(len(tasks))]
+
+
+def _kind(job: EditJob) -> tuple[bool, bool]:
+    """What decides which tokens a job's condition has."""
+    return bool(job.examples), job.per_photo
 
 
 _BLANK = Photo(np.zeros((1, 1, 3), np.uint8))

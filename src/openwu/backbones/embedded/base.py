@@ -74,6 +74,7 @@ class EmbeddedBase(Backbone):
     )
     refuses_out_of_scope: ClassVar[bool] = True
     identity_at_zero: ClassVar[bool] = True
+    reads_examples: ClassVar[bool] = True
     concurrent: ClassVar[bool] = True
     max_pictures: ClassVar[int | None] = 2
 
@@ -169,7 +170,12 @@ class EmbeddedBase(Backbone):
         return EmbeddedJob(photos, instructions, seed, reasoning, encoder=self.instruction)
 
     def as_read(self, job: EditJob) -> tuple[Sequence[Pixels], str]:
-        return [condition_pixels(photo) for photo in job.photos], self.instruction.as_read(job.instructions[0])
+        words = self.instruction.as_read(job.instructions[0])
+        if not job.examples:
+            return [condition_pixels(photo) for photo in job.photos], words
+        shown = [condition_pixels(photo) for pair in job.examples for photo in pair]
+        own = [condition_pixels(job.photos[0])] if job.per_photo else []
+        return [*shown, *own], f"{len(job.examples)} examples, {len(own)} photo: {words}"
 
     def understand(self, job: EditJob, *, checked: bool = True) -> tuple[Understood, ...]:
         """Return what each wish was taken for. Raises InstructionError for what no sub-task serves in full, for a
@@ -239,6 +245,11 @@ class EmbeddedBase(Backbone):
         """Conditions `[b, L, width]` from whole photos: the one to edit, and a reference after it if there is one."""
         tokens = []
         for job in map(self._own, jobs):
+            if job.examples:
+                pairs = [torch.stack([condition_view(each) for each in pair], dim=1) for pair in job.examples]
+                seen = condition_view(job.photos[0]) if job.per_photo else None
+                tokens.append(self.condition_encoder.shown(pairs, job.tokens, seen).tokens)
+                continue
             photo, *reference = job.photos
             second = condition_view(reference[0]) if reference else None
             tokens.append(self.condition_encoder(condition_view(photo), job.tokens, second).tokens)

@@ -10,6 +10,7 @@ Shapes: b requests, K instruction tokens, V = 1 + thumbnail patches + details to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,8 +113,8 @@ class EmbeddedConditionEncoder(nn.Module):
         x = torch.cat([self.from_text(text.to(dtype)), self.see(pictures), second], dim=1) + sentence
         return self.join(x + self.place.to(x.dtype))
 
-    def shown(self, pairs: Tensor, text: Tensor, pictures: Tensor | None = None) -> Condition:
-        """The condition of an edit that is shown by pairs of pictures `[b, p, 2, 3, h, w]`, before and after.
+    def shown(self, pairs: Sequence[Tensor], text: Tensor, pictures: Tensor | None = None) -> Condition:
+        """The condition of an edit that is shown by pairs of pictures before and after, `[b, 2, 3, h, w]` each.
 
         `text` `[b, K, text_dim]`: words, if there are any. `pictures` `[b, 3, h, w]`: the photographs to edit, for an
         adapter of each one's own; None: the adapter serves a whole series.

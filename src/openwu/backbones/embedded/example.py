@@ -10,6 +10,8 @@ Shapes: b requests, p pairs of each, h and w the sides of their pictures, n samp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,8 +55,8 @@ class ExampleEncoder(nn.Module):
         self.from_detail = nn.Linear(6 * DETAIL**2, width)
         self.place = nn.Parameter(torch.randn(NUM_TOKENS, width) * 0.1)
 
-    def forward(self, pairs: Tensor) -> Tensor:
-        """`[b, p, 2, 3, h, w]` in 0..1, before and after -> `[b, V, width]`."""
+    def forward(self, pairs: Sequence[Tensor]) -> Tensor:
+        """p tensors `[b, 2, 3, h, w]` in 0..1, before and after, of any sizes -> `[b, V, width]`."""
         layers = (self.from_colours, self.from_statistics, self.from_places, self.from_profiles, self.from_detail)
         parts = [self.project(layer, each) for layer, each in zip(layers, features(pairs), strict=True)]
         return torch.cat(parts, dim=1) + self.place.to(parts[0])
@@ -69,18 +71,22 @@ class ExampleEncoder(nn.Module):
 
 
 @torch.no_grad()
-def features(pairs: Tensor) -> tuple[Tensor, ...]:
-    """What pairs `[b, p, 2, 3, h, w]` show, in five parts `[b, (p,) v, f]`."""
-    before, after = pairs.float().unbind(2)
-    samples = reduced(before), reduced(after)
-    weights = fit(*samples)
-    return (
-        colours(*samples, weights),
-        statistics(before, after, weights),
-        places(before, after, weights),
-        profiles(before, after, weights),
-        details(before, after),
-    )
+def features(pairs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What p pairs `[b, 2, 3, h, w]` show, in five parts `[b, (p,) v, f]`."""
+    both = [pair.float()[:, None].unbind(2) for pair in pairs]
+    samples = [torch.cat([reduced(pair[side]) for pair in both], dim=1) for side in (0, 1)]
+    weights = fit(samples[0], samples[1])
+    parts = [
+        (
+            statistics(before, after, weights),
+            places(before, after, weights),
+            profiles(before, after, weights),
+            details(before, after),
+        )
+        for before, after in both
+    ]
+    known = [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
+    return colours(samples[0], samples[1], weights), *known
 
 
 def reduced(pictures: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class EmbeddedModel(nn.Module):
 
         `pictures`: see `EmbeddedConditionEncoder.shown`.
         """
-        adapter: Adapter = self.generator(self.condition.shown(pairs, text, pictures))
+        adapter: Adapter = self.generator(self.condition.shown(pairs.unbind(1), text, pictures))
         return adapter
 
     def adapt(
