@@ -161,7 +161,7 @@ class Understood:
     degree: str = "normal"
     """What words of strength asked for: "little", "normal" or "strong"."""
     strength: float = 1.0
-    """Factor on the adapter from a number in the instruction ("20% brighter"), beside the request's strength."""
+    """Share of the full edit, from a number in the instruction ("20% brighter"), beside the request's strength."""
     runners_up: tuple[tuple[str, float], ...] = ()
     """(edit, probability) of the next ones, the most probable first."""
     instruction: str = ""

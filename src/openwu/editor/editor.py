@@ -190,7 +190,7 @@ class Editor:
                 "add the adapters up with Adapter.sum"
             )
         (adapter,) = self._adapters([task.job], allow_out_of_scope, 1, {})
-        return adapter if task.factor(0) == 1 else adapter.scaled(task.factor(0))
+        return adapter
 
     @torch.no_grad()
     def understand(
@@ -285,7 +285,7 @@ class Editor:
             # One entry per instruction: a request that asks for two things stands here twice.
             flat = [job.only(index) for job in jobs for index in range(len(job.instructions))]
             each = iter(self._adapters(flat, allow_out_of_scope, sampling.batch, timings))
-            adapters = [Adapter.sum([_scaled(next(each), task.factor(i)) for i in task.indices]) for task in tasks]
+            adapters = [Adapter.sum([next(each) for _ in task.indices]) for task in tasks]
         else:
             timings |= {"condition": 0.0, "generate": 0.0}
             adapters = [given.to(self.generator.hidden_in.weight)]
@@ -343,7 +343,8 @@ class Editor:
         words = tuple(each.instruction for each in understood)
         if words != texts:
             job = self.backbone.read(photos, words, request.seed, request.reasoning)
-        return Task(request, job, understood, several or (sequential and len(words) > 1))
+        numbers = len(words) > 1 and any(each.strength != 1 for each in understood)
+        return Task(request, job, understood, several or numbers or (sequential and len(words) > 1))
 
     def _checked(
         self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
@@ -379,7 +380,7 @@ class Editor:
     def _adapters(
         self, jobs: Sequence[EditJob], allow_out_of_scope: bool, batch: int, timings: dict[str, float]
     ) -> list[Adapter]:
-        """One adapter (b = 1) per job of one instruction, from the cache where it has them, before their strengths."""
+        """One adapter (b = 1) per job of one instruction, from the cache where it has them."""
         with timed(timings, "condition"), self._turn():
             keys = [str(place) for place in range(len(jobs))]
             found: dict[str, Adapter] = {}
@@ -437,10 +438,6 @@ class Editor:
                 task = tasks[i]
                 edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)
         return [edited[i] for i in range(len(tasks))]
-
-
-def _scaled(adapter: Adapter, factor: float) -> Adapter:
-    return adapter if factor == 1 else adapter.scaled(factor)
 
 
 _BLANK = Photo(np.zeros((1, 1, 3), np.uint8))

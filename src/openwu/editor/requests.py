@@ -107,10 +107,6 @@ class Task:
         """Of the instructions."""
         return range(len(self.job.instructions))
 
-    def factor(self, index: int) -> float:
-        """Factor on the adapter of an instruction, from a number in it."""
-        return 1.0 if self.understood is None else self.understood[index].strength
-
 
 def checked_request(request: EditRequest) -> EditRequest:
     """Return the request with plain numbers, also where they came from numpy.

@@ -1,4 +1,4 @@
-"""Numbers in instructions: "20% brighter", "half a stop", 百分之二十 -> a strength, the factor on the adapter.
+"""Numbers in instructions: "20% brighter", "half a stop", 百分之二十 -> a strength, the share of the full edit.
 
 Percentages mean what the suite's edits do to their quantity: brightness at mid-grey, contrast, saturation. For edits
 without a quantity, such as fog, they are a share of the full effect. Stops are of light, at display gamma 2.2.
@@ -6,9 +6,8 @@ without a quantity, such as fog, they are a share of the full effect. Stops are 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from openwu.errors import InstructionError
@@ -42,17 +41,17 @@ _NAMED = {"a half": 0.5, "half": 0.5, "half a": 0.5, "half an": 0.5, "a": 1.0, "
 }
 _DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"两": 2}
 _FALLING = frozenset({"darken", "contrast_down", "desaturate"})
-_STRENGTHS: Mapping[str, Callable[[float], float]] = {
-    "brighten": lambda share: (math.log(MID_GREY) / math.log(MID_GREY * (1 + share)) - 1) / 0.7,
-    "darken": lambda share: math.log(1 - share) / math.log(MID_GREY) / 0.7,
-    "contrast_up": lambda share: share / 0.5,
-    "contrast_down": lambda share: share / 0.45,
-    "saturate": lambda share: share / 0.7,
-    "desaturate": lambda share: share / 0.65,
+_FULL: Mapping[str, float] = {
+    "brighten": MID_GREY ** (1 / 1.7) / MID_GREY - 1,
+    "darken": 1 - MID_GREY**1.7 / MID_GREY,
+    "contrast_up": 0.5,
+    "contrast_down": 0.45,
+    "saturate": 0.7,
+    "desaturate": 0.65,
 }
-"""Strength at which an edit changes its quantity by a share; inverse to the edits of `openwu.data.suite.tone`."""
+"""Share by which an edit changes its quantity at strength 1, as the edits of `openwu.data.suite.tone` do."""
 
-MEASURED = frozenset(_STRENGTHS)
+MEASURED = frozenset(_FULL)
 """Edits whose quantity a percentage measures."""
 
 
@@ -94,12 +93,9 @@ def strength_of(amount: Amount, edit: str) -> float:
     if amount.stops:
         ratio: float = 2 ** (amount.value / 2.2)
         share = ratio - 1 if edit == "brighten" else 1 - 1 / ratio
-    elif amount.absolute and edit in _STRENGTHS:
+    elif amount.absolute and edit in _FULL:
         share = 1 - share if edit in _FALLING else share - 1
-    by_quantity = _STRENGTHS.get(edit)
-    strength = share
-    if by_quantity is not None:
-        strength = by_quantity(share) if 0 < share < 1 else math.inf
+    strength = share / _FULL.get(edit, 1.0)
     if not 0 < strength <= MAX_STRENGTH:
         raise InstructionError(
             f"instruction: {amount.text!r} is out of range for {edit.replace('_', ' ')}: expected a change of up to "
@@ -110,10 +106,7 @@ def strength_of(amount: Amount, edit: str) -> float:
 
 def _largest(edit: str) -> str:
     """Return the largest percentage that `MAX_STRENGTH` allows, rounded down."""
-    by_quantity = _STRENGTHS.get(edit)
-    if by_quantity is None:
-        return f"{MAX_STRENGTH:.0%}"
-    return f"{max(percent for percent in range(1, 100) if by_quantity(percent / 100) <= MAX_STRENGTH)}%"
+    return f"{int(100 * MAX_STRENGTH * _FULL.get(edit, 1.0))}%"
 
 
 def _without(sentence: str, found: re.Match[str]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from openwu.backbones.embedded.catalogue import instead, known_edits, phrase, refusal
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
-from openwu.backbones.embedded.guarantees import guaranteed
+from openwu.backbones.embedded.guarantees import blended, guaranteed
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor, noise_plane, place_planes
 from openwu.backbones.embedded.tiles import Canvas, Tile, as_unit, pictures_per_pass, tiles_of
@@ -218,9 +218,10 @@ class EmbeddedBase(Backbone):
 
     def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
         """Return the photo exactly neutral for "black and white" in full and for a grey input that stays grey, and
-        exactly toned for sepia.
+        exactly toned for sepia; of an edit with a number, the share that this asks for.
         """
-        return guaranteed(photo, understood, strength, job.photos[0].grey)
+        whole = guaranteed(photo, understood, strength, job.photos[0].grey)
+        return blended(job.photos[0], whole, understood[0].strength) if len(understood) == 1 else whole
 
     def check_sampling(self, options: SamplingOptions) -> None:
         for name in ("steps", "guidance", "image_guidance", "true_guidance", "pixels"):

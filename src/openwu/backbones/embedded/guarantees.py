@@ -30,7 +30,7 @@ def guaranteed(photo: Photo, understood: Sequence[Understood], strength: float, 
     `strength`: of the request. `grey`: whether the input was grey; it stays so unless an edit gives colours.
     """
     edits = [each.edit for each in understood]
-    full = {each.edit for each in understood if each.degree != "little" and each.strength >= 1}
+    full = {each.edit for each in understood if each.degree != "little"}
     if not edits:
         return photo
     if edits == ["sepia"]:
@@ -38,6 +38,21 @@ def guaranteed(photo: Photo, understood: Sequence[Understood], strength: float, 
     if any(edit in _COLOURING for edit in edits):
         return photo
     return photo.neutral() if grey or ("black_and_white" in full and strength >= 1) else photo
+
+
+def blended(before: Photo, after: Photo, share: float) -> Photo:
+    """Return a share of the change that an edit made, above 1 more of it: a number in a sentence is exact that way.
+
+    A network's own strength is not: what its base does without an adapter does not become less with the adapter.
+    """
+    if share == 1:
+        return after
+    pixels = after.pixels.copy()
+    for start in range(0, len(pixels), ROWS_AT_ONCE):
+        rows = Photo(pixels[start : start + ROWS_AT_ONCE])
+        old = Photo(before.pixels[start : start + ROWS_AT_ONCE]).floats()
+        pixels[start : start + ROWS_AT_ONCE] = rows.with_pixels(old + np.float32(share) * (rows.floats() - old)).pixels
+    return after.with_pixels(pixels)
 
 
 def _sepia(photo: Photo) -> Photo:

@@ -1,6 +1,6 @@
 """Read what the instruction encoder cannot: negations, several wishes, restrictions, numbers, other languages.
 
-    parts = wishes("make it 20% brighter and add grain", read)   # brighten at strength 0.51, then add_noise
+    parts = wishes("make it 20% brighter and add grain", read)   # brighten at strength 0.60, then add_noise
 
 The encoder takes a sentence for one edit of the whole picture. Whatever else a sentence says would be ignored in
 silence; these rules find it, and either turn it into a list of `Wish` or raise an InstructionError that says what was
@@ -50,7 +50,7 @@ class Wish:
     """The words that the encoder shall read, without numbers."""
     reading: Reading
     strength: float = 1.0
-    """Factor on the adapter, from a number in the sentence."""
+    """Share of the full edit, from a number in the sentence."""
     number: str = ""
     """The number as it was written, empty for none."""
 
