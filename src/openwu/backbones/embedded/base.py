@@ -186,7 +186,7 @@ class EmbeddedBase(Backbone):
         for text in own.instructions if checked else ():
             found += wishes(text, self.read_sentences, self.config.instruction.accepted)
         if not checked:
-            found = [Wish(*each) for each in zip(own.instructions, self._readings(own.tokens), strict=True)]
+            found = [Wish(*each) for each in zip(own.instructions, self.instruction.readings(own.instructions), strict=True)]
         for wish in found if checked else ():
             if error := refusal(wish.text, wish.reading, self.config.instruction.accepted):
                 raise error
@@ -204,21 +204,18 @@ class EmbeddedBase(Backbone):
     def read_sentences(self, sentences: Sequence[str]) -> list[Reading]:
         """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""
         config = self.config.instruction
-        readings = self._readings(self.instruction(sentences))
+        readings = self.instruction.readings(sentences)
         stand_ins = {
             index: text
             for index, (sentence, reading) in enumerate(zip(sentences, readings, strict=True))
             if (text := instead(sentence, reading, config.labels, config.accepted)) is not None
         }
         if stand_ins:
-            read = self._readings(self.instruction(list(stand_ins.values())))
+            read = self.instruction.readings(list(stand_ins.values()))
             for (index, text), reading in zip(stand_ins.items(), read, strict=True):
                 if reading.is_wish(config.accepted):
                     readings[index] = replace(reading, sentence=text)
         return readings
-
-    def _readings(self, tokens: Tensor) -> list[Reading]:
-        return self.instruction.readings(tokens, self.config.instruction.labels)
 
     def edits(self) -> Mapping[str, KnownEdit]:
         known = known_edits()

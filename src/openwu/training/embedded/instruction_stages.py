@@ -28,6 +28,12 @@ STRONG_SHARE = 0.2
 DROPPED = 0.1
 """Share of the n-grams that is left out of sentences in training: no single one decides, and modules that read the
 tokens meet more than the sentences of the suite."""
+PHRASES_DROPPED = 0.2
+"""The same for the phrases of the linear reader."""
+PHRASES_SMOOTHED = 0.05
+"""Label smoothing of the linear reader."""
+PHRASE_DRAWS = 1 << 40
+"""Tells the seed of its draws from that of the sentences."""
 DEGREE_WEIGHT = 0.5
 """Weight of the degree in the loss."""
 TOKEN_NOISE = 0.1
@@ -90,10 +96,14 @@ class InstructionStage:
         target, degrees = batch.target[own], batch.degrees[own]
         tokens = self.encoder.read_rows(batch.rows[own])
         penalty = self.penalty(batch.sentences[own], tokens, target, degrees)
+        draws = torch.Generator().manual_seed(self.seed * 3_000_017 + step + PHRASE_DRAWS)
+        plain = self.encoder.phrase_logits(batch.sentences, (PHRASES_DROPPED, draws))[own]
         tokens = tokens + batch.noise[own]
         edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), target)
         graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
-        yield (edits + DEGREE_WEIGHT * graded + penalty) * micro_batch.share(self.size)
+        # Each reader learns alone: trained on their mean, one would leave the hard sentences to the other.
+        phrases = F.nll_loss(smoothed(F.log_softmax(plain, dim=-1), PHRASES_SMOOTHED), target)
+        yield (edits + phrases + DEGREE_WEIGHT * graded + penalty) * micro_batch.share(self.size)
 
     def penalty(self, _sentences: list[str], tokens: Tensor, target: Tensor, degrees: Tensor) -> Tensor:
         """Return the squared distance of the tokens `[b, K, width]` from their label's learned mean."""
@@ -135,7 +145,7 @@ class WordingStage(InstructionStage):
     def expected(self, sentences: list[str], target: Tensor, degrees: Tensor) -> Tensor:
         """Return the tokens before `settled` `[b, K, width]` that frozen modules expect of these labels."""
         read = self.before.read_words(sentences)
-        understood = self.before.log_probabilities(self.before.settled(read)).argmax(1) == target
+        understood = self.before.joined(read, self.before.phrase_logits(sentences)).argmax(1) == target
         mean = self.encoder.centres[target] + self.encoder.degree_centres[degrees]
         return torch.where(understood[:, None, None], read, mean)
 
