@@ -70,6 +70,20 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     edit.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")
     edit.add_argument("--edit", metavar="NAME", help="in place of --instruction, an edit that `openwu edits` lists")
     edit.add_argument(
+        "--example",
+        nargs=2,
+        action="append",
+        default=[],
+        type=_path,
+        metavar=("BEFORE", "AFTER"),
+        help="a pair of pictures that shows the edit, in place of words or beside them; may be repeated",
+    )
+    edit.add_argument(
+        "--per-photo",
+        action="store_true",
+        help="with --example: an adapter for each photo (default: one for all, so that a series looks alike)",
+    )
+    edit.add_argument(
         "--then",
         action="append",
         default=[],

@@ -209,7 +209,8 @@ def _slope(draws: Draws) -> Operation:
 
     def apply(x: Tensor, _: Tensor) -> Tensor:
         y, across = place_planes(*x.shape[-2:])
-        return x * (1 + amount * (math.sin(angle) * y + math.cos(angle) * across))
+        light: Tensor = 1 + amount * (math.sin(angle) * y + math.cos(angle) * across)
+        return x * light
 
     return apply
 

@@ -109,7 +109,8 @@ def fit(before: Tensor, after: Tensor) -> Tensor:
     features = cubic(before)
     normal = features.transpose(1, 2) @ features / features.shape[1]
     aim = features.transpose(1, 2) @ (after - before) / features.shape[1]
-    return torch.linalg.solve(normal + RIDGE * torch.eye(normal.shape[-1]), aim)
+    solved: Tensor = torch.linalg.solve(normal + RIDGE * torch.eye(normal.shape[-1]), aim)
+    return solved
 
 
 def predicted(pictures: Tensor, weights: Tensor) -> Tensor:
@@ -171,8 +172,7 @@ def profiles(before: Tensor, after: Tensor, weights: Tensor) -> Tensor:
 def details(before: Tensor, after: Tensor) -> Tensor:
     """Squares before and after, without their means: `[b, p, DETAIL_GRID ** 2, 6 DETAIL^2]`."""
     b, p = before.shape[:2]
-    both = torch.cat([before, after], dim=2).flatten(0, 1)
-    cut = torch.cat([cut_details(each, DETAIL_GRID, DETAIL) for each in both.split(3, dim=1)], dim=2)
+    cut = torch.cat([cut_details(each, DETAIL_GRID, DETAIL) for each in (before.flatten(0, 1), after.flatten(0, 1))], dim=2)
     return 8 * (cut - cut.mean((-1, -2), keepdim=True)).flatten(2).view(b, p, -1, 6 * DETAIL**2)
 
 
@@ -199,7 +199,7 @@ def _bands(tiles: Tensor) -> list[Tensor]:
     """
     red, green, blue = tiles.unbind(1)
     x = torch.stack([0.3 * red + 0.59 * green + 0.11 * blue, red - blue], dim=1)
-    x = x.unflatten(2, (-1, TILE)).transpose(1, 2).flatten(0, 1)
+    x = x.view(len(x), 2, -1, TILE, x.shape[-1]).transpose(1, 2).flatten(0, 1)
     found = []
     for step in (2**level for level in range(BANDS)):
         padded = F.pad(x, (step,) * 4, mode="reflect")
@@ -212,7 +212,7 @@ def _bands(tiles: Tensor) -> list[Tensor]:
 
 def _kept(expected: Tensor, after: Tensor) -> Tensor:
     """The share of a band that is kept, its growth, and what is new in it, of both planes: `[b, 6]`."""
-    expected, after = (x.unflatten(0, (-1, TILE_GRID**2)) for x in (expected, after))
+    expected, after = (x.view(-1, TILE_GRID**2, *x.shape[1:]) for x in (expected, after))
     axes = (1, 3, 4)
     power, other = expected.square().mean(axes) + 1e-7, after.square().mean(axes) + 1e-7
     share = (expected * after).mean(axes) / power
@@ -222,7 +222,7 @@ def _kept(expected: Tensor, after: Tensor) -> Tensor:
 
 def _energies(tiles: Tensor) -> Tensor:
     """How much tiles `[b, 3, n * TILE, TILE]` vary over each of DIFFERENCES: `[b, len(DIFFERENCES)]`, a logarithm."""
-    x = tiles.unflatten(2, (-1, TILE))
+    x = tiles.view(len(tiles), 3, -1, TILE, tiles.shape[-1])
     found = [
         (x[..., down:, right:] - x[..., : TILE - down, : TILE - right]).square().mean((1, 2, 3, 4))
         for down, right in DIFFERENCES

@@ -39,6 +39,8 @@ DEGREES = ("little", "normal", "strong")
 NUM_DEGREES = len(DEGREES)
 SETTLED = 0.7
 """How far tokens are drawn towards what is typical of the sub-task and degree that they are taken for, 0 to 1."""
+PHRASE_SCALE = 20.0
+"""Factor on the linear reader's sums: its weights then learn at the rate of all others."""
 _MARKS = re.compile(r"['’]")
 
 
@@ -189,7 +191,8 @@ class InstructionEncoder(nn.Module):
             share, generator = dropped
             rows = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
         count = (rows > 0).sum(1, keepdim=True).clamp(min=1)
-        return self.phrases(rows).float().sum(1) / count.sqrt()
+        logits: Tensor = PHRASE_SCALE * self.phrases(rows).float().sum(1) / count.sqrt()
+        return logits
 
     def joined(self, tokens: Tensor, phrase_logits: Tensor) -> Tensor:
         """Log-probability of each label `[b, labels]`: the geometric mean of what both readers say.

@@ -144,4 +144,5 @@ def _smoothed(source: Tensor, share: float, generator: torch.Generator) -> Tenso
     if chosen >= share:
         return source
     grain = torch.randn(source.shape, generator=generator)
-    return (gaussian(source, 4 + 16 * width) + 1.5 * noise / 255 * grain).clamp(0, 1)
+    smooth: Tensor = gaussian(source, 4 + 16 * width) + 1.5 * noise / 255 * grain
+    return smooth.clamp(0, 1)

@@ -108,6 +108,8 @@ class WordingRecipe(Recipe):
     """Share of the n-grams that is left out of sentences."""
     hold: float = 0.3
     """Weight of the distance from the tokens that the frozen base and generator expect."""
+    phrases_only: bool = field(default=False, metadata=LATER)
+    """Train the linear reader alone: what a sentence is taken for changes, the tokens of what is understood do not."""
     start: str | None = None
     """Folder of the model to start from; None: the one inside the package."""
     checkpoint_every: int = 200

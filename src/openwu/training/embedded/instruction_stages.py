@@ -96,14 +96,17 @@ class InstructionStage:
         target, degrees = batch.target[own], batch.degrees[own]
         tokens = self.encoder.read_rows(batch.rows[own])
         penalty = self.penalty(batch.sentences[own], tokens, target, degrees)
-        draws = torch.Generator().manual_seed(self.seed * 3_000_017 + step + PHRASE_DRAWS)
-        plain = self.encoder.phrase_logits(batch.sentences, (PHRASES_DROPPED, draws))[own]
         tokens = tokens + batch.noise[own]
         edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), target)
         graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
-        # Each reader learns alone: trained on their mean, one would leave the hard sentences to the other.
-        phrases = F.nll_loss(smoothed(F.log_softmax(plain, dim=-1), PHRASES_SMOOTHED), target)
+        phrases = self.phrase_loss(step, batch.sentences, batch.target, own)
         yield (edits + phrases + DEGREE_WEIGHT * graded + penalty) * micro_batch.share(self.size)
+
+    def phrase_loss(self, step: int, sentences: list[str], target: Tensor, own: slice) -> Tensor:
+        """Compute the loss of the linear reader: trained on the mean of both, one would leave what is hard to the other."""
+        draws = torch.Generator().manual_seed(self.seed * 3_000_017 + step + PHRASE_DRAWS)
+        logits = self.encoder.phrase_logits(sentences, (PHRASES_DROPPED, draws))[own]
+        return F.nll_loss(smoothed(F.log_softmax(logits, dim=-1), PHRASES_SMOOTHED), target[own])
 
     def penalty(self, _sentences: list[str], tokens: Tensor, target: Tensor, degrees: Tensor) -> Tensor:
         """Return the squared distance of the tokens `[b, K, width]` from their label's learned mean."""
@@ -130,12 +133,25 @@ class WordingStage(InstructionStage):
 
     def __init__(self, recipe: WordingRecipe, model: EmbeddedModel) -> None:
         super().__init__(model, recipe.seed, recipe.wording.shapes[0][0], recipe.dropped)
-        self.hold = recipe.hold
+        self.hold, self.phrases_only = recipe.hold, recipe.phrases_only
         self.before = copy.deepcopy(self.encoder).requires_grad_(False)
         model.requires_grad_(False)
         self.encoder.requires_grad_(True)
+        if self.phrases_only:
+            self.encoder.requires_grad_(False)
+            self.encoder.phrases.requires_grad_(True)
         for mean in (self.encoder.centres, self.encoder.degree_centres):
             mean.requires_grad_(False)
+
+    @contextmanager
+    def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
+        """Compute the micro-batch's share of the step's loss."""
+        if not self.phrases_only:
+            with super().loss(step, micro_batch) as loss:
+                yield loss
+            return
+        batch, own = self.batch(step), micro_batch.rows(self.size)
+        yield self.phrase_loss(step, batch.sentences, batch.target, own) * micro_batch.share(self.size)
 
     def penalty(self, sentences: list[str], tokens: Tensor, target: Tensor, degrees: Tensor) -> Tensor:
         """Return the weighted squared distance from the tokens that frozen modules expect."""
