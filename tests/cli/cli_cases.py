@@ -65,19 +65,20 @@ class FakeEditor:
         *,
         edit: str | None,
         then: tuple[str, ...],
-        sequential: bool,
         strength: float,
-        seed: int,
+        seed: int | None,
         adapter: FakeAdapter | None,
         allow_out_of_scope: bool,
         reasoning: str | None,
+        image_size: str | None,
         progress: Callable[[int, int], None],
     ) -> FakeResult:
         assert reasoning is None
+        assert image_size is None
         self.asked.append(
             {"images": images, "instruction": instruction, "then": then, "strength": strength, "seed": seed}
         )
-        self.sequential, self.named = sequential, edit
+        self.named = edit
         if "dragon" in instruction and not allow_out_of_scope:
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
         progress(1, 2)
@@ -101,7 +102,7 @@ class FakeEditor:
         then: tuple[str, ...] = (),
         references: int = 0,
     ) -> Understood | None:
-        if "dragon" in instruction:
+        if any("dragon" in text for text in (instruction, *then)):
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
         self.read = (instruction, edit, then, references)
         return self.understood

@@ -208,11 +208,21 @@ def test_instructions_are_checked_once_and_before_any_photo(here: Path, editor: 
     assert not (here / "out").exists()
 
 
-def test_every_instruction_in_turn_is_understood_alone(here: Path, editor: FakeEditor, capsys: Captured) -> None:
-    editor.understood = Understood("invert", 0.9)
-    assert edit("a.png", "--then", "blur it", "--then", "warm it", "--sequential") == 0
-    assert capsys.readouterr().out.startswith("invert (90%), then invert (90%), then invert (90%)\n")
-    assert edit("b.png", "--then", "add a dragon", "--sequential") == 2
+def test_every_instruction_is_understood_before_any_photo(here: Path, editor: FakeEditor, capsys: Captured) -> None:
+    editor.understood = Understood("invert", 0.9, then=(Understood("blur", 0.8),))
+    assert edit("a.png", "--then", "blur it") == 0
+    assert capsys.readouterr().out.startswith("invert (90%), then blur (80%)\n")
+    assert edit("b.png", "--then", "add a dragon") == 2
+    assert len(editor.asked) == 1
+
+
+def test_edits_in_turn_have_no_adapter_to_save(here: Path, editor: FakeEditor, capsys: Captured) -> None:
+    """Neither those of --then, nor those of a sentence that itself asks for several."""
+    editor.understood = Understood("invert", 0.9, then=(Understood("blur", 0.8),))
+    assert edit("a.png", "--save-adapter", "x", instruction="invert and blur it") == 2
+    assert "'invert and blur it' asks for several edits (invert (90%), then blur (80%))" in capsys.readouterr().err
+    assert editor.asked == []
+    assert not (here / "x").exists()
 
 
 def test_a_model_is_not_loaded_for_nothing(here: Path, editor: FakeEditor) -> None:
@@ -400,7 +410,7 @@ sys.exit(main(["edit", "a.png", "b.png", "c.jpg", "--output", "out", "--instruct
     ("number", "word"),
     [(signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGHUP, ""), (signal.SIGTERM, "swallow")],
 )
-def test_signals_leave_whole_files_and_say_how_far_it_came(here: Path, number: signal.Signals, word: str) -> None:
+def test_signals_leave_atomic_files_and_say_how_far_it_came(here: Path, number: signal.Signals, word: str) -> None:
     command = [sys.executable, "-c", STAND_IN, word]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None

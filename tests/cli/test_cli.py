@@ -113,9 +113,6 @@ def test_several_instructions_reach_the_editor_in_their_order(here: Path, editor
     assert edit("a.png", "b.png", "--then", " blur \n it ", "--then", "加一点雾") == 0
     assert [asked["instruction"] for asked in editor.asked] == ["invert it"] * 2
     assert [asked["then"] for asked in editor.asked] == [("blur it", "加一点雾")] * 2
-    assert not editor.sequential
-    assert edit("a.png", "--then", "blur it", "--sequential", "--overwrite") == 0
-    assert editor.sequential
 
 
 def test_the_reference_goes_with_every_photo(here: Path, editor: FakeEditor) -> None:
@@ -223,8 +220,8 @@ def test_a_cache_is_reported(here: Path, editor: FakeEditor, capsys: pytest.Capt
         (["a.png", "--adapter", "x", "--then", "blur it"], None, 2, "--then: an adapter of --adapter is complete"),
         (["a.png", "--adapter", "x", "--then", "blur it"], "warm", 2, "generate with --instruction and --then instead"),
         (["a.png", "--then", "blur it"], None, 2, "--instruction: expected what to do, got nothing"),
-        (["a.png", "--sequential"], "warm", 2, "--sequential: expected with --then"),
-        (["a.png", "--then", "blur it", "--sequential", "--save-adapter", "x"], "warm", 2, "an adapter each"),
+        (["a.png", "--then", "blur it", "--sequential"], "warm", 2, "unrecognized arguments: --sequential"),
+        (["a.png", "--then", "blur it", "--save-adapter", "x"], "warm", 2, "an adapter each"),
         (["a.png", "--then", ""], "warm", 2, "instruction: expected text, got nothing"),
         (["a.png", "--then", "blur it", "--then", "😀"], "warm", 2, "expected words"),
         (["a.png", "--reference", "missing.png"], "warm", 1, "missing.png: no such file"),

@@ -35,7 +35,8 @@ def build_parser() -> Parser:
     )
     completion.add_argument("shell", choices=SHELLS, help="which shell")
     completion.set_defaults(run="openwu.cli.completion:run")
-    _add_handed_on(verbs, "eval", "measure a model", "openwu.cli.evaluate:run")
+    _add_handed_on(verbs, "eval", "evaluate editors on benchmarks, or measure a model", "openwu.cli.evaluate:run")
+    _add_handed_on(verbs, "arena", "compare editors by blind votes", "openwu.cli.arena:run")
     _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.cli.lab:run_audit")
     _add_handed_on(verbs, "bench", "measure speed and memory against the alternatives", "openwu.cli.bench:run")
     _add_handed_on(verbs, "lab", "test a claim of functional memory", "openwu.cli.lab:run_lab")
@@ -88,10 +89,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="what else to do, in the same pass by adding up adapters (--sequential comes closer); may be repeated",
-    )
-    edit.add_argument(
-        "--sequential", action="store_true", help="a pass for each --then, of what the pass before made: slower, closer"
+        help="what to do next, in a pass of its own on what the pass before made; may be repeated",
     )
     edit.add_argument(
         "--reference",
@@ -115,7 +113,9 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="S",
         help="1 as asked (default), 0 the photo as it is (large bases: no adapter), below 0 reversed, above 1 more",
     )
-    edit.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default: 0)")
+    edit.add_argument(
+        "--seed", type=_seed, metavar="N", help="seed of everything random (default: the base's, mostly 0)"
+    )
     edit.add_argument(
         "--model",
         type=_path,
@@ -215,6 +215,10 @@ def _add_base(edit: argparse.ArgumentParser) -> None:
     large.add_argument(
         "--offload", action="store_true", help="keep layers that do not fit on the GPU in the machine's memory"
     )
+    large.add_argument(
+        "--image-size", metavar="SIZE", help="of the result, HxW or W:H, where the base draws at sizes of its own"
+    )
+    large.add_argument("--fit-to-photo", action="store_true", help="stretch such a result to the photograph's size")
     large.add_argument("--pixels", type=int, metavar="N", help="pixels that the base works on (default: as trained)")
 
 

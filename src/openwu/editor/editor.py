@@ -23,8 +23,8 @@ from torch import nn
 from openwu.backbones.protocol import Backbone, EditJob
 from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
-from openwu.editor.loading import load_pair
 from openwu.editor.examples import read_examples
+from openwu.editor.loading import load_pair
 from openwu.editor.requests import (
     EditRequest,
     EditResult,
@@ -32,8 +32,10 @@ from openwu.editor.requests import (
     Progress,
     Task,
     check_options,
+    check_served,
     checked_instructions,
     checked_request,
+    job_of,
     listed,
     part_of,
     sentence_of,
@@ -108,10 +110,10 @@ class Editor:
         example: Sequence[tuple[Picture, Picture]] = (),
         per_photo: bool = False,
         then: str | Sequence[str] = (),
-        sequential: bool = False,
         strength: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         reasoning: str | None = None,
+        image_size: str | None = None,
         adapter: Adapter | None = None,
         allow_out_of_scope: bool = False,
         sampling: SamplingOptions | None = None,
@@ -127,12 +129,13 @@ class Editor:
         instruction. The base sees the picture alone; what the example shows reaches it through the adapter. It is the
         same for every picture of a series, unless with `per_photo`.
 
-        `then`: one more instruction or several. In one pass, the updates of all are added up; with `sequential` each
-        has a pass of its own, on the result of the one before, and the result's adapter is the last one's. A base that
-        tells edits apart runs an instruction that itself asks for two edits ("brighter and add grain") that way, too.
+        `then`: one more instruction or several. Each has a pass of its own, on the result of the one before, and the
+        result's adapter is the last one's. A base that tells edits apart runs an instruction that itself asks for two
+        edits ("brighter and add grain") that way, too.
 
         `strength`: factor on the adapter: 1 as asked, above 1 exaggerated, below 0 reversed; 0 gives back the pixels
-        as they are with the embedded base, and the base without an adapter with others. `seed`: of everything random.
+        as they are with the embedded base, and the base without an adapter with others. `seed`: of everything random
+        (None: the base's default, which the result tells).
         `reasoning`: what a base that reasons first shall have thought (None: it writes that itself, "": nothing).
 
         `adapter` (b = 1) reuses an adapter instead of generating one; without an instruction the base then reads the
@@ -145,14 +148,16 @@ class Editor:
         Raises OpenwuError that names the argument for one that is wrong or that this base cannot serve:
         InstructionError for words, PictureError for pictures, TargetError for adapters.
         """
-        check_options(adapter, sampling, progress, sequential=sequential, allow_out_of_scope=allow_out_of_scope)
+        check_options(adapter, sampling, progress, allow_out_of_scope=allow_out_of_scope)
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
         if adapter is not None and (then or edit is not None or example):
             name = "then" if then else "edit" if edit is not None else "example"
-            raise InstructionError(f"{name}: expected nothing beside a given adapter; add adapters up with Adapter.sum")
-        request = EditRequest(images, instruction, strength, seed, then, reasoning, edit, example, per_photo)
-        return self._edited([request], adapter, sequential, allow_out_of_scope, sampling, progress)[0]
+            raise InstructionError(f"{name}: expected nothing beside a given adapter; edit the result once more")
+        request = EditRequest(
+            images, instruction, strength, seed, then, reasoning, edit, image_size, example, per_photo
+        )
+        return self._edited([request], adapter, allow_out_of_scope, sampling, progress)[0]
 
     def edit_batch(
         self,
@@ -164,14 +169,15 @@ class Editor:
     ) -> list[EditResult]:
         """Edit many pictures, each with its own adapter.
 
-        Up to `sampling.batch` requests share a call of the generator, and of the base where it can take them together.
-        All are checked before the first is edited. Raises OpenwuError as `edit` does.
+        Up to `sampling.batch` requests share a call of the generator, and of the base where it can take them together;
+        so do the second passes of those with `then`. All are checked before the first is edited. Raises OpenwuError as
+        `edit` does.
         """
         check_options(None, sampling, progress, allow_out_of_scope=allow_out_of_scope)
         came: object = requests
         if not isinstance(came, Sequence) or isinstance(came, str | bytes):
             raise OpenwuError(f"requests: expected a list of EditRequest, got {type(came).__name__}")
-        return self._edited(list(requests), None, False, allow_out_of_scope, sampling, progress) if requests else []
+        return self._edited(list(requests), None, allow_out_of_scope, sampling, progress) if requests else []
 
     @torch.no_grad()  # not inference mode: a caller may train on what comes back
     def adapt(
@@ -180,15 +186,17 @@ class Editor:
         instruction: str = "",
         *,
         example: Sequence[tuple[Picture, Picture]] = (),
-        seed: int = 0,
+        seed: int | None = None,
         reasoning: str | None = None,
+        image_size: str | None = None,
         allow_out_of_scope: bool = False,
     ) -> Adapter:
         """Generate the adapter (b = 1) of a request, or take it from the cache.
 
-        `example`: see `edit`; without `images` the adapter serves a whole series, with them this picture.
+        `example`: see `edit`; without `images` the adapter serves a whole series, with them this picture. `seed`,
+        `reasoning`, `image_size`: as for `edit`, of a base that reads its request with them; others give the same
+        adapter for every seed.
 
-        `seed`: of what is drawn while the request is read; a base that draws nothing gives the same for every seed.
         Raises OpenwuError as `edit` does, and for an instruction that asks for several edits.
         """
         check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
@@ -198,15 +206,16 @@ class Editor:
             instruction,
             seed=seed,
             reasoning=reasoning,
+            image_size=image_size,
             example=example,
             per_photo=bool(example) and not series,
         )
         (request,) = self._checked([request], allow_out_of_scope, None)
-        task = self._task(request, self._photos(request), None, False, not allow_out_of_scope)
+        task = self._task(request, self._photos(request), None, not allow_out_of_scope)
         if len(task.job.instructions) > 1:
             raise InstructionError(
-                f"instruction: {instruction!r} asks for several edits ({task.summary}); adapt to one at a time, and "
-                "add the adapters up with Adapter.sum"
+                f"instruction: {instruction!r} asks for several edits ({task.summary}), which have an adapter each; "
+                "adapt to one at a time"
             )
         (adapter,) = self._adapters([task.job], allow_out_of_scope, 1, {})
         return adapter
@@ -219,8 +228,8 @@ class Editor:
 
         `references`: how many reference pictures would come with it. Raises InstructionError for what `edit` refuses.
         """
-        request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit))
-        return self._task(request, self._photos(request), None, False, True).summary
+        request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit), 0)
+        return self._task(request, self._photos(request), None, True).summary
 
     def adapter_key(self, job: EditJob, *, allow_out_of_scope: bool = False) -> str:
         """Hash what the adapter of a job with one instruction depends on, and nothing else: its cache key."""
@@ -236,6 +245,7 @@ class Editor:
             how=f"{self.fast.described} autocast {autocast}",
             seed=job.seed if self.encoder.reads_seed or self.backbone.reads_seed else None,
             reasoning=job.reasoning,
+            image_size=job.image_size,
             in_scope=not allow_out_of_scope,
         )
 
@@ -260,7 +270,6 @@ class Editor:
         self,
         requests: Sequence[EditRequest],
         given: Adapter | None,
-        sequential: bool,
         allow_out_of_scope: bool,
         sampling: SamplingOptions | None,
         progress: Progress | None,
@@ -271,23 +280,27 @@ class Editor:
         with timed(timings, "read"):
             photos = [self._photos(request) for request in requests]
         checked = not allow_out_of_scope and given is None
-        tasks = [
-            self._task(request, each, given, sequential, checked)
-            for each, request in zip(photos, requests, strict=True)
-        ]
-        together = [index for index, task in enumerate(tasks) if not task.sequential]
-        calls = [together] * bool(together) + [[index] for index, task in enumerate(tasks) if task.sequential]
+        tasks = [self._task(request, each, given, checked) for each, request in zip(photos, requests, strict=True)]
+        passes = [1 if given is not None else len(task.job.instructions) for task in tasks]
         results: dict[int, EditResult] = {}
-        for number, members in enumerate(calls):
-            report = part_of(progress, number, len(calls))
-            if tasks[members[0]].sequential:
-                own = timings if len(calls) == 1 else dict(timings)
-                found = [self._in_turn(tasks[members[0]], allow_out_of_scope, sampling, report, own)]
-            else:
-                part = [tasks[index] for index in members]
-                found = self._together(part, given, allow_out_of_scope, sampling, report, timings)
+        for number in range(max(passes)):
+            members = [index for index, count in enumerate(passes) if count > number]
+            part = [
+                tasks[index] if passes[index] == 1 else self._next(tasks[index], number, results.get(index))
+                for index in members
+            ]
+            report = part_of(progress, number, max(passes))
+            found = self._together(part, given, allow_out_of_scope, sampling, report, timings)
             results |= dict(zip(members, found, strict=True))
-        return [results[index] for index in range(len(tasks))]
+        return [replace(results[index], understood=task.summary) for index, task in enumerate(tasks)]
+
+    def _next(self, task: Task, number: int, before: EditResult | None) -> Task:
+        """Return the task of one of a request's instructions, on the result of the pass before."""
+        first, *references = task.job.photos
+        photos = (before.photo if before else first, *references)
+        words = (task.job.instructions[number],)
+        job = job_of(self.backbone, task.request, photos, words)
+        return Task(task.request, job, (task.understood[number],) if task.understood else None)
 
     def _together(
         self,
@@ -299,49 +312,23 @@ class Editor:
         timings: dict[str, float],
     ) -> list[EditResult]:
         """Edit in one pass each, sharing calls of generator and base. Adds to `timings`."""
-        jobs = [task.job for task in tasks]
         if given is None:
-            # One entry per instruction: a request that asks for two things stands here twice.
-            flat = [job.only(index) for job in jobs for index in range(len(job.instructions))]
-            each = iter(self._adapters(flat, allow_out_of_scope, sampling.batch, timings))
-            adapters = [Adapter.sum([next(each) for _ in task.indices]) for task in tasks]
+            adapters = self._adapters([task.job for task in tasks], allow_out_of_scope, sampling.batch, timings)
         else:
             timings |= {"condition": 0.0, "generate": 0.0}
             adapters = [given.to(self.generator.hidden_in.weight)]
         with timed(timings, "edit"):
             edited = self._apply(tasks, adapters, sampling, progress)
         return [
-            EditResult(photo, adapter, timings, task.summary)
+            EditResult(photo, adapter, timings, task.job.seed, task.summary)
             for photo, adapter, task in zip(edited, adapters, tasks, strict=True)
         ]
 
-    def _in_turn(
-        self,
-        task: Task,
-        allow_out_of_scope: bool,
-        sampling: SamplingOptions,
-        progress: Progress | None,
-        timings: dict[str, float],
-    ) -> EditResult:
-        """Run a pass for each instruction on the result of the pass before. Returns the last one's result."""
-        photo, *references = task.job.photos
-        for index in task.indices:
-            job = self.backbone.read(
-                (photo, *references), (task.job.instructions[index],), task.request.seed, task.request.reasoning
-            )
-            one = Task(task.request, job, None if task.understood is None else (task.understood[index],))
-            report = part_of(progress, index, len(task.indices))
-            (result,) = self._together([one], None, allow_out_of_scope, sampling, report, timings)
-            photo = result.photo
-        return replace(result, understood=task.summary)
-
-    def _task(
-        self, request: EditRequest, photos: tuple[Photo, ...], given: Adapter | None, sequential: bool, checked: bool
-    ) -> Task:
+    def _task(self, request: EditRequest, photos: tuple[Photo, ...], given: Adapter | None, checked: bool) -> Task:
         """Make a job of a request and its decoded pictures, and see what the base takes the instructions for."""
         first = None if request.edit is None else sentence_of(request.edit, self.backbone, self.name)
         texts = checked_instructions(request, given, self.backbone.check_instruction, first)
-        job = self.backbone.read(photos, texts, request.seed, request.reasoning)
+        job = job_of(self.backbone, request, photos, texts)
         if request.example:  # words beside an example are a hint, and nothing to refuse
             job = replace(job, examples=read_examples(request.example), per_photo=request.per_photo)
             return Task(request, job, None)
@@ -350,40 +337,24 @@ class Editor:
         with self._turn():
             understood = self.backbone.understand(job, checked=checked)
         if understood is None:
-            return Task(request, job, None, sequential and len(texts) > 1)
+            return Task(request, job, None)
         if request.edit is not None and understood[0].edit != request.edit:
             raise InstructionError(
                 f"edit: {request.edit} is not understood by this model: its sentence {first!r} reads as "
                 f"{understood[0].edit}; use an instruction of your own"
             )
-        several = len(understood) > len(texts)
-        if several and len(texts) > 1 and not sequential:
-            raise InstructionError(
-                "instruction: an instruction beside `then` asks for several edits itself; give each its own --then "
-                "(then=), or run all in turn (--sequential, sequential=True)"
-            )
         words = tuple(each.instruction for each in understood)
         if words != texts:
-            job = self.backbone.read(photos, words, request.seed, request.reasoning)
-        numbers = len(words) > 1 and any(each.strength != 1 for each in understood)
-        return Task(request, job, understood, several or numbers or (sequential and len(words) > 1))
+            job = job_of(self.backbone, request, photos, words)
+        return Task(request, job, understood)
 
     def _checked(
         self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
     ) -> list[EditRequest]:
-        """Refuse wrong values, and by name what this base cannot serve."""
-        requests = [checked_request(request) for request in requests]
-        if any(each.reasoning is not None for each in requests) and not self.backbone.reasons:
-            raise InstructionError(f"reasoning: expected none for {self.name}, which does not reason; leave it out")
-        if allow_out_of_scope and not self.backbone.refuses_out_of_scope:
-            raise InstructionError(
-                f"allow_out_of_scope: expected False for {self.name}, which refuses no instruction; leave it out"
-            )
-        if any(each.example for each in requests) and not self.backbone.reads_examples:
-            raise InstructionError(f"example: expected none for {self.name}, which reads words only; say what to do")
-        if sampling is not None:
-            self.backbone.check_sampling(sampling)
-        return requests
+        """Refuse wrong values, and by name what this base cannot serve; fill in the base's seed."""
+        checked = [checked_request(request, self.backbone.default_seed) for request in requests]
+        check_served(checked, self.backbone, self.name, allow_out_of_scope, sampling)
+        return checked
 
     def _photos(self, request: EditRequest) -> tuple[Photo, ...]:
         images = listed(request.images)
@@ -453,17 +424,14 @@ class Editor:
     def _apply(
         self, tasks: Sequence[Task], adapters: Sequence[Adapter], sampling: SamplingOptions, progress: Progress | None
     ) -> list[Photo]:
-        """Adapters of one rank can be applied together: requests with sums of several go in calls of their own."""
         untouched = [self.backbone.identity_at_zero and task.request.strength == 0 for task in tasks]
         edited = {i: tasks[i].job.photos[0] for i, as_it_is in enumerate(untouched) if as_it_is}
         scaled = [adapter.scaled(task.request.strength) for adapter, task in zip(adapters, tasks, strict=True)]
-        ranks = list(dict.fromkeys(scaled[i].rank for i in range(len(tasks)) if i not in edited))
-        for number, rank in enumerate(ranks):
-            members = [i for i, adapter in enumerate(scaled) if adapter.rank == rank and not untouched[i]]
+        members = [i for i in range(len(tasks)) if i not in edited]
+        if members:
             scope = AdapterScope(self.backbone, self.handle, [scaled[i] for i in members], self._turns)
             with self._turn():
-                report = part_of(progress, number, len(ranks))
-                photos = self.backbone.edit([tasks[i].job for i in members], sampling, scope, report)
+                photos = self.backbone.edit([tasks[i].job for i in members], sampling, scope, progress)
             for i, photo in zip(members, photos, strict=True):
                 task = tasks[i]
                 edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openwu.backbones.protocol import Backbone, EditJob
+from openwu.backbones.protocol import Backbone, EditJob, check_image_size
 from openwu.errors import InstructionError, OpenwuError, PictureError
 from openwu.images import Photo, Readable, encode_picture, write_picture
 from openwu.types import Adapter, SamplingOptions, Understood
@@ -45,14 +45,18 @@ class EditRequest:
     strength: float = 1.0
     """Factor on the adapter: negative values reverse, values above 1 exaggerate. 0 is the picture as it is with the
     embedded base, and the base without an adapter with others."""
-    seed: int = 0
-    """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws."""
+    seed: int | None = None
+    """Seed of everything random in this edit: the embedded model's noise plane, a sampling base model's draws. None:
+    the base's default, `Backbone.default_seed`."""
     then: str | Sequence[str] = ()
-    """What else to do in the same pass: the low-rank updates of all instructions are added up."""
+    """What to do next: each instruction has a pass of its own, on the result of the one before."""
     reasoning: str | None = None
     """What a base that reasons before it draws shall have thought; None: it writes that itself, "": it does not."""
     edit: str | None = None
     """Name of a known edit, in place of an instruction."""
+    image_size: str | None = None
+    """Size of the result, for bases that draw at sizes of their own: HxW such as "1024x768", or a ratio W:H, of which
+    they take their nearest size; None or "auto": the base chooses."""
     example: Sequence[tuple[Picture, Picture]] = ()
     """Pairs of pictures before and after an edit that is shown; an instruction may be added."""
     per_photo: bool = False
@@ -69,6 +73,8 @@ class EditResult:
     """The adapter of this request alone (b = 1), before `strength`."""
     timings: Mapping[str, float]
     """Stage -> seconds: read, condition, generate, edit."""
+    seed: int
+    """The seed that was used, the base's default included."""
     understood: Understood | None = None
     """What the instruction was taken for, and with which probability; None for bases that do not tell edits apart."""
 
@@ -98,22 +104,15 @@ class Task:
     request: EditRequest
     job: EditJob
     understood: tuple[Understood, ...] | None
-    sequential: bool = False
-    """Whether every instruction has a pass of its own."""
 
     @property
     def summary(self) -> Understood | None:
         """The first wish, with the others in its `then`."""
         return replace(self.understood[0], then=self.understood[1:]) if self.understood else None
 
-    @property
-    def indices(self) -> range:
-        """Of the instructions."""
-        return range(len(self.job.instructions))
 
-
-def checked_request(request: EditRequest) -> EditRequest:
-    """Return the request with plain numbers, also where they came from numpy.
+def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
+    """Return the request with plain numbers, also where they came from numpy, and a seed.
 
     Raises OpenwuError that names the field of a wrong value; instructions and pictures are checked when read.
     """
@@ -123,8 +122,12 @@ def checked_request(request: EditRequest) -> EditRequest:
     seed: object = request.seed
     if isinstance(strength, bool) or not isinstance(strength, float | Real) or not math.isfinite(strength):
         raise OpenwuError(f"strength: expected a finite number, 1 for the edit as asked, got {strength!r}")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
-        raise OpenwuError(f"seed: expected a whole number from 0 to {2**63 - 1}, got {seed!r}; leave it out for 0")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63):
+        raise OpenwuError(
+            f"seed: expected a whole number from 0 to {2**63 - 1}, got {seed!r}; leave it out for the base's default"
+        )
+    check_image_size(request.image_size)
+    size = None if request.image_size == "auto" else request.image_size
     if not isinstance(request.then, str | Sequence):
         raise InstructionError(f"then: expected a text or a list of texts, got {type(request.then).__name__}")
     for name, text in (("reasoning", request.reasoning), ("edit", request.edit)):
@@ -133,7 +136,9 @@ def checked_request(request: EditRequest) -> EditRequest:
     if request.edit is not None and request.instruction:
         raise InstructionError("edit: expected without an instruction, which says what to do; leave one of them out")
     if not isinstance(request.per_photo, bool) or (request.per_photo and not request.example):
-        raise OpenwuError(f"per_photo: expected True or False, and True beside an example alone, got {request.per_photo!r}")
+        raise OpenwuError(
+            f"per_photo: expected True or False, and True beside an example alone, got {request.per_photo!r}"
+        )
     if request.example and (request.then or request.edit is not None):
         name = "then" if request.then else "edit"
         raise InstructionError(f"{name}: expected nothing beside an example, which shows all that is to be done")
@@ -143,14 +148,54 @@ def checked_request(request: EditRequest) -> EditRequest:
                 f"images: expected a path, bytes, a file object, a PIL image, an array or a tensor, got "
                 f"{type(picture).__name__}"
             )
-    return replace(request, strength=float(request.strength), seed=int(request.seed))
+    return replace(
+        request, strength=float(request.strength), seed=default_seed if seed is None else int(seed), image_size=size
+    )
+
+
+def check_served(
+    requests: Sequence[EditRequest],
+    base: Backbone,
+    name: str,
+    allow_out_of_scope: bool,
+    sampling: SamplingOptions | None,
+) -> None:
+    """Raise OpenwuError that names what a base cannot serve. `name`: the base's, for messages."""
+    if any(each.reasoning is not None for each in requests) and not base.reasons:
+        raise InstructionError(f"reasoning: expected none for {name}, which does not reason; leave it out")
+    if allow_out_of_scope and not base.refuses_out_of_scope:
+        raise InstructionError(
+            f"allow_out_of_scope: expected False for {name}, which refuses no instruction; leave it out"
+        )
+    if any(each.example for each in requests) and not base.reads_examples:
+        raise InstructionError(f"example: expected none for {name}, which reads words only; say what to do")
+    if sampling is not None and not isinstance(sampling.fit_to_photo, bool):
+        raise OpenwuError(f"fit_to_photo: expected True or False, got {sampling.fit_to_photo!r}")
+    sizes = {"image_size": any(each.image_size is not None for each in requests)}
+    sizes["fit_to_photo"] = sampling is not None and sampling.fit_to_photo
+    if not base.own_sizes and any(sizes.values()):
+        refused = ", ".join(option for option, asked in sizes.items() if asked)
+        raise OpenwuError(
+            f"{refused}: expected none for {name}, whose results have the photograph's size; leave it out"
+        )
+    if sampling is not None:
+        base.check_sampling(sampling)
+
+
+def job_of(base: Backbone, request: EditRequest, photos: tuple[Photo, ...], texts: tuple[str, ...]) -> EditJob:
+    """Make a base's job of a checked request, its decoded pictures and its instructions."""
+    assert request.seed is not None
+    job = base.read(photos, texts, request.seed, request.reasoning)
+    return job if request.image_size is None else replace(job, image_size=request.image_size)
 
 
 def checked_pairs(example: object) -> list[tuple[Picture, Picture]]:
     """Return the pairs of an example. Raises PictureError for anything but pairs of two."""
     wrong = not isinstance(example, Sequence) or isinstance(example, str | bytes)
     pairs: Sequence[Any] = () if wrong else cast(Sequence[Any], example)
-    if wrong or any(not isinstance(pair, Sequence) or isinstance(pair, str | bytes) or len(pair) != 2 for pair in pairs):
+    if wrong or any(
+        not isinstance(pair, Sequence) or isinstance(pair, str | bytes) or len(pair) != 2 for pair in pairs
+    ):
         raise PictureError("example: expected pairs of pictures, [(before, after)], one or several")
     return [(pair[0], pair[1]) for pair in pairs]
 

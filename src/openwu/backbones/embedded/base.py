@@ -74,7 +74,6 @@ class EmbeddedBase(Backbone):
     )
     refuses_out_of_scope: ClassVar[bool] = True
     identity_at_zero: ClassVar[bool] = True
-    reads_examples: ClassVar[bool] = True
     concurrent: ClassVar[bool] = True
     max_pictures: ClassVar[int | None] = 2
 
@@ -128,6 +127,10 @@ class EmbeddedBase(Backbone):
         """The generator that was trained together with the condition encoder."""
         config = read_config(folder).get("generator")
         return BundledGenerator(config if isinstance(config, dict) else {}, folder / "generator.safetensors")
+
+    @property
+    def reads_examples(self) -> bool:
+        return self.config.condition.examples
 
     def modules(self) -> dict[str, nn.Module]:
         """The three parts by the names of their files."""
@@ -186,7 +189,9 @@ class EmbeddedBase(Backbone):
         for text in own.instructions if checked else ():
             found += wishes(text, self.read_sentences, self.config.instruction.accepted)
         if not checked:
-            found = [Wish(*each) for each in zip(own.instructions, self.instruction.readings(own.instructions), strict=True)]
+            found = [
+                Wish(*each) for each in zip(own.instructions, self.instruction.readings(own.instructions), strict=True)
+            ]
         for wish in found if checked else ():
             if error := refusal(wish.text, wish.reading, self.config.instruction.accepted):
                 raise error

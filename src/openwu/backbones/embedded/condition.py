@@ -26,6 +26,7 @@ from openwu.backbones.embedded.features import (
     detail_energy,
 )
 from openwu.backbones.embedded.tiles import as_unit
+from openwu.errors import OpenwuError
 from openwu.images import Photo
 from openwu.images.colour import Pixels
 from openwu.kernels.norm import RMSNorm
@@ -57,6 +58,8 @@ class EmbeddedConditionConfig:
     """Details are taken at the crossings of a grid with so many lines each way."""
     detail: int = 16
     """Side of a detail in pixels."""
+    examples: bool = False
+    """Whether pairs before and after are read, for edits that are shown; see `example.py`."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -92,7 +95,7 @@ class EmbeddedConditionEncoder(nn.Module):
         self.from_statistics = nn.Linear(NUM_STATISTICS, config.width)
         self.absent = nn.Parameter(torch.randn(config.num_picture_tokens, config.width) * 0.1)
         self.place = nn.Parameter(torch.randn(config.num_tokens, config.width) * 0.1)
-        self.example = example.ExampleEncoder(config.width)
+        self.example = example.ExampleEncoder(config.width) if config.examples else None
         self.layers = nn.ModuleList(JointLayer(config.width, config.heads) for _ in range(config.num_layers))
 
     def forward(
@@ -119,6 +122,8 @@ class EmbeddedConditionEncoder(nn.Module):
         `text` `[b, K, text_dim]`: words, if there are any. `pictures` `[b, 3, h, w]`: the photographs to edit, for an
         adapter of each one's own; None: the adapter serves a whole series.
         """
+        if self.example is None:
+            raise OpenwuError("example: expected none, since this model was not trained on examples; say what to do")
         text = text.to(self.from_text.weight.dtype)
         place = self.place.to(text.dtype)
         parts = [self.from_text(text) + place[: text.shape[1]]]

@@ -126,7 +126,7 @@ def grid_colours() -> Tensor:
 
 
 def colours(before: Tensor, after: Tensor, weights: Tensor) -> Tensor:
-    """The change at the grid's colours, fitted and as local means, and their density: `[b, GRID**3 / GROUP, 7 GROUP]`."""
+    """Return the change at the grid's colours, fitted and as local means, and their density: `[b, v, 7 GROUP]`."""
     grid = grid_colours()
     fitted = (grid + cubic(grid) @ weights).clamp(0, 1) - grid  # [b, g, 3]
     near = torch.exp(-torch.cdist(grid.expand(len(before), -1, -1), before).square() / (2 * REACH**2))  # [b, g, n]
@@ -172,7 +172,9 @@ def profiles(before: Tensor, after: Tensor, weights: Tensor) -> Tensor:
 def details(before: Tensor, after: Tensor) -> Tensor:
     """Squares before and after, without their means: `[b, p, DETAIL_GRID ** 2, 6 DETAIL^2]`."""
     b, p = before.shape[:2]
-    cut = torch.cat([cut_details(each, DETAIL_GRID, DETAIL) for each in (before.flatten(0, 1), after.flatten(0, 1))], dim=2)
+    cut = torch.cat(
+        [cut_details(each, DETAIL_GRID, DETAIL) for each in (before.flatten(0, 1), after.flatten(0, 1))], dim=2
+    )
     return 8 * (cut - cut.mean((-1, -2), keepdim=True)).flatten(2).view(b, p, -1, 6 * DETAIL**2)
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from openwu.editor.requests import EditResult
     from openwu.types import Adapter, Understood
 
-LOADING, SAMPLING = ("device", "revision", "trust_remote_code", "quantise", "offload"), ("steps", "guidance", "pixels")
+LOADING = ("device", "revision", "trust_remote_code", "quantise", "offload")
+SAMPLING = ("steps", "guidance", "pixels", "fit_to_photo")
 """Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
 
 
@@ -108,19 +109,15 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise UsageError("--cache: the adapter of --adapter needs no look-up; leave one of them out")
     if arguments.adapter and arguments.then:
         raise UsageError("--then: an adapter of --adapter is complete; generate with --instruction and --then instead")
-    if arguments.sequential and not arguments.then:
-        raise UsageError("--sequential: expected with --then, which says what comes next; add that or leave it out")
-    if arguments.sequential and arguments.save_adapter:
-        raise UsageError(
-            "--save-adapter: edits in turn have an adapter each; leave out --sequential, or save one by one"
-        )
+    if arguments.then and arguments.save_adapter:
+        raise UsageError("--save-adapter: edits in turn have an adapter each; leave out --then, or save one by one")
     if arguments.edit is not None and (arguments.instruction is not None or arguments.adapter):
         raise UsageError("--edit: expected without --instruction and --adapter, which say what to do; leave one out")
     if arguments.dry_run and arguments.adapter:
         raise UsageError("--dry-run: an adapter of --adapter has no words to understand; leave one of them out")
     if arguments.example and (arguments.adapter or arguments.edit is not None or arguments.then or arguments.reference):
         raise UsageError(
-            "--example: expected without --adapter, --edit, --then and --reference: the pair shows all that is to be done"
+            "--example: expected without --adapter, --edit, --then and --reference; the pair shows what to do"
         )
     if arguments.per_photo and not arguments.example:
         raise UsageError("--per-photo: expected with --example BEFORE AFTER; add that or leave it out")
@@ -164,7 +161,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
     if arguments.base is None and arguments.generator is None:
         unused = [
             f"--{name.replace('_', '-')}"
-            for name in (*LOADING, *SAMPLING, "reasoning")
+            for name in (*LOADING, *SAMPLING, "reasoning", "image_size")
             if getattr(arguments, name) not in (None, False)
         ]
         if unused:
@@ -185,13 +182,13 @@ def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Name
     if arguments.allow_out_of_scope or arguments.adapter or arguments.example:
         return None
     references = len(arguments.reference)
-    if not arguments.sequential:
-        return editor.understand(words[0], edit=arguments.edit, then=words[1:], references=references)
-    first = editor.understand(words[0], edit=arguments.edit, references=references)
-    others = [editor.understand(text, references=references) for text in words[1:]]
-    if first is None:
-        return None
-    return replace(first, then=(*first.then, *(each for each in others if each is not None)))
+    understood = editor.understand(words[0], edit=arguments.edit, then=words[1:], references=references)
+    if understood is not None and understood.then and arguments.save_adapter:
+        raise UsageError(
+            f"--save-adapter: {words[0]!r} asks for several edits ({understood}), which have an adapter each; save one "
+            "by one"
+        )
+    return understood
 
 
 @dataclass(frozen=True)
@@ -234,12 +231,12 @@ class _Edit:
             example=self.arguments.example if self.adapter is None else (),
             per_photo=self.arguments.per_photo,
             then=self.words[1:],
-            sequential=self.arguments.sequential,
             strength=self.arguments.strength,
             seed=self.arguments.seed,
             adapter=self.adapter,
             allow_out_of_scope=self.arguments.allow_out_of_scope,
             reasoning=self.arguments.reasoning,
+            image_size=self.arguments.image_size,
             progress=self.progress.photo(number, self.report.total, job.photo.path.name),
         )
 

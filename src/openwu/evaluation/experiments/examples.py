@@ -1,7 +1,7 @@
 """Edits on no list, shown by a pair of pictures: the generated adapter against what else could know them.
 
-Programs of random operations (`openwu.data.programs`) on test photographs: one photograph shows the edit, another one is
-to be edited alike. Rivals: the input itself, the mean of all programs' adapters, another program's adapter, the nearest
+Programs of random operations (`openwu.data.programs`) on test photographs: one photograph shows the edit, another is to
+be edited alike. Rivals: the input itself, the mean of all programs' adapters, another program's adapter, the nearest
 named edit (all are tried on the example), and a cubic polynomial of the example's colours by least squares. What
 becomes of the adapter with the photograph in its condition, with three pairs, or with a worn pair is measured, too.
 
@@ -180,7 +180,7 @@ class _Bench:
 
     def nearest(self, trial: Trial, example: Tensor) -> Tensor:
         """What the named edit makes of the trial's photograph that comes closest on the example."""
-        before, after = example[0]
+        after = example[0, 1]
         tried = self.named(trial.shown[0])
         names = list(tried)
         found = psnr(torch.stack([tried[name] for name in names]), after.expand(len(names), -1, -1, -1))

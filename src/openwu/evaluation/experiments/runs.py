@@ -286,7 +286,7 @@ def variants(cases: Sequence[Case]) -> dict[str, Callable[[Case, torch.Generator
     def other_picture(case: Case, generator: torch.Generator) -> Case:
         others = [each for each in cases if each.task == case.task and each.photograph != case.photograph]
         other = others[int(torch.randint(len(others), (), generator=generator))]
-        return dataclasses.replace(case, picture=other.picture, reference=other.reference)
+        return dataclasses.replace(case, pictures=other.pictures)
 
     found: dict[str, Callable[[Case, torch.Generator], Case]]
     found = {"random words": random_words, "other words": other_words}
