@@ -182,6 +182,7 @@ def test_requests_that_are_not_ours_change_nothing(
     assert arena.votes() == []
 
 
+@pytest.mark.slow
 def test_the_page_works_in_a_browser(arena: Arena) -> None:
     """Vote by keys and by buttons to the end, zoom in sync, flip to the original; an error is shown."""
     selenium = pytest.importorskip("selenium.webdriver")

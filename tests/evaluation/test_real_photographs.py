@@ -30,6 +30,7 @@ def clean() -> Image.Image:
     return Image.fromarray(data.astronaut()[:161, 150:311])
 
 
+@pytest.mark.slow
 def test_codecs_damage_photographs_and_keep_their_size(monkeypatch: pytest.MonkeyPatch, clean: Image.Image) -> None:
     """Sizes are odd here: 4:2:0 holds even ones alone."""
     pytest.importorskip("imageio_ffmpeg")
@@ -46,6 +47,7 @@ def test_codecs_damage_photographs_and_keep_their_size(monkeypatch: pytest.Monke
         real.load(Path(__file__).parent, Path())
 
 
+@pytest.mark.slow
 def test_a_still_cameras_frames_have_their_median_as_truth(tmp_path: Path) -> None:
     """What moves is no noise: there the frame is the truth itself. Blurred photographs have no truth."""
     pytest.importorskip("imageio_ffmpeg")
@@ -95,6 +97,7 @@ def test_restorers_do_what_they_are_for(clean: Image.Image) -> None:
     assert quality("realesrgan-small") != before
 
 
+@pytest.mark.slow
 def test_measures_agree_that_more_damage_is_worse(clean: Image.Image) -> None:
     for package in ("ssimulacra2", "flip_evaluator", "imageio_ffmpeg"):
         pytest.importorskip(package)

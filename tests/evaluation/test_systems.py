@@ -24,6 +24,7 @@ from openwu.evaluation.systems.gemini import Gemini
 from openwu.evaluation.systems.local import DiffusersPipeline
 from openwu.evaluation.systems.openai_images import OpenAIImages
 from openwu.evaluation.systems.own import EditorSystem
+from openwu.evaluation.systems.restorers import Restorer
 from openwu.evaluation.systems.seedream import Seedream
 from openwu.registry import SYSTEMS, resolve
 
@@ -118,7 +119,7 @@ def test_every_named_system_exists_and_needs_its_key_before_the_first_call(monke
         options = SystemOptions(name, url="https://example.org/v1" if name == "openai-compatible" else None)
         system = resolve(where)(options)
         assert system.name == name
-        if isinstance(system, DiffusersPipeline):
+        if isinstance(system, DiffusersPipeline | Restorer):
             continue
         assert system.is_paid
         if name != "openai-compatible":
@@ -161,6 +162,7 @@ def test_our_editor_edits_as_the_editor_does_and_refuses_what_it_refuses(editor:
     assert run_plan(record, plan_run(record, [empty], system), system) == {REFUSED: 1}
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_called_with_its_makers_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     calls: list[dict[str, Any]] = []
