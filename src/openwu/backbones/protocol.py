@@ -59,6 +59,17 @@ class BaseFacts:
 
 
 @dataclass(frozen=True)
+class KnownEdit:
+    """One edit that a base knows by name."""
+
+    name: str
+    examples: Mapping[str, str]
+    """Language code -> a sentence that asks for it."""
+    reference: bool = False
+    """Whether it needs a second picture."""
+
+
+@dataclass(frozen=True)
 class BundledGenerator:
     """A generator in files of the base's own folder."""
 
@@ -227,6 +238,10 @@ class Backbone(ConditionEncoder):
 
     def check_scope(self, jobs: Sequence[EditJob]) -> None:
         """Raise InstructionError for the first instruction that the base does not know."""
+
+    def edits(self) -> Mapping[str, KnownEdit]:
+        """Return the edits that can be asked for by name; empty for a base that reads sentences only."""
+        return {}
 
     def check_sampling(self, options: SamplingOptions) -> None:
         """Raise OpenwuError that names an option which the base does not have, before anything is computed."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
-from openwu.backbones.embedded.instruction import InstructionEncoder, check_scope
+from openwu.backbones.embedded.instruction import InstructionEncoder, check_scope, known_edits
 from openwu.backbones.embedded.network import TinyEditor, noise_plane, place_planes
 from openwu.backbones.embedded.tiles import Canvas, Tile, as_unit, pictures_per_pass, tiles_of
 from openwu.backbones.protocol import (
@@ -28,6 +28,7 @@ from openwu.backbones.protocol import (
     BaseFacts,
     BundledGenerator,
     EditJob,
+    KnownEdit,
     Progress,
     RequestScope,
     RowScope,
@@ -170,6 +171,14 @@ class EmbeddedBase(Backbone):
             referenced = [len(job.photos) > 1] * len(job.instructions)
             logs = self.instruction.log_probabilities(job.tokens)
             check_scope(job.instructions, logs, self.config.instruction.labels, referenced)
+
+    def edits(self) -> Mapping[str, KnownEdit]:
+        labels = self.config.instruction.labels
+        return {
+            name: KnownEdit(name, {key: text for key, text in entry.items() if key != "reference"}, entry["reference"])
+            for name, entry in known_edits().items()
+            if name in labels
+        }
 
     def check_sampling(self, options: SamplingOptions) -> None:
         for name in ("steps", "guidance", "image_guidance", "true_guidance", "pixels"):
