@@ -7,11 +7,11 @@ import io
 
 import numpy as np
 from PIL import Image
+from serving_clients import PROMPT, png
 from starlette.testclient import TestClient
 
 from openwu.editor.editor import Editor
 from openwu.images import read_picture
-from serving_clients import PROMPT, png
 
 
 def pixels(data: str) -> np.ndarray:

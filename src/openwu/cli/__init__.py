@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from openwu import __version__
+from openwu.cli import serve as serving
 from openwu.cli.console import USAGE, Parser, UsageError, complain, say
 from openwu.errors import InstructionError, OpenwuError
 from openwu.registry import resolve
@@ -65,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_edit(verbs)
     models = verbs.add_parser("models", help="list the models that can edit", allow_abbrev=False)
     models.set_defaults(run="openwu.cli.models:run")
+    serve = verbs.add_parser(
+        "serve",
+        help="serve edits over HTTP",
+        allow_abbrev=False,
+        description="Serve edits over HTTP as OpenAI's image edits API does, with a page at /. See docs/serving.md.",
+    )
+    serving.add_arguments(serve)
+    _add_base(serve)
     _add_export(verbs)
     _add_train(verbs)
     _add_handed_on(verbs, "eval", "measure a model", "openwu.cli.evaluate:run")
@@ -129,6 +138,11 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         help="folder of a model, or name of a large base (default: the model inside the package)",
     )
     _add_base(edit)
+    edit.add_argument(
+        "--reasoning",
+        metavar="TEXT",
+        help="what a large base that reasons shall have thought (default: it writes that itself)",
+    )
     edit.add_argument("--compare", action="store_true", help="also write a before / after picture, OUTPUT.compare.png")
     edit.add_argument(
         "--save-adapter", metavar="FOLDER", help="also write the generated adapter (per photo if several)"
@@ -187,11 +201,6 @@ def _add_base(edit: argparse.ArgumentParser) -> None:
         "--steps", type=int, metavar="N", help="steps of denoising (default: what the base is used with)"
     )
     large.add_argument("--guidance", type=_finite, metavar="G", help="weight of the instruction (default: the base's)")
-    large.add_argument(
-        "--reasoning",
-        metavar="TEXT",
-        help="what a base that reasons shall have thought (default: it writes that itself)",
-    )
     large.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that the base's folder brings, if it must"
     )

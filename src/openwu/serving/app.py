@@ -5,11 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from openwu.serving.adapters import adapter_routes
@@ -30,7 +32,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        await engine.start()
+        await service.start()
         try:
             yield
         finally:
@@ -46,12 +48,11 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
         responses=ERRORS,
     )
     app.state.service = service
-    app.add_middleware(
-        Guard, limits=service.settings.body, hosts=service.settings.hosts, metrics=service.metrics
-    )
+    app.add_middleware(Guard, limits=service.settings.body, hosts=service.settings.hosts, metrics=service.metrics)
     _errors(app)
     _routes(app, service)
     app.include_router(adapter_routes(service))
+    _page(app)
     return app
 
 
@@ -104,6 +105,17 @@ def _routes(app: FastAPI, service: Service) -> None:
             raise refused(403, "admin_only", "expected an admin key")
         service.metrics.restarts.set(service.engine.health().restarts)
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _page(app: FastAPI) -> None:
+    """Serve the page at `/`, its files under `/page/`."""
+    folder = Path(__file__).parent / "page"
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(folder / "index.html")
+
+    app.mount("/page", StaticFiles(directory=folder))
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -152,7 +152,9 @@ def with_suggestions(service: Service, error: ServiceError, prompt: str) -> Serv
     failure = error.failure
     if failure.code != "unknown_instruction":
         return error
-    near = [edit["id"] for edit in nearest_edits(service, prompt)[:3]]
+    names = {str(edit["id"]): str(edit["id"]).replace("_", " ") for edit in service.engine.info.edits}
+    near = [name for name, words in names.items() if f" {words} (" in failure.message]  # those that the model names
+    near = near or [edit["id"] for edit in nearest_edits(service, prompt)[:3]]
     return ServiceError(
         Failure(failure.status, failure.code, failure.message, failure.param, further={"suggestions": near})
     )
@@ -269,7 +271,7 @@ class EventStream(Response):
 
         jobs = [service.scheduler.submit(task, tell(task.id)) for task in tasks]
         try:
-            await unless_gone_or_late(request, jobs)
+            await asyncio.wait({jobs[0].result}, timeout=PEEK_SECONDS)
             first = jobs[0].result
             if first.done() and first.exception() is not None:
                 error = first.exception()
@@ -282,6 +284,7 @@ class EventStream(Response):
         return cls(_events(service, caller, request, spec, jobs, told))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         gone = asyncio.ensure_future(_left(receive))
@@ -301,12 +304,6 @@ class EventStream(Response):
         async for event in self._events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def unless_gone_or_late(request: Request, jobs: Sequence[Job]) -> None:
-    """Wait until the first job is done, at most `PEEK_SECONDS`."""
-    with suppress(asyncio.TimeoutError):
-        await asyncio.wait({jobs[0].result}, timeout=PEEK_SECONDS)
 
 
 async def _events(

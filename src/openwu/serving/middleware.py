@@ -1,4 +1,4 @@
-"""Limits and headers around every request: body size and time, hosts and origins, request ids, a log without prompts."""
+"""Limits and headers around every request: body size and time, hosts, origins, request ids, a log without prompts."""
 
 from __future__ import annotations
 
@@ -91,12 +91,14 @@ class _Guarded:
 
     def _check_length(self, declared: str | None) -> None:
         """Refuse a body that is too large before a byte of it is read."""
-        if declared is not None and declared.isascii() and declared.isdigit():
-            if int(declared[:20]) > self.guard.limits.bytes:
-                self._too_large()
+        numeric = declared is not None and declared.isascii() and declared.isdigit()
+        if declared is not None and numeric and int(declared[:20]) > self.guard.limits.bytes:
+            self._too_large()
 
     def _too_large(self) -> None:
-        raise refused(413, "body_too_large", f"body: expected at most {self.guard.limits.bytes / 2**20:g} MiB, got more")
+        raise refused(
+            413, "body_too_large", f"body: expected at most {self.guard.limits.bytes / 2**20:g} MiB, got more"
+        )
 
     async def receive(self) -> Message:
         """Receive, with limits while the body is not complete."""

@@ -119,7 +119,7 @@ def edit_spec(values: Values, images: Sequence[bytes], mask: bytes | None) -> Ed
 
 
 def cost_of(pixels: int, passes: int, steps: int) -> float:
-    """Units of work of a task, known before it runs: megapixels x passes x steps, and what each request takes anyway."""
+    """Return the work of a task, known before it runs: megapixels x passes x steps, and what every request takes."""
     return 0.05 + pixels / 1e6 * passes * steps
 
 
@@ -199,7 +199,7 @@ def _size(values: Values) -> tuple[int, int] | None:
     value = _text(values, "size")
     if value in (None, "", "auto"):
         return None
-    found = _SIZE.fullmatch(cast(str, value))
+    found = _SIZE.fullmatch(value or "")
     size = (int(found[1]), int(found[2])) if found else (0, 0)
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in size):
         message = f"size: expected auto or WIDTHxHEIGHT of {MIN_SIDE} to {MAX_SIDE} each, got {str(value)[:40]!r}"

@@ -44,6 +44,14 @@ class Service:
         self.scheduler = Scheduler(engine, settings.limits, self.metrics)
         self.adapters = AdapterShelf()
         self.pictures = PictureStore()
+        self._started = False
+
+    async def start(self) -> None:
+        """Start the engine, once. Raises OpenwuError where the model cannot be loaded."""
+        if not self._started:
+            await self.engine.start()
+            self.scheduler.seconds_per_unit = self.engine.info.seconds_per_unit
+            self._started = True
 
     @property
     def max_pixels(self) -> int:

@@ -98,13 +98,13 @@ class PictureStore:
 
     def put(self, data: bytes, media_type: str) -> str:
         """Keep a picture; return the path and query of its link."""
-        id, expires = secrets.token_hex(16), time.time() + self._seconds
-        self._held[id] = expires, data, media_type
+        name, expires = secrets.token_hex(16), time.time() + self._seconds
+        self._held[name] = expires, data, media_type
         self._bytes += len(data)
         while self._held and (self._bytes > self._limit or next(iter(self._held.values()))[0] < time.time()):
             _, (_, old, _) = self._held.popitem(last=False)
             self._bytes -= len(old)
-        return f"/v1/images/{id}?expires={int(expires)}&signature={self._sign(id, int(expires))}"
+        return f"/v1/images/{name}?expires={int(expires)}&signature={self._sign(name, int(expires))}"
 
     def get(self, id: str, expires: str, signature: str) -> tuple[bytes, str]:
         """Return a picture and its media type. Raises ServiceError: 403 for a wrong signature, 404 for an old link."""

@@ -26,10 +26,13 @@ class ModelSource:
     base: str | None = None
     generator: str | None = None
     device: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
     quantise: str | None = None
     offload: bool = False
     steps: int | None = None
     guidance: float | None = None
+    pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class ModelInfo:
     refuses_out_of_scope: bool = False
     steps: int = 1
     """Passes of the denoiser for one edit."""
+    seconds_per_unit: float = 1.0
+    """Measured on a warm edit; see `schema.cost_of`."""
     max_batch: int = 1
     """Requests that gain from sharing a pass; 1 on a CPU, where a batch saves nothing."""
 
@@ -93,7 +98,6 @@ class Outcome:
     notes: tuple[str, ...] = ()
     batch: int = 1
     """Requests that shared the pass."""
-    input_size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

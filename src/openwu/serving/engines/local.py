@@ -39,12 +39,11 @@ class LocalEngine(Engine):
         await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
 
     def _load(self) -> None:
-        from openwu.serving.engines.worker import EditWorker, describe, load
+        from openwu.serving.engines.worker import EditWorker, load
 
         editor = load(self._source) if isinstance(self._source, ModelSource) else self._source()
-        self._worker = EditWorker(editor)
-        self._worker.warm()
-        self._info = describe(editor, self._batch)
+        self._worker = EditWorker(editor, self._batch)
+        self._info = self._worker.warm()
 
     async def submit(self, tasks: Sequence[Task], report: Report) -> list[Outcome | Failure]:
         loop = asyncio.get_running_loop()

@@ -10,10 +10,11 @@ import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from openwu.editor.cache import AdapterCache
@@ -25,9 +26,11 @@ from openwu.images import Photo, encode_picture, read_picture
 from openwu.images.privacy import without_location, without_metadata
 from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import Failure, ServiceError, refused
+from openwu.serving.schema import cost_of
 from openwu.types import Adapter, LoadingOptions, SamplingOptions
 
 STOPPED = Failure(499, "cancelled", "the request was cancelled")
+WARM_SIDE = 256
 TENANT_BYTES, TENANTS = 32 * 2**20, 16
 """Size and number of the adapter caches, one for each of the API keys that were seen last."""
 
@@ -38,23 +41,33 @@ class StoppedError(Exception):
 
 def load(source: ModelSource) -> Editor:
     """Load the editor that a source describes. Raises OpenwuError for what the operator can fix."""
-    loading = LoadingOptions(device=source.device, quantise=source.quantise, offload=source.offload)
-    sampling = SamplingOptions(steps=source.steps, guidance=source.guidance)
-    kind = Editor.from_pretrained
-    return kind(source.model, base=source.base, generator=source.generator, loading=loading, sampling=sampling)
+    loading = LoadingOptions(
+        device=source.device,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        quantise=source.quantise,
+        offload=source.offload,
+    )
+    return Editor.from_pretrained(
+        source.model,
+        base=source.base,
+        generator=source.generator,
+        loading=loading,
+        sampling=SamplingOptions(steps=source.steps, guidance=source.guidance, pixels=source.pixels),
+    )
 
 
-def describe(editor: Editor, batch: int | None = None) -> ModelInfo:
+def describe(editor: Editor, seconds_per_unit: float, batch: int | None = None) -> ModelInfo:
     """Return what the service has to know. `batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU."""
     known = editor.backbone.edits()
-    on_cpu = editor.generator.hidden_in.weight.device.type == "cpu"
-    most = batch or (1 if on_cpu else 8)
+    most = batch or (1 if editor.generator.hidden_in.weight.device.type == "cpu" else 8)
     return ModelInfo(
         name=editor.name,
         edits=tuple({"id": e.name, "examples": dict(e.examples), "reference": e.reference} for e in known.values()),
         max_pictures=editor.backbone.max_pictures,
         refuses_out_of_scope=editor.backbone.refuses_out_of_scope,
         steps=editor.sampling.steps or 1,
+        seconds_per_unit=seconds_per_unit,
         max_batch=min(most, editor.backbone.max_batch or most),
     )
 
@@ -62,48 +75,52 @@ def describe(editor: Editor, batch: int | None = None) -> ModelInfo:
 class EditWorker:
     """An Editor, and the adapter caches of the keys that use it, kept apart."""
 
-    def __init__(self, editor: Editor) -> None:
-        self.editor = editor
+    def __init__(self, editor: Editor, batch: int | None = None) -> None:
+        """`batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU."""
+        self.editor, self._batch = editor, batch
         self._caches: OrderedDict[str, AdapterCache] = OrderedDict()
 
-    def run(
-        self, tasks: Sequence[Task], report: Report, stopped: Callable[[str], bool]
-    ) -> list[Outcome | Failure]:
+    def run(self, tasks: Sequence[Task], report: Report, stopped: Callable[[str], bool]) -> list[Outcome | Failure]:
         """Run tasks that may share a pass; what is wrong with one of them fails that one only.
 
         Work stops at the next part (a tile or a step) once every task of the pass is stopped.
         """
         found: dict[str, Outcome | Failure] = {}
-        waiting: list[tuple[Task, tuple[Photo, ...]]] = []
+        waiting: list[Prepared] = []
         for task in tasks:
             try:
-                photos = tuple(_read(data, number) for number, data in enumerate(task.images))
+                prepared = Prepared.of(task)
                 if len(tasks) > 1 and task.batch_key is not None:
-                    waiting.append((task, photos))
+                    waiting.append(prepared)
                 else:
-                    found[task.id] = self._alone(task, photos, _progress([task], report, stopped))
+                    found[task.id] = self._alone(prepared, _progress([task], report, stopped))
             except Exception as error:
                 found[task.id] = failure_of(error)
         if waiting:
             found |= self._together(waiting, report, stopped)
         return [found[task.id] for task in tasks]
 
-    def warm(self) -> float:
-        """Edit a small picture, so that the first request finds everything in place. Returns units per second."""
-        photo = read_picture(np.zeros((256, 256, 3), np.uint8))
+    @property
+    def on_cpu(self) -> bool:
+        return self.editor.generator.hidden_in.weight.device.type == "cpu"
+
+    def warm(self) -> ModelInfo:
+        """Edit a small picture, so that the first request finds everything in place; return what is loaded."""
+        photo = read_picture(np.zeros((WARM_SIDE, WARM_SIDE, 3), np.uint8))
         known = next(iter(self.editor.backbone.edits().values()), None)
-        text = known.examples["en"] if known is not None else "brighter please"
+        text = known.examples["en"] if known is not None else "make it brighter"
         self.editor.edit([photo], text)
-        result = self.editor.edit([photo], text)
-        return sum(result.timings.values())
+        seconds = sum(self.editor.edit([photo], text).timings.values())
+        return describe(self.editor, seconds / cost_of(WARM_SIDE**2, 1, self.editor.sampling.steps or 1), self._batch)
 
     def _together(
-        self, waiting: Sequence[tuple[Task, tuple[Photo, ...]]], report: Report, stopped: Callable[[str], bool]
+        self, waiting: Sequence[Prepared], report: Report, stopped: Callable[[str], bool]
     ) -> dict[str, Outcome | Failure]:
         """One pass for several tasks. If it is refused because of one of them, each has a pass of its own."""
-        tasks = [task for task, _ in waiting]
+        tasks = [each.task for each in waiting]
         requests = [
-            EditRequest(photos, task.instruction, task.strength, task.seed, task.then) for task, photos in waiting
+            EditRequest(each.photos, each.task.instruction, each.task.strength, each.task.seed, each.task.then)
+            for each in waiting
         ]
         self.editor.cache = None  # a batch has several owners
         try:
@@ -115,36 +132,27 @@ class EditWorker:
             )
         except StoppedError:
             return dict.fromkeys([task.id for task in tasks], STOPPED)
-        except Exception as error:
-            if not isinstance(error, OpenwuError | MemoryError | RuntimeError):
-                return dict.fromkeys([task.id for task in tasks], failure_of(error))
+        except Exception:
             return {
-                task.id: self._guarded(task, photos, _progress([task], report, stopped)) for task, photos in waiting
+                each.task.id: _guarded(lambda one=each: self._alone(one, _progress([one.task], report, stopped)))  # type: ignore[misc]
+                for each in waiting
             }
-        finished: dict[str, Outcome | Failure] = {}
-        for (task, photos), result in zip(waiting, results, strict=True):
-            try:
-                finished[task.id] = replace(_outcome(task, photos[0], result), batch=len(tasks), cache="off")
-            except Exception as error:
-                finished[task.id] = failure_of(error)
-        return finished
+        return {
+            each.task.id: _guarded(
+                lambda one=each, made=result: replace(one.outcome(made), batch=len(tasks), cache="off")  # type: ignore[misc]
+            )
+            for each, result in zip(waiting, results, strict=True)
+        }
 
-    def _guarded(self, task: Task, photos: tuple[Photo, ...], progress: Progress) -> Outcome | Failure:
-        try:
-            return self._alone(task, photos, progress)
-        except Exception as error:
-            return failure_of(error)
-
-    def _alone(self, task: Task, photos: tuple[Photo, ...], progress: Progress) -> Outcome:
+    def _alone(self, prepared: Prepared, progress: Progress) -> Outcome:
+        task, photos = prepared.task, prepared.photos
         progress(0, 1)
-        adapter = _given(task)
+        adapter = None if task.adapter is None else decode(task.adapter[1], task.adapter[0])
         if task.kind == "export":
             assert adapter is not None
             return Outcome(_archive(adapter, task.export_format))
         cache = self.editor.cache = self._cache(task.tenant)
         before = cache.statistics.misses
-        if task.instruction:
-            _checked(lambda: self.editor.backbone.check_instruction(task.instruction))
         if task.kind == "adapt":
             made = self.editor.adapt(
                 photos, task.instruction, seed=task.seed, allow_out_of_scope=task.allow_out_of_scope
@@ -161,8 +169,7 @@ class EditWorker:
             allow_out_of_scope=task.allow_out_of_scope and adapter is None,
             progress=progress,
         )
-        outcome = _outcome(task, photos[0], result)
-        return replace(outcome, cache="off" if adapter is not None else _cache_use(cache, before))
+        return replace(prepared.outcome(result), cache="off" if adapter is not None else _cache_use(cache, before))
 
     def _cache(self, tenant: str) -> AdapterCache:
         """The cache of one key: what another key generated is never found in it."""
@@ -205,23 +212,11 @@ def _progress(tasks: Sequence[Task], report: Report, stopped: Callable[[str], bo
     return told
 
 
-def _read(data: bytes, number: int) -> Photo:
-    """Decode a file. `number`: 0 for the picture to edit."""
+def _guarded(run: Callable[[], Outcome]) -> Outcome | Failure:
     try:
-        return read_picture(data)
-    except PictureError as error:
-        raise refused(400, "invalid_image", f"image {number + 1}: {error}", "image") from error
-
-
-def _checked(check: Callable[[], object]) -> None:
-    try:
-        check()
-    except InstructionError as error:
-        raise refused(400, "invalid_value", str(error), "prompt") from error
-
-
-def _given(task: Task) -> Adapter | None:
-    return None if task.adapter is None else decode(task.adapter[1], task.adapter[0])
+        return run()
+    except Exception as error:
+        return failure_of(error)
 
 
 def _named(adapter: Adapter) -> str | None:
@@ -232,59 +227,74 @@ def _cache_use(cache: AdapterCache, misses: int) -> str:
     return "miss" if cache.statistics.misses > misses else "hit"
 
 
-def _outcome(task: Task, original: Photo, result: EditResult) -> Outcome:
-    photo = result.photo
-    if task.mask is not None:
-        photo = composite(original, photo, task.mask)
-    if task.size is not None and task.size != photo.size:
-        photo = covering(photo, task.size)
-    if task.opaque and photo.alpha is not None:
-        photo = on_white(photo)
-    photo = cleaned(photo, task.metadata)
-    if task.output_format == "jpeg" and photo.transparent:
-        raise refused(
-            400, "unsupported_value", "output_format: JPEG has no transparency, and the picture has; use png or webp, "
-            "or background=opaque", "output_format",
+@dataclass(frozen=True)
+class Prepared:
+    """A task with its pictures decoded."""
+
+    task: Task
+    photos: tuple[Photo, ...]
+    keep: NDArray[np.float64] | None
+    """Share of the original in the answer `[h, w, 1]`, from the mask."""
+
+    @classmethod
+    def of(cls, task: Task) -> Prepared:
+        """Decode a task's pictures and mask. Raises ServiceError that names the one that is wrong."""
+        photos = tuple(_read(data, f"image {number}", "image") for number, data in enumerate(task.images, start=1))
+        return cls(task, photos, None if task.mask is None else mask_of(task.mask, photos[0]))
+
+    def outcome(self, result: EditResult) -> Outcome:
+        """Make the answer's file: the mask, the size, the metadata, the format."""
+        task, photo = self.task, result.photo
+        if self.keep is not None:
+            photo = composite(self.photos[0], photo, self.keep)
+        if task.size is not None and task.size != photo.size:
+            photo = covering(photo, task.size)
+        if task.opaque and photo.alpha is not None:
+            photo = on_white(photo)
+        photo = cleaned(photo, task.metadata)
+        if task.output_format == "jpeg" and photo.transparent:
+            message = "output_format: the picture is transparent, which JPEG cannot be; use png, or background=opaque"
+            raise refused(400, "unsupported_value", message, "output_format")
+        suffix = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}[task.output_format]
+        data, notes = encode_picture(photo, suffix, quality=task.compression)
+        return Outcome(
+            data,
+            photo.size,
+            encode(result.adapter, task.id),
+            _named(result.adapter),
+            dict(result.timings),
+            notes=(*photo.notes, *notes),
         )
-    suffix = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}[task.output_format]
-    data, notes = encode_picture(photo, suffix, quality=task.compression)
-    return Outcome(
-        data,
-        photo.size,
-        encode(result.adapter, task.id),
-        _named(result.adapter),
-        dict(result.timings),
-        notes=(*photo.notes, *notes),
-        input_size=original.size,
-    )
 
 
-def composite(original: Photo, edited: Photo, mask: bytes) -> Photo:
-    """Put the edited pixels where the mask is transparent; where it is opaque, the original's stay bit for bit.
+def _read(data: bytes, name: str, param: str) -> Photo:
+    try:
+        return read_picture(data)
+    except PictureError as error:
+        raise refused(400, "invalid_image", f"{name}: {error}", param) from error
+
+
+def mask_of(mask: bytes, original: Photo) -> NDArray[np.float64]:
+    """Return the share of the original `[h, w, 1]` that a mask asks to keep: 0 where it is transparent.
 
     Raises ServiceError for a mask of another size than the picture, or one without transparency.
     """
-    try:
-        found = read_picture(mask)
-    except PictureError as error:
-        raise refused(400, "invalid_image", f"mask: {error}", "mask") from error
+    found = _read(mask, "mask", "mask")
     if found.size != original.size:
-        raise refused(
-            400, "mask_size_mismatch",
-            f"mask: expected {original.size[0]}x{original.size[1]} as the picture, got {found.size[0]}x{found.size[1]}",
-            "mask",
-        )
+        sizes = f"expected {original.size[0]}x{original.size[1]} as the picture, got {found.size[0]}x{found.size[1]}"
+        raise refused(400, "mask_size_mismatch", f"mask: {sizes}", "mask")
     alpha = found.eight_bit().alpha
     if alpha is None:
-        raise refused(
-            400, "invalid_image", "mask: expected a PNG with an alpha channel, transparent where to edit", "mask"
-        )
+        raise refused(400, "invalid_image", "mask: expected a PNG with alpha, transparent where to edit", "mask")
+    return (alpha.astype(np.float64) / 255)[:, :, None]
+
+
+def composite(original: Photo, edited: Photo, keep: NDArray[np.float64]) -> Photo:
+    """Mix the original and the edit; where `keep` `[h, w, 1]` is 1, the original's pixels stay bit for bit."""
     if edited.size != original.size:
-        raise refused(400, "unsupported_value", "mask: this model changes the picture's size; leave the mask out", "mask")
-    keep = (alpha.astype(np.float64) / 255)[:, :, None]
-    mixed = original.pixels * keep + edited.pixels * (1 - keep)
-    pixels = np.where(keep == 1, original.pixels, np.rint(mixed).astype(original.pixels.dtype))
-    return edited.with_pixels(pixels)
+        raise refused(400, "unsupported_value", "mask: this model changes the picture's size; leave it out", "mask")
+    mixed = np.rint(original.pixels * keep + edited.pixels * (1 - keep)).astype(original.pixels.dtype)
+    return edited.with_pixels(np.where(keep == 1, original.pixels, mixed))
 
 
 def covering(photo: Photo, size: tuple[int, int]) -> Photo:
