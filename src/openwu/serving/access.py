@@ -74,7 +74,7 @@ def new_key(path: Path, name: str, *, admin: bool = False) -> str:
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     with whole_file(path) as part:
         part.write_text(f"{before}{line}\n", encoding="utf-8")
-        part.chmod(0o600)
+    path.chmod(0o600)
     return key
 
 
