@@ -36,6 +36,7 @@ class Served:
                     return self
             except httpx.TransportError:
                 time.sleep(0.2)
+        self.__exit__(None, None, None)
         raise AssertionError("never ready")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
