@@ -126,7 +126,7 @@ def hash_words(sentences: Sequence[str], config: InstructionConfig) -> Tensor:
 
 
 def phrases_of(words: Sequence[str]) -> list[str]:
-    """Return what the linear reader knows a sentence by: words, groups of two to four, gapped pairs, n-grams (2 to 5)."""
+    """Return what the linear reader knows a sentence by: words, groups to four, gapped pairs, n-grams (2 to 5)."""
     found = {f"{size}{' '.join(words[at : at + size])}" for size in (1, 2, 3, 4) for at in range(len(words) - size + 1)}
     found |= {f"s{first} {last}" for first, last in zip(words, words[2:], strict=False)}
     for word in words:

@@ -103,7 +103,7 @@ class InstructionStage:
         yield (edits + phrases + DEGREE_WEIGHT * graded + penalty) * micro_batch.share(self.size)
 
     def phrase_loss(self, step: int, sentences: list[str], target: Tensor, own: slice) -> Tensor:
-        """Compute the loss of the linear reader alone: of the mean of both, one would leave what is hard to the other."""
+        """Compute the linear reader's loss alone: of the mean of both, one would leave what is hard to the other."""
         draws = torch.Generator().manual_seed(self.seed * 3_000_017 + step + PHRASE_DRAWS)
         logits = self.encoder.phrase_logits(sentences, (PHRASES_DROPPED, draws))[own]
         return F.nll_loss(smoothed(F.log_softmax(logits, dim=-1), PHRASES_SMOOTHED), target[own])
