@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from openwu.serving.engines import Engine, Outcome, Task
 from openwu.serving.errors import Failure, ServiceError, WorkerLostError, refused
