@@ -87,11 +87,12 @@ def test_the_python_lines_of_the_readme_work(photos: Path) -> None:
 @pytest.mark.usefixtures("photos")
 def test_the_python_lines_about_editing_work() -> None:
     names = executed(EDITING)
-    both, toned, again = names["both"], names["toned"], names["again"]
-    assert isinstance(both, EditResult)
+    film, toned, again = names["film"], names["toned"], names["again"]
+    assert isinstance(film, EditResult)
     assert isinstance(toned, EditResult)
     assert isinstance(again, EditResult)
-    assert both.adapter.rank == 2 * toned.adapter.rank
+    assert film.understood is not None
+    assert [film.understood.edit, *(each.edit for each in film.understood.then)] == ["black_and_white", "add_noise"]
     assert again.adapter.instructions == toned.adapter.instructions
 
 

@@ -268,3 +268,19 @@ def test_judgements_of_a_replaced_picture_do_not_count(record: RunFolder, tmp_pa
     assert run_plan(record, plan_run(record, cases, system), system) == {MISSING: 2}
     (row,) = summarise(record, judge.rubric, judge.name).rows
     assert row.statuses == {MISSING: 2}
+
+
+def test_systems_that_made_the_same_picture_have_a_score_each(record: RunFolder) -> None:
+    """A copy of the input, and a restorer that found nothing to do."""
+    cases = [case("c0"), case("c1")]
+    record.begin("b", cases)
+    for name in ("first", "second"):
+        system = Painter()
+        system.name = name
+        run_plan(record, plan_run(record, cases, system), system)
+    assert len({each.picture for each in record.outputs().values()}) == 1
+    judge = Judge(FourDimensions(), Fixed({"c0": 5}))
+    assert run_judge(record, plan_judge(record, judge), judge) == {SCORED: 4}
+    rows = summarise(record, judge.rubric, judge.name).rows
+    assert [(row.system, row.statuses) for row in rows] == [("first", {SCORED: 2}), ("second", {SCORED: 2})]
+    assert plan_judge(record, judge).calls == 0

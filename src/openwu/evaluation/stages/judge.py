@@ -89,10 +89,9 @@ def plan_judge(
             there = tuple(output for output in shown if output is not None and output.status == DONE)
             if len(there) < len(group):
                 continue
-            pictures = [output.picture for output in there]
             for question, asked in questions:
                 for repeat in range(repeats):
-                    key = judgement_key(case, pictures, identity, asked, repeat)
+                    key = judgement_key(case, there, identity, asked, repeat)
                     judgement = known.get(key)
                     if judgement is None or (retry and judgement.status != SCORED):
                         todo.append(Ask(key, case, there, question, repeat))

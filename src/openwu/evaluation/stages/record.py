@@ -233,10 +233,18 @@ def output_key(case: Case, system: Mapping[str, object]) -> str:
 
 
 def judgement_key(
-    case: StoredCase, pictures: Sequence[str], judge: Mapping[str, object], question: Mapping[str, object], repeat: int
+    case: StoredCase,
+    outputs: Sequence[Output],
+    judge: Mapping[str, object],
+    question: Mapping[str, object],
+    repeat: int,
 ) -> str:
-    """Return the key of a judgement: the whole question, the judge, the pictures in their order, and the repeat."""
-    asked = [VERSION, case.key, case.instruction, case.pictures, case.answer, list(pictures)]
+    """Return the key of a judgement: the whole question, the judge, the systems' pictures in order, and the repeat.
+
+    Systems count: two that made the same picture have a judgement each.
+    """
+    shown = [[output.system, output.picture] for output in outputs]
+    asked = [VERSION, case.key, case.instruction, case.pictures, case.answer, shown]
     return of_json([*asked, dict(judge), dict(question), repeat], sort_keys=True).hexdigest()[:32]
 
 

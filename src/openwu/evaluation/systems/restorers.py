@@ -124,7 +124,7 @@ def realesrgan_small(options: SystemOptions) -> Restorer:
 
 def _realesrgan(options: SystemOptions, model: str) -> Restorer:
     network = _Network(model)
-    return Restorer(options.name, network, model, network.load)
+    return Restorer(options.name, network, f"{model}, 2", network.load)
 
 
 class _Network:
@@ -156,11 +156,14 @@ class _Network:
         ncnn = library("ncnn", "measures")
         with self._lock:
             extractor = self.load().create_extractor()
-            extractor.input("data", ncnn.Mat(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+            planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+            # A copy: ncnn does not keep the array alive whose memory it reads.
+            extractor.input("data", ncnn.Mat(planes).clone())
             failed, found = extractor.extract("output")
-        if failed:
+            made = np.array(found)
+        if failed or made.ndim != 3 or not np.isfinite(made).all():
             raise OpenwuError("realesrgan: the network failed; try a smaller picture")
-        large = np.clip(np.array(found).transpose(1, 2, 0), 0, 1)
+        large = np.clip(made.transpose(1, 2, 0), 0, 1)
         image = Image.fromarray((large * 255).round().astype(np.uint8))
         small = image.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.LANCZOS)
         return unit(small)
