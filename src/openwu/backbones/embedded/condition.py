@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.backbones.embedded.tiles import as_unit
+from openwu.backbones.embedded.pieces import as_unit
 from openwu.images import Photo
 from openwu.images.colour import Pixels
 from openwu.kernels.norm import RMSNorm

@@ -12,6 +12,7 @@ Shapes: b pictures, n patches, d width, K instruction tokens, w windows, s patch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -188,6 +189,7 @@ class PixelPath(nn.Module):
         super().__init__()
         c = config.pixel_channels
         self.patch = config.patch
+        self.reach = config.pixel_layers + 2  # pixels that the convolutions see to each side
         self.scene = nn.Linear(config.d_model, c * config.patch**2)
         self.stem = nn.Conv2d(INPUT_CHANNELS, c, 3, padding=1)
         self.mix = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in range(config.pixel_layers))
@@ -196,7 +198,7 @@ class PixelPath(nn.Module):
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """x `[b, 8, h, w]`, tokens `[b, n, d]` -> what to do with every pixel `[b, 12, h, w]`, see `recolour`."""
         gate, offset = unpatchify(self.scene(tokens), grid, self.patch).chunk(2, dim=1)
         gated, added = self.stem(x).chunk(2, dim=1)
@@ -295,7 +297,7 @@ def surrounded_patches(x: Tensor, patch: int) -> Tensor:
     return torch.cat(quarters, dim=-1).flatten(1, 2)
 
 
-def unpatchify(cells: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+def unpatchify(cells: Tensor, grid: Sequence[int], patch: int) -> Tensor:
     """`[b, n, c * p * p]` -> `[b, c, h * p, w * p]` in channels-last memory; a cell is laid out as p x p x c."""
     b = cells.shape[0]
     h, w = grid
