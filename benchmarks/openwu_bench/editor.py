@@ -100,9 +100,7 @@ def measure_size(quick: bool) -> Curve:
     inputs = [torch.zeros(1, 3, small.height, small.width)] * 2
     text = base.instruction([INSTRUCTION])
     per_pixel = _flops(lambda: base.network(*inputs, text)) / _padded(base, small.width, small.height)
-    points = tuple(
-        Point(w * h / 1e6, found[str((w, h))], once + per_pixel * _padded(base, w, h)) for w, h in sizes
-    )
+    points = tuple(Point(w * h / 1e6, found[str((w, h))], once + per_pixel * _padded(base, w, h)) for w, h in sizes)
     what = "an edit with the embedded model; the law counts operations"
     return Curve(what, "megapixels", points)
 

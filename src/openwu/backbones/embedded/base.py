@@ -24,7 +24,14 @@ from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_co
 from openwu.backbones.embedded.guarantees import blended, guaranteed
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor
-from openwu.backbones.embedded.pieces import PiecewiseEdit, as_unit, edited_whole, is_whole, number_of_pieces, pictures_per_pass
+from openwu.backbones.embedded.pieces import (
+    PiecewiseEdit,
+    as_unit,
+    edited_whole,
+    is_whole,
+    number_of_pieces,
+    pictures_per_pass,
+)
 from openwu.backbones.embedded.threads import in_parallel
 from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.backbones.protocol import (

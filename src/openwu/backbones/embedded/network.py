@@ -198,15 +198,35 @@ class PixelPath(nn.Module):
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """x `[b, 8, h, w]`, tokens `[b, n, d]` -> what to do with every pixel `[b, 12, h, w]`, see `recolour`."""
-        gate, offset = unpatchify(self.scene(tokens), grid, self.patch).chunk(2, dim=1)
-        gated, added = self.stem(x).chunk(2, dim=1)
-        features = torch.cat([torch.addcmul(gated, gated, gate), added + offset], dim=1)
+    def forward(
+        self, x: Tensor, tokens: Tensor, grid: Sequence[int], shown: tuple[slice, slice] | None = None
+    ) -> Tensor:
+        """x `[b, 8, h, w]`, tokens `[b, n, d]` -> what to do with every pixel `[b, 12, h, w]`, see `recolour`.
+
+        `shown`: which rows and columns of the grid's pixels x holds; None: all.
+        """
+        scene = unpatchify(self.scene(tokens), grid, self.patch)
+        if shown is not None:
+            scene = scene[:, :, *shown]
+        features = gated(self.stem(x), scene)
         for convolution in self.mix:
             features = features + convolution(F.silu(features))
         affine: Tensor = self.out(F.silu(features))
         return affine
+
+
+def gated(features: Tensor, scene: Tensor) -> Tensor:
+    """Return features f with the scene s joined: f * (1 + s) in the first half of the channels, f + s in the second.
+
+    Both are f + s * g with g = f or 1. Of `[b, c, h, w]` in channels-last memory, operations on half of the channels
+    would go through memory in runs of c / 2 numbers; these go through whole rows.
+    """
+    b, c, h, w = features.shape
+    first = torch.arange(c, device=features.device) < c // 2
+    mask = first.to(features.dtype).repeat(w)
+    f, s = (each.permute(0, 2, 3, 1).reshape(b, h, w * c) for each in (features, scene))
+    joined = torch.addcmul(f, s, torch.addcmul(1 - mask, f, mask))
+    return joined.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def with_squares(planes: Tensor) -> Tensor:

@@ -47,8 +47,9 @@ TOGETHER = 1536 * 1024
 WINDOWS = 16
 """How many windows of one row a piece of a block has at most."""
 
-SIDE = 256
-"""Sides of a piece of the full-resolution path in pixels, at most."""
+HEIGHT, WIDTH = 128, 256
+"""Sides of a piece of the full-resolution path in pixels. Larger ones compute fewer pixels twice, but their features are
+memory that the system takes back and clears anew in every operation: a third of the time."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,20 @@ class Span:
     stop: int
 
     def grown(self, before: int, after: int, side: int) -> Span:
-        """With pixels around it, where there are any."""
+        """With pixels around it, where the side has any."""
         return Span(max(0, self.start - before), min(side, self.stop + after))
 
-    def over(self, patch: int) -> slice:
-        """The patches it covers."""
-        return slice(self.start // patch, self.stop // patch)
+    @property
+    def pixels(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def patches(self, patch: int) -> slice:
+        """The patches that hold it."""
+        return slice(self.start // patch, -(-self.stop // patch))
+
+    def inside(self, start: int) -> slice:
+        """Where it lies in a range that begins at `start`."""
+        return slice(self.start - start, self.stop - start)
 
 
 Rectangle = tuple[Span, Span]
@@ -117,10 +126,10 @@ def cut(config: TinyEditorConfig, width: int, height: int) -> tuple[list[Rectang
     """Cut the padded picture: windows of one row for the blocks, squares for the full-resolution path."""
     cell = config.cell
     high, wide = height + -height % cell, width + -width % cell
-    side = max(cell, SIDE // cell * cell)
+    tall, broad = max(1, HEIGHT // cell) * cell, max(1, WIDTH // cell) * cell
     return (
         [(rows, columns) for rows in spans(high, cell) for columns in spans(wide, WINDOWS * cell)],
-        [(rows, columns) for rows in spans(high, side) for columns in spans(wide, side)],
+        [(rows, columns) for rows in spans(high, tall) for columns in spans(wide, broad)],
     )
 
 
@@ -171,15 +180,13 @@ class PiecewiseEdit:
     def _embed(self, rows: Span, columns: Span) -> None:
         """Patches of some pixels -> their tokens."""
         before, after = self.patch // 2, self.patch - self.patch // 2
-        down, right = rows.grown(before, after, self.padded_height), columns.grown(before, after, self.padded_width)
-        missing = (
-            before - (columns.start - right.start),
-            after - (right.stop - columns.stop),
-            before - (rows.start - down.start),
-            after - (down.stop - rows.stop),
-        )
-        tokens = self.network.embed(surrounded_patches(F.pad(self._inputs(down, right), missing), self.patch))
-        here = self.tokens[:, rows.over(self.patch), columns.over(self.patch)]
+        down = rows.grown(before, after, self.padded_height)
+        right = columns.grown(before, after, self.padded_width)
+        beyond = (before - columns.start, columns.stop + after - self.padded_width)
+        beyond += (before - rows.start, rows.stop + after - self.padded_height)
+        surrounded = F.pad(self._inputs(down, right), [max(0, pixels) for pixels in beyond])
+        tokens = self.network.embed(surrounded_patches(surrounded, self.patch))
+        here = self.tokens[:, rows.patches(self.patch), columns.patches(self.patch)]
         here.copy_(tokens.view(here.shape))
 
     def _through(self, block: nn.Module, rows: Span, columns: Span) -> None:
@@ -204,24 +211,28 @@ class PiecewiseEdit:
             self.tokens[:, y, x] = changed[:, part_y, part_x]
 
     def _paint(self, rows: Span, columns: Span) -> None:
-        """Write the edited pixels of a rectangle."""
-        reach = -(-self.network.pixels.reach // self.patch) * self.patch
+        """Write the edited pixels of a rectangle; what the convolutions see around it is computed and dropped."""
+        reach = self.network.pixels.reach
         down, right = rows.grown(reach, reach, self.padded_height), columns.grown(reach, reach, self.padded_width)
-        tokens = self.network.norm(self.tokens[:, down.over(self.patch), right.over(self.patch)])
-        affine = self.network.pixels(self._inputs(down, right), tokens.flatten(1, 2), tokens.shape[1:3])
-        y, x = slice(rows.start, min(rows.stop, self.height)), slice(columns.start, min(columns.stop, self.width))
-        top, left = y.start - down.start, x.start - right.start
-        affine = affine[:, :, top : top + y.stop - y.start, left : left + x.stop - x.start]
-        picture = torch.stack([as_unit(photo.pixels[y, x]) for photo in self.photos])
+        patches = down.patches(self.patch), right.patches(self.patch)
+        tokens = self.network.norm(self.tokens[:, *patches])
+        shown = down.inside(patches[0].start * self.patch), right.inside(patches[1].start * self.patch)
+        affine = self.network.pixels(self._inputs(down, right), tokens.flatten(1, 2), tokens.shape[1:3], shown)
+        rows, columns = (
+            Span(rows.start, min(rows.stop, self.height)),
+            Span(columns.start, min(columns.stop, self.width)),
+        )
+        affine = affine[:, :, rows.inside(down.start), columns.inside(right.start)]
+        picture = torch.stack([as_unit(photo.pixels[rows.pixels, columns.pixels]) for photo in self.photos])
         for output, edited in zip(self.outputs, recolour(picture, affine), strict=True):
-            output[y, x] = as_pixels(edited, output)
+            output[rows.pixels, columns.pixels] = as_pixels(edited, output)
 
     def _inputs(self, rows: Span, columns: Span) -> Tensor:
         """The network's channels `[b, 8, h, w]` of a rectangle of the padded picture, channels last."""
-        y, x = self.rows[rows.start : rows.stop], self.columns[columns.start : columns.stop]
+        y, x = self.rows[rows.pixels], self.columns[columns.pixels]
         window: tuple[slice, slice] | tuple[Pixels, Pixels] = y.numpy()[:, None], x.numpy()[None]
         if rows.stop <= self.height and columns.stop <= self.width:  # Nothing is mirrored: a view costs nothing.
-            window = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+            window = rows.pixels, columns.pixels
         picture = torch.stack([as_unit(photo.pixels[window]) for photo in self.photos])
         size = picture.shape[-2:]
         place = torch.stack([self.y[y][:, None].expand(size), self.x[x][None].expand(size)])
