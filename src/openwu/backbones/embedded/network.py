@@ -218,14 +218,14 @@ class PixelPath(nn.Module):
 def gated(features: Tensor, scene: Tensor) -> Tensor:
     """Return features f with the scene s joined: f * (1 + s) in the first half of the channels, f + s in the second.
 
-    Both are f + s * g with g = f or 1. Of `[b, c, h, w]` in channels-last memory, operations on half of the channels
-    would go through memory in runs of c / 2 numbers; these go through whole rows.
+    Of `[b, c, h, w]` in channels-last memory, operations on half of the channels would go through memory in runs of c / 2
+    numbers; these go through whole rows, as f * (1 + s * mask) + s * (1 - mask).
     """
     b, c, h, w = features.shape
     first = torch.arange(c, device=features.device) < c // 2
     mask = first.to(features.dtype).repeat(w)
     f, s = (each.permute(0, 2, 3, 1).reshape(b, h, w * c) for each in (features, scene))
-    joined = torch.addcmul(f, s, torch.addcmul(1 - mask, f, mask))
+    joined = torch.addcmul(s * (1 - mask), f, 1 + s * mask)
     return joined.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
