@@ -218,8 +218,8 @@ class PixelPath(nn.Module):
 def gated(features: Tensor, scene: Tensor) -> Tensor:
     """Return features f with the scene s joined: f * (1 + s) in the first half of the channels, f + s in the second.
 
-    Of `[b, c, h, w]` in channels-last memory, operations on half of the channels would go through memory in runs of c / 2
-    numbers; these go through whole rows, as f * (1 + s * mask) + s * (1 - mask).
+    Of `[b, c, h, w]` in channels-last memory, operations on half of the channels would go through memory in runs of
+    c / 2 numbers; these go through whole rows, as f * (1 + s * mask) + s * (1 - mask).
     """
     b, c, h, w = features.shape
     first = torch.arange(c, device=features.device) < c // 2
@@ -309,7 +309,7 @@ def overlapping_patches(x: Tensor, patch: int) -> Tensor:
 
 
 def surrounded_patches(x: Tensor, patch: int) -> Tensor:
-    """`overlapping_patches` where half a patch around them is there: `[b, c, h + p, w + p]` -> `[b, n, 4 * c * p * p]`"""
+    """Return `overlapping_patches` of x with half a patch around it: `[b, c, h + p, w + p]` -> `[b, n, 4 * c * p * p]`."""
     b, c, h, w = x.shape
     rows, columns = h // patch - 1, w // patch - 1
     cells = x.reshape(b, c, rows + 1, patch, columns + 1, patch).permute(0, 2, 4, 3, 5, 1).flatten(3)

@@ -1,4 +1,4 @@
-"""Edit photos of any size in pieces: what one pass of the network over the whole picture makes, without overlap or seams.
+"""Edit photos of any size in pieces, with the result of one pass of the network over the whole picture: no seams.
 
 Inside a block of the network no window depends on another one, so the tokens of the whole picture are changed in place,
 block after block and some windows at a time. Only the convolutions of the full-resolution path reach across: its pieces
@@ -48,8 +48,8 @@ WINDOWS = 16
 """How many windows of one row a piece of a block has at most."""
 
 HEIGHT, WIDTH = 128, 256
-"""Sides of a piece of the full-resolution path in pixels. Larger ones compute fewer pixels twice, but their features are
-memory that the system takes back and clears anew in every operation: a third of the time."""
+"""Sides of a piece of the full-resolution path in pixels. Larger ones compute fewer pixels twice, but the system takes
+back and clears the memory of their features in every operation: up to a third of the time."""
 
 
 @dataclass(frozen=True)
