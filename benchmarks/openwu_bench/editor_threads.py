@@ -1,4 +1,4 @@
-"""C9 to C12: an edit with the embedded model on one and two threads, with one core busy, of 8 megapixels, and the first.
+"""C9 to C12: embedded edits on one and two threads, with one core busy, of 8 megapixels, and the first after loading.
 
 C9 and C10 want two cores that nothing else occupies. All sides are float32 or bfloat16 as the editor chooses.
 """

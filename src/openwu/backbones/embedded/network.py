@@ -309,7 +309,10 @@ def overlapping_patches(x: Tensor, patch: int) -> Tensor:
 
 
 def surrounded_patches(x: Tensor, patch: int) -> Tensor:
-    """Return `overlapping_patches` of x with half a patch around it: `[b, c, h + p, w + p]` -> `[b, n, 4 * c * p * p]`."""
+    """Return `overlapping_patches` of what x surrounds by half a patch: `[b, c, h + p, w + p]`.
+
+    The result: `[b, n, 4 * c * p * p]`.
+    """
     b, c, h, w = x.shape
     rows, columns = h // patch - 1, w // patch - 1
     cells = x.reshape(b, c, rows + 1, patch, columns + 1, patch).permute(0, 2, 4, 3, 5, 1).flatten(3)

@@ -106,7 +106,9 @@ def as_pixels(picture: Tensor, like: Pixels) -> Pixels:
     if not bool(picture.isfinite().all()):
         raise OpenwuError("edit: the result holds numbers that are not finite; ask for a smaller strength")
     whole = picture.float().clamp(0, 1).mul(np.iinfo(like.dtype).max).round().permute(1, 2, 0)
-    return whole.numpy().astype(like.dtype)
+    pixels = np.empty_like(like, shape=tuple(whole.shape))
+    pixels[...] = whole.numpy()
+    return pixels
 
 
 def is_whole(width: int, height: int) -> bool:
@@ -118,8 +120,8 @@ def number_of_pieces(config: TinyEditorConfig, width: int, height: int) -> int:
     """How many pieces a pass over pictures of this size has, in all stages."""
     if is_whole(width, height):
         return 1
-    strips, squares = cut(config, width, height)
-    return (1 + config.num_layers) * len(strips) + len(squares)
+    strips, rectangles = cut(config, width, height)
+    return (1 + config.num_layers) * len(strips) + len(rectangles)
 
 
 def cut(config: TinyEditorConfig, width: int, height: int) -> tuple[list[Rectangle], list[Rectangle]]:
@@ -166,12 +168,12 @@ class PiecewiseEdit:
 
     def stages(self) -> list[list[Task]]:
         """All pieces: those of a stage in any order, after all of the stage before."""
-        strips, squares = cut(self.network.config, self.width, self.height)
-        return [
-            [partial(self._embed, rows, columns) for rows, columns in strips],
-            *([partial(self._through, block, *strip) for strip in strips] for block in self.network.blocks),
-            [partial(self._paint, rows, columns) for rows, columns in squares],
+        strips, rectangles = cut(self.network.config, self.width, self.height)
+        first: list[Task] = [partial(self._embed, *strip) for strip in strips]
+        blocks: list[list[Task]] = [
+            [partial(self._through, block, *strip) for strip in strips] for block in self.network.blocks
         ]
+        return [first, *blocks, [partial(self._paint, *rectangle) for rectangle in rectangles]]
 
     def edited(self) -> list[Photo]:
         """The photos with their new pixels, in the depth in which they were read; after all stages."""
@@ -182,8 +184,10 @@ class PiecewiseEdit:
         before, after = self.patch // 2, self.patch - self.patch // 2
         down = rows.grown(before, after, self.padded_height)
         right = columns.grown(before, after, self.padded_width)
-        beyond = (before - columns.start, columns.stop + after - self.padded_width)
-        beyond += (before - rows.start, rows.stop + after - self.padded_height)
+        beyond = [
+            *(before - columns.start, columns.stop + after - self.padded_width),
+            *(before - rows.start, rows.stop + after - self.padded_height),
+        ]
         surrounded = F.pad(self._inputs(down, right), [max(0, pixels) for pixels in beyond])
         tokens = self.network.embed(surrounded_patches(surrounded, self.patch))
         here = self.tokens[:, rows.patches(self.patch), columns.patches(self.patch)]

@@ -26,7 +26,14 @@ def in_parallel(tasks: Sequence[Task], done: Task | None = None) -> None:
     `done` is called in the caller's thread after each task. The first error, of `done` too, cancels the tasks that
     have not begun and is raised after the others have ended.
     """
-    pool = _pool(torch.get_num_threads())
+    threads = torch.get_num_threads()
+    if threads == 1:  # The caller's own thread: several callers, each with one thread, do not wait for one another.
+        for task in tasks:
+            _in_inference_mode(task)
+            if done is not None:
+                done()
+        return
+    pool = _pool(threads)
     futures = [pool.submit(copy_context().run, _in_inference_mode, task) for task in tasks]
     try:
         for future in as_completed(futures):
