@@ -1,9 +1,9 @@
 """The embedded base: instruction encoder, condition encoder and a small editing network, on a CPU.
 
 Its folder has a `config.json` and one safetensors file per part; the generator's part is in the same folder. Pictures
-keep their depth of 8 or 16 bits. Large ones go through the network in overlapping tiles.
+keep their depth of 8 or 16 bits. They go through the network in pieces, on several threads.
 
-Shapes: b jobs of one pass, K instruction tokens, h and w the sides of a picture or tile.
+Shapes: b jobs of one pass, K instruction tokens, h and w the sides of a picture.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -23,8 +23,16 @@ from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condit
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
 from openwu.backbones.embedded.guarantees import blended, guaranteed
 from openwu.backbones.embedded.instruction import InstructionEncoder
-from openwu.backbones.embedded.network import TinyEditor, noise_plane, place_planes
-from openwu.backbones.embedded.tiles import Canvas, Tile, as_unit, pictures_per_pass, tiles_of
+from openwu.backbones.embedded.network import TinyEditor
+from openwu.backbones.embedded.pieces import (
+    PiecewiseEdit,
+    as_unit,
+    edited_whole,
+    is_whole,
+    number_of_pieces,
+    pictures_per_pass,
+)
+from openwu.backbones.embedded.threads import in_parallel
 from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.backbones.protocol import (
     Backbone,
@@ -276,44 +284,42 @@ class EmbeddedBase(Backbone):
         scope: RequestScope,
         progress: Progress | None = None,
     ) -> list[Photo]:
-        """Edit photos; those of equal size share passes of the network where that is cheaper than a copy for each.
+        """Edit photos in pieces, on as many threads as torch has; the pieces depend on the photos' sizes alone.
 
-        `progress` is called with (tiles done, tiles in all).
+        Small photos of equal size share passes of the network where that is cheaper than a copy for each. `progress` is
+        called with (pieces done, pieces in all) in the caller's thread.
         """
-        own = [self._own(job) for job in jobs]
+        passes = self._passes([self._own(job) for job in jobs], options, scope)
+        total = sum(each.pieces for each in passes)
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            if progress:
+                progress(done, total)
+
+        # Small photos with networks of their own fill the threads together, large ones each alone.
+        in_parallel([each.whole for each in passes if each.copied and each.small], count)
+        for each in passes:
+            if not (each.copied and each.small):
+                each.run(count)
+        edited = {index: photo for each in passes for index, photo in zip(each.owners, each.edited, strict=True)}
+        return [edited[index] for index in range(len(jobs))]
+
+    def _passes(self, jobs: Sequence[EmbeddedJob], options: SamplingOptions, scope: RequestScope) -> list[_Pass]:
+        """Which jobs share a pass of the network, and whether through hooks or in a copy."""
         groups: dict[tuple[tuple[int, int], int], list[int]] = {}
-        for index, job in enumerate(own):
+        for index, job in enumerate(jobs):
             groups.setdefault((job.photos[0].size, len(job.instructions)), []).append(index)
-        passes: list[tuple[list[int], bool]] = []
+        passes = []
         for (size, _), members in groups.items():
             copied = scope.prefers_module(self.rows(size[0] * size[1]))
             count = 1 if copied else min(options.batch, pictures_per_pass(*size))
-            passes += [(members[start : start + count], copied) for start in range(0, len(members), count)]
-        total = sum(len(self.tiles(*own[members[0]].photos[0].size)) for members, _ in passes)
-        edited: dict[int, Photo] = {}
-        done = 0
-        for members, copied in passes:
-            together = [own[i] for i in members]
-            network = scope.module_for(members[0]) if copied else _InScope(self.network, scope, members)
-            width, height = together[0].photos[0].size
-            grid = self.tiles(width, height)
-            canvas = Canvas.over([job.photos[0] for job in together], grid)
-            noises = [noise_plane(width, height, job.seed) for job in together]
-            text = torch.stack([job.tokens.flatten(0, 1) for job in together])
-            for tile in grid:
-                picture = torch.stack([as_unit(job.photos[0].pixels[tile.window]) for job in together])
-                place = place_planes(height, width, tile.window)
-                planes = torch.stack([torch.cat([noise[:, *tile.window].float(), place]) for noise in noises])
-                canvas.add(tile, network(picture, planes, text))
-                done += 1
-                if progress:
-                    progress(done, total)
-            edited |= dict(zip(members, canvas.photos(), strict=True))
-        return [edited[index] for index in range(len(jobs))]
-
-    def tiles(self, width: int, height: int) -> list[Tile]:
-        """How a picture of this size goes through the network: in one piece or in overlapping tiles."""
-        return tiles_of(width, height, self.config.backbone.cell)
+            for start in range(0, len(members), count):
+                owners = members[start : start + count]
+                passes.append(_Pass(self.network, scope, owners, [jobs[owner] for owner in owners], copied))
+        return passes
 
     def rows(self, pixels: int) -> dict[str, int]:
         """Input rows of every module that can carry an adapter, for so many pixels: their patches, or the pixels."""
@@ -339,18 +345,62 @@ def _understood(wish: Wish) -> Understood:
     return Understood(reading.edit, reading.probability, reading.degree, wish.strength, runners_up, wish.text)
 
 
-@dataclass(frozen=True)
-class _InScope:
-    """The base's own network, each call inside the scope of its rows."""
+@dataclass
+class _Pass:
+    """A pass of the network for one or several jobs with photos of equal size."""
 
-    network: nn.Module
+    network: TinyEditor
     scope: RequestScope
     owners: Sequence[int]
+    jobs: Sequence[EmbeddedJob]
+    copied: bool
+    """Whether the one job's adapter is in a copy of the network; otherwise hooks apply each job's."""
+    edited: list[Photo] = field(default_factory=list)
 
-    def __call__(self, picture: Tensor, planes: Tensor, text: Tensor) -> Tensor:
+    def __post_init__(self) -> None:
+        self.text = torch.stack([job.tokens.flatten(0, 1) for job in self.jobs])
+
+    @property
+    def photos(self) -> list[Photo]:
+        return [job.photos[0] for job in self.jobs]
+
+    @property
+    def small(self) -> bool:
+        """Whether the photos are one piece."""
+        return is_whole(*self.photos[0].size)
+
+    @property
+    def pieces(self) -> int:
+        return number_of_pieces(self.network.config, *self.photos[0].size)
+
+    def run(self, done: Callable[[], None]) -> None:
+        """Edit the photos, piece by piece; `done` is called after each."""
+        if self.copied:
+            self._run(self._module(), done)
+            return
         with self.scope.rows(self.owners):
-            edited: Tensor = self.network(picture, planes, text)
-        return edited
+            self._run(self.network, done)
+
+    def whole(self) -> None:
+        """Edit the photos in one piece with a copy of the network."""
+        self._edit_whole(self._module())
+
+    def _run(self, network: TinyEditor, done: Callable[[], None]) -> None:
+        if self.small:
+            in_parallel([partial(self._edit_whole, network)], done)
+            return
+        job = PiecewiseEdit(network, self.photos, [job.seed for job in self.jobs], self.text)
+        for stage in job.stages():
+            in_parallel(stage, done)
+        self.edited = job.edited()
+
+    def _edit_whole(self, network: TinyEditor) -> None:
+        self.edited = edited_whole(network, self.photos, [job.seed for job in self.jobs], self.text)
+
+    def _module(self) -> TinyEditor:
+        module = self.scope.module_for(self.owners[0])
+        assert isinstance(module, TinyEditor)
+        return module
 
 
 @dataclass(frozen=True)
