@@ -10,30 +10,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from openwu.backbones.embedded.catalogue import instead, known_edits, phrase, refusal
+from openwu.backbones.embedded.catalogue import known_edits, phrase
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
 from openwu.backbones.embedded.guarantees import blended, guaranteed
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor
-from openwu.backbones.embedded.pieces import (
-    PiecewiseEdit,
-    as_unit,
-    edited_whole,
-    is_whole,
-    number_of_pieces,
-    pictures_per_pass,
-)
-from openwu.backbones.embedded.threads import in_parallel
-from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
+from openwu.backbones.embedded.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
+from openwu.backbones.embedded.pieces import as_unit
+from openwu.backbones.embedded.understanding import read_sentences, understood
+from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (
     Backbone,
     BaseFacts,
@@ -45,7 +37,7 @@ from openwu.backbones.protocol import (
     RowScope,
 )
 from openwu.config import LayerGroup
-from openwu.errors import CheckpointError, InstructionError, OpenwuError
+from openwu.errors import CheckpointError, OpenwuError
 from openwu.files.weights import fill
 from openwu.images import Photo, read_picture
 from openwu.images.colour import Pixels
@@ -54,21 +46,6 @@ from openwu.types import BaseRequest, Condition, SamplingOptions, Understood
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded model that comes with the package."""
-RUNNERS_UP = 3
-"""How many less probable edits `Understood` names."""
-
-
-@dataclass(frozen=True)
-class EmbeddedJob(EditJob):
-    """A job with its instructions encoded once: for its scope, its condition and its edit."""
-
-    encoder: InstructionEncoder = field(kw_only=True)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Instruction tokens `[instructions, K, text_dim]`."""
-        tokens: Tensor = self.encoder(self.instructions)
-        return tokens
 
 
 class EmbeddedBase(Backbone):
@@ -192,43 +169,11 @@ class EmbeddedBase(Backbone):
         """Return what each wish was taken for. Raises InstructionError for what no sub-task serves in full, for a
         probability below `InstructionConfig.accepted`, and for a missing reference picture, unless `checked` is False.
         """
-        own = self._own(job)
-        found: list[Wish] = []
-        for text in own.instructions if checked else ():
-            found += wishes(text, self.read_sentences, self.config.instruction.accepted)
-        if not checked:
-            found = [
-                Wish(*each) for each in zip(own.instructions, self.instruction.readings(own.instructions), strict=True)
-            ]
-        for wish in found if checked else ():
-            if error := refusal(wish.text, wish.reading, self.config.instruction.accepted):
-                raise error
-            if (
-                len(job.photos) < 2
-                and wish.reading.edit in known_edits()
-                and known_edits()[wish.reading.edit].reference
-            ):
-                raise InstructionError(
-                    f"instruction: {wish.text!r} asks for the look of a second picture, but only one came; add it with "
-                    "--reference FILE (images=[photo, reference])"
-                )
-        return tuple(_understood(wish) for wish in found)
+        return understood(self.instruction, job.instructions, checked=checked, reference=len(job.photos) > 1)
 
     def read_sentences(self, sentences: Sequence[str]) -> list[Reading]:
         """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""
-        config = self.config.instruction
-        readings = self.instruction.readings(sentences)
-        stand_ins = {
-            index: text
-            for index, (sentence, reading) in enumerate(zip(sentences, readings, strict=True))
-            if (text := instead(sentence, reading, config.labels, config.accepted)) is not None
-        }
-        if stand_ins:
-            read = self.instruction.readings(list(stand_ins.values()))
-            for (index, text), reading in zip(stand_ins.items(), read, strict=True):
-                if reading.is_wish(config.accepted):
-                    readings[index] = replace(reading, sentence=text)
-        return readings
+        return read_sentences(self.instruction, sentences)
 
     def edits(self) -> Mapping[str, KnownEdit]:
         known = known_edits()
@@ -273,7 +218,7 @@ class EmbeddedBase(Backbone):
         progress: Progress | None = None,
     ) -> list[Tensor]:
         """Edited pictures at their own sizes, through the scope of `rows` alone."""
-        edited = self.edit([self._job(request) for request in requests], options, _RowsOnly(rows), progress)
+        edited = self.edit([self._job(request) for request in requests], options, RowsOnly(rows), progress)
         return [as_unit(photo.pixels) for photo in edited]
 
     @torch.no_grad()
@@ -289,37 +234,8 @@ class EmbeddedBase(Backbone):
         Small photos of equal size share passes of the network where that is cheaper than a copy for each. `progress` is
         called with (pieces done, pieces in all) in the caller's thread.
         """
-        passes = self._passes([self._own(job) for job in jobs], options, scope)
-        total = sum(each.pieces for each in passes)
-        done = 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            if progress:
-                progress(done, total)
-
-        # Small photos with networks of their own fill the threads together, large ones each alone.
-        in_parallel([each.whole for each in passes if each.copied and each.small], count)
-        for each in passes:
-            if not (each.copied and each.small):
-                each.run(count)
-        edited = {index: photo for each in passes for index, photo in zip(each.owners, each.edited, strict=True)}
-        return [edited[index] for index in range(len(jobs))]
-
-    def _passes(self, jobs: Sequence[EmbeddedJob], options: SamplingOptions, scope: RequestScope) -> list[_Pass]:
-        """Which jobs share a pass of the network, and whether through hooks or in a copy."""
-        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
-        for index, job in enumerate(jobs):
-            groups.setdefault((job.photos[0].size, len(job.instructions)), []).append(index)
-        passes = []
-        for (size, _), members in groups.items():
-            copied = scope.prefers_module(self.rows(size[0] * size[1]))
-            count = 1 if copied else min(options.batch, pictures_per_pass(*size))
-            for start in range(0, len(members), count):
-                owners = members[start : start + count]
-                passes.append(_Pass(self.network, scope, owners, [jobs[owner] for owner in owners], copied))
-        return passes
+        own = [self._own(job) for job in jobs]
+        return run_passes(passes_of(self.network, own, scope, self.rows, options.batch), progress)
 
     def rows(self, pixels: int) -> dict[str, int]:
         """Input rows of every module that can carry an adapter, for so many pixels: their patches, or the pixels."""
@@ -337,84 +253,6 @@ class EmbeddedBase(Backbone):
 
     def _own(self, job: EditJob) -> EmbeddedJob:
         return job if isinstance(job, EmbeddedJob) else self.read(job.photos, job.instructions, job.seed)
-
-
-def _understood(wish: Wish) -> Understood:
-    reading = wish.reading
-    runners_up = tuple(each for each in reading.ranked[1:] if each[0] != OUT_OF_SCOPE)[:RUNNERS_UP]
-    return Understood(reading.edit, reading.probability, reading.degree, wish.strength, runners_up, wish.text)
-
-
-@dataclass
-class _Pass:
-    """A pass of the network for one or several jobs with photos of equal size."""
-
-    network: TinyEditor
-    scope: RequestScope
-    owners: Sequence[int]
-    jobs: Sequence[EmbeddedJob]
-    copied: bool
-    """Whether the one job's adapter is in a copy of the network; otherwise hooks apply each job's."""
-    edited: list[Photo] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.text = torch.stack([job.tokens.flatten(0, 1) for job in self.jobs])
-
-    @property
-    def photos(self) -> list[Photo]:
-        return [job.photos[0] for job in self.jobs]
-
-    @property
-    def small(self) -> bool:
-        """Whether the photos are one piece."""
-        return is_whole(*self.photos[0].size)
-
-    @property
-    def pieces(self) -> int:
-        return number_of_pieces(self.network.config, *self.photos[0].size)
-
-    def run(self, done: Callable[[], None]) -> None:
-        """Edit the photos, piece by piece; `done` is called after each."""
-        if self.copied:
-            self._run(self._module(), done)
-            return
-        with self.scope.rows(self.owners):
-            self._run(self.network, done)
-
-    def whole(self) -> None:
-        """Edit the photos in one piece with a copy of the network."""
-        self._edit_whole(self._module())
-
-    def _run(self, network: TinyEditor, done: Callable[[], None]) -> None:
-        if self.small:
-            in_parallel([partial(self._edit_whole, network)], done)
-            return
-        job = PiecewiseEdit(network, self.photos, [job.seed for job in self.jobs], self.text)
-        for stage in job.stages():
-            in_parallel(stage, done)
-        self.edited = job.edited()
-
-    def _edit_whole(self, network: TinyEditor) -> None:
-        self.edited = edited_whole(network, self.photos, [job.seed for job in self.jobs], self.text)
-
-    def _module(self) -> TinyEditor:
-        module = self.scope.module_for(self.owners[0])
-        assert isinstance(module, TinyEditor)
-        return module
-
-
-@dataclass(frozen=True)
-class _RowsOnly:
-    """A scope that has no copies of the network to offer."""
-
-    rows: RowScope
-
-    def prefers_module(self, rows: Mapping[str, int]) -> bool:
-        del rows
-        return False
-
-    def module_for(self, owner: int) -> nn.Module:
-        raise AssertionError(owner)
 
 
 def native_dtype() -> torch.dtype:
