@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from openwu.backbones.embedded import pieces
 from openwu.backbones.embedded.base import WEIGHTS, native_dtype
 from openwu.backbones.embedded.instruction import InstructionConfig
+from openwu.backbones.embedded.piecewise import pieces
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.backbones.embedded.base import EmbeddedBase
-from openwu.backbones.embedded.pieces import number_of_pieces
+from openwu.backbones.embedded.piecewise.pieces import number_of_pieces
 from openwu.backbones.protocol import RequestScope
 from openwu.editor.cache import AdapterCache
 from openwu.editor.compatibility import AdapterScope

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openwu.backbones.embedded import pieces
+from openwu.backbones.embedded.piecewise import pieces
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError

@@ -22,8 +22,8 @@ from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_co
 from openwu.backbones.embedded.guarantees import blended, guaranteed
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor
-from openwu.backbones.embedded.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
-from openwu.backbones.embedded.pieces import as_unit
+from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
+from openwu.backbones.embedded.piecewise.pieces import as_unit
 from openwu.backbones.embedded.understanding import read_sentences, understood
 from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (

@@ -25,7 +25,7 @@ from openwu.backbones.embedded.features import (
     cut_details,
     detail_energy,
 )
-from openwu.backbones.embedded.pieces import as_unit
+from openwu.backbones.embedded.piecewise.pieces import as_unit
 from openwu.errors import OpenwuError
 from openwu.images import Photo
 from openwu.images.colour import Pixels

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor
-from openwu.backbones.embedded.pieces import (
+from openwu.backbones.embedded.piecewise.pieces import (
     PiecewiseEdit,
     edited_whole,
     is_whole,
     number_of_pieces,
     pictures_per_pass,
 )
-from openwu.backbones.embedded.threads import in_parallel
+from openwu.backbones.embedded.piecewise.threads import in_parallel
 from openwu.backbones.protocol import EditJob, Progress, RequestScope, RowScope
 from openwu.images import Photo
 

@@ -33,7 +33,7 @@ from openwu.backbones.embedded.network import (
     surrounded_patches,
     to_windows,
 )
-from openwu.backbones.embedded.threads import Task
+from openwu.backbones.embedded.piecewise.threads import Task
 from openwu.errors import OpenwuError
 from openwu.images import Photo
 from openwu.images.colour import Pixels
