@@ -71,6 +71,30 @@ ROWS = {
         "at least 20 x",
         "openwu_bench.editor:measure_cache",
     ),
+    "C9": PlannedRow(
+        "edit",
+        "an edit of 1 megapixel on two threads, against one",
+        "at least 1.8 x",
+        "openwu_bench.editor_threads:measure_threads",
+    ),
+    "C10": PlannedRow(
+        "edit",
+        "an edit of 1 megapixel on two threads with one core busy, against one thread",
+        "at least 0.95 x",
+        "openwu_bench.editor_threads:measure_busy",
+    ),
+    "C11": PlannedRow(
+        "edit",
+        "seconds for each megapixel, of 8 against of 1",
+        "at most 1.1 x",
+        "openwu_bench.editor_threads:measure_size",
+    ),
+    "C12": PlannedRow(
+        "edit",
+        "the first edit after loading, against later ones",
+        "at most 1.3 x",
+        "openwu_bench.editor_threads:measure_first",
+    ),
     "G1": PlannedRow(
         "generator",
         "the generator at released size, against the device's limit",

@@ -1,7 +1,7 @@
 """C7, C8 and the editor's curves: the embedded model edits synthetic pictures on the CPU.
 
 C7 is the adapter's share of a whole edit: generating it, and what applying it adds to the frozen base alone on the same
-tiles. The whole edit is what a user waits for: read the picture, encode the instruction, generate, run the base with
+pieces. The whole edit is what a user waits for: read the picture, encode the instruction, generate, run the base with
 the adapter, write a file. C8 compares an adapter from the cache with generating it again.
 
 Shapes: h, w the sides of a picture.
@@ -12,20 +12,21 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.backbones.embedded.base import EmbeddedBase
-from openwu.backbones.embedded.network import noise_plane, place_planes
-from openwu.backbones.embedded.tiles import MARGIN
+from openwu.backbones.embedded.piecewise.pieces import number_of_pieces
+from openwu.backbones.protocol import RequestScope
 from openwu.editor.cache import AdapterCache
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
@@ -34,7 +35,8 @@ from openwu.errors import OpenwuError
 from openwu.export.fit import with_kernels
 from openwu.files.hashing import fastest
 from openwu.images import read_picture, write_picture
-from openwu.types import Adapter
+from openwu.images.colour import Pixels
+from openwu.types import Adapter, SamplingOptions
 from openwu_bench.measurement import Curve, Point, Row, Timing, interleaved
 
 INSTRUCTION = "make it look like an old photograph"
@@ -71,7 +73,7 @@ def measure_share(quick: bool) -> Row:
         details[name] = {
             "width": width,
             "height": height,
-            "tiles": len(base_of(editor).tiles(width, height)),
+            "pieces": number_of_pieces(base_of(editor).config.backbone, width, height),
             "share of the adapter, %": shares[-1],
             "seconds by stage": split,
             "share without reading and writing, %": shares[-1] / (1 - (split["read"] + split["write"]) / whole),
@@ -86,7 +88,7 @@ def measure_size(quick: bool) -> Curve:
     """Measure seconds of an edit against megapixels.
 
     The cost model counts FLOPs: the generator's, the same for every size, and the base's, proportional to the pixels of
-    its tiles, overlaps included.
+    the padded picture.
     """
     editor = Editor.from_pretrained()
     sizes = QUICK_CURVE_SIZES if quick else CURVE_SIZES
@@ -94,13 +96,12 @@ def measure_size(quick: bool) -> Curve:
     found = interleaved(runs, QUICK_REPETITIONS if quick else REPETITIONS)
     small = sample_picture(*sizes[0])
     once = _flops(lambda: editor.adapt(small, INSTRUCTION))
-    per_pixel = _flops(base_passes(editor, small, None)) / (small.width * small.height)
-    tiled = [sum(tile.height * tile.width for tile in base_of(editor).tiles(*size)) for size in sizes]
-    points = tuple(
-        Point(w * h / 1e6, found[str((w, h))], once + per_pixel * pixels)
-        for (w, h), pixels in zip(sizes, tiled, strict=True)
-    )
-    what = "an edit with the embedded model; the law counts operations, of overlapping tiles too"
+    base = base_of(editor)
+    inputs = [torch.zeros(1, 3, small.height, small.width)] * 2
+    text = base.instruction([INSTRUCTION])
+    per_pixel = _flops(lambda: base.network(*inputs, text)) / _padded(base, small.width, small.height)
+    points = tuple(Point(w * h / 1e6, found[str((w, h))], once + per_pixel * _padded(base, w, h)) for w, h in sizes)
+    what = "an edit with the embedded model; the law counts operations"
     return Curve(what, "megapixels", points)
 
 
@@ -127,31 +128,36 @@ def sample_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
 
 
-def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -> Callable[[], list[torch.Tensor]]:
-    """The base's own forward passes over the tiles of an edit, with its adapter or with none: `[1, 3, h, w]` each.
+def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -> Callable[[], Pixels]:
+    """The base's part of an edit, with its adapter or with none: the edited pixels `[h, w, 3]`.
 
     The adapter is applied as the editor does it, merging included where that is quicker.
     """
-    photo = read_picture(picture)
-    pixels = torch.from_numpy(photo.floats()).permute(2, 0, 1)[None]
-    width, height = photo.size
-    noise = noise_plane(width, height, seed=0)
-    tiles = base_of(editor).tiles(width, height)
     base = base_of(editor)
-    with torch.inference_mode():
-        text = base.instruction([INSTRUCTION])
+    job = base.read((read_picture(picture),), (INSTRUCTION,))
+    scope: RequestScope = _NoAdapter(base)
+    if adapter is not None:
+        scope = AdapterScope(base, editor.handle, [adapter], nullcontext())
+    return lambda: base.edit([job], SamplingOptions(), scope)[0].pixels
 
-    @torch.inference_mode()
-    def run() -> list[torch.Tensor]:
-        edit = base.network if adapter is None else adapted(editor, adapter, width * height)
-        edited = []
-        for tile in tiles:
-            place = place_planes(height, width, tile.window)
-            planes = torch.cat([noise[:, *tile.window].float(), place])[None]
-            edited.append(edit(pixels[:, :, *tile.window], planes, text))
-        return edited
 
-    return run
+@dataclass(frozen=True)
+class _NoAdapter:
+    """A scope in which the base is itself."""
+
+    base: EmbeddedBase
+
+    def rows(self, owners: Sequence[int]) -> AbstractContextManager[None]:
+        del owners
+        return nullcontext()
+
+    def prefers_module(self, rows: Mapping[str, int]) -> bool:
+        del rows
+        return True
+
+    def module_for(self, owner: int) -> nn.Module:
+        del owner
+        return self.base.network
 
 
 def base_of(editor: Editor) -> EmbeddedBase:
@@ -161,19 +167,10 @@ def base_of(editor: Editor) -> EmbeddedBase:
     return editor.backbone
 
 
-def adapted(editor: Editor, adapter: Adapter, pixels: int) -> Callable[..., torch.Tensor]:
-    """The base's network with an adapter, as the editor applies it to so many pixels."""
-    base = base_of(editor)
-    scope = AdapterScope(base, editor.handle, [adapter], nullcontext())
-    if scope.prefers_module(base.rows(pixels)):
-        return scope.module_for(0)
-
-    def through_hooks(*inputs: torch.Tensor) -> torch.Tensor:
-        with scope.rows([0]):
-            edited: torch.Tensor = base.network(*inputs)
-        return edited
-
-    return through_hooks
+def _padded(base: EmbeddedBase, width: int, height: int) -> int:
+    """How many pixels go through the network for a picture of this size."""
+    cell = base.config.backbone.cell
+    return (width + -width % cell) * (height + -height % cell)
 
 
 def _flops(run: Callable[[], object]) -> float:
@@ -236,28 +233,13 @@ def _pass_error(editor: Editor, picture: Image.Image) -> float:
     again = editor.edit(picture, INSTRUCTION, adapter=first.adapter)
     if not np.array_equal(first.photo.pixels, again.photo.pixels):
         raise OpenwuError("C7: the reused adapter gave another picture")
-    tiles = base_of(editor).tiles(*picture.size)
     adapted, alone = (base_passes(editor, picture, adapter)() for adapter in (first.adapter, None))
-    if all(torch.equal(one, other) for one, other in zip(adapted, alone, strict=True)):
+    if np.array_equal(adapted, alone):
         raise OpenwuError("C7: the adapter changed nothing")
-    worst = 0.0
-    for tile, edited in zip(tiles, adapted, strict=True):
-        # Where no neighbour is blended in, an edit's pixels are those of the pass, rounded.
-        inner = (
-            _without_overlap(tile.top, tile.height, picture.height),
-            _without_overlap(tile.left, tile.width, picture.width),
-        )
-        expected = edited[0].float().clamp(0, 1).mul(255).round().permute(1, 2, 0)[inner].numpy()
-        actual = first.photo.pixels[tile.window][inner]
-        worst = max(worst, float(np.abs(expected - actual).max()) / 255)
+    worst = float(np.abs(adapted.astype(int) - first.photo.pixels).max()) / 255
     if worst > 1 / 255:
         raise OpenwuError(f"C7: the timed passes differ from the edit by {worst:.3f}")
     return worst
-
-
-def _without_overlap(start: int, length: int, side: int) -> slice:
-    """Return the part of a tile along one side that no neighbour overlaps."""
-    return slice(2 * MARGIN if start else 0, length - 2 * MARGIN if start + length < side else length)
 
 
 def measure_cache(quick: bool) -> Row:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from openwu.backbones.embedded import tiles
+from openwu.backbones.embedded.piecewise import pieces
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
@@ -37,10 +37,7 @@ def editors(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Editor]
     monkeypatch.setattr(bench, "QUICK_CURVE_SIZES", ((32, 32), (48, 32), (288, 144)))
     monkeypatch.setattr(bench, "QUICK_REQUEST_SIDE", 32)
     monkeypatch.setattr(bench, "QUICK_CACHE_SIDE", 64)
-    for module in (tiles, bench):
-        monkeypatch.setattr(module, "MARGIN", 16)
-    monkeypatch.setattr(tiles, "CORE", 64)
-    monkeypatch.setattr(tiles, "WHOLE", 64 * 64)
+    monkeypatch.setattr(pieces, "WHOLE", 64 * 64)
     return made
 
 
@@ -49,7 +46,7 @@ def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> Non
     check_row(row, "C7")
     assert (row.unit, row.goal, row.at_least) == ("%", 25.0, False)
     assert row.error <= 1 / 255
-    for name, runs, passes in (("small", 3, 1), ("wide", 2, 10)):
+    for name, runs, number in (("small", 3, 1), ("wide", 2, 58)):
         timings = {side.removesuffix(f", {name}"): each for side, each in row.sides.items() if side.endswith(name)}
         stages = {"read", "condition", "generate", "edit", "write"}
         assert set(timings) == stages | {"whole edit", "base with adapter", "base alone"}
@@ -64,7 +61,7 @@ def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> Non
         assert row.details[name]["share of the adapter, %"] == pytest.approx(share)
         # Of a smaller whole; on a busy machine the adapter may seem to cost less than nothing.
         assert abs(row.details[name]["share without reading and writing, %"]) > abs(share)
-        assert row.details[name]["tiles"] == passes
+        assert row.details[name]["pieces"] == number
     assert row.value == row.details["small"]["share of the adapter, %"]
 
 
@@ -74,11 +71,9 @@ def test_the_timed_passes_are_those_of_the_edit(editors: list[Editor], size: tup
     picture = bench.sample_picture(*size)
     result = editor.edit(picture, bench.INSTRUCTION)
     for adapter, alike in ((result.adapter, True), (None, False)):
-        passes = bench.base_passes(editor, picture, adapter)()
-        tiles = editor.backbone.tiles(*size)
-        assert [tuple(each.shape[-2:]) for each in passes] == [(tile.height, tile.width) for tile in tiles]
-        corner = passes[0][0, :, :32, :32].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
-        assert np.allclose(corner, result.photo.pixels[:32, :32], atol=1) is alike
+        pixels = bench.base_passes(editor, picture, adapter)()
+        assert pixels.shape == (size[1], size[0], 3)
+        assert np.array_equal(pixels, result.photo.pixels) is alike
 
 
 def test_the_timed_passes_apply_the_adapter_as_the_edit_does(
@@ -147,15 +142,12 @@ def test_c8_compares_what_it_finds(editors: list[Editor]) -> None:
             bench._cache_error(found, adapter)
 
 
-def test_the_curve_of_sizes_counts_the_pixels_of_overlapping_tiles(editors: list[Editor]) -> None:
+def test_the_curve_of_sizes_counts_the_pixels_of_the_padded_picture(editors: list[Editor]) -> None:
     growth = bench.measure_size(quick=True)
     assert [point.x for point in growth.points] == [32 * 32 / 1e6, 48 * 32 / 1e6, 288 * 144 / 1e6]
-    (editor,) = editors
-    tiled = sum(tile.height * tile.width for tile in editor.backbone.tiles(288, 144))
-    assert tiled > 288 * 144
     first, second, last = (point.predicted for point in growth.points)
     per_pixel = (second - first) / (16 * 32)
-    assert last - first == pytest.approx(per_pixel * (tiled - 32 * 32))
+    assert last - first == pytest.approx(per_pixel * (288 * 144 - 32 * 32))
     assert first > per_pixel * 32 * 32  # the generator's share is the same for every size
 
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import nn
 
-from openwu.backbones.embedded import tiles
 from openwu.backbones.embedded.condition import condition_view
 from openwu.backbones.embedded.network import INPUT_CHANNELS, noise_plane, place_planes
+from openwu.backbones.embedded.piecewise import pieces
 from openwu.backbones.embedded.wishes import Wish
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
@@ -49,10 +49,10 @@ def referring(editor: Editor) -> Editor:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything above one pixel goes in tiles of 128 + 2 * 64 pixels."""
-    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
-        monkeypatch.setattr(tiles, name, value)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything above one pixel goes in pieces of two windows, then of 32 x 48 pixels."""
+    for name, value in (("WHOLE", 1), ("WINDOWS", 2), ("HEIGHT", 32), ("WIDTH", 48)):
+        monkeypatch.setattr(pieces, name, value)
 
 
 # What may be passed
@@ -542,7 +542,7 @@ def test_chunks_of_a_batch_keep_their_order(editor: Editor, scene: Scene, monkey
     """Two pictures fit into a pass, three come."""
     images = [Image.fromarray(scene(20, 20, seed)) for seed in range(3)]
     expected = [editor.edit(image, "brighter").image for image in images]
-    monkeypatch.setattr(tiles, "WHOLE", 2 * 20 * 20)
+    monkeypatch.setattr(pieces, "TOGETHER", 2 * 20 * 20)
     for result, alone in zip(editor.edit_batch([EditRequest([i], "brighter") for i in images]), expected, strict=True):
         assert differ(result.image, alone) <= 1
 
@@ -551,13 +551,15 @@ def test_an_empty_batch(editor: Editor) -> None:
     assert editor.edit_batch([]) == []
 
 
-def test_progress_and_timings(editor: Editor, scene: Scene, small_tiles: None) -> None:
+def test_progress_and_timings(editor: Editor, scene: Scene, small_pieces: None) -> None:
     calls: list[tuple[int, int]] = []
     images = [Image.fromarray(scene(*size)) for size in ((200, 30), (20, 20))]
     results = editor.edit_batch(
         [EditRequest([image], "brighter") for image in images], progress=lambda *call: calls.append(call)
     )
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    total = sum(pieces.number_of_pieces(editor.backbone.config.backbone, *image.size) for image in images)
+    assert total > 10
+    assert calls == [(done, total) for done in range(1, total + 1)]
     assert list(results[0].timings) == ["read", "condition", "generate", "edit"]
     assert all(seconds >= 0 for seconds in results[0].timings.values())
 
@@ -613,20 +615,20 @@ def test_any_size_comes_back(editor: Editor, scene: Scene, size: tuple[int, int]
     assert differ(edited, image) > 0
 
 
-def test_thin_pictures_in_tiles(editor: Editor, scene: Scene, small_tiles: None) -> None:
+def test_thin_pictures_in_pieces(editor: Editor, scene: Scene, small_pieces: None) -> None:
     for size in ((1, 300), (300, 1), (193, 2)):
         assert editor.edit(Image.fromarray(scene(*size)), "brighter").image.size == size
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_16_bit_grey_keeps_its_bits(editor: Editor, tiled: bool, request: pytest.FixtureRequest) -> None:
-    if tiled:
-        request.getfixturevalue("small_tiles")
+@pytest.mark.parametrize("cut", [False, True])
+def test_16_bit_grey_keeps_its_bits(editor: Editor, cut: bool, request: pytest.FixtureRequest) -> None:
+    if cut:
+        request.getfixturevalue("small_pieces")
     nn.init.zeros_(editor.backbone.network.pixels.out.weight)  # a base that changes nothing
     values = (np.arange(150 * 200, dtype=np.uint32).reshape(150, 200) * 2).astype(np.uint16)
     edited = quiet(editor, Image.fromarray(values), "brighter")
     assert edited.mode == "I;16"
-    assert np.abs(pixels(edited) - values).max() <= (1 if tiled else 0)
+    assert np.array_equal(pixels(edited), values)
 
 
 def test_the_condition_sees_single_pixels_of_the_whole_picture() -> None:
@@ -637,117 +639,36 @@ def test_the_condition_sees_single_pixels_of_the_whole_picture() -> None:
     assert condition_view(read_picture(Image.new("RGB", (9, 5)))).shape == (1, 3, 5, 9)
 
 
-# Tiles
+# Pieces
 
 
-def instead_of_the_network(monkeypatch: pytest.MonkeyPatch, call: Callable[..., torch.Tensor]) -> None:
-    """Every request's own copy of the network is this."""
-    monkeypatch.setattr(AdapterScope, "prefers_module", lambda *_: True)
-    monkeypatch.setattr(AdapterScope, "module_for", lambda *_: call)
-
-
-class LocalBase(nn.Module):
-    """Edits every pixel from its neighbourhood of 9 x 9, as the picture, the noise and the places are there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blur = nn.Conv2d(6, 3, 9, padding=4, padding_mode="replicate")
-        nn.init.normal_(self.blur.weight, std=0.05, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, picture: torch.Tensor, planes: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.blur(torch.cat([picture, planes], 1)).mul(0.5).add(0.5)
-        return out
-
-
-def test_tiles_of_a_local_base_equal_the_whole(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    instead_of_the_network(monkeypatch, LocalBase())
-    image = Image.fromarray(scene(331, 290))
-    whole = editor.edit(image, "brighter").image
-    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
-        monkeypatch.setattr(tiles, name, value)
-    # Only a tile's outermost 4 pixels differ, and they have a weight of at most 4 / 128.
-    tiled = editor.edit(image, "brighter").image
-    assert differ(tiled, whole) <= 6
-    assert np.abs(pixels(tiled) - pixels(whole)).mean() < 0.2
-    requests = [EditRequest([image], "brighter"), EditRequest([image.rotate(180)], "brighter", seed=1)]
-    first, second = (result.image for result in editor.edit_batch(requests))
-    assert differ(first, tiled) <= 1
-    assert differ(second, whole) > 20
-
-
-def test_tiles_that_disagree_meet_in_a_slope(
-    editor: Editor, monkeypatch: pytest.MonkeyPatch, small_tiles: None
+@pytest.mark.parametrize("merged", [True, False], ids=["merged weights", "hooks"])
+def test_an_edit_in_pieces_is_that_in_one(
+    editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, merged: bool
 ) -> None:
-    """Every tile comes out darker by 20 steps of 255 than the one before it."""
-    calls = iter(range(100))
-    instead_of_the_network(monkeypatch, lambda picture, *_: picture - next(calls) * 20 / 255)
-    edited = pixels(editor.edit(Image.new("RGB", (331, 290), (250, 250, 250)), "brighter").image)
-    assert edited.max() - edited.min() > 90
-    slope = 20 * 3 / 128  # from row to row of tiles: three tiles later
-    assert max(np.abs(np.diff(edited, axis=axis)).max() for axis in (0, 1)) <= np.ceil(slope) + 1
+    """No seam, and noise and places are the whole picture's: a batch through hooks on several threads, too."""
+    monkeypatch.setattr(AdapterScope, "prefers_module", lambda *_: merged)
+    requests = [EditRequest([Image.fromarray(scene(131, 90, i))], "brighter", seed=i, strength=1.5) for i in range(2)]
+    whole = [result.image for result in editor.edit_batch(requests)]
+    request.getfixturevalue("small_pieces")
+    for found, expected, asked in zip(editor.edit_batch(requests), whole, requests, strict=True):
+        assert differ(found.image, expected) <= 1
+        assert np.abs(pixels(found.image) - pixels(expected)).mean() < 0.01
+        assert differ(found.image, asked.images[0]) > 10
 
 
-def test_no_seam_shows_where_tiles_meet(editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the result in one piece, steps between pixels are no larger at borders of tiles than elsewhere."""
-    image = Image.fromarray(scene(331, 290))
-    whole = pixels(editor.edit(image, "brighter").image)
-    for name, value in (("CORE", 128), ("MARGIN", 64), ("WHOLE", 1)):
-        monkeypatch.setattr(tiles, name, value)
-    tiled = pixels(editor.edit(image, "brighter").image)
-    change = np.abs(tiled - np.asarray(image)).max()
-    assert change > 10
-    assert np.abs(tiled - whole).mean() < 0.05 * change
-    borders = [64, 128, 192, 256]  # every place where a tile or a core begins or ends
-    for axis in (0, 1):
-        step = np.abs(np.diff(tiled - whole, axis=axis)).mean(axis=(1 - axis, 2))
-        at = np.array([border - 1 for border in borders if border < tiled.shape[axis]])
-        elsewhere = np.delete(step, at)
-        assert step[at].mean() <= 1.5 * elsewhere.mean() + 0.05
-
-
-def test_tiles_equal_the_whole_wherever_no_cut_is_near(
-    editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch
+def test_an_error_in_a_piece_leaves_no_adapter_behind(
+    editor: Editor, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, small_pieces: None
 ) -> None:
-    """The real base: its windows, shifts and convolutions reach less than 48 pixels here."""
-    image = Image.fromarray(scene(410, 330))
-    whole = pixels(editor.edit(image, "brighter", strength=1.5).image)
-    for name, value in (("CORE", 192), ("MARGIN", 64), ("WHOLE", 1)):
-        monkeypatch.setattr(tiles, name, value)
-    tiled = pixels(editor.edit(image, "brighter", strength=1.5).image)
-    error = np.abs(tiled - whole).max(-1)
-    near = np.zeros(error.shape, bool)
-    for cut in (128, 256):  # where a tile begins or ends inside the picture
-        near[cut - 48 : cut + 48] = True
-        near[:, cut - 48 : cut + 48] = True
-    assert near.mean() < 0.85
-    assert np.abs(tiled - np.asarray(image)).max() > 10
-    assert error[~near].max() <= 1
-    assert error.mean() < 0.5
+    monkeypatch.setattr(AdapterScope, "prefers_module", lambda *_: False)
 
+    def stop(done: int, _: int) -> None:
+        if done == 3:
+            raise RuntimeError("enough")
 
-def test_tiles_get_windows_of_the_whole_pictures_planes(
-    editor: Editor, scene: Scene, monkeypatch: pytest.MonkeyPatch, small_tiles: None
-) -> None:
-    """A vignette must be the picture's, not each tile's: noise and places are cut from those of the whole."""
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def record(picture: torch.Tensor, planes: torch.Tensor, *_: Any) -> torch.Tensor:
-        calls.append((picture, planes))
-        return picture * (1 - planes[:, 1:].square().mean(1, keepdim=True))
-
-    instead_of_the_network(monkeypatch, record)
-    image = Image.fromarray(scene(331, 290))
-    tiled = editor.edit(image, "brighter", seed=9).image
-    planes = torch.cat([noise_plane(331, 290, 9).float(), place_planes(290, 331)])
-    unit = torch.from_numpy(read_picture(image).floats()).permute(2, 0, 1)
-    grid = editor.backbone.tiles(331, 290)
-    assert len(grid) == len(calls) == 6
-    for tile, (picture, own) in zip(grid, calls, strict=True):
-        assert torch.equal(own[0], planes[:, *tile.window])
-        torch.testing.assert_close(picture[0], unit[:, *tile.window])
-    assert planes[1:, 0, 0].tolist() == pytest.approx([1 / 290 - 1, 1 / 331 - 1])
-    whole = (unit * (1 - planes[1:].square().mean(0))).mul(255).round().permute(1, 2, 0).numpy()
-    assert np.abs(pixels(tiled) - whole).max() <= 1
+    with pytest.raises(RuntimeError, match="enough"):
+        editor.edit(photo, "brighter", progress=stop)
+    assert not any(site.active for site in editor.handle._sites)
 
 
 # Results

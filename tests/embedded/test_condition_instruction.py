@@ -172,7 +172,7 @@ def test_tokens_are_drawn_towards_what_is_typical(encoder: InstructionEncoder) -
     read, settled = encoder.read_words(SENTENCES), encoder(SENTENCES)
     typical = (encoder.centres[1] + encoder.degree_centres[1]).expand_as(read)
     torch.testing.assert_close(settled, (1 - SETTLED) * read + SETTLED * typical)
-    assert torch.equal(encoder.settled(read), settled)
+    assert torch.equal(encoder.settled(read, encoder.phrase_logits(SENTENCES)), settled)
 
 
 def test_centres_are_learned_without_moving_the_words(encoder: InstructionEncoder) -> None:

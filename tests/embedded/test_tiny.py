@@ -209,7 +209,9 @@ def test_attention_equals_a_loop_over_patches(base: TinyEditor, shift: int) -> N
     poisoned = torch.full((2, 96, d), torch.nan)
     for b in range(2):
         poisoned[b] = attended(block, x[b], text[b], grid)
-    torch.testing.assert_close(block.attend(x, text, grid, seen), poisoned, atol=1e-5, rtol=1e-5)
+    windows = to_windows(x.view(2, *grid, d), block.window, shift)
+    mixed = from_windows(block.attend(windows, text, seen), grid, block.window, shift).flatten(1, 2)
+    torch.testing.assert_close(mixed, poisoned, atol=1e-5, rtol=1e-5)
 
 
 def attended(block: Block, x: Tensor, text: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -260,7 +262,7 @@ def test_a_border_does_not_influence_the_opposite_one(
 
 
 def test_a_crop_that_begins_at_a_window_equals_the_whole_away_from_its_cut(base: TinyEditor) -> None:
-    """What makes tiles possible. A cut shows in one window, half a shifted one and 3 pixels."""
+    """A cut shows in one window, half a shifted one and 3 pixels."""
     picture, planes, text = inputs(1, 32, 128)
     whole = base(picture, planes, text)
     right = base(picture[..., 48:], planes[..., 48:], text)

@@ -59,14 +59,17 @@ def test_muon_trains_the_weights_of_linear_layers_alone() -> None:
 
 
 def test_its_update_is_nearly_orthogonal() -> None:
-    """All singular values of the step are alike, whatever those of the gradient are."""
+    """All singular values of the step are alike, whatever those of the gradient are, as long as none is 0."""
     module = small()
     before = module.linear.weight.detach().clone()
-    update(module, StageOptimizer(module, BOTH))
-    gradient = torch.linalg.svdvals(module.linear.weight.grad.float())  # type: ignore[union-attr]
+    optimizer = StageOptimizer(module, BOTH)
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(side, 4, generator=draw)).Q for side in (4, 6))
+    module.linear.weight.grad = left @ torch.diag(torch.tensor([1.0, 0.5, 0.2, 0.1])) @ right.T
+    optimizer.step(1.0)
     step = torch.linalg.svdvals(module.linear.weight.detach() - before)
-    assert gradient[0] / gradient[-1] > 3
-    assert step[0] / step[-1] < 3
+    assert step[-1] > 0
+    assert step[0] / step[-1] < 2
 
 
 @pytest.mark.parametrize("config", [ADAMW, BOTH], ids=["AdamW", "both"])
@@ -115,7 +118,7 @@ def test_both_rates_follow_the_schedule(part: float) -> None:
     update(partly, StageOptimizer(partly, BOTH), part)
     start = small()
     for at, full, some in zip(start.parameters(), whole.parameters(), partly.parameters(), strict=True):
-        torch.testing.assert_close(some - at, part * (full - at), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close((some - at).detach(), (part * (full - at)).detach(), atol=1e-6, rtol=1e-4)
 
 
 def test_frozen_parameters_are_left_alone() -> None:

@@ -92,6 +92,10 @@ class EditJob:
     reasoning: str | None = None
     image_size: str | None = None
     """Size of the result, for bases of `own_sizes`."""
+    examples: tuple[tuple[Photo, Photo], ...] = ()
+    """Pairs before and after an edit that is shown rather than said; only the condition reads them."""
+    per_photo: bool = False
+    """With examples: whether the condition reads the photo, too, for an adapter of its own."""
 
     @cached_property
     def pixels(self) -> list[Pixels]:
@@ -195,6 +199,11 @@ class Backbone(ConditionEncoder):
     @property
     def prediction(self) -> Prediction:
         return "flow"
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether conditions are read off `EditJob.examples`."""
+        return False
 
     @property
     def alphas_cumprod(self) -> Tensor | None:

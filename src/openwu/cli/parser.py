@@ -7,6 +7,7 @@ import math
 import os
 
 from openwu import __version__
+from openwu.cli import serve as serving
 from openwu.cli.console import Parser
 
 SHELLS = ("bash", "zsh", "fish")
@@ -21,6 +22,14 @@ def build_parser() -> Parser:
     _add_edit(verbs)
     models = verbs.add_parser("models", help="list the models that can edit", allow_abbrev=False)
     models.set_defaults(run="openwu.cli.models:run")
+    serve = verbs.add_parser(
+        "serve",
+        help="serve edits over HTTP",
+        allow_abbrev=False,
+        description="Serve edits over HTTP as OpenAI's image edits API does, with a page at /. See docs/serving.md.",
+    )
+    serving.add_arguments(serve)
+    _add_base(serve)
     edits = verbs.add_parser("edits", help="list or search the edits that can be asked for", allow_abbrev=False)
     edits.add_argument("query", nargs="*", metavar="QUERY", help="words to search for (default: list all)")
     edits.set_defaults(run="openwu.cli.edits:run")
@@ -71,6 +80,20 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     edit.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")
     edit.add_argument("--edit", metavar="NAME", help="in place of --instruction, an edit that `openwu edits` lists")
     edit.add_argument(
+        "--example",
+        nargs=2,
+        action="append",
+        default=[],
+        type=_path,
+        metavar=("BEFORE", "AFTER"),
+        help="a pair of pictures that shows the edit, in place of words or beside them; may be repeated",
+    )
+    edit.add_argument(
+        "--per-photo",
+        action="store_true",
+        help="with --example: an adapter for each photo (default: one for all, so that a series looks alike)",
+    )
+    edit.add_argument(
         "--then",
         action="append",
         default=[],
@@ -109,6 +132,11 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         help="folder of a model, or name of a large base (default: the model inside the package)",
     )
     _add_base(edit)
+    edit.add_argument(
+        "--reasoning",
+        metavar="TEXT",
+        help="what a large base that reasons shall have thought (default: it writes that itself)",
+    )
     edit.add_argument("--compare", action="store_true", help="also write a before / after picture, OUTPUT.compare.png")
     edit.add_argument(
         "--save-adapter", type=_path, metavar="FOLDER", help="also write the generated adapter (per photo if several)"
@@ -189,11 +217,6 @@ def _add_base(edit: argparse.ArgumentParser) -> None:
         "--steps", type=int, metavar="N", help="steps of denoising (default: what the base is used with)"
     )
     large.add_argument("--guidance", type=_finite, metavar="G", help="weight of the instruction (default: the base's)")
-    large.add_argument(
-        "--reasoning",
-        metavar="TEXT",
-        help="what a base that reasons shall have thought (default: it writes that itself)",
-    )
     large.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that the base's folder brings, if it must"
     )

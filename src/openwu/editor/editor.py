@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import nn
 from openwu.backbones.protocol import Backbone, EditJob
 from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
+from openwu.editor.examples import read_examples
 from openwu.editor.loading import load_pair
 from openwu.editor.requests import (
     EditRequest,
@@ -105,6 +107,8 @@ class Editor:
         instruction: str = "",
         *,
         edit: str | None = None,
+        example: Sequence[tuple[Picture, Picture]] = (),
+        per_photo: bool = False,
         then: str | Sequence[str] = (),
         strength: float = 1.0,
         seed: int | None = None,
@@ -120,6 +124,10 @@ class Editor:
         `images`: the picture to edit: a path, the bytes of a file, a file object, a PIL image, an array `[h, w]` or
         `[h, w, 3]`, a tensor `[3, h, w]`, or a `Photo`; in a list, further ones are references of instructions such as
         "take its colours". `instruction`: what to do. `edit`: in its place, the name of a known edit ("brighten").
+
+        `example`: pairs of pictures before and after an edit that is shown rather than said, with or without an
+        instruction. The base sees the picture alone; what the example shows reaches it through the adapter. It is the
+        same for every picture of a series, unless with `per_photo`.
 
         `then`: one more instruction or several. Each has a pass of its own, on the result of the one before, and the
         result's adapter is the last one's. A base that tells edits apart runs an instruction that itself asks for two
@@ -143,10 +151,12 @@ class Editor:
         check_options(adapter, sampling, progress, allow_out_of_scope=allow_out_of_scope)
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
-        if adapter is not None and (then or edit is not None):
-            name = "then" if then else "edit"
+        if adapter is not None and (then or edit is not None or example):
+            name = "then" if then else "edit" if edit is not None else "example"
             raise InstructionError(f"{name}: expected nothing beside a given adapter; edit the result once more")
-        request = EditRequest(images, instruction, strength, seed, then, reasoning, edit, image_size)
+        request = EditRequest(
+            images, instruction, strength, seed, then, reasoning, edit, image_size, example, per_photo
+        )
         return self._edited([request], adapter, allow_out_of_scope, sampling, progress)[0]
 
     def edit_batch(
@@ -172,9 +182,10 @@ class Editor:
     @torch.no_grad()  # not inference mode: a caller may train on what comes back
     def adapt(
         self,
-        images: Picture | Sequence[Picture],
-        instruction: str,
+        images: Picture | Sequence[Picture] | None = None,
+        instruction: str = "",
         *,
+        example: Sequence[tuple[Picture, Picture]] = (),
         seed: int | None = None,
         reasoning: str | None = None,
         image_size: str | None = None,
@@ -182,12 +193,23 @@ class Editor:
     ) -> Adapter:
         """Generate the adapter (b = 1) of a request, or take it from the cache.
 
-        `seed`, `reasoning`, `image_size`: as for `edit`, of a base that reads its request with them; others give the
-        same adapter for every seed.
+        `example`: see `edit`; without `images` the adapter serves a whole series, with them this picture. `seed`,
+        `reasoning`, `image_size`: as for `edit`, of a base that reads its request with them; others give the same
+        adapter for every seed.
+
         Raises OpenwuError as `edit` does, and for an instruction that asks for several edits.
         """
         check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
-        request = EditRequest(images, instruction, seed=seed, reasoning=reasoning, image_size=image_size)
+        series = images is None and bool(example)
+        request = EditRequest(
+            _BLANK if series else [] if images is None else images,
+            instruction,
+            seed=seed,
+            reasoning=reasoning,
+            image_size=image_size,
+            example=example,
+            per_photo=bool(example) and not series,
+        )
         (request,) = self._checked([request], allow_out_of_scope, None)
         task = self._task(request, self._photos(request), None, not allow_out_of_scope)
         if len(task.job.instructions) > 1:
@@ -307,6 +329,9 @@ class Editor:
         first = None if request.edit is None else sentence_of(request.edit, self.backbone, self.name)
         texts = checked_instructions(request, given, self.backbone.check_instruction, first)
         job = job_of(self.backbone, request, photos, texts)
+        if request.example:  # words beside an example are a hint, and nothing to refuse
+            job = replace(job, examples=read_examples(request.example), per_photo=request.per_photo)
+            return Task(request, job, None)
         if texts == ("",):  # an adapter without words
             return Task(request, job, None)
         with self._turn():
@@ -358,9 +383,15 @@ class Editor:
             if self.cache is not None:
                 keys = [self.adapter_key(job, allow_out_of_scope=allow_out_of_scope) for job in jobs]
                 found, missing = self.cache.lookup(keys)
+            # Conditions of one call have the same tokens: those of examples have others than those of words.
+            missing = sorted(missing, key=lambda key: _kind(jobs[keys.index(key)]))
             new = [jobs[keys.index(key)] for key in missing]
             size = min(batch, self.backbone.max_batch or batch)
-            parts = [new[start : start + size] for start in range(0, len(new), size)]
+            parts = [
+                alike[start : start + size]
+                for alike in (list(each) for _, each in groupby(new, _kind))
+                for start in range(0, len(alike), size)
+            ]
             conditions = [self._condition(part) for part in parts]
         with timed(timings, "generate"):
             home = self.generator.hidden_in.weight.device
@@ -405,6 +436,11 @@ class Editor:
                 task = tasks[i]
                 edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)
         return [edited[i] for i in range(len(tasks))]
+
+
+def _kind(job: EditJob) -> tuple[bool, bool]:
+    """What decides which tokens a job's condition has."""
+    return bool(job.examples), job.per_photo
 
 
 _BLANK = Photo(np.zeros((1, 1, 3), np.uint8))

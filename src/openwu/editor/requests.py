@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,6 +57,10 @@ class EditRequest:
     image_size: str | None = None
     """Size of the result, for bases that draw at sizes of their own: HxW such as "1024x768", or a ratio W:H, of which
     they take their nearest size; None or "auto": the base chooses."""
+    example: Sequence[tuple[Picture, Picture]] = ()
+    """Pairs of pictures before and after an edit that is shown; an instruction may be added."""
+    per_photo: bool = False
+    """With an example: the adapter depends on this photo, too; False: it is the same for a whole series."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,14 @@ def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
             raise InstructionError(f"{name}: expected text, got {type(text).__name__}; leave it out for none")
     if request.edit is not None and request.instruction:
         raise InstructionError("edit: expected without an instruction, which says what to do; leave one of them out")
-    for picture in listed(request.images):
+    if not isinstance(request.per_photo, bool) or (request.per_photo and not request.example):
+        raise OpenwuError(
+            f"per_photo: expected True or False, and True beside an example alone, got {request.per_photo!r}"
+        )
+    if request.example and (request.then or request.edit is not None):
+        name = "then" if request.then else "edit"
+        raise InstructionError(f"{name}: expected nothing beside an example, which shows all that is to be done")
+    for picture in (*listed(request.images), *(each for pair in checked_pairs(request.example) for each in pair)):
         if not isinstance(picture, _PICTURES) and not hasattr(picture, "read"):
             raise PictureError(
                 f"images: expected a path, bytes, a file object, a PIL image, an array or a tensor, got "
@@ -156,6 +167,8 @@ def check_served(
         raise InstructionError(
             f"allow_out_of_scope: expected False for {name}, which refuses no instruction; leave it out"
         )
+    if any(each.example for each in requests) and not base.reads_examples:
+        raise InstructionError(f"example: expected none for {name}, which reads words only; say what to do")
     if sampling is not None and not isinstance(sampling.fit_to_photo, bool):
         raise OpenwuError(f"fit_to_photo: expected True or False, got {sampling.fit_to_photo!r}")
     sizes = {"image_size": any(each.image_size is not None for each in requests)}
@@ -174,6 +187,17 @@ def job_of(base: Backbone, request: EditRequest, photos: tuple[Photo, ...], text
     assert request.seed is not None
     job = base.read(photos, texts, request.seed, request.reasoning)
     return job if request.image_size is None else replace(job, image_size=request.image_size)
+
+
+def checked_pairs(example: object) -> list[tuple[Picture, Picture]]:
+    """Return the pairs of an example. Raises PictureError for anything but pairs of two."""
+    wrong = not isinstance(example, Sequence) or isinstance(example, str | bytes)
+    pairs: Sequence[Any] = () if wrong else cast(Sequence[Any], example)
+    if wrong or any(
+        not isinstance(pair, Sequence) or isinstance(pair, str | bytes) or len(pair) != 2 for pair in pairs
+    ):
+        raise PictureError("example: expected pairs of pictures, [(before, after)], one or several")
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 def check_options(
@@ -213,6 +237,8 @@ def checked_instructions(
     """
     if given is not None and not request.instruction:
         return instructions_of(given) or ("",)
+    if request.example and not request.instruction:
+        return ("",)
     then = (request.then,) if isinstance(request.then, str) else request.then
     return tuple(check(text) for text in (first or request.instruction, *then))
 

@@ -104,14 +104,19 @@ def write_picture(picture: Photo | Image.Image, path: str | Path) -> tuple[str, 
     return notes
 
 
-def encode_picture(picture: Photo | Image.Image, suffix: str = ".png") -> tuple[bytes, tuple[str, ...]]:
-    """Encode a picture as the bytes of a file with this suffix, with notes as of `write_picture`. PictureError."""
+def encode_picture(
+    picture: Photo | Image.Image, suffix: str = ".png", *, quality: int | None = None
+) -> tuple[bytes, tuple[str, ...]]:
+    """Encode a picture as the bytes of a file with this suffix, with notes as of `write_picture`. PictureError.
+
+    `quality`: 0 to 100, of a JPEG or WebP file; None: near-lossless.
+    """
     path = Path(f"picture{suffix}")
     if not is_picture_suffix(path):
         _explain_suffix(path)
     photo = picture if isinstance(picture, Photo) else read_picture(picture)
     check_fits(path, photo.size, photo.transparent)
-    return _encoded(photo, SUFFIXES[suffix.lower()], str(path))
+    return _encoded(photo, SUFFIXES[suffix.lower()], str(path), quality)
 
 
 def _format_of(path: Path) -> str | None:
@@ -141,7 +146,7 @@ def _check_place(path: Path) -> None:
         raise PictureError(f"{path}: no permission to write to {path.parent}; choose another folder")
 
 
-def _encoded(photo: Photo, format: str, name: str) -> tuple[bytes, tuple[str, ...]]:
+def _encoded(photo: Photo, format: str, name: str, quality: int | None = None) -> tuple[bytes, tuple[str, ...]]:
     """The bytes of a file, and notes on what they do not hold."""
     notes: list[str] = []
     try:
@@ -155,6 +160,8 @@ def _encoded(photo: Photo, format: str, name: str) -> tuple[bytes, tuple[str, ..
         if format == "JPEG" and photo.alpha is not None:  # opaque everywhere, or check_fits would have refused
             image = _without_alpha(image)
         options = _options(photo, image, format, notes)
+        if quality is not None and format in ("JPEG", "WEBP"):
+            options |= {"quality": quality} | ({"lossless": False} if format == "WEBP" else {})
         buffer = io.BytesIO()
         image.save(buffer, format, **options)
         if format != "JPEG":

@@ -1,31 +1,31 @@
 """The embedded base: instruction encoder, condition encoder and a small editing network, on a CPU.
 
 Its folder has a `config.json` and one safetensors file per part; the generator's part is in the same folder. Pictures
-keep their depth of 8 or 16 bits. Large ones go through the network in overlapping tiles.
+keep their depth of 8 or 16 bits. They go through the network in pieces, on several threads.
 
-Shapes: b jobs of one pass, K instruction tokens, h and w the sides of a picture or tile.
+Shapes: b jobs of one pass, K instruction tokens, h and w the sides of a picture.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from openwu.backbones.embedded.catalogue import instead, known_edits, phrase, refusal
+from openwu.backbones.embedded.catalogue import known_edits, phrase
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
 from openwu.backbones.embedded.guarantees import blended, guaranteed
 from openwu.backbones.embedded.instruction import InstructionEncoder
-from openwu.backbones.embedded.network import TinyEditor, noise_plane, place_planes
-from openwu.backbones.embedded.tiles import Canvas, Tile, as_unit, pictures_per_pass, tiles_of
-from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
+from openwu.backbones.embedded.network import TinyEditor
+from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
+from openwu.backbones.embedded.piecewise.pieces import as_unit
+from openwu.backbones.embedded.understanding import read_sentences, understood
+from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (
     Backbone,
     BaseFacts,
@@ -37,7 +37,7 @@ from openwu.backbones.protocol import (
     RowScope,
 )
 from openwu.config import LayerGroup
-from openwu.errors import CheckpointError, InstructionError, OpenwuError
+from openwu.errors import CheckpointError, OpenwuError
 from openwu.files.weights import fill
 from openwu.images import Photo, read_picture
 from openwu.images.colour import Pixels
@@ -46,21 +46,6 @@ from openwu.types import BaseRequest, Condition, SamplingOptions, Understood
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded model that comes with the package."""
-RUNNERS_UP = 3
-"""How many less probable edits `Understood` names."""
-
-
-@dataclass(frozen=True)
-class EmbeddedJob(EditJob):
-    """A job with its instructions encoded once: for its scope, its condition and its edit."""
-
-    encoder: InstructionEncoder = field(kw_only=True)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Instruction tokens `[instructions, K, text_dim]`."""
-        tokens: Tensor = self.encoder(self.instructions)
-        return tokens
 
 
 class EmbeddedBase(Backbone):
@@ -128,6 +113,10 @@ class EmbeddedBase(Backbone):
         config = read_config(folder).get("generator")
         return BundledGenerator(config if isinstance(config, dict) else {}, folder / "generator.safetensors")
 
+    @property
+    def reads_examples(self) -> bool:
+        return self.config.condition.examples
+
     def modules(self) -> dict[str, nn.Module]:
         """The three parts by the names of their files."""
         return {"instruction": self.instruction, "backbone": self.network, "condition": self.condition_encoder}
@@ -169,50 +158,22 @@ class EmbeddedBase(Backbone):
         return EmbeddedJob(photos, instructions, seed, reasoning, encoder=self.instruction)
 
     def as_read(self, job: EditJob) -> tuple[Sequence[Pixels], str]:
-        return [condition_pixels(photo) for photo in job.photos], self.instruction.as_read(job.instructions[0])
+        words = self.instruction.as_read(job.instructions[0])
+        if not job.examples:
+            return [condition_pixels(photo) for photo in job.photos], words
+        shown = [condition_pixels(photo) for pair in job.examples for photo in pair]
+        own = [condition_pixels(job.photos[0])] if job.per_photo else []
+        return [*shown, *own], f"{len(job.examples)} examples, {len(own)} photo: {words}"
 
     def understand(self, job: EditJob, *, checked: bool = True) -> tuple[Understood, ...]:
         """Return what each wish was taken for. Raises InstructionError for what no sub-task serves in full, for a
         probability below `InstructionConfig.accepted`, and for a missing reference picture, unless `checked` is False.
         """
-        own = self._own(job)
-        found: list[Wish] = []
-        for text in own.instructions if checked else ():
-            found += wishes(text, self.read_sentences, self.config.instruction.accepted)
-        if not checked:
-            found = [Wish(*each) for each in zip(own.instructions, self._readings(own.tokens), strict=True)]
-        for wish in found if checked else ():
-            if error := refusal(wish.text, wish.reading, self.config.instruction.accepted):
-                raise error
-            if (
-                len(job.photos) < 2
-                and wish.reading.edit in known_edits()
-                and known_edits()[wish.reading.edit].reference
-            ):
-                raise InstructionError(
-                    f"instruction: {wish.text!r} asks for the look of a second picture, but only one came; add it with "
-                    "--reference FILE (images=[photo, reference])"
-                )
-        return tuple(_understood(wish) for wish in found)
+        return understood(self.instruction, job.instructions, checked=checked, reference=len(job.photos) > 1)
 
     def read_sentences(self, sentences: Sequence[str]) -> list[Reading]:
         """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""
-        config = self.config.instruction
-        readings = self._readings(self.instruction(sentences))
-        stand_ins = {
-            index: text
-            for index, (sentence, reading) in enumerate(zip(sentences, readings, strict=True))
-            if (text := instead(sentence, reading, config.labels, config.accepted)) is not None
-        }
-        if stand_ins:
-            read = self._readings(self.instruction(list(stand_ins.values())))
-            for (index, text), reading in zip(stand_ins.items(), read, strict=True):
-                if reading.is_wish(config.accepted):
-                    readings[index] = replace(reading, sentence=text)
-        return readings
-
-    def _readings(self, tokens: Tensor) -> list[Reading]:
-        return self.instruction.readings(tokens, self.config.instruction.labels)
+        return read_sentences(self.instruction, sentences)
 
     def edits(self) -> Mapping[str, KnownEdit]:
         known = known_edits()
@@ -239,6 +200,11 @@ class EmbeddedBase(Backbone):
         """Conditions `[b, L, width]` from whole photos: the one to edit, and a reference after it if there is one."""
         tokens = []
         for job in map(self._own, jobs):
+            if job.examples:
+                pairs = [torch.stack([condition_view(each) for each in pair], dim=1) for pair in job.examples]
+                seen = condition_view(job.photos[0]) if job.per_photo else None
+                tokens.append(self.condition_encoder.shown(pairs, job.tokens, seen).tokens)
+                continue
             photo, *reference = job.photos
             second = condition_view(reference[0]) if reference else None
             tokens.append(self.condition_encoder(condition_view(photo), job.tokens, second).tokens)
@@ -252,7 +218,7 @@ class EmbeddedBase(Backbone):
         progress: Progress | None = None,
     ) -> list[Tensor]:
         """Edited pictures at their own sizes, through the scope of `rows` alone."""
-        edited = self.edit([self._job(request) for request in requests], options, _RowsOnly(rows), progress)
+        edited = self.edit([self._job(request) for request in requests], options, RowsOnly(rows), progress)
         return [as_unit(photo.pixels) for photo in edited]
 
     @torch.no_grad()
@@ -263,44 +229,13 @@ class EmbeddedBase(Backbone):
         scope: RequestScope,
         progress: Progress | None = None,
     ) -> list[Photo]:
-        """Edit photos; those of equal size share passes of the network where that is cheaper than a copy for each.
+        """Edit photos in pieces, on as many threads as torch has; the pieces depend on the photos' sizes alone.
 
-        `progress` is called with (tiles done, tiles in all).
+        Small photos of equal size share passes of the network where that is cheaper than a copy for each. `progress` is
+        called with (pieces done, pieces in all) in the caller's thread.
         """
         own = [self._own(job) for job in jobs]
-        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
-        for index, job in enumerate(own):
-            groups.setdefault((job.photos[0].size, len(job.instructions)), []).append(index)
-        passes: list[tuple[list[int], bool]] = []
-        for (size, _), members in groups.items():
-            copied = scope.prefers_module(self.rows(size[0] * size[1]))
-            count = 1 if copied else min(options.batch, pictures_per_pass(*size))
-            passes += [(members[start : start + count], copied) for start in range(0, len(members), count)]
-        total = sum(len(self.tiles(*own[members[0]].photos[0].size)) for members, _ in passes)
-        edited: dict[int, Photo] = {}
-        done = 0
-        for members, copied in passes:
-            together = [own[i] for i in members]
-            network = scope.module_for(members[0]) if copied else _InScope(self.network, scope, members)
-            width, height = together[0].photos[0].size
-            grid = self.tiles(width, height)
-            canvas = Canvas.over([job.photos[0] for job in together], grid)
-            noises = [noise_plane(width, height, job.seed) for job in together]
-            text = torch.stack([job.tokens.flatten(0, 1) for job in together])
-            for tile in grid:
-                picture = torch.stack([as_unit(job.photos[0].pixels[tile.window]) for job in together])
-                place = place_planes(height, width, tile.window)
-                planes = torch.stack([torch.cat([noise[:, *tile.window].float(), place]) for noise in noises])
-                canvas.add(tile, network(picture, planes, text))
-                done += 1
-                if progress:
-                    progress(done, total)
-            edited |= dict(zip(members, canvas.photos(), strict=True))
-        return [edited[index] for index in range(len(jobs))]
-
-    def tiles(self, width: int, height: int) -> list[Tile]:
-        """How a picture of this size goes through the network: in one piece or in overlapping tiles."""
-        return tiles_of(width, height, self.config.backbone.cell)
+        return run_passes(passes_of(self.network, own, scope, self.rows, options.batch), progress)
 
     def rows(self, pixels: int) -> dict[str, int]:
         """Input rows of every module that can carry an adapter, for so many pixels: their patches, or the pixels."""
@@ -318,40 +253,6 @@ class EmbeddedBase(Backbone):
 
     def _own(self, job: EditJob) -> EmbeddedJob:
         return job if isinstance(job, EmbeddedJob) else self.read(job.photos, job.instructions, job.seed)
-
-
-def _understood(wish: Wish) -> Understood:
-    reading = wish.reading
-    runners_up = tuple(each for each in reading.ranked[1:] if each[0] != OUT_OF_SCOPE)[:RUNNERS_UP]
-    return Understood(reading.edit, reading.probability, reading.degree, wish.strength, runners_up, wish.text)
-
-
-@dataclass(frozen=True)
-class _InScope:
-    """The base's own network, each call inside the scope of its rows."""
-
-    network: nn.Module
-    scope: RequestScope
-    owners: Sequence[int]
-
-    def __call__(self, picture: Tensor, planes: Tensor, text: Tensor) -> Tensor:
-        with self.scope.rows(self.owners):
-            edited: Tensor = self.network(picture, planes, text)
-        return edited
-
-
-@dataclass(frozen=True)
-class _RowsOnly:
-    """A scope that has no copies of the network to offer."""
-
-    rows: RowScope
-
-    def prefers_module(self, rows: Mapping[str, int]) -> bool:
-        del rows
-        return False
-
-    def module_for(self, owner: int) -> nn.Module:
-        raise AssertionError(owner)
 
 
 def native_dtype() -> torch.dtype:

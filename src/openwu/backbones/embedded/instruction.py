@@ -8,10 +8,15 @@ n-grams, so that a mistyped word stays close to the right one; rows of the table
 zero, so that unknown letters add nothing. The encoder is trained to tell the sub-tasks apart and then frozen for
 everyone who reads it: the base model, the condition, and every baseline.
 
+Beside it stands a second, plain reader: a linear map from the hashed words, groups of words and letter n-grams of the
+whole sentence to the sub-tasks (wide and deep learning, Cheng et al. 2016). The two err on different sentences; what a
+sentence is taken for is the geometric mean of both.
+
 Tokens are drawn most of the way towards what is typical of the sub-task and degree that the sentence is taken for, so
 that a wording that no training saw reads nearly like those that were seen, while what is new about it stays visible.
 
-Shapes: b sentences, t words, g n-grams of a word, K instruction tokens.
+Shapes: b sentences, t words, g n-grams of a word, m phrases (words, groups and n-grams) of a sentence, K instruction
+tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ DEGREES = ("little", "normal", "strong")
 NUM_DEGREES = len(DEGREES)
 SETTLED = 0.7
 """How far tokens are drawn towards what is typical of the sub-task and degree that they are taken for, 0 to 1."""
+PHRASE_SCALE = 20.0
+"""Factor on the linear reader's sums: its weights then learn at the rate of all others."""
 _MARKS = re.compile(r"['’]")
 
 
@@ -57,7 +64,9 @@ class InstructionConfig:
     """Words read of one sentence; what comes after is not read."""
     max_grams: int = 24
     """n-grams read of one word."""
-    accepted_percent: int = 60
+    phrase_buckets: int = 32768
+    """Rows of the hashed phrase table."""
+    accepted_percent: int = 80
     """Probability, in percent, from which an edit counts as understood; less is refused. Chosen on sentences of
     writers whom no training saw, see docs/editing.md."""
 
@@ -116,6 +125,29 @@ def hash_words(sentences: Sequence[str], config: InstructionConfig) -> Tensor:
     return rows
 
 
+def phrases_of(words: Sequence[str]) -> list[str]:
+    """Return what the linear reader knows a sentence by: words, groups to four, gapped pairs, n-grams (2 to 5)."""
+    found = {f"{size}{' '.join(words[at : at + size])}" for size in (1, 2, 3, 4) for at in range(len(words) - size + 1)}
+    found |= {f"s{first} {last}" for first, last in zip(words, words[2:], strict=False)}
+    for word in words:
+        if word.isascii() and len(word) > 2:
+            marked = f"<{word}>"
+            found |= {marked[at : at + size] for size in (2, 3, 4, 5) for at in range(len(marked) - size + 1)}
+    return sorted(found)
+
+
+def hash_phrases(sentences: Sequence[str], config: InstructionConfig) -> Tensor:
+    """Sentences -> rows of the phrase table `[b, m]`, 0 where there is nothing."""
+    hashed = [
+        [1 + zlib.crc32(each.encode()) % (config.phrase_buckets - 1) for each in phrases_of(words)]
+        for words in (split_words(sentence)[: config.max_words] for sentence in sentences)
+    ]
+    rows = torch.zeros(len(hashed), max(1, *map(len, hashed)), dtype=torch.long)
+    for b, found in enumerate(hashed):
+        rows[b, : len(found)] = torch.tensor(found)
+    return rows
+
+
 class InstructionEncoder(nn.Module):
     """Sentences -> instruction tokens, and the sub-task they ask for."""
 
@@ -132,6 +164,8 @@ class InstructionEncoder(nn.Module):
         self.norm = RMSNorm(width)
         self.classify = nn.Linear(config.num_tokens * width, len(config.labels))
         self.grade = nn.Linear(config.num_tokens * width, NUM_DEGREES)
+        self.phrases = nn.Embedding(config.phrase_buckets, len(config.labels), padding_idx=0)
+        nn.init.zeros_(self.phrases.weight)
         self.centres = nn.Parameter(torch.zeros(len(config.labels), config.num_tokens, width))
         self.degree_centres = nn.Parameter(torch.zeros(NUM_DEGREES, config.num_tokens, width))
 
@@ -141,14 +175,36 @@ class InstructionEncoder(nn.Module):
 
     def forward(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
         """-> `[b, K, width]`. `dropped`: in training, the share of n-grams to leave out, and the draws' generator."""
-        return self.settled(self.read_words(sentences, dropped))
+        return self.settled(self.read_words(sentences, dropped), self.phrase_logits(sentences))
 
-    def settled(self, tokens: Tensor) -> Tensor:
+    def settled(self, tokens: Tensor, phrase_logits: Tensor) -> Tensor:
         """Tokens as read `[b, K, width]` -> drawn towards what is typical of what they are taken for."""
-        edits, degrees = self.log_probabilities(tokens).exp(), self.degree_log_probabilities(tokens).exp()
+        edits, degrees = self.joined(tokens, phrase_logits).exp(), self.degree_log_probabilities(tokens).exp()
         typical = torch.einsum("bl,lkw->bkw", edits.to(tokens.dtype), self.centres)
         typical = typical + torch.einsum("bd,dkw->bkw", degrees.to(tokens.dtype), self.degree_centres)
         return torch.lerp(tokens, typical.to(tokens.dtype), SETTLED)
+
+    def phrase_logits(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """What the linear reader takes sentences for: `[b, labels]`, float32. `dropped`: see `forward`."""
+        rows = hash_phrases(sentences, self.config).to(self.query.device)
+        if dropped is not None:
+            share, generator = dropped
+            rows = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
+        count = (rows > 0).sum(1, keepdim=True).clamp(min=1)
+        logits: Tensor = PHRASE_SCALE * self.phrases(rows).float().sum(1) / count.sqrt()
+        return logits
+
+    def joined(self, tokens: Tensor, phrase_logits: Tensor) -> Tensor:
+        """Log-probability of each label `[b, labels]`: the geometric mean of what both readers say.
+
+        As long as the linear one knows nothing, it has no say.
+        """
+        deep, plain = self.log_probabilities(tokens), F.log_softmax(phrase_logits, dim=-1)
+        return F.log_softmax(deep + plain, dim=-1)
+
+    def label_log_probabilities(self, sentences: Sequence[str]) -> Tensor:
+        """Log-probability of each label for sentences `[b, labels]`, by both readers."""
+        return self.joined(self.read_words(sentences), self.phrase_logits(sentences))
 
     def off_centre(self, tokens: Tensor, labels: Tensor, degrees: Tensor) -> Tensor:
         """Mean squared distance of the centres of labels and degrees `[b]` from the tokens; moves the centres alone."""
@@ -185,14 +241,16 @@ class InstructionEncoder(nn.Module):
         return F.log_softmax(self.classify(tokens.flatten(1)).float(), dim=-1)
 
     @torch.no_grad()
-    def readings(self, tokens: Tensor, labels: Sequence[str]) -> list[Reading]:
-        """Return what each sentence with these tokens `[b, K, width]` is taken for; `labels` name the classes."""
-        edits, degrees = self.log_probabilities(tokens).exp(), self.degree_log_probabilities(tokens).exp()
+    def readings(self, sentences: Sequence[str]) -> list[Reading]:
+        """Return what each sentence is taken for."""
+        tokens = self.read_words(sentences)
+        edits = self.joined(tokens, self.phrase_logits(sentences)).exp()
+        degrees = self.degree_log_probabilities(tokens).argmax(1).tolist()
         readings = []
         for row, degree in zip(edits, degrees, strict=True):
             order = row.argsort(descending=True).tolist()
-            ranked = tuple((labels[index], float(row[index])) for index in order)
-            readings.append(Reading(*ranked[0], DEGREES[int(degree.argmax())], ranked))
+            ranked = tuple((self.config.labels[index], float(row[index])) for index in order)
+            readings.append(Reading(*ranked[0], DEGREES[degree], ranked))
         return readings
 
     def degree_log_probabilities(self, tokens: Tensor) -> Tensor:

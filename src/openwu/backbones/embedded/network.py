@@ -12,6 +12,7 @@ Shapes: b pictures, n patches, d width, K instruction tokens, w windows, s patch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,12 +108,16 @@ class TinyEditor(nn.Module):
     def forward(self, picture: Tensor, planes: Tensor, text: Tensor) -> Tensor:
         height, width = picture.shape[-2:]
         cell = self.config.cell
-        down, right = -height % cell, -width % cell
-        x = torch.cat([4 * (picture - 0.5), with_squares(planes.to(picture))], dim=1).to(self.embed.weight.dtype)
-        x = pad_mirrored(x, down, right).contiguous(memory_format=torch.channels_last)
+        x = pad_mirrored(self.inputs(picture, planes), -height % cell, -width % cell)
+        x = x.contiguous(memory_format=torch.channels_last)
         tokens, grid = self.read_scene(x, text.to(x.dtype))
         affine: Tensor = self.pixels(x, tokens, grid)[:, :, :height, :width]
         return recolour(picture, affine)
+
+    def inputs(self, picture: Tensor, planes: Tensor) -> Tensor:
+        """Picture and planes, `[b, 3, h, w]` each -> the network's channels `[b, 8, h, w]` in its dtype."""
+        centred = 4 * (picture - 0.5)
+        return torch.cat([centred, with_squares(planes.to(picture))], dim=1).to(self.embed.weight.dtype)
 
     def read_scene(self, x: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """x `[b, 8, h, w]`, text `[b, K, text_dim]` -> what every patch shows `[b, n, d]`, and the grid of patches."""
@@ -143,29 +148,34 @@ class Block(nn.Module):
 
     def forward(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int], seen: Tensor | None) -> Tensor:
         """x `[b, n, d]`, text `[b, K, text_dim]`, seen: `visible` of shifted windows, else None -> `[b, n, d]`"""
-        x_bnd = x_bnd + self.attend(self.norm1(x_bnd), text, grid, seen)
-        out: Tensor = x_bnd + self.fc2(F.silu(self.fc1(self.norm2(x_bnd))))
-        return out
-
-    def attend(self, x_bnd: Tensor, text: Tensor, grid: tuple[int, int], seen: Tensor | None) -> Tensor:
-        """Tokens enter and leave as `[b, n, d]`: every linear layer sees one row block per picture."""
         b, n, d = x_bnd.shape
-        place = self.place.view(self.window, self.window, d)
-        place = place.repeat(grid[0] // self.window, grid[1] // self.window, 1)
-        place = place.roll((self.shift, self.shift), (0, 1)).view(1, n, d)
-        qkv = self.qkv(x_bnd + place.to(x_bnd.dtype)).view(b, *grid, 3 * d)
-        qkv = to_windows(qkv, self.window, self.shift)  # [b, w, s, 3d]
-        w, s = qkv.shape[1:3]
+        windows = to_windows(x_bnd.view(b, *grid, d), self.window, self.shift)
+        return from_windows(self.on_windows(windows, text, seen), grid, self.window, self.shift).view(b, n, d)
+
+    def on_windows(self, x_bwsd: Tensor, text: Tensor, seen: Tensor | None) -> Tensor:
+        """Any windows of the grid, which do not depend on one another: x `[b, w, s, d]` -> `[b, w, s, d]`.
+
+        Every linear layer sees one row block per picture, `[b, w * s, d]`.
+        """
+        shape = x_bwsd.shape
+        x_bnd = x_bwsd.flatten(1, 2)
+        x_bnd = x_bnd + self.attend(self.norm1(x_bnd).view(shape), text, seen).flatten(1, 2)
+        out: Tensor = x_bnd + self.fc2(F.silu(self.fc1(self.norm2(x_bnd))))
+        return out.view(shape)
+
+    def attend(self, x_bwsd: Tensor, text: Tensor, seen: Tensor | None) -> Tensor:
+        """Attention inside windows: x `[b, w, s, d]` -> `[b, w, s, d]`."""
+        b, w, s, d = x_bwsd.shape
         heads = d // self.head_dim
+        qkv = self.qkv((x_bwsd + self.place.to(x_bwsd.dtype)).flatten(1, 2))
         q, k, v = qkv.view(b * w, s, 3, heads, self.head_dim).permute(2, 0, 3, 1, 4)
         text_kv = self.text_kv(text).view(b, 1, -1, 2, heads, self.head_dim).expand(b, w, -1, -1, -1, -1)
         text_k, text_v = text_kv.flatten(0, 1).permute(2, 0, 3, 1, 4)
         mask = None if seen is None else seen.repeat(b, 1, 1, 1)
         k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        mixed = mixed.transpose(1, 2).reshape(b, w, s, d)
-        out: Tensor = self.out(from_windows(mixed, grid, self.window, self.shift).view(b, n, d))
-        return out
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(b, w * s, d))
+        return out.view(b, w, s, d)
 
 
 class PixelPath(nn.Module):
@@ -179,6 +189,7 @@ class PixelPath(nn.Module):
         super().__init__()
         c = config.pixel_channels
         self.patch = config.patch
+        self.reach = config.pixel_layers + 2  # pixels that the convolutions see to each side
         self.scene = nn.Linear(config.d_model, c * config.patch**2)
         self.stem = nn.Conv2d(INPUT_CHANNELS, c, 3, padding=1)
         self.mix = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in range(config.pixel_layers))
@@ -187,15 +198,35 @@ class PixelPath(nn.Module):
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """x `[b, 8, h, w]`, tokens `[b, n, d]` -> what to do with every pixel `[b, 12, h, w]`, see `recolour`."""
-        gate, offset = unpatchify(self.scene(tokens), grid, self.patch).chunk(2, dim=1)
-        gated, added = self.stem(x).chunk(2, dim=1)
-        features = torch.cat([gated * (1 + gate), added + offset], dim=1)
+    def forward(
+        self, x: Tensor, tokens: Tensor, grid: Sequence[int], shown: tuple[slice, slice] | None = None
+    ) -> Tensor:
+        """x `[b, 8, h, w]`, tokens `[b, n, d]` -> what to do with every pixel `[b, 12, h, w]`, see `recolour`.
+
+        `shown`: which rows and columns of the grid's pixels x holds; None: all.
+        """
+        scene = unpatchify(self.scene(tokens), grid, self.patch)
+        if shown is not None:
+            scene = scene[:, :, *shown]
+        features = gated(self.stem(x), scene)
         for convolution in self.mix:
             features = features + convolution(F.silu(features))
         affine: Tensor = self.out(F.silu(features))
         return affine
+
+
+def gated(features: Tensor, scene: Tensor) -> Tensor:
+    """Return features f with the scene s joined: f * (1 + s) in the first half of the channels, f + s in the second.
+
+    Of `[b, c, h, w]` in channels-last memory, operations on half of the channels would go through memory in runs of
+    c / 2 numbers; these go through whole rows, as f * (1 + s * mask) + s * (1 - mask).
+    """
+    b, c, h, w = features.shape
+    first = torch.arange(c, device=features.device) < c // 2
+    mask = first.to(features.dtype).repeat(w)
+    f, s = (each.permute(0, 2, 3, 1).reshape(b, h, w * c) for each in (features, scene))
+    joined = torch.addcmul(s * (1 - mask), f, 1 + s * mask)
+    return joined.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def with_squares(planes: Tensor) -> Tensor:
@@ -226,13 +257,16 @@ def visible(grid: tuple[int, int], window: int, num_text: int) -> Tensor:
     Rolling the grid brings opposite borders of the picture into one window; they are no neighbours. The instruction's
     tokens are seen by all.
     """
-    h, w = grid
     shift = window // 2
-    side = torch.zeros(1, h, w, 1, dtype=torch.int32)
+    side = torch.zeros(1, *grid, 1, dtype=torch.int32)
     side[:, :shift] += 1
     side[:, :, :shift] += 2
-    part = to_windows(side, window, shift)[0, :, :, 0]  # [windows, s]
-    near = part[:, :, None] == part[:, None, :]
+    return same_side(to_windows(side, window, shift)[0, :, :, 0], num_text)
+
+
+def same_side(side: Tensor, num_text: int) -> Tensor:
+    """Which side of the picture every patch of every window is from, `[w, s]` -> who sees whom `[w, 1, s, s + K]`."""
+    near = side[:, :, None] == side[:, None, :]
     return F.pad(near, (0, num_text), value=True)[:, None]
 
 
@@ -270,15 +304,23 @@ def overlapping_patches(x: Tensor, patch: int) -> Tensor:
     Four quarters, each as large as a patch of the picture moved by half a patch. This and a linear layer, not a strided
     convolution: in bfloat16 those are wrong for some shapes on processors with AMX, this one among them (docs/log.md).
     """
-    b, c, h, w = x.shape
     half = patch // 2
-    padded = F.pad(x, (half, patch - half, half, patch - half))
-    cells = padded.view(b, c, h // patch + 1, patch, w // patch + 1, patch).permute(0, 2, 4, 3, 5, 1).flatten(3)
-    quarters = [cells[:, i : i + h // patch, j : j + w // patch] for i in (0, 1) for j in (0, 1)]
+    return surrounded_patches(F.pad(x, (half, patch - half, half, patch - half)), patch)
+
+
+def surrounded_patches(x: Tensor, patch: int) -> Tensor:
+    """Return `overlapping_patches` of what x surrounds by half a patch: `[b, c, h + p, w + p]`.
+
+    The result: `[b, n, 4 * c * p * p]`.
+    """
+    b, c, h, w = x.shape
+    rows, columns = h // patch - 1, w // patch - 1
+    cells = x.reshape(b, c, rows + 1, patch, columns + 1, patch).permute(0, 2, 4, 3, 5, 1).flatten(3)
+    quarters = [cells[:, i : i + rows, j : j + columns] for i in (0, 1) for j in (0, 1)]
     return torch.cat(quarters, dim=-1).flatten(1, 2)
 
 
-def unpatchify(cells: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+def unpatchify(cells: Tensor, grid: Sequence[int], patch: int) -> Tensor:
     """`[b, n, c * p * p]` -> `[b, c, h * p, w * p]` in channels-last memory; a cell is laid out as p x p x c."""
     b = cells.shape[0]
     h, w = grid

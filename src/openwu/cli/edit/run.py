@@ -85,6 +85,8 @@ def _run(
         progress.stage("loading the model")
         editor, adapter = _load(arguments)
         understood = _understand(editor, words, arguments)
+        if arguments.example and not arguments.per_photo:  # one adapter for the whole series
+            adapter = editor.adapt(instruction=words[0], example=arguments.example, seed=arguments.seed)
         if understood is not None:
             report.line(str(understood))
         edit = _Edit(editor, adapter, words, arguments, progress, report)
@@ -113,11 +115,20 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise UsageError("--edit: expected without --instruction and --adapter, which say what to do; leave one out")
     if arguments.dry_run and arguments.adapter:
         raise UsageError("--dry-run: an adapter of --adapter has no words to understand; leave one of them out")
+    if arguments.example and (arguments.adapter or arguments.edit is not None or arguments.then or arguments.reference):
+        raise UsageError(
+            "--example: expected without --adapter, --edit, --then and --reference; the pair shows what to do"
+        )
+    if arguments.per_photo and not arguments.example:
+        raise UsageError("--per-photo: expected with --example BEFORE AFTER; add that or leave it out")
     instruction = ""
     if arguments.instruction is not None:
         instruction = check_instruction(arguments.instruction)
-    elif arguments.edit is None and not arguments.adapter:
-        raise InstructionError('--instruction: expected what to do, got nothing; for example --instruction "warmer"')
+    elif arguments.edit is None and not arguments.adapter and not arguments.example:
+        raise InstructionError(
+            '--instruction: expected what to do, got nothing; for example --instruction "warmer", or show it with '
+            "--example BEFORE AFTER"
+        )
     return (instruction, *(check_instruction(text) for text in arguments.then))
 
 
@@ -168,7 +179,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
 
 def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Namespace) -> Understood | None:
     """What the words are taken for; raises InstructionError once, before any photo, for what the model refuses."""
-    if arguments.allow_out_of_scope or arguments.adapter:
+    if arguments.allow_out_of_scope or arguments.adapter or arguments.example:
         return None
     references = len(arguments.reference)
     understood = editor.understand(words[0], edit=arguments.edit, then=words[1:], references=references)
@@ -217,6 +228,8 @@ class _Edit:
             [job.source, *self.arguments.reference],
             self.words[0],
             edit=self.arguments.edit,
+            example=self.arguments.example if self.adapter is None else (),
+            per_photo=self.arguments.per_photo,
             then=self.words[1:],
             strength=self.arguments.strength,
             seed=self.arguments.seed,

@@ -84,6 +84,14 @@ class EmbeddedModel(nn.Module):
         self.handle = attach(self.backbone, self.generator.targets)
         self._hooked = threading.Lock()
 
+    def adapt_shown(self, pairs: Tensor, text: Tensor, pictures: Tensor | None = None) -> Adapter:
+        """Pairs before and after `[b, p, 2, 3, h, w]` and words `[b, K, text_dim]` -> one adapter per request.
+
+        `pictures`: see `EmbeddedConditionEncoder.shown`.
+        """
+        adapter: Adapter = self.generator(self.condition.shown(pairs.unbind(1), text, pictures))
+        return adapter
+
     def adapt(
         self, pictures: Tensor, text: Tensor, references: Tensor | None = None, present: Tensor | None = None
     ) -> Adapter:

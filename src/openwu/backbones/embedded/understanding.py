@@ -1,0 +1,65 @@
+"""What the embedded base takes an instruction for: the encoder's readings, what stands in for some, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from openwu.backbones.embedded.catalogue import instead, known_edits, refusal
+from openwu.backbones.embedded.instruction import InstructionEncoder
+from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
+from openwu.errors import InstructionError
+from openwu.types import Understood
+
+RUNNERS_UP = 3
+"""How many less probable edits `Understood` names."""
+
+
+def understood(
+    encoder: InstructionEncoder, instructions: Sequence[str], *, checked: bool, reference: bool
+) -> tuple[Understood, ...]:
+    """Return what each wish of some instructions was taken for; unless `checked`, one for each instruction.
+
+    `reference`: whether a second picture came. Raises InstructionError, if `checked`, for what no sub-task serves in
+    full, for a probability below `InstructionConfig.accepted`, and for a missing reference picture.
+    """
+    if not checked:
+        return tuple(
+            _understood(Wish(*each)) for each in zip(instructions, encoder.readings(instructions), strict=True)
+        )
+    accepted = encoder.config.accepted
+    found = [wish for text in instructions for wish in wishes(text, partial(read_sentences, encoder), accepted)]
+    for wish in found:
+        if error := refusal(wish.text, wish.reading, accepted):
+            raise error
+        edit = known_edits().get(wish.reading.edit)
+        if edit is not None and edit.reference and not reference:
+            raise InstructionError(
+                f"instruction: {wish.text!r} asks for the look of a second picture, but only one came; add it with "
+                "--reference FILE (images=[photo, reference])"
+            )
+    return tuple(map(_understood, found))
+
+
+def read_sentences(encoder: InstructionEncoder, sentences: Sequence[str]) -> list[Reading]:
+    """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""
+    config = encoder.config
+    readings = encoder.readings(sentences)
+    stand_ins = {
+        index: text
+        for index, (sentence, reading) in enumerate(zip(sentences, readings, strict=True))
+        if (text := instead(sentence, reading, config.labels, config.accepted)) is not None
+    }
+    if stand_ins:
+        read = encoder.readings(list(stand_ins.values()))
+        for (index, text), reading in zip(stand_ins.items(), read, strict=True):
+            if reading.is_wish(config.accepted):
+                readings[index] = replace(reading, sentence=text)
+    return readings
+
+
+def _understood(wish: Wish) -> Understood:
+    reading = wish.reading
+    runners_up = tuple(each for each in reading.ranked[1:] if each[0] != OUT_OF_SCOPE)[:RUNNERS_UP]
+    return Understood(reading.edit, reading.probability, reading.degree, wish.strength, runners_up, wish.text)

@@ -1,0 +1,97 @@
+"""Serve `/v1/adapters`: generate an adapter, list, download and delete those of one's own key."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from openwu.serving.access import Caller
+from openwu.serving.edits import all_results, check_headers, unless_gone
+from openwu.serving.engines import Outcome, Task
+from openwu.serving.errors import refused, unsupported
+from openwu.serving.forms import Body, checked_images, read_body
+from openwu.serving.schema import cost_of, edit_spec
+from openwu.serving.state import Known, Service
+from openwu.serving.stores import StoredAdapter
+
+GENERATE = ("prompt", "model", "seed", "allow_out_of_scope", "user", "safety_identifier")
+FORMATS = ("openwu", "peft", "diffusers", "comfyui")
+
+
+def adapter_routes(service: Service) -> APIRouter:
+    """Make the routes."""
+    routes = APIRouter()
+
+    @routes.post("/v1/adapters", summary="Generate the adapter of a picture and an instruction", status_code=201)
+    async def generate(request: Request, caller: Known) -> dict[str, object]:
+        task = await _task(service, caller, await read_body(request))
+        outcome = await _run(service, request, task)
+        instruction = outcome.edit or task.instruction
+        made = StoredAdapter(
+            task.id, caller.tenant, outcome.data, task.id, service.engine.info.name, instruction, int(time.time())
+        )
+        service.adapters.put(made)
+        return made.described
+
+    @routes.get("/v1/adapters", summary="List the adapters of your key")
+    async def listed(caller: Known) -> dict[str, object]:
+        return {"object": "list", "data": [each.described for each in service.adapters.of(caller.tenant)]}
+
+    @routes.get("/v1/adapters/{id}", summary="Describe an adapter, or with format= download it as a zip archive")
+    async def download(request: Request, id: str, caller: Known, format: str = "") -> Any:
+        found = service.adapters.get(id, caller.tenant)
+        if not format:
+            return found.described
+        if format not in FORMATS:
+            raise unsupported("format", f"format: expected one of {', '.join(FORMATS)}, got {format[:40]!r}")
+        task = Task(
+            secrets.token_hex(16),
+            caller.tenant,
+            "export",
+            adapter=(found.key, found.data),
+            export_format=format,
+            cost=cost_of(0, 1, 1),
+        )
+        outcome = await _run(service, request, task)
+        name = {"content-disposition": f'attachment; filename="{found.id}.{format}.zip"'}
+        return Response(outcome.data, media_type="application/zip", headers=name)
+
+    @routes.delete("/v1/adapters/{id}", summary="Delete an adapter")
+    async def delete(id: str, caller: Known) -> dict[str, object]:
+        service.adapters.delete(id, caller.tenant)
+        return {"id": id, "object": "adapter", "deleted": True}
+
+    return routes
+
+
+async def _task(service: Service, caller: Caller, body: Body) -> Task:
+    for name in body.values:
+        if name not in GENERATE:
+            raise unsupported(name[:64], f"{name[:64]}: expected one of {', '.join(GENERATE)}; leave it out")
+    spec = edit_spec(body.values, checked_images(body), None)
+    service.check_model(spec.model)
+    info = service.engine.info
+    if info.max_pictures is not None and len(spec.images) > info.max_pictures:
+        raise refused(400, "too_many_images", f"image: expected at most {info.max_pictures}", "image")
+    size = check_headers(spec.images, service.max_pixels)[0]
+    return Task(
+        secrets.token_hex(16),
+        caller.tenant,
+        "adapt",
+        images=spec.images,
+        instruction=spec.prompt,
+        seed=spec.seed,
+        allow_out_of_scope=spec.allow_out_of_scope and info.refuses_out_of_scope,
+        cost=cost_of(size[0] * size[1], 1, 1),
+    )
+
+
+async def _run(service: Service, request: Request, task: Task) -> Outcome:
+    service.scheduler.admit([task])
+    job = service.scheduler.submit(task)
+    (outcome,) = await unless_gone(request, all_results(service, [job]))
+    return outcome

@@ -1,0 +1,347 @@
+"""Run tasks with an Editor: decode, edit, composite under the mask, encode. What lives inside a worker process.
+
+Shapes: h, w the sides of the picture to edit.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from openwu.editor.cache import AdapterCache
+from openwu.editor.editor import Editor
+from openwu.editor.requests import EditRequest, EditResult, Progress
+from openwu.editor.store import decode, encode
+from openwu.errors import CheckpointError, ExportError, InstructionError, OpenwuError, PictureError, TargetError
+from openwu.images import Photo, encode_picture, read_picture
+from openwu.images.privacy import without_location, without_metadata
+from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
+from openwu.serving.errors import Failure, ServiceError, refused
+from openwu.serving.schema import cost_of
+from openwu.types import Adapter, LoadingOptions, SamplingOptions
+
+STOPPED = Failure(499, "cancelled", "the request was cancelled")
+WARM_SIDE = 256
+TENANT_BYTES, TENANTS = 32 * 2**20, 16
+"""Size and number of the adapter caches, one for each of the API keys that were seen last."""
+
+
+class StoppedError(Exception):
+    """Raised inside the editor's progress report: nobody waits for the result any more."""
+
+
+def load(source: ModelSource) -> Editor:
+    """Load the editor that a source describes. Raises OpenwuError for what the operator can fix."""
+    loading = LoadingOptions(
+        device=source.device,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        quantise=source.quantise,
+        offload=source.offload,
+    )
+    return Editor.from_pretrained(
+        source.model,
+        base=source.base,
+        generator=source.generator,
+        loading=loading,
+        sampling=SamplingOptions(steps=source.steps, guidance=source.guidance, pixels=source.pixels),
+    )
+
+
+def describe(editor: Editor, seconds_per_unit: float, batch: int | None = None) -> ModelInfo:
+    """Return what the service has to know. `batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU."""
+    known = editor.backbone.edits()
+    most = batch or (1 if editor.generator.hidden_in.weight.device.type == "cpu" else 8)
+    return ModelInfo(
+        name=editor.name,
+        edits=tuple({"id": e.name, "examples": dict(e.examples), "reference": e.reference} for e in known.values()),
+        max_pictures=editor.backbone.max_pictures,
+        refuses_out_of_scope=editor.backbone.refuses_out_of_scope,
+        steps=editor.sampling.steps or 1,
+        seconds_per_unit=seconds_per_unit,
+        max_batch=min(most, editor.backbone.max_batch or most),
+    )
+
+
+class EditWorker:
+    """An Editor, and the adapter caches of the keys that use it, kept apart."""
+
+    def __init__(self, editor: Editor, batch: int | None = None) -> None:
+        """`batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU."""
+        self.editor, self._batch = editor, batch
+        self._caches: OrderedDict[str, AdapterCache] = OrderedDict()
+
+    def run(self, tasks: Sequence[Task], report: Report, stopped: Callable[[str], bool]) -> list[Outcome | Failure]:
+        """Run tasks that may share a pass; what is wrong with one of them fails that one only.
+
+        Work stops at the next part (a tile or a step) once every task of the pass is stopped.
+        """
+        found: dict[str, Outcome | Failure] = {}
+        waiting: list[Prepared] = []
+        for task in tasks:
+            try:
+                self._check_words(task)
+                prepared = Prepared.of(task)
+                if len(tasks) > 1 and task.batch_key is not None:
+                    waiting.append(prepared)
+                else:
+                    found[task.id] = self._alone(prepared, _progress([task], report, stopped))
+            except Exception as error:
+                found[task.id] = failure_of(error)
+        if waiting:
+            found |= self._together(waiting, report, stopped)
+        return [found[task.id] for task in tasks]
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.editor.generator.hidden_in.weight.device.type == "cpu"
+
+    def warm(self) -> ModelInfo:
+        """Edit a small picture, so that the first request finds everything in place; return what is loaded."""
+        photo = read_picture(np.zeros((WARM_SIDE, WARM_SIDE, 3), np.uint8))
+        known = next(iter(self.editor.backbone.edits().values()), None)
+        text = known.examples["en"] if known is not None else "make it brighter"
+        self.editor.edit([photo], text)
+        seconds = sum(self.editor.edit([photo], text).timings.values())
+        return describe(self.editor, seconds / cost_of(WARM_SIDE**2, 1, self.editor.sampling.steps or 1), self._batch)
+
+    def _check_words(self, task: Task) -> None:
+        """Raise ServiceError for what is no instruction at all: too long, no words."""
+        for name, text in (("prompt", task.instruction), *(("then", each) for each in task.then)):
+            try:
+                if task.kind != "export" and (text or task.adapter is None):
+                    self.editor.backbone.check_instruction(text)
+            except InstructionError as error:
+                raise refused(400, "invalid_value", str(error), name) from error
+
+    def _together(
+        self, waiting: Sequence[Prepared], report: Report, stopped: Callable[[str], bool]
+    ) -> dict[str, Outcome | Failure]:
+        """One pass for several tasks. If it is refused because of one of them, each has a pass of its own."""
+        tasks = [each.task for each in waiting]
+        requests = [
+            EditRequest(each.photos, each.task.instruction, each.task.strength, each.task.seed, each.task.then)
+            for each in waiting
+        ]
+        self.editor.cache = None  # a batch has several owners
+        try:
+            results = self.editor.edit_batch(
+                requests,
+                allow_out_of_scope=tasks[0].allow_out_of_scope,
+                sampling=replace(self.editor.sampling, batch=len(tasks)),
+                progress=_progress(tasks, report, stopped),
+            )
+        except StoppedError:
+            return dict.fromkeys([task.id for task in tasks], STOPPED)
+        except Exception:
+            return {
+                each.task.id: _guarded(lambda one=each: self._alone(one, _progress([one.task], report, stopped)))  # type: ignore[misc]
+                for each in waiting
+            }
+        return {
+            each.task.id: _guarded(
+                lambda one=each, made=result: replace(one.outcome(made), batch=len(tasks), cache="off")  # type: ignore[misc]
+            )
+            for each, result in zip(waiting, results, strict=True)
+        }
+
+    def _alone(self, prepared: Prepared, progress: Progress) -> Outcome:
+        task, photos = prepared.task, prepared.photos
+        progress(0, 1)
+        adapter = None if task.adapter is None else decode(task.adapter[1], task.adapter[0])
+        if task.kind == "export":
+            assert adapter is not None
+            return Outcome(_archive(adapter, task.export_format))
+        cache = self.editor.cache = self._cache(task.tenant)
+        before = cache.statistics.misses
+        if task.kind == "adapt":
+            made = self.editor.adapt(
+                photos, task.instruction, seed=task.seed, allow_out_of_scope=task.allow_out_of_scope
+            )
+            return Outcome(encode(made, task.id), photos[0].size, edit=_named(made), cache=_cache_use(cache, before))
+        result = self.editor.edit(
+            photos,
+            task.instruction,
+            then=task.then,
+            strength=task.strength,
+            seed=task.seed,
+            adapter=adapter,
+            allow_out_of_scope=task.allow_out_of_scope and adapter is None,
+            progress=progress,
+        )
+        return replace(prepared.outcome(result), cache="off" if adapter is not None else _cache_use(cache, before))
+
+    def _cache(self, tenant: str) -> AdapterCache:
+        """The cache of one key: what another key generated is never found in it."""
+        cache = self._caches.pop(tenant, None) or AdapterCache(memory_bytes=TENANT_BYTES)
+        self._caches[tenant] = cache
+        while len(self._caches) > TENANTS:
+            self._caches.popitem(last=False)
+        return cache
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Translate what went wrong into an error object of the API; what is not the client's fault is a 500."""
+    if isinstance(error, ServiceError):
+        return error.failure
+    if isinstance(error, StoppedError):
+        return STOPPED
+    words = str(error)
+    if isinstance(error, PictureError):
+        return Failure(400, "invalid_image", words, "image")
+    if isinstance(error, InstructionError):
+        return Failure(400, "unknown_instruction", words, "prompt")
+    if isinstance(error, TargetError | CheckpointError):
+        return Failure(400, "unsupported_value", words, "adapter")
+    if isinstance(error, ExportError):
+        return Failure(400, "unsupported_value", words, "format")
+    if isinstance(error, OpenwuError):
+        return Failure(400, "unsupported_value", words)
+    if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
+        return Failure(400, "image_too_large", "the picture needs more memory than a request may have; scale it down")
+    return Failure(500, "server_error", f"the edit failed ({type(error).__name__}); the operator's log says more")
+
+
+def _progress(tasks: Sequence[Task], report: Report, stopped: Callable[[str], bool]) -> Progress:
+    def told(done: int, total: int) -> None:
+        if all(stopped(task.id) for task in tasks):
+            raise StoppedError
+        for task in tasks:
+            report(task.id, done, total)
+
+    return told
+
+
+def _guarded(run: Callable[[], Outcome]) -> Outcome | Failure:
+    try:
+        return run()
+    except Exception as error:
+        return failure_of(error)
+
+
+def _named(adapter: Adapter) -> str | None:
+    return ", then ".join(adapter.instructions[0]) if adapter.instructions else None
+
+
+def _cache_use(cache: AdapterCache, misses: int) -> str:
+    return "miss" if cache.statistics.misses > misses else "hit"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task with its pictures decoded."""
+
+    task: Task
+    photos: tuple[Photo, ...]
+    keep: NDArray[np.float64] | None
+    """Share of the original in the answer `[h, w, 1]`, from the mask."""
+
+    @classmethod
+    def of(cls, task: Task) -> Prepared:
+        """Decode a task's pictures and mask. Raises ServiceError that names the one that is wrong."""
+        photos = tuple(_read(data, f"image {number}", "image") for number, data in enumerate(task.images, start=1))
+        return cls(task, photos, None if task.mask is None else mask_of(task.mask, photos[0]))
+
+    def outcome(self, result: EditResult) -> Outcome:
+        """Make the answer's file: the mask, the size, the metadata, the format."""
+        task, photo = self.task, result.photo
+        if self.keep is not None:
+            photo = composite(self.photos[0], photo, self.keep)
+        if task.size is not None and task.size != photo.size:
+            photo = covering(photo, task.size)
+        if task.opaque and photo.alpha is not None:
+            photo = on_white(photo)
+        photo = cleaned(photo, task.metadata)
+        if task.output_format == "jpeg" and photo.transparent:
+            message = "output_format: the picture is transparent, which JPEG cannot be; use png, or background=opaque"
+            raise refused(400, "unsupported_value", message, "output_format")
+        suffix = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}[task.output_format]
+        data, notes = encode_picture(photo, suffix, quality=task.compression)
+        return Outcome(
+            data,
+            photo.size,
+            encode(result.adapter, task.id),
+            _named(result.adapter),
+            dict(result.timings),
+            notes=(*photo.notes, *notes),
+        )
+
+
+def _read(data: bytes, name: str, param: str) -> Photo:
+    try:
+        return read_picture(data)
+    except PictureError as error:
+        raise refused(400, "invalid_image", f"{name}: {error}", param) from error
+
+
+def mask_of(mask: bytes, original: Photo) -> NDArray[np.float64]:
+    """Return the share of the original `[h, w, 1]` that a mask asks to keep: 0 where it is transparent.
+
+    Raises ServiceError for a mask of another size than the picture, or one without transparency.
+    """
+    found = _read(mask, "mask", "mask")
+    if found.size != original.size:
+        sizes = f"expected {original.size[0]}x{original.size[1]} as the picture, got {found.size[0]}x{found.size[1]}"
+        raise refused(400, "mask_size_mismatch", f"mask: {sizes}", "mask")
+    alpha = found.eight_bit().alpha
+    if alpha is None:
+        raise refused(400, "invalid_image", "mask: expected a PNG with alpha, transparent where to edit", "mask")
+    return (alpha.astype(np.float64) / 255)[:, :, None]
+
+
+def composite(original: Photo, edited: Photo, keep: NDArray[np.float64]) -> Photo:
+    """Mix the original and the edit; where `keep` `[h, w, 1]` is 1, the original's pixels stay bit for bit."""
+    if edited.size != original.size:
+        raise refused(400, "unsupported_value", "mask: this model changes the picture's size; leave it out", "mask")
+    mixed = np.rint(original.pixels * keep + edited.pixels * (1 - keep)).astype(original.pixels.dtype)
+    return edited.with_pixels(np.where(keep == 1, original.pixels, mixed))
+
+
+def covering(photo: Photo, size: tuple[int, int]) -> Photo:
+    """Scale the photo so that it covers the size, and crop what hangs over at both sides alike."""
+    width, height = size
+    scale = max(width / photo.size[0], height / photo.size[1])
+    wide, high = max(width, round(photo.size[0] * scale)), max(height, round(photo.size[1] * scale))
+    channels = [
+        np.asarray(Image.fromarray(plane).resize((wide, high), Image.Resampling.LANCZOS))
+        for plane in np.moveaxis(photo.floats(), 2, 0)
+    ]
+    scaled = photo.resized(np.stack(channels, axis=2))
+    left, top = (wide - width) // 2, (high - height) // 2
+    window = slice(top, top + height), slice(left, left + width)
+    alpha = None if scaled.alpha is None else scaled.alpha[window].copy()
+    return replace(scaled, pixels=scaled.pixels[window].copy(), alpha=alpha)
+
+
+def on_white(photo: Photo) -> Photo:
+    """Return the photo without transparency, on white."""
+    assert photo.alpha is not None
+    share = (photo.alpha / np.iinfo(photo.alpha.dtype).max).astype(np.float32)[:, :, None]
+    return replace(photo.with_pixels(photo.floats() * share + (1 - share)), alpha=None)
+
+
+def cleaned(photo: Photo, metadata: Metadata) -> Photo:
+    """Return the photo with the metadata that the answer may have."""
+    if metadata == "keep":
+        return photo
+    return without_location(photo) if metadata == "no_location" else without_metadata(photo)
+
+
+def _archive(adapter: Adapter, format: str) -> bytes:
+    """A zip archive of the adapter's folder in another library's format."""
+    buffer = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save_pretrained(Path(folder) / "adapter", format=format)
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for file in sorted((Path(folder) / "adapter").rglob("*")):
+                archive.write(file, file.relative_to(Path(folder) / "adapter"))
+    return buffer.getvalue()

@@ -1,0 +1,131 @@
+"""Read the body of a request, multipart or JSON, into the fields that `schema` checks."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from openwu.serving.errors import refused, unsupported
+
+MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 17, 40, 64 * 2**10
+FILES = ("image", "mask", "example_before", "example_after")
+_DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=.-]+)*;base64,", re.ASCII)
+
+
+@dataclass
+class Body:
+    """What a request brought: values and files by their names, in their order, `[]` taken off the names."""
+
+    values: dict[str, list[object]] = field(default_factory=dict)
+    files: dict[str, list[bytes]] = field(default_factory=dict)
+
+    def add(self, name: str, value: object) -> None:
+        """Keep a value or, where it is bytes, a file."""
+        held: dict[str, list[Any]] = self.files if isinstance(value, bytes) else self.values
+        held.setdefault(name.removesuffix("[]"), []).append(value)
+
+    def one_file(self, name: str) -> bytes | None:
+        """Return the only file of a name; None where there is none. Raises ServiceError where there are several."""
+        found = self.files.get(name, [])
+        if len(found) > 1:
+            raise refused(400, "invalid_value", f"{name}: expected one file, got {len(found)}", name)
+        return found[0] if found else None
+
+
+async def read_body(request: Request) -> Body:
+    """Read a body by its declared type. Raises ServiceError: 400 for what cannot be parsed, 415 for another type."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _multipart(request)
+    if kind == "application/json":
+        return _from_json(await request.body())
+    raise refused(415, "unsupported_media_type", f"expected multipart/form-data or application/json, got {kind[:60]!r}")
+
+
+async def _multipart(request: Request) -> Body:
+    body = Body()
+    try:
+        form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
+    except HTTPException as error:
+        if "Too many files" in str(error.detail):
+            message = f"image: expected at most {MAX_FILES} files, got more"
+            raise refused(400, "too_many_images", message, "image") from error
+        raise refused(400, "invalid_body", f"body: {error.detail}") from error
+    except (ValueError, KeyError, LookupError) as error:
+        raise refused(400, "invalid_body", "body: expected multipart/form-data; it could not be parsed") from error
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                plain = name.removesuffix("[]")
+                if plain not in FILES:
+                    raise unsupported(plain[:64], f"{plain[:64]}: expected no file of this name; leave it out")
+                body.add(name, await value.read())
+            elif name.removesuffix("[]") in FILES:
+                raise refused(400, "invalid_image", f"{name}: expected a file, got text; send it as a file part", name)
+            else:
+                body.add(name, value)
+    finally:
+        await form.close()
+    return body
+
+
+def _from_json(data: bytes) -> Body:
+    body = Body()
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise refused(400, "invalid_body", "body: expected a JSON object; it could not be parsed") from error
+    if not isinstance(fields, dict):
+        raise refused(400, "invalid_body", f"body: expected a JSON object, got {type(fields).__name__}")
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if name in ("images", "image"):
+            entries = value if isinstance(value, list) else [value]
+            for entry in entries[: MAX_FILES + 1]:
+                body.add("image", picture_of(entry, name))
+        elif name in FILES:
+            body.add(name, picture_of(value, name))
+        else:
+            for entry in value if isinstance(value, list) else [value]:
+                body.add(name, entry)
+    if len(body.values) > MAX_FIELDS:
+        raise refused(400, "invalid_body", f"body: expected at most {MAX_FIELDS} fields, got {len(body.values)}")
+    return body
+
+
+def picture_of(entry: object, name: str) -> bytes:
+    """Decode `{"image_url": "data:..."}` or a data URL. Nothing is ever fetched: other URLs raise ServiceError."""
+    url = entry.get("image_url") if isinstance(entry, dict) else entry
+    if isinstance(entry, dict) and "file_id" in entry:
+        raise unsupported(name, f"{name}: expected the picture itself, got a file_id; send a data URL")
+    if isinstance(url, dict):
+        url = url.get("url")
+    if not isinstance(url, str):
+        raise refused(400, "invalid_image", f'{name}: expected {{"image_url": "data:image/png;base64,..."}}', name)
+    if url[:8].lower().startswith(("http:", "https:", "file:", "ftp:")):
+        raise unsupported(name, f"{name}: expected a data URL; this service fetches no URLs")
+    found = _DATA_URL.match(url)
+    if found is None:
+        raise refused(400, "invalid_image", f"{name}: expected data:image/png;base64,..., got {url[:30]!r}", name)
+    try:
+        return base64.b64decode(url[found.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise refused(400, "invalid_image", f"{name}: expected base64, got something else: {error}", name) from error
+
+
+def checked_images(body: Body) -> Sequence[bytes]:
+    """Return the pictures of a body; the pair of an edit by example is refused until a base reads it."""
+    for name in ("example_before", "example_after"):
+        if name in body.files:
+            raise unsupported(name, f"{name}: this model does not read examples; say what to do in prompt")
+    return body.files.get("image", [])

@@ -1,0 +1,120 @@
+"""What the service keeps between requests, in bounded memory: generated adapters by id, and pictures behind links."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from openwu.serving.errors import refused
+
+ADAPTER_BYTES, TENANT_ADAPTERS = 256 * 2**20, 64
+PICTURE_BYTES, PICTURE_SECONDS = 256 * 2**20, 3600.0
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A generated adapter of one API key."""
+
+    id: str
+    tenant: str
+    data: bytes = field(repr=False)
+    """As `openwu.editor.store.encode` wrote it, under `key`."""
+    key: str
+    model: str
+    instruction: str | None
+    created: int
+
+    @property
+    def described(self) -> dict[str, object]:
+        """The JSON object of the API."""
+        return {
+            "id": self.id,
+            "object": "adapter",
+            "created": self.created,
+            "model": self.model,
+            "instruction": self.instruction,
+            "bytes": len(self.data),
+        }
+
+
+class AdapterShelf:
+    """Adapters by id, each bound to the key that generated it; the oldest make room."""
+
+    def __init__(self, limit: int = ADAPTER_BYTES, per_tenant: int = TENANT_ADAPTERS) -> None:
+        self._limit, self._per_tenant = limit, per_tenant
+        self._held: OrderedDict[str, StoredAdapter] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, adapter: StoredAdapter) -> None:
+        """Keep an adapter; one key's never push out another's before its own have gone down to its share."""
+        if len(adapter.data) > self._limit:
+            return
+        self._held[adapter.id] = adapter
+        self._bytes += len(adapter.data)
+        own = self.of(adapter.tenant)
+        for old in own[: max(0, len(own) - self._per_tenant)]:
+            self._drop(old.id)
+        while self._bytes > self._limit:
+            self._drop(self._largest_holder().id)
+
+    def get(self, id: str, tenant: str) -> StoredAdapter:
+        """Return an adapter of this key. Raises ServiceError (404) for any other, in the same words."""
+        found = self._held.get(id)
+        if found is None or found.tenant != tenant:
+            raise refused(404, "adapter_not_found", f"adapter: expected an id of yours, got {id[:64]!r}", "adapter")
+        self._held.move_to_end(id)
+        return found
+
+    def delete(self, id: str, tenant: str) -> None:
+        """Forget an adapter of this key. Raises ServiceError (404) for any other."""
+        self._drop(self.get(id, tenant).id)
+
+    def of(self, tenant: str) -> list[StoredAdapter]:
+        """Return a key's adapters, the longest unused first."""
+        return [each for each in self._held.values() if each.tenant == tenant]
+
+    def _largest_holder(self) -> StoredAdapter:
+        """The longest unused adapter of the key that holds the most bytes."""
+        totals: dict[str, int] = {}
+        for each in self._held.values():
+            totals[each.tenant] = totals.get(each.tenant, 0) + len(each.data)
+        return self.of(max(totals, key=lambda tenant: totals[tenant]))[0]
+
+    def _drop(self, id: str) -> None:
+        self._bytes -= len(self._held.pop(id).data)
+
+
+class PictureStore:
+    """Results behind signed links that expire; the oldest make room."""
+
+    def __init__(self, limit: int = PICTURE_BYTES, seconds: float = PICTURE_SECONDS) -> None:
+        self._limit, self._seconds = limit, seconds
+        self._secret = secrets.token_bytes(32)
+        self._held: OrderedDict[str, tuple[float, bytes, str]] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, data: bytes, media_type: str) -> str:
+        """Keep a picture; return the path and query of its link."""
+        name, expires = secrets.token_hex(16), time.time() + self._seconds
+        self._held[name] = expires, data, media_type
+        self._bytes += len(data)
+        while self._held and (self._bytes > self._limit or next(iter(self._held.values()))[0] < time.time()):
+            _, (_, old, _) = self._held.popitem(last=False)
+            self._bytes -= len(old)
+        return f"/v1/images/{name}?expires={int(expires)}&signature={self._sign(name, int(expires))}"
+
+    def get(self, id: str, expires: str, signature: str) -> tuple[bytes, str]:
+        """Return a picture and its media type. Raises ServiceError: 403 for a wrong signature, 404 for an old link."""
+        whole = int(expires) if expires.isascii() and expires.isdigit() and len(expires) < 16 else 0
+        if not hmac.compare_digest(self._sign(id, whole).encode(), signature.encode()):
+            raise refused(403, "invalid_signature", "the link is not one of this service's")
+        if id not in self._held or time.time() > whole:
+            raise refused(404, "image_not_found", "the picture is not kept any more; make it again")
+        _, data, media_type = self._held[id]
+        return data, media_type
+
+    def _sign(self, id: str, expires: int) -> str:
+        return hmac.new(self._secret, f"{id} {expires}".encode(), "sha256").hexdigest()
