@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwu.backbones.embedded.network import place_planes
-from openwu.data.programs import TRAINED_FAMILIES, draw_program
+from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, draw_program
 from openwu.data.suite import EDITS, Scene
 from openwu.data.suite.batches import CORNERS, PairBatch
 from openwu.data.suite.operators import jpeg
@@ -40,6 +40,9 @@ class ExampleSampler:
     side: int = 192
     seed: int = 0
     families: tuple[str, ...] = TRAINED_FAMILIES
+    plain: int = 0
+    """So many batches at first show programs of one operation on colours alone. Of all programs from the start, a
+    generator learned next to nothing for hundreds of steps."""
 
     def size(self, step: int) -> int:
         """Return the number of requests of a step."""
@@ -51,7 +54,8 @@ class ExampleSampler:
         crop = self.shapes[step % len(self.shapes)][1]
         pairs, shown = torch.rand(2, generator=generator).tolist()
         count = 2 if pairs < SECOND_SHARE else 1
-        drawn = [self._request(crop, count, generator) for _ in range(self.size(step))]
+        plain = step < self.plain
+        drawn = [self._request(crop, count, generator, plain) for _ in range(self.size(step))]
         stacked = [torch.stack(parts) for parts in zip(*(tensors for *_, tensors in drawn), strict=True)]
         picture, planes, target, whole, examples = stacked
         nothing = torch.zeros(len(drawn), dtype=torch.bool)
@@ -63,10 +67,12 @@ class ExampleSampler:
             photo_shown=torch.full((len(drawn),), shown < 0.5),
         )  # fmt: skip
 
-    def _request(self, crop: int, pairs: int, generator: torch.Generator) -> tuple[str, str, tuple[Tensor, ...]]:
+    def _request(
+        self, crop: int, pairs: int, generator: torch.Generator, plain: bool
+    ) -> tuple[str, str, tuple[Tensor, ...]]:
         side = self.side
         named, words, place = torch.rand(3, generator=generator).tolist()
-        if named < NAMED_SHARE:
+        if named < NAMED_SHARE and not plain:
             edit = EDITS[SHOWN_NAMES[int(place * len(SHOWN_NAMES))]]
             sentence = sample_phrase(edit.name, generator) if words < 0.5 else ""
 
@@ -77,7 +83,8 @@ class ExampleSampler:
 
             name = edit.name
         else:
-            program = draw_program(generator, self.families)
+            families = [each for each in self.families if each in COLOUR_FAMILIES] if plain else self.families
+            program = draw_program(generator, families, longest=1 if plain else 3)
             name, sentence = EXAMPLE, ""
 
             def make(noise: Tensor) -> tuple[Tensor, Tensor]:

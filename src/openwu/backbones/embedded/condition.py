@@ -130,8 +130,9 @@ class EmbeddedConditionEncoder(nn.Module):
         if pictures is not None:
             seen = self.see(pictures)
             parts.append(seen + place[text.shape[1] : text.shape[1] + seen.shape[1]])
-        parts.append(self.example(pairs))
-        return self.join(torch.cat(parts, dim=1) + self.from_sentence(text.flatten(1))[:, None])
+        tokens, summary = self.example(pairs)
+        parts.append(tokens)
+        return self.join(torch.cat(parts, dim=1) + self.from_sentence(text.flatten(1))[:, None] + summary)
 
     def join(self, x: Tensor) -> Condition:
         """Let all tokens of a request `[b, n, width]` read one another."""

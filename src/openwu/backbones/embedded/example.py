@@ -36,6 +36,10 @@ BINS = 8
 """Steps of a profile."""
 TILE_GRID, TILE = 4, 32
 """Frequencies are measured in squares at the crossings of a grid; their side in pixels."""
+GAIN = 2.0
+"""Factor on all features, so that tokens of an untrained encoder are as large as those of the photograph."""
+HIDDEN = 512
+"""Width of the summary's hidden layer."""
 BANDS = 4
 """Bands of frequencies, an octave each, from the finest."""
 
@@ -53,21 +57,24 @@ class ExampleEncoder(nn.Module):
         self.from_places = nn.Linear(9 * PATCH**2, width)
         self.from_profiles = nn.Linear(3 * 4 * BINS + 6 * BANDS + 3 * len(DIFFERENCES), width)
         self.from_detail = nn.Linear(6 * DETAIL**2, width)
+        known = sum(each.in_features for each in (self.from_statistics, self.from_profiles))
+        self.summary = nn.Sequential(nn.Linear(7 * GRID**3 + known, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, width))
         self.place = nn.Parameter(torch.randn(NUM_TOKENS, width) * 0.1)
 
-    def forward(self, pairs: Sequence[Tensor]) -> Tensor:
-        """p tensors `[b, 2, 3, h, w]` in 0..1, before and after, of any sizes -> `[b, V, width]`."""
+    def forward(self, pairs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """p tensors `[b, 2, 3, h, w]` in 0..1, before and after, of any sizes -> tokens `[b, V, width]`, and a summary
+        `[b, 1, width]` that every token of the request is to carry: in the average of attention that has not learned
+        where to look, single tokens drown.
+        """
+        dtype = self.place.dtype
+        # The mean over pairs, where there is one for each.
+        known = [each.mean(1) if each.ndim == 4 else each for each in features(pairs)]
+        known = [(GAIN * each).clamp(-16, 16).to(dtype) for each in known]
         layers = (self.from_colours, self.from_statistics, self.from_places, self.from_profiles, self.from_detail)
-        parts = [self.project(layer, each) for layer, each in zip(layers, features(pairs), strict=True)]
-        return torch.cat(parts, dim=1) + self.place.to(parts[0])
-
-    @staticmethod
-    def project(layer: nn.Linear, features: Tensor) -> Tensor:
-        """Map features `[b, (p,) v, f]` to tokens `[b, v, width]`: the mean over pairs, in the layer's dtype."""
-        if features.ndim == 4:
-            features = features.mean(1)
-        tokens: Tensor = layer(features.clamp(-8, 8).to(layer.weight.dtype))
-        return tokens
+        tokens = torch.cat([layer(each) for layer, each in zip(layers, known, strict=True)], dim=1)
+        shapes, statistics, _, profiles, _ = known
+        summary = self.summary(torch.cat([each.flatten(1) for each in (shapes, statistics, profiles)], dim=1))
+        return tokens + self.place, summary[:, None]
 
 
 @torch.no_grad()

@@ -43,7 +43,11 @@ class EmbeddedRecipe(Recipe):
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     examples: tuple[tuple[int, int], ...] = field(default=(), metadata=LATER)
-    """Shapes of the generator's batches of edits that are shown by example, every second step; none: no such steps."""
+    """Shapes of the generator's batches of edits that are shown by example; none: no such steps."""
+    examples_each: int = field(default=1, metadata=LATER)
+    """So many batches of examples follow each batch of named edits."""
+    plain_examples: int = field(default=0, metadata=LATER)
+    """So many batches of examples at first show one operation on colours alone, see `ExampleSampler.plain`."""
     smooth: float = field(default=0.0, metadata=LATER)
     """Share of the photographs that are smoothed, see `PairSampler.smooth`."""
     start: str | None = field(default=None, metadata=LATER)

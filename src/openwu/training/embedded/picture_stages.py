@@ -54,17 +54,24 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Alternating:
-    """Batches of two kinds in turn: named edits, and edits that are shown by example."""
+class Mixed:
+    """Batches of two kinds in turn: one of named edits, then `shown_each` of edits that are shown by example."""
 
-    even: Batches
-    odd: Batches
+    named: Batches
+    shown: Batches
+    shown_each: int = 1
 
     def batch(self, step: int) -> PairBatch:
-        return (self.odd if step % 2 else self.even).batch(step // 2)
+        sampler, own = self._at(step)
+        return sampler.batch(own)
 
     def size(self, step: int) -> int:
-        return (self.odd if step % 2 else self.even).size(step // 2)
+        sampler, own = self._at(step)
+        return sampler.size(own)
+
+    def _at(self, step: int) -> tuple[Batches, int]:
+        turn, place = divmod(step, self.shown_each + 1)
+        return (self.named, turn) if place == 0 else (self.shown, turn * self.shown_each + place - 1)
 
 
 @dataclass
@@ -231,9 +238,9 @@ def _stage(
     batches = PairSampler(photographs[0], tasks, config.shapes, recipe.side, seed, dialled, recipe.smooth)
     validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
     if dialled and recipe.examples:
-        shown = ExampleSampler(photographs[0], recipe.examples, recipe.side, seed)
+        shown = ExampleSampler(photographs[0], recipe.examples, recipe.side, seed, plain=recipe.plain_examples)
         judged = ExampleSampler(photographs[1], ((VALIDATED_EXAMPLES, recipe.side),), recipe.side, seed + 9)
-        both, check = Alternating(batches, shown), Alternating(validation, judged)
+        both, check = Mixed(batches, shown, recipe.examples_each), Mixed(validation, judged)
         return PictureStage(
             *(name, config, model, trained, adapt, both, check), validated=2, seed=recipe.seed, bf16=recipe.bf16
         )
