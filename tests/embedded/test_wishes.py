@@ -195,7 +195,7 @@ def broken_sentences(base: EmbeddedBase, splits: tuple[str, ...]) -> tuple[list[
         new = [text for text in dict.fromkeys(texts) if text not in known]
         for start in range(0, len(new), 256):
             part = new[start : start + 256]
-            known.update(zip(part, base.instruction.readings(base.instruction(part), labels), strict=True))
+            known.update(zip(part, base.instruction.readings(part), strict=True))
         return [known[text] for text in texts]
 
     def cured(texts: Sequence[str]) -> list[Reading]:

@@ -246,10 +246,9 @@ def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
     Raises InstructionError for a wish that concerns a part of the picture, or that would change what is to be kept.
     """
     whole = read([instruction])[0]
-    if whole.edit in _LOCAL and whole.is_wish(accepted):
-        return instruction
+    local = whole.edit in _LOCAL and whole.is_wish(accepted)
     for pattern in _PARTS:
-        if found := pattern.search(instruction):
+        if not local and (found := pattern.search(instruction)):
             _refuse_part(instruction, whole, found[0])
     for pattern in _KEEPING:
         if found := pattern.search(instruction):
@@ -257,6 +256,8 @@ def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
             wanted = read([left or "$"])[0]
             bar = max(CERTAIN, accepted) if whole.is_wish(accepted) else accepted
             wanted = wanted if wanted.is_wish(bar) else whole
+            if local and wanted.edit in _LOCAL:
+                continue
             changed = next((edits for kept, edits in _KEEPS if kept.search(found["kept"])), None)
             part = changed is not None and not changed and re.search(rf"\b{_REGION}\b", left, re.I)
             if part or changed is None or wanted.edit in changed:
