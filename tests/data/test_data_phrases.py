@@ -49,7 +49,7 @@ def test_every_edit_has_sentences() -> None:
 def test_there_are_enough_in_every_language_and_split(name: str) -> None:
     assert set(load_phrases()[name]) == set(LANGUAGES)
     for splits in load_phrases()[name].values():
-        assert set(splits) == {"train", "held_out", "fresh"}
+        assert set(splits) == {"train", "held_out", "fresh", "stranger"}
         assert len({letters(sentence) for sentence in splits["train"]}) >= 12
         assert len({letters(sentence) for sentence in splits["held_out"]}) >= 4
         assert len({letters(sentence) for sentence in splits["fresh"]}) >= 2

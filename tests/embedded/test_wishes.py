@@ -221,7 +221,9 @@ def broken_sentences(base: EmbeddedBase, splits: tuple[str, ...]) -> tuple[list[
     return broken, len(rows)
 
 
-@pytest.mark.parametrize("splits", [("held_out", "fresh"), pytest.param(("train",), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "splits", [("held_out", "fresh", "stranger"), pytest.param(("train",), marks=pytest.mark.slow)]
+)
 def test_the_rules_break_next_to_no_sentence(base: EmbeddedBase, splits: tuple[str, ...]) -> None:
     broken, total = broken_sentences(base, splits)
     assert len(broken) < 0.003 * total, broken

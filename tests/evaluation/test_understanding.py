@@ -34,7 +34,7 @@ class Oracle(InstructionEncoder):
                 i
                 for i, name in enumerate(LABELS)
                 for lang in LANGUAGES
-                for split in ("held_out", "fresh")
+                for split in ("held_out", "fresh", "stranger")
                 if sentence in load_phrases()[name][lang][split]
             )
             found[row, (label + 1) % len(LABELS) if sentence in self.wrong else label] = 0
@@ -55,7 +55,10 @@ class Oracle(InstructionEncoder):
 
 def test_a_perfect_encoder_has_perfect_shares() -> None:
     shares = understanding(Oracle())
-    names = ("accepted", "right_edit", "refused", "right_degree", "fresh_accepted", "fresh_right_edit", "fresh_refused")
+    names = {
+        "right_degree",
+        *(f"{of}{n}" for of in ("", "fresh_", "stranger_") for n in ("accepted", "right_edit", "refused")),
+    }
     assert set(shares) == {f"{name}_{language}" for name in names for language in LANGUAGES}
     assert set(shares.values()) == {1.0}
 

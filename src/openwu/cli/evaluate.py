@@ -177,12 +177,21 @@ def write_cases(options: argparse.Namespace) -> int:
 
 
 def measure_model(options: argparse.Namespace) -> int:
-    """Run `suite`, `gallery` or `curves`."""
+    """Run `suite`, `sentences`, `gallery` or `curves`."""
     output = Path(options.output)
     if options.what == "curves":
         from openwu.evaluation.curves import write_curves  # reads TensorBoard's files: needs more than the suite
 
         sys.stdout.write(f"{write_curves(Path(options.training), output)}\n")
+        return 0
+    card = Path(options.card) if options.card else None
+    if options.what == "sentences":
+        from openwu.editor.editor import Editor
+        from openwu.evaluation.sentences import evaluate_sentences
+
+        output.mkdir(parents=True, exist_ok=True)
+        editor = Editor.from_pretrained(options.model)
+        sys.stdout.write(evaluate_sentences(editor, output, card, all_thresholds=options.thresholds))
         return 0
     from openwu.evaluation.gallery import write_gallery
     from openwu.evaluation.model_card import evaluate, load_model, load_photographs
@@ -192,7 +201,6 @@ def measure_model(options: argparse.Namespace) -> int:
     if options.what == "gallery":
         sys.stdout.write(f"{write_gallery(load_model(options.model)[0], photographs, output)}\n")
         return 0
-    card = Path(options.card) if options.card else None
     text = evaluate(
         options.model, photographs, options.seeds, options.side, output, shared_folder=options.shared, card=card
     )

@@ -49,6 +49,7 @@ def parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     cases.add_argument("--side", type=_positive, default=384, metavar="N", help="longest side (default: 384)")
     for what, text in (
         ("suite", "every number of the model card"),
+        ("sentences", "what is made of sentences that no training saw, by writer"),
         ("gallery", "a page of all edits"),
         ("curves", "curves of a training run"),
     ):
@@ -114,7 +115,8 @@ def _add_measure(measure: argparse.ArgumentParser) -> None:
     measure.add_argument(
         "--run", dest="training", default="runs/embedded", metavar="FOLDER", help="training run whose curves are drawn"
     )
-    measure.add_argument("--card", metavar="FILE", help="model card whose tables are replaced")
+    measure.add_argument("--card", metavar="FILE", help="model card (sentences: page) whose tables are replaced")
+    measure.add_argument("--thresholds", action="store_true", help="sentences: at other thresholds, too")
     measure.add_argument(
         "--side", type=int, default=512, metavar="N", help="longest side of a photograph (default: 512)"
     )

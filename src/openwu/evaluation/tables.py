@@ -137,7 +137,7 @@ def wording_table(wordings: Sequence[Wording], shares: Mapping[str, float]) -> s
     names = ("accepted", "right_edit", "right_degree", "refused")
     rows = [
         (f"{called}, {lang}", *(_percent(shares.get(f"{prefix}{name}_{lang}")) for name in names))
-        for called, prefix in (("held out", ""), ("fresh", "fresh_"))
+        for called, prefix in (("held out", ""), ("fresh", "fresh_"), ("a stranger's", "stranger_"))
         for lang in LANGUAGES
     ]
     head = ("sentences", "in scope: accepted", "right sub-task", "right degree", "out of scope: refused")

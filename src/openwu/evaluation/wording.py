@@ -24,7 +24,7 @@ def understanding(encoder: InstructionEncoder) -> dict[str, float]:
     labels = encoder.config.labels
     shares: dict[str, float] = {}
     for language in LANGUAGES:
-        for prefix, split in (("", "held_out"), ("fresh_", "fresh")):
+        for prefix, split in (("", "held_out"), ("fresh_", "fresh"), ("stranger_", "stranger")):
             inside = [(n, s) for n in labels if n in EDITS for s in load_phrases()[n][language][split]]
             answers = _answers(encoder, [sentence for _, sentence in inside])
             shares[f"{prefix}accepted_{language}"] = _share([answer != OUT_OF_SCOPE for answer in answers])

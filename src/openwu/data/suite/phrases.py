@@ -58,9 +58,9 @@ _NOUN = {
 
 @cache
 def load_phrases() -> Phrases:
-    """Load sub-task (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out", "fresh") -> sentences.
+    """Load sub-task (or `OUT_OF_SCOPE`) -> language -> split ("train", "held_out", "fresh", "stranger") -> sentences.
 
-    Fresh sentences are held out too; see `openwu.evaluation.wording`.
+    All but the first are held out of every training; see `openwu.evaluation.sentences`.
     """
     stored = _stored()
     return {**stored["edits"], OUT_OF_SCOPE: stored[OUT_OF_SCOPE]}
