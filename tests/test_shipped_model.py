@@ -236,7 +236,7 @@ def test_test_photographs_were_not_trained_on() -> None:
 
 def test_files_are_small_and_safe() -> None:
     files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 25e6
+    assert sum(file.stat().st_size for file in files) < 32e6
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".py"}
 
 

@@ -19,7 +19,7 @@ from openwu.types import Adapter
 ASKED = ("brighten", "denoise", "invert", "take_tone")
 
 
-def test_every_strength_is_asked_for_by_scale_and_by_words(
+def test_every_strength_is_asked_for_by_number_and_by_words(
     embedded_model: EmbeddedModel, photographs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a model that always gives the target. Edits without degrees are left out; repairs end at 1."""
@@ -27,8 +27,11 @@ def test_every_strength_is_asked_for_by_scale_and_by_words(
     seen: dict[str, tuple[list[Case], Adapter]] = {}
 
     def obey(_: EmbeddedModel, cases: list[Case], adapter: Adapter) -> list[torch.Tensor]:
+        """Give what fades to the target of each strength."""
         seen[cases[0].task] = cases, adapter
-        return [case.target for case in cases]
+        fades = [min(1.0, scale) or 1.0 for scale in SCALES if scale <= EDITS[cases[0].task].limit]
+        fades += [1.0] * (len(cases) - len(fades))
+        return [c.picture + (c.target - c.picture) / fade for c, fade in zip(cases, fades, strict=True)]
 
     monkeypatch.setattr(strength_module, "edit_cases", obey)
     found = evaluate_strength(embedded_model, photographs, ASKED)
@@ -37,20 +40,20 @@ def test_every_strength_is_asked_for_by_scale_and_by_words(
         own = [each for each in found if each.edit == edit]
         limit = EDITS[edit].limit
         scales = [scale for scale in SCALES if scale <= limit]
-        assert [each.strength for each in own if each.by == "scale"] == scales
+        assert [each.strength for each in own if each.by == "strength"] == scales
         words = [min(DEGREES[degree], limit) for degree in load_strength_words()]
         assert [each.strength for each in own if each.by == "words"] == words
         # Up to the rounding of 8 bits the target is met, and all of the wanted change is made.
         assert all(each.psnr > 48 for each in own)
         assert all(each.moved == pytest.approx(each.wanted) for each in own)
-        wanted = [each.wanted for each in own if each.by == "scale"]
+        wanted = [each.wanted for each in own if each.by == "strength"]
         assert wanted == sorted(wanted)
         assert wanted[0] == 0
         cases, adapter = seen[edit]
         assert all(torch.equal(case.picture, cases[0].picture) for case in cases)  # one damage for all strengths
         with torch.inference_mode():
             plain = generate(embedded_model, cases)
-        factors = torch.tensor([*scales, *[1.0] * len(words)])
+        factors = torch.tensor([*(max(1.0, scale) for scale in scales), *[1.0] * len(words)])
         for name, (_, b) in adapter.pairs.items():
             torch.testing.assert_close(b, plain.pairs[name][1] * factors[:, None, None])
         instructions = [case.instruction for case in cases]
@@ -59,16 +62,16 @@ def test_every_strength_is_asked_for_by_scale_and_by_words(
         assert len(set(instructions)) == 1 + len(words)
 
 
-def test_the_untrained_model_moves_more_at_a_larger_scale(
+def test_the_untrained_model_moves_more_at_a_larger_strength(
     embedded_model: EmbeddedModel, photographs: dict[str, torch.Tensor]
 ) -> None:
     found = evaluate_strength(embedded_model, photographs, ("brighten",))
     assert all(math.isfinite(each.psnr) and each.moved >= 0 for each in found)
-    assert len({each.moved for each in found if each.by == "scale"}) == len(SCALES)
+    assert len({each.moved for each in found if each.by == "strength"}) == len(SCALES)
 
 
 @torch.inference_mode()
-def test_pictures_are_of_one_adapter_at_every_scale(embedded_model: EmbeddedModel, source: torch.Tensor) -> None:
+def test_pictures_are_of_one_adapter_at_every_strength(embedded_model: EmbeddedModel, source: torch.Tensor) -> None:
     assert all(EDITS[name].graded and EDITS[name].limit >= max(SCALES) for name in SHOWN)
     cells = strength_cells(embedded_model, source, ("blur", "darken", "brighten"))
     assert list(cells) == ["darken", "blur"]  # of those shown
@@ -82,17 +85,17 @@ def test_pictures_are_of_one_adapter_at_every_scale(embedded_model: EmbeddedMode
 
 def test_rows_are_means_over_edits() -> None:
     found = [
-        Graded("brighten", "scale", 0.0, 50.0, 0.02, 0.0),
-        Graded("brighten", "scale", 0.5, 30.0, 0.1, 0.2),
-        Graded("warm", "scale", 0.5, 20.0, 0.3, 0.2),
+        Graded("brighten", "strength", 0.0, 50.0, 0.02, 0.0),
+        Graded("brighten", "strength", 0.5, 30.0, 0.1, 0.2),
+        Graded("warm", "strength", 0.5, 20.0, 0.3, 0.2),
         Graded("warm", "words", 0.5, 10.0, 0.4, 0.2),
     ]
     rows = by_strength(found)
-    assert [row[:3] for row in rows] == [("scale", 0.0, 50.0), ("scale", 0.5, 25.0), ("words", 0.5, 10.0)]
+    assert [row[:3] for row in rows] == [("strength", 0.0, 50.0), ("strength", 0.5, 25.0), ("words", 0.5, 10.0)]
     assert math.isnan(rows[0][3])  # nothing was wanted
     assert [row[3] for row in rows[1:]] == pytest.approx([1.0, 2.0])
     lines = strength_table(found).splitlines()
     assert lines[0] == "2 graded sub-tasks, one photograph each."
-    assert "| scale | 0 | 50.0 | - |" in lines
-    assert "| scale | 0.5 | 25.0 | 1.00 |" in lines
+    assert "| strength | 0 | 50.0 | - |" in lines
+    assert "| strength | 0.5 | 25.0 | 1.00 |" in lines
     assert "| words | 0.5 | 10.0 | 2.00 |" in lines

@@ -23,9 +23,12 @@ class Oracle(InstructionEncoder):
         super().__init__(InstructionConfig(LABELS, width=32, num_tokens=4, num_layers=1, heads=2, buckets=64))
         self.wrong, self.asked = set(wrong), list[str]()
 
-    def forward(self, sentences: Sequence[str], *_: object) -> Tensor:
+    def read_words(self, sentences: Sequence[str], dropped: object = None) -> Tensor:
         self.asked = list(sentences)
         return torch.zeros(len(sentences), 4, 32)
+
+    def phrase_logits(self, sentences: Sequence[str]) -> Tensor:
+        return torch.zeros(len(sentences), len(LABELS))
 
     def log_probabilities(self, tokens: Tensor) -> Tensor:
         found = torch.full((len(tokens), len(LABELS)), -9.0)

@@ -140,7 +140,8 @@ class Backbone(ConditionEncoder):
     refuses_out_of_scope: ClassVar[bool] = False
     """Whether `understand` refuses instructions that the base does not know."""
     identity_at_zero: ClassVar[bool] = False
-    """Whether strength 0 means the picture as it is; otherwise it means the base without an adapter."""
+    """Whether strength 0 means the picture as it is, and `finish` makes that share of the change which a strength below
+    1 asks for; otherwise the adapter is scaled, down to the base without one."""
     default_seed: ClassVar[int] = 0
     """Seed of requests that name none."""
     own_sizes: ClassVar[bool] = False

@@ -133,8 +133,9 @@ class Editor:
         result's adapter is the last one's. A base that tells edits apart runs an instruction that itself asks for two
         edits ("brighter and add grain") that way, too.
 
-        `strength`: factor on the adapter: 1 as asked, above 1 exaggerated, below 0 reversed; 0 gives back the pixels
-        as they are with the embedded base, and the base without an adapter with others. `seed`: of everything random
+        `strength`: factor on the adapter: 1 as asked, above 1 exaggerated, below 0 reversed; 0 is the base without an
+        adapter. With the embedded base, which makes some edits by itself, 0 gives back the pixels as they are, and
+        between 0 and 1 it is the share of the full edit's change. `seed`: of everything random
         (None: the base's default, which the result tells).
         `reasoning`: what a base that reasons first shall have thought (None: it writes that itself, "": nothing).
 
@@ -426,7 +427,8 @@ class Editor:
     ) -> list[Photo]:
         untouched = [self.backbone.identity_at_zero and task.request.strength == 0 for task in tasks]
         edited = {i: tasks[i].job.photos[0] for i, as_it_is in enumerate(untouched) if as_it_is}
-        scaled = [adapter.scaled(task.request.strength) for adapter, task in zip(adapters, tasks, strict=True)]
+        scales = [self._scale(task.request.strength) for task in tasks]
+        scaled = [adapter.scaled(scale) for adapter, scale in zip(adapters, scales, strict=True)]
         members = [i for i in range(len(tasks)) if i not in edited]
         if members:
             scope = AdapterScope(self.backbone, self.handle, [scaled[i] for i in members], self._turns)
@@ -436,6 +438,10 @@ class Editor:
                 task = tasks[i]
                 edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)
         return [edited[i] for i in range(len(tasks))]
+
+    def _scale(self, strength: float) -> float:
+        """The adapter's: a base that gives the picture back at strength 0 fades what lies between by itself."""
+        return 1.0 if self.backbone.identity_at_zero and 0 < strength < 1 else strength
 
 
 def _kind(job: EditJob) -> tuple[bool, bool]:

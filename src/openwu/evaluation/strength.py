@@ -1,8 +1,9 @@
-"""Strength of edits, by words ("a little", "strongly") and by the adapter's scale.
+"""Strength of edits, by words ("a little", "strongly") and by the editor's `strength`.
 
 For every strength: PSNR against the edit of that strength, and the change of the input against the change wanted.
 
-The frozen base reads the instruction too: at scale 0 it still makes the edits that it knows by itself.
+The frozen base reads the instruction too: at scale 0 of the adapter it still makes the edits that it knows by itself.
+So the editor fades between 0 and 1 (see `Editor.edit`), and scales the adapter above.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from tqdm import tqdm
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import DEGREES, LANGUAGES, frame, load_strength_words
 from openwu.evaluation.cases import edit as edit_cases
-from openwu.evaluation.cases import first_phrase, generate, make_case, seeded_scene
+from openwu.evaluation.cases import Case, first_phrase, generate, make_case, seeded_scene
 from openwu.evaluation.metrics import psnr
 from openwu.training.embedded.model import EmbeddedModel
+from openwu.types import Adapter
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -30,7 +32,7 @@ class Graded:
 
     edit: str
     by: str
-    """"scale" or "words" """
+    """"strength" or "words" """
     strength: float
     psnr: float
     """dB against the edit of this strength"""
@@ -49,7 +51,7 @@ def evaluate_strength(model: EmbeddedModel, photographs: dict[str, Tensor], edit
         source = photographs[names[i % len(names)]]
         language = LANGUAGES[i % 2]
         plain = first_phrase(edit, language)
-        asked = [("scale", scale, plain) for scale in SCALES if scale <= EDITS[edit].limit]
+        asked = [("strength", scale, plain) for scale in SCALES if scale <= EDITS[edit].limit]
         for degree, frames in load_strength_words().items():
             words = frames[language]["held_out"]
             asked.append(("words", min(DEGREES[degree], EDITS[edit].limit), frame(words[i % len(words)], plain)))
@@ -57,13 +59,23 @@ def evaluate_strength(model: EmbeddedModel, photographs: dict[str, Tensor], edit
             make_case(edit, sentence, seeded_scene(source, f"strength/{edit}", strength))
             for _, strength, sentence in asked
         ]
-        scales = [strength if by == "scale" else 1.0 for by, strength, _ in asked]
-        outputs = edit_cases(model, cases, generate(model, cases).scaled(scales))
-        for case, output, (by, strength, _) in zip(cases, outputs, asked, strict=True):
-            edited = output.float().clamp(0, 1)
+        strengths = [strength if by == "strength" else 1.0 for by, strength, _ in asked]
+        outputs = at_strengths(model, cases, generate(model, cases), strengths)
+        for case, edited, (by, strength, _) in zip(cases, outputs, asked, strict=True):
             moved, wanted = (float((each - case.picture).abs().mean()) for each in (edited, case.target))
             found.append(Graded(edit, by, strength, float(psnr(edited, case.target)), moved, wanted))
     return found
+
+
+def at_strengths(
+    model: EmbeddedModel, cases: Sequence[Case], adapter: Adapter, strengths: Sequence[float]
+) -> list[Tensor]:
+    """Edit as the editor does at each strength: faded between 0 and 1, with a scaled adapter above."""
+    outputs = edit_cases(model, cases, adapter.scaled([max(1.0, each) for each in strengths]))
+    return [
+        case.picture + min(1.0, strength) * (output.float().clamp(0, 1) - case.picture)
+        for case, output, strength in zip(cases, outputs, strengths, strict=True)
+    ]
 
 
 SHOWN = ("darken", "warm", "tint_red", "blur", "fade", "fog")
@@ -77,7 +89,7 @@ def strength_cells(model: EmbeddedModel, source: Tensor, edits: Sequence[str]) -
     for edit in (name for name in SHOWN if name in edits):
         case = make_case(edit, first_phrase(edit), seeded_scene(source, f"strength/{edit}"))
         adapter = generate(model, [case])
-        cells[edit] = [edit_cases(model, [case], adapter.scaled(scale))[0].float() for scale in SCALES]
+        cells[edit] = [at_strengths(model, [case], adapter, [strength])[0] for strength in SCALES]
     return cells
 
 

@@ -182,10 +182,12 @@ class EmbeddedBase(Backbone):
 
     def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
         """Return the photo exactly neutral for "black and white" in full and for a grey input that stays grey, and
-        exactly toned for sepia; of an edit with a number, the share that this asks for.
+        exactly toned for sepia; of an edit with a number, or of a strength below 1, the share that this asks for.
         """
-        whole = guaranteed(photo, understood, strength, job.photos[0].grey)
-        return blended(job.photos[0], whole, understood[0].strength) if len(understood) == 1 else whole
+        fades = 0 < strength < 1
+        whole = guaranteed(photo, understood, 1.0 if fades else strength, job.photos[0].grey)
+        share = (understood[0].strength if len(understood) == 1 else 1.0) * (strength if fades else 1.0)
+        return blended(job.photos[0], whole, share)
 
     def check_sampling(self, options: SamplingOptions) -> None:
         for name in ("steps", "guidance", "image_guidance", "true_guidance", "pixels"):
