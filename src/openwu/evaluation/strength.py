@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import DEGREES, LANGUAGES, frame, load_strength_words
-from openwu.evaluation.cases import edit as edit_cases
 from openwu.evaluation.cases import Case, first_phrase, generate, make_case, seeded_scene
+from openwu.evaluation.cases import edit as edit_cases
 from openwu.evaluation.metrics import psnr
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
