@@ -79,6 +79,13 @@ class PairsRecipe(Recipe):
     """Side of the square part of a picture that is shown whole to the condition encoder."""
     held_back: float = 0.1
     """Share of every task's pairs that is validated on instead, at least one where a task has two."""
+    rehearsed: float = 0.5
+    """Share of every batch that asks for edits that the start knows; its own answers are their targets. 0: none, and
+    the known edits are lost."""
+    photographs: str | None = None
+    """Folder of JPEG photographs on which known edits are rehearsed; None: the pictures of the pairs."""
+    dropped: float = 0.3
+    """Share of the n-grams that is left out of sentences, so that other wordings of them are learned too."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     evaluate_every: int = 100
@@ -88,7 +95,18 @@ class PairsRecipe(Recipe):
             raise ValueError(f"generator.shapes: expected equally many requests in all, got {self.generator.shapes}")
         if any(not 0 < crop <= self.side for _, crop in self.generator.shapes):
             raise ValueError(f"generator.shapes: expected crops of 1 to side={self.side}, got {self.generator.shapes}")
-        check_share("held_back", self.held_back)
+        for name in ("held_back", "rehearsed", "dropped"):
+            check_share(name, getattr(self, name))
+        if self.rehearsed and not 0 < self.rehearsed_requests < self.generator.shapes[0][0]:
+            raise ValueError(
+                f"rehearsed: expected a share that leaves known and new requests in a batch of "
+                f"{self.generator.shapes[0][0]}, got {self.rehearsed}; 0 rehearses nothing"
+            )
+
+    @property
+    def rehearsed_requests(self) -> int:
+        """Requests of a batch that ask for known edits."""
+        return round(self.rehearsed * self.generator.shapes[0][0])
 
 
 @dataclass(frozen=True, kw_only=True)
