@@ -22,7 +22,6 @@ from openwu.evaluation.experiments.methods import (
     AdapterBank,
     Budget,
     Method,
-    copied,
     fit,
     method_loss,
     new_method,
@@ -148,7 +147,7 @@ def test_a_stopped_experiment_goes_on_with_the_first_part_that_is_missing(
 
 
 def test_a_copy_has_hooks_of_its_own(embedded_model: EmbeddedModel) -> None:
-    other = copied(embedded_model)
+    other = embedded_model.copy()
     with torch.no_grad():
         other.backbone.norm.weight.add_(1)
     assert not torch.equal(other.backbone.norm.weight, embedded_model.backbone.norm.weight)

@@ -32,6 +32,11 @@ class Retention:
         self.before = dict(self._scores())
         """Task -> score of the starting model."""
 
+    @property
+    def mean(self) -> float:
+        """The starting model's mean score."""
+        return sum(self.before.values()) / len(self.before)
+
     def scalars(self) -> dict[str, float]:
         """Score the model as it is now: `known/mean`, `known/lost` and `known/worst`; warn where too much is lost."""
         now = self._scores()
@@ -50,8 +55,8 @@ class Retention:
         """Return the scores before and now of every known task for a provenance."""
         now = self._scores()
         each = {name: [round(score, 4), round(now[name], 4)] for name, score in self.before.items()}
-        means = [sum(scores.values()) / len(scores) for scores in (self.before, now)]
-        return {"unit": self.unit, "before": round(means[0], 4), "after": round(means[1], 4), "each": each}
+        after = sum(now.values()) / len(now)
+        return {"unit": self.unit, "before": round(self.mean, 4), "after": round(after, 4), "each": each}
 
     def _scores(self) -> Mapping[str, float]:
         with torch.no_grad():

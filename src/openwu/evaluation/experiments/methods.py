@@ -8,7 +8,6 @@ Shapes: b requests, t tasks, r LoRA rank, in / out widths of a target.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +94,7 @@ def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Bu
         shared = TrainableLora(targets, rank if name == "shared" else budget.wide_rank, random)
         one = {"learning_rate": 1e-2 if name == "shared" else 3e-3}
         return Method(name, shared, model, lambda *_: shared(), lambda _: shared().detach(), one)
-    changed = copied(model)
+    changed = model.copy()
     if name == "sft":
         rates = {"learning_rate": 5e-4, "matrix_learning_rate": 2e-3}
         return Method(name, changed.backbone.requires_grad_(True), changed, lambda *_: None, lambda _: None, rates)
@@ -117,13 +116,6 @@ def generated_on(model: EmbeddedModel, seed: int) -> Method:
 
     rates = {"learning_rate": 1e-3, "matrix_learning_rate": 3e-3}
     return Method("generated", trained, model, adapt, lambda cases: generate(model, cases), rates)
-
-
-def copied(model: EmbeddedModel) -> EmbeddedModel:
-    """Copy the weights into a model of its own: hooks belong to the module that they were made on."""
-    fresh = EmbeddedModel(model.config)
-    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
-    return fresh.requires_grad_(False)
 
 
 def fit(

@@ -97,16 +97,18 @@ class PairsRecipe(Recipe):
             raise ValueError(f"generator.shapes: expected crops of 1 to side={self.side}, got {self.generator.shapes}")
         for name in ("held_back", "rehearsed", "dropped"):
             check_share(name, getattr(self, name))
-        if self.rehearsed and not 0 < self.rehearsed_requests < self.generator.shapes[0][0]:
-            raise ValueError(
-                f"rehearsed: expected a share that leaves known and new requests in a batch of "
-                f"{self.generator.shapes[0][0]}, got {self.rehearsed}; 0 rehearses nothing"
-            )
 
     @property
     def rehearsed_requests(self) -> int:
-        """Requests of a batch that ask for known edits."""
-        return round(self.rehearsed * self.generator.shapes[0][0])
+        """Requests of a batch that ask for known edits. Raises OpenwuError where none would be left for the pairs."""
+        requests = self.generator.shapes[0][0]
+        known = round(self.rehearsed * requests)
+        if self.rehearsed and not 0 < known < requests:
+            raise OpenwuError(
+                f"rehearsed: expected a share that leaves known and new requests in a batch of {requests}, "
+                f"got {self.rehearsed}; enlarge generator.shapes, or set rehearsed=0 and lose what the start knows"
+            )
+        return known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Rehearsal: requests of edits that a model knows, answered by the model as it was (Li and Hoiem 2016).
 
-`PastSelf` needs sentences of known edits and any photographs, and no edited picture. `Rehearsed` mixes its requests into
-the batches of a new task, and `known_retention` measures what the known edits lose.
+`PastSelf` needs sentences of known edits and any photographs, and no edited picture. `Rehearsed` mixes its requests
+into the batches of a new task, and `known_retention` measures what the known edits lose.
 
 Shapes: b requests, s side of the picture that the condition sees, k side of the crop that the base edits.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class Rehearsed:
 
 def joined(first: PairBatch, second: PairBatch) -> PairBatch:
     """Append the requests of a batch to those of another with equal sides."""
-    parts: dict[str, object] = {}
+    parts: dict[str, Any] = {}
     for each in fields(PairBatch):
         one, other = getattr(first, each.name), getattr(second, each.name)
         parts[each.name] = torch.cat([one, other]) if isinstance(one, Tensor) else one + other
