@@ -79,8 +79,14 @@ def test_wrong_arguments(model_folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--edit: expected some of" in capsys.readouterr().err
     assert run("audit", *common, "--edit", "warm") == 1
     assert "cases: expected at least two of each of at least two tasks" in capsys.readouterr().err
-    assert run("lab", "gradients", *common, "--edit", "warm", "--edit", "fog") == 1
+    assert run("lab", "gradients", *common[:-2], "--edit", "warm", "--edit", "fog") == 1
     assert "expected both sides of at least one contradictory pair" in capsys.readouterr().err
+    for words, ignored in (
+        (("gradients", "--steps", "9", "--axis", "base"), "--steps, --axis, --side"),
+        (("manifold", "--photos", "photos"), "--photos"),
+    ):
+        assert run("lab", *words, *common) == 2
+        assert f"lab {words[0]}: it does not read {ignored}; leave that out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("lab", "phrenology")
     assert "manifold" in capsys.readouterr().err
@@ -145,7 +151,7 @@ def test_scaling(
     ("words", "message"),
     [
         (("lab", "conflict", "--steps", "0"), "--steps: expected a number above 0, got 0"),
-        (("lab", "manifold", "--steps", "-1"), "--steps: expected a number above 0, got -1"),
+        (("lab", "continual", "--steps", "-1"), "--steps: expected a number above 0, got -1"),
         (("audit", "--side", "0"), "--side: expected a number above 0, got 0"),
     ],
 )

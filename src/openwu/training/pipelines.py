@@ -130,7 +130,7 @@ def train_pipeline(
     check_weights(base)
     fingerprint = pipeline_fingerprint(base)
     loop = LoopConfig.of(recipe, _description(recipe, hashes, fingerprint), stop_after)
-    check_recipe(folder / STAGE, loop.recipe)
+    check_recipe(folder / STAGE, loop.recipe, STAGE)
 
     check_quantise(recipe.quantise)
     device = device_of(recipe)
