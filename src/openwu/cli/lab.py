@@ -68,9 +68,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer photographs and sub-tasks: minutes on two cores")
     parser.add_argument("--model", metavar="FOLDER", help="folder of a model (default: the one inside the package)")
     parser.add_argument("--output", default="runs/lab", metavar="FOLDER", help="where results go (default: runs/lab)")
-    parser.add_argument(
-        "--side", type=int, metavar="N", help=f"longest side of a test photograph (default: {SIDE})"
-    )
+    parser.add_argument("--side", type=int, metavar="N", help=f"longest side of a test photograph (default: {SIDE})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--edit", action="append", dest="edits", metavar="NAME", help="only this sub-task; repeatable")
     return parser

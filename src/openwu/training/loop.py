@@ -130,9 +130,7 @@ class Trainer:
         self.step = 0
         """Updates made so far."""
         if folder is not None:
-            self.step = load_state(
-                folder, stage.trained, self.optimizer, loop.recipe, self.ema, stage=stage.name
-            )
+            self.step = load_state(folder, stage.trained, self.optimizer, loop.recipe, self.ema, stage=stage.name)
             self.processes.check_same_step(self.step, folder)
 
     @property

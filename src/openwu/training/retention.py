@@ -1,7 +1,10 @@
-"""Retention: what a training that goes on from finished weights loses of what those weights could do.
+"""Retention: keep what finished weights, or a frozen base, could do before, and measure what is lost of it.
 
-`Retention` scores the starting model once and again whenever the training is evaluated; `WatchedStage` adds that to any
-stage. Scores are higher for better, for example the PSNR of every known edit in dB.
+`RetentionObjective` is a loss beside a generator's own: under the batch's adapters the base shall answer unrelated
+inputs as it does without any. `Retention` scores a starting model once and again whenever a training that goes on from
+it is evaluated; `WatchedStage` adds that to any stage. Scores are higher for better, for example PSNR in dB.
+
+Shapes: b rows of a batch, n tokens, V vocabulary size, `...` axes of the base's prediction.
 """
 
 from __future__ import annotations
@@ -9,18 +12,74 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from openwu.errors import OpenwuError
 from openwu.training.distributed import is_main
 from openwu.training.loop import Evaluation, Stage
-from openwu.training.micro_batch import FULL_BATCH, MicroBatch
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch, take_rows
+from openwu.training.objectives import squared_errors
+
+Inputs = TypeVar("Inputs")
+"""Rows of unrelated inputs; only the user's own functions look into them."""
+
+LARGE = 1.0
+"""Mean relative norm of generated updates from which a warning is given: they outweigh the weights."""
 
 
 class RetentionWarning(UserWarning):
-    """Warn that a training loses what its start could do."""
+    """Warn that a training loses what its start, or its frozen base, could do."""
+
+
+@dataclass(frozen=True)
+class RetentionObjective(Generic[Inputs]):
+    """Keep the base's own answers on inputs that have nothing to do with the request (Li and Hoiem 2016).
+
+    A step costs one more pass of the base without gradients and one with them.
+    """
+
+    inputs: Callable[[int], Inputs]
+    """Unrelated inputs of a step, by its number alone; as many rows as the step's batch has."""
+    predict: Callable[[Inputs], Tensor]
+    """The base's prediction `[b, ...]`; called without an adapter for its own answer, then under the adapters."""
+    losses: Callable[[Inputs, Tensor, Tensor], Tensor] = lambda _, prediction, own: squared_errors(prediction, own)
+    """Loss of every row `[b]` from (inputs, prediction under the adapters, the base's own): by default the mean squared
+    error; `token_divergence` for logits."""
+    weight: float = 1.0
+    """Factor on the mean loss beside the training's own."""
+    rows: Callable[[Inputs, slice], Inputs] = take_rows
+    """Select rows of the inputs, for micro-batches and several processes."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise OpenwuError(f"weight: expected a number above 0, got {self.weight}; leave retention out instead")
+
+
+def token_divergence(prediction: Tensor, own: Tensor, mask: Tensor) -> Tensor:
+    """Return KL(own || prediction) in nats per token, the mean over the tokens of every text `[b]`.
+
+    prediction, own: logits `[b, n, V]`. mask: 1 for tokens that count, `[b, n]`.
+    """
+    each = F.kl_div(
+        F.log_softmax(prediction.float(), -1), F.log_softmax(own.float(), -1), reduction="none", log_target=True
+    ).sum(-1)
+    return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def warn_of_large_updates(norm: float) -> None:
+    """Warn where the mean relative norm of generated updates is above LARGE."""
+    if norm > LARGE and is_main():
+        warnings.warn(
+            f"generated updates are {norm:.1f} times as large as the weights that they are added to; the base may lose "
+            "what it could do. Add a RetentionObjective to the stage, or lower alpha or the learning rates",
+            RetentionWarning,
+            stacklevel=2,
+        )
 
 
 class Retention:
