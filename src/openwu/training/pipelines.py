@@ -41,6 +41,7 @@ from openwu.generator.model import ParameterGenerator
 from openwu.kernels.memory import free_memory
 from openwu.training.checkpoint import check_recipe
 from openwu.training.config import PipelineRun
+from openwu.training.cost import generator_cost, measured_rate
 from openwu.training.distributed import Processes, is_main
 from openwu.training.encoded_rows import Encoded, RowStore, to_device
 from openwu.training.loop import LoopConfig, train_stage
@@ -233,7 +234,7 @@ def _check_memory(
     pairs: tuple[Pairs, Pairs],
     reader: int,
 ) -> None:
-    """Print the memory that is needed, and refuse what cannot fit."""
+    """Print what the generator costs and the memory that is needed, and refuse what cannot fit."""
     pictures = max(len(pair.images) for part in pairs for pair in part.pairs)
     saved, part = 0, kind.denoiser_name
     if recipe.quantise is not None:
@@ -243,7 +244,9 @@ def _check_memory(
     free = free_memory(device)
     fits = plan.check(device, free, ADVICE)
     if is_main():
-        sys.stderr.write(plan.report(device, free) + ("" if fits else f"memory: {WARNING}\n"))
+        cost = generator_cost(config, recipe.generator.shapes[0][0])
+        rate = measured_rate(device, torch.bfloat16 if recipe.bf16 and device.type != "cpu" else torch.float32)
+        sys.stderr.write(cost.report(rate) + plan.report(device, free) + ("" if fits else f"memory: {WARNING}\n"))
 
 
 def _stage(

@@ -28,7 +28,7 @@ from openwu.training.objectives import squared_errors
 Inputs = TypeVar("Inputs")
 """Rows of unrelated inputs; only the user's own functions look into them."""
 
-LARGE = 1.0
+LARGE = 2.0
 """Mean relative norm of generated updates from which a warning is given: they outweigh the weights."""
 
 
