@@ -45,6 +45,11 @@ def drawn(step: int, width: int = 2, count: int = 4) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(step))
 
 
+def unrelated(step: int) -> Tensor:
+    """Inputs that have nothing of what the base is asked."""
+    return drawn(step + 1000, 4) * (1 - ASKED)
+
+
 @pytest.fixture
 def base() -> Iterator[nn.Module]:
     with torch.random.fork_rng(devices=[]):
@@ -56,7 +61,7 @@ def stage(base: nn.Module, writer: Writer, weight: float | None = None) -> Gener
     """The base shall answer the request's first number; with a weight, and all else as it did."""
     retention = None
     if weight is not None:
-        retention = RetentionObjective(lambda step: drawn(step + 1000, 4), base, weight=weight)
+        retention = RetentionObjective(unrelated, base, weight=weight)
     return GeneratorStage(
         "writer",
         writer,
@@ -74,7 +79,7 @@ def stage(base: nn.Module, writer: Writer, weight: float | None = None) -> Gener
 @pytest.mark.filterwarnings("ignore:generated updates")
 def test_retention_keeps_the_bases_other_answers_and_the_task_is_learned(base: nn.Module) -> None:
     lost, learned = [], []
-    probe = RetentionObjective(lambda _: drawn(5, 4), base)
+    probe = RetentionObjective(lambda _: unrelated(5), base)
     for weight in (None, 1.0):
         own = stage(base, Writer(), weight)
         before = own.evaluate().scalars["validation"]
@@ -91,7 +96,7 @@ def test_retention_keeps_the_bases_other_answers_and_the_task_is_learned(base: n
 def test_the_loss_is_the_tasks_and_the_weighted_distance_from_the_base_alone(base: nn.Module) -> None:
     writer = Writer()
     own = stage(base, writer, weight=3.0)
-    requests, inputs = drawn(7), drawn(1007, 4)
+    requests, inputs = drawn(7), unrelated(7)
     a, b = writer(requests).pairs["0"]
     b = 0.3 * b
     change = (b @ a @ inputs[:, :, None])[:, :, 0]  # base + change against base
