@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from openwu.cli.console import Parser, UsageError
-from openwu.evaluation.experiments.runs import EXPERIMENTS, LabSettings
+from openwu.evaluation.experiments.conflict import CLOCKS
+from openwu.evaluation.experiments.runs import EXPERIMENTS, LabSettings, stored_table
 from openwu.evaluation.experiments.runs import run_audit as audit
 from openwu.evaluation.experiments.scaling import AXES
 
@@ -15,10 +16,10 @@ SIDE = 256
 """Default of --side."""
 IGNORED: dict[str, tuple[str, ...]] = {
     "conflict": ("axis",),
-    "continual": ("axis",),
-    "gradients": ("steps", "axis", "side"),
-    "manifold": ("steps", "axis", "photos"),
-    "scaling": (),
+    "continual": ("axis", "clock"),
+    "gradients": ("steps", "axis", "side", "clock"),
+    "manifold": ("steps", "axis", "photos", "clock"),
+    "scaling": ("clock",),
 }
 """Experiment -> options that it would ignore, and therefore refuses."""
 
@@ -37,7 +38,17 @@ def run_lab(arguments: list[str]) -> int:
     parser.add_argument("--photos", metavar="FOLDER", help="training photographs (default: photos)")
     parser.add_argument("--steps", type=int, metavar="N", help="length of every training, instead of the setting's")
     parser.add_argument("--axis", choices=AXES, help="scaling: vary only this (default: both)")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, help="conflict: what is equal for all methods, their steps (default) or their time"
+    )
+    parser.add_argument(
+        "--from", dest="stored", metavar="FILE", help="print the table of this result file, run nothing"
+    )
     options = parser.parse_args(arguments)
+    if options.stored is not None:
+        sys.stdout.write(stored_table(options.what, Path(options.stored)))
+        return 0
+    del options.stored
     ignored = [name for name in IGNORED[options.what] if getattr(options, name) is not None]
     if ignored:
         raise UsageError(f"openwu lab {options.what}: it does not read --{', --'.join(ignored)}; leave that out")
@@ -56,6 +67,7 @@ def _settings(options: argparse.Namespace) -> LabSettings:
         value = given.get(name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}: expected a number above 0, got {value}")
+    given["clock"] = given.get("clock") or CLOCKS[0]
     given["photos"] = given.get("photos") or "photos"
     given["side"] = SIDE if given["side"] is None else given["side"]
     given["seeds"] = tuple(given["seeds"])

@@ -188,6 +188,12 @@ class ContinualResults:
             "seen": [vars(each) for each in self.seen],
         }
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> ContinualResults:
+        """Read what `to_json` returned: the table can be made again."""
+        kept = {each["way"]: each["stored_bytes"] for each in stored["ways"]}
+        return cls([TaskScore(**each) for each in stored["seen"]], kept)
+
 
 def continual(
     model: EmbeddedModel,

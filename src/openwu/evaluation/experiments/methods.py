@@ -46,6 +46,9 @@ class Method:
     """The adapters of test requests."""
     rates: Mapping[str, float]
     """Fields of StageConfig: the peak learning rates at factor 1 of the search."""
+    adamw_rates: Mapping[str, float] | None = None
+    """The same without Muon, as another choice of the search. None: `rates` are AdamW's, since Muon takes single
+    matrices and no stacks of LoRA factors."""
 
 
 class AdapterBank(TrainableLora):
@@ -72,6 +75,8 @@ class Budget:
     factors: tuple[float, ...] = (1.0,)
     """Learning rates are searched at these multiples for `search_steps` each; the best on validation is taken."""
     search_steps: int = 0
+    clock: str = "steps"
+    """What is equal for all methods of a comparison: "steps", or "time", the processor seconds of the generator's."""
 
 
 METHODS = ("single", "shared", "shared, wide", "sft", "generated")
@@ -97,7 +102,8 @@ def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Bu
     changed = model.copy()
     if name == "sft":
         rates = {"learning_rate": 5e-4, "matrix_learning_rate": 2e-3}
-        return Method(name, changed.backbone.requires_grad_(True), changed, lambda *_: None, lambda _: None, rates)
+        trained = changed.backbone.requires_grad_(True)
+        return Method(name, trained, changed, lambda *_: None, lambda _: None, rates, {"learning_rate": 1e-3})
     return generated_on(changed, seed)
 
 
@@ -115,7 +121,8 @@ def generated_on(model: EmbeddedModel, seed: int) -> Method:
         return model.adapt(batch.whole, text)
 
     rates = {"learning_rate": 1e-3, "matrix_learning_rate": 3e-3}
-    return Method("generated", trained, model, adapt, lambda cases: generate(model, cases), rates)
+    adamw = {"learning_rate": 1e-3}
+    return Method("generated", trained, model, adapt, lambda cases: generate(model, cases), rates, adamw)
 
 
 def fit(
