@@ -24,15 +24,14 @@ def groups_of(model: nn.Module, only: Iterable[str] | None = None) -> tuple[Laye
     if unfit or not found:
         known = sorted({path.rpartition(".")[2] for path, _ in _layers(model)})
         raise TargetError(f"only: expected names of linear layers or convolutions, such as {known}, got {unfit}")
-    members: dict[tuple[PlainTarget, ...], list[str]] = {}
-    by_item: dict[str, list[PlainTarget]] = {}
+    by_item: dict[tuple[str, str], list[PlainTarget]] = {}
     for path, target in found.items():
         item = _item(model, path)
-        inside = PlainTarget(path[len(item) :].lstrip("."), target.in_dim, target.out_dim) if item else target
-        by_item.setdefault(item, []).append(inside)
-    for item, targets in by_item.items():
-        for each in [tuple(targets)] if item else [(target,) for target in targets]:
-            members.setdefault(each, []).append(item)
+        inside = PlainTarget(path[len(item) :].lstrip("."), target.in_dim, target.out_dim)
+        by_item.setdefault((item, "" if item else path), []).append(inside)
+    members: dict[tuple[PlainTarget, ...], list[str]] = {}
+    for (item, _), targets in by_item.items():
+        members.setdefault(tuple(targets), []).append(item)
     return tuple(_group(number, targets, items) for number, (targets, items) in enumerate(members.items()))
 
 
