@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.generator.layout import GeneratorLayout
 from openwu.generator.model import ParameterGenerator
-from openwu.training.cost import PASSES, generator_cost, measured_rate
 from openwu.training.embedded.model import EmbeddedConfig
+from openwu.training.memory import PASSES, generator_cost, measured_rate
 
 
 def test_cost_is_that_of_the_generator_itself(embedded_config: EmbeddedConfig) -> None:

@@ -41,11 +41,10 @@ from openwu.generator.model import ParameterGenerator
 from openwu.kernels.memory import free_memory
 from openwu.training.checkpoint import check_recipe
 from openwu.training.config import PipelineRun
-from openwu.training.cost import generator_cost, measured_rate
 from openwu.training.distributed import Processes, is_main
 from openwu.training.encoded_rows import Encoded, RowStore, to_device
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.memory import ADVICE, WARNING, training_plan
+from openwu.training.memory import ADVICE, WARNING, generator_cost, measured_rate, training_plan
 from openwu.training.objectives import Diffusion, FlowMatching, NoisySample, Objective
 from openwu.training.record import dependencies, export_folders, provenance, write_provenance
 from openwu.training.stage import GeneratorStage
