@@ -1,9 +1,9 @@
 """Plan the memory of a training through a large base, and the cost of a generator, from configs alone.
 
 Nothing is loaded for it: operations are counted by torch on the meta device. Positions decide what a generator costs:
-every target, rank and token width adds some. Weights, gradients and optimiser are counted exactly; what a pass keeps for its backward is estimated from the linear
-layers of the base and the blocks of the generator (34 bytes per position and width in 16 bits: Korthikanti et al. 2022,
-eq. 1).
+every target, rank and token width adds some. Weights, gradients and optimiser are counted exactly; what a pass keeps
+for its backward is estimated from the linear layers of the base and the blocks of the generator (34 bytes per position
+and width in 16 bits: Korthikanti et al. 2022, eq. 1).
 """
 
 from __future__ import annotations
