@@ -208,7 +208,7 @@ def test_known_tasks_are_reported_apart_and_the_table_is_made_again() -> None:
     def outcome(method: str, task: str, psnr: float) -> Outcome:
         return Outcome(method, 0, task, "p", False, psnr, 1.0, 0.0, 1.0)
 
-    known, new = "blur", "fog"
+    known, new = "warm", "blur"
     assert known in BASE_EDITS
     assert new not in BASE_EDITS
     outcomes = [outcome("base", known, 36), outcome("base", new, 17), outcome("generated", known, 35)]
