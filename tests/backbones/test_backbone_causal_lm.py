@@ -93,6 +93,45 @@ def test_layers_of_other_widths_are_groups_of_their_own(base: CausalLM) -> None:
     assert {target.name for target in generator((first, second)).targets} <= set(dict(base.model.named_modules()))
 
 
+def test_some_layers_can_be_chosen(base: CausalLM) -> None:
+    (last,) = base.layer_groups(only=("down_proj",), layers=(-1,))
+    assert [target.name for target in generator((last,)).targets] == ["model.layers.1.mlp.down_proj"]
+    (both,) = base.layer_groups(layers=(1, 0))
+    assert (both,) == base.layer_groups()
+    base.model.model.layers[1].mlp.up_proj = nn.Linear(16, 20)
+    (other,) = base.layer_groups(layers=(1,))
+    assert (other.num_layers, other.layer_path(0)) == (1, "model.layers.1.")
+    for wrong in ((2,), (), (0, -3)):
+        with pytest.raises(TargetError, match="layers: expected numbers from -2 to 1"):
+            base.layer_groups(layers=wrong)
+
+
+def test_texts_longer_than_the_model_are_refused(base: CausalLM) -> None:
+    limit = base.max_tokens
+    assert limit is not None
+    assert base.tokenize(["tea " * (limit - 1)]).ids.shape[1] == limit
+    with pytest.raises(OpenwuError, match=rf"at most {limit} tokens.*got {limit + 1} tokens at number 1; shorten"):
+        base.tokenize(["tea", "tea " * limit])
+    with pytest.raises(OpenwuError, match=rf"got {limit - 1} tokens and 4 new ones at number 0"):
+        base.generate(["tea " * (limit - 2)], max_new_tokens=4)
+
+
+def test_logits_are_computed_only_where_a_label_follows(base: CausalLM) -> None:
+    from openwu.training.objectives import NextToken
+
+    texts = base.tokenize_dialogues([[("anna visits", " rome"), ("drinks", " tea")], [("ben drinks", " tea .")]])
+    heads: list[int] = []
+    hook = base.model.get_output_embeddings().register_forward_hook(lambda *a: heads.append(a[2].shape[1]))
+    logits, labels = base.answer_logits(texts)
+    hook.remove()
+    assert heads == [logits.shape[1]] == [labels.shape[1]]
+    assert logits.shape[1] < texts.ids.shape[1] - 1
+    draws = torch.Generator()
+    whole = NextToken().losses(base.logits(texts), NextToken().sample(texts.labels, draws))
+    shifted = NextToken(shifted=True)
+    torch.testing.assert_close(shifted.losses(logits, shifted.sample(labels, draws)), whole)
+
+
 @pytest.mark.parametrize(
     "architecture",
     [

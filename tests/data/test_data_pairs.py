@@ -81,7 +81,7 @@ def test_every_problem_is_named_with_its_line(folder: Path) -> None:
         4: "expected fields ['images', 'instruction', 'target', 'task'], got ['instructon']",
         5: "images: expected a list of at least one path, got []",
         6: "images: expected a list of at least one path, got '0.png'",
-        7: "instruction: expected text, got ' '",
+        7: "instruction: expected text, or a list of wordings, got ' '",
         8: "target: expected text, got None",
         9: "task: expected text, got 3",
         10: "images: expected a picture at",

@@ -13,7 +13,7 @@ from lab_cases import Case, subject
 
 from openwu.errors import OpenwuError
 from openwu.evaluation.experiments.audit import Subject, audit
-from openwu.evaluation.experiments.geometry import mean_over
+from openwu.evaluation.experiments.geometry import Mean, mean_over
 
 
 def test_a_generator_that_reads_is_conditional(reading: Subject[Case]) -> None:
@@ -103,3 +103,20 @@ def test_the_example_finds_out_who_reads(examples: Path) -> None:
     example = runpy.run_path(str(examples / "audit_your_own.py"))
     assert example["examine"](blind=False, steps=300).verdict.startswith("conditional: ")
     assert example["examine"](blind=True, steps=100).verdict.startswith("collapsed: ")
+
+
+def test_small_losses_are_shown_with_the_digits_they_need(reading: Subject[Case]) -> None:
+    """A subject whose scores are losses of thousandths is judged and written like one in dB."""
+    small = replace(reading, score=lambda some, adapter: [1e-4 * each for each in reading.score(some, adapter)])
+    large, ladder = audit(reading), audit(small)
+    assert ladder.verdict.startswith("conditional: ")
+    assert ladder.lead("none").value == pytest.approx(1e-4 * large.lead("none").value)
+    shown = str(ladder.lead("none"))
+    assert float(shown.split()[0]) == pytest.approx(ladder.lead("none").value, rel=0.05)
+    stored = json.loads(json.dumps(ladder.to_json()))["scores"]["matched"]
+    assert stored == pytest.approx(ladder.scores["matched"], rel=1e-5)
+    assert [str(Mean(*each)) for each in ((1.234, 1, 2), (0.0042, 0.001, 0.005), (0.0, 0.0, 0.0))] == [
+        "1.23 [1.00, 2.00]",
+        "0.0042 [0.0010, 0.0050]",
+        "0.00 [0.00, 0.00]",
+    ]

@@ -79,8 +79,14 @@ def test_wrong_arguments(model_folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--edit: expected some of" in capsys.readouterr().err
     assert run("audit", *common, "--edit", "warm") == 1
     assert "cases: expected at least two of each of at least two tasks" in capsys.readouterr().err
-    assert run("lab", "gradients", *common, "--edit", "warm", "--edit", "fog") == 1
+    assert run("lab", "gradients", *common[:-2], "--edit", "warm", "--edit", "fog") == 1
     assert "expected both sides of at least one contradictory pair" in capsys.readouterr().err
+    for words, ignored in (
+        (("gradients", "--steps", "9", "--axis", "base"), "--steps, --axis, --side"),
+        (("manifold", "--photos", "photos"), "--photos"),
+    ):
+        assert run("lab", *words, *common) == 2
+        assert f"lab {words[0]}: it does not read {ignored}; leave that out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("lab", "phrenology")
     assert "manifold" in capsys.readouterr().err
@@ -145,7 +151,7 @@ def test_scaling(
     ("words", "message"),
     [
         (("lab", "conflict", "--steps", "0"), "--steps: expected a number above 0, got 0"),
-        (("lab", "manifold", "--steps", "-1"), "--steps: expected a number above 0, got -1"),
+        (("lab", "continual", "--steps", "-1"), "--steps: expected a number above 0, got -1"),
         (("audit", "--side", "0"), "--side: expected a number above 0, got 0"),
     ],
 )
@@ -157,6 +163,22 @@ def test_wrong_numbers_are_refused_before_anything_is_looked_for(
     assert run(*words, *elsewhere, "--model", str(tmp_path / "none"), "--output", str(output)) == 2
     assert capsys.readouterr().err == f"openwu: error: {message}\n"
     assert not output.exists()
+
+
+@pytest.mark.parametrize(("what", "shown"), [("conflict", "retrieval"), ("continual", "stored"), ("scaling", "+0.29")])
+def test_tables_are_made_again_from_the_result_files_of_the_tree(
+    what: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page about evidence shows them."""
+    page = Path("docs/evidence.md").read_text(encoding="utf-8")
+    assert run("lab", what, "--from", f"docs/results/lab/{what}.json") == 0
+    printed = capsys.readouterr().out
+    assert shown in printed
+    for line in printed.splitlines():
+        assert line in page
+    (tmp_path / "other.json").write_text('{"points": 3}', encoding="utf-8")
+    assert run("lab", what, "--from", str(tmp_path / "other.json")) == 1
+    assert f"--from: expected a result file of openwu lab {what}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,17 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from openwu.data.suite import BASE_EDITS
 from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
+from openwu.errors import OpenwuError
 from openwu.evaluation.experiments import conflict as conflict_module
 from openwu.evaluation.experiments import methods as module
-from openwu.evaluation.experiments.conflict import ConflictResults, Outcome, conflict
+from openwu.evaluation.experiments.conflict import MOST_FACTORS, ConflictResults, Outcome, conflict, searched
 from openwu.evaluation.experiments.methods import (
     METHODS,
     AdapterBank,
     Budget,
     Method,
-    copied,
     fit,
     method_loss,
     new_method,
@@ -110,14 +112,50 @@ def test_learning_rates_are_searched_and_recorded(
     embedded_model: EmbeddedModel,
     training: tuple[list[Photograph], list[Photograph]],
     test_pictures: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    budget = replace(BUDGET, steps=1, factors=(1e-6, 1.0), search_steps=15)
+    monkeypatch.setattr(conflict_module, "MOST_FACTORS", 2)
+    budget = replace(BUDGET, steps=1, factors=(1e-6, 1.0), search_steps=8)
     found = conflict(embedded_model, training, test_pictures, TASKS, (), budget, (0,))
     for cost in found.costs:
-        assert [each["factor"] for each in cost["search"]] == [1e-6, 1.0]
-        best = min(cost["search"], key=lambda each: each["validation_loss"])["factor"]
-        plain = new_method(embedded_model, cost["method"], TASKS, budget, 0).rates
-        assert cost["rates"] == {key: value * best for key, value in plain.items()}
+        best = min(cost["search"], key=lambda each: each["validation_loss"])
+        method = new_method(embedded_model, cost["method"], TASKS, budget, 0)
+        optimisers = {"AdamW"} if method.adamw_rates is None else {"AdamW", "Muon"}
+        assert {each["optimiser"] for each in cost["search"]} == optimisers
+        plain = method.adamw_rates if best["optimiser"] == "AdamW" and method.adamw_rates else method.rates
+        assert cost["rates"] == {key: value * best["factor"] for key, value in plain.items()} == best["rates"]
+        assert cost["optimiser"] == best["optimiser"]
+        for optimiser in optimisers:
+            assert {1e-6, 1.0} <= {each["factor"] for each in cost["search"] if each["optimiser"] == optimiser}
+
+
+def test_a_search_goes_on_beyond_the_edge_that_is_best() -> None:
+    """Minimum of (log2 factor - best) squared."""
+
+    def tried(best: float) -> list[float]:
+        return list(searched(lambda factor: (math.log2(factor) - best) ** 2, (0.5, 1.0, 2.0)))
+
+    assert tried(0) == [0.5, 1, 2]
+    assert tried(3) == [0.5, 1, 2, 4, 8, 16]
+    assert tried(-2) == [0.125, 0.25, 0.5, 1, 2]
+    assert len(tried(40)) == MOST_FACTORS
+
+
+def test_equal_time_gives_cheaper_methods_more_steps(
+    embedded_model: EmbeddedModel,
+    training: tuple[list[Photograph], list[Photograph]],
+    test_pictures: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = {"single": 0.1, "shared": 0.1, "shared, wide": 0.2, "sft": 0.4, "generated": 0.2}
+    monkeypatch.setattr(conflict_module, "_step_seconds", lambda _, name, *__: seconds[name])
+    monkeypatch.setattr(conflict_module, "fit", lambda *_: None)
+    budget = replace(BUDGET, steps=6, clock="time")
+    found = conflict(embedded_model, training, test_pictures, TASKS, (), budget, (0,))
+    steps = {cost["method"]: cost["steps"] for cost in found.costs}
+    assert steps == {"single": 12, "shared": 12, "shared, wide": 6, "sft": 3, "generated": 6}
+    with pytest.raises(OpenwuError, match="clock: expected one of"):
+        conflict(embedded_model, training, test_pictures, TASKS, (), replace(budget, clock="sun"), (0,))
 
 
 def test_a_stopped_experiment_goes_on_with_the_first_part_that_is_missing(
@@ -148,7 +186,7 @@ def test_a_stopped_experiment_goes_on_with_the_first_part_that_is_missing(
 
 
 def test_a_copy_has_hooks_of_its_own(embedded_model: EmbeddedModel) -> None:
-    other = copied(embedded_model)
+    other = embedded_model.copy()
     with torch.no_grad():
         other.backbone.norm.weight.add_(1)
     assert not torch.equal(other.backbone.norm.weight, embedded_model.backbone.norm.weight)
@@ -164,3 +202,24 @@ def test_leads_compare_the_same_request() -> None:
     )
     assert found.lead("a", "b").value == pytest.approx(1.5)
     assert found.mean("a").value == pytest.approx(21)
+
+
+def test_known_tasks_are_reported_apart_and_the_table_is_made_again() -> None:
+    def outcome(method: str, task: str, psnr: float) -> Outcome:
+        return Outcome(method, 0, task, "p", False, psnr, 1.0, 0.0, 1.0)
+
+    known, new = "warm", "blur"
+    assert known in BASE_EDITS
+    assert new not in BASE_EDITS
+    outcomes = [outcome("base", known, 36), outcome("base", new, 17), outcome("generated", known, 35)]
+    cost = {"method": "generated", "seed": 0, "parameters": 7, "steps": 6, "seconds": 9.0, "processor_seconds": 8.0}
+    found = ConflictResults([*outcomes, outcome("generated", new, 32)], [cost])
+    assert (found.tasks(learned=True), found.tasks(learned=False)) == ([known], [new])
+    assert found.mean("base", among=[new]).value == 17
+    assert found.lead("generated", "base", among=[new]).value == 15
+    table = found.table()
+    assert table.splitlines()[2].split()[:2] == ["generated", "32.00"]  # sorted by tasks that are new
+    assert table.splitlines()[2].split()[-3:] == ["7", "6", "8"]
+    stored = json.loads(json.dumps(found.to_json()))
+    assert stored["methods"][1]["never_learned_psnr"]["value"] == 32
+    assert ConflictResults.from_json(stored).table() == table

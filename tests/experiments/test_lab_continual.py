@@ -15,10 +15,11 @@ from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.evaluation.experiments import continual as module
 from openwu.evaluation.experiments import methods
-from openwu.evaluation.experiments.continual import STRATEGIES, ContinualResults, Memory, PastSelf, TaskScore, continual
+from openwu.evaluation.experiments.continual import STRATEGIES, ContinualResults, Memory, TaskScore, continual
 from openwu.evaluation.experiments.geometry import update_distances
 from openwu.evaluation.experiments.methods import Budget, new_method, sampler
 from openwu.training.embedded.model import EmbeddedModel
+from openwu.training.embedded.rehearsal import PastSelf
 
 GROUPS = (("darken",), ("fade",), ("warm",))
 BUDGET = Budget(steps=3, requests=2, crop=32)
@@ -98,7 +99,7 @@ def test_the_past_self_answers_as_it_did(embedded_model: EmbeddedModel, photogra
     """The requests are the sampler's; the answers are what was made of them, whatever is learned meanwhile."""
     method = new_method(embedded_model, "generated", ("darken", "fade"), BUDGET, 0)
     requests = PairSampler(photographs, ("darken", "fade"), ((4, 32),), 96, 0)
-    past = PastSelf(method, requests)
+    past = PastSelf(method.model.copy(), requests)
     asked = requests.batch(3)
     with torch.no_grad():
         text = method.model.instruction(asked.sentences)

@@ -47,6 +47,14 @@ def test_the_line_is_the_one_through_the_points() -> None:
     crooked = [*points[:2], Point("generator", "1000", 1000, 0, {"x": 20, "y": 20})]
     assert Scaling(crooked).line("generator").residual > 0.5
     assert Scaling(points).mean("generator", "100").value == pytest.approx(13)
+    assert Scaling(points).line_without_smallest("generator") is None
+    outlier = [Point("generator", "1", 1, 0, {"x": -9, "y": -9}), *points]
+    rest = Scaling(outlier).line_without_smallest("generator")
+    assert rest is not None
+    assert rest.slope == pytest.approx(2) != Scaling(outlier).line("generator").slope
+    table = Scaling(outlier).table()
+    assert "without the smallest size +2.00, residual 0.00" in table
+    assert Scaling.from_json(json.loads(json.dumps(Scaling(outlier).to_json()))).table() == table
 
 
 def test_a_base_of_another_width_fits_its_generator(embedded_model: EmbeddedModel) -> None:

@@ -90,10 +90,10 @@ def test_a_stage_needs_those_before_it_finished(recipe: EmbeddedRecipe, tmp_path
 
 def test_another_recipe_in_the_same_folder_is_refused(recipe: EmbeddedRecipe, tmp_path: Path) -> None:
     train(recipe, tmp_path, stages=("instruction", "base"))
-    with pytest.raises(CheckpointError, match=r"instruction.*\(changed: seed\)"):
+    with pytest.raises(CheckpointError, match=r"instruction.*\(changed: seed 0 -> 1\)"):
         train(replace(recipe, seed=1), tmp_path)
     other_base = replace(recipe, base=replace(recipe.base, learning_rate=1e-3))
-    with pytest.raises(CheckpointError, match=r"base.*\(changed: base\)"):
+    with pytest.raises(CheckpointError, match=r"base.*\(changed: base\.learning_rate 0\.\d+ -> 0\.001\)"):
         train(other_base, tmp_path, stages=("instruction", "base"))
     # What comes later, or only decides what is written, may change.
     later = replace(recipe.generator, learning_rate=1e-4)

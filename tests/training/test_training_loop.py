@@ -149,8 +149,32 @@ def test_a_gradient_that_is_no_number_touches_no_weight(tmp_path: Path) -> None:
 
 def test_another_recipe_is_refused_by_what_changed(tmp_path: Path) -> None:
     train_stage(Regression(), CONFIG, LOOP, tmp_path)
-    with pytest.raises(CheckpointError, match=r"another recipe \(changed: edits, seed\)"):
+    with pytest.raises(CheckpointError, match=r"another recipe \(changed: edits null -> \[\], seed 0 -> 1\)"):
         train_stage(Regression(), CONFIG, replace(LOOP, recipe=json.dumps({"seed": 1, "edits": []})), tmp_path)
+
+
+def test_the_steps_of_the_stage_may_grow_and_nothing_else(tmp_path: Path) -> None:
+    """With a constant rate the longer training is the one that would have been, to the same weights."""
+    config = replace(CONFIG, schedule="constant")
+
+    def loop(steps: int, rate: float = 0.1, base: int = 3) -> LoopConfig:
+        fields = {"regression": {"steps": steps, "rate": rate}, "base": {"steps": base}}
+        return replace(LOOP, recipe=json.dumps(fields))
+
+    at_once, extended = Regression(), Regression()
+    train_stage(at_once, config, loop(8), tmp_path / "at_once")
+    train_stage(Regression(), replace(config, steps=5), loop(5), tmp_path / "extended")
+    for other, message in (
+        (loop(8, rate=0.2), r"\(changed: regression\.rate 0.1 -> 0.2\)"),
+        (loop(8, base=4), r"\(changed: base\.steps 3 -> 4\)"),
+        (loop(4), r"\(changed: regression\.steps 5 -> 4\)"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train_stage(Regression(), config, other, tmp_path / "extended")
+    train_stage(extended, config, loop(8), tmp_path / "extended")
+    assert extended.steps == [5, 6, 7]
+    for name, value in weights(at_once.trained).items():
+        assert torch.equal(value, weights(extended.trained)[name])
 
 
 @pytest.mark.parametrize("kept", [0, 5, 60, -4])

@@ -20,12 +20,18 @@ from openwu.training.config import StageConfig
 from openwu.training.embedded.config import PairsRecipe
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.own_pairs import OwnPairSampler, PairsStage
+from openwu.training.embedded.rehearsal import photographs_of
 from openwu.training.embedded.run import train_pairs
-from openwu.training.micro_batch import MicroBatch
+from openwu.training.loop import train_stage
+from openwu.training.micro_batch import MicroBatch, take_rows
+from openwu.training.retention import RetentionWarning
 from openwu.training.run import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "own_pairs.py"
 SIDE = 32
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* are lost on average")
+"""The untrained model knows nothing that could be kept."""
 
 
 @pytest.fixture
@@ -102,6 +108,9 @@ def test_openwu_train_learns_pairs_and_the_model_edits(
     assert provenance["recipe"]["data"] == str(data)
     assert provenance["recipe"]["generator"]["ema"] == 0.99
     assert len(provenance["pairs"]) == 6
+    known = provenance["known"]
+    assert sorted(known["each"]) == ["blur", "brighten", "darken"]
+    assert known["before"] == pytest.approx(sum(was for was, _ in known["each"].values()) / 3, abs=1e-3)
     output = tmp_path / "edited.png"
     command = ["edit", str(data / "0_in.png"), "--instruction", "darken", "--model", str(tmp_path / "run" / "model")]
     assert cli.main([*command, "--output", str(output), "--allow-out-of-scope", "--quiet"]) == 0
@@ -162,6 +171,83 @@ def test_broken_data_are_reported_whole_before_the_first_step(recipe: PairsRecip
         train_pairs(replace(recipe, data=None), tmp_path / "run")
 
 
+def stage_of(recipe: PairsRecipe) -> PairsStage:
+    training, held_back = split_pairs(read_pairs(recipe.data or ""), recipe.held_back)
+    return PairsStage(recipe, EmbeddedModel.from_pretrained(recipe.start or ""), training, held_back)
+
+
+def test_half_of_every_batch_asks_for_known_edits_and_the_past_self_answers(recipe: PairsRecipe) -> None:
+    """The answers are those of the start, whatever the trained weights are by then."""
+    stage = stage_of(recipe)
+    before = stage.batches.batch(1)
+    assert before.names[:2] == ("darken", "invert") or before.names[:2] == ("invert", "darken")
+    assert set(before.names[2:]) <= {"brighten", "darken", "blur"}  # the labels that the model has
+    start = EmbeddedModel.from_pretrained(recipe.start or "")
+    text = start.instruction(before.sentences[2:])
+    with torch.no_grad():
+        adapter = start.adapt(before.whole[2:], text, before.reference[2:], before.present[2:])
+        expected = start.edit(before.picture[2:], before.planes[2:], text, adapter.scaled(before.dial[2:]))
+    torch.testing.assert_close(before.target[2:], expected)
+    with torch.no_grad():
+        for parameter in stage.trained.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(stage.batches.batch(1).target, before.target)
+    assert stage.batches.size(1) == len(before.names) == 4
+
+
+def test_rehearsal_keeps_what_the_model_did(recipe: PairsRecipe) -> None:
+    """Distance of the trained models' answers to known requests from the start's."""
+    config = replace(recipe.generator, steps=20, learning_rate=1e-3, schedule="constant")
+    asked = stage_of(recipe).batches.batch(900)
+    known = take_rows(asked, slice(2, 4))
+    moved = []
+    for rehearsed in (0.5, 0.0):
+        stage = stage_of(replace(recipe, generator=config, rehearsed=rehearsed))
+        train_stage(stage, config)
+        with torch.no_grad():
+            answer = stage.predict(known, stage.read(known))
+        moved.append(float((answer - known.target).square().mean()))
+    assert moved[0] < 0.5 * moved[1], moved
+
+
+def test_a_training_without_rehearsal_warns(recipe: PairsRecipe, tmp_path: Path) -> None:
+    with pytest.warns(RetentionWarning, match="rehearsed=0: nothing keeps the 3 edits that the start knows"):
+        train_pairs(replace(recipe, rehearsed=0.0), tmp_path, stop_after=1)
+
+
+def test_rehearsal_needs_room_in_a_batch(recipe: PairsRecipe, tmp_path: Path) -> None:
+    single = replace(recipe, generator=replace(recipe.generator, shapes=((1, 16),)))
+    with pytest.raises(OpenwuError, match=r"rehearsed: expected a share .* in a batch of 1, got 0\.5; enlarge"):
+        train_pairs(single, tmp_path)
+    with pytest.raises(ValueError, match="rehearsed: expected a share from 0 to below 1"):
+        replace(recipe, rehearsed=1.0)
+
+
+def test_pictures_of_ones_own_are_photographs_for_known_edits() -> None:
+    pictures = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((40, 60), (200, 100), (96, 96))]
+    small, tall, square = photographs_of(pictures, side=64)
+    assert [scale.shape for scale in small.scales] == [(64, 96, 3)]  # enlarged
+    assert [scale.shape for scale in tall.scales] == [(200, 100, 3), (150, 75, 3)]
+    assert torch.equal(square.scales[0], pictures[2].permute(1, 2, 0))
+    assert len(square.scales) == 2
+
+
+def test_wordings_are_varied_and_a_line_may_have_several(recipe: PairsRecipe) -> None:
+    listing = Path(recipe.data or "") / "pairs.jsonl"
+    listing.write_text(listing.read_text().replace('"darker"', '["darker", "less light"]'))
+    assert read_pairs(listing).pairs[0].instructions == ("darker", "less light")
+    stage = stage_of(recipe)
+    seen = {sentence for step in range(12) for sentence in stage.pairs.batch(step).sentences}
+    assert len(seen) > 6
+    assert any("less light" in sentence for sentence in seen)
+    assert stage.pairs.batch(5).sentences == stage.pairs.batch(5).sentences
+    assert stage.validation is not None
+    assert set(stage.validation.batch(0).sentences) <= {"darker", "less light", "negative"}
+    listing.write_text(listing.read_text().replace('["darker", "less light"]', '["darker", ""]'))
+    with pytest.raises(DatasetError, match=r"instruction: expected text, or a list of wordings, got \['darker', ''\]"):
+        read_pairs(listing)
+
+
 def test_two_references_are_refused(recipe: PairsRecipe, tmp_path: Path) -> None:
     listing = Path(recipe.data or "") / "pairs.jsonl"
     listing.write_text(listing.read_text().replace('"5_ref.png"', '"5_ref.png", "4_in.png"'))
@@ -174,11 +260,11 @@ def test_broken_pairs_are_named_by_their_line(recipe: PairsRecipe, monkeypatch: 
     stage = PairsStage(recipe, EmbeddedModel.from_pretrained(recipe.start or ""), training, held_back)
     sound = stage.pairs.batch(0)
     broken = sound.target.clone()
-    broken[3] = torch.nan
+    broken[1] = torch.nan
     monkeypatch.setattr(OwnPairSampler, "batch", lambda *_: replace(sound, target=broken))
-    pair, sentence = training.step(0, 4, recipe.seed)[3]
-    assert stage.not_finite(0, MicroBatch(1, 2)) == [f"{pair.where} ({sentence!r})"]
-    assert stage.not_finite(0, MicroBatch(0, 2)) == []
+    pair, _ = training.step(0, 2, recipe.seed)[1]
+    assert stage.not_finite(0, MicroBatch(0, 2)) == [f"{pair.where} ({sound.sentences[1]!r})"]
+    assert stage.not_finite(0, MicroBatch(1, 2)) == []
 
 
 def test_the_recipe_of_the_tree_is_sound() -> None:

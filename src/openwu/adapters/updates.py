@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from openwu.adapters.operators import operator_of
-from openwu.types import Adapter
+from openwu.adapters.site import DENSE, Site
+from openwu.types import LORA, Adapter
 
 
 def inner_products(first: Adapter, second: Adapter | None = None) -> Tensor:
@@ -31,6 +32,26 @@ def relative_std(adapter: Adapter) -> float:
     products = inner_products(adapter.detach())
     square = float(products.diagonal().mean())
     return (max(0.0, square - float(products.mean())) / square) ** 0.5 if square > 0 else 0.0
+
+
+def relative_norms(adapter: Adapter, sites: Sequence[Site]) -> Tensor:
+    """Frobenius norm of each low-rank update over that of the weight it is added to: `[sites, b]`, float32.
+
+    sites: those of the handle. Above 1 an update outweighs what the base had learned there. Operators without a weight
+    update and quantised weights are left out.
+    """
+    found = []
+    for site in sites:
+        weight = site.slots[0].parameter
+        own = [target for target in site.targets if target.operator == LORA and target.name in adapter.factors]
+        if weight is None or weight.dtype not in DENSE or not own:
+            continue
+        factors = [(operator_of(target.operator), adapter.factors[target.name]) for target in own]
+        square = sum(operator.inner_products(each, each).diagonal().cpu() for operator, each in factors)
+        assert isinstance(square, Tensor)
+        size = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+        found.append(square.clamp(min=0).sqrt().float() * (abs(adapter.scale) / max(size, 1e-30)))
+    return torch.stack(found) if found else torch.zeros(0, adapter.batch)
 
 
 def task_variances(adapter: Adapter, tasks: Sequence[str]) -> dict[str, float]:

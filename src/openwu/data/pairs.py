@@ -4,9 +4,9 @@ All pairs are checked before the first step: a broken line, a missing picture or
 with its line number; nothing is skipped in silence. The pairs of a step are balanced over tasks.
 
 A line of JSONL is `{"images": ["a.jpg"], "instruction": "...", "target": "b.jpg", "task": "..."}`: paths relative to
-the file, reference pictures behind the picture to edit; `task` may be missing, then all pairs are of one task. A folder
-holds `pairs.jsonl`, or a folder for each task with `instructions.txt` (one a line), `input/` and `target/`, in which
-equal names belong together.
+the file, reference pictures behind the picture to edit; `instruction` may be a list of wordings; `task` may be missing,
+then all pairs are of one task. A folder holds `pairs.jsonl`, or a folder for each task with `instructions.txt` (one a
+line), `input/` and `target/`, in which equal names belong together.
 
 Shapes: h, w sides of a picture.
 """
@@ -202,7 +202,7 @@ def _from_lines(file: Path) -> tuple[list[Pair], list[str]]:
             continue
         images = tuple(file.parent / name for name in entry["images"])
         target, task = file.parent / entry["target"], entry.get("task", "")
-        pairs.append(Pair(images, (entry["instruction"],), target, task, where))
+        pairs.append(Pair(images, _wordings(entry["instruction"]), target, task, where))
     return pairs, problems
 
 
@@ -217,12 +217,18 @@ def _wrong_fields(entry: object) -> str | None:
     images = entry.get("images")
     if not isinstance(images, list) or not images or not all(isinstance(name, str) and name for name in images):
         return f"images: expected a list of at least one path, got {images!r}"
-    for name in ("instruction", "target"):
-        if not isinstance(entry.get(name), str) or not entry[name].strip():
-            return f"{name}: expected text, got {entry.get(name)!r}"
+    if not all(isinstance(text, str) and text.strip() for text in _wordings(entry.get("instruction"))):
+        return f"instruction: expected text, or a list of wordings, got {entry.get('instruction')!r}"
+    if not isinstance(entry.get("target"), str) or not entry["target"].strip():
+        return f"target: expected text, got {entry.get('target')!r}"
     if not isinstance(entry.get("task", ""), str):
         return f"task: expected text, got {entry['task']!r}"
     return None
+
+
+def _wordings(given: Any) -> tuple[Any, ...]:
+    """Return a line's wordings: one, or those of a list that is not empty."""
+    return tuple(given) if isinstance(given, list) and given else (given,)
 
 
 def _from_folders(folder: Path) -> tuple[list[Pair], list[str]]:

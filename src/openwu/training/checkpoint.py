@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,8 @@ from openwu.training.distributed import full_state, shard_like
 from openwu.training.optimizers import EmaWeights, StageOptimizer
 
 STATE = "state.safetensors"
+SHOWN_VALUE = 40
+"""Most letters of a value that an error about another recipe shows."""
 
 
 def save_state(
@@ -51,13 +54,22 @@ def save_state(
 
 
 def load_state(
-    folder: Path, module: nn.Module, optimizer: StageOptimizer, recipe: str, ema: EmaWeights | None = None
+    folder: Path,
+    module: nn.Module,
+    optimizer: StageOptimizer,
+    recipe: str,
+    ema: EmaWeights | None = None,
+    *,
+    stage: str | None = None,
 ) -> int:
-    """Restore a checkpoint that `save_state` wrote; return the updates made, 0 where there is none."""
+    """Restore a checkpoint that `save_state` wrote; return the updates made, 0 where there is none.
+
+    stage: name of the recipe's stage that the checkpoint is of; see `check_recipe`.
+    """
     path = folder / STATE
     if not path.exists():
         return 0
-    step = check_recipe(folder, recipe)
+    step = check_recipe(folder, recipe, stage)
     tensors = load_file(path)
     averages = _under("average/", tensors)
     target = {} if ema is None else ema.values
@@ -80,19 +92,42 @@ def load_state(
     return step
 
 
-def check_recipe(folder: Path, recipe: str) -> int:
-    """Return the updates made by the training in `folder`, 0 for none; raise CheckpointError for another recipe's."""
+def check_recipe(folder: Path, recipe: str, stage: str | None = None) -> int:
+    """Return the updates made by the training in `folder`, 0 for none; raise CheckpointError for another recipe's.
+
+    stage: its own `steps` may grow, and the training goes on; all else that the weights depend on must be as it was.
+    """
     path = folder / STATE
     if not path.exists():
         return 0
     step, stored_recipe = read_state_header(path)
-    if stored_recipe != recipe:
-        changed = _changed_fields(stored_recipe, recipe)
+    changed = changed_fields(json.loads(stored_recipe), json.loads(recipe))
+    if stage is not None:
+        before, now = changed.pop(f"{stage}.steps", (0, 0))
+        if now < before:
+            changed[f"{stage}.steps"] = before, now
+    if changed:
+        shown = ", ".join(_shown(name, *values) for name, values in changed.items())
         raise CheckpointError(
-            f"{path} was written by another recipe (changed: {changed}); "
+            f"{path} was written by another recipe (changed: {shown}); "
             "train into another folder with --output, or delete this one"
         )
     return step
+
+
+def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Compare two descriptions field by field: path of every field that differs -> (before, after), None for missing.
+
+    Fields of a mapping that only one of the two has are not listed one by one.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= changed_fields(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[f"{prefix}{key}"] = old, new
+    return found
 
 
 def read_state_header(path: Path) -> tuple[int, str]:
@@ -128,6 +163,7 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     module.load_state_dict({name: shard_like(v, own[name]) if name in own else v for name, v in weights.items()})
 
 
-def _changed_fields(stored: str, given: str) -> str:
-    before, after = json.loads(stored), json.loads(given)
-    return ", ".join(sorted(key for key in {*before, *after} if before.get(key) != after.get(key)))
+def _shown(name: str, before: object, after: object) -> str:
+    """Name a changed field with its values, unless they are long: hashes of data, say."""
+    values = [json.dumps(value) for value in (before, after)]
+    return name if max(map(len, values)) > SHOWN_VALUE else f"{name} {values[0]} -> {values[1]}"

@@ -75,7 +75,7 @@ class LoopConfig:
     """What the loop needs besides the stage's own optimisation. Intervals are in steps, 0: never."""
 
     recipe: str = "{}"
-    """JSON description that a checkpoint must match to be resumed."""
+    """JSON description that a checkpoint must match to be resumed, but for the `steps` of the stage, which may grow."""
     checkpoint_every: int = 0
     """A checkpoint is also written where the training stops."""
     evaluate_every: int = 0
@@ -130,7 +130,7 @@ class Trainer:
         self.step = 0
         """Updates made so far."""
         if folder is not None:
-            self.step = load_state(folder, stage.trained, self.optimizer, loop.recipe, self.ema)
+            self.step = load_state(folder, stage.trained, self.optimizer, loop.recipe, self.ema, stage=stage.name)
             self.processes.check_same_step(self.step, folder)
 
     @property

@@ -1,21 +1,26 @@
-"""Plan the memory of a training through a large base from its configs, before anything is loaded.
+"""Plan the memory of a training through a large base, and the cost of a generator, from configs alone.
 
-Weights, gradients and optimiser are counted exactly; what a pass keeps for its backward is estimated from the linear
-layers of the base and the blocks of the generator (34 bytes per position and width in 16 bits: Korthikanti et al. 2022,
-eq. 1).
+Nothing is loaded for it: operations are counted by torch on the meta device. Positions decide what a generator costs:
+every target, rank and token width adds some. Weights, gradients and optimiser are counted exactly; what a pass keeps
+for its backward is estimated from the linear layers of the base and the blocks of the generator (34 bytes per position
+and width in 16 bits: Korthikanti et al. 2022, eq. 1).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.config import GeneratorConfig
 from openwu.generator.layout import GeneratorLayout
 from openwu.generator.model import ParameterGenerator
-from openwu.kernels.memory import MemoryPlan
+from openwu.kernels.memory import MemoryPlan, gigabytes
 from openwu.training.config import PipelineRun
+from openwu.types import Condition, Segment
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -32,6 +37,12 @@ ADVICE = (
     "smaller base"
 )
 """What to do if the weights do not fit."""
+PASSES = 3
+"""An update costs about three forward passes: one forward, two backward."""
+PROBE = 1024
+"""Side of the matrices by which a device's speed is measured."""
+TOKENS = 256
+"""Condition tokens where none are given."""
 WARNING = (
     "the weights fit, but with a pass's activations the training may not; set pixels, rank or the requests of "
     "generator.shapes lower, or generator.accumulate higher"
@@ -100,3 +111,67 @@ def _generator_numbers(recipe: PipelineRun, config: GeneratorConfig, layout: Gen
     if recipe.checkpoint_generator:
         return int(config.d_model * (KEPT * largest + config.num_pg_layers * layout.num_positions))
     return int(config.d_model * KEPT * config.num_pg_layers * layout.num_positions)
+
+
+@dataclass(frozen=True)
+class GeneratorCost:
+    """What one update of a generator costs, without its base."""
+
+    parameters: int
+    positions: int
+    """Sequence positions that the generator computes for one adapter, over all base layers."""
+    adapter_size: int
+    """Numbers of one adapter."""
+    flops: int
+    """Floating-point operations of one update."""
+    held: int
+    """Bytes of weights, gradients and optimiser state in float32."""
+    activations: int
+    """Bytes that a pass keeps for its backward, estimated; without gradient checkpointing."""
+
+    def seconds(self, rate: float) -> float:
+        """Return about how long an update takes at so many operations a second (`measured_rate`)."""
+        return self.flops / rate
+
+    def report(self, rate: float | None = None) -> str:
+        """Describe the cost in one line, with seconds where the rate is known."""
+        took = "" if rate is None else f", about {self.seconds(rate):.2g} s an update"
+        return (
+            f"generator: {self.parameters:,} parameters, {self.positions:,} positions for an adapter of "
+            f"{self.adapter_size:,} numbers, {self.flops / 1e12:.2g} TFLOP{took}; {gigabytes(self.held)} of weights, "
+            f"gradients and optimiser, about {gigabytes(self.activations)} of activations\n"
+        )
+
+
+def generator_cost(config: GeneratorConfig, batch: int, tokens: int = TOKENS) -> GeneratorCost:
+    """Count what an update of a generator with this config costs, for `batch` adapters and so many condition tokens."""
+    with torch.device("meta"):
+        generator = ParameterGenerator(config)
+        more = {name: Segment(torch.empty(batch, tokens, width)) for name, width in config.more_inputs.items()}
+        condition = Condition(torch.empty(batch, tokens, config.input_dim), more=more)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        generator(condition)
+    layout = GeneratorLayout.of(config)
+    return GeneratorCost(
+        generator.num_parameters,
+        layout.num_positions,
+        layout.adapter_size,
+        PASSES * counter.get_total_flops(),
+        4 * FLOAT * generator.num_parameters,
+        int(batch * FLOAT * config.d_model * KEPT * config.num_pg_layers * layout.num_positions),
+    )
+
+
+def measured_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Measure a device's floating-point operations a second by a product of two large matrices; the best of three."""
+    device = torch.device(device)
+    x = torch.randn(PROBE, PROBE, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):  # The first one warms up.
+        began = time.perf_counter()
+        y = x @ x
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    assert y.shape == x.shape
+    return 2 * PROBE**3 / best

@@ -140,17 +140,21 @@ class Diffusion:
 class NextToken:
     """Cross entropy of every token given those before it; targets `[b, n]`, IGNORED where nothing counts."""
 
+    shifted: bool = False
+    """Whether target i already is the token after the one that logits i were computed at, as of
+    `CausalLM.answer_logits`; else it is that token itself."""
+
     def sample(self, target: Tensor, _generator: torch.Generator, /) -> NoisySample:
         if target.is_floating_point() or target.ndim != 2:
             raise ValueError(f"target: expected token numbers [b, n], got {target.dtype} {list(target.shape)}")
         return NoisySample(target)
 
     def losses(self, prediction: Tensor, sample: NoisySample) -> Tensor:
-        """Return the mean loss of every text `[b]`; `prediction`: logits `[b, n, V]`, of which the last are unused."""
-        target = sample.target[:, 1:]
-        each = F.cross_entropy(
-            prediction[:, :-1].float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none"
-        )
+        """Return the mean loss of every text `[b]`; `prediction`: logits `[b, n, V]`."""
+        target, logits = sample.target, prediction
+        if not self.shifted:  # Of the last logits the next token is unknown.
+            target, logits = target[:, 1:], prediction[:, :-1]
+        each = F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
         return each.sum(1) / (target != IGNORED).sum(1).clamp(min=1)
 
 

@@ -44,7 +44,7 @@ from openwu.training.config import PipelineRun
 from openwu.training.distributed import Processes, is_main
 from openwu.training.encoded_rows import Encoded, RowStore, to_device
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.memory import ADVICE, WARNING, training_plan
+from openwu.training.memory import ADVICE, WARNING, generator_cost, measured_rate, training_plan
 from openwu.training.objectives import Diffusion, FlowMatching, NoisySample, Objective
 from openwu.training.record import dependencies, export_folders, provenance, write_provenance
 from openwu.training.stage import GeneratorStage
@@ -130,7 +130,7 @@ def train_pipeline(
     check_weights(base)
     fingerprint = pipeline_fingerprint(base)
     loop = LoopConfig.of(recipe, _description(recipe, hashes, fingerprint), stop_after)
-    check_recipe(folder / STAGE, loop.recipe)
+    check_recipe(folder / STAGE, loop.recipe, STAGE)
 
     check_quantise(recipe.quantise)
     device = device_of(recipe)
@@ -233,7 +233,7 @@ def _check_memory(
     pairs: tuple[Pairs, Pairs],
     reader: int,
 ) -> None:
-    """Print the memory that is needed, and refuse what cannot fit."""
+    """Print what the generator costs and the memory that is needed, and refuse what cannot fit."""
     pictures = max(len(pair.images) for part in pairs for pair in part.pairs)
     saved, part = 0, kind.denoiser_name
     if recipe.quantise is not None:
@@ -243,7 +243,9 @@ def _check_memory(
     free = free_memory(device)
     fits = plan.check(device, free, ADVICE)
     if is_main():
-        sys.stderr.write(plan.report(device, free) + ("" if fits else f"memory: {WARNING}\n"))
+        cost = generator_cost(config, recipe.generator.shapes[0][0])
+        rate = measured_rate(device, torch.bfloat16 if recipe.bf16 and device.type != "cpu" else torch.float32)
+        sys.stderr.write(cost.report(rate) + plan.report(device, free) + ("" if fits else f"memory: {WARNING}\n"))
 
 
 def _stage(

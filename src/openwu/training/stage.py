@@ -12,24 +12,34 @@ Shapes: b samples of a batch.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from openwu.adapters.inject import AdapterHandle
-from openwu.adapters.updates import relative_std, task_variances
+from openwu.adapters.updates import relative_norms, relative_std, task_variances
 from openwu.errors import OpenwuError
 from openwu.training.loop import Evaluation
 from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache, batch_size, take_rows
 from openwu.training.objectives import NoisySample, Objective
+from openwu.training.retention import Inputs, RetentionObjective, warn_of_large_updates
 from openwu.types import Adapter, Target
 
 Batch = TypeVar("Batch")
 """Requests with their answers; only the user's own functions look into it."""
+
+
+class BatchPart(NamedTuple):
+    """Which rows of a whole batch a micro-batch has."""
+
+    rows: slice
+    share: float
+    """Fraction of the rows: the factor on their mean loss."""
 
 
 @dataclass
@@ -70,6 +80,11 @@ class GeneratorStage(Generic[Batch]):
     applied and without gradients, so it may run the base, a sampler included."""
     names: Callable[[int], Sequence[str]] | None = None
     """Names of a step's samples for errors about their loss; None: their numbers in the batch."""
+    contexts: Callable[[Batch], Sequence[int]] | None = None
+    """Number of the adapter for every row of the target, rising from 0, where a context has several questions; `rows`
+    then cuts a batch by contexts, each with its questions. None: every row has an adapter of its own."""
+    retention: RetentionObjective[Any] | None = None
+    """Keep the base's answers on unrelated inputs, under the adapters of the batch."""
 
     def __post_init__(self) -> None:
         if not any(parameter.requires_grad for parameter in self.trained.parameters()):
@@ -79,17 +94,23 @@ class GeneratorStage(Generic[Batch]):
     @contextmanager
     def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
         """Enter the adapters' scope with the micro-batch's share of the step's loss."""
-        batch, sample, share = self._draw(step, micro_batch)
+        batch, sample, part = self._draw(step, micro_batch)
+        unrelated = None if self.retention is None else self._unrelated(self.retention, step, part)
         with self.forward(batch, sample) as (losses, _):
-            yield losses.mean() * share
+            loss = losses.mean()
+            if self.retention is not None and unrelated is not None:
+                inputs, own = unrelated
+                with self._precision():
+                    prediction = self.retention.predict(inputs)
+                loss = loss + self.retention.weight * self.retention.losses(inputs, prediction, own).mean()
+            yield loss * part.share
 
     def not_finite(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
         """Name the samples of a micro-batch whose loss is not finite."""
-        batch, sample, share = self._draw(step, micro_batch)
+        batch, sample, part = self._draw(step, micro_batch)
         with self.forward(batch, sample) as (losses, _):
             finite = losses.isfinite().tolist()
-        first = micro_batch.rows(round(len(finite) / share)).start
-        broken = [first + i for i, fine in enumerate(finite) if not fine]
+        broken = [part.rows.start + i for i, fine in enumerate(finite) if not fine]
         if self.names is None:
             return [f"number {number} of the batch" for number in broken]
         names = self.names(step)
@@ -100,34 +121,96 @@ class GeneratorStage(Generic[Batch]):
         """Generate the adapters, apply them for the scope, and compute the loss of every sample `[b]` under them."""
         with self._precision():
             adapter = self.adapt(batch)
-        with self.handle.applied(adapter):
+        with self.handle.applied(adapter, self._rows_of(batch)):
             with self._precision():
                 prediction = self.predict(batch, sample)
             yield self.objective.losses(prediction, sample), adapter
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Compute the validation batch's loss, how much its adapters differ, and its contact sheet."""
-        if self.validation is None:
+        """Compute the validation batch's loss and its controls, how its adapters differ, and its contact sheet.
+
+        Controls: `control/none`, the base alone; `control/other`, every adapter goes to another sample, of another
+        task where there is one; `control/average`, the mean of all updates. Warns where updates outweigh the weights.
+        """
+        batch = self.validation
+        if batch is None:
             return Evaluation({})
-        sample = self.objective.sample(self.target(self.validation), torch.Generator().manual_seed(self.seed))
-        with self.forward(self.validation, sample) as (losses, adapter), self._precision():
-            sheet = None if self.sheet is None else self.sheet(self.validation)
+        sample = self.objective.sample(self.target(batch), torch.Generator().manual_seed(self.seed))
+        tasks = None if self.tasks is None else self.tasks(batch)
+        with self.forward(batch, sample) as (losses, adapter), self._precision():
+            sheet = None if self.sheet is None else self.sheet(batch)
         scalars = {"validation": float(losses.mean())}
         if adapter.batch > 1:
-            scalars |= adapter_scalars(adapter, None if self.tasks is None else self.tasks(self.validation))
+            scalars |= adapter_scalars(adapter, tasks)
+        scalars |= self._controls(batch, sample, adapter, tasks)
+        norms = relative_norms(adapter, self.handle.sites)
+        if len(norms):
+            scalars |= {"adapter/relative_norm": float(norms.mean()), "adapter/relative_norm_max": float(norms.max())}
+            warn_of_large_updates(float(norms.mean()))
+        if self.retention is not None:
+            scalars["retention"] = self._kept(self.retention, adapter)
         return Evaluation(scalars, sheet)
 
-    def _draw(self, step: int, micro_batch: MicroBatch) -> tuple[Batch, NoisySample, float]:
-        """A micro-batch, its noisy sample, and its share of the batch. The random draws are those of the whole."""
+    def _controls(
+        self, batch: Batch, sample: NoisySample, adapter: Adapter, tasks: Sequence[str] | None
+    ) -> dict[str, float]:
+        """The loss of a batch under adapters that know less of it."""
+        given: dict[str, Adapter | None] = {"none": None}
+        if adapter.batch > 1:
+            given["other"] = adapter.select(_partners(adapter.batch, tasks))
+            given["average"] = average(adapter)
+        found = {}
+        for name, other in given.items():
+            rows = self._rows_of(batch) if other is None or other.batch > 1 else None
+            scope = nullcontext() if other is None else self.handle.applied(other, rows)
+            with scope, self._precision():
+                prediction = self.predict(batch, sample)
+            found[f"control/{name}"] = float(self.objective.losses(prediction, sample).mean())
+        return found
+
+    def _unrelated(self, retention: RetentionObjective[Inputs], step: int, part: BatchPart) -> tuple[Inputs, Tensor]:
+        """The unrelated inputs of a micro-batch, and the base's own answers to them."""
+        inputs = retention.inputs(step)
+        if part.share < 1:
+            inputs = retention.rows(inputs, part.rows)
+        with torch.no_grad(), self._precision():
+            own = retention.predict(inputs)
+        if len(own) != part.rows.stop - part.rows.start:
+            raise OpenwuError(
+                f"retention: expected as many unrelated inputs as the batch has rows "
+                f"({part.rows.stop - part.rows.start}), got {len(own)}"
+            )
+        return inputs, own
+
+    def _kept(self, retention: RetentionObjective[Inputs], adapter: Adapter) -> float:
+        """The retention loss under a batch's adapters, on the inputs of the first step."""
+        inputs = retention.inputs(0)
+        with self._precision():
+            own = retention.predict(inputs)
+            with self.handle.applied(adapter, [i % adapter.batch for i in range(len(own))]):
+                prediction = retention.predict(inputs)
+        return float(retention.losses(inputs, prediction, own).mean())
+
+    def _rows_of(self, batch: Batch) -> Sequence[int] | None:
+        return None if self.contexts is None else self.contexts(batch)
+
+    def _draw(self, step: int, micro_batch: MicroBatch) -> tuple[Batch, NoisySample, BatchPart]:
+        """A micro-batch, its noisy sample, and its part of the batch. The random draws are those of the whole."""
         whole = self._cache.at(step, micro_batch)
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         sample = self.objective.sample(self.target(whole), draws)
-        if micro_batch.count == 1:
-            return whole, sample, 1.0
         size = len(sample.target)
-        own = micro_batch.rows(size)
-        return self.rows(whole, own), take_rows(sample, own), micro_batch.share(size)
+        if micro_batch.count == 1:
+            return whole, sample, BatchPart(slice(0, size), 1.0)
+        if self.contexts is None:
+            own = micro_batch.rows(size)
+            return self.rows(whole, own), take_rows(sample, own), BatchPart(own, micro_batch.share(size))
+        numbers = list(self.contexts(whole))
+        chosen = micro_batch.rows(numbers[-1] + 1)
+        asked = slice(bisect_left(numbers, chosen.start), bisect_left(numbers, chosen.stop))
+        part = BatchPart(asked, (asked.stop - asked.start) / size)
+        return self.rows(whole, chosen), take_rows(sample, asked), part
 
     def _precision(self) -> torch.autocast:
         device = next(self.trained.parameters()).device.type
@@ -195,3 +278,18 @@ def adapter_scalars(adapter: Adapter, tasks: Sequence[str] | None) -> dict[str, 
     """Return what is logged of generated adapters: `adapter/relative_std`, and with tasks their `task_variances`."""
     variances = {} if tasks is None else task_variances(adapter, tasks)
     return {f"adapter/{name}": value for name, value in {"relative_std": relative_std(adapter), **variances}.items()}
+
+
+def average(adapter: Adapter) -> Adapter:
+    """Return one adapter (b = 1) whose change of every output is the mean of all samples' changes; ranks add up."""
+    return Adapter.sum([adapter.select([i]).scaled(1 / adapter.batch) for i in range(adapter.batch)])
+
+
+def _partners(count: int, tasks: Sequence[str] | None) -> list[int]:
+    """For every sample another one: the next of another task, or the next where there is no other task."""
+    partners = []
+    for i in range(count):
+        after = [(i + step) % count for step in range(1, count)]
+        others = after if tasks is None else [j for j in after if tasks[j] != tasks[i]]
+        partners.append((others or after)[0])
+    return partners

@@ -89,28 +89,35 @@ class CausalLM:
         prefix, stack = self._decoder()
         return tuple(f"{prefix}{index}" for index in range(len(stack)))
 
-    def layer_groups(self, only: Iterable[str] | None = None) -> tuple[LayerGroup, ...]:
+    def layer_groups(
+        self, only: Iterable[str] | None = None, *, layers: Iterable[int] | None = None
+    ) -> tuple[LayerGroup, ...]:
         """List the linear layers and experts of every decoder layer, as groups for a generator's config.
 
         `only`: last names of the weights to adapt, such as `("q_proj", "v_proj")`; `gate_up_proj` and `down_proj` for
-        experts. Layers like the first one form a group; a layer with other widths is a group of its own. Raises
-        TargetError if the layers lack a name in `only`, or hold experts of an unknown layout that `only` keeps.
+        experts. `layers`: numbers of the decoder layers to adapt, negative ones from the end; None: all. Layers like
+        the first one form a group; a layer with other widths is a group of its own. Raises TargetError if the layers
+        lack a name in `only` or a number in `layers`, or hold experts of an unknown layout that `only` keeps.
         """
         prefix, stack = self._decoder()
         names = None if only is None else set(only)
-        alike = [_targets(layer, f"{prefix}{index}", names) for index, layer in enumerate(stack)]
+        numbers = _chosen(layers, len(stack))
+        alike = [_targets(stack[number], f"{prefix}{number}", names) for number in numbers]
         missing = (names or set()) - {name for targets in alike for target in targets for name in _last_names(target)}
         if missing or not any(alike):
             found = sorted({name for layer in stack for target in _known(layer) for name in _last_names(target)})
             raise TargetError(f"only: expected names among {found}, got {sorted(missing or names or ())}")
         run = next((index for index, targets in enumerate(alike) if targets != alike[0]), len(alike))
-        groups = [LayerGroup(prefix, run, alike[0])] if alike[0] else []
-        groups += [
-            LayerGroup(f"{prefix}{index}.", 1, targets, name=f"layer{index}", indexed=False)
-            for index, targets in enumerate(alike)
-            if index >= run and targets
+        first: list[LayerGroup] = []
+        if alike[0]:
+            paths = () if numbers[:run] == list(range(run)) else tuple(f"{prefix}{number}" for number in numbers[:run])
+            first = [LayerGroup("" if paths else prefix, run, alike[0], paths=paths)]
+        others = [
+            LayerGroup(f"{prefix}{number}.", 1, targets, name=f"layer{number}", indexed=False)
+            for number, targets in list(zip(numbers, alike, strict=True))[run:]
+            if targets
         ]
-        return tuple(groups)
+        return (*first, *others)
 
     def tokenize(self, texts: Sequence[str]) -> TokenBatch:
         """Tokenise whole texts; every token is a label except the first, which nothing precedes."""
@@ -135,6 +142,7 @@ class CausalLM:
                 targets += [IGNORED] * len(ids_of[question]) + ids_of[answer]
             ids.append(tokens)
             labels.append(targets)
+        self._check_length(ids)
         empty = [number for number, each in enumerate(ids) if not each]
         if empty or not ids:
             raise OpenwuError(f"texts: expected at least one, none of them empty; got {len(ids)} with {empty} empty")
@@ -144,6 +152,19 @@ class CausalLM:
         """Return next-token logits `[b, n, V]`, with gradients to applied adapters."""
         logits: Tensor = self.model(input_ids=texts.ids, attention_mask=texts.mask, use_cache=False).logits
         return logits
+
+    def answer_logits(self, texts: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return next-token logits only where some row has a label next, and the labels: `[b, m, V]` and `[b, m]`.
+
+        The output head is a fifth of a training step: between question and answer it need not be computed. Labels are
+        those of the next token already, see `objectives.NextToken.shifted`; IGNORED where a row has none there.
+        """
+        following = texts.labels[:, 1:]
+        wanted = (following != IGNORED).any(0).nonzero().flatten()
+        logits: Tensor = self.model(
+            input_ids=texts.ids, attention_mask=texts.mask, use_cache=False, logits_to_keep=wanted
+        ).logits
+        return logits, following[:, wanted]
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 32, use_cache: bool = True) -> list[str]:
@@ -171,12 +192,30 @@ class CausalLM:
             pad_token_id=self._pad,
             eos_token_id=model.generation_config.eos_token_id,
         )
+        self._check_length(ids, max_new_tokens)
         prompted = self._padded(ids, self._pad, left=True)
         whole = model.generate(
             input_ids=prompted, attention_mask=self._mask(ids, left=True), generation_config=settings
         )
         texts = self.tokenizer.batch_decode(whole[:, prompted.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text that the model was made for, in tokens; None where its config names no limit."""
+        limit = self._config.to_dict().get("max_position_embeddings")
+        return int(limit) if limit else None
+
+    def _check_length(self, ids: Sequence[Sequence[int]], more: int = 0) -> None:
+        """Refuse texts that are longer than the model reads, `more` tokens behind them included."""
+        longest, limit = max(map(len, ids), default=0) + more, self.max_tokens
+        if limit is not None and longest > limit:
+            number = max(range(len(ids)), key=lambda i: len(ids[i]))
+            wanted = f"{longest - more} tokens and {more} new ones" if more else f"{longest} tokens"
+            raise OpenwuError(
+                f"texts: expected at most {limit} tokens, which is what the model was made for, got {wanted} at number "
+                f"{number}; shorten the text, or cut it into parts with an adapter each"
+            )
 
     @property
     def _pad(self) -> int:
@@ -211,6 +250,17 @@ class CausalLM:
             f"{type(self.model).__name__}: expected a list of {count} decoder layers with nn.Linear modules, found "
             "none; GPT-2's own Conv1D layers are not supported"
         )
+
+
+def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
+    """Return the numbers of the chosen layers in rising order."""
+    if layers is None:
+        return list(range(count))
+    given = list(layers)
+    wrong = [number for number in given if not -count <= number < count]
+    if wrong or not given:
+        raise TargetError(f"layers: expected numbers from {-count} to {count - 1}, got {wrong or given}")
+    return sorted({number % count for number in given})
 
 
 def _targets(layer: nn.Module, path: str, names: set[str] | None) -> tuple[PlainTarget | GroupedTarget, ...]:

@@ -125,7 +125,7 @@ class Ladder:
             "cosine_across": self.across,
             "rungs": rungs,
             "tasks": list(self.tasks),
-            "scores": {rung: [round(value, 4) for value in values] for rung, values in self.scores.items()},
+            "scores": {rung: [float(f"{value:.6g}") for value in values] for rung, values in self.scores.items()},
         }
 
 

@@ -1,7 +1,8 @@
 """Contradictory tasks on equal terms: one shared adapter, one per task, the whole base, and a generator.
 
 For every method and task: PSNR, progress from the input towards the target, and retention of the base's old tasks.
-Every method trains on the same requests in the same order for as many steps:
+Every method trains on the same requests in the same order for as many steps, or for as long (`Budget.clock`), with
+rates searched for each. Tasks that the base had learned before are reported apart.
 
 - `base`: nothing is trained; the base reads the instruction, as under every other method.
 - `single`: one LoRA per task, given by the true task; an upper bound for adapters that do not depend on the picture.
@@ -16,7 +17,7 @@ Shapes: b requests, t tasks, r LoRA rank, in / out widths of a target, h and w s
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openwu.data.suite import BASE_EDITS
 from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph
+from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case, draw_cases, edit
 from openwu.evaluation.experiments.geometry import Mean, mean_over, random_like
 from openwu.evaluation.experiments.methods import (
@@ -50,6 +53,11 @@ CELL = 112
 """Side in pixels of a cell of the picture grid."""
 SEARCH_SEED = 1_000
 """Seed of the trainings of the learning-rate search."""
+MOST_FACTORS = 8
+"""Most factors that the search tries for an optimiser before a best one at an edge is taken as it is."""
+PROBE_STEPS = 3
+"""Updates by which a method's time is measured."""
+CLOCKS = ("steps", "time")
 
 
 @dataclass(frozen=True)
@@ -84,17 +92,27 @@ class ConflictResults:
     def methods(self) -> list[str]:
         return list(dict.fromkeys(outcome.method for outcome in self.outcomes))
 
-    def mean(self, method: str, metric: str = "psnr", old: bool = False) -> Mean:
-        found = [each for each in self.outcomes if each.method == method and each.old == old]
+    def mean(self, method: str, metric: str = "psnr", old: bool = False, among: Sequence[str] | None = None) -> Mean:
+        """Average a method's outcomes; `among`: over these tasks alone."""
+        found = [
+            each
+            for each in self.outcomes
+            if each.method == method and each.old == old and (among is None or each.task in among)
+        ]
         return mean_over([getattr(each, metric) for each in found], [each.task for each in found])
 
-    def lead(self, method: str, other: str, old: bool = False) -> Mean:
+    def tasks(self, learned: bool) -> list[str]:
+        """Return the trained tasks that the base had learned before, or those that it never had."""
+        names = dict.fromkeys(each.task for each in self.outcomes if not each.old)
+        return [name for name in names if (name in BASE_EDITS) == learned]
+
+    def lead(self, method: str, other: str, old: bool = False, among: Sequence[str] | None = None) -> Mean:
         """Return the mean difference in dB between two methods, request by request."""
         ours, theirs = (
             {
                 (each.seed, each.task, each.photograph): each.psnr
                 for each in self.outcomes
-                if each.method == name and each.old == old
+                if each.method == name and each.old == old and (among is None or each.task in among)
             }
             for name in (method, other)
         )
@@ -110,22 +128,28 @@ class ConflictResults:
             self.cells.setdefault(task, {}).setdefault(shown, picture)
 
     def table(self) -> str:
-        """Return every method, best first, as plain text."""
-        cost = {each["method"]: each for each in self.costs}
+        """Return every method, best first, as plain text; without tasks that the base never learned, over all."""
+        new, again = self.tasks(learned=False) or self.tasks(learned=True), self.tasks(learned=True)
+        cost: dict[str, list[dict[str, Any]]] = {}
+        for each in self.costs:
+            cost.setdefault(each["method"], []).append(each)
         old = any(each.old for each in self.outcomes)
         rows = [
             (
                 method,
-                str(self.mean(method)),
-                str(self.mean(method, "gain")),
-                f"{self.mean(method, 'progress').value:.2f}",
-                "" if method == "generated" else str(self.lead("generated", method)),
+                str(self.mean(method, among=new)),
+                str(self.mean(method, among=again)) if again else "",
+                f"{self.mean(method, 'progress', among=new).value:.2f}",
+                "" if method == "generated" else str(self.lead("generated", method, among=new)),
                 str(self.lead(method, "base", old=True)) if old else "",
-                f"{cost[method]['parameters']:,}" if method in cost else "",
+                *_costs(cost.get(method, [])),
             )
-            for method in sorted(self.methods, key=lambda each: self.mean(each).value, reverse=True)
+            for method in sorted(self.methods, key=lambda each: self.mean(each, among=new).value, reverse=True)
         ]
-        head = ("method", "new tasks, dB", "over the input", "progress", "generated minus it", "old tasks", "trained")
+        head = (
+            *("method", f"{len(new)} new tasks, dB", f"{len(again)} known ones, dB", "progress", "generated minus it"),
+            *("old tasks", "trained", "steps", "seconds"),
+        )
         return columns(head, rows)
 
     def to_json(self) -> dict[str, Any]:
@@ -140,12 +164,32 @@ class ConflictResults:
                         for name, old in (("new", False), ("old", True))
                         if any(each.old == old for each in self.outcomes)
                     },
+                    **{
+                        f"{name}_psnr": self.mean(method, among=self.tasks(learned)).to_json()
+                        for name, learned in (("never_learned", False), ("learned_before", True))
+                        if self.tasks(learned)
+                    },
                 }
                 for method in self.methods
             ],
             "costs": self.costs,
             "outcomes": [vars(each) for each in self.outcomes],
         }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> ConflictResults:
+        """Read what `to_json` returned, without pictures: the table can be made again."""
+        return cls([Outcome(**each) for each in stored["outcomes"]], list(stored["costs"]))
+
+
+def _costs(costs: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    """Format a method's trained parameters, steps and seconds, the means over seeds."""
+    if not costs:
+        return "", "", ""
+    steps = [each["steps"] for each in costs if "steps" in each]
+    seconds = sum(each.get("processor_seconds", each["seconds"]) for each in costs) / len(costs)
+    mean_steps = f"{sum(steps) / len(steps):.0f}" if steps else ""
+    return f"{costs[0]['parameters']:,}", mean_steps, f"{seconds:.0f}"
 
 
 def conflict(
@@ -163,19 +207,33 @@ def conflict(
     photographs: (training, validation). old_tasks: what the base learned and no method trains on. cache: where results
     of finished trials are found again; a trial is one method's learning-rate search, or one method with one seed.
     """
+    if budget.clock not in CLOCKS:
+        raise OpenwuError(f"clock: expected one of {list(CLOCKS)}, got {budget.clock!r}")
     found = ConflictResults()
+
+    def timed(name: str) -> TrialResult:
+        own, generated = (_step_seconds(model, each, tasks, budget, photographs[0]) for each in (name, "generated"))
+        return TrialResult({"steps": max(1, round(budget.steps * generated / own))})
 
     def run(name: str, seed: int) -> TrialResult:
         search = partial(_search_rates, model, name, tasks, budget, photographs)
         rates, began = cache.get(f"rates of {name}", search).values, time.monotonic()
+        steps = (
+            budget.steps
+            if budget.clock == "steps"
+            else cache.get(f"steps of {name}", partial(timed, name)).values["steps"]
+        )
         method = new_method(model, name, tasks, budget, seed)
         batches = sampler(photographs[0], tasks, budget, seed)
-        fit(method, batches, budget, budget.steps, rates["rates"], f"{name}, seed {seed}")
+        processor = time.process_time()
+        fit(method, batches, budget, steps, rates["rates"], f"{name}, seed {seed}")
         cost = {
             "method": name,
             "seed": seed,
             "parameters": sum(p.numel() for p in method.trained.parameters() if p.requires_grad),
+            "steps": steps,
             "seconds": round(time.monotonic() - began, 1),
+            "processor_seconds": round(time.process_time() - processor, 1),
             **rates,
         }
         cases = [(case, False) for case in draw_cases(test, tasks, seed)]
@@ -199,17 +257,67 @@ def _search_rates(
 
     Searched with a seed of its own, once for all seeds.
     """
-    plain = dict(new_method(model, name, tasks, budget, SEARCH_SEED).rates)
-    tried = []
-    for factor in budget.factors if len(budget.factors) > 1 else ():
+    fresh = new_method(model, name, tasks, budget, SEARCH_SEED)
+    choices = [("AdamW" if fresh.adamw_rates is None else "Muon", dict(fresh.rates))]
+    if fresh.adamw_rates is not None:
+        choices.append(("AdamW", dict(fresh.adamw_rates)))
+    if len(budget.factors) == 1:
+        return TrialResult(
+            {"rates": {key: value * budget.factors[0] for key, value in fresh.rates.items()}, "search": []}
+        )
+
+    def loss(optimiser: str, plain: Mapping[str, float], factor: float) -> float:
         method = new_method(model, name, tasks, budget, SEARCH_SEED)
         rates = {key: value * factor for key, value in plain.items()}
         batches = sampler(photographs[0], tasks, budget, SEARCH_SEED)
-        fit(method, batches, budget, budget.search_steps, rates, f"{name}, rates x {factor:g}")
-        loss = _validation_loss(method, photographs[1], tasks, budget)
-        tried.append({"factor": factor, "validation_loss": loss})
-    best = min(tried, key=lambda each: each["validation_loss"])["factor"] if tried else budget.factors[0]
-    return TrialResult({"rates": {key: value * best for key, value in plain.items()}, "search": tried})
+        fit(method, batches, budget, budget.search_steps, rates, f"{name}, {optimiser}, rates x {factor:g}")
+        return _validation_loss(method, photographs[1], tasks, budget)
+
+    tried: list[dict[str, Any]] = []
+    for optimiser, plain in choices:
+        losses = searched(partial(loss, optimiser, plain), budget.factors)
+        tried += [
+            {
+                "optimiser": optimiser,
+                "factor": factor,
+                "validation_loss": found,
+                "rates": {key: value * factor for key, value in plain.items()},
+            }
+            for factor, found in losses.items()
+        ]
+    best = min(tried, key=lambda each: each["validation_loss"])
+    return TrialResult({"rates": best["rates"], "optimiser": best["optimiser"], "search": tried})
+
+
+def searched(loss: Callable[[float], float], factors: Sequence[float]) -> dict[float, float]:
+    """Try factors, and go on beyond an edge, doubling or halving, as long as the best one lies there.
+
+    Returns factor -> loss in rising order; after MOST_FACTORS the best one may still be at an edge.
+    """
+    tried = {factor: loss(factor) for factor in factors}
+    while len(tried) < MOST_FACTORS:
+        best = min(tried, key=lambda factor: tried[factor])
+        if best == max(tried):
+            following = 2 * best
+        elif best == min(tried):
+            following = best / 2
+        else:
+            break
+        tried[following] = loss(following)
+    return dict(sorted(tried.items()))
+
+
+def _step_seconds(
+    model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Budget, photographs: list[Photograph]
+) -> float:
+    """Measure the processor seconds of a method's update."""
+    batches = sampler(photographs, tasks, budget, SEARCH_SEED)
+    began = 0.0
+    for steps in (1, PROBE_STEPS):  # The first one warms up.
+        method = new_method(model, name, tasks, budget, SEARCH_SEED)
+        began = time.process_time()
+        fit(method, batches, budget, steps, method.rates, f"{name}, timed")
+    return (time.process_time() - began) / PROBE_STEPS
 
 
 def _validation_loss(method: Method, photographs: list[Photograph], tasks: Sequence[str], budget: Budget) -> float:

@@ -14,7 +14,7 @@ Shapes: b requests.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,6 @@ from openwu.evaluation.experiments.methods import (
     AdapterBank,
     Budget,
     Method,
-    copied,
     fit,
     new_method,
     retrieved,
@@ -39,6 +38,7 @@ from openwu.evaluation.experiments.methods import (
 from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.picture_stages import Batches
+from openwu.training.embedded.rehearsal import PastSelf
 from openwu.types import Adapter
 
 STRATEGIES: Mapping[str, str] = {
@@ -79,31 +79,6 @@ class Memory:
         """Append another group's."""
         pictures = torch.cat([self.pictures, other.pictures])
         return Memory(pictures, self.sentences + other.sentences, Adapter.stack([self.adapter, other.adapter]))
-
-
-class PastSelf:
-    """A frozen copy of the generator, whose edits are the targets of later batches."""
-
-    def __init__(self, method: Method, requests: PairSampler) -> None:
-        self._model, self._requests = copied(method.model), requests
-
-    @property
-    def stored_bytes(self) -> int:
-        parts = self._model.condition, self._model.generator
-        return sum(parameter.nbytes for part in parts for parameter in part.parameters())
-
-    @torch.no_grad()
-    def batch(self, step: int) -> PairBatch:
-        """Return the requests of a step with the copy's edits as their targets."""
-        batch, model = self._requests.batch(step), self._model
-        text = model.instruction(batch.sentences)
-        with torch.autocast("cpu", torch.bfloat16):
-            edited = model.edit(batch.picture, batch.planes, text, model.adapt(batch.whole, text))
-        return replace(batch, target=edited.float())
-
-    def size(self, step: int) -> int:
-        """Return the number of requests of a step."""
-        return self._requests.size(step)
 
 
 @dataclass(frozen=True)
@@ -213,6 +188,12 @@ class ContinualResults:
             "seen": [vars(each) for each in self.seen],
         }
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> ContinualResults:
+        """Read what `to_json` returned: the table can be made again."""
+        kept = {each["way"]: each["stored_bytes"] for each in stored["ways"]}
+        return cls([TaskScore(**each) for each in stored["seen"]], kept)
+
 
 def continual(
     model: EmbeddedModel,
@@ -240,7 +221,7 @@ def continual(
             batches: Batches = sampler(photographs, group, budget, 100 * seed + number)
             if earlier and way in REHEARSING:
                 rehearsed = sampler(photographs, earlier, budget, 100 * seed + number)
-                past = PastSelf(method, rehearsed) if way == "generator, past self" else None
+                past = PastSelf(method.model.copy(), rehearsed) if way == "generator, past self" else None
                 batches = Interleaved(batches, past or rehearsed)
             penalty = None if memory is None else partial(_drift, method, memory)
             label = f"{way}, group {number}, seed {seed}"

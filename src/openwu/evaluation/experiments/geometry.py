@@ -9,6 +9,7 @@ Shapes: b samples, E experts, r LoRA rank, in / out widths of a target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from openwu.types import Adapter
 
 DRAWS = 2000
 """Bootstrap samples of an interval."""
+SMALL = 0.1
+"""Numbers below it, such as losses, are shown with more than two decimals."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Mean:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        decimals = decimals_for(self.value, self.low, self.high)
+        value, low, high = (f"{each:.{decimals}f}" for each in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
 
     @property
     def positive(self) -> bool:
@@ -47,6 +52,14 @@ class Mean:
     def named(self, name: str) -> dict[str, float]:
         """Return the numbers under a name, with `_low` and `_high` behind it."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+def decimals_for(*values: float) -> int:
+    """Return with how many decimals to show numbers: two, or as many as the largest needs for two digits."""
+    largest = max(abs(value) for value in values)
+    if not 0 < largest < SMALL:
+        return 2
+    return 1 - math.floor(math.log10(largest))
 
 
 def mean_over(values: Sequence[float], groups: Sequence[str], seed: int = 0) -> Mean:

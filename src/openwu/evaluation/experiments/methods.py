@@ -8,7 +8,6 @@ Shapes: b requests, t tasks, r LoRA rank, in / out widths of a target.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +46,9 @@ class Method:
     """The adapters of test requests."""
     rates: Mapping[str, float]
     """Fields of StageConfig: the peak learning rates at factor 1 of the search."""
+    adamw_rates: Mapping[str, float] | None = None
+    """The same without Muon, as another choice of the search. None: `rates` are AdamW's, since Muon takes single
+    matrices and no stacks of LoRA factors."""
 
 
 class AdapterBank(TrainableLora):
@@ -73,6 +75,8 @@ class Budget:
     factors: tuple[float, ...] = (1.0,)
     """Learning rates are searched at these multiples for `search_steps` each; the best on validation is taken."""
     search_steps: int = 0
+    clock: str = "steps"
+    """What is equal for all methods of a comparison: "steps", or "time", the processor seconds of the generator's."""
 
 
 METHODS = ("single", "shared", "shared, wide", "sft", "generated")
@@ -95,10 +99,11 @@ def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Bu
         shared = TrainableLora(targets, rank if name == "shared" else budget.wide_rank, random)
         one = {"learning_rate": 1e-2 if name == "shared" else 3e-3}
         return Method(name, shared, model, lambda *_: shared(), lambda _: shared().detach(), one)
-    changed = copied(model)
+    changed = model.copy()
     if name == "sft":
         rates = {"learning_rate": 5e-4, "matrix_learning_rate": 2e-3}
-        return Method(name, changed.backbone.requires_grad_(True), changed, lambda *_: None, lambda _: None, rates)
+        trained = changed.backbone.requires_grad_(True)
+        return Method(name, trained, changed, lambda *_: None, lambda _: None, rates, {"learning_rate": 1e-3})
     return generated_on(changed, seed)
 
 
@@ -116,14 +121,8 @@ def generated_on(model: EmbeddedModel, seed: int) -> Method:
         return model.adapt(batch.whole, text)
 
     rates = {"learning_rate": 1e-3, "matrix_learning_rate": 3e-3}
-    return Method("generated", trained, model, adapt, lambda cases: generate(model, cases), rates)
-
-
-def copied(model: EmbeddedModel) -> EmbeddedModel:
-    """Copy the weights into a model of its own: hooks belong to the module that they were made on."""
-    fresh = EmbeddedModel(model.config)
-    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
-    return fresh.requires_grad_(False)
+    adamw = {"learning_rate": 1e-3}
+    return Method("generated", trained, model, adapt, lambda cases: generate(model, cases), rates, adamw)
 
 
 def fit(

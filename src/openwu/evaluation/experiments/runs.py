@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from openwu.data.suite.photographs import Photograph, folder_hashes, load_folder
 from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case, draw_cases, first_phrase, generate, score
 from openwu.evaluation.experiments.audit import Subject, audit
-from openwu.evaluation.experiments.conflict import conflict
-from openwu.evaluation.experiments.continual import continual
+from openwu.evaluation.experiments.conflict import ConflictResults, conflict
+from openwu.evaluation.experiments.continual import ContinualResults, continual
 from openwu.evaluation.experiments.examples import draw_trials, example_edits
 from openwu.evaluation.experiments.gradients import conflicts_table, generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.manifold import manifold
@@ -35,7 +36,7 @@ from openwu.evaluation.experiments.pictures import (
     draw_scaling,
 )
 from openwu.evaluation.experiments.results import ResultCache, write_findings
-from openwu.evaluation.experiments.scaling import BASE_WIDTHS, GENERATOR_SIZES, scaling
+from openwu.evaluation.experiments.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
 from openwu.evaluation.pictures import middle
 from openwu.files.fingerprint import fingerprint
 from openwu.training.embedded.model import EmbeddedModel
@@ -81,6 +82,8 @@ class LabSettings:
     """Length of every training; None: the budget's."""
     axis: str | None = None
     """Scaling: vary only this; None: both."""
+    clock: str = "steps"
+    """Conflict: what is equal for all methods, see `Budget.clock`."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.edits or ()) - set(EDITS))
@@ -180,6 +183,7 @@ def run_conflict(settings: LabSettings) -> str:
     old = [name for name in BASE_EDITS if name not in PAIRED and name not in tasks]
     old = old[:QUICK_OLD] if settings.quick else old
     budget = settings.shortened(QUICK_BUDGET if settings.quick else BUDGET)
+    budget = dataclasses.replace(budget, clock=settings.clock)
     photographs = (settings.training_photographs(), load_folder(Path(settings.photos), validation=True))
     model, test = settings.load_model(), settings.test_photographs()
     more = {"edits": tasks, "old": old, "budget": vars(budget)}
@@ -251,6 +255,25 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "scaling": run_scaling,
 }
 """Name -> the function that runs it and returns its table. One line adds an experiment."""
+
+
+STORED: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "conflict": lambda stored: ConflictResults.from_json(stored).table(),
+    "continual": lambda stored: ContinualResults.from_json(stored).table(),
+    "scaling": lambda stored: Scaling.from_json(stored).table(),
+}
+"""Experiment -> its table out of a result file that holds every number of it."""
+
+
+def stored_table(name: str, path: Path) -> str:
+    """Return an experiment's table out of a file that it wrote. Raises OpenwuError for another file."""
+    if name not in STORED:
+        raise OpenwuError(f"--from: expected one of {list(STORED)}, whose files hold every number, got {name}")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return STORED[name](stored)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OpenwuError(f"--from: expected a result file of openwu lab {name} at {path}: {error!r}") from error
 
 
 def embedded_subject(

@@ -7,7 +7,7 @@ the base's own tasks first, with a generator of one size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,14 +77,24 @@ class Scaling:
         found = [point.scores for point in self.points if (point.axis, point.size) == (axis, size)]
         return mean_over([s for each in found for s in each.values()], [task for each in found for task in each])
 
-    def line(self, axis: str) -> Line:
-        """Fit the line of an axis."""
-        own = [point for point in self.points if point.axis == axis]
+    def line(self, axis: str, without: str | None = None) -> Line:
+        """Fit the line of an axis; `without`: leave a size out."""
+        own = [point for point in self.points if point.axis == axis and point.size != without]
         x = np.log10([point.parameters for point in own])
         y = np.array([sum(point.scores.values()) / len(point.scores) for point in own])
         slope, offset = np.polyfit(x, y, 1)
         residual = float(np.sqrt(np.mean((y - slope * x - offset) ** 2)))
         return Line(float(slope), float(offset), residual)
+
+    def line_without_smallest(self, axis: str) -> Line | None:
+        """Fit the line of an axis without its smallest size; None where fewer than three sizes remain."""
+        sizes = self.sizes(axis)
+        return self.line(axis, min(sizes, key=lambda size: sizes[size])) if len(sizes) > 3 else None
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Scaling:
+        """Read what `to_json` returned: the table can be made again."""
+        return cls([Point(**each) for each in stored["points"]])
 
     def table(self) -> str:
         """Return every size and the fitted lines as plain text."""
@@ -93,17 +103,24 @@ class Scaling:
             for axis in self.axes
             for size, parameters in self.sizes(axis).items()
         ]
-        fitted = {axis: self.line(axis) for axis in self.axes}
-        lines = [
-            f"{axis}: {line.slope:+.2f} dB for ten times the parameters, residual {line.residual:.2f}"
-            for axis, line in fitted.items()
-        ]
+        lines = []
+        for axis in self.axes:
+            line, rest = self.line(axis), self.line_without_smallest(axis)
+            shown = f"{axis}: {line.slope:+.2f} dB for ten times the parameters, residual {line.residual:.2f}"
+            if rest is not None:
+                shown += f"; without the smallest size {rest.slope:+.2f}, residual {rest.residual:.2f}"
+            lines.append(shown)
         return columns(("what varies", "size", "parameters", "mean, dB"), rows) + "\n" + "\n".join(lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """Return all numbers as JSON."""
         return {
             "lines": {axis: dataclasses.asdict(self.line(axis)) for axis in self.axes},
+            "lines_without_smallest": {
+                axis: dataclasses.asdict(line)
+                for axis in self.axes
+                if (line := self.line_without_smallest(axis)) is not None
+            },
             "sizes": [
                 {"axis": axis, "size": size, "parameters": parameters, **self.mean(axis, size).to_json()}
                 for axis in self.axes

@@ -87,6 +87,13 @@ class PairsRecipe(Recipe):
     """Side of the square part of a picture that is shown whole to the condition encoder."""
     held_back: float = 0.1
     """Share of every task's pairs that is validated on instead, at least one where a task has two."""
+    rehearsed: float = 0.5
+    """Share of every batch that asks for edits that the start knows; its own answers are their targets. 0: none, and
+    the known edits are lost."""
+    photographs: str | None = None
+    """Folder of JPEG photographs on which known edits are rehearsed; None: the pictures of the pairs."""
+    dropped: float = 0.3
+    """Share of the n-grams that is left out of sentences, so that other wordings of them are learned too."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     evaluate_every: int = 100
@@ -96,7 +103,20 @@ class PairsRecipe(Recipe):
             raise ValueError(f"generator.shapes: expected equally many requests in all, got {self.generator.shapes}")
         if any(not 0 < crop <= self.side for _, crop in self.generator.shapes):
             raise ValueError(f"generator.shapes: expected crops of 1 to side={self.side}, got {self.generator.shapes}")
-        check_share("held_back", self.held_back)
+        for name in ("held_back", "rehearsed", "dropped"):
+            check_share(name, getattr(self, name))
+
+    @property
+    def rehearsed_requests(self) -> int:
+        """Requests of a batch that ask for known edits. Raises OpenwuError where none would be left for the pairs."""
+        requests = self.generator.shapes[0][0]
+        known = round(self.rehearsed * requests)
+        if self.rehearsed and not 0 < known < requests:
+            raise OpenwuError(
+                f"rehearsed: expected a share that leaves known and new requests in a batch of {requests}, "
+                f"got {self.rehearsed}; enlarge generator.shapes, or set rehearsed=0 and lose what the start knows"
+            )
+        return known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ The folder has `config.json` and one safetensors file per part; the one inside t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import threading
@@ -126,6 +127,12 @@ class EmbeddedModel(nn.Module):
     def merging_pays(self, adapter: Adapter, pixels: int) -> bool:
         """Whether an adapter of one request had better be merged to edit so many pixels."""
         return merging_pays(self.backbone, adapter.targets, adapter.rank, self.base.rows(pixels))
+
+    def copy(self) -> EmbeddedModel:
+        """Copy the weights into a frozen model of its own: hooks belong to the module that they were made on."""
+        fresh = EmbeddedModel(self.config)
+        fresh.load_state_dict(copy.deepcopy(self.state_dict()))
+        return fresh.requires_grad_(False)
 
     @property
     def num_parameters(self) -> dict[str, int]:

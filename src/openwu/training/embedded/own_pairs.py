@@ -8,8 +8,10 @@ Shapes: b requests, s side of the square, k side of the crop that the base edits
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,12 +19,23 @@ from torch.nn import functional as F
 
 from openwu.backbones.embedded.network import place_planes
 from openwu.data.pairs import SHOWN, File, Pair, Pairs, load_picture
-from openwu.data.suite.batches import CORNERS, PairBatch
+from openwu.data.suite.batches import CORNERS, PairBatch, PairSampler
+from openwu.data.suite.photographs import Photograph, load_folder
+from openwu.data.suite.phrases import vary
 from openwu.errors import DatasetError
 from openwu.training.embedded.config import PairsRecipe
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.picture_stages import PictureStage, generator_of
+from openwu.training.embedded.picture_stages import Batches, PictureStage, generator_of
+from openwu.training.embedded.rehearsal import (
+    PastSelf,
+    Rehearsed,
+    known_edits,
+    known_retention,
+    photographs_of,
+    spread_over,
+)
 from openwu.training.micro_batch import FULL_BATCH, MicroBatch
+from openwu.training.retention import Retention
 
 UNNAMED = "pairs"
 """Name of the task of pairs that name none, in curves."""
@@ -35,9 +48,13 @@ KEPT_SIDE = 512
 
 
 class PairsStage(PictureStage):
-    """Train condition encoder and generator on pairs; where none is held back, the first training pairs validate."""
+    """Train condition encoder and generator on pairs; where none is held back, the first training pairs validate.
+
+    A share of every batch asks for known edits, answered by the start as it was; see `rehearsal.PastSelf`.
+    """
 
     def __init__(self, recipe: PairsRecipe, model: EmbeddedModel, training: Pairs, held_back: Pairs) -> None:
+        """`model`: the start; it is trained in place, and copied for its answers where known edits are rehearsed."""
         crowded = [pair.where for pair in (*training.pairs, *held_back.pairs) if len(pair.images) > 2]
         if crowded:
             raise DatasetError(
@@ -46,21 +63,48 @@ class PairsStage(PictureStage):
             )
         judged = held_back if len(held_back) else training
         count = min(VALIDATED, len(judged))
-        self.pairs = OwnPairSampler(training, recipe.generator.shapes, recipe.side, recipe.seed)
+        known, shapes = recipe.rehearsed_requests, recipe.generator.shapes
+        own = tuple((requests - known, crop) for requests, crop in shapes)
+        self.pairs = OwnPairSampler(training, own, recipe.side, recipe.seed, varied=True)
+        batches: Batches = self.pairs
+        if known:
+            rehearsed = tuple((known, crop) for _, crop in shapes)
+            photographs = rehearsal_photographs(recipe, training)
+            requests = PairSampler(
+                photographs, known_edits(model), rehearsed, recipe.side, recipe.seed + 5, dialled=True
+            )
+            batches = Rehearsed(self.pairs, PastSelf(model.copy(), requests, recipe.bf16))
         validation = OwnPairSampler(judged, ((count, recipe.side),), recipe.side, recipe.seed + 9)
         super().__init__(
-            *("generator", recipe.generator, model, *generator_of(model), self.pairs, validation),
+            *("generator", recipe.generator, model, *generator_of(model), batches, validation),
             seed=recipe.seed,
             bf16=recipe.bf16,
+            dropped=recipe.dropped,
         )
 
     def not_finite(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
-        """Name the pairs whose loss is not finite by their place in the user's data."""
-        _, losses = self.losses(step, micro_batch)
+        """Name the pairs whose loss is not finite by their place in the user's data, known edits by their names."""
+        batch, losses = self.losses(step, micro_batch)
         size = self.pairs.size(step)
-        chosen = self.pairs.pairs.step(step, size, self.pairs.seed)[micro_batch.rows(size)]
+        chosen = self.pairs.pairs.step(step, size, self.pairs.seed)
+        places = [pair.where for pair, _ in chosen] + [*self.batches.batch(step).names[size:]]
+        own = places[micro_batch.rows(len(places))]
         finite = losses.isfinite().tolist()
-        return [f"{pair.where} ({s!r})" for (pair, s), fine in zip(chosen, finite, strict=True) if not fine]
+        return [f"{w} ({s!r})" for w, s, fine in zip(own, batch.sentences, finite, strict=True) if not fine]
+
+
+def rehearsal_photographs(recipe: PairsRecipe, pairs: Pairs) -> list[Photograph]:
+    """Return the photographs on which known edits are rehearsed: the recipe's folder, or the pairs' own pictures."""
+    if recipe.photographs is not None:
+        return load_folder(Path(recipe.photographs))
+    return photographs_of([_decoded(pair.images[0]) for pair in spread_over(pairs).pairs], recipe.side)
+
+
+def pairs_retention(recipe: PairsRecipe, model: EmbeddedModel, pairs: Pairs) -> Retention:
+    """Measure what a training on pairs loses of the start's known edits, on the pictures of these pairs."""
+    pictures = photographs_of([_decoded(pair.images[0]) for pair in spread_over(pairs).pairs], recipe.side)
+    crop = max(crop for _, crop in recipe.generator.shapes)
+    return known_retention(model, pictures, recipe.side, crop, recipe.seed + 13, recipe.bf16)
 
 
 @dataclass(frozen=True)
@@ -72,6 +116,8 @@ class OwnPairSampler:
     """Steps walk through these (requests b, crop side k) in turn; b is the same in all."""
     side: int
     seed: int
+    varied: bool = False
+    """Whether wordings are varied: politeness, other words for the picture, capitals, typing errors."""
 
     def size(self, _step: int) -> int:
         """Requests of a step's batch."""
@@ -87,7 +133,14 @@ class OwnPairSampler:
             rows.append(_request(pair, self.side, crop, generator))
         stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         names = tuple(pair.task or UNNAMED for pair, _ in chosen)
-        return PairBatch(names, tuple(sentence for _, sentence in chosen), *stacked)
+        return PairBatch(names, self._sentences([sentence for _, sentence in chosen], step), *stacked)
+
+    def _sentences(self, wordings: Sequence[str], step: int) -> tuple[str, ...]:
+        """Return the wordings of a step, varied where that is asked for."""
+        if not self.varied:
+            return tuple(wordings)
+        draws = torch.Generator().manual_seed(self.seed * 13_000_027 + step)
+        return tuple(vary(words, "en" if words.isascii() else "zh", draws) for words in wordings)
 
 
 def _request(pair: Pair, side: int, crop: int, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ from openwu.data.pairs import pairs_hashes, read_pairs, split_pairs
 from openwu.data.suite.photographs import folder_hashes, load_folder
 from openwu.data.suite.phrases import phrases_hash
 from openwu.errors import OpenwuError
+from openwu.evaluation.wording import understanding
 from openwu.files.hashing import of_files, of_json
 from openwu.training.checkpoint import load_weights
+from openwu.training.distributed import is_main
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe, PairsRecipe, WordingRecipe
 from openwu.training.embedded.instruction_stages import InstructionStage, WordingStage
 from openwu.training.embedded.model import SHARED, EmbeddedModel
-from openwu.training.embedded.own_pairs import PairsStage
+from openwu.training.embedded.own_pairs import PairsStage, pairs_retention
 from openwu.training.embedded.picture_stages import Photographs, base_stage, generator_of, generator_stage, shared_stage
+from openwu.training.embedded.rehearsal import known_retention
 from openwu.training.loop import LoopConfig, Stage, train_stage
 from openwu.training.record import (
     dependencies,
@@ -31,7 +37,11 @@ from openwu.training.record import (
     stored_provenance,
     write_provenance,
 )
+from openwu.training.retention import Retention, RetentionWarning, WatchedStage
 from openwu.training.stage import TrainableLora
+
+UNDERSTOOD = 0.01
+"""Share of held-out sentences that may be understood less well on average before a warning is given."""
 
 STAGE_BUILDERS: dict[str, Callable[[EmbeddedRecipe, EmbeddedModel, Photographs], Stage]] = {
     "instruction": lambda recipe, model, _: InstructionStage(model, recipe.seed, recipe.instruction.shapes[0][0]),
@@ -56,10 +66,15 @@ def train(
     described = {name: stage_dependencies(name, recipe, hashes) for name in stages}
     model, before = starting_model(recipe)
     pictures = (load_folder(photographs), load_folder(photographs, validation=True))
+    known = None
+    if recipe.start is not None and {"base", "generator"} & set(stages):
+        crop = max(crop for _, crop in recipe.generator.shapes)
+        known = known_retention(model, pictures[1], recipe.side, crop, recipe.seed + 13, recipe.bf16)
     last = max((STAGES.index(name) for name in stages), default=-1)
     for name in STAGES[: last + 1]:
         if name in stages:
             stage = STAGE_BUILDERS[name](recipe, model, pictures)
+            stage = WatchedStage(stage, known) if known is not None and name == "generator" else stage
             loop = LoopConfig.of(recipe, described[name], stop_after)
             if not train_stage(stage, getattr(recipe, name), loop, folder / name):
                 return
@@ -68,25 +83,39 @@ def train(
         elif recipe.start is None or name in recipe.stages:
             load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
         if name == "generator":  # The model is complete; the baseline is no part of it.
-            _export(recipe, model, folder, before, sentences=phrases_hash(), photographs=hashes)
+            _export(recipe, model, folder, before, known, sentences=phrases_hash(), photographs=hashes)
 
 
 def train_pairs(
     recipe: PairsRecipe, folder: Path, _stages: tuple[str, ...] | None = None, stop_after: int | None = None
 ) -> None:
-    """Train condition encoder and generator on pairs; every pair is checked before the first step."""
+    """Train condition encoder and generator on pairs; every pair is checked before the first step.
+
+    The known edits are watched: `known/...` is logged, a RetentionWarning given where they lose more than 0.5 dB.
+    """
     if recipe.data is None:
         raise OpenwuError("data: expected a JSONL file or a folder of pairs; pass data=PATH")
     training, held_back = split_pairs(read_pairs(recipe.data), recipe.held_back)
     hashes = pairs_hashes(training, held_back)
     start = Path(recipe.start or WEIGHTS)
     model, before = EmbeddedModel.from_pretrained(start), stored_provenance(start)
-    stage = PairsStage(recipe, model, training, held_back)
+    known = pairs_retention(recipe, model, held_back if len(held_back) else training)
+    if not recipe.rehearsed and is_main():
+        warnings.warn(
+            f"rehearsed=0: nothing keeps the {len(known.before)} edits that the start knows ({known.mean:.1f} dB on "
+            "these pictures); unless the pairs have all of them, expect most to be lost. With rehearsed=0.5 half of "
+            "every batch keeps them",
+            RetentionWarning,
+            stacklevel=2,
+        )
+    stage = WatchedStage(PairsStage(recipe, model, training, held_back), known)
     # The start by its contents: the package's weights change with its version, and a checkpoint has the trained alone.
     found = {"start": weights_hash(start), "pairs": of_json(hashes).hexdigest()}
+    if recipe.photographs is not None:
+        found["photographs"] = of_json(folder_hashes(Path(recipe.photographs))).hexdigest()
     described = json.dumps(dependencies(recipe, ("data",), **found), sort_keys=True)
     if train_stage(stage, recipe.generator, LoopConfig.of(recipe, described, stop_after), folder / "generator"):
-        _export(recipe, model, folder, before, sentences=phrases_hash(), pairs=hashes)
+        _export(recipe, model, folder, before, known, sentences=phrases_hash(), pairs=hashes)
 
 
 def train_wording(
@@ -95,11 +124,12 @@ def train_wording(
     """Train the instruction encoder alone, on the suite's present sentences."""
     start = Path(recipe.start or WEIGHTS)
     model, before = EmbeddedModel.from_pretrained(start), stored_provenance(start)
-    stage = WordingStage(recipe, model)
+    known = Retention(partial(_understood, model), UNDERSTOOD, "of the held-out sentences", "raise hold")
+    stage = WatchedStage(WordingStage(recipe, model), known)
     found = {"start": weights_hash(start), "sentences": phrases_hash()}
     described = json.dumps(dependencies(recipe, **found), sort_keys=True)
     if train_stage(stage, recipe.wording, LoopConfig.of(recipe, described, stop_after), folder / "wording"):
-        _export(recipe, model, folder, before, sentences=phrases_hash())
+        _export(recipe, model, folder, before, known, sentences=phrases_hash())
 
 
 def starting_model(recipe: EmbeddedRecipe) -> tuple[EmbeddedModel, dict[str, Any] | None]:
@@ -150,6 +180,11 @@ def weights_hash(model: Path) -> str:
     return of_files(sorted(model.glob("*.safetensors"))).hexdigest()
 
 
+def _understood(model: EmbeddedModel) -> dict[str, float]:
+    """Measure the understanding of held-out sentences; what there is no sentence for is left out."""
+    return {name: share for name, share in understanding(model.instruction).items() if not math.isnan(share)}
+
+
 def _trained(name: str, model: EmbeddedModel) -> nn.Module:
     parts = {"instruction": model.instruction, "base": model.backbone}
     return parts[name] if name in parts else generator_of(model)[0]
@@ -160,9 +195,12 @@ def _export(
     model: EmbeddedModel,
     folder: Path,
     before: dict[str, Any] | None,
+    known: Retention | None,
     **data: object,
 ) -> None:
     """Write the model with its provenance; `data`: hashes of what it was trained on."""
+    if known is not None:
+        data["known"] = known.record()
     for target in export_folders(recipe, folder):
         model.save_pretrained(target)
         write_provenance(target, provenance(recipe, folder, **data), before)

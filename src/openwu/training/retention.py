@@ -1,0 +1,150 @@
+"""Retention: keep what finished weights, or a frozen base, could do before, and measure what is lost of it.
+
+`RetentionObjective` is a loss beside a generator's own: under the batch's adapters the base shall answer unrelated
+inputs as it does without any. `Retention` scores a starting model once and again whenever a training that goes on from
+it is evaluated; `WatchedStage` adds that to any stage. Scores are higher for better, for example PSNR in dB.
+
+Shapes: b rows of a batch, n tokens, V vocabulary size, `...` axes of the base's prediction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openwu.errors import OpenwuError
+from openwu.training.distributed import is_main
+from openwu.training.loop import Evaluation, Stage
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch, take_rows
+from openwu.training.objectives import squared_errors
+
+Inputs = TypeVar("Inputs")
+"""Rows of unrelated inputs; only the user's own functions look into them."""
+
+LARGE = 2.0
+"""Mean relative norm of generated updates from which a warning is given: they outweigh the weights."""
+
+
+class RetentionWarning(UserWarning):
+    """Warn that a training loses what its start, or its frozen base, could do."""
+
+
+@dataclass(frozen=True)
+class RetentionObjective(Generic[Inputs]):
+    """Keep the base's own answers on inputs that have nothing to do with the request (Li and Hoiem 2016).
+
+    A step costs one more pass of the base without gradients and one with them.
+    """
+
+    inputs: Callable[[int], Inputs]
+    """Unrelated inputs of a step, by its number alone; as many rows as the step's batch has."""
+    predict: Callable[[Inputs], Tensor]
+    """The base's prediction `[b, ...]`; called without an adapter for its own answer, then under the adapters."""
+    losses: Callable[[Inputs, Tensor, Tensor], Tensor] = lambda _, prediction, own: squared_errors(prediction, own)
+    """Loss of every row `[b]` from (inputs, prediction under the adapters, the base's own): by default the mean squared
+    error; `token_divergence` for logits."""
+    weight: float = 1.0
+    """Factor on the mean loss beside the training's own."""
+    rows: Callable[[Inputs, slice], Inputs] = take_rows
+    """Select rows of the inputs, for micro-batches and several processes."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise OpenwuError(f"weight: expected a number above 0, got {self.weight}; leave retention out instead")
+
+
+def token_divergence(prediction: Tensor, own: Tensor, mask: Tensor) -> Tensor:
+    """Return KL(own || prediction) in nats per token, the mean over the tokens of every text `[b]`.
+
+    prediction, own: logits `[b, n, V]`. mask: 1 for tokens that count, `[b, n]`.
+    """
+    each = F.kl_div(
+        F.log_softmax(prediction.float(), -1), F.log_softmax(own.float(), -1), reduction="none", log_target=True
+    ).sum(-1)
+    return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def warn_of_large_updates(norm: float) -> None:
+    """Warn where the mean relative norm of generated updates is above LARGE."""
+    if norm > LARGE and is_main():
+        warnings.warn(
+            f"generated updates are {norm:.1f} times as large as the weights that they are added to; the base may lose "
+            "what it could do. Add a RetentionObjective to the stage, or lower alpha or the learning rates",
+            RetentionWarning,
+            stacklevel=2,
+        )
+
+
+class Retention:
+    """Scores of known tasks before a training and now."""
+
+    def __init__(self, measure: Callable[[], Mapping[str, float]], allowed: float, unit: str, advice: str) -> None:
+        """Measure the start. `allowed`: mean loss from which a warning is given; `advice`: what to do then."""
+        self._measure, self.allowed, self.unit, self.advice = measure, allowed, unit, advice
+        self.before = dict(self._scores())
+        """Task -> score of the starting model."""
+
+    @property
+    def mean(self) -> float:
+        """The starting model's mean score."""
+        return sum(self.before.values()) / len(self.before)
+
+    def scalars(self) -> dict[str, float]:
+        """Score the model as it is now: `known/mean`, `known/lost` and `known/worst`; warn where too much is lost."""
+        now = self._scores()
+        lost = {name: score - now[name] for name, score in self.before.items()}
+        mean, worst = sum(lost.values()) / len(lost), max(lost, key=lambda name: lost[name])
+        if mean > self.allowed and is_main():
+            warnings.warn(
+                f"{mean:.2f} {self.unit} are lost on average over {len(lost)} known tasks (most on {worst!r}: "
+                f"{lost[worst]:.2f}); {self.advice}",
+                RetentionWarning,
+                stacklevel=2,
+            )
+        return {"known/mean": sum(now.values()) / len(now), "known/lost": mean, "known/worst": lost[worst]}
+
+    def record(self) -> dict[str, object]:
+        """Return the scores before and now of every known task for a provenance."""
+        now = self._scores()
+        each = {name: [round(score, 4), round(now[name], 4)] for name, score in self.before.items()}
+        after = sum(now.values()) / len(now)
+        return {"unit": self.unit, "before": round(self.mean, 4), "after": round(after, 4), "each": each}
+
+    def _scores(self) -> Mapping[str, float]:
+        with torch.no_grad():
+            found = self._measure()
+        if not found:
+            raise OpenwuError("retention: expected scores of at least one known task, got none")
+        return found
+
+
+class WatchedStage:
+    """A stage whose evaluations also report what is lost of known tasks."""
+
+    def __init__(self, stage: Stage, retention: Retention) -> None:
+        self.stage, self.retention, self.name = stage, retention, stage.name
+
+    @property
+    def trained(self) -> nn.Module:
+        """The stage's module."""
+        return self.stage.trained
+
+    def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> AbstractContextManager[Tensor]:
+        """Return the stage's loss."""
+        return self.stage.loss(step, micro_batch)
+
+    def not_finite(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Sequence[str]:
+        """Name the stage's samples whose loss is not finite."""
+        return self.stage.not_finite(step, micro_batch)
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the stage, then the known tasks."""
+        found = self.stage.evaluate()
+        return Evaluation({**found.scalars, **self.retention.scalars()}, found.picture)
