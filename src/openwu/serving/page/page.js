@@ -175,18 +175,18 @@ async function start(anyway = false) {
   const began = performance.now();
   const before = files.photo;
   const inputs = $("compare").checked ? [$("prompt"), $("second")] : [$("prompt")];
-  const states = inputs.map(() => 0);
+  const states = inputs.map(() => ({ share: 0 }));
   const made = inputs.map(async (input, at) => {
     const prompt = input.value.trim();
     const result = await edit(fieldsOf(prompt, anyway), own.signal, (kind, done, total) => {
-      states[at] = kind === "editing" ? done / total : 0;
-      if (at === 0 || states[0] === 1) say(kind === "queued" ? text("queued", done) : text("editing"));
-      $("progress").value = states.reduce((sum, each) => sum + each, 0) / states.length;
+      states[at] = { kind, ahead: done, share: kind === "editing" ? done / total : 0 };
+      report(states);
     }).catch((error) => {
       error.field ??= input;
       throw error;
     });
-    states[at] = 1;
+    states[at] = { share: 1 };
+    report(states);
     return { before, after: result.blob, prompt, about: { ...result.about, strength: $("strength").value }, name: before.name };
   });
   try {
@@ -210,15 +210,24 @@ async function start(anyway = false) {
   }
 }
 
+/** Say how far the first of the edits is that are not done; one that runs goes before one that waits. */
+function report(states) {
+  const ahead = states.filter((each) => each.kind === "queued").map((each) => each.ahead);
+  if (states.some((each) => each.kind === "editing")) say(text("editing"));
+  else if (ahead.length) say(text("queued", Math.min(...ahead)));
+  $("progress").value = states.reduce((sum, each) => sum + each.share, 0) / states.length;
+}
+
 function busy(is) {
-  const stopHadFocus = document.activeElement === $("stop");
+  const focused = document.activeElement;
   if (!is) running = null;
   $("run").disabled = is;
   $("stop").hidden = $("progress").hidden = !is;
   $("results").setAttribute("aria-busy", String(is));
   if (is) $("error").hidden = true;
   $("progress").value = 0;
-  if (!is && stopHadFocus) $("run").focus();
+  if (is && focused === $("run")) $("stop").focus(); // a button that goes must not take the focus with it
+  if (!is && focused === $("stop")) $("run").focus();
 }
 
 // Pictures that come back.
