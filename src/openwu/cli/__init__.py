@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from openwu import __version__
+from openwu.cli import mcp as agents
 from openwu.cli import serve as serving
 from openwu.cli.console import USAGE, Parser, UsageError, complain, say
 from openwu.errors import InstructionError, OpenwuError
@@ -74,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     serving.add_arguments(serve)
     _add_base(serve)
+    mcp = verbs.add_parser(
+        "mcp",
+        help="offer edits to an agent, over standard input and output",
+        allow_abbrev=False,
+        description="Offer tools to an agent over the Model Context Protocol (stdio). See docs/serving.md.",
+    )
+    agents.add_arguments(mcp)
+    _add_base(mcp)
     _add_export(verbs)
     _add_train(verbs)
     _add_handed_on(verbs, "eval", "measure a model", "openwu.cli.evaluate:run")

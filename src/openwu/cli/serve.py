@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _engine(arguments: argparse.Namespace) -> Engine:
-    source = _source(arguments)
+    source = model_source(arguments)
     if arguments.workers == 0:
         from openwu.serving.engines.local import LocalEngine
 
@@ -61,7 +61,8 @@ def _engine(arguments: argparse.Namespace) -> Engine:
     )
 
 
-def _source(arguments: argparse.Namespace) -> ModelSource:
+def model_source(arguments: argparse.Namespace) -> ModelSource:
+    """Return the model that the options name."""
     from openwu.serving.engines import ModelSource
 
     return ModelSource(
