@@ -1,4 +1,4 @@
-"""The page in a real browser: what a person does with mouse, keyboard, paste and drop, and what a screen reader hears."""
+"""The page in a real browser: what a person does with mouse, keyboard, paste and drop, and hears from a reader."""
 
 from __future__ import annotations
 
