@@ -132,7 +132,7 @@ class Tools:
         target = self._folders.new(output or default, tuple(OUTPUTS), overwrite)
         if target == source:
             raise ToolError("output: expected another path than the photograph's, which is kept")
-        values = {
+        values: dict[str, Sequence[object]] = {
             "prompt": [instruction],
             "strength": [strength],
             "seed": [seed],
