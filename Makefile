@@ -11,7 +11,7 @@ DEV := $(VENV)/.installed-dev
 # with CUDA. Where that index cannot be reached, pip falls back to PyPI; `make TORCH_INDEX= ...` uses PyPI alone.
 TORCH_INDEX ?= $(shell test "$$(uname -s)" != Linux || command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
 
-.PHONY: venv demo docs test test-slow test-gpu lint release-check clean
+.PHONY: venv demo docs test test-slow test-service test-gpu lint release-check clean
 
 venv: $(DEV)
 
@@ -43,6 +43,10 @@ test: venv lint
 
 test-slow: venv
 	$(BIN)/pytest -m "slow and not gpu"
+
+# The service with real processes and clients (docs/serving.md); OPENWU_SOAK_SECONDS=7200 overloads it for two hours.
+test-service: venv
+	$(BIN)/pytest -v -s tests/serving
 
 test-gpu: venv
 	$(BIN)/pytest -m gpu

@@ -52,7 +52,9 @@ def embedded_config() -> EmbeddedConfig:
         num_pg_layers=1,
         groups=tiny_layer_groups(backbone),
     )
-    instruction = InstructionConfig(LABELS, width=32, num_tokens=4, num_layers=1, heads=2, buckets=512)
+    instruction = InstructionConfig(
+        LABELS, width=32, num_tokens=4, num_layers=1, heads=2, buckets=512, accepted_percent=1
+    )
     return EmbeddedConfig(instruction, backbone, condition, generator)
 
 

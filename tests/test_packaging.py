@@ -105,7 +105,7 @@ def test_every_extra_that_is_named_exists() -> None:
 
 def test_every_extra_brings_the_library_that_asks_for_it() -> None:
     """`library("module", "extra")` of `openwu.extras` promises that installing the extra mends the error."""
-    dependencies = {"huggingface_hub": "diffusers"}  # comes with that library
+    dependencies = {"huggingface_hub": "diffusers", "pywt": "pywavelets"}  # comes with that library, or by another name
     calls = []
     for page, text in texts().items():
         for module, extra in re.findall(r'\blibrary\("([\w.]+)"(?:, "(\w+)")?\)', text):

@@ -47,6 +47,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with Image.open(source) as image:
         small = image.resize((96, 64))
     small.save(tmp_path / "photo.jpg")
+    (tmp_path / "photos").mkdir()
+    small.save(tmp_path / "photos" / "one.jpg")
     small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -64,6 +66,8 @@ def test_the_commands_work_in_their_order(photos: Path, capsys: pytest.CaptureFi
         "photo.edited.jpg",
         "photo.edited.compare.png",
         "edited/photo.jpg",
+        "edited/one.jpg",
+        "edited.jsonl",
         "also-foggy.png",
         "film.png",
         "recoloured.png",

@@ -17,6 +17,7 @@ from PIL import Image
 
 from openwu.backbones.embedded import tiles
 from openwu.backbones.embedded.base import WEIGHTS, native_dtype
+from openwu.backbones.embedded.instruction import InstructionConfig
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
@@ -177,9 +178,16 @@ def test_the_card_shows_the_stored_results(stored: dict[str, Any], findings: Fin
 
 
 def moved(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the folder of weights as it is today; it lay at the top of the package in training."""
+    """A stored recipe with the folder of weights as it is today; it lay at the top of the package in training.
+
+    The probability from which an edit is accepted has come since: it takes no part in training.
+    """
     folder = WEIGHTS.relative_to(ROOT).as_posix()
-    return {key: folder if value == "src/openwu/weights" else value for key, value in recipe.items()}
+    recipe = {key: folder if value == "src/openwu/weights" else value for key, value in recipe.items()}
+    if isinstance(recipe.get("model"), dict):
+        threshold = {"accepted_percent": InstructionConfig(("a", "b")).accepted_percent}
+        recipe["model"] = recipe["model"] | {"instruction": threshold | recipe["model"]["instruction"]}
+    return recipe
 
 
 def test_the_stored_baseline_learned_on_the_base_inside_the_package(editor: Editor) -> None:
@@ -338,8 +346,8 @@ def test_a_reference_gives_its_colours_and_only_through_the_adapter(editor: Edit
         after = floats(edited[name].image).mean((0, 1))
         assert np.linalg.norm(after - wanted) < 0.75 * np.linalg.norm(before - wanted), name
     # The base alone does not know which reference came.
-    silent = [editor.edit([photograph, photograph.rotate(90)], sentence, strength=0).image]
-    silent.append(editor.edit([photograph, photograph.convert("L")], sentence, strength=0).image)
+    silent = [editor.edit([photograph, photograph.rotate(90)], sentence, strength=1e-30).image]
+    silent.append(editor.edit([photograph, photograph.convert("L")], sentence, strength=1e-30).image)
     assert np.array_equal(*(np.asarray(image) for image in silent))
     # What it knows of blue and brown, it knows from the adapters alone: they can be swapped.
     swapped = editor.edit(photograph, adapter=edited["brown"].adapter).image
@@ -352,11 +360,12 @@ def test_a_missing_reference_is_asked_for(editor: Editor, photograph: Image.Imag
             editor.edit(photograph, load_phrases()["take_palette"][language]["train"][0])
 
 
-def test_two_instructions_share_one_pass(editor: Editor, photograph: Image.Image) -> None:
+def test_a_second_instruction_edits_the_result_of_the_first(editor: Editor, photograph: Image.Image) -> None:
     """Both leave their mark: soften, then black and white."""
     soft, grey = (load_phrases()[name]["en"]["train"][0] for name in ("soften", "black_and_white"))
     both = editor.edit(photograph, soft, then=grey)
-    assert both.adapter.rank == 2 * editor.adapt(photograph, soft).rank
+    again = editor.edit(editor.edit(photograph, soft).photo, grey)
+    assert np.array_equal(both.photo.pixels, again.photo.pixels)
     before, after = floats(photograph), floats(both.image)
     colour_before, colour_after = (np.abs(x[..., 0] - x[..., 2]).mean() for x in (before, after))
     assert colour_after < 0.8 * colour_before
@@ -372,6 +381,6 @@ def test_words_of_strength_are_heard(editor: Editor, photograph: Image.Image) ->
     assert 3 < moved[0] < moved[1] < moved[2]
 
 
-def test_an_impossible_instruction_is_refused_with_the_nearest_edits(editor: Editor, photograph: Image.Image) -> None:
-    with pytest.raises(InstructionError, match=r"nearest edits.*--allow-out-of-scope"):
+def test_an_impossible_instruction_is_refused(editor: Editor, photograph: Image.Image) -> None:
+    with pytest.raises(InstructionError, match=r"does not know how to 'add a dragon'.*--allow-out-of-scope"):
         editor.edit(photograph, "add a dragon")

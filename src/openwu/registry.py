@@ -1,7 +1,7 @@
 """Extension points by name: plain dicts name -> "module:Class", and the one function that resolves them.
 
-One line here adds a base, a condition encoder, an operator or an export format; the module behind it is imported on
-first use.
+One line here adds a base, a condition encoder, an operator, an export format, a benchmark or an editor to compare with;
+the module behind it is imported on first use.
 """
 
 from __future__ import annotations
@@ -52,6 +52,37 @@ EXPORT_FORMATS: dict[str, str] = {
     "comfyui": "openwu.export.single_file:save_comfyui",
 }
 """Formats of adapter folders: functions that write one; docs/adding-an-export-format.md says how."""
+
+BENCHMARKS: dict[str, str] = {
+    "gedit": "openwu.evaluation.benchmarks.gedit:load",
+    "imgedit": "openwu.evaluation.benchmarks.imgedit:load",
+    "own": "openwu.evaluation.benchmarks.own:load",
+    "real": "openwu.evaluation.benchmarks.real:load",
+    "cases": "openwu.evaluation.benchmarks.listing:load",
+}
+"""Benchmarks: functions (folder, working folder, partial) -> cases."""
+
+SYSTEMS: dict[str, str] = {
+    "gpt-image-1.5": "openwu.evaluation.systems.openai_images:gpt_image_15",
+    "gpt-image-2": "openwu.evaluation.systems.openai_images:gpt_image_2",
+    "openai-compatible": "openwu.evaluation.systems.openai_images:compatible",
+    "nano-banana-2": "openwu.evaluation.systems.gemini:nano_banana_2",
+    "nano-banana-pro": "openwu.evaluation.systems.gemini:nano_banana_pro",
+    "seedream-4.5": "openwu.evaluation.systems.seedream:seedream_45",
+    "step1x-edit": "openwu.evaluation.systems.local:step1x_edit",
+    "qwen-image-edit": "openwu.evaluation.systems.local:qwen_image_edit",
+    "qwen-image-edit-2511": "openwu.evaluation.systems.local:qwen_image_edit_2511",
+    "longcat-image-edit": "openwu.evaluation.systems.local:longcat_image_edit",
+    "flux2-dev": "openwu.evaluation.systems.local:flux2_dev",
+    "flux-kontext": "openwu.evaluation.systems.local:flux_kontext",
+    "input": "openwu.evaluation.systems.restorers:copy_input",
+    "unsharp": "openwu.evaluation.systems.restorers:unsharp",
+    "nlm": "openwu.evaluation.systems.restorers:nlm",
+    "bm3d": "openwu.evaluation.systems.restorers:bm3d",
+    "realesrgan": "openwu.evaluation.systems.restorers:realesrgan",
+    "realesrgan-small": "openwu.evaluation.systems.restorers:realesrgan_small",
+}
+"""Editors to compare with: functions that make a `openwu.evaluation.systems.System` from `SystemOptions`."""
 
 ADAPTER_READER = "openwu.export.read:load_adapter"
 """The function that reads an adapter in any format."""

@@ -1,12 +1,9 @@
 """The nouns that a request meets on its way: BaseRequest -> Condition -> Target -> Adapter.
 
 `BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take. `FactorRules` is what an adapter and
-a generator need to know of an operator; `openwu.adapters.operators` has the operators.
+a generator need to know of an operator. What holds photographs, `EditRequest`, is in `openwu.editor.requests`.
 
-`EditRequest` and `EditResult`, which hold photographs, are in `openwu.editor.requests`.
-
-Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts, A_dim / B_dim the input and output
-width of one adapted weight.
+Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts, A_dim / B_dim widths in and out.
 """
 
 from __future__ import annotations
@@ -77,6 +74,7 @@ class BaseRequest:
     instruction: str
     seed: int = 0
     reasoning: str | None = None
+    image_size: str | None = None
 
 
 class ConditionEncoder(ABC):
@@ -138,6 +136,8 @@ class SamplingOptions:
     """Weight of the instruction against a second call without it, where a base that is told `guidance` has that too."""
     pixels: int | None = None
     """About how many pixels the base works on; the result is scaled back to the photograph's size."""
+    fit_to_photo: bool = False
+    """Stretch the result to the photograph's size, where the base draws at sizes of its own; others always do so."""
     batch: int = 4
     """Requests that share one call of the base, at most."""
 
@@ -150,6 +150,32 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise OpenwuError(f"{name}: expected a number from 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What an instruction was taken for, by a base that tells edits apart."""
+
+    edit: str
+    """Name of the edit: "black_and_white"."""
+    probability: float
+    """Of this edit, 0 to 1, as the base's instruction encoder gives it."""
+    degree: str = "normal"
+    """What words of strength asked for: "little", "normal" or "strong"."""
+    strength: float = 1.0
+    """Share of the full edit, from a number in the instruction ("20% brighter"), beside the request's strength."""
+    runners_up: tuple[tuple[str, float], ...] = ()
+    """(edit, probability) of the next ones, the most probable first."""
+    instruction: str = ""
+    """The words that the base reads for this edit."""
+    then: tuple[Understood, ...] = ()
+    """What comes after it, for a request of several edits."""
+
+    def __str__(self) -> str:
+        """Return this for people: "brighten (84%) at strength 0.51, then add noise (95%)"."""
+        strength = "" if self.strength == 1 else f" at strength {self.strength:.2f}"
+        words = f"{self.edit.replace('_', ' ')} ({self.probability:.0%}){strength}"
+        return ", then ".join([words, *map(str, self.then)])
 
 
 @dataclass(frozen=True)
@@ -410,18 +436,15 @@ class Adapter:
             target.name: target.rules.summed([adapter.factors[target.name] for adapter in adapters], ratios)
             for target in first.targets
         }
-        known = all(adapter.instructions for adapter in adapters)
-        each = zip(*(adapter.instructions for adapter in adapters), strict=True) if known else ()
-        instructions = tuple(tuple(text for texts in sample for text in texts) for sample in each)
+        texts = [adapter.instructions for adapter in adapters]
+        instructions = tuple(sum(sample, ()) for sample in zip(*texts, strict=True)) if all(texts) else ()
         return replace(first, factors=summed, instructions=instructions)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
-        """All factors, changed."""
         return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
 
 
 @cache
 def _rules(operator: str) -> FactorRules:
-    rules = resolve(OPERATOR_OF)(operator)
-    assert isinstance(rules, FactorRules)
+    rules: FactorRules = resolve(OPERATOR_OF)(operator)
     return rules

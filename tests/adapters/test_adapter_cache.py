@@ -415,6 +415,7 @@ def test_a_key_follows_everything_that_the_adapter_depends_on() -> None:
         request_key("g", [PICTURE], "blur it", seed=1),
         request_key("g", [PICTURE], "blur it", reasoning=""),
         request_key("g", [PICTURE], "blur it", reasoning="0"),
+        request_key("g", [PICTURE], "blur it", image_size="0"),
         request_key("g", [PICTURE], "blur it", in_scope=False),
         request_key("g", [PICTURE], "blur it", how="8 bits"),
         request_key("g", [], "blur it"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import hunyuan_stand_in
@@ -187,18 +188,16 @@ def test_every_call_has_the_released_pipeline_s_settings(
         assert each["infer_align_image_size"] is True
         assert each["seed"] == 3
     asked.clear()
-    base.image_size = "24x40"
-    (other,) = base.generate([BaseRequest((picture(1), picture(2)), words, 3)], FAST, nothing)
+    sized = BaseRequest((picture(1), picture(2)), words, 3, image_size="24x40")
+    (other,) = base.generate([sized], FAST, nothing)
     assert other.shape == (3, 24, 40)
     assert [each["infer_align_image_size"] for each in asked] == [False] * 3, "the condition is another one, too"
     assert [each.get("image_size") for each in asked] == [None, None, "24x40"]
     for size, shape in {"1:1": (3, 32, 32), "5:3": (3, 24, 40), "400x240": (3, 40, 24)}.items():
-        base.image_size = size
-        assert base.generate([requests(1)[0]], FAST, nothing)[0].shape == shape
+        assert base.generate([replace(requests(1)[0], image_size=size)], FAST, nothing)[0].shape == shape
     for size in ("big", "10", "<img_ratio_3>", "0x10", "10x10x10"):
-        base.image_size = size
         with pytest.raises(OpenwuError, match="image_size: expected auto, HxW such as 1024x1024, or W:H, got"):
-            base.generate([requests(1)[0]], FAST, nothing)
+            base.generate([replace(requests(1)[0], image_size=size)], FAST, nothing)
 
 
 def test_a_picture_of_the_source_s_ratio_gets_its_exact_aspect(

@@ -99,7 +99,7 @@ def test_nothing_is_measured_where_the_sides_differ(run: Callable[[], object], m
     def wrong(x: Tensor, *_: object) -> Tensor:
         return x
 
-    monkeypatch.setattr("openwu.kernels.dispatch.rotate_", wrong)
+    monkeypatch.setattr("openwu.kernels.dispatch.apply_rotary_", wrong)
     with pytest.raises(OpenwuError, match=r"differ by .*; not measured"):
         run()
 

@@ -11,123 +11,81 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cli_cases import FakeEditor, edit, names
 from PIL import Image
 
 import openwu
 from openwu import cli
 from openwu.backbones.embedded.base import EmbeddedBase
+from openwu.backbones.protocol import KnownEdit
 from openwu.cli import console, models
-from openwu.editor.cache import AdapterCache
-from openwu.errors import CheckpointError, InstructionError, OpenwuError
+from openwu.errors import CheckpointError, OpenwuError
 from openwu.generator.model import ParameterGenerator
-from openwu.images import Photo, read_picture
+from openwu.images import read_picture
+from openwu.types import Understood
 
 PYTHON = [sys.executable, "-m", "openwu"]
 
 
-class FakeAdapter:
-    """Saves two files, as adapters do."""
-
-    loaded_from = ""
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "adapter_config.json").write_text("{}")
-        (Path(folder) / "adapter_model.safetensors").write_bytes(b"0" * 8)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> FakeAdapter:
-        if not Path(folder).is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
-        adapter = cls()
-        adapter.loaded_from = str(folder)
-        return adapter
+# What was understood
 
 
-@dataclass
-class FakeResult:
-    photo: Photo
-    adapter: FakeAdapter
-    timings: dict[str, float]
+def test_a_run_says_once_what_was_understood(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor.understood = Understood("brighten", 0.84)
+    assert edit("a.png", "b.png") == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "brighten (84%)"
+    assert [line.split(" ->")[0] for line in others] == ["a.png", "b.png"]
+    assert edit("a.png", "--quiet", "--overwrite") == 0
+    assert capsys.readouterr().out == ""
 
 
-@dataclass
-class FakeEditor:
-    """Inverts pictures, remembers what it was asked, and fails for the names it is told."""
-
-    model: str | None = None
-    cache: AdapterCache | None = None
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    fails: dict[str, BaseException] = field(default_factory=dict)
-
-    def from_pretrained(self, model: str | None = None, *, cache: str | None = None, **options: Any) -> FakeEditor:
-        self.model, self.options = model, options
-        self.cache = None if cache is None else AdapterCache(cache)
-        return self
-
-    def edit(
-        self,
-        images: list[str],
-        instruction: str,
-        *,
-        then: tuple[str, ...],
-        sequential: bool,
-        strength: float,
-        seed: int,
-        adapter: FakeAdapter | None,
-        allow_out_of_scope: bool,
-        reasoning: str | None,
-        progress: Callable[[int, int], None],
-    ) -> FakeResult:
-        assert reasoning is None
-        self.asked.append(
-            {"images": images, "instruction": instruction, "then": then, "strength": strength, "seed": seed}
-        )
-        self.sequential = sequential
-        if "dragon" in instruction and not allow_out_of_scope:
-            raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
-        progress(1, 2)
-        if Path(images[0]).name in self.fails:
-            raise self.fails[Path(images[0]).name]
-        progress(2, 2)
-        photo = read_picture(images[0])
-        return FakeResult(
-            photo.with_pixels(1 - photo.floats()),
-            adapter or FakeAdapter(),
-            {"read": 0.1, "condition": 0.2, "generate": 0.3, "edit": 0.4},
-        )
+def test_an_edit_may_be_asked_for_by_name(here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]) -> None:
+    assert edit("a.png", "--edit", "brighten", instruction=None) == 0
+    assert editor.named == "brighten"
+    assert editor.asked[0]["instruction"] == ""
+    assert edit("a.png", "--edit", "brighten", instruction="darker") == 2
+    assert "--edit: expected without --instruction" in capsys.readouterr().err
 
 
-@pytest.fixture
-def editor(monkeypatch: pytest.MonkeyPatch) -> FakeEditor:
-    fake = FakeEditor()
-    monkeypatch.setitem(sys.modules, "openwu.editor.editor", types.SimpleNamespace(Editor=fake))  # type: ignore[arg-type]
-    monkeypatch.setattr("openwu.types.Adapter", FakeAdapter)
-    return fake
+def test_a_dry_run_says_what_would_be_done_and_touches_nothing(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor.understood = Understood("invert", 0.9, then=(Understood("blur", 0.95),))
+    before = names(here)
+    arguments = ("a.png", "b.png", "--dry-run", "--then", "blur it", "--reference", "c.jpg", "--output", "new/")
+    assert edit(*arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "invert (90%), then blur (95%)",
+        f"a.png -> {Path('new/a.png')}  (dry run)",
+        f"b.png -> {Path('new/b.png')}  (dry run)",
+    ]
+    assert editor.read == ("invert it", None, ("blur it",), 1)
+    assert editor.asked == []
+    assert names(here) == before
+    assert not (here / "new").exists()
+    assert edit("a.png", "--dry-run", instruction="add a dragon") == 2
+    assert edit("a.png", "--dry-run", "--adapter", "x", instruction=None) == 2
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name, value in (("a.png", 10), ("b.png", 20), ("c.jpg", 30)):
-        Image.new("RGB", (16, 12), (value, value, 200)).save(name)
-    return tmp_path
-
-
-def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def edit(*arguments: str, instruction: str | None = "invert it") -> int:
-    asked = [] if instruction is None else ["--instruction", instruction]
-    return cli.main(["edit", *arguments, *asked])
+def test_edits_are_listed_and_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["edits"]) == 0
+    every = capsys.readouterr().out.splitlines()
+    assert len(every) == 70
+    assert cli.main(["edits", "black", "and", "white"]) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert found[0].startswith("black_and_white ")
+    assert len(found) < 70
+    assert any(ord(character) > 0x4E00 for character in found[0])
+    assert cli.main(["edits", "xqzj"]) == 1
+    assert "no edit resembles 'xqzj'" in capsys.readouterr().err
 
 
 # Where pictures go
@@ -155,9 +113,6 @@ def test_several_instructions_reach_the_editor_in_their_order(here: Path, editor
     assert edit("a.png", "b.png", "--then", " blur \n it ", "--then", "加一点雾") == 0
     assert [asked["instruction"] for asked in editor.asked] == ["invert it"] * 2
     assert [asked["then"] for asked in editor.asked] == [("blur it", "加一点雾")] * 2
-    assert not editor.sequential
-    assert edit("a.png", "--then", "blur it", "--sequential", "--overwrite") == 0
-    assert editor.sequential
 
 
 def test_the_reference_goes_with_every_photo(here: Path, editor: FakeEditor) -> None:
@@ -229,7 +184,7 @@ def test_adapters_are_saved_and_used_again(here: Path, editor: FakeEditor, capsy
     assert edit("a.png", "--output", "y.png", "--save-adapter", "b.png") == 1
     assert "b.png: expected a folder for the adapter, got a file" in capsys.readouterr().err
     assert edit("a.png", "--output", "y.png", "--save-adapter", "b.png/inside") == 1
-    assert "b.png/inside: no folder can be made" in capsys.readouterr().err
+    assert "b.png/inside: the folder cannot be made" in capsys.readouterr().err
     assert edit("a.png", "--output", "y.png", "--adapter", "missing") == 1
     assert "missing: no such folder" in capsys.readouterr().err
 
@@ -265,8 +220,8 @@ def test_a_cache_is_reported(here: Path, editor: FakeEditor, capsys: pytest.Capt
         (["a.png", "--adapter", "x", "--then", "blur it"], None, 2, "--then: an adapter of --adapter is complete"),
         (["a.png", "--adapter", "x", "--then", "blur it"], "warm", 2, "generate with --instruction and --then instead"),
         (["a.png", "--then", "blur it"], None, 2, "--instruction: expected what to do, got nothing"),
-        (["a.png", "--sequential"], "warm", 2, "--sequential: expected with --then"),
-        (["a.png", "--then", "blur it", "--sequential", "--save-adapter", "x"], "warm", 2, "an adapter each"),
+        (["a.png", "--then", "blur it", "--sequential"], "warm", 2, "unrecognized arguments: --sequential"),
+        (["a.png", "--then", "blur it", "--save-adapter", "x"], "warm", 2, "an adapter each"),
         (["a.png", "--then", ""], "warm", 2, "instruction: expected text, got nothing"),
         (["a.png", "--then", "blur it", "--then", "😀"], "warm", 2, "expected words"),
         (["a.png", "--reference", "missing.png"], "warm", 1, "missing.png: no such file"),
@@ -280,17 +235,29 @@ def test_a_cache_is_reported(here: Path, editor: FakeEditor, capsys: pytest.Capt
         (["a.png", "--colour"], "warm", 2, "unrecognized arguments: --colour"),
         (["a.png", "b.png", "--output", "out.png"], "warm", 2, "expected a folder for 2 photos"),
         (["a.png", "b.png", "--output", "c.jpg"], "warm", 2, "expected a folder for 2 photos, got the file c.jpg"),
-        (["a.png", "./a.png"], "warm", 2, "a.png and a.png would both write a.edited.png"),
         (["a.png", "sub/A.PNG", "--output", "out"], "warm", 2, "would both write"),
-        (["a.png", "sub/a.jpg", "--output", "out", "--compare"], "warm", 2, "would both write out/a.compare.png"),
-        (["a.png", "sub/a.jpg", "--save-adapter", "out"], "warm", 2, "would both write out/a"),
+        (["a.png", "sub/a.png", "--save-adapter", "out"], "warm", 2, "would both write out/a"),
         (["missing.png"], "warm", 1, "missing.png: no such file; check the name and the folder"),
-        (["."], "warm", 1, "expected a picture, got a folder"),
+        (
+            ["empty"],
+            "warm",
+            1,
+            "empty: expected pictures in the folder, found none; --recursive looks into the folders",
+        ),
         (["a.png", "--output", "a.png", "--overwrite"], "warm", 1, "the output is the input a.png"),
         (["a.png", "b.png", "--output", ".", "--overwrite"], "warm", 1, "a.png: the output is the input a.png"),
-        (["a.png", "--output", "no/out.png"], "warm", 1, "the folder no does not exist"),
         (["a.png", "--output", "out.xyz"], "warm", 1, "expected a name that ends in one of"),
-        (["a.png", "--output", "out"], "warm", 1, "got 'no suffix'"),
+        (["a.png", "--output", "a.png/x"], "warm", 1, "a.png/x: the folder cannot be made"),
+        (["a.png", "--output", "x" * 260], "warm", 1, "the folder cannot be made: File name too long"),
+        (["a.png", "--output", "x" * 260 + ".png"], "warm", 1, "cannot be written: File name too long"),
+        (["a.png", "--save-adapter", "x" * 260], "warm", 1, "the folder cannot be made: File name too long"),
+        (["a.png", "--report", "no/report.jsonl"], "warm", 1, "--report: no/report.jsonl cannot be written"),
+        (["x" * 260 + ".png"], "warm", 1, "File name too long"),
+        (["*.gif"], "warm", 1, "*.gif: nothing matches; check the pattern and the folder"),
+        (["a.png", "b.png", "--output", "-"], "warm", 2, "expected a folder for several photos, got -"),
+        (["a.png", "--output", "-", "--compare"], "warm", 2, "--compare: expected an output file"),
+        (["a.png", "--output", "-", "--json"], "warm", 2, "--json: standard output holds the picture"),
+        (["a.png", "--quiet", "--verbose"], "warm", 2, "not allowed with argument"),
         (["a.png", "b.png", "--output", "a.png/x"], "warm", 1, "a.png/x: the folder cannot be made"),
         (["clear.png", "--output", "out.jpg"], "warm", 1, "JPEG cannot keep the picture's transparency"),
         (["long.png", "--output", "out.webp"], "warm", 1, "WEBP holds at most 16383 pixels on a side, got 17000"),
@@ -307,6 +274,7 @@ def test_bad_command_lines(
 ) -> None:
     Image.new("RGBA", (4, 4)).save("clear.png")
     Image.new("L", (17_000, 1)).save("long.png")
+    (here / "empty").mkdir()
     before = names(here)
     try:
         assert edit(*arguments, instruction=instruction) == code
@@ -318,18 +286,8 @@ def test_bad_command_lines(
     assert any(words in line for line in lines), captured.err
     assert all(line.startswith("openwu: error: ") for line in lines)
     assert names(here) == before
+    assert editor.loaded == 0 or "--cache" in arguments
     assert not editor.asked
-
-
-def test_every_bad_input_is_named_before_anything_starts(
-    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (here / "empty.png").touch()
-    assert edit("a.png", "missing.png", "empty.png", "--output", "out") == 1
-    errors = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[2] for line in errors] == ["missing.png", "empty.png"]
-    assert not editor.asked
-    assert not (here / "out").exists()
 
 
 def test_opaque_pictures_with_alpha_may_become_jpeg(here: Path, editor: FakeEditor) -> None:
@@ -495,7 +453,8 @@ def test_models_reads_its_facts_from_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(EmbeddedBase, "bundled_folder", lambda: tmp_path / "weights")
-    edits = {"warm": {"en": "", "zh": ""}, "cool": {"en": "", "zh": ""}}
+    examples = {"warm": {"en": "", "zh": ""}, "cool": {"en": "", "zh": ""}}
+    edits = {name: KnownEdit(name, texts) for name, texts in examples.items()}
     monkeypatch.setattr(models, "known_edits", lambda: edits)
     assert cli.main(["models"]) == 0
     assert "embedded: not in this installation" in capsys.readouterr().out
@@ -512,7 +471,7 @@ def test_models_reads_its_facts_from_the_package(
     assert "Apache-2.0" in out
     assert "English, Chinese" in out
     assert "2 kinds" in out
-    del edits["cool"]["zh"]
+    del examples["cool"]["zh"]
     assert cli.main(["models"]) == 0
     assert "Chinese" not in capsys.readouterr().out
 
@@ -546,7 +505,7 @@ def test_an_unknown_verb_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_option_is_explained() -> None:
-    verbs = next(action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    verbs = next(action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     for verb in ("edit", "train"):
         assert all(action.help for action in verbs.choices[verb]._actions)
 
@@ -598,6 +557,7 @@ def test_a_real_interrupt_stops_with_130(tmp_path: Path) -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Editor:\n"
         "    from_pretrained = classmethod(lambda cls, model, **_: cls())\n"
+        "    understand = lambda *_, **__: None\n"
         "    def edit(self, *_, **__): print('working', flush=True); time.sleep(50)\n"
         "sys.modules['openwu.editor.editor'] = types.SimpleNamespace(Editor=Editor)\n"
         "fake = dict(Adapter=None, LoadingOptions=dict, SamplingOptions=dict)\n"
@@ -629,7 +589,7 @@ def test_messages_survive_a_terminal_without_unicode(capfd: pytest.CaptureFixtur
 def test_anyway_tries_what_the_model_refuses(
     here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert edit("a.png", "--output", "out.png", instruction="add a dragon") == 1
+    assert edit("a.png", "--output", "out.png", instruction="add a dragon") == 2
     assert "--allow-out-of-scope" in capsys.readouterr().err
     assert not Path("out.png").exists()
     assert edit("a.png", "--output", "out.png", "--allow-out-of-scope", instruction="add a dragon") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import openwu
 from openwu import cli
 from openwu.adapters.merge import merged
 from openwu.backbones.hunyuan_image_3.base import HunyuanImage3
+from openwu.editor.cache import AdapterCache
 from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest
-from openwu.errors import InstructionError, OpenwuError
+from openwu.errors import InstructionError, OpenwuError, TargetError
 from openwu.types import BaseRequest, LoadingOptions, SamplingOptions
 
 FAST = SamplingOptions(steps=2)
@@ -79,9 +81,8 @@ def test_an_edit_follows_adapter_seed_reasoning_and_strength(editor: Editor) -> 
     result = editor.edit(photo, "make it warm", seed=3)
     own = result.image.size
     assert own != photo.size, "the base's own size, as the released pipeline returns it"
-    editor.backbone.fit_to_photo = True
-    assert editor.edit(photo, "make it warm", seed=3).image.size == photo.size == (50, 70)
-    editor.backbone.fit_to_photo = False
+    fitted = replace(FAST, fit_to_photo=True)
+    assert editor.edit(photo, "make it warm", seed=3, sampling=fitted).image.size == photo.size == (50, 70)
     assert editor.edit(photo, "make it warm", seed=3).image.size == own
     assert difference(result, editor.edit(photo, "make it warm", seed=3)) == 0
     assert difference(result, editor.edit(photo, "make it warm", seed=4)) > 3
@@ -108,6 +109,39 @@ def test_an_edit_is_the_base_with_merged_weights(editor: Editor) -> None:
     assert (came - picture.clamp(0, 1)).abs().max() < 2.5 / 255
 
 
+def test_a_request_chooses_its_size_and_the_adapter_follows(editor: Editor) -> None:
+    """With a size, source pictures are cropped, so that the condition is another one; the cache tells both apart."""
+    photo = base_cases.picture(1, 50, 70)
+    asked = {size: EditRequest(photo, "make it warm", image_size=size) for size in (None, "auto", "24x40", "32x32")}
+    results = dict(zip(asked, editor.edit_batch(list(asked.values())), strict=True))
+    assert results["24x40"].image.size == (40, 24)
+    assert results["32x32"].image.size == (32, 32)
+    assert difference(results[None], results["auto"]) == 0
+    ours, others = (
+        [result.adapter.state_dict() for result in (results[a], results[b])]
+        for a, b in ((None, "auto"), ("auto", "24x40"))
+    )
+    assert all(torch.equal(ours[0][name], ours[1][name]) for name in ours[0])
+    assert any(not torch.equal(others[0][name], others[1][name]) for name in others[0])
+    editor.cache = AdapterCache()
+    for size in ("auto", "24x40", "auto", "24x40"):
+        adapter = editor.adapt(photo, "make it warm", image_size=size)
+        assert torch.equal(
+            next(iter(adapter.state_dict().values())), next(iter(results[size].adapter.state_dict().values()))
+        )
+    assert (editor.cache.statistics.hits, editor.cache.statistics.misses) == (2, 2)
+    with pytest.raises(OpenwuError, match="image_size: expected auto, HxW such as 1024x1024, or W:H, got 'large'"):
+        editor.edit(photo, "make it warm", image_size="large")
+
+
+def test_without_a_seed_it_is_the_released_pipeline_s_and_the_result_tells(editor: Editor) -> None:
+    photo = base_cases.picture(1, 50, 70)
+    result, same = editor.edit(photo, "make it warm"), editor.edit(photo, "make it warm", seed=42)
+    assert (result.seed, same.seed) == (42, 42)
+    assert difference(result, same) == 0
+    assert editor.edit(photo, "make it warm", seed=0).seed == 0
+
+
 def test_a_batch_is_its_requests_one_at_a_time(editor: Editor) -> None:
     requests = [
         EditRequest([base_cases.picture(1, 60, 60)], "make it warm", seed=1),
@@ -127,6 +161,31 @@ def test_a_batch_is_its_requests_one_at_a_time(editor: Editor) -> None:
     ]
     for one, together in zip(alone, editor.edit_batch(requests), strict=True):
         assert difference(one, together) <= 2
+
+
+def test_a_generator_that_does_not_fit_is_refused_before_weights_are_opened(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail: Any = lambda *_, **__: pytest.fail("weights must not be read")  # noqa: E731
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(openwu.ParameterGenerator, "from_pretrained", fail)
+    config = base_cases.generator(HunyuanImage3(hunyuan_stand_in.made())).config
+    deeper = tuple(replace(group, num_layers=group.num_layers + 1) for group in config.groups)
+    for changed, message in (
+        (
+            replace(config, groups=deeper),
+            r"made for another base than this hunyuan-image-3: .* first model\.layers\.2\.",
+        ),
+        (replace(config, input_dim=24), "it reads conditions of widths 24 "),
+    ):
+        openwu.ParameterGenerator(changed).save_pretrained(tmp_path / "other")
+        with pytest.raises(TargetError, match=message):
+            openwu.Editor.from_pretrained(
+                "hunyuan-image-3",
+                base=folders[0],
+                generator=tmp_path / "other",
+                loading=LoadingOptions(device="cpu", trust_remote_code=True),
+            )
 
 
 def test_on_the_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,6 +210,11 @@ def test_on_the_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys:
     with Image.open(tmp_path / "out.png") as written:
         assert written.size == expected.size
         assert np.abs(np.asarray(written, np.int32) - np.asarray(expected, np.int32)).max() <= 1
+    sized = [*line, "--trust-remote-code", "--overwrite", "--image-size", "24x40"]
+    for more, size in (([], (40, 24)), (["--fit-to-photo"], (80, 60))):
+        assert cli.main([*sized, *more]) == 0
+        with Image.open(tmp_path / "out.png") as written:
+            assert written.size == size
     assert cli.main([*line, "--trust-remote-code", "--overwrite", "--offload"]) == 1
     assert "offload: expected a CUDA GPU" in capsys.readouterr().err
 

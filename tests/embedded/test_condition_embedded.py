@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwu.backbones.embedded.condition import (
+from openwu.backbones.embedded.condition import EmbeddedConditionConfig, EmbeddedConditionEncoder
+from openwu.backbones.embedded.features import (
     DIFFERENCES,
     NUM_STATISTICS,
     QUANTILES,
-    EmbeddedConditionConfig,
-    EmbeddedConditionEncoder,
     colour_statistics,
     cut_details,
     detail_energy,

@@ -2,80 +2,108 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
-from openwu.backbones.embedded.instruction import OUT_OF_SCOPE as LABEL
-from openwu.backbones.embedded.instruction import check_scope, known_edits, shown
+from openwu.backbones.embedded.base import EmbeddedBase
+from openwu.backbones.embedded.catalogue import known_edits, nearest, refusal, search, shown
+from openwu.backbones.embedded.wishes import OUT_OF_SCOPE as LABEL
+from openwu.backbones.embedded.wishes import Reading
+from openwu.backbones.protocol import KnownEdit
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.errors import InstructionError
+from openwu.images import Photo
 
-LABELS = ("brighten", OUT_OF_SCOPE, "black_and_white", "blur", "take_palette")
+ACCEPTED = 0.6
 
 
-def logs(*probabilities: float) -> torch.Tensor:
-    return torch.tensor([probabilities]).log()
+def reading(**probabilities: float) -> Reading:
+    ranked = tuple(sorted(probabilities.items(), key=lambda entry: -entry[1]))
+    return Reading(*ranked[0], ranked=ranked)
+
+
+@pytest.fixture(scope="module")
+def base() -> EmbeddedBase:
+    folder = EmbeddedBase.bundled_folder()
+    assert folder is not None
+    return EmbeddedBase.from_pretrained(folder)
+
+
+def taken_for(base: EmbeddedBase, *instructions: str, pictures: int = 1) -> list[str]:
+    photo = Photo(np.zeros((8, 8, 3), np.uint8))
+    return [each.edit for each in base.understand(base.read((photo,) * pictures, instructions))]
 
 
 def test_what_some_edit_serves_passes() -> None:
-    check_scope(["brighter"], logs(0.4, 0.3, 0.1, 0.1, 0.1), LABELS, [False])
-    with pytest.raises(InstructionError):
-        check_scope(["brighter"], logs(0.3, 0.4, 0.1, 0.1, 0.1), LABELS, [False])
+    assert refusal("brighter", reading(brighten=0.6, blur=0.4), ACCEPTED) is None
+    assert isinstance(refusal("brighter", reading(brighten=0.59, blur=0.41), ACCEPTED), InstructionError)
+    assert isinstance(refusal("brighter", reading(brighten=0.3, out_of_scope=0.7), ACCEPTED), InstructionError)
 
 
 @pytest.mark.parametrize(
     ("instruction", "language"), [("add a dragon", "en"), ("加一条龙", "zh"), ("ajoute un café", "en")]
 )
 def test_a_refusal_names_the_sentence_the_nearest_edits_and_a_way_out(instruction: str, language: str) -> None:
-    with pytest.raises(InstructionError) as refused:
-        check_scope([instruction], logs(0.05, 0.5, 0.2, 0.15, 0.1), LABELS, [True])
-    message = str(refused.value)
+    refused = refusal(instruction, reading(out_of_scope=0.5, black_and_white=0.3, blur=0.15, night=0.05), ACCEPTED)
+    message = str(refused)
     assert repr(instruction) in message
-    examples = [load_phrases()[name][language]["train"][0] for name in ("black_and_white", "blur", "take_palette")]
-    assert f"black and white ({examples[0]!r}), blur ({examples[1]!r}), take palette ({examples[2]!r})." in message
-    assert "brighten" not in message
-    for way in ("--allow-out-of-scope", "allow_out_of_scope=True", "--model FOLDER"):
+    examples = [load_phrases()[name][language]["train"][0] for name in ("black_and_white", "blur")]
+    assert f"black and white ({examples[0]!r}), blur ({examples[1]!r})" in message
+    assert "night" not in message  # next to impossible, and no word like it
+    for way in ("--allow-out-of-scope", "allow_out_of_scope=True", "--model FOLDER", "openwu edits"):
         assert way in message
+
+
+def test_a_refusal_says_what_a_doubtful_sentence_was_taken_for() -> None:
+    message = str(refusal("lighter", reading(brighten=0.45, fog=0.4, blur=0.15), ACCEPTED))
+    assert "'lighter' was not understood (brighten at 45%, expected 60%)" in message
+
+
+def test_words_suggest_edits_that_the_encoder_does_not() -> None:
+    unlikely = reading(out_of_scope=0.97, blur=0.02, tilt_shift=0.01)
+    assert nearest("a tilt-shift dragon", unlikely)[0] == "tilt_shift"
+    assert nearest("qqq zzz", unlikely) == []
+
+
+@pytest.mark.parametrize(("query", "first"), [("sepia", "sepia"), ("black white", "black_and_white"), ("雾", "fog")])
+def test_known_edits_are_found_by_their_words(query: str, first: str) -> None:
+    assert first in [edit.name for edit in search(query)][:3]
+    assert search("xqzj") == []
+    assert [edit.name for edit in search(" ")] == list(known_edits())
 
 
 def test_a_label_without_phrases_is_shown_by_its_name() -> None:
     assert shown("my_own_edit", "do it") == "my own edit"
 
 
-def test_every_sentence_of_a_batch_is_checked() -> None:
-    both = torch.cat([logs(0.9, 0.05, 0.02, 0.02, 0.01), logs(0.1, 0.6, 0.1, 0.1, 0.1)])
-    with pytest.raises(InstructionError, match="'second'"):
-        check_scope(["first", "second"], both, LABELS, [False, False])
+def test_every_sentence_of_a_job_is_checked(base: EmbeddedBase) -> None:
+    assert taken_for(base, "make it brighter", "blur it") == ["brighten", "blur"]
+    with pytest.raises(InstructionError, match="'add a dragon'"):
+        taken_for(base, "make it brighter", "add a dragon")
+    photo = Photo(np.zeros((8, 8, 3), np.uint8))
+    assert len(base.understand(base.read((photo,), ("add a dragon",)), checked=False)) == 1
 
 
-def test_a_reference_edit_needs_its_second_picture() -> None:
-    palette, blur = logs(0.1, 0.1, 0.1, 0.1, 0.6), logs(0.1, 0.1, 0.1, 0.6, 0.1)
-    with pytest.raises(
-        InstructionError, match=r"'its colours' asks for the look of a second picture.*--reference FILE"
-    ):
-        check_scope(["its colours"], palette, LABELS, [False])
-    check_scope(["its colours"], palette, LABELS, [True])
-    check_scope(["blur it"], blur, LABELS, [True])
-    # Each request has its own second picture, or none.
-    both = torch.cat([palette, palette])
-    with pytest.raises(InstructionError, match="'lacks it'"):
-        check_scope(["has it", "lacks it"], both, LABELS, [True, False])
-    check_scope(["blur it", "has it"], torch.cat([blur, palette]), LABELS, [False, True])
+def test_a_reference_edit_needs_its_second_picture(base: EmbeddedBase) -> None:
+    words = "use the colours of the second photo"
+    with pytest.raises(InstructionError, match=r"asks for the look of a second picture.*--reference FILE"):
+        taken_for(base, words)
+    assert taken_for(base, words, pictures=2) == ["take_palette"]
+    assert taken_for(base, "blur it", pictures=2) == ["blur"]
 
 
-def test_a_sentence_out_of_scope_is_told_so_before_anything_about_pictures() -> None:
+def test_a_sentence_out_of_scope_is_told_so_before_anything_about_pictures(base: EmbeddedBase) -> None:
     with pytest.raises(InstructionError, match="does not know how to"):
-        check_scope(["add a dragon"], logs(0.05, 0.5, 0.1, 0.05, 0.3), LABELS, [False])
+        taken_for(base, "add a dragon")
 
 
 def test_the_known_edits_are_those_of_the_suite() -> None:
     assert LABEL == OUT_OF_SCOPE
     phrases = load_phrases()
     assert known_edits() == {
-        name: {
-            "reference": edit.needs_reference,
-            **{language: phrases[name][language]["train"][0] for language in LANGUAGES},
-        }
+        name: KnownEdit(
+            name, {language: phrases[name][language]["train"][0] for language in LANGUAGES}, edit.needs_reference
+        )
         for name, edit in EDITS.items()
     }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from openwu.files.writing import PARTIAL, whole_file, whole_set, write_json, write_text
+from openwu.files.writing import PARTIAL, atomic_file, atomic_set, write_json, write_text
 
 
 def held(folder: Path) -> dict[str, bytes]:
@@ -35,7 +35,7 @@ def umask(value: int) -> Iterator[None]:
 
 
 def test_a_file_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
-    with whole_file(tmp_path / "a.txt") as part:
+    with atomic_file(tmp_path / "a.txt") as part:
         part.write_bytes(b"half")
         assert PARTIAL.fullmatch(part.name)
         assert held(tmp_path) == {part.name: b"half"}
@@ -48,7 +48,7 @@ def test_after_an_error_the_old_file_stands_alone(tmp_path: Path, error: BaseExc
     (tmp_path / "a.txt").write_bytes(b"old")
 
     def stopped() -> None:
-        with whole_file(tmp_path / "a.txt") as part:
+        with atomic_file(tmp_path / "a.txt") as part:
             part.write_bytes(b"half")
             raise error
 
@@ -80,30 +80,30 @@ def test_what_can_be_told_by_a_checksum_is_not_forced_to_the_disk(
 ) -> None:
     forced: list[int] = []
     monkeypatch.setattr(os, "fsync", forced.append)
-    with whole_file(tmp_path / "a", durable=False) as part:
+    with atomic_file(tmp_path / "a", durable=False) as part:
         part.write_bytes(b"x")
     assert not forced
-    with whole_file(tmp_path / "a") as part:
+    with atomic_file(tmp_path / "a") as part:
         part.write_bytes(b"x")
     assert len(forced) == 1
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "none" / "a"):
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "none" / "a"):
         pytest.fail("nothing can be written there")
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError), whole_file(tmp_path / "file" / "a"):
+    with pytest.raises(NotADirectoryError), atomic_file(tmp_path / "file" / "a"):
         pytest.fail("nothing can be written there")
 
 
 def test_new_files_have_the_usual_permissions_and_old_ones_keep_theirs(tmp_path: Path) -> None:
     file, tensors = tmp_path / "a.safetensors", {"x": torch.ones(2)}
     with umask(0o027):
-        with whole_file(file) as part:
+        with atomic_file(file) as part:
             save_file(tensors, part)
         assert mode(file) == 0o640  # safetensors alone would have made it 0600
         file.chmod(0o604)
-        with whole_file(file) as part:
+        with atomic_file(file) as part:
             save_file(tensors, part)
     assert mode(file) == 0o604
     assert torch.equal(load_file(file)["x"], tensors["x"])
@@ -151,7 +151,7 @@ def test_a_set_appears_at_the_end_of_the_block(tmp_path: Path, exists: bool) -> 
         folder.mkdir(parents=True)
         (folder / "notes.txt").write_text("mine")
     with umask(0o022):
-        with whole_set(folder, last="config.json") as draft:
+        with atomic_set(folder, last="config.json") as draft:
             fill(draft, 1)
             assert not (folder / "config.json").exists()
         assert {mode(file) for file in folder.iterdir()} == {0o644}
@@ -163,7 +163,7 @@ def test_a_set_replaces_the_older_one_alone(tmp_path: Path) -> None:
     fill(tmp_path, 1, shards=3)
     (tmp_path / "config.json").chmod(0o600)
     (tmp_path / "provenance.json").write_text("{}")
-    with whole_set(tmp_path, last="config.json", stale=("model-*.safetensors",)) as draft:
+    with atomic_set(tmp_path, last="config.json", stale=("model-*.safetensors",)) as draft:
         fill(draft, 2, shards=1)
     assert set(held(tmp_path)) == {"config.json", "model-0.safetensors", "provenance.json"}
     assert (tmp_path / "config.json").read_text() == "2"
@@ -179,7 +179,7 @@ def test_an_error_leaves_the_older_set(tmp_path: Path, exists: bool) -> None:
     before = held(folder) if exists else None
 
     def stopped() -> None:
-        with whole_set(folder, last="config.json", stale=("model-*",)) as draft:
+        with atomic_set(folder, last="config.json", stale=("model-*",)) as draft:
             fill(draft, 2)
             raise KeyboardInterrupt
 
@@ -200,7 +200,7 @@ def test_a_crash_between_two_renames_shows(tmp_path: Path, monkeypatch: pytest.M
         return replace_path(self, goal)
 
     monkeypatch.setattr(Path, "replace", crash)
-    with pytest.raises(OSError, match="gone"), whole_set(tmp_path, last="config.json") as draft:
+    with pytest.raises(OSError, match="gone"), atomic_set(tmp_path, last="config.json") as draft:
         fill(draft, 2, shards=2)
     assert renamed != ["config.json"]
     assert set(held(tmp_path)) == {"model-0.safetensors", "model-1.safetensors"}

@@ -29,7 +29,7 @@ def test_the_page_has_commands() -> None:
 
 @pytest.mark.parametrize("command", TRAININGS, ids=" ".join)
 def test_recipes_and_overrides_are_real(command: list[str]) -> None:
-    arguments = cli._parser().parse_args(command)
+    arguments = cli.build_parser().parse_args(command)
     load_recipe(ROOT / arguments.recipe, arguments.overrides)
 
 

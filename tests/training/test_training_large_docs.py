@@ -29,7 +29,7 @@ def test_the_page_has_commands() -> None:
 
 @pytest.mark.parametrize("words", OPENWU, ids=" ".join)
 def test_commands_are_real(words: list[str]) -> None:
-    arguments = cli._parser().parse_args(words)
+    arguments = cli.build_parser().parse_args(words)
     if words[0] == "train":
         assert isinstance(load_recipe(ROOT / arguments.recipe, arguments.overrides), PipelineRun)
 

@@ -9,10 +9,11 @@ Shapes: b requests; h and w the sides of a picture.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self
@@ -28,7 +29,7 @@ from openwu.files.weights import sampled_digest
 from openwu.images import Photo
 from openwu.images.colour import Pixels
 from openwu.images.instruction import check_prompt
-from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, SamplingOptions
+from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, SamplingOptions, Understood
 
 RowScope = Callable[[Sequence[int]], AbstractContextManager[None]]
 """Opens the scope of a pass of the denoiser: for every row of its input, the request that the row belongs to (-1 for
@@ -86,13 +87,15 @@ class EditJob:
     photos: tuple[Photo, ...]
     """The picture to edit, then references, in the depth in which they were read."""
     instructions: tuple[str, ...]
-    """What to do, in order; several for an adapter that is the sum of several."""
+    """What to do, in order. A pass has one instruction, or those of an adapter that is the sum of several."""
     seed: int = 0
     reasoning: str | None = None
-
-    def only(self, index: int) -> Self:
-        """Return the job with one of its instructions: what one adapter is generated for."""
-        return self if len(self.instructions) == 1 else replace(self, instructions=(self.instructions[index],))
+    image_size: str | None = None
+    """Size of the result, for bases of `own_sizes`."""
+    examples: tuple[tuple[Photo, Photo], ...] = ()
+    """Pairs before and after an edit that is shown rather than said; only the condition reads them."""
+    per_photo: bool = False
+    """With examples: whether the condition reads the photo, too, for an adapter of its own."""
 
     @cached_property
     def pixels(self) -> list[Pixels]:
@@ -103,7 +106,7 @@ class EditJob:
     def request(self) -> BaseRequest:
         """The job as large bases take it: pictures of 8 bits, and one text."""
         pictures = tuple(Image.fromarray(pixels) for pixels in self.pixels)
-        return BaseRequest(pictures, ". ".join(self.instructions), self.seed, self.reasoning)
+        return BaseRequest(pictures, ". ".join(self.instructions), self.seed, self.reasoning, self.image_size)
 
 
 class RequestScope(Protocol):
@@ -130,11 +133,18 @@ class Backbone(ConditionEncoder):
 
     facts: ClassVar[BaseFacts]
     loading_options: ClassVar[frozenset[str]] = frozenset()
-    """Further arguments of `from_pretrained`: of `trust_remote_code`, `quantise`, `offload`, `reserve_bytes`."""
+    """Further arguments of `from_pretrained`: of `trust_remote_code`, `quantise`, `offload`, `reserve_bytes`, and
+    `before_weights`, which is called with the base on the meta device before any of its weights are read."""
     reasons: ClassVar[bool] = False
     """Whether the base writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
     refuses_out_of_scope: ClassVar[bool] = False
-    """Whether `check_scope` refuses instructions that the base does not know."""
+    """Whether `understand` refuses instructions that the base does not know."""
+    identity_at_zero: ClassVar[bool] = False
+    """Whether strength 0 means the picture as it is; otherwise it means the base without an adapter."""
+    default_seed: ClassVar[int] = 0
+    """Seed of requests that name none."""
+    own_sizes: ClassVar[bool] = False
+    """Whether the base draws at sizes of its own: it then reads `image_size` and `SamplingOptions.fit_to_photo`."""
     concurrent: ClassVar[bool] = False
     """Whether several threads may encode conditions and edit at once; otherwise they take turns."""
     max_pictures: ClassVar[int | None] = None
@@ -191,6 +201,11 @@ class Backbone(ConditionEncoder):
         return "flow"
 
     @property
+    def reads_examples(self) -> bool:
+        """Whether conditions are read off `EditJob.examples`."""
+        return False
+
+    @property
     def alphas_cumprod(self) -> Tensor | None:
         """A diffusion's share of the target's variance at every step [steps]; None for flow matching."""
         return None
@@ -236,12 +251,27 @@ class Backbone(ConditionEncoder):
         """
         return job.pixels, job.instructions[0]
 
-    def check_scope(self, jobs: Sequence[EditJob]) -> None:
-        """Raise InstructionError for the first instruction that the base does not know."""
+    def understand(self, job: EditJob, *, checked: bool = True) -> tuple[Understood, ...] | None:
+        """Return what each wish in a job's instructions was taken for; None for a base that does not tell edits apart.
+
+        There are more than the job has instructions where one asks for several edits. Raises InstructionError for an
+        instruction that the base does not know or could only serve in part, unless `checked` is False.
+        """
+        del job, checked
+        return None
 
     def edits(self) -> Mapping[str, KnownEdit]:
         """Return the edits that can be asked for by name; empty for a base that reads sentences only."""
         return {}
+
+    def name_edit(self, edit: str) -> str:
+        """Return the sentence that asks for an edit of `edits`."""
+        return self.edits()[edit].examples["en"]
+
+    def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
+        """Return an edited photo with what the base guarantees by construction, such as exact neutrality."""
+        del job, understood, strength
+        return photo
 
     def check_sampling(self, options: SamplingOptions) -> None:
         """Raise OpenwuError that names an option which the base does not have, before anything is computed."""
@@ -299,6 +329,12 @@ class Backbone(ConditionEncoder):
             f"training: expected a base with a loss of its own, got {type(self).__name__}, which has none; train for "
             "another base (`openwu models`)"
         )
+
+
+def check_image_size(size: object) -> None:
+    """Raise OpenwuError unless a size is None, "auto" (as None), HxW such as 1024x768, or a ratio W:H."""
+    if size is not None and not (isinstance(size, str) and re.fullmatch(r"auto|[1-9]\d*[x:][1-9]\d*", size)):
+        raise OpenwuError(f"image_size: expected auto, HxW such as 1024x1024, or W:H, got {size!r}")
 
 
 def with_picture(photo: Photo, picture: Tensor) -> Photo:

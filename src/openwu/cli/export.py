@@ -1,4 +1,4 @@
-"""`openwu export`: convert an adapter's folder or file for another library, and check that it loads there."""
+"""Run `openwu export`: convert an adapter's folder or file for another library, and check that it loads there."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from openwu.backbones import backbone_class
-from openwu.backbones.embedded.instruction import known_edits
+from openwu.backbones.embedded.catalogue import known_edits
 from openwu.cli.console import say
 from openwu.files.headers import read_header
 from openwu.registry import BASES, DEFAULT_BASE
@@ -62,7 +62,7 @@ def _facts(weights: Path, files: list[Path]) -> dict[str, str]:
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     size = sum(file.stat().st_size for file in files) / 1e6
     edits = known_edits().values()
-    languages = [language for language in LANGUAGE_NAMES if all(language in edit for edit in edits)]
+    languages = [language for language in LANGUAGE_NAMES if all(language in edit.examples for edit in edits)]
     return {
         "parameters": f"{sum(counts.values()):,} ({parts})",
         "size": f"{size:.1f} MB",

@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(new_key(keys, arguments.new_key, admin=arguments.admin))
         return 0
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it describes bodies byte by byte
     logging.getLogger("openwu.serving").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
     settings = Settings(
         keys=keys,

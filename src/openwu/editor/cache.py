@@ -297,22 +297,24 @@ def request_key(
     how: str = "",
     seed: int | None = None,
     reasoning: str | None = None,
+    image_size: str | None = None,
     in_scope: bool = True,
 ) -> str:
     """Return the cache key of one request, 64 hexadecimal digits.
 
     `generator`: a GeneratorIdentity's digest. `pictures`: pixels `[h, w, 3]` as the condition encoder reads them, in
     their order. `instruction`: as the encoder reads it, so that spellings that it does not tell apart share a key.
-    `how`: what the same weights are computed with, such as `FastOptions.described`. `seed`, `reasoning`: only where the
-    condition depends on them. `in_scope`: whether the instruction was found to be one that the model serves; an adapter
-    of one that was merely tried must not be found by those who did not ask to try.
+    `how`: what the same weights are computed with, such as `FastOptions.described`. `seed`, `reasoning`, `image_size`:
+    only where the condition depends on them. `in_scope`: whether the instruction was found to be one that the model
+    serves; an adapter of one that was merely tried must not be found by those who did not ask to try.
 
     The hash is the fastest that is installed, and its name is part of what is hashed: with another one, nothing that
     was kept is found.
     """
     name, new = fastest()
     shapes = [[picture.dtype.str, *picture.shape] for picture in pictures]
-    digest = of_json([KEY_VERSION, name, generator, how, instruction, seed, reasoning, in_scope, shapes], new=new)
+    words = [instruction, seed, reasoning, image_size]
+    digest = of_json([KEY_VERSION, name, generator, how, *words, in_scope, shapes], new=new)
     for picture in pictures:
         # As bytes: BLAKE3 takes no wider numbers. It is through before a second thread has begun; SHA-256 is not.
         data = np.ascontiguousarray(picture).reshape(-1).view(np.uint8).data

@@ -116,6 +116,16 @@ def encoder_for(config: GeneratorConfig, backbone: Backbone, name: str) -> Condi
     return encoder
 
 
+def check_generator(config: GeneratorConfig, backbone: Backbone, name: str) -> None:
+    """Raise TargetError where a generator does not fit a base, which may be on the meta device.
+
+    An encoder that takes the place of the base's conditions is checked when it is made: it may have weights.
+    """
+    check_targets(config, backbone, name)
+    if config.condition_encoder is None:
+        encoder_for(config, backbone, name)
+
+
 def attach_generator(backbone: Backbone, generator: ParameterGenerator, name: str | None = None) -> AdapterHandle:
     """The hooks on a base for what a generator writes, after `check_targets`."""
     check_targets(generator.config, backbone, name or type(backbone).__name__)

@@ -13,34 +13,42 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from openwu.backbones.protocol import Backbone, EditJob
 from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
+from openwu.editor.examples import read_examples
 from openwu.editor.loading import load_pair
 from openwu.editor.requests import (
     EditRequest,
     EditResult,
     Picture,
     Progress,
+    Task,
+    check_options,
+    check_served,
     checked_instructions,
-    in_sequence,
+    checked_request,
+    job_of,
     listed,
     part_of,
+    sentence_of,
     timed,
     with_instruction,
 )
-from openwu.errors import InstructionError, PictureError, TargetError
+from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.export.fit import with_kernels
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.images import Photo, read_picture
 from openwu.registry import OPERATORS, module_of
-from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions
+from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions, Understood
 
 
 class Editor:
@@ -98,47 +106,58 @@ class Editor:
         images: Picture | Sequence[Picture],
         instruction: str = "",
         *,
+        edit: str | None = None,
+        example: Sequence[tuple[Picture, Picture]] = (),
+        per_photo: bool = False,
         then: str | Sequence[str] = (),
-        sequential: bool = False,
         strength: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         reasoning: str | None = None,
+        image_size: str | None = None,
         adapter: Adapter | None = None,
         allow_out_of_scope: bool = False,
         sampling: SamplingOptions | None = None,
         progress: Progress | None = None,
     ) -> EditResult:
-        """Edit one picture; further ones in `images` are references of instructions such as "take its colours".
+        """Edit one picture as an instruction says.
 
-        `then` asks for more in the same pass: the updates of all instructions are added up; with `sequential` each
-        instruction has a pass of its own, on the result of the one before, and the result's adapter is the last one's.
-        `adapter` reuses an adapter instead of generating one; without an instruction the base then reads the one that
-        the adapter was generated for. `reasoning`: see `EditRequest`. `allow_out_of_scope` tries instructions that the
-        base would refuse. `progress` is called with (parts done, parts in all).
+        `images`: the picture to edit: a path, the bytes of a file, a file object, a PIL image, an array `[h, w]` or
+        `[h, w, 3]`, a tensor `[3, h, w]`, or a `Photo`; in a list, further ones are references of instructions such as
+        "take its colours". `instruction`: what to do. `edit`: in its place, the name of a known edit ("brighten").
 
-        Raises OpenwuError that names the argument for one that this base cannot serve.
+        `example`: pairs of pictures before and after an edit that is shown rather than said, with or without an
+        instruction. The base sees the picture alone; what the example shows reaches it through the adapter. It is the
+        same for every picture of a series, unless with `per_photo`.
+
+        `then`: one more instruction or several. Each has a pass of its own, on the result of the one before, and the
+        result's adapter is the last one's. A base that tells edits apart runs an instruction that itself asks for two
+        edits ("brighter and add grain") that way, too.
+
+        `strength`: factor on the adapter: 1 as asked, above 1 exaggerated, below 0 reversed; 0 gives back the pixels
+        as they are with the embedded base, and the base without an adapter with others. `seed`: of everything random
+        (None: the base's default, which the result tells).
+        `reasoning`: what a base that reasons first shall have thought (None: it writes that itself, "": nothing).
+
+        `adapter` (b = 1) reuses an adapter instead of generating one; without an instruction the base then reads the
+        one that the adapter was generated for. `allow_out_of_scope` takes the instruction as it is, and tries what the
+        base would refuse. `sampling`: this call's options of the base, in place of the editor's. `progress` is called
+        with (parts done, parts in all).
+
+        Returns an EditResult: `photo` and `image`, `understood`, `adapter`, `timings`; `save(path)` writes it.
+
+        Raises OpenwuError that names the argument for one that is wrong or that this base cannot serve:
+        InstructionError for words, PictureError for pictures, TargetError for adapters.
         """
+        check_options(adapter, sampling, progress, allow_out_of_scope=allow_out_of_scope)
         if adapter is not None and adapter.batch != 1:
             raise TargetError(f"adapter: expected one sample, got {adapter.batch}; pick one with adapter.select([i])")
-        if adapter is not None and then:
-            raise InstructionError("then: expected nothing beside a given adapter; add adapters up with Adapter.sum")
-        request = EditRequest(listed(images), instruction, strength, seed, then, reasoning)
-        if not sequential or not then:
-            return self._edited([request], adapter, allow_out_of_scope, sampling, progress)[0]
-        self._check([request], allow_out_of_scope, sampling)
-        timings: dict[str, float] = {}
-        with timed(timings, "read"):
-            photos = self._photos(request)
-        asked = checked_instructions(request, None, self.backbone.check_instruction)
-        if not allow_out_of_scope:  # all instructions, before the first pass
-            with self._turn(), torch.no_grad():
-                self.backbone.check_scope([self.backbone.read(photos, asked, seed, reasoning)])
-
-        def edit(pictures: list[Picture], text: str, report: Progress | None) -> EditResult:
-            one = EditRequest(pictures, text, strength, seed, (), reasoning)
-            return self._edited([one], None, allow_out_of_scope, sampling, report)[0]
-
-        return in_sequence(edit, photos, asked, progress, timings)
+        if adapter is not None and (then or edit is not None or example):
+            name = "then" if then else "edit" if edit is not None else "example"
+            raise InstructionError(f"{name}: expected nothing beside a given adapter; edit the result once more")
+        request = EditRequest(
+            images, instruction, strength, seed, then, reasoning, edit, image_size, example, per_photo
+        )
+        return self._edited([request], adapter, allow_out_of_scope, sampling, progress)[0]
 
     def edit_batch(
         self,
@@ -150,31 +169,67 @@ class Editor:
     ) -> list[EditResult]:
         """Edit many pictures, each with its own adapter.
 
-        Up to `sampling.batch` requests share a call of the generator, and of the base where it can take them together.
+        Up to `sampling.batch` requests share a call of the generator, and of the base where it can take them together;
+        so do the second passes of those with `then`. All are checked before the first is edited. Raises OpenwuError as
+        `edit` does.
         """
+        check_options(None, sampling, progress, allow_out_of_scope=allow_out_of_scope)
+        came: object = requests
+        if not isinstance(came, Sequence) or isinstance(came, str | bytes):
+            raise OpenwuError(f"requests: expected a list of EditRequest, got {type(came).__name__}")
         return self._edited(list(requests), None, allow_out_of_scope, sampling, progress) if requests else []
 
     @torch.no_grad()  # not inference mode: a caller may train on what comes back
     def adapt(
         self,
-        images: Picture | Sequence[Picture],
-        instruction: str,
+        images: Picture | Sequence[Picture] | None = None,
+        instruction: str = "",
         *,
-        seed: int = 0,
+        example: Sequence[tuple[Picture, Picture]] = (),
+        seed: int | None = None,
         reasoning: str | None = None,
+        image_size: str | None = None,
         allow_out_of_scope: bool = False,
     ) -> Adapter:
         """Generate the adapter (b = 1) of a request, or take it from the cache.
 
-        `seed`: of what is drawn while the request is read; a base that draws nothing gives the same for every seed.
+        `example`: see `edit`; without `images` the adapter serves a whole series, with them this picture. `seed`,
+        `reasoning`, `image_size`: as for `edit`, of a base that reads its request with them; others give the same
+        adapter for every seed.
+
+        Raises OpenwuError as `edit` does, and for an instruction that asks for several edits.
         """
-        request = EditRequest(listed(images), instruction, seed=seed, reasoning=reasoning)
-        self._check([request], allow_out_of_scope, None)
-        job = self.backbone.read(
-            self._photos(request), (self.backbone.check_instruction(instruction),), seed, reasoning
+        check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
+        series = images is None and bool(example)
+        request = EditRequest(
+            _BLANK if series else [] if images is None else images,
+            instruction,
+            seed=seed,
+            reasoning=reasoning,
+            image_size=image_size,
+            example=example,
+            per_photo=bool(example) and not series,
         )
-        (adapter,) = self._adapters([job], allow_out_of_scope, 1, {})
+        (request,) = self._checked([request], allow_out_of_scope, None)
+        task = self._task(request, self._photos(request), None, not allow_out_of_scope)
+        if len(task.job.instructions) > 1:
+            raise InstructionError(
+                f"instruction: {instruction!r} asks for several edits ({task.summary}), which have an adapter each; "
+                "adapt to one at a time"
+            )
+        (adapter,) = self._adapters([task.job], allow_out_of_scope, 1, {})
         return adapter
+
+    @torch.no_grad()
+    def understand(
+        self, instruction: str = "", *, edit: str | None = None, then: str | Sequence[str] = (), references: int = 0
+    ) -> Understood | None:
+        """Return what an instruction would be taken for, without any picture; None where the base cannot tell.
+
+        `references`: how many reference pictures would come with it. Raises InstructionError for what `edit` refuses.
+        """
+        request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit), 0)
+        return self._task(request, self._photos(request), None, True).summary
 
     def adapter_key(self, job: EditJob, *, allow_out_of_scope: bool = False) -> str:
         """Hash what the adapter of a job with one instruction depends on, and nothing else: its cache key."""
@@ -190,6 +245,7 @@ class Editor:
             how=f"{self.fast.described} autocast {autocast}",
             seed=job.seed if self.encoder.reads_seed or self.backbone.reads_seed else None,
             reasoning=job.reasoning,
+            image_size=job.image_size,
             in_scope=not allow_out_of_scope,
         )
 
@@ -219,50 +275,97 @@ class Editor:
         progress: Progress | None,
     ) -> list[EditResult]:
         sampling = sampling or self.sampling
-        self._check(requests, allow_out_of_scope, sampling)
+        requests = self._checked(requests, allow_out_of_scope, sampling)
         timings: dict[str, float] = {}
         with timed(timings, "read"):
             photos = [self._photos(request) for request in requests]
-        check = self.backbone.check_instruction
-        jobs = [
-            self.backbone.read(each, checked_instructions(request, given, check), request.seed, request.reasoning)
-            for each, request in zip(photos, requests, strict=True)
-        ]
+        checked = not allow_out_of_scope and given is None
+        tasks = [self._task(request, each, given, checked) for each, request in zip(photos, requests, strict=True)]
+        passes = [1 if given is not None else len(task.job.instructions) for task in tasks]
+        results: dict[int, EditResult] = {}
+        for number in range(max(passes)):
+            members = [index for index, count in enumerate(passes) if count > number]
+            part = [
+                tasks[index] if passes[index] == 1 else self._next(tasks[index], number, results.get(index))
+                for index in members
+            ]
+            report = part_of(progress, number, max(passes))
+            found = self._together(part, given, allow_out_of_scope, sampling, report, timings)
+            results |= dict(zip(members, found, strict=True))
+        return [replace(results[index], understood=task.summary) for index, task in enumerate(tasks)]
+
+    def _next(self, task: Task, number: int, before: EditResult | None) -> Task:
+        """Return the task of one of a request's instructions, on the result of the pass before."""
+        first, *references = task.job.photos
+        photos = (before.photo if before else first, *references)
+        words = (task.job.instructions[number],)
+        job = job_of(self.backbone, task.request, photos, words)
+        return Task(task.request, job, (task.understood[number],) if task.understood else None)
+
+    def _together(
+        self,
+        tasks: Sequence[Task],
+        given: Adapter | None,
+        allow_out_of_scope: bool,
+        sampling: SamplingOptions,
+        progress: Progress | None,
+        timings: dict[str, float],
+    ) -> list[EditResult]:
+        """Edit in one pass each, sharing calls of generator and base. Adds to `timings`."""
         if given is None:
-            # One entry per instruction: a request that asks for two things stands here twice.
-            flat = [job.only(index) for job in jobs for index in range(len(job.instructions))]
-            each = iter(self._adapters(flat, allow_out_of_scope, sampling.batch, timings))
-            adapters = [Adapter.sum([next(each) for _ in job.instructions]) for job in jobs]
+            adapters = self._adapters([task.job for task in tasks], allow_out_of_scope, sampling.batch, timings)
         else:
             timings |= {"condition": 0.0, "generate": 0.0}
             adapters = [given.to(self.generator.hidden_in.weight)]
         with timed(timings, "edit"):
-            scaled = [adapter.scaled(request.strength) for adapter, request in zip(adapters, requests, strict=True)]
-            edited = self._apply(jobs, scaled, sampling, progress)
-        return [EditResult(photo, adapter, timings) for photo, adapter in zip(edited, adapters, strict=True)]
+            edited = self._apply(tasks, adapters, sampling, progress)
+        return [
+            EditResult(photo, adapter, timings, task.job.seed, task.summary)
+            for photo, adapter, task in zip(edited, adapters, tasks, strict=True)
+        ]
 
-    def _check(
-        self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
-    ) -> None:
-        """Refuse by name what this base cannot serve."""
-        if any(each.reasoning is not None for each in requests) and not self.backbone.reasons:
-            raise InstructionError(f"reasoning: expected none for {self.name}, which does not reason; leave it out")
-        if allow_out_of_scope and not self.backbone.refuses_out_of_scope:
+    def _task(self, request: EditRequest, photos: tuple[Photo, ...], given: Adapter | None, checked: bool) -> Task:
+        """Make a job of a request and its decoded pictures, and see what the base takes the instructions for."""
+        first = None if request.edit is None else sentence_of(request.edit, self.backbone, self.name)
+        texts = checked_instructions(request, given, self.backbone.check_instruction, first)
+        job = job_of(self.backbone, request, photos, texts)
+        if request.example:  # words beside an example are a hint, and nothing to refuse
+            job = replace(job, examples=read_examples(request.example), per_photo=request.per_photo)
+            return Task(request, job, None)
+        if texts == ("",):  # an adapter without words
+            return Task(request, job, None)
+        with self._turn():
+            understood = self.backbone.understand(job, checked=checked)
+        if understood is None:
+            return Task(request, job, None)
+        if request.edit is not None and understood[0].edit != request.edit:
             raise InstructionError(
-                f"allow_out_of_scope: expected False for {self.name}, which refuses no instruction; leave it out"
+                f"edit: {request.edit} is not understood by this model: its sentence {first!r} reads as "
+                f"{understood[0].edit}; use an instruction of your own"
             )
-        if sampling is not None:
-            self.backbone.check_sampling(sampling)
+        words = tuple(each.instruction for each in understood)
+        if words != texts:
+            job = job_of(self.backbone, request, photos, words)
+        return Task(request, job, understood)
+
+    def _checked(
+        self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
+    ) -> list[EditRequest]:
+        """Refuse wrong values, and by name what this base cannot serve; fill in the base's seed."""
+        checked = [checked_request(request, self.backbone.default_seed) for request in requests]
+        check_served(checked, self.backbone, self.name, allow_out_of_scope, sampling)
+        return checked
 
     def _photos(self, request: EditRequest) -> tuple[Photo, ...]:
-        most, count = self.backbone.max_pictures, len(request.images)
+        images = listed(request.images)
+        most, count = self.backbone.max_pictures, len(images)
         if not count:
             raise PictureError("images: expected the picture to edit, and references after it, got none")
         if most is not None and count > most:
             raise PictureError(
                 f"images: {self.name} reads one picture and at most {most - 1} reference after it, got {count} pictures"
             )
-        return tuple(read_picture(image) for image in request.images)
+        return tuple(read_picture(image) for image in images)
 
     def _turn(self) -> AbstractContextManager[object]:
         """Threads wait for one another where the base, or a condition that runs the base's denoiser, asks for it."""
@@ -272,7 +375,7 @@ class Editor:
     def _adapters(
         self, jobs: Sequence[EditJob], allow_out_of_scope: bool, batch: int, timings: dict[str, float]
     ) -> list[Adapter]:
-        """One adapter (b = 1) per job of one instruction, from the cache where it has them, before their strengths."""
+        """One adapter (b = 1) per job of one instruction, from the cache where it has them."""
         with timed(timings, "condition"), self._turn():
             keys = [str(place) for place in range(len(jobs))]
             found: dict[str, Adapter] = {}
@@ -280,11 +383,15 @@ class Editor:
             if self.cache is not None:
                 keys = [self.adapter_key(job, allow_out_of_scope=allow_out_of_scope) for job in jobs]
                 found, missing = self.cache.lookup(keys)
+            # Conditions of one call have the same tokens: those of examples have others than those of words.
+            missing = sorted(missing, key=lambda key: _kind(jobs[keys.index(key)]))
             new = [jobs[keys.index(key)] for key in missing]
-            if not allow_out_of_scope:
-                self.backbone.check_scope(new)
             size = min(batch, self.backbone.max_batch or batch)
-            parts = [new[start : start + size] for start in range(0, len(new), size)]
+            parts = [
+                alike[start : start + size]
+                for alike in (list(each) for _, each in groupby(new, _kind))
+                for start in range(0, len(alike), size)
+            ]
             conditions = [self._condition(part) for part in parts]
         with timed(timings, "generate"):
             home = self.generator.hidden_in.weight.device
@@ -315,20 +422,26 @@ class Editor:
         return [adapter] if adapter.batch == 1 else [adapter.select([i]) for i in range(adapter.batch)]
 
     def _apply(
-        self,
-        jobs: Sequence[EditJob],
-        adapters: Sequence[Adapter],
-        sampling: SamplingOptions,
-        progress: Progress | None,
+        self, tasks: Sequence[Task], adapters: Sequence[Adapter], sampling: SamplingOptions, progress: Progress | None
     ) -> list[Photo]:
-        """Adapters of one rank can be applied together: requests with sums of several go in calls of their own."""
-        ranks = list(dict.fromkeys(adapter.rank for adapter in adapters))
-        edited: dict[int, Photo] = {}
-        for number, rank in enumerate(ranks):
-            members = [i for i, adapter in enumerate(adapters) if adapter.rank == rank]
-            scope = AdapterScope(self.backbone, self.handle, [adapters[i] for i in members], self._turns)
+        untouched = [self.backbone.identity_at_zero and task.request.strength == 0 for task in tasks]
+        edited = {i: tasks[i].job.photos[0] for i, as_it_is in enumerate(untouched) if as_it_is}
+        scaled = [adapter.scaled(task.request.strength) for adapter, task in zip(adapters, tasks, strict=True)]
+        members = [i for i in range(len(tasks)) if i not in edited]
+        if members:
+            scope = AdapterScope(self.backbone, self.handle, [scaled[i] for i in members], self._turns)
             with self._turn():
-                report = part_of(progress, number, len(ranks))
-                photos = self.backbone.edit([jobs[i] for i in members], sampling, scope, report)
-            edited |= dict(zip(members, photos, strict=True))
-        return [edited[i] for i in range(len(jobs))]
+                photos = self.backbone.edit([tasks[i].job for i in members], sampling, scope, progress)
+            for i, photo in zip(members, photos, strict=True):
+                task = tasks[i]
+                edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)
+        return [edited[i] for i in range(len(tasks))]
+
+
+def _kind(job: EditJob) -> tuple[bool, bool]:
+    """What decides which tokens a job's condition has."""
+    return bool(job.examples), job.per_photo
+
+
+_BLANK = Photo(np.zeros((1, 1, 3), np.uint8))
+"""In place of a picture, where only words are read."""

@@ -10,6 +10,7 @@ import torch
 from openwu.backbones import backbone_class
 from openwu.backbones.protocol import Backbone, BundledGenerator
 from openwu.config import GeneratorConfig
+from openwu.editor.compatibility import check_generator
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.files.weights import fill
 from openwu.generator.checkpoint import generator_bytes
@@ -40,14 +41,16 @@ def load_pair(
         backbone = kind.from_pretrained(folder, **how)
         return name, backbone, load_bundled(bundled, next(backbone.denoiser.parameters()).dtype)
     assert generator is not None
-    # The generator is loaded first: it is the smaller one, and what is wrong with it shows soon. Where the base's
-    # memory is planned, the base first: the plan leaves room for the generator.
-    planned = "reserve_bytes" in kind.loading_options
-    if planned:
+    # What is wrong with the generator's files, or does not fit the base, is said before the base's weights are read.
+    config = ParameterGenerator.outline(generator, dtype=loading.dtype).config
+    if "before_weights" in kind.loading_options:
+        how["before_weights"] = lambda hollow: check_generator(config, hollow, name)
+    if "reserve_bytes" in kind.loading_options:
         how["reserve_bytes"] = generator_bytes(Path(generator), loading.dtype)
-    loaded = kind.from_pretrained(folder, **how) if planned else None
+    # The base's memory is counted with the generator beside it: planned, or loaded first.
+    planned = kind.from_pretrained(folder, **how) if "reserve_bytes" in kind.loading_options else None
     made = ParameterGenerator.from_pretrained(generator, dtype=loading.dtype, device=device)
-    return name, loaded or kind.from_pretrained(folder, **how), made
+    return name, planned or kind.from_pretrained(folder, **how), made
 
 
 def _located(model: str | Path | None, base: str | Path | None) -> tuple[str, str | Path | None]:

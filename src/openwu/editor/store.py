@@ -23,7 +23,7 @@ from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.export.native import native_config, read_native
 from openwu.files.hashing import of_json
 from openwu.files.headers import parse_header
-from openwu.files.writing import PARTIAL, whole_file
+from openwu.files.writing import PARTIAL, atomic_file
 from openwu.types import Adapter
 
 SUFFIX = ".adapter.safetensors"
@@ -77,7 +77,7 @@ class AdapterStore:
             return
         try:
             # Not forced to the disk: after a power failure the checksum finds what is missing.
-            with whole_file(self._path(key), durable=False) as part:
+            with atomic_file(self._path(key), durable=False) as part:
                 part.write_bytes(data)
         except OSError:
             self._count("unwritten")

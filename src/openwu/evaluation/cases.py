@@ -1,6 +1,7 @@
-"""Cases: requests with known answers, drawn from the edit suite on test photographs, and how the model edits them.
+"""Cases: requests of the edit suite on test photographs or of a benchmark, and how the embedded model edits them.
 
-The suite, the lab and every measurement of a model share `Case`, and one way to batch them (`batches`).
+The suite, the lab, every benchmark and every measurement of a model share `Case`; the embedded model's share one way to
+batch them (`batches`).
 
 Shapes: b cases, h and w sides of a photograph, p and q sides of a reference picture, K instruction tokens.
 """
@@ -10,15 +11,22 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from openwu.backbones.embedded.network import place_planes
+from openwu.backbones.embedded.network import noise_plane, place_planes
 from openwu.data.suite import EDITS, Pair, Scene
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS
 from openwu.data.suite.phrases import LANGUAGES, load_phrases
+from openwu.errors import OpenwuError, PictureError
 from openwu.evaluation.metrics import psnr
+from openwu.evaluation.pictures import to_image
+from openwu.files.hashing import of_bytes, of_files
+from openwu.images import read_picture
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
@@ -26,30 +34,101 @@ BATCH = 6
 """Most cases in one forward pass."""
 
 
+Picture = Tensor | Path
+"""A picture in memory `[3, h, w]` in 0..1, or a file that is read when it is needed."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One request with its known answer."""
+    """One request, of the edit suite or of a benchmark, with its known answer where there is one."""
 
     task: str
-    """The sub-task of the edit suite."""
+    """The sub-task: an edit of the suite, or a category of a benchmark."""
     instruction: str
-    picture: Tensor
-    """[3, h, w]"""
-    noise: Tensor
-    """Standard normal noise [1, h, w] that the base sees: added grain, rain and scratches are functions of it."""
-    target: Tensor
-    """[3, h, w]"""
-    reference: Tensor | None = None
-    """[3, p, q]"""
+    pictures: tuple[Picture, ...]
+    """The picture to edit, then reference pictures."""
+    answer: Picture | None = None
+    """The picture that should come out, where that is known."""
+    drawn_noise: Tensor | None = None
+    """Standard normal noise `[1, h, w]`; None: `noise` is drawn with `key` as its seed."""
     photograph: str = ""
+    """Name of the photograph: cases of one photograph are one cluster of the statistics."""
     language: str = ""
     split: str = ""
     """Whether the instruction is a training phrasing ("train") or was held out ("held_out")."""
+    key: str = ""
+    """Unique name within a benchmark."""
+    tags: frozenset[str] = frozenset()
+    """Subsets that the case belongs to, such as GEdit-Bench's "intersection"."""
+
+    @property
+    def picture(self) -> Tensor:
+        """The picture to edit `[3, h, w]`."""
+        return as_tensor(self.pictures[0])
+
+    @property
+    def reference(self) -> Tensor | None:
+        """The first reference picture `[3, p, q]`."""
+        return as_tensor(self.pictures[1]) if len(self.pictures) > 1 else None
+
+    @property
+    def target(self) -> Tensor:
+        """The picture that should come out `[3, h, w]`. Raises OpenwuError where that is not known."""
+        if self.answer is None:
+            raise OpenwuError(f"case {self.key or self.task!r}: expected a known target, got none; use a judge instead")
+        return as_tensor(self.answer)
+
+    @property
+    def noise(self) -> Tensor:
+        """Standard normal noise `[1, h, w]` that the base sees: added grain, rain and scratches depend on it."""
+        if self.drawn_noise is not None:
+            return self.drawn_noise
+        height, width = self.picture.shape[1:]
+        return noise_plane(width, height, zlib.crc32(self.key.encode())).float()
 
     @property
     def planes(self) -> Tensor:
         """The base's noise, y and x `[3, h, w]`."""
         return torch.cat([self.noise, place_planes(*self.picture.shape[-2:])])
+
+    @property
+    def cluster(self) -> str:
+        """Name of the cluster for statistics: the photograph, else the case itself."""
+        return self.photograph or self.key
+
+    def image(self, index: int = 0) -> Image.Image:
+        """Read a picture as 8-bit RGB. Raises PictureError for a file that cannot be read."""
+        return as_image(self.pictures[index])
+
+    def identity(self) -> dict[str, object]:
+        """Return what an editor's output may depend on, for cache keys: instruction and digests of all pictures."""
+        return {"instruction": self.instruction, "pictures": [picture_digest(each) for each in self.pictures]}
+
+
+def as_image(picture: Picture) -> Image.Image:
+    """Convert a picture, or read its file, upright, as 8-bit RGB. Raises PictureError."""
+    return to_image(picture) if isinstance(picture, Tensor) else read_picture(picture).to_image().convert("RGB")
+
+
+def as_tensor(picture: Picture) -> Tensor:
+    """Return a picture, or read its file, as `[3, h, w]` in 0..1. Raises PictureError."""
+    return picture if isinstance(picture, Tensor) else image_tensor(as_image(picture))
+
+
+def image_tensor(image: Image.Image) -> Tensor:
+    """Convert a Pillow image to `[3, h, w]` in 0..1."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def picture_digest(picture: Picture) -> str:
+    """Return the SHA-256 of a file's bytes, or of the 8-bit pixels of a picture in memory. Raises PictureError."""
+    if isinstance(picture, Tensor):
+        image = to_image(picture)
+        return of_bytes([repr(image.size).encode(), image.tobytes()]).hexdigest()
+    try:
+        return of_files([picture]).hexdigest()
+    except OSError as error:
+        raise PictureError(f"{picture}: cannot be read ({error.strerror or error})") from error
 
 
 def make_case(
@@ -64,7 +143,8 @@ def make_case(
 ) -> Case:
     """Make the case of a scene; `pair` is made by the edit suite unless it is given."""
     made = EDITS[task].make_pair(scene) if pair is None else pair
-    return Case(task, instruction, made.picture, scene.noise, made.target, made.reference, photograph, language, split)
+    pictures = (made.picture,) if made.reference is None else (made.picture, made.reference)
+    return Case(task, instruction, pictures, made.target, scene.noise, photograph, language, split)
 
 
 def seeded_scene(source: Tensor, key: str, strength: float = 1.0, second: Tensor | None = None) -> Scene:

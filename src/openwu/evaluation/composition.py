@@ -1,4 +1,4 @@
-"""Composition of two edits: one pass under the sum of two adapters against two passes.
+"""Composition of two edits: one pass under the sum of two adapters against two passes, which is what an editor runs.
 
 Both are compared with the second edit of the first edit's target, by PSNR.
 """
@@ -72,7 +72,7 @@ def evaluate_composition(
         adapters = [generate(model, [case]) for case in (one, two)]
         one_pass = edit(model, [one], Adapter.sum(adapters), torch.cat(texts, dim=1))[0]
         between = edit(model, [one], adapters[0], texts[0])[0].float().clamp(0, 1)
-        again = [replace(two, picture=between)]
+        again = [replace(two, pictures=(between,))]
         two_passes = edit(model, again, generate(model, again))[0]
         scores = (float(psnr(each, target)) for each in (one.picture, between, one_pass, two_passes))
         found.append(Composed(first, second, *scores))

@@ -46,12 +46,12 @@ def degree_accuracy(encoder: InstructionEncoder, language: str) -> float:
             for degree, frames in load_strength_words().items():
                 held_out = frames[language]["held_out"]
                 pairs.append((degree, frame(held_out[i % len(held_out)], sentence)))
-    found = encoder.degree_log_probabilities(encoder([sentence for _, sentence in pairs])).argmax(dim=1)
+    found = encoder.degree_log_probabilities(encoder.read_words([sentence for _, sentence in pairs])).argmax(dim=1)
     return _share([names[int(i)] == degree for i, (degree, _) in zip(found, pairs, strict=True)])
 
 
 def _answers(encoder: InstructionEncoder, sentences: Sequence[str]) -> list[str]:
-    found = encoder.log_probabilities(encoder(sentences)).argmax(dim=1)
+    found = encoder.label_log_probabilities(sentences).argmax(dim=1)
     return [encoder.config.labels[int(i)] for i in found]
 
 

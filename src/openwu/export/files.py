@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openwu.errors import CheckpointError, OpenwuError
-from openwu.files.writing import whole_file
+from openwu.files.writing import atomic_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +58,7 @@ def write(
     with replaced(folder.resolve()) as draft:
         if config is not None:
             (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        with whole_file(draft / weights) as part:  # for its permissions: others shall read it, too
+        with atomic_file(draft / weights) as part:  # for its permissions: others shall read it, too
             save_file(own, part, metadata={"format": "pt", **(metadata or {})})
 
 

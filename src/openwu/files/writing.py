@@ -22,7 +22,7 @@ PARTIAL = re.compile(r"\.openwu-[0-9a-f]{16}\.part")
 
 
 @contextmanager
-def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield an empty temporary file to write to or replace in the block; afterwards it replaces `path` atomically.
 
     A symbolic link stays, and its target is replaced. `durable`: sync to disk before renaming, so that even a power
@@ -41,7 +41,7 @@ def whole_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_set(folder: Path, last: str, *, stale: Iterable[str] = ()) -> Iterator[Path]:
+def atomic_set(folder: Path, last: str, *, stale: Iterable[str] = ()) -> Iterator[Path]:
     """Yield an empty temporary folder to fill with files that belong together; afterwards they move to `folder`.
 
     `last` names the file that makes the set valid: its old version is removed first and the new one is moved last, so
@@ -70,7 +70,7 @@ def whole_set(folder: Path, last: str, *, stale: Iterable[str] = ()) -> Iterator
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

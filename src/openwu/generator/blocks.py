@@ -82,7 +82,7 @@ def rotate(x_sqme: Tensor, angles: Rotary) -> Tensor:
     """Turn each pair (x[2k], x[2k+1]) of every head; at least in float32, returned in x's dtype."""
     wide = torch.promote_types(x_sqme.dtype, torch.float32)
     rotary = torch.complex(angles.cos.to(wide), angles.sin.to(wide)).unsqueeze(-2)
-    return dispatch.rotated(x_sqme, rotary)
+    return dispatch.apply_rotary(x_sqme, rotary)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -92,11 +92,11 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return dispatch.normed(x, self.weight, NORM_EPS, self.weight.dtype)
+        return dispatch.rms_norm(x, self.weight, NORM_EPS, self.weight.dtype)
 
     def after(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
         """x + update in x's dtype, and its norm."""
-        return dispatch.add_normed(x, update, self.weight, NORM_EPS, self.weight.dtype)
+        return dispatch.add_rms_norm(x, update, self.weight, NORM_EPS, self.weight.dtype)
 
 
 class Attention(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from openwu.config import RELEASED_GROUP, ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError
-from openwu.files.writing import whole_set
+from openwu.files.writing import atomic_set
 from openwu.generator.layout import GeneratorLayout
 
 CONFIG_FILE = "config.json"
@@ -35,6 +35,7 @@ Module = TypeVar("Module", bound=nn.Module)
 class _Entry(NamedTuple):
     """What a file's header says about one tensor."""
 
+    name: str
     file: str
     shape: tuple[int, ...]
     dtype: str
@@ -74,6 +75,26 @@ def load_generator(
     folder: Path, build: Callable[[GeneratorConfig], Module], *, dtype: torch.dtype | None, device: torch.device
 ) -> Module:
     """Build the module that `config.json` describes and fill it from the folder's safetensors."""
+    module, entries = _planned(folder, build, dtype)
+    state: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        # Opened once per tensor, since pages that a mapped file has read count as ours until it is closed; and copied,
+        # since a mapped tensor would change or crash with its file.
+        with safe_open(folder / entry.file, "pt") as file:
+            state[name] = file.get_tensor(entry.name).to(device=device, dtype=dtype, copy=True)
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def outline_generator(folder: Path, build: Callable[[GeneratorConfig], Module], *, dtype: torch.dtype | None) -> Module:
+    """Build the module on the meta device, after all checks of `load_generator`; no weights are read."""
+    return _planned(folder, build, dtype)[0]
+
+
+def _planned(
+    folder: Path, build: Callable[[GeneratorConfig], Module], dtype: torch.dtype | None
+) -> tuple[Module, dict[str, _Entry]]:
+    """Return the module on the meta device, and where each of its parameters stands. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: expected a folder with {CONFIG_FILE} and safetensors, got a "
@@ -91,14 +112,7 @@ def load_generator(
     problems += _name_problems(expected, stored) + _tensor_problems(expected, stored.entries, dtype)
     if problems:
         raise _error(folder, problems)
-    state: dict[str, Tensor] = {}
-    for written, name in own_names.items():
-        # Opened once per tensor, since pages that a mapped file has read count as ours until it is closed; and copied,
-        # since a mapped tensor would change or crash with its file.
-        with safe_open(folder / stored.entries[written].file, "pt") as file:
-            state[name] = file.get_tensor(written).to(device=device, dtype=dtype, copy=True)
-    module.load_state_dict(state, assign=True)
-    return module
+    return module, {name: stored.entries[written] for written, name in own_names.items()}
 
 
 def save_generator(module: nn.Module, config: GeneratorConfig, folder: Path, max_shard_size: int) -> None:
@@ -109,7 +123,9 @@ def save_generator(module: nn.Module, config: GeneratorConfig, folder: Path, max
     if any(tensor.is_meta for tensor in tensors.values()):
         raise CheckpointError(f"{folder}: expected weights to save, got a generator on the meta device")
     try:
-        with whole_set(folder, last=CONFIG_FILE, stale=(WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")) as draft:
+        with atomic_set(
+            folder, last=CONFIG_FILE, stale=(WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+        ) as draft:
             _write(draft, tensors, config, max_shard_size)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
@@ -145,7 +161,7 @@ def _read_headers(folder: Path, problems: list[str]) -> _Stored:
                     if name in entries:
                         problems.append(f"{name}: expected in one file, got it in {entries[name].file} and {file}")
                     header = shard.get_slice(name)
-                    entries[name] = _Entry(file, tuple(header.get_shape()), header.get_dtype())
+                    entries[name] = _Entry(name, file, tuple(header.get_shape()), header.get_dtype())
         except (OSError, SafetensorError) as error:
             problems.append(f"{file}: expected a complete safetensors file, got {error}")
             unreadable.add(file)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from openwu.config import GeneratorConfig
 from openwu.generator.blocks import Attention, Block, BlockRotary, FeedForward, RMSNorm, block_rotary
-from openwu.generator.checkpoint import DEFAULT_SHARD_SIZE, load_generator, save_generator
+from openwu.generator.checkpoint import DEFAULT_SHARD_SIZE, load_generator, outline_generator, save_generator
 from openwu.generator.layout import GeneratorLayout, GroupLayout
 from openwu.types import Adapter, Condition, Segment, Target
 
@@ -119,6 +119,11 @@ class ParameterGenerator(nn.Module):
     ) -> ParameterGenerator:
         """Load `config.json` and safetensors, the released checkpoint included. `dtype` None keeps the files' dtype."""
         return load_generator(Path(folder), cls, dtype=dtype, device=torch.device(device))
+
+    @classmethod
+    def outline(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> ParameterGenerator:
+        """Build a folder's generator on the meta device: config and headers are checked, no weights are read."""
+        return outline_generator(Path(folder), cls, dtype=dtype)
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int = DEFAULT_SHARD_SIZE) -> None:
         """Write `config.json` and safetensors; several files and an index where they exceed `max_shard_size` bytes."""

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from openwu.errors import PictureError
-from openwu.files.writing import whole_file
+from openwu.files.writing import atomic_file
 from openwu.images import tiff
 from openwu.images.colour import profile_space
 from openwu.images.formats import INSTALL, encode_png_16, has_heif
@@ -254,7 +254,7 @@ def _options(photo: Photo, image: Image.Image, format: str, notes: list[str]) ->
 
 def _write_whole(data: bytes, path: Path) -> None:
     try:
-        with _ended_in_order(), whole_file(path) as part:
+        with _ended_in_order(), atomic_file(path) as part:
             part.write_bytes(data)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -24,13 +24,13 @@ from openwu.kernels.low_rank import add_conv, add_linear, add_routed, contained
 __all__ = [
     "add_conv",
     "add_linear",
-    "add_normed",
-    "add_normed_",
+    "add_rms_norm",
+    "add_rms_norm_",
     "add_routed",
     "add_sorted",
-    "normed",
-    "rotate_",
-    "rotated",
+    "apply_rotary",
+    "apply_rotary_",
+    "rms_norm",
 ]
 
 
@@ -74,7 +74,7 @@ def add_sorted(
     )
 
 
-def rotated(x: Tensor, turns: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, turns: Tensor) -> Tensor:
     """Heads x `[..., m, e]` turned by `turns` `[..., 1, e / 2]`, a new tensor; differentiable in x."""
     if kernels.usable(x, turns):
         from openwu.kernels import rotary_triton as kernel
@@ -85,18 +85,18 @@ def rotated(x: Tensor, turns: Tensor) -> Tensor:
                 "rotary embedding",
                 _rotary_key(x),
                 x.device,
-                lambda: trials.of_rotated(x),
-                lambda: kernel.rotated(rows).view(x.shape),
-                lambda: rotary.rotated(x, turns),
+                lambda: trials.of_apply_rotary(x),
+                lambda: kernel.apply_rotary(rows).view(x.shape),
+                lambda: rotary.apply_rotary(x, turns),
             )
-    return rotary.rotated(x, turns)
+    return rotary.apply_rotary(x, turns)
 
 
-def rotate_(x: Tensor, turns: Tensor, scratch: Callable[[], Tensor]) -> Tensor:
-    """The same in place, without gradients; `scratch` as for `rotary.reference.rotate_`."""
+def apply_rotary_(x: Tensor, turns: Tensor, scratch: Callable[[], Tensor]) -> Tensor:
+    """The same in place, without gradients; `scratch` as for `rotary.apply_rotary_`."""
 
     def plain() -> Tensor:
-        return rotary.rotate_(x, turns, scratch)
+        return rotary.apply_rotary_(x, turns, scratch)
 
     if not kernels.usable(x, turns):
         return plain()
@@ -107,15 +107,15 @@ def rotate_(x: Tensor, turns: Tensor, scratch: Callable[[], Tensor]) -> Tensor:
         return plain()
 
     def turned() -> Tensor:
-        kernel.rotate_(rows)
+        kernel.apply_rotary_(rows)
         return x
 
     return CHOICES.run(
-        "rotary embedding in place", _rotary_key(x), x.device, lambda: trials.of_rotate_(x), turned, plain
+        "rotary embedding in place", _rotary_key(x), x.device, lambda: trials.of_apply_rotary_(x), turned, plain
     )
 
 
-def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """RMSNorm of x `[..., d]` in `dtype`; differentiable in x and weight."""
     if kernels.usable(x, weight):
         from openwu.kernels import norm_triton as kernel
@@ -125,14 +125,14 @@ def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
                 "RMSNorm",
                 _norm_key(x, None, weight, dtype),
                 x.device,
-                lambda: trials.of_normed(x, weight, eps, dtype),
-                lambda: kernel.normed(x, weight, eps, dtype),
-                lambda: norm.normed(x, weight, eps, dtype),
+                lambda: trials.of_rms_norm(x, weight, eps, dtype),
+                lambda: kernel.rms_norm(x, weight, eps, dtype),
+                lambda: norm.rms_norm(x, weight, eps, dtype),
             )
-    return norm.normed(x, weight, eps, dtype)
+    return norm.rms_norm(x, weight, eps, dtype)
 
 
-def add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x + update in x's dtype, and its RMSNorm in `dtype`; differentiable in x, update and weight."""
     if kernels.usable(x, update, weight):
         from openwu.kernels import norm_triton as kernel
@@ -142,14 +142,14 @@ def add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: tor
                 "residual addition and RMSNorm",
                 _norm_key(x, update, weight, dtype),
                 x.device,
-                lambda: trials.of_add_normed(x, update, weight, eps, dtype),
-                lambda: kernel.add_normed(x, update, weight, eps, dtype),
-                lambda: norm.add_normed(x, update, weight, eps, dtype),
+                lambda: trials.of_add_rms_norm(x, update, weight, eps, dtype),
+                lambda: kernel.add_rms_norm(x, update, weight, eps, dtype),
+                lambda: norm.add_rms_norm(x, update, weight, eps, dtype),
             )
-    return norm.add_normed(x, update, weight, eps, dtype)
+    return norm.add_rms_norm(x, update, weight, eps, dtype)
 
 
-def add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def add_rms_norm_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x += update where there is one; its RMSNorm, contiguous. Without gradients."""
     if kernels.usable(x, weight) and (update is None or kernels.usable(x, update)):
         from openwu.kernels import norm_triton as kernel
@@ -159,11 +159,11 @@ def add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dt
                 "residual addition and RMSNorm in place",
                 _norm_key(x, update, weight, dtype),
                 x.device,
-                lambda: trials.of_add_normed_(x, update, weight, eps, dtype),
-                lambda: kernel.add_normed_(x, update, weight, eps, dtype),
-                lambda: norm.add_normed_(x, update, weight, eps, dtype),
+                lambda: trials.of_add_rms_norm_(x, update, weight, eps, dtype),
+                lambda: kernel.add_rms_norm_(x, update, weight, eps, dtype),
+                lambda: norm.add_rms_norm_(x, update, weight, eps, dtype),
             )
-    return norm.add_normed_(x, update, weight, eps, dtype)
+    return norm.add_rms_norm_(x, update, weight, eps, dtype)
 
 
 def _differentiated(*tensors: Tensor) -> bool:

@@ -7,23 +7,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight in `dtype`, computed in the wider dtype of x and weight."""
     wide = torch.promote_types(x.dtype, weight.dtype)
     return F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps).to(dtype)
 
 
-def add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return x + update in x's dtype, and its norm in `dtype`; differentiable in x, update and weight."""
     x = x + update.to(x.dtype)
-    return x, normed(x, weight, eps, dtype)
+    return x, rms_norm(x, weight, eps, dtype)
 
 
-def add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def add_rms_norm_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Add an update to x in place, if any; return the norm in `dtype`, contiguous."""
     if update is not None:
         x += update
-    return normed(x, weight, eps, dtype).contiguous()
+    return rms_norm(x, weight, eps, dtype).contiguous()
 
 
 class RMSNorm(nn.Module):

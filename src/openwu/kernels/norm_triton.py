@@ -29,20 +29,20 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     return strided and x.stride(-1) == 1 and x.numel() > 0 and x.shape[-1] <= MAX_WIDTH and weight.is_contiguous()
 
 
-def add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def add_rms_norm_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Add an update to x in place, if any; return the norm, new and contiguous."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     forward_into(x, out, None, x, None if update is None else update.contiguous(), weight, eps)
     return out
 
 
-def normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Return the norm of x; differentiable in x and weight."""
     out: Tensor = _AddNormed.apply(x, None, weight, eps, dtype)[1]  # type: ignore[no-untyped-call]
     return out
 
 
-def add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return x + update in x's dtype, and its norm; differentiable in x, update and weight."""
     out: tuple[Tensor, Tensor] = _AddNormed.apply(x, update, weight, eps, dtype)  # type: ignore[no-untyped-call]
     return out

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 
-def rotated(x: Tensor, rotations: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, rotations: Tensor) -> Tensor:
     """Return x rotated, a new tensor in x's dtype, computed in the precision of the rotations; differentiable in x."""
     pairs = torch.view_as_complex(x.to(rotations.dtype.to_real()).reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
-def rotate_(x: Tensor, rotations: Tensor, scratch: Callable[[], Tensor]) -> Tensor:
+def apply_rotary_(x: Tensor, rotations: Tensor, scratch: Callable[[], Tensor]) -> Tensor:
     """Rotate x in place. `scratch` returns a buffer of x's shape in the rotations' real dtype, if x has another."""
     if x.dtype == rotations.dtype.to_real():
         torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(rotations)

@@ -51,12 +51,12 @@ def rows(x: Tensor, rotations: Tensor) -> Rows | None:
     return Rows(x_rme, torch.view_as_real(rotations).view(period, width // 2, 2), prod(leading[last:]), period)
 
 
-def rotate_(x: Rows) -> None:
+def apply_rotary_(x: Rows) -> None:
     """Rotate x in place."""
     rotate_into(x.x_rme, x, inverse=False)
 
 
-def rotated(x: Rows) -> Tensor:
+def apply_rotary(x: Rows) -> Tensor:
     """Return x rotated `[r, m, e]`, new and contiguous; differentiable in x."""
     out: Tensor = _Rotated.apply(x.x_rme, x.rotations_te2, x.inner)  # type: ignore[no-untyped-call]
     return out

@@ -63,7 +63,7 @@ def of_sorted(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Trial
     )
 
 
-def of_rotate_(x: Tensor) -> Trial:
+def of_apply_rotary_(x: Tensor) -> Trial:
     """Rotary embedding in place: every run rotates its own copy once more."""
     from openwu.kernels import rotary_triton as kernel
 
@@ -74,15 +74,15 @@ def of_rotate_(x: Tensor) -> Trial:
     assert rows is not None
 
     def kernel_run() -> Sequence[Tensor]:
-        kernel.rotate_(rows)
+        kernel.apply_rotary_(rows)
         return [ours]
 
     return Trial(
-        kernel_run, without_gradients(lambda: [rotary.rotate_(plain, rotations, lambda: wide)]), ROUNDING[x.dtype]
+        kernel_run, without_gradients(lambda: [rotary.apply_rotary_(plain, rotations, lambda: wide)]), ROUNDING[x.dtype]
     )
 
 
-def of_rotated(x: Tensor) -> Trial:
+def of_apply_rotary(x: Tensor) -> Trial:
     """Rotary embedding as a new tensor, and its gradient."""
     from openwu.kernels import rotary_triton as kernel
 
@@ -93,16 +93,16 @@ def of_rotated(x: Tensor) -> Trial:
     def ours() -> Sequence[Tensor]:
         rows = kernel.rows(heads, rotations)
         assert rows is not None
-        return [kernel.rotated(rows).view(heads.shape)]
+        return [kernel.apply_rotary(rows).view(heads.shape)]
 
     return Trial(
         with_gradients(ours, [heads], [grads]),
-        with_gradients(lambda: [rotary.rotated(heads, rotations)], [heads], [grads]),
+        with_gradients(lambda: [rotary.apply_rotary(heads, rotations)], [heads], [grads]),
         ROUNDING[x.dtype],
     )
 
 
-def of_normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Trial:
+def of_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Trial:
     """RMSNorm and its gradients."""
     from openwu.kernels import norm_triton as kernel
 
@@ -110,13 +110,13 @@ def of_normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tria
     inputs = [rows.requires_grad_(), scale.requires_grad_()]
     grads = [RandomNormal(x.device)(*rows.shape, dtype=dtype)]
     return Trial(
-        with_gradients(lambda: [kernel.normed(rows, scale, eps, dtype)], inputs, grads),
-        with_gradients(lambda: [norm.normed(rows, scale, eps, dtype)], inputs, grads),
+        with_gradients(lambda: [kernel.rms_norm(rows, scale, eps, dtype)], inputs, grads),
+        with_gradients(lambda: [norm.rms_norm(rows, scale, eps, dtype)], inputs, grads),
         _norm_tolerance(x, weight, dtype),
     )
 
 
-def of_add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Trial:
+def of_add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Trial:
     """Residual addition and RMSNorm, and their gradients."""
     from openwu.kernels import norm_triton as kernel
 
@@ -126,13 +126,13 @@ def of_add_normed(x: Tensor, update: Tensor, weight: Tensor, eps: float, dtype: 
     inputs = [rows.requires_grad_(), added.requires_grad_(), scale.requires_grad_()]
     grads = [normal(*rows.shape, dtype=each) for each in (x.dtype, dtype)]
     return Trial(
-        with_gradients(lambda: kernel.add_normed(rows, added, scale, eps, dtype), inputs, grads),
-        with_gradients(lambda: norm.add_normed(rows, added, scale, eps, dtype), inputs, grads),
+        with_gradients(lambda: kernel.add_rms_norm(rows, added, scale, eps, dtype), inputs, grads),
+        with_gradients(lambda: norm.add_rms_norm(rows, added, scale, eps, dtype), inputs, grads),
         _norm_tolerance(x, weight, dtype),
     )
 
 
-def of_add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Trial:
+def of_add_rms_norm_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Trial:
     """Residual addition in place and RMSNorm: every run adds to its own copy once more."""
     from openwu.kernels import norm_triton as kernel
 
@@ -140,8 +140,8 @@ def of_add_normed_(x: Tensor, update: Tensor | None, weight: Tensor, eps: float,
     ours = plain.clone()
     added = None if update is None else RandomNormal(x.device)(*plain.shape, dtype=update.dtype)
     return Trial(
-        lambda: [kernel.add_normed_(ours, added, scale, eps, dtype), ours],
-        without_gradients(lambda: [norm.add_normed_(plain, added, scale, eps, dtype), plain]),
+        lambda: [kernel.add_rms_norm_(ours, added, scale, eps, dtype), ours],
+        without_gradients(lambda: [norm.add_rms_norm_(plain, added, scale, eps, dtype), plain]),
         _norm_tolerance(x, weight, dtype),
     )
 

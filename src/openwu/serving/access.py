@@ -11,7 +11,7 @@ from pathlib import Path
 
 from openwu.errors import OpenwuError
 from openwu.files.hashing import of_bytes
-from openwu.files.writing import whole_file
+from openwu.files.writing import atomic_file
 from openwu.serving.errors import refused
 
 _LINE = re.compile(r"([\w.-]{1,64}) ([0-9a-f]{64})( admin)?", re.ASCII)
@@ -72,9 +72,9 @@ def new_key(path: Path, name: str, *, admin: bool = False) -> str:
     if not _LINE.fullmatch(line):
         raise OpenwuError(f"name: expected letters, digits, '.', '-' or '_', at most 64, got {name!r}")
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    with whole_file(path) as part:
+    with atomic_file(path) as part:
         part.write_text(f"{before}{line}\n", encoding="utf-8")
-        part.chmod(0o600)
+    path.chmod(0o600)
     return key
 
 

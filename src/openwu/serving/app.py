@@ -82,6 +82,14 @@ def _routes(app: FastAPI, service: Service) -> None:
             found = [{**each, "example": each["examples"].get(lang)} for each in found]
         return {"object": "list", "data": found}
 
+    @app.get("/v1/images/edits", include_in_schema=False)
+    async def no_edit() -> None:
+        raise HTTPException(405, "expected POST", {"allow": "POST"})
+
+    @app.post("/v1/images/{kind}", include_in_schema=False)
+    async def not_here(kind: str) -> None:
+        raise refused(404, "not_found", f"/v1/images/{kind[:40]}: not served here; edits are, at /v1/images/edits")
+
     @app.get("/v1/images/{id}", summary="A picture behind a signed link")
     async def image(id: str, expires: str = "", signature: str = "") -> Response:
         data, media_type = service.pictures.get(id, expires, signature)

@@ -69,10 +69,9 @@ async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[T
     sizes = await asyncio.to_thread(check_headers, spec.images, service.max_pixels)
     if spec.mask is not None:
         await asyncio.to_thread(check_headers, [spec.mask], service.max_pixels, "mask")
-    passes = 1 + len(spec.then) if spec.sequential else 1
-    cost = cost_of(sizes[0][0] * sizes[0][1], passes, info.steps)
-    own = adapter is not None or spec.sequential
-    key = None if own else (sizes[0], len(spec.images), len(spec.then), spec.allow_out_of_scope)
+    cost = cost_of(sizes[0][0] * sizes[0][1], 1 + len(spec.then), info.steps)
+    own = adapter is not None or bool(spec.then)
+    key = None if own else (sizes[0], len(spec.images), spec.allow_out_of_scope)
     return [
         Task(
             id=secrets.token_hex(16),
@@ -80,7 +79,6 @@ async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[T
             images=spec.images,
             instruction=spec.prompt,
             then=spec.then,
-            sequential=spec.sequential,
             strength=spec.strength,
             seed=spec.seed + number,
             allow_out_of_scope=spec.allow_out_of_scope,

@@ -43,7 +43,6 @@ _FIELDS: dict[str, Any] = {
     "strength": {"type": "number", "minimum": -4, "maximum": 4, "default": 1},
     "seed": {"type": "integer", "minimum": 0, "default": 0},
     "then": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
-    "sequential": {"type": "boolean", "default": False},
     "allow_out_of_scope": {"type": "boolean", "default": False},
     "adapter": {"type": "string", "description": "Id of an adapter of yours, used instead of generating one"},
     "metadata": {"type": "string", "enum": list(METADATA), "default": METADATA[0]},

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from openwu.serving.engines import Engine, Outcome, Task
 from openwu.serving.errors import Failure, ServiceError, WorkerLostError, refused
@@ -227,7 +227,9 @@ class Scheduler:
         finally:
             for job in jobs:
                 self._jobs.pop(job.task.id, None)
-        if not any(job.result.cancelled() for job in jobs):
+        # What was refused or failed took less than it would have, and would make the limits in seconds too lax.
+        done = not any(isinstance(outcome, Failure) for outcome in outcomes)
+        if done and not any(job.result.cancelled() for job in jobs):
             self._learn(sum(job.task.cost for job in jobs), time.monotonic() - began)
         for job, outcome in zip(jobs, outcomes, strict=True):
             if job.result.done():
@@ -248,6 +250,7 @@ class Scheduler:
             else:
                 self.metrics.retried.inc()
                 job.started = None
+                job.task = replace(job.task, batch_key=None)
                 self.queue.push(job, first=True)
 
     def _report(self, task: str, done: int, total: int) -> None:

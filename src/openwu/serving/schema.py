@@ -24,7 +24,7 @@ LABELS = ("user", "safety_identifier")
 EXAMPLES = ("example_before", "example_after")
 FIELDS = (
     *("model", "prompt", "n", "size", "output_format", "output_compression", "background", "response_format", "stream"),
-    *("partial_images", "strength", "seed", "then", "sequential", "allow_out_of_scope", "adapter", "metadata"),
+    *("partial_images", "strength", "seed", "then", "allow_out_of_scope", "adapter", "metadata"),
     *IGNORED,
     *LABELS,
 )
@@ -55,7 +55,6 @@ class EditSpec:
     strength: float = 1.0
     seed: int = 0
     then: tuple[str, ...] = ()
-    sequential: bool = False
     allow_out_of_scope: bool = False
     adapter: str | None = None
     metadata: Metadata = "no_location"
@@ -109,7 +108,6 @@ def edit_spec(values: Values, images: Sequence[bytes], mask: bytes | None) -> Ed
         strength=_number(values, "strength", -4.0, 4.0, 1.0),
         seed=_whole(values, "seed", 0, MAX_SEED - MAX_N) or 0,
         then=then,
-        sequential=_flag(values, "sequential") and bool(then),
         allow_out_of_scope=_flag(values, "allow_out_of_scope"),
         adapter=adapter,
         metadata=cast(Metadata, _choice(values, "metadata", METADATA)),

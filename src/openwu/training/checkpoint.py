@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openwu.errors import CheckpointError
-from openwu.files.writing import whole_file
+from openwu.files.writing import atomic_file
 from openwu.training.distributed import full_state, shard_like
 from openwu.training.optimizers import EmaWeights, StageOptimizer
 
@@ -46,7 +46,7 @@ def save_state(
     if not main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / STATE) as part:
+    with atomic_file(folder / STATE) as part:
         save_file(tensors, part, {"step": str(step), "recipe": recipe})
 
 

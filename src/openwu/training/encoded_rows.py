@@ -26,7 +26,7 @@ from openwu.conditions import Encoder
 from openwu.data.pairs import SHOWN, Pair, Pairs, content
 from openwu.errors import DatasetError, OpenwuError
 from openwu.files.hashing import of_bytes, of_json
-from openwu.files.writing import whole_file
+from openwu.files.writing import atomic_file
 from openwu.kernels.memory import gigabytes
 from openwu.training.distributed import Processes
 from openwu.types import BaseRequest, Condition, LatentBatch, Segment
@@ -66,7 +66,7 @@ class RowStore:
         """Write a row atomically; two processes may write the same one."""
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in to_tensors(row).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, durable=False) as part:
+        with atomic_file(path, durable=False) as part:
             save_file(tensors, part, {"checksum": _checksum(tensors)})
 
 

@@ -43,8 +43,9 @@ class StageOptimizer:
         ]
         if matrices:
             rate = config.matrix_learning_rate
+            kind = torch.optim.Muon if multiplies_bfloat16(matrices[0].device) else Float32Muon
             # The update is scaled to the size of AdamW's, so that rates and decay mean the same (Liu et al. 2025).
-            muon = torch.optim.Muon(matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+            muon = kind(matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             self._optimizers.append((muon, rate))
 
     def step(self, factor: float) -> None:
@@ -72,6 +73,47 @@ class StageOptimizer:
             if any(parameter is each for group in optimizer.param_groups for each in group["params"]):
                 # Files are read on the CPU, and fused kernels want even the step counter beside the weights.
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+
+
+class Float32Muon(torch.optim.Muon):
+    """Muon that orthogonalises in float32: torch's does so in bfloat16, 40 times slower where no unit multiplies it.
+
+    Only what `StageOptimizer` asks for: the update is scaled to the size of AdamW's. The state is that of torch's.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update the weights."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 1 - group["momentum"])
+                direction = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                update = orthogonalised(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+
+
+def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Bring the singular values of a matrix near 1 by Newton-Schulz iterations (Jordan et al. 2024), in its dtype."""
+    a, b, c = coefficients
+    tall = x.shape[0] > x.shape[1]
+    y = x.T if tall else x
+    y = y / y.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.T if tall else y
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has units that multiply matrices in bfloat16: every accelerator, not every processor."""
+    if device.type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def _linear_weights(module: nn.Module) -> Iterator[nn.Parameter]:

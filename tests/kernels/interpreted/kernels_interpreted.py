@@ -80,18 +80,18 @@ def test_rotary(case: str, dtype: torch.dtype) -> None:
     shape, turned, of_turns = HEADS[case]
     whole, turns = draw(*shape, dtype=dtype), turning(*of_turns)
     x = whole[..., :turned, :]
-    expected = rotary.rotated(x, turns)
+    expected = rotary.apply_rotary(x, turns)
     inputs = x.detach().clone().as_strided(x.shape, x.clone().stride()).requires_grad_()
     rows, contiguous = rotary_kernel.rows(x, turns), rotary_kernel.rows(inputs, turns)
     assert rows is not None
     assert contiguous is not None
-    came = rotary_kernel.rotated(contiguous).view(x.shape)
+    came = rotary_kernel.apply_rotary(contiguous).view(x.shape)
     close(came, expected)
-    ours, theirs = (gradients([out], [inputs]) for out in (came, rotary.rotated(inputs, turns)))
+    ours, theirs = (gradients([out], [inputs]) for out in (came, rotary.apply_rotary(inputs, turns)))
     close(ours[0], theirs[0])
     untouched = whole[..., turned:, :].clone()
     with interpreter.each_number_once():
-        rotary_kernel.rotate_(rows)
+        rotary_kernel.apply_rotary_(rows)
     assert torch.equal(x, came)
     assert torch.equal(whole[..., turned:, :], untouched)
 
@@ -124,9 +124,9 @@ def test_norm_of_a_strided_stream_in_place(dtypes: tuple[torch.dtype, ...], widt
     untouched = whole[:, :, 3:].clone()
     for each in (update, None):
         expected = x.clone()
-        normed = norm.add_normed_(expected, each, weight, EPS, result)
+        normed = norm.add_rms_norm_(expected, each, weight, EPS, result)
         with interpreter.each_number_once():
-            came = norm_kernel.add_normed_(x, each, weight, EPS, result)
+            came = norm_kernel.add_rms_norm_(x, each, weight, EPS, result)
         close(came, normed)
         assert torch.equal(x, expected)  # the sum is rounded as two steps round it
     assert torch.equal(whole[:, :, 3:], untouched)
@@ -140,16 +140,16 @@ def test_norm_and_gradients(dtypes: tuple[torch.dtype, ...], rows: int, monkeypa
     x, update = draw(1, rows, 37, dtype=stream), draw(1, rows, 37, dtype=added, seed=1)
     weight = draw(37, dtype=weighted, seed=2)
     inputs = [each.requires_grad_() for each in (x, update, weight)]
-    ours, plain = (list(each.add_normed(x, update, weight, EPS, result)) for each in (norm_kernel, norm))
+    ours, plain = (list(each.add_rms_norm(x, update, weight, EPS, result)) for each in (norm_kernel, norm))
     assert torch.equal(ours[0], plain[0])
     close(ours[1], plain[1])
     with interpreter.each_number_once():
         came_gradients = gradients(ours, inputs)
     pairs = list(zip(came_gradients, gradients(plain, inputs), strict=True))
-    ours, plain = ([each.normed(x, weight, EPS, result)] for each in (norm_kernel, norm))
+    ours, plain = ([each.rms_norm(x, weight, EPS, result)] for each in (norm_kernel, norm))
     close(ours[0], plain[0])
     pairs += zip(gradients(ours, [x, weight]), gradients(plain, [x, weight]), strict=True)
-    total = norm_kernel.add_normed(x, update, weight, EPS, result)[0]  # the norm is not used further
+    total = norm_kernel.add_rms_norm(x, update, weight, EPS, result)[0]  # the norm is not used further
     pairs += zip(gradients([total], [x, update]), gradients([x + update.to(stream)], [x, update]), strict=True)
     for came, expected in pairs:
         assert came.dtype == expected.dtype
@@ -268,10 +268,10 @@ def test_adapters_of_stacked_experts(chosen: Choices, samples: int) -> None:
 
 
 TRIALS: dict[str, Callable[[], kernels.Trial]] = {
-    "_rotate_kernel": lambda: trials.of_rotate_(draw(2, 2, 8)),
+    "_rotate_kernel": lambda: trials.of_apply_rotary_(draw(2, 2, 8)),
     "_add_sorted": lambda: trials.of_sorted(draw(9, 8), draw(9, 8), draw(3, 2, 8), draw(3, 8, 2), 0.0),
-    "_forward": lambda: trials.of_add_normed_(draw(3, 8), draw(3, 8), draw(8), EPS, torch.float32),
-    "_backward": lambda: trials.of_add_normed(draw(3, 8), draw(3, 8), draw(8), EPS, torch.float32),
+    "_forward": lambda: trials.of_add_rms_norm_(draw(3, 8), draw(3, 8), draw(8), EPS, torch.float32),
+    "_backward": lambda: trials.of_add_rms_norm(draw(3, 8), draw(3, 8), draw(8), EPS, torch.float32),
 }
 
 

@@ -32,7 +32,10 @@ DENOISERS = ("transformer", "unet")
 HEADROOM = 1.1
 """How much more than its weights a loaded pipeline needs, at least."""
 
-_FILES = (INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja")
+CONFIGS = (INDEX, "*/*.json")
+"""What is downloaded to learn a pipeline's modules and widths."""
+
+_FILES = (*CONFIGS, "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja")
 """What is downloaded: the parts, not the same weights once more in one file beside them."""
 
 _SAMPLES, _SAMPLE = 64, 64 * 1024
@@ -86,8 +89,8 @@ def check_local(folder: str | Path, revision: str | None, classes: Sequence[str]
         check_weights(path)
 
 
-def local_folder(folder: str | Path, revision: str | None) -> Path:
-    """Return the folder itself, or the local copy of a hub id, downloaded if it is not there yet."""
+def local_folder(folder: str | Path, revision: str | None, files: Sequence[str] = _FILES) -> Path:
+    """Return the folder itself, or the local copy of a hub id's `files`, downloaded if they are not there yet."""
     path = Path(folder)
     if path.is_dir():
         if revision is not None:
@@ -100,7 +103,7 @@ def local_folder(folder: str | Path, revision: str | None) -> Path:
         )
     hub = library("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(str(folder), revision=revision, allow_patterns=list(_FILES)))
+        return Path(hub.snapshot_download(str(folder), revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -30,7 +30,15 @@ from openwu.backbones.diffusers.latents import (
     token_rows,
     working_size,
 )
-from openwu.backbones.diffusers.loading import HollowPart, check_local, hollow_pipeline, load_pipeline
+from openwu.backbones.diffusers.loading import (
+    CONFIGS,
+    HollowPart,
+    check_class,
+    check_local,
+    hollow_pipeline,
+    load_pipeline,
+    local_folder,
+)
 from openwu.backbones.protocol import Backbone, Progress, RowScope
 from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_layers
 from openwu.errors import InstructionError, OpenwuError
@@ -45,7 +53,7 @@ PICTURES = "pictures"
 class PipelineBackbone(Backbone, ABC):
     """A frozen base in a diffusers pipeline."""
 
-    loading_options: ClassVar[frozenset[str]] = frozenset({"quantise"})
+    loading_options: ClassVar[frozenset[str]] = frozenset({"quantise", "before_weights"})
     pipelines: ClassVar[tuple[str, ...]]
     """Names of the diffusers classes that this backbone drives."""
     packages: ClassVar[tuple[str, ...]] = ()
@@ -87,16 +95,22 @@ class PipelineBackbone(Backbone, ABC):
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         quantise: Quantise | None = None,
+        before_weights: Callable[[Backbone], object] | None = None,
     ) -> Self:
         """Load a diffusers folder or hub id. `dtype` None: float32 on a CPU, bfloat16 elsewhere.
 
         `quantise`: keep the linear layers of the denoiser's blocks in 8 or 4 bits (bitsandbytes), the rest in `dtype`.
+        `before_weights`: called with the base on the meta device, built from the configs alone.
 
         Raises CheckpointError for a folder that is no such pipeline or has no safetensors, OpenwuError for packages
         that are not installed and for too little memory.
         """
         for package in cls.packages:
             library(package, cls.facts.extra)
+        if before_weights is not None:
+            configs = local_folder(folder, revision, CONFIGS)
+            check_class(configs, cls.pipelines)
+            before_weights(cls.hollow(configs))
         plan = None if quantise is None else cls.quantisation_plan(quantise)
         return cls(load_pipeline(folder, cls.pipelines, device, dtype, revision, cls.facts.extra, plan))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
@@ -18,11 +18,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from openwu.backbones.embedded.catalogue import instead, known_edits, phrase, refusal
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
-from openwu.backbones.embedded.instruction import InstructionEncoder, check_scope, known_edits
+from openwu.backbones.embedded.guarantees import blended, guaranteed
+from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor, noise_plane, place_planes
 from openwu.backbones.embedded.tiles import Canvas, Tile, as_unit, pictures_per_pass, tiles_of
+from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.backbones.protocol import (
     Backbone,
     BaseFacts,
@@ -34,15 +37,17 @@ from openwu.backbones.protocol import (
     RowScope,
 )
 from openwu.config import LayerGroup
-from openwu.errors import CheckpointError, OpenwuError
+from openwu.errors import CheckpointError, InstructionError, OpenwuError
 from openwu.files.weights import fill
 from openwu.images import Photo, read_picture
 from openwu.images.colour import Pixels
 from openwu.images.instruction import check_instruction
-from openwu.types import BaseRequest, Condition, SamplingOptions
+from openwu.types import BaseRequest, Condition, SamplingOptions, Understood
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The embedded model that comes with the package."""
+RUNNERS_UP = 3
+"""How many less probable edits `Understood` names."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class EmbeddedBase(Backbone):
         extra="",
     )
     refuses_out_of_scope: ClassVar[bool] = True
+    identity_at_zero: ClassVar[bool] = True
     concurrent: ClassVar[bool] = True
     max_pictures: ClassVar[int | None] = 2
 
@@ -122,6 +128,10 @@ class EmbeddedBase(Backbone):
         config = read_config(folder).get("generator")
         return BundledGenerator(config if isinstance(config, dict) else {}, folder / "generator.safetensors")
 
+    @property
+    def reads_examples(self) -> bool:
+        return self.config.condition.examples
+
     def modules(self) -> dict[str, nn.Module]:
         """The three parts by the names of their files."""
         return {"instruction": self.instruction, "backbone": self.network, "condition": self.condition_encoder}
@@ -163,22 +173,66 @@ class EmbeddedBase(Backbone):
         return EmbeddedJob(photos, instructions, seed, reasoning, encoder=self.instruction)
 
     def as_read(self, job: EditJob) -> tuple[Sequence[Pixels], str]:
-        return [condition_pixels(photo) for photo in job.photos], self.instruction.as_read(job.instructions[0])
+        words = self.instruction.as_read(job.instructions[0])
+        if not job.examples:
+            return [condition_pixels(photo) for photo in job.photos], words
+        shown = [condition_pixels(photo) for pair in job.examples for photo in pair]
+        own = [condition_pixels(job.photos[0])] if job.per_photo else []
+        return [*shown, *own], f"{len(job.examples)} examples, {len(own)} photo: {words}"
 
-    def check_scope(self, jobs: Sequence[EditJob]) -> None:
-        """Raise InstructionError for an instruction that no sub-task serves, or that lacks its reference picture."""
-        for job in map(self._own, jobs):
-            referenced = [len(job.photos) > 1] * len(job.instructions)
-            logs = self.instruction.log_probabilities(job.tokens)
-            check_scope(job.instructions, logs, self.config.instruction.labels, referenced)
+    def understand(self, job: EditJob, *, checked: bool = True) -> tuple[Understood, ...]:
+        """Return what each wish was taken for. Raises InstructionError for what no sub-task serves in full, for a
+        probability below `InstructionConfig.accepted`, and for a missing reference picture, unless `checked` is False.
+        """
+        own = self._own(job)
+        found: list[Wish] = []
+        for text in own.instructions if checked else ():
+            found += wishes(text, self.read_sentences, self.config.instruction.accepted)
+        if not checked:
+            found = [
+                Wish(*each) for each in zip(own.instructions, self.instruction.readings(own.instructions), strict=True)
+            ]
+        for wish in found if checked else ():
+            if error := refusal(wish.text, wish.reading, self.config.instruction.accepted):
+                raise error
+            if (
+                len(job.photos) < 2
+                and wish.reading.edit in known_edits()
+                and known_edits()[wish.reading.edit].reference
+            ):
+                raise InstructionError(
+                    f"instruction: {wish.text!r} asks for the look of a second picture, but only one came; add it with "
+                    "--reference FILE (images=[photo, reference])"
+                )
+        return tuple(_understood(wish) for wish in found)
+
+    def read_sentences(self, sentences: Sequence[str]) -> list[Reading]:
+        """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""
+        config = self.config.instruction
+        readings = self.instruction.readings(sentences)
+        stand_ins = {
+            index: text
+            for index, (sentence, reading) in enumerate(zip(sentences, readings, strict=True))
+            if (text := instead(sentence, reading, config.labels, config.accepted)) is not None
+        }
+        if stand_ins:
+            read = self.instruction.readings(list(stand_ins.values()))
+            for (index, text), reading in zip(stand_ins.items(), read, strict=True):
+                if reading.is_wish(config.accepted):
+                    readings[index] = replace(reading, sentence=text)
+        return readings
 
     def edits(self) -> Mapping[str, KnownEdit]:
-        labels = self.config.instruction.labels
-        return {
-            name: KnownEdit(name, {key: text for key, text in entry.items() if key != "reference"}, entry["reference"])
-            for name, entry in known_edits().items()
-            if name in labels
-        }
+        known = known_edits()
+        labels = [label for label in self.config.instruction.labels if label != OUT_OF_SCOPE]
+        return {name: known[name] if name in known else KnownEdit(name, {"en": phrase(name)}) for name in labels}
+
+    def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
+        """Return the photo exactly neutral for "black and white" in full and for a grey input that stays grey, and
+        exactly toned for sepia; of an edit with a number, the share that this asks for.
+        """
+        whole = guaranteed(photo, understood, strength, job.photos[0].grey)
+        return blended(job.photos[0], whole, understood[0].strength) if len(understood) == 1 else whole
 
     def check_sampling(self, options: SamplingOptions) -> None:
         for name in ("steps", "guidance", "image_guidance", "true_guidance", "pixels"):
@@ -193,6 +247,11 @@ class EmbeddedBase(Backbone):
         """Conditions `[b, L, width]` from whole photos: the one to edit, and a reference after it if there is one."""
         tokens = []
         for job in map(self._own, jobs):
+            if job.examples:
+                pairs = [torch.stack([condition_view(each) for each in pair], dim=1) for pair in job.examples]
+                seen = condition_view(job.photos[0]) if job.per_photo else None
+                tokens.append(self.condition_encoder.shown(pairs, job.tokens, seen).tokens)
+                continue
             photo, *reference = job.photos
             second = condition_view(reference[0]) if reference else None
             tokens.append(self.condition_encoder(condition_view(photo), job.tokens, second).tokens)
@@ -272,6 +331,12 @@ class EmbeddedBase(Backbone):
 
     def _own(self, job: EditJob) -> EmbeddedJob:
         return job if isinstance(job, EmbeddedJob) else self.read(job.photos, job.instructions, job.seed)
+
+
+def _understood(wish: Wish) -> Understood:
+    reading = wish.reading
+    runners_up = tuple(each for each in reading.ranked[1:] if each[0] != OUT_OF_SCOPE)[:RUNNERS_UP]
+    return Understood(reading.edit, reading.probability, reading.degree, wish.strength, runners_up, wish.text)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,23 @@ Shapes: b requests, K instruction tokens, V = 1 + thumbnail patches + details to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openwu.backbones.embedded import example
+from openwu.backbones.embedded.features import (
+    DIFFERENCES,
+    NUM_STATISTICS,
+    colour_statistics,
+    cut_details,
+    detail_energy,
+)
 from openwu.backbones.embedded.tiles import as_unit
+from openwu.errors import OpenwuError
 from openwu.images import Photo
 from openwu.images.colour import Pixels
 from openwu.kernels.norm import RMSNorm
@@ -48,6 +58,8 @@ class EmbeddedConditionConfig:
     """Details are taken at the crossings of a grid with so many lines each way."""
     detail: int = 16
     """Side of a detail in pixels."""
+    examples: bool = False
+    """Whether pairs before and after are read, for edits that are shown; see `example.py`."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -83,6 +95,7 @@ class EmbeddedConditionEncoder(nn.Module):
         self.from_statistics = nn.Linear(NUM_STATISTICS, config.width)
         self.absent = nn.Parameter(torch.randn(config.num_picture_tokens, config.width) * 0.1)
         self.place = nn.Parameter(torch.randn(config.num_tokens, config.width) * 0.1)
+        self.example = example.ExampleEncoder(config.width) if config.examples else None
         self.layers = nn.ModuleList(JointLayer(config.width, config.heads) for _ in range(config.num_layers))
 
     def forward(
@@ -101,7 +114,27 @@ class EmbeddedConditionEncoder(nn.Module):
         # in the average over all tokens the few of the instruction would drown: the generator then ignores it.
         sentence = self.from_sentence(text.to(dtype).flatten(1))[:, None]
         x = torch.cat([self.from_text(text.to(dtype)), self.see(pictures), second], dim=1) + sentence
-        x = x + self.place.to(x.dtype)
+        return self.join(x + self.place.to(x.dtype))
+
+    def shown(self, pairs: Sequence[Tensor], text: Tensor, pictures: Tensor | None = None) -> Condition:
+        """The condition of an edit that is shown by pairs of pictures before and after, `[b, 2, 3, h, w]` each.
+
+        `text` `[b, K, text_dim]`: words, if there are any. `pictures` `[b, 3, h, w]`: the photographs to edit, for an
+        adapter of each one's own; None: the adapter serves a whole series.
+        """
+        if self.example is None:
+            raise OpenwuError("example: expected none, since this model was not trained on examples; say what to do")
+        text = text.to(self.from_text.weight.dtype)
+        place = self.place.to(text.dtype)
+        parts = [self.from_text(text) + place[: text.shape[1]]]
+        if pictures is not None:
+            seen = self.see(pictures)
+            parts.append(seen + place[text.shape[1] : text.shape[1] + seen.shape[1]])
+        parts.append(self.example(pairs))
+        return self.join(torch.cat(parts, dim=1) + self.from_sentence(text.flatten(1))[:, None])
+
+    def join(self, x: Tensor) -> Condition:
+        """Let all tokens of a request `[b, n, width]` read one another."""
         for layer in self.layers:
             x = layer(x)
         return Condition(x)
@@ -137,52 +170,6 @@ def condition_pixels(photo: Photo) -> Pixels:
     """What the condition is read from, as integers `[h, w, 3]`; see `condition_view`."""
     step = max(1, round(max(photo.pixels.shape[:2]) / CONDITION_SIDE))
     return photo.pixels[::step, ::step]
-
-
-def cut_details(pictures: Tensor, grid: int, side: int) -> Tensor:
-    """Squares at the crossings of a grid: `[b, 3, h, w]` -> `[b, grid * grid, 3, side, side]` float32."""
-    height, width = pictures.shape[-2:]
-    if min(height, width) < side:
-        pictures = F.interpolate(pictures, (max(height, side), max(width, side)), mode="bilinear", align_corners=False)
-        height, width = pictures.shape[-2:]
-    # Where JPEG's blocks begin is the same in every detail: corners lie on multiples of 8.
-    tops = (torch.linspace(0, height - side, grid) / 8).floor().int().mul(8).tolist()
-    lefts = (torch.linspace(0, width - side, grid) / 8).floor().int().mul(8).tolist()
-    cut = [pictures[:, :, top : top + side, left : left + side] for top in tops for left in lefts]
-    return torch.stack(cut, dim=1).float()
-
-
-QUANTILES = 16
-NUM_STATISTICS = 4 * QUANTILES + 3 + 6
-"""Quantiles of red, green, blue and luma; means and covariances of the channels."""
-
-
-def colour_statistics(small: Tensor) -> Tensor:
-    """What the colours of thumbnails `[b, 3, s, s]` are, wherever they are: `[b, NUM_STATISTICS]`, of size about 1."""
-    colours = small.flatten(2)  # [b, 3, n]
-    luma = (colours * colours.new_tensor((0.299, 0.587, 0.114))[:, None]).sum(1, keepdim=True)
-    ordered = torch.cat([colours, luma], dim=1).sort(dim=-1).values
-    at = torch.linspace(0, ordered.shape[-1] - 1, QUANTILES, device=small.device).round().long()
-    mean = colours.mean(-1, keepdim=True)
-    covariance = (colours - mean) @ (colours - mean).transpose(1, 2) / colours.shape[-1]
-    row, column = torch.triu_indices(3, 3)
-    spread = covariance[:, row, column]
-    spread = spread.sign() * spread.abs().clamp(min=1e-6).sqrt()
-    return torch.cat([4 * (ordered[..., at].flatten(1) - 0.5), 4 * (mean[..., 0] - 0.5), 8 * spread], dim=1)
-
-
-DIFFERENCES = ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 4), (4, 0), (0, 8), (8, 0))
-"""Steps down and to the right, in pixels: noise differs at every distance, blur only at larger ones."""
-
-
-def detail_energy(details: Tensor) -> Tensor:
-    """How much details `[b, n, 3, k, k]` vary over each of DIFFERENCES: `[b, n, len(DIFFERENCES)]`, a logarithm."""
-    side = details.shape[-1]
-    energies = [
-        (details[..., down:, right:] - details[..., : side - down, : side - right]).square().mean((-1, -2, -3))
-        for down, right in DIFFERENCES
-    ]
-    return 0.5 * torch.log10(torch.stack(energies, dim=-1) + 1e-6) + 1.5
 
 
 class JointLayer(nn.Module):

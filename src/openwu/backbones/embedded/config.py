@@ -140,6 +140,9 @@ def _field_problems(part: str, kind: type[Any], values: Any) -> list[str]:
         if key == "labels":
             if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
                 problems.append(f"{part}.{key}: expected a list of names, got {value!r}")
+        elif known[key].type in (bool, "bool"):
+            if not isinstance(value, bool):
+                problems.append(f"{part}.{key}: expected true or false, got {value!r}")
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"{part}.{key}: expected a positive whole number, got {value!r}")
     return problems

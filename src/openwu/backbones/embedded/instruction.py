@@ -1,50 +1,47 @@
 """The instruction encoder of the embedded base: sentences in English or Chinese -> instruction tokens `[b, K, width]`.
 
 There are as many tokens for a short sentence as for a long one. From them follow the probability of every sub-task and
-of "out of scope", and with it which instructions are refused (`check_scope`).
+of "out of scope" (`readings`); wishes.py and catalogue.py make wishes and refusals of it.
 
 A sentence becomes words (English) or characters (Chinese). A word is the sum of learned vectors of its hashed letter
 n-grams, so that a mistyped word stays close to the right one; rows of the table that no training sentence touched are
 zero, so that unknown letters add nothing. The encoder is trained to tell the sub-tasks apart and then frozen for
 everyone who reads it: the base model, the condition, and every baseline.
 
+Beside it stands a second, plain reader: a linear map from the hashed words, groups of words and letter n-grams of the
+whole sentence to the sub-tasks (wide and deep learning, Cheng et al. 2016). The two err on different sentences; what a
+sentence is taken for is the geometric mean of both.
+
 Tokens are drawn most of the way towards what is typical of the sub-task and degree that the sentence is taken for, so
 that a wording that no training saw reads nearly like those that were seen, while what is new about it stays visible.
 
-Shapes: b sentences, t words, g n-grams of a word, K instruction tokens.
+Shapes: b sentences, t words, g n-grams of a word, m phrases (words, groups and n-grams) of a sentence, K instruction
+tokens.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.errors import InstructionError
+from openwu.backbones.embedded.wishes import Reading
 from openwu.kernels.norm import RMSNorm
 
 _WORD = re.compile(r"[a-z0-9]+|[一-鿿]|[^\sa-z0-9一-鿿]")
-NUM_DEGREES = 3
-"""Degrees that words of strength ask for: little, normal, strong."""
+DEGREES = ("little", "normal", "strong")
+"""What words of strength ask for."""
+NUM_DEGREES = len(DEGREES)
 SETTLED = 0.7
 """How far tokens are drawn towards what is typical of the sub-task and degree that they are taken for, 0 to 1."""
+PHRASE_SCALE = 20.0
+"""Factor on the linear reader's sums: its weights then learn at the rate of all others."""
 _MARKS = re.compile(r"['’]")
-
-OUT_OF_SCOPE = "out_of_scope"
-"""The label of sentences that ask for something that no sub-task does."""
-NEAREST = 3
-"""How many known edits a refusal names."""
-DATA_FILES = ("known_edits.json",)
-_KNOWN_EDITS = Path(__file__).with_name(DATA_FILES[0])
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,24 @@ class InstructionConfig:
     """Words read of one sentence; what comes after is not read."""
     max_grams: int = 24
     """n-grams read of one word."""
+    phrase_buckets: int = 32768
+    """Rows of the hashed phrase table."""
+    accepted_percent: int = 80
+    """Probability, in percent, from which an edit counts as understood; less is refused. Chosen on sentences of
+    writers whom no training saw, see docs/editing.md."""
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: expected at least two different names, got {self.labels}")
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
+        if not 0 < self.accepted_percent <= 100:
+            raise ValueError(f"accepted_percent: expected 1 to 100, got {self.accepted_percent}")
+
+    @property
+    def accepted(self) -> float:
+        """Probability, 0 to 1, from which an edit counts as understood."""
+        return self.accepted_percent / 100
 
 
 def split_words(sentence: str) -> list[str]:
@@ -116,6 +125,29 @@ def hash_words(sentences: Sequence[str], config: InstructionConfig) -> Tensor:
     return rows
 
 
+def phrases_of(words: Sequence[str]) -> list[str]:
+    """Return what the linear reader knows a sentence by: words, groups to four, gapped pairs, n-grams (2 to 5)."""
+    found = {f"{size}{' '.join(words[at : at + size])}" for size in (1, 2, 3, 4) for at in range(len(words) - size + 1)}
+    found |= {f"s{first} {last}" for first, last in zip(words, words[2:], strict=False)}
+    for word in words:
+        if word.isascii() and len(word) > 2:
+            marked = f"<{word}>"
+            found |= {marked[at : at + size] for size in (2, 3, 4, 5) for at in range(len(marked) - size + 1)}
+    return sorted(found)
+
+
+def hash_phrases(sentences: Sequence[str], config: InstructionConfig) -> Tensor:
+    """Sentences -> rows of the phrase table `[b, m]`, 0 where there is nothing."""
+    hashed = [
+        [1 + zlib.crc32(each.encode()) % (config.phrase_buckets - 1) for each in phrases_of(words)]
+        for words in (split_words(sentence)[: config.max_words] for sentence in sentences)
+    ]
+    rows = torch.zeros(len(hashed), max(1, *map(len, hashed)), dtype=torch.long)
+    for b, found in enumerate(hashed):
+        rows[b, : len(found)] = torch.tensor(found)
+    return rows
+
+
 class InstructionEncoder(nn.Module):
     """Sentences -> instruction tokens, and the sub-task they ask for."""
 
@@ -132,6 +164,8 @@ class InstructionEncoder(nn.Module):
         self.norm = RMSNorm(width)
         self.classify = nn.Linear(config.num_tokens * width, len(config.labels))
         self.grade = nn.Linear(config.num_tokens * width, NUM_DEGREES)
+        self.phrases = nn.Embedding(config.phrase_buckets, len(config.labels), padding_idx=0)
+        nn.init.zeros_(self.phrases.weight)
         self.centres = nn.Parameter(torch.zeros(len(config.labels), config.num_tokens, width))
         self.degree_centres = nn.Parameter(torch.zeros(NUM_DEGREES, config.num_tokens, width))
 
@@ -141,14 +175,36 @@ class InstructionEncoder(nn.Module):
 
     def forward(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
         """-> `[b, K, width]`. `dropped`: in training, the share of n-grams to leave out, and the draws' generator."""
-        return self.settled(self.read_words(sentences, dropped))
+        return self.settled(self.read_words(sentences, dropped), self.phrase_logits(sentences))
 
-    def settled(self, tokens: Tensor) -> Tensor:
+    def settled(self, tokens: Tensor, phrase_logits: Tensor) -> Tensor:
         """Tokens as read `[b, K, width]` -> drawn towards what is typical of what they are taken for."""
-        edits, degrees = self.log_probabilities(tokens).exp(), self.degree_log_probabilities(tokens).exp()
+        edits, degrees = self.joined(tokens, phrase_logits).exp(), self.degree_log_probabilities(tokens).exp()
         typical = torch.einsum("bl,lkw->bkw", edits.to(tokens.dtype), self.centres)
         typical = typical + torch.einsum("bd,dkw->bkw", degrees.to(tokens.dtype), self.degree_centres)
         return torch.lerp(tokens, typical.to(tokens.dtype), SETTLED)
+
+    def phrase_logits(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """What the linear reader takes sentences for: `[b, labels]`, float32. `dropped`: see `forward`."""
+        rows = hash_phrases(sentences, self.config).to(self.query.device)
+        if dropped is not None:
+            share, generator = dropped
+            rows = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
+        count = (rows > 0).sum(1, keepdim=True).clamp(min=1)
+        logits: Tensor = PHRASE_SCALE * self.phrases(rows).float().sum(1) / count.sqrt()
+        return logits
+
+    def joined(self, tokens: Tensor, phrase_logits: Tensor) -> Tensor:
+        """Log-probability of each label `[b, labels]`: the geometric mean of what both readers say.
+
+        As long as the linear one knows nothing, it has no say.
+        """
+        deep, plain = self.log_probabilities(tokens), F.log_softmax(phrase_logits, dim=-1)
+        return F.log_softmax(deep + plain, dim=-1)
+
+    def label_log_probabilities(self, sentences: Sequence[str]) -> Tensor:
+        """Log-probability of each label for sentences `[b, labels]`, by both readers."""
+        return self.joined(self.read_words(sentences), self.phrase_logits(sentences))
 
     def off_centre(self, tokens: Tensor, labels: Tensor, degrees: Tensor) -> Tensor:
         """Mean squared distance of the centres of labels and degrees `[b]` from the tokens; moves the centres alone."""
@@ -184,6 +240,19 @@ class InstructionEncoder(nn.Module):
         """Instruction tokens `[b, K, width]` -> log-probability of each label `[b, labels]`."""
         return F.log_softmax(self.classify(tokens.flatten(1)).float(), dim=-1)
 
+    @torch.no_grad()
+    def readings(self, sentences: Sequence[str]) -> list[Reading]:
+        """Return what each sentence is taken for."""
+        tokens = self.read_words(sentences)
+        edits = self.joined(tokens, self.phrase_logits(sentences)).exp()
+        degrees = self.degree_log_probabilities(tokens).argmax(1).tolist()
+        readings = []
+        for row, degree in zip(edits, degrees, strict=True):
+            order = row.argsort(descending=True).tolist()
+            ranked = tuple((self.config.labels[index], float(row[index])) for index in order)
+            readings.append(Reading(*ranked[0], DEGREES[degree], ranked))
+        return readings
+
     def degree_log_probabilities(self, tokens: Tensor) -> Tensor:
         """Instruction tokens -> log-probability of "a little", no word of strength, "strongly" `[b, 3]`."""
         return F.log_softmax(self.grade(tokens.flatten(1)).float(), dim=-1)
@@ -212,43 +281,3 @@ class WordLayer(nn.Module):
         x = x + self.out(mixed.transpose(1, 2).reshape(b, n, width))
         out: Tensor = x + self.fc2(F.silu(self.fc1(self.norm2(x))))
         return out
-
-
-def check_scope(
-    instructions: Sequence[str], log_probabilities: Tensor, labels: Sequence[str], referenced: Sequence[bool]
-) -> None:
-    """Raise InstructionError for the first instruction that no sub-task serves, or that lacks its reference picture.
-
-    log_probabilities: `[b, labels]`; referenced: whether each request has a second picture.
-    """
-    outside = labels.index(OUT_OF_SCOPE)
-    for instruction, logs, second in zip(instructions, log_probabilities, referenced, strict=True):
-        ranked = [int(index) for index in logs.argsort(descending=True)]
-        label = labels[ranked[0]]
-        if ranked[0] == outside:
-            nearest = [labels[index] for index in ranked if index != outside][:NEAREST]
-            raise InstructionError(
-                f"instruction: the embedded model does not know how to {instruction!r}; the nearest edits it knows "
-                f"are: {', '.join(shown(name, instruction) for name in nearest)}. Ask for one of them, try anyway with "
-                "--allow-out-of-scope (allow_out_of_scope=True), or pass a larger model with --model FOLDER "
-                "(Editor.from_pretrained(folder))"
-            )
-        if not second and known_edits().get(label, {}).get("reference"):
-            raise InstructionError(
-                f"instruction: {instruction!r} asks for the look of a second picture, but only one came; add it with "
-                "--reference FILE (images=[photo, reference])"
-            )
-
-
-@cache
-def known_edits() -> dict[str, dict[str, Any]]:
-    """Sub-task -> whether it needs a reference picture ("reference"), and an example sentence by language."""
-    known: dict[str, dict[str, Any]] = json.loads(_KNOWN_EDITS.read_text(encoding="utf-8"))
-    return known
-
-
-def shown(name: str, instruction: str) -> str:
-    """A sub-task with an example of how to ask for it, in the instruction's language."""
-    language = "zh" if any("一" <= character <= "鿿" for character in instruction) else "en"
-    plain = name.replace("_", " ")
-    return f"{plain} ({known_edits()[name][language]!r})" if name in known_edits() else plain

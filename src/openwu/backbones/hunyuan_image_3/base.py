@@ -12,9 +12,8 @@ Shapes: L tokens that the base reads, d width of the decoder, T tokens of a batc
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +26,16 @@ from torch import Tensor, nn
 from openwu.backbones.diffusers.latents import as_tensor
 from openwu.backbones.hunyuan_image_3.dialogue import AUTO, LastLayer, choose_ratio, draw, inputs_of, write_reasoning
 from openwu.backbones.hunyuan_image_3.loading import EXTRA, RemoteModel, check_folder, check_trust, load_remote
-from openwu.backbones.protocol import Backbone, BaseFacts, EditJob, Progress, RequestScope, Routing, RowScope
+from openwu.backbones.protocol import (
+    Backbone,
+    BaseFacts,
+    EditJob,
+    Progress,
+    RequestScope,
+    Routing,
+    RowScope,
+    check_image_size,
+)
 from openwu.backbones.quantised import Quantise
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
@@ -42,8 +50,6 @@ PREFIX = "model.layers."
 
 READINGS = 64
 """Requests whose reasoning and ratio are kept, so that drawing does not repeat what the condition has found out."""
-
-IMAGE_SIZE = re.compile(r"auto|[1-9]\d*[x:][1-9]\d*")
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,12 @@ class HunyuanImage3(Backbone):
         parameters="80 billion, a mixture of 64 experts",
         extra=EXTRA,
     )
-    loading_options: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "quantise", "offload", "reserve_bytes"})
+    loading_options: ClassVar[frozenset[str]] = frozenset(
+        {"trust_remote_code", "quantise", "offload", "reserve_bytes", "before_weights"}
+    )
     reasons: ClassVar[bool] = True
+    default_seed: ClassVar[int] = 42
+    own_sizes: ClassVar[bool] = True
     reads_seed = True
     asks_denoiser = True
     transformers_version: ClassVar[str] = "4.57.1"
@@ -74,11 +84,6 @@ class HunyuanImage3(Backbone):
     """Whether the folder's code makes CUDA tensors as it loads. Of the class, for the same reason."""
     reasoning_tokens: int = 2048
     """Maximum number of tokens of the reasoning, both parts together."""
-    image_size: str = AUTO
-    """Size of the pictures: `auto`, by which the base chooses a ratio, or its size nearest to `HxW` or the ratio `W:H`.
-    With `auto`, source pictures are resized to a size of the base, else cropped; the condition depends on it."""
-    fit_to_photo: bool = False
-    """Whether results are stretched to the photograph's size; the released pipeline returns the base's own size."""
     max_batch: int = 1
     """Requests that share a call: the folder's code fails on several."""
 
@@ -99,12 +104,13 @@ class HunyuanImage3(Backbone):
         quantise: Quantise | None = None,
         offload: bool = False,
         reserve_bytes: int = 0,
+        before_weights: Callable[[Backbone], object] | None = None,
     ) -> Self:
         """Load the user's own download. `dtype` None: that of the files. `device` `cuda`: spread over all GPUs.
 
         `trust_remote_code` must be asked for: the folder brings its model's code. `quantise`: the decoder's linear maps
         in 8 or 4 bits by bitsandbytes. `offload`: layers that do not fit wait in the machine's memory. `reserve_bytes`:
-        what must stay free on the first device.
+        what must stay free on the first device. `before_weights`: called with the base on the meta device.
 
         Raises, before weights are read, OpenwuError: no permission, no GPU, another transformers, too little memory
         (with the numbers); CheckpointError: a folder that is none, has dots in its name, or lacks something;
@@ -121,7 +127,7 @@ class HunyuanImage3(Backbone):
             quantise=quantise,
             offload=offload,
             reserve_bytes=reserve_bytes,
-            check=lambda rehearsed: _layer_group(rehearsed.model.layers),
+            check=lambda rehearsed: _check_rehearsed(cls(rehearsed), before_weights),
         )
         return cls(model)
 
@@ -142,7 +148,7 @@ class HunyuanImage3(Backbone):
     @cached_property
     def identity(self) -> str:
         """Samples of all weights, and the settings that the condition depends on beside the request."""
-        return f"{super().identity} {self.image_size} {self.reasoning_tokens}"
+        return f"{super().identity} {self.reasoning_tokens}"
 
     @property
     def routing(self) -> Routing | None:
@@ -172,8 +178,8 @@ class HunyuanImage3(Backbone):
         scope: RequestScope,
         progress: Progress | None = None,
     ) -> list[Photo]:
-        """Edit every job's first picture; results have the base's own size and aspect unless `fit_to_photo`."""
-        if self.fit_to_photo:
+        """Edit every job's first picture; results have the base's own size and aspect unless `options.fit_to_photo`."""
+        if options.fit_to_photo:
             return super().edit(jobs, options, scope, progress)
         pictures = self.generate([job.request for job in jobs], options, scope.rows, progress)
         return [
@@ -191,7 +197,8 @@ class HunyuanImage3(Backbone):
     ) -> list[Tensor]:
         """See `protocol.Backbone`: the adapter acts on everything the base reads and on both guidance rows.
 
-        Requests go one at a time, and pictures have the size that the base gave them.
+        Requests go one at a time. Pictures have the base's size nearest to the request's `image_size`; without one,
+        the base chooses a ratio, and source pictures are resized to a size of the base instead of cropped.
         """
         options = self.options(options)
         assert options.steps is not None
@@ -199,15 +206,14 @@ class HunyuanImage3(Backbone):
         edited = []
         for index, request in enumerate(requests):
             reading = self._readings.get(self._digest(request)) or self._read(request)[0]
-            inputs = inputs_of(
-                self.model, request, reading.reasoning, None, image_size=self.image_size, ratio=reading.ratio
-            )
+            size = request.image_size or AUTO
+            inputs = inputs_of(self.model, request, reading.reasoning, None, image_size=size, ratio=reading.ratio)
             done = index * options.steps
             with (
                 _counted(self.model.model, options.steps, done, options.steps * len(requests), progress),
                 rows([index] * len(inputs["input_ids"])),
             ):
-                image = draw(self.model, inputs, self.image_size, request.seed, options.steps, options.guidance)
+                image = draw(self.model, inputs, size, request.seed, options.steps, options.guidance)
             edited.append(as_tensor(image.convert("RGB")))
         return edited
 
@@ -217,8 +223,6 @@ class HunyuanImage3(Backbone):
             if getattr(options, name) is not None:
                 reason = "which chooses among its own sizes (`image_size`)" if name == "pixels" else "which has none"
                 raise OpenwuError(f"{name}: expected none for {type(self).__name__}, {reason}; leave it out")
-        if IMAGE_SIZE.fullmatch(self.image_size) is None:
-            raise OpenwuError(f"image_size: expected auto, HxW such as 1024x1024, or W:H, got {self.image_size!r}")
         usual = self.model.generation_config
         guidance = usual.diff_guidance_scale if options.guidance is None else options.guidance
         if guidance <= 1:
@@ -234,16 +238,17 @@ class HunyuanImage3(Backbone):
 
     def _read(self, request: BaseRequest) -> tuple[_Reading, Tensor]:
         """Reasoning and ratio of a request, and the last layer's output for its tokens `[L, d]`."""
-        digest = self._digest(request)
+        check_image_size(request.image_size)
+        digest, size = self._digest(request), request.image_size or AUTO
         known, reasoning = self._readings.get(digest), request.reasoning
         if reasoning is None and known is not None:
             reasoning = known.reasoning
         if reasoning is None:
-            reasoning = write_reasoning(self.model, request, self.image_size, self.reasoning_tokens)
+            reasoning = write_reasoning(self.model, request, size, self.reasoning_tokens)
         # Deviates: the pass is not left after the last layer. What follows is one token of `lm_head`, and it is the
         # ratio that drawing would need a second prefill for.
         with LastLayer(self.model) as last:
-            reading = _Reading(reasoning, choose_ratio(self.model, request, reasoning, self.image_size))
+            reading = _Reading(reasoning, choose_ratio(self.model, request, reasoning, size))
         self._readings[digest] = reading
         while len(self._readings) > READINGS:
             self._readings.popitem(last=False)
@@ -251,7 +256,8 @@ class HunyuanImage3(Backbone):
 
     def _digest(self, request: BaseRequest) -> bytes:
         """Hash of everything that the base's answers about a request depend on."""
-        words = repr((request.instruction, request.seed, request.reasoning, self.image_size, self.reasoning_tokens))
+        size = request.image_size or AUTO
+        words = repr((request.instruction, request.seed, request.reasoning, size, self.reasoning_tokens))
         pictures = (repr((each.size, each.mode)).encode() + each.tobytes() for each in request.pictures)
         return of_bytes([words.encode(), *pictures]).digest()
 
@@ -295,6 +301,13 @@ def _targets_of(layer: Any, index: int) -> tuple[PlainTarget | GroupedTarget, ..
         *(PlainTarget(path, *widths[path]) for path in PLAIN),
         GroupedTarget(EXPERTS, count, tuple(PlainTarget(name, *each) for name, each in weights.items())),
     )
+
+
+def _check_rehearsed(base: HunyuanImage3, before_weights: Callable[[Backbone], object] | None) -> None:
+    """Check widths of layers, and whatever the caller checks, on a base that has no weights yet."""
+    base.layer_groups()
+    if before_weights is not None:
+        before_weights(base)
 
 
 def _refuse_revision(revision: str | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openwu.backbones.embedded.network import place_planes
 from openwu.data.suite import EDITS, Edit, Scene
+from openwu.data.suite.operators import gaussian
 from openwu.data.suite.photographs import Photograph, random_crop
 from openwu.data.suite.phrases import DEGREES, sample_phrase
 
@@ -24,6 +25,8 @@ DIALLED_SHARE = 0.25
 """Share of the requests whose strength is set by the adapter's scale, where adapters learn to be scaled."""
 NEEDLESS_SHARE = 0.05
 """Share of those batches' requests with a second picture that they do not need."""
+SMOOTHED_FAMILIES = ("light", "colour", "age", "weather")
+"""Families whose photographs may be smoothed: an edit of detail would learn from them to do nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class PairBatch:
     """Which requests have a second picture `[b]` bool."""
     dial: Tensor
     """Scale of the adapter `[b]`: the target is an edit of that strength."""
+    examples: Tensor | None = None
+    """Pairs before and after that show the edit `[b, p, 2, 3, s, s]`; the condition encoder alone sees them."""
+    photo_shown: Tensor | None = None
+    """Whether the condition encoder sees `whole` beside the examples `[b]` bool: all rows alike."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class PairSampler:
     seed: int = 0
     dialled: bool = False
     """Whether some requests ask for another strength by the adapter's scale, as a user does with `strength`."""
+    smooth: float = 0.0
+    """Share of the photographs that are smoothed, in `SMOOTHED_FAMILIES`: skies and walls, in which a pattern shows."""
 
     def batch(self, step: int) -> PairBatch:
         """Draw the batch of a step."""
@@ -93,6 +102,8 @@ class PairSampler:
         edit, side = EDITS[name], self.side
         degree, dial = self._strength(edit, generator)
         source = random_crop(self.photographs, side, generator, edit.natural)
+        if self.smooth and edit.family in SMOOTHED_FAMILIES:
+            source = _smoothed(source, self.smooth, generator)
         # Some users pass a second picture that their instruction says nothing of.
         needless = self.dialled and float(torch.rand((), generator=generator)) < NEEDLESS_SHARE
         second = random_crop(self.photographs, side, generator) if edit.needs_reference or needless else None
@@ -125,3 +136,13 @@ class PairSampler:
             return degree, 1.0
         highest = edit.limit / min(DEGREES[degree], edit.limit)
         return degree, min(highest, 0.25 + 1.25 * draw[2])
+
+
+def _smoothed(source: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Smooth a share of photographs `[3, h, w]`, and add the little noise that smooth areas of photographs have."""
+    chosen, width, noise = torch.rand(3, generator=generator).tolist()
+    if chosen >= share:
+        return source
+    grain = torch.randn(source.shape, generator=generator)
+    smooth: Tensor = gaussian(source, 4 + 16 * width) + 1.5 * noise / 255 * grain
+    return smooth.clamp(0, 1)

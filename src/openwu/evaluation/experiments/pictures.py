@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from openwu.evaluation.experiments.audit import Ladder
 from openwu.evaluation.experiments.conflict import ConflictResults
 from openwu.evaluation.experiments.continual import ContinualResults
+from openwu.evaluation.experiments.examples import ExampleResults
 from openwu.evaluation.experiments.geometry import Mean
 from openwu.evaluation.experiments.gradients import GradientConflict
 from openwu.evaluation.experiments.manifold import Manifold
@@ -140,4 +141,11 @@ def draw_scaling(found: Scaling, path: Path) -> Path:
         panel.set_ylabel("mean PSNR (dB)")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_examples(found: ExampleResults, path: Path, rows: int = 10) -> Path:
+    """Draw a row for each of the first programs: the pair that shows it, the photograph, the edit, the right answer."""
+    some = dict(list(found.pictures.items())[:rows])
+    grid(some, ("before", "after", "photograph", "edited like it", "the program itself")).save(path, quality=85)
     return path

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openwu.files.origin import origin
-from openwu.files.writing import whole_set, write_json
+from openwu.files.writing import atomic_set, write_json
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ResultCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         values, tensors = _files(self.folder, name)
-        with whole_set(self.folder, last=values.name) as draft:  # A result without its values is missing.
+        with atomic_set(self.folder, last=values.name) as draft:  # A result without its values is missing.
             (draft / values.name).write_text(json.dumps(result.values), encoding="utf-8")
             save_file({key: value.contiguous() for key, value in result.tensors.items()}, draft / tensors.name)
 

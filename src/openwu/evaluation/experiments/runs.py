@@ -20,6 +20,7 @@ from openwu.evaluation.cases import Case, draw_cases, first_phrase, generate, sc
 from openwu.evaluation.experiments.audit import Subject, audit
 from openwu.evaluation.experiments.conflict import conflict
 from openwu.evaluation.experiments.continual import continual
+from openwu.evaluation.experiments.examples import draw_trials, example_edits
 from openwu.evaluation.experiments.gradients import conflicts_table, generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.manifold import manifold
 from openwu.evaluation.experiments.methods import Budget
@@ -27,6 +28,7 @@ from openwu.evaluation.experiments.pictures import (
     draw_cells,
     draw_conflict,
     draw_continual,
+    draw_examples,
     draw_gradients,
     draw_ladder,
     draw_map,
@@ -34,6 +36,7 @@ from openwu.evaluation.experiments.pictures import (
 )
 from openwu.evaluation.experiments.results import ResultCache, write_findings
 from openwu.evaluation.experiments.scaling import BASE_WIDTHS, GENERATOR_SIZES, scaling
+from openwu.evaluation.pictures import middle
 from openwu.files.fingerprint import fingerprint
 from openwu.training.embedded.model import EmbeddedModel
 
@@ -52,6 +55,8 @@ GROUPS = tuple(
 QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for side in (0, 1))
 SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
+PROGRAMS, QUICK_PROGRAMS = 40, 8
+"""Programs per seed that are shown by example."""
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
 
@@ -220,9 +225,27 @@ def run_scaling(settings: LabSettings) -> str:
     return found.table()
 
 
+def run_examples(settings: LabSettings) -> str:
+    """Show edits by pairs of pictures; return the table."""
+    model = settings.load_model(dtype=native_dtype())
+    # Squares of the training's proportions out of photographs half as large again.
+    photographs = {
+        name: middle(photo, settings.side)
+        for name, photo in load_test_photographs(settings.side * 3 // 2).items()
+        if min(photo.shape[1:]) >= settings.side
+    }
+    count = QUICK_PROGRAMS if settings.quick else PROGRAMS
+    trials = [trial for seed in settings.seeds for trial in draw_trials(list(photographs), count, settings.side, seed)]
+    found = example_edits(model, photographs, trials)
+    path = settings.write("examples", found.to_json(), programs=count)
+    draw_examples(found, path.with_suffix(".jpg"))
+    return found.table()
+
+
 EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "conflict": run_conflict,
     "continual": run_continual,
+    "examples": run_examples,
     "gradients": run_gradients,
     "manifold": run_manifold,
     "scaling": run_scaling,
@@ -263,7 +286,7 @@ def variants(cases: Sequence[Case]) -> dict[str, Callable[[Case, torch.Generator
     def other_picture(case: Case, generator: torch.Generator) -> Case:
         others = [each for each in cases if each.task == case.task and each.photograph != case.photograph]
         other = others[int(torch.randint(len(others), (), generator=generator))]
-        return dataclasses.replace(case, picture=other.picture, reference=other.reference)
+        return dataclasses.replace(case, pictures=other.pictures)
 
     found: dict[str, Callable[[Case, torch.Generator], Case]]
     found = {"random words": random_words, "other words": other_words}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from openwu.generator.blocks import Block
 from openwu.generator.inference.products import JOINED_BYTES, Dense, MakeProduct, Norm, PackedBlock
-from openwu.generator.inference.stages import Pieces, Stages, normed, row_bytes
+from openwu.generator.inference.stages import Pieces, Stages, rms_norm, row_bytes
 from openwu.generator.inference.tables import Tables, Workspace
 from openwu.generator.layout import GroupLayout
 from openwu.generator.model import GroupTokens, ParameterGenerator
@@ -240,7 +240,7 @@ class FastGenerator:
         written = [x_bnpd.new_empty((b, n, size * layout.rank, width), dtype=dtype) for size in sizes]
         splits = [size * layout.columns for size in sizes]
         for samples, layers in self._pieces(dtype, x_bnpd.device).of_layers(b, n, p):
-            rows = normed(x_bnpd[samples, layers], norm, dtype, self.workspace)
+            rows = rms_norm(x_bnpd[samples, layers], norm, dtype, self.workspace)
             parts = torch.split_with_sizes(rows, splits, dim=2)
             for part, product, out in zip(parts, products, written, strict=True):
                 into = out[samples, layers]

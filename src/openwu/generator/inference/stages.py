@@ -83,7 +83,7 @@ class Stages:
             qkv = self._product(self.weights.qkv_layers, self._normed(x, self.weights.norm1), "wide")
             heads = qkv.view(*shape, -1, self.head_dim)
             q, k, v = _parts(self._turned(heads, 2 * d, rotary), 3)
-            mixed = self._take("normed", (*shape, d))
+            mixed = self._take("rms_norm", (*shape, d))
             for sample in range(shape[0]):
                 # [n, q, m, e] -> [q, m, n, e], as strides
                 part = inference_attention(*(each[sample].permute(1, 2, 0, 3) for each in (q, k, v)))
@@ -140,13 +140,13 @@ class Stages:
 
     def _normed(self, x: Tensor, norm: Norm, update: Tensor | None = None) -> Tensor:
         added = None if update is None else update.view(x.shape)
-        return normed(x, norm, self.dtype, self.workspace, added).view(-1, x.shape[-1])
+        return rms_norm(x, norm, self.dtype, self.workspace, added).view(-1, x.shape[-1])
 
     def _turned(self, heads: Tensor, width: int, rotary: Tensor) -> Tensor:
         """Turn the first `width` numbers of every row, heads `[..., m, e]`, in place."""
         turning = heads[..., : width // self.head_dim, :]
         wide = rotary.dtype.to_real()
-        dispatch.rotate_(turning, rotary, partial(self._take, "scratch", tuple(turning.shape), wide))
+        dispatch.apply_rotary_(turning, rotary, partial(self._take, "scratch", tuple(turning.shape), wide))
         return heads
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -159,14 +159,14 @@ def _parts(heads: Tensor, parts: int) -> tuple[Tensor, ...]:
     return heads.view(*rows, parts, heads_in_all // parts, width).unbind(-3)
 
 
-def normed(x: Tensor, norm: Norm, dtype: torch.dtype, workspace: Workspace, update: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, norm: Norm, dtype: torch.dtype, workspace: Workspace, update: Tensor | None = None) -> Tensor:
     """x += update where there is one; RMSNorm of x in `dtype`, contiguous, computed at least in float32."""
     if x.device.type in kernels.DEVICES:
         # torch's norm is one kernel there; on a CPU it is a chain of them over fresh memory.
-        return dispatch.add_normed_(x, update, norm.weight_d, norm.eps, dtype)
+        return dispatch.add_rms_norm_(x, update, norm.weight_d, norm.eps, dtype)
     if update is not None:
         x += update
-    out = workspace.take("normed", tuple(x.shape), dtype, x.device)
+    out = workspace.take("rms_norm", tuple(x.shape), dtype, x.device)
     wide = norm.weight_d.dtype
     result = out if dtype == wide else workspace.take("scratch", tuple(x.shape), wide, x.device)
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)

@@ -63,7 +63,6 @@ class Task:
     """Files as they came: the picture to edit, then references."""
     instruction: str = ""
     then: tuple[str, ...] = ()
-    sequential: bool = False
     strength: float = 1.0
     seed: int = 0
     allow_out_of_scope: bool = False

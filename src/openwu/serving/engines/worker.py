@@ -89,6 +89,7 @@ class EditWorker:
         waiting: list[Prepared] = []
         for task in tasks:
             try:
+                self._check_words(task)
                 prepared = Prepared.of(task)
                 if len(tasks) > 1 and task.batch_key is not None:
                     waiting.append(prepared)
@@ -112,6 +113,15 @@ class EditWorker:
         self.editor.edit([photo], text)
         seconds = sum(self.editor.edit([photo], text).timings.values())
         return describe(self.editor, seconds / cost_of(WARM_SIDE**2, 1, self.editor.sampling.steps or 1), self._batch)
+
+    def _check_words(self, task: Task) -> None:
+        """Raise ServiceError for what is no instruction at all: too long, no words."""
+        for name, text in (("prompt", task.instruction), *(("then", each) for each in task.then)):
+            try:
+                if task.kind != "export" and (text or task.adapter is None):
+                    self.editor.backbone.check_instruction(text)
+            except InstructionError as error:
+                raise refused(400, "invalid_value", str(error), name) from error
 
     def _together(
         self, waiting: Sequence[Prepared], report: Report, stopped: Callable[[str], bool]
@@ -162,7 +172,6 @@ class EditWorker:
             photos,
             task.instruction,
             then=task.then,
-            sequential=task.sequential,
             strength=task.strength,
             seed=task.seed,
             adapter=adapter,

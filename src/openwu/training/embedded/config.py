@@ -42,6 +42,10 @@ class EmbeddedRecipe(Recipe):
     """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
+    examples: tuple[tuple[int, int], ...] = field(default=(), metadata=LATER)
+    """Shapes of the generator's batches of edits that are shown by example, every second step; none: no such steps."""
+    smooth: float = field(default=0.0, metadata=LATER)
+    """Share of the photographs that are smoothed, see `PairSampler.smooth`."""
     start: str | None = field(default=None, metadata=LATER)
     """Folder of a finished model of the same sizes whose weights the stages go on from; None: from nothing."""
     stages: tuple[str, ...] = field(default=STAGES, metadata=LATER)
@@ -104,6 +108,8 @@ class WordingRecipe(Recipe):
     """Share of the n-grams that is left out of sentences."""
     hold: float = 0.3
     """Weight of the distance from the tokens that the frozen base and generator expect."""
+    phrases_only: bool = field(default=False, metadata=LATER)
+    """Train the linear reader alone: what a sentence is taken for changes, the tokens of what is understood do not."""
     start: str | None = None
     """Folder of the model to start from; None: the one inside the package."""
     checkpoint_every: int = 200

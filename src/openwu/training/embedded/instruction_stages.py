@@ -28,6 +28,12 @@ STRONG_SHARE = 0.2
 DROPPED = 0.1
 """Share of the n-grams that is left out of sentences in training: no single one decides, and modules that read the
 tokens meet more than the sentences of the suite."""
+PHRASES_DROPPED = 0.2
+"""The same for the phrases of the linear reader."""
+PHRASES_SMOOTHED = 0.05
+"""Label smoothing of the linear reader."""
+PHRASE_DRAWS = 1 << 40
+"""Tells the seed of its draws from that of the sentences."""
 DEGREE_WEIGHT = 0.5
 """Weight of the degree in the loss."""
 TOKEN_NOISE = 0.1
@@ -93,7 +99,14 @@ class InstructionStage:
         tokens = tokens + batch.noise[own]
         edits = F.nll_loss(smoothed(self.encoder.log_probabilities(tokens)), target)
         graded = F.nll_loss(smoothed(self.encoder.degree_log_probabilities(tokens)), degrees)
-        yield (edits + DEGREE_WEIGHT * graded + penalty) * micro_batch.share(self.size)
+        phrases = self.phrase_loss(step, batch.sentences, batch.target, own)
+        yield (edits + phrases + DEGREE_WEIGHT * graded + penalty) * micro_batch.share(self.size)
+
+    def phrase_loss(self, step: int, sentences: list[str], target: Tensor, own: slice) -> Tensor:
+        """Compute the linear reader's loss alone: of the mean of both, one would leave what is hard to the other."""
+        draws = torch.Generator().manual_seed(self.seed * 3_000_017 + step + PHRASE_DRAWS)
+        logits = self.encoder.phrase_logits(sentences, (PHRASES_DROPPED, draws))[own]
+        return F.nll_loss(smoothed(F.log_softmax(logits, dim=-1), PHRASES_SMOOTHED), target[own])
 
     def penalty(self, _sentences: list[str], tokens: Tensor, target: Tensor, degrees: Tensor) -> Tensor:
         """Return the squared distance of the tokens `[b, K, width]` from their label's learned mean."""
@@ -120,12 +133,25 @@ class WordingStage(InstructionStage):
 
     def __init__(self, recipe: WordingRecipe, model: EmbeddedModel) -> None:
         super().__init__(model, recipe.seed, recipe.wording.shapes[0][0], recipe.dropped)
-        self.hold = recipe.hold
+        self.hold, self.phrases_only = recipe.hold, recipe.phrases_only
         self.before = copy.deepcopy(self.encoder).requires_grad_(False)
         model.requires_grad_(False)
         self.encoder.requires_grad_(True)
+        if self.phrases_only:
+            self.encoder.requires_grad_(False)
+            self.encoder.phrases.requires_grad_(True)
         for mean in (self.encoder.centres, self.encoder.degree_centres):
             mean.requires_grad_(False)
+
+    @contextmanager
+    def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
+        """Compute the micro-batch's share of the step's loss."""
+        if not self.phrases_only:
+            with super().loss(step, micro_batch) as loss:
+                yield loss
+            return
+        batch, own = self.batch(step), micro_batch.rows(self.size)
+        yield self.phrase_loss(step, batch.sentences, batch.target, own) * micro_batch.share(self.size)
 
     def penalty(self, sentences: list[str], tokens: Tensor, target: Tensor, degrees: Tensor) -> Tensor:
         """Return the weighted squared distance from the tokens that frozen modules expect."""
@@ -135,7 +161,7 @@ class WordingStage(InstructionStage):
     def expected(self, sentences: list[str], target: Tensor, degrees: Tensor) -> Tensor:
         """Return the tokens before `settled` `[b, K, width]` that frozen modules expect of these labels."""
         read = self.before.read_words(sentences)
-        understood = self.before.log_probabilities(self.before.settled(read)).argmax(1) == target
+        understood = self.before.joined(read, self.before.phrase_logits(sentences)).argmax(1) == target
         mean = self.encoder.centres[target] + self.encoder.degree_centres[degrees]
         return torch.where(understood[:, None, None], read, mean)
 

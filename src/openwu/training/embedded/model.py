@@ -27,7 +27,7 @@ from openwu.backbones.embedded.config import EmbeddedBaseConfig, read_config, re
 from openwu.config import ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError, TargetError
 from openwu.files.weights import fill
-from openwu.files.writing import whole_set
+from openwu.files.writing import atomic_set
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter
 
@@ -84,6 +84,14 @@ class EmbeddedModel(nn.Module):
         self.handle = attach(self.backbone, self.generator.targets)
         self._hooked = threading.Lock()
 
+    def adapt_shown(self, pairs: Tensor, text: Tensor, pictures: Tensor | None = None) -> Adapter:
+        """Pairs before and after `[b, p, 2, 3, h, w]` and words `[b, K, text_dim]` -> one adapter per request.
+
+        `pictures`: see `EmbeddedConditionEncoder.shown`.
+        """
+        adapter: Adapter = self.generator(self.condition.shown(pairs.unbind(1), text, pictures))
+        return adapter
+
     def adapt(
         self, pictures: Tensor, text: Tensor, references: Tensor | None = None, present: Tensor | None = None
     ) -> Adapter:
@@ -129,7 +137,7 @@ class EmbeddedModel(nn.Module):
         A folder never shows a mixture of two models.
         """
         described = json.dumps(self.config.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        with whole_set(Path(folder), last="config.json") as draft:
+        with atomic_set(Path(folder), last="config.json") as draft:
             for name in _PARTS:
                 tensors = {key: value.to(dtype).contiguous() for key, value in getattr(self, name).state_dict().items()}
                 save_file(tensors, draft / f"{name}.safetensors", metadata={"format": "pt"})

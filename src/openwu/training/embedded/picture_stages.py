@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from openwu.data.examples import ExampleSampler
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.metrics import psnr
@@ -34,8 +35,8 @@ FLOOR = FIRST_FLOOR
 """Mean squared error (40 dB) below which a picture's loss hardly falls any more."""
 ANNEALED_SHARE = 0.6
 """Share of a training over which the floor is annealed from where it starts to FLOOR."""
-VALIDATION_BATCHES = 1
 VARIANCE_BATCHES = 2
+VALIDATED_EXAMPLES = 48
 SHEET_ROWS = 8
 
 Adapt = Callable[[PairBatch, Tensor], Adapter | None]
@@ -52,6 +53,20 @@ class Batches(Protocol):
     def size(self, step: int) -> int: ...
 
 
+@dataclass(frozen=True)
+class Alternating:
+    """Batches of two kinds in turn: named edits, and edits that are shown by example."""
+
+    even: Batches
+    odd: Batches
+
+    def batch(self, step: int) -> PairBatch:
+        return (self.odd if step % 2 else self.even).batch(step // 2)
+
+    def size(self, step: int) -> int:
+        return (self.odd if step % 2 else self.even).size(step // 2)
+
+
 @dataclass
 class PictureStage:
     """Train part of the embedded model, or adapters of it, by picture regression through its base."""
@@ -65,6 +80,8 @@ class PictureStage:
     batches: Batches
     validation: Batches | None = None
     """Evaluated on; None: nothing is reported."""
+    validated: int = 1
+    """Batches of the validation that are evaluated."""
     seed: int = 0
     bf16: bool = True
     """Compute in bfloat16."""
@@ -137,7 +154,7 @@ class PictureStage:
             return Evaluation({})
         scalars: dict[str, list[float]] = {}
         sheet = []
-        for step in range(VALIDATION_BATCHES):
+        for step in range(self.validated):
             batch = self.validation.batch(step)
             prediction = self.predict(batch, self.read(batch))
             for name, value in zip(batch.names, psnr(prediction, batch.target).tolist(), strict=True):
@@ -183,6 +200,9 @@ def generator_of(model: EmbeddedModel) -> tuple[nn.Module, Adapt]:
     """Return condition encoder and generator as one module, and the function that gives a batch its adapters."""
 
     def adapt(batch: PairBatch, text: Tensor) -> Adapter:
+        if batch.examples is not None:
+            shown = batch.photo_shown is not None and bool(batch.photo_shown.all())
+            return model.adapt_shown(batch.examples, text, batch.whole if shown else None)
         references = batch.reference if bool(batch.present.any()) else None
         return model.adapt(batch.whole, text, references, batch.present).scaled(batch.dial)
 
@@ -207,8 +227,16 @@ def _stage(
     tasks = recipe.base_edits if name == "base" else recipe.edits
     # Generator and baseline walk through the same sub-tasks.
     seed, config = recipe.seed + (0 if name == "base" else 1), getattr(recipe, name)
-    batches = PairSampler(photographs[0], tasks, config.shapes, recipe.side, seed, name == "generator")
+    dialled = name == "generator"
+    batches = PairSampler(photographs[0], tasks, config.shapes, recipe.side, seed, dialled, recipe.smooth)
     validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
+    if dialled and recipe.examples:
+        shown = ExampleSampler(photographs[0], recipe.examples, recipe.side, seed)
+        judged = ExampleSampler(photographs[1], ((VALIDATED_EXAMPLES, recipe.side),), recipe.side, seed + 9)
+        both, check = Alternating(batches, shown), Alternating(validation, judged)
+        return PictureStage(
+            *(name, config, model, trained, adapt, both, check), validated=2, seed=recipe.seed, bf16=recipe.bf16
+        )
     return PictureStage(name, config, model, trained, adapt, batches, validation, seed=recipe.seed, bf16=recipe.bf16)
 
 

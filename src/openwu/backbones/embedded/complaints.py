@@ -1,0 +1,280 @@
+"""Complaints and single words: "too yellow", "underexposed", 颜色太淡, 清晰一点 -> the edits that cure or do them.
+
+A complaint names what is wrong with a picture, and an encoder that counts words takes it for a wish to have more of
+that. These rules read only sentences that are a complaint from the first word to the last, English or Chinese; every
+entry lists the edits that cure it, the usual one first. Pure functions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from openwu.backbones.embedded.language import word_set
+
+Cure = tuple[str, ...]
+
+_DARKER: Cure = ("darken", "recover_highlights")
+_BRIGHTER: Cure = ("brighten", "lift_shadows")
+_CRISPER: Cure = ("deblur", "sharpen", "remove_motion_blur")
+_CLEARER: Cure = ("sharpen", "deblur")
+_SOFTER: Cure = ("soften", "blur")
+_BALANCED: Cure = ("white_balance",)
+_WARMER: Cure = ("warm", "white_balance")
+_COOLER: Cure = ("cool", "white_balance")
+_RICHER: Cure = ("saturate", "unfade")
+_PALER: Cure = ("desaturate",)
+_PUNCHIER: Cure = ("contrast_up", "hdr")
+_GENTLER: Cure = ("contrast_down",)
+_CLEANER: Cure = ("denoise", "remove_salt_pepper", "remove_jpeg")
+_LIFTED: Cure = ("dehaze", "contrast_up")
+
+
+def _table(*rows: tuple[str, Cure]) -> Mapping[str, Cure]:
+    return {word.replace("_", " "): cure for words, cure in rows for word in words.split()}
+
+
+_TOO = _table(
+    ("bright light overexposed blown_out white hot", _DARKER),
+    ("dark dim gloomy murky underexposed black shadowy", _BRIGHTER),
+    ("yellow orange", _COOLER[1:] + _COOLER[:1]),
+    ("blue bluish cyan", _WARMER[1:] + _WARMER[:1]),
+    ("green greenish magenta red reddish purple pink yellowish", _BALANCED),
+    ("cold cool chilly", _WARMER),
+    ("warm", _COOLER),
+    ("flat", _PUNCHIER),
+    ("contrasty harsh", _GENTLER),
+    ("dull pale colourless colorless drab muted desaturated", (*_RICHER, *_PUNCHIER)),
+    ("colourful colorful saturated vivid vibrant garish gaudy", _PALER),
+    ("blurry blurred fuzzy unsharp out_of_focus", _CRISPER),
+    ("soft", (*_CLEARER, *_CRISPER)),
+    ("sharp crisp", _SOFTER),
+    ("noisy grainy speckled", _CLEANER),
+    ("hazy foggy misty", _LIFTED),
+    ("washed_out faded", ("unfade", *_PUNCHIER, *_RICHER, "dehaze")),
+)
+"""Adjective -> cure, behind "too" or "so"."""
+_FAULTY = word_set(
+    "overexposed underexposed dark dim gloomy murky flat dull pale drab blurry blurred fuzzy unsharp noisy grainy "
+    "speckled hazy faded"
+) | {"out of focus", "washed out", "blown out"}
+"""Adjectives that complain without "too" where they describe the picture: "it looks flat"."""
+_UNWANTED = frozenset({"underexposed", "overexposed"})
+"""Adjectives that nobody wishes for: complaints without any other word."""
+_MUCH = _table(
+    ("contrast", _GENTLER),
+    ("saturation colour color", _PALER),
+    ("noise grain", _CLEANER),
+    ("haze fog mist", _LIFTED),
+    ("light brightness exposure", _DARKER),
+    ("blur", _CRISPER),
+    ("sharpness sharpening", _SOFTER),
+    ("vignette vignetting", ("remove_vignette",)),
+    ("shadow darkness", _BRIGHTER),
+)
+_LITTLE = _table(
+    ("contrast punch contrasty punchy", _PUNCHIER),
+    ("saturation colour color colourful colorful saturated vivid vibrant", _RICHER),
+    ("light brightness exposure bright exposed", _BRIGHTER),
+    ("sharpness clarity sharp clear crisp", _CLEARER + _CRISPER),
+    ("warmth warm", _WARMER),
+    ("dark", _DARKER),
+    ("cool cold", _COOLER),
+)
+"""Noun or adjective -> cure, where a picture has too little of it."""
+
+_SUBJECT = (
+    r"(?:(?:(?:the|this|that|my|these|all)\s+)*(?:whole\s+|entire\s+)?(?:photo(?:graph)?|picture|image|pic|shot|snapshot|"
+    r"colou?rs?|exposure|light(?:ing)?|scene|everything|tones?|skin|thing|it|this|that|they)(?:['’]s|['’]re)?\s+)?"
+)
+_VERB = (
+    r"(?:is|are|was|looks?|looking|seems?|feels?|appears?|(?:came|turned|comes|turns) out|has|have|got|"
+    r"there(?:['’]s| is))"
+)
+_ADVERBS = (
+    r"(?:(?:a (?:bit|little|tad|touch)|far|much|way|rather|quite|really|very|just|somewhat|slightly|kind of|still)\s+)*"
+)
+_TOO_EN = re.compile(rf"{_SUBJECT}(?:{_VERB}\s+)?{_ADVERBS}(?:too|overly|so)\s+(?P<word>[a-z ]+)", re.I)
+_IS_EN = re.compile(
+    rf"(?:{_SUBJECT}{_VERB}|(?:it|this|that|everything)['’]s)\s+{_ADVERBS}(?P<word>[a-z ]+)",
+    re.I,
+)
+_MUCH_EN = re.compile(rf"{_SUBJECT}(?:{_VERB}\s+)?{_ADVERBS}too much\s+(?P<word>[a-z]+)", re.I)
+_LITTLE_EN = re.compile(
+    rf"{_SUBJECT}(?:{_VERB}\s+)?(?:{_ADVERBS}(?:not enough|too little)\s+(?P<noun>[a-z]+)|"
+    r"(?:not|isn['’]?t|aren['’]?t)\s+(?P<word>[a-z]+)\s+enough|(?:lacks?|lacking)\s+(?P<lack>[a-z]+))",
+    re.I,
+)
+_NOT_SO_EN = re.compile(
+    r"(?:(?:do\s*n['’]?t|do not|never)\s+make\s+(?:it|this|the \w+)|not|(?:should|must) not be|should\s*n['’]?t be)\s+"
+    r"(?:(?:quite|all)\s+)?(?:so|too|that)\s+(?P<word>[a-z ]+)",
+    re.I,
+)
+_OFF_EN = re.compile(
+    rf"(?:the\s+|these\s+|its\s+|my\s+)?(?:colou?rs?|white balance|skin tones?)\s+{_VERB}\s+{_ADVERBS}"
+    r"(?:all\s+|completely\s+)?(?:off|wrong|weird|strange|odd|unnatural|not right)",
+    re.I,
+)
+
+_TOO_ZH = _table(
+    ("亮 曝 白", _DARKER),
+    ("暗 黑 昏暗 阴暗 暗淡", _BRIGHTER),
+    ("黄 橙 橘", _COOLER[1:] + _COOLER[:1]),
+    ("蓝 青", _WARMER[1:] + _WARMER[:1]),
+    ("绿 红 紫 粉", _BALANCED),
+    ("冷", _WARMER),
+    ("暖", _COOLER),
+    ("平 平淡", (*_PUNCHIER, *_RICHER)),
+    ("灰 灰蒙蒙 雾蒙蒙", (*_LIFTED, "unfade")),
+    ("淡 浅 寡淡 不鲜艳", _RICHER),
+    ("艳 鲜艳 浓 艳丽", _PALER),
+    ("糊 模糊 虚", _CRISPER),
+    ("清晰 锐 锐利 清楚", _SOFTER),
+    ("硬", _GENTLER),
+)
+_NOUN_ZH: Mapping[str, tuple[Cure, Cure]] = {
+    "曝光": (_DARKER, _BRIGHTER),
+    "亮度": (_DARKER, _BRIGHTER),
+    "光线": (_DARKER, _BRIGHTER),
+    "对比度": (_GENTLER, _PUNCHIER),
+    "对比": (_GENTLER, _PUNCHIER),
+    "饱和度": (_PALER, _RICHER),
+    "锐度": (_SOFTER, _CLEARER + _CRISPER),
+    "清晰度": (_SOFTER, _CLEARER + _CRISPER),
+    "噪点": (_CLEANER, ("add_noise",)),
+    "颗粒": (_CLEANER, ("add_noise",)),
+    "噪声": (_CLEANER, ("add_noise",)),
+}
+"""Quantity -> (cure of too much, cure of too little)."""
+_ABOUT_ZH = (
+    r"(?:(?:这张|这幅|那张|整张|整个|整体|我的)?(?:照片|图片|相片|图|画面|颜色|色彩|色调|整体|拍得|拍的|看起来|看着|看上去|"
+    r"显得|感觉|还是|都)+)?"
+)
+_END_ZH = r"(?:了|啊|呀|吧|啦|一点|了点|了一点|了些)?"
+_TOO_IN_ZH = re.compile(
+    rf"(?:{_ABOUT_ZH}(?:太过|过于|太|有点儿?|有些|略微?|(?:不要|别)(?:这么|那么|太))|(?:照片|图片|颜色|色彩|色调|肤色)偏)(?P<word>\w+?){_END_ZH}"
+)
+_MUCH_ZH = re.compile(rf"{_ABOUT_ZH}(?P<noun>{'|'.join(_NOUN_ZH)})(?:太|过|偏|有点)(?:高|强|大|多|度|重){_END_ZH}")
+_LITTLE_ZH = re.compile(
+    rf"{_ABOUT_ZH}(?:(?P<noun>{'|'.join(_NOUN_ZH)})(?:不足|不够|(?:太|过|偏|有点)(?:低|弱|小|少|不足|不够)){_END_ZH}|"
+    rf"(?:缺乏|缺少)(?P<lack>{'|'.join(_NOUN_ZH)}))"
+)
+_NOT_ENOUGH_ZH: Mapping[str, Cure] = _table(
+    ("亮 明亮", _BRIGHTER),
+    ("暗", _DARKER),
+    ("清晰 清楚 锐 锐利", _CLEARER + _CRISPER),
+    ("鲜艳 艳 浓 饱和", _RICHER),
+    ("暖", _WARMER),
+    ("冷", _COOLER),
+)
+_NOT_ENOUGH_IN_ZH = re.compile(rf"{_ABOUT_ZH}(?:不够|不太?)(?P<word>\w+?){_END_ZH}")
+_PATTERNS_ZH: tuple[tuple[re.Pattern[str], Cure], ...] = (
+    (re.compile(rf"{_ABOUT_ZH}(?:欠曝|曝光欠缺){_END_ZH}"), _BRIGHTER),
+    (re.compile(rf"{_ABOUT_ZH}(?:过曝|曝过){_END_ZH}"), _DARKER),
+    (
+        re.compile(
+            rf"{_ABOUT_ZH}(?:看不太?清楚?|拍?[糊虚]了|模糊了|失焦了|跑焦了?|脱焦了?|对焦不准|没对上焦|模模糊糊的?){_END_ZH}"
+        ),
+        _CRISPER,
+    ),
+    (re.compile(rf"{_ABOUT_ZH}(?:发灰|灰蒙蒙的?|灰灰的?){_END_ZH}"), (*_LIFTED, "unfade")),
+    (
+        re.compile(
+            r"(?:照片|图片|画面)?(?:颜色|色彩|色调|肤色|白平衡)(?:有点|看起来)?"
+            rf"(?:不对劲?|失真|怪怪的|奇怪|不正常?|不准确?|偏了){_END_ZH}"
+        ),
+        _BALANCED,
+    ),
+    (
+        re.compile(
+            r"(?:把|让|使|将)?(?:它|这张|整个)?(?:照片|图片|图|画面|模糊的地方)?"
+            r"(?:再|更加?|变得?|弄得?|处理得?|调得?|做|给我)*(?:清晰|清楚)(?:一?[点些]儿?|起来|一下)?"
+        ),
+        _CLEARER + _CRISPER,
+    ),
+    (
+        re.compile(
+            r"(?:把|让|将)?(?:照片|图片|画面)?的?(?:提高|增加|加强|提升|增强|改善)(?:一下|一?[点些])?(?:照片|图片|画面)?的?清晰度"
+        ),
+        (*_CLEARER, *_CRISPER, "hdr"),
+    ),
+)
+_POLITE = re.compile(
+    r"^(?:请你?|帮我|麻烦|hey|hi|sorry|ugh|well|but)[\s,，]*|[\s,，]*(?:please|pls|thanks|谢谢|拜托)$", re.I
+)
+_WORDS = {
+    "bright": "brighten",
+    "brighter": "brighten",
+    "lighter": "brighten",
+    "dark": "darken",
+    "darker": "darken",
+    "dim": "darken",
+    "sharp": "sharpen",
+    "sharper": "sharpen",
+    "clear": "sharpen",
+    "clearer": "sharpen",
+    "crisp": "sharpen",
+    "warmer": "warm",
+    "cooler": "cool",
+    "colder": "cool",
+    "colourful": "saturate",
+    "colorful": "saturate",
+    "grain": "add_noise",
+    "b&w": "black_and_white",
+    "bw": "black_and_white",
+    "亮": "brighten",
+    "亮点": "brighten",
+    "暗": "darken",
+    "暗点": "darken",
+    "雾": "fog",
+    "雨": "rain",
+    "雪": "snow",
+    "暖": "warm",
+    "冷": "cool",
+    "黑白": "black_and_white",
+}
+"""Single words that ask for an edit."""
+
+
+def cures(sentence: str) -> Cure:
+    """Return the edits that cure what a sentence complains about, the usual one first; none for other sentences."""
+    text = sentence.strip(" .,!?。，！？~～…")
+    for _ in range(2):
+        text = _POLITE.sub("", text).strip()
+    return _english(" ".join(text.lower().split())) or _chinese(text)
+
+
+def single_word(sentence: str) -> str | None:
+    """Return the edit that a sentence of one word asks for; None for other sentences."""
+    return _WORDS.get(sentence.strip(" .,!?。，！？").lower().removesuffix(" please"))
+
+
+def _english(text: str) -> Cure:
+    if text in _UNWANTED:
+        return _TOO[text]
+    if _OFF_EN.fullmatch(text):
+        return _BALANCED
+    if found := _MUCH_EN.fullmatch(text):
+        return _MUCH.get(found["word"], ())
+    if found := _LITTLE_EN.fullmatch(text):
+        return _LITTLE.get(found["noun"] or found["word"] or found["lack"], ())
+    for pattern, known in ((_NOT_SO_EN, _TOO.keys()), (_TOO_EN, _TOO.keys()), (_IS_EN, _FAULTY)):
+        found = pattern.fullmatch(text)
+        if found and found["word"] in known:
+            return _TOO.get(found["word"], ())
+    return ()
+
+
+def _chinese(text: str) -> Cure:
+    for pattern, cure in _PATTERNS_ZH:
+        if pattern.fullmatch(text):
+            return cure
+    if found := _MUCH_ZH.fullmatch(text):
+        return _NOUN_ZH[found["noun"]][0]
+    if found := _LITTLE_ZH.fullmatch(text):
+        return _NOUN_ZH[found["noun"] or found["lack"]][1]
+    found = _NOT_ENOUGH_IN_ZH.fullmatch(text)
+    if found and found["word"] in _NOT_ENOUGH_ZH:
+        return _NOT_ENOUGH_ZH[found["word"]]
+    found = _TOO_IN_ZH.fullmatch(text)
+    return _TOO_ZH.get(found["word"], ()) if found else ()

@@ -1,0 +1,68 @@
+"""What an edited picture has by construction: grey stays grey, black and white is neutral, sepia has one tone.
+
+A network comes close to these and never quite there: a grey photograph would come back with a faint tint. Only colour
+is corrected here, by the edited picture's own luma; light and detail stay as the network drew them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from openwu.backbones.embedded.language import word_set
+from openwu.images import Photo
+from openwu.images.photo import LUMA, ROWS_AT_ONCE
+from openwu.types import Understood
+
+_COLOURING = word_set(
+    "warm cool sepia colourise tint_red tint_green tint_blue tint_purple age fade cross_stitch blueprint sunset "
+    "night take_palette take_cast take_style"
+)
+"""Edits that give a grey photograph colours."""
+SEPIA_TONE, SEPIA_FLOOR = (1.08, 0.86, 0.64), 0.02
+"""Red, green and blue of sepia for a luma of 1, and what is added to all three: the tone that training shows."""
+
+
+def guaranteed(photo: Photo, understood: Sequence[Understood], strength: float, grey: bool) -> Photo:
+    """Return an edited photo with exact colours where its edits define them.
+
+    `strength`: of the request. `grey`: whether the input was grey; it stays so unless an edit gives colours.
+    """
+    edits = [each.edit for each in understood]
+    full = {each.edit for each in understood if each.degree != "little"}
+    if not edits:
+        return photo
+    if edits == ["sepia"]:
+        return _sepia(photo) if full and strength == 1 else photo
+    if any(edit in _COLOURING for edit in edits):
+        return photo
+    return photo.neutral() if grey or ("black_and_white" in full and strength >= 1) else photo
+
+
+def blended(before: Photo, after: Photo, share: float) -> Photo:
+    """Return a share of the change that an edit made, above 1 more of it: a number in a sentence is exact that way.
+
+    A network's own strength is not: what its base does without an adapter does not become less with the adapter.
+    """
+    if share == 1:
+        return after
+    pixels = after.pixels.copy()
+    for start in range(0, len(pixels), ROWS_AT_ONCE):
+        rows = Photo(pixels[start : start + ROWS_AT_ONCE])
+        old = Photo(before.pixels[start : start + ROWS_AT_ONCE]).floats()
+        pixels[start : start + ROWS_AT_ONCE] = rows.with_pixels(old + np.float32(share) * (rows.floats() - old)).pixels
+    return after.with_pixels(pixels)
+
+
+def _sepia(photo: Photo) -> Photo:
+    """Move every pixel to the sepia tone of its luma, at the photo's depth."""
+    tone, weights = np.array(SEPIA_TONE, np.float32), np.array(LUMA, np.float32)
+    pixels = photo.pixels.copy()
+    for start in range(0, len(pixels), ROWS_AT_ONCE):
+        rows = Photo(pixels[start : start + ROWS_AT_ONCE])
+        level = (rows.floats() @ weights - SEPIA_FLOOR) / float(tone @ weights)
+        pixels[start : start + ROWS_AT_ONCE] = rows.with_pixels(
+            level[..., None] * tone + np.float32(SEPIA_FLOOR)
+        ).pixels
+    return photo.with_pixels(pixels)

@@ -1,0 +1,56 @@
+"""Tell English and Chinese from other languages, by scripts and function words."""
+
+from __future__ import annotations
+
+import re
+
+from openwu.errors import InstructionError
+
+
+def word_set(text: str) -> frozenset[str]:
+    """Return the words of a text."""
+    return frozenset(text.split())
+
+
+def is_chinese(text: str) -> bool:
+    """Return whether a text has a Chinese character."""
+    return any("一" <= character <= "鿿" for character in text)
+
+
+_SCRIPTS = re.compile(r"[\u0370-\u1fff\u3040-\u30ff\u31f0-\u31ff\ua000-\ud7ff\uf900-\ufdff\uff66-\uff9f]")
+"""Letters of Greek, Cyrillic, Arabic, Indic scripts, kana, hangul and others: neither Latin nor Chinese."""
+_FUNCTION_WORDS = {
+    "French": "le la les une des du plus moins rendre rends rendez mets ajoute enlève image l'image cette dans avec et",
+    "German": "das der die den dem ein eine einen bild foto mach mache füge entferne und mehr weniger bitte nicht im",
+    "Spanish": "el la los las una más menos haz hazlo pon quita añade imagen por favor con y esta foto",
+    "Italian": "il la lo gli una più meno rendi rendila aggiungi togli immagine questa con e foto per",
+    "Portuguese": "os uma mais menos faça deixe adicione remova imagem esta com e foto por",
+    "Dutch": "het de een maak voeg verwijder foto meer minder en niet van",
+}
+_ENGLISH = word_set(
+    "the it this that is a an of in on with for and to make more less my as like look "
+    "i you please add remove not no up down at from by all so but give turn put take every into"
+)
+_WORDS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+
+
+def check_language(instruction: str) -> None:
+    """Raise InstructionError for a sentence that is neither English nor Chinese."""
+    language = "a language with another script" if _SCRIPTS.search(instruction) else _foreign(instruction)
+    if language:
+        raise InstructionError(
+            f"instruction: expected English or Chinese, got {language}: {instruction!r}; say it in one of the two, "
+            "or name the edit (--edit NAME, edit=NAME)"
+        )
+
+
+def _foreign(instruction: str) -> str | None:
+    """The Latin-script language that a sentence without English function words seems to be in; None for English."""
+    words = _WORDS.findall(instruction.lower())
+    best, most = None, 0
+    for language, listed in _FUNCTION_WORDS.items():
+        own = frozenset(listed.split())
+        found = sum(word in own for word in words) - 2 * sum(word in _ENGLISH - own for word in words)
+        if found > most:
+            best, most = language, found
+    return best if most >= 2 else None

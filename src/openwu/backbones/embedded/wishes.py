@@ -1,0 +1,408 @@
+"""Read what the instruction encoder cannot: negations, several wishes, restrictions, numbers, other languages.
+
+    parts = wishes("make it 20% brighter and add grain", read)   # brighten at strength 0.60, then add_noise
+
+The encoder takes a sentence for one edit of the whole picture. Whatever else a sentence says would be ignored in
+silence; these rules find it, and either turn it into a list of `Wish` or raise an InstructionError that says what was
+read. Rules ask the encoder (`Read`) about parts of the sentence, so that a negation in "don't darken it, brighten it"
+is told from the one in "don't brighten it". Pure functions; English and Chinese.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from openwu.backbones.embedded.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.language import check_language, word_set
+from openwu.errors import InstructionError
+
+OUT_OF_SCOPE = "out_of_scope"
+"""The label of sentences that ask for something that no sub-task does."""
+CERTAIN = 0.7
+"""Probability from which a part of a sentence counts as a wish of its own."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the encoder takes a sentence for."""
+
+    edit: str
+    probability: float
+    degree: str = "normal"
+    """What words of strength ask for: "little", "normal" or "strong"."""
+    ranked: tuple[tuple[str, float], ...] = ()
+    """(label, probability) of all labels, the most probable first."""
+    sentence: str = ""
+    """What was read in place of the words that were given: for a complaint, its cure; for a name, its sentence."""
+
+    def is_wish(self, probability: float = CERTAIN) -> bool:
+        """Whether this is an edit, with at least this probability."""
+        return self.edit != OUT_OF_SCOPE and self.probability >= probability
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One edit that a sentence asks for."""
+
+    text: str
+    """The words that the encoder shall read, without numbers."""
+    reading: Reading
+    strength: float = 1.0
+    """Share of the full edit, from a number in the sentence."""
+    number: str = ""
+    """The number as it was written, empty for none."""
+
+
+Read = Callable[[Sequence[str]], list[Reading]]
+"""Sentences -> what each is taken for: by the encoder, or as a complaint or a name (`Reading.sentence`)."""
+
+
+def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
+    """Return the edits that a sentence asks for, in order.
+
+    `accepted`: probability from which an edit counts as understood. A single wish comes back whatever its probability:
+    whether that suffices is the caller's to judge. Raises InstructionError where part of the sentence would be ignored.
+    """
+    check_language(instruction)
+    whole = read([instruction])[0]
+    if whole.sentence:
+        return (_wish(instruction, whole),)
+    text = _without_negations(instruction, whole, read, accepted)
+    text = _without_restrictions(text, read, accepted)
+    if text != instruction:
+        whole = read([text])[0]
+    if several := _several(text, whole, read, accepted):
+        return several
+    return (_with_number(text, whole, read, accepted),)
+
+
+def _wish(text: str, reading: Reading, strength: float = 1.0, number: str = "") -> Wish:
+    return Wish(reading.sentence or text, reading, strength, number)
+
+
+# Commands
+
+_VERB_EN = (
+    r"(?:make|add|put|give|turn|convert|apply|increase|decrease|raise|lower|lift|boost|reduce|remove|get rid of|take|"
+    r"brighten|lighten|darken|dim|blur|sharpen|soften|warm|cool|saturate|desaturate|mute|colou?r\w*|invert|tint|shift|"
+    r"fix|correct|restore|denoise|dehaze|deblur|clean|fade|age|emboss|pixelate|posteri[sz]e|cartooni[sz]e|enhance|"
+    r"improve|smooth|crop|rotate|flip|change|replace|swap|delete|erase|draw|write|paint|sketch|vignette)"
+)
+_VERB_ZH = (
+    r"(?:加|添|去掉|去除|去|除|变|调|提|降|减|增|把|让|给(?![他她我]$)|做|转|改|弄|压|拉|模糊|虚化|锐化|"
+    r"柔化|上色|染|换|修|恢复|画(?!面|质)|打(?!印|算)|放(?!大)|删|裁|消)"
+)
+_COMPARATIVE = re.compile(r"^(?:(?:a|much|bit|little|lot|more|less)\s+)*(?:more |less |\w+er$)", re.IGNORECASE)
+_COMMAND = re.compile(
+    rf"^(?:(?:please|pls|then|also|just|now|can you|could you|i want you to|i'd like you to)\s+)*"
+    rf"(?:{_VERB_EN}\b.*|(?:a (?:bit|little|lot) )?(?:more|less) \w+(?: \w+)?|(?:much |a (?:bit|little|lot) )?\w+er)$"
+    rf"|^(?:请|帮我|麻烦|再|并)*(?:{_VERB_ZH}.+|锐化|模糊|虚化|柔化|上色)$",
+    re.IGNORECASE,
+)
+_NO_COMMAND = re.compile(
+    r"\b(?:not|no|too|without|instead|but|never|than|or|nor|like|until|till|so|because|if)\b|n['’]t\b"
+    r"|[太不没别偏无而但像如似成]|有点|[了过]$",
+    re.IGNORECASE,
+)
+"""Words of complaints, comparisons, reasons and negations, which name edits that are not asked for."""
+
+
+def _is_command(text: str) -> bool:
+    return bool(_COMMAND.match(text)) and not _NO_COMMAND.search(text)
+
+
+# Negations
+
+_POLITE = r"(?:please|pls|hey|ok|okay|just|but|and|so|you|i|we|could|would|can|kindly|请|麻烦|拜托)"
+_NEGATED_EN = re.compile(
+    rf"^(?:{_POLITE}[\s,]*)*(?:do\s*n['’]?t|do not|never|avoid|refrain from|"
+    r"must\s*n['’]?t|must not|should\s*n['’]?t|"
+    r"should not|i (?:do\s*n['’]?t|do not) want (?:it|you to|to)?|no need to|not too|not|no more|no)\s+(?P<rest>.+)$",
+    re.IGNORECASE,
+)
+_NEGATED_ZH = re.compile(
+    r"^(?:请|麻烦|拜托|你|我|千万)*(?:不要|别|不用|不需要|无需|不必|勿|不想要?|不许|不可以?|禁止|避免)"
+    r"太?(?:给我|帮我|把它)?(?P<rest>.+)$"
+)
+_CLAUSES = re.compile(r"\s*(?:[,;:.!?，；：。！？]|\bbut\b|\binstead\b|但是?|而是)\s*", re.IGNORECASE)
+_COMPLAINT = re.compile(
+    r"^(?:like|see|need|know|care|think|mind|forget|understand|look|even|worry|have|be|leave|let|"
+    r"just|only|so|as|that)\b"
+    r"|\btoo\b|\bso\b|\benough\b|^(?:那么|这么|这样|再|老|让|留|忘|有|够|是|只|光|这种|那种)",
+    re.IGNORECASE,
+)
+"""What follows a negation that describes a picture or reminds, and commands nothing."""
+_REPAIRS = word_set(
+    "remove_vignette white_balance deblur remove_motion_blur denoise remove_jpeg remove_salt_pepper "
+    "restore remove_scratches unfade dehaze remove_rain"
+)
+"""Edits that are asked for by naming what is to go: "no fog"."""
+
+
+def _without_negations(instruction: str, whole: Reading, read: Read, accepted: float) -> str:
+    """Return the sentence, or the part of it that says what to do where the whole is taken for what not to do.
+
+    Raises InstructionError for a sentence that only says what not to do.
+    """
+    clauses = [clause for clause in map(_trimmed, _CLAUSES.split(instruction)) if clause]
+    negated = {index: rest for index, clause in enumerate(clauses) if (rest := _negated(clause))}
+    if not negated:
+        return instruction
+    others = [clause for index, clause in enumerate(clauses) if index not in negated]
+    alone = not others and not re.match(r"(?:not|no)\b(?! too\b)", clauses[0], re.IGNORECASE)
+    unwanted = [reading for reading in read(list(negated.values())) if reading.is_wish(0.5)]
+    left = ", ".join(others)
+    if left and (whole.edit in {reading.edit for reading in unwanted} or not whole.is_wish(accepted)):
+        wanted = read([left])[0]
+        if wanted.is_wish(accepted) and wanted.edit not in {reading.edit for reading in unwanted}:
+            return left
+    found = {reading.edit for reading in read(others)} if others else set()
+    for rest, reading in zip(negated.values(), read(list(negated.values())), strict=True):
+        ignored = reading.edit == whole.edit and whole.edit not in (*found, *_REPAIRS)
+        if reading.is_wish(0.5) and (ignored or (alone and _is_command(rest))):
+            raise InstructionError(
+                f"instruction: {instruction!r} says what not to do ({rest!r} reads as {_plain(reading.edit)}); "
+                "say what to do instead"
+            )
+    return instruction
+
+
+def _negated(clause: str) -> str | None:
+    """What a clause says not to do; None for a clause that does not start with a negation."""
+    found = _NEGATED_EN.match(clause) or _NEGATED_ZH.match(clause)
+    rest = found["rest"].strip() if found else ""
+    return rest if rest and not _COMPLAINT.search(rest) else None
+
+
+# Restrictions
+
+_LOCAL = word_set(
+    "lift_shadows recover_highlights vignette remove_vignette tilt_shift hdr hue_shift take_palette "
+    "take_tone take_grain take_style take_light take_sharpness take_cast"
+)
+"""Edits that concern part of the tones, the frame or another picture by themselves."""
+_REGION = (
+    r"(?:sky|clouds?|faces?|person|people|man|woman|men|women|boy|girl|child|kids?|baby|bride|groom|dog|cat|horse|bird|"
+    r"background|foreground|subject|cars?|house|building|houses|buildings|trees?|flowers?|grass|water|sea|lake|river|"
+    r"mountains?|hair|eyes?|skin|lips|teeth|hands?|dress|shirt|jacket|hat|left|right|top|bottom|upper|lower|wall|floor|"
+    r"window|door|text|sign|logo|table|chair|food|road|street|beach|sand|object|part|area|side|half)"
+)
+_COLOURS = word_set(
+    "warm cool sepia black_and_white colourise invert hue_shift tint_red tint_green tint_blue tint_purple "
+    "white_balance age fade pencil charcoal halftone cross_stitch neon blueprint sunset night day "
+    "take_palette take_style take_cast"
+)
+_LIGHT = word_set("brighten darken lift_shadows recover_highlights hdr invert night day sunset take_light take_tone")
+_KEEPS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
+    (re.compile(r"\b(?:colou?rs?|hues?)\b|颜色|色彩", re.I), _COLOURS),
+    (re.compile(r"\bsaturation\b|饱和度", re.I), _COLOURS | {"saturate", "desaturate", "unfade"}),
+    (re.compile(r"\b(?:brightness|exposure|lightness)\b|亮度", re.I), _LIGHT),
+    (re.compile(r"\bcontrast\b|对比", re.I), word_set("contrast_up contrast_down hdr unfade fade invert take_tone")),
+    (re.compile(r"\b(?:rest|others?|everything else)\b|其[他它余]|别的|剩下", re.I), frozenset()),
+)
+"""What a sentence may ask to keep as it is, and the edits that would change it."""
+_KEPT = (
+    r"(?:colou?rs?|hues?|saturation|brightness|exposure|lightness|contrast|rest|others?|everything else|"
+    rf"{_REGION[3:-1]})"
+)
+_THE = r"(?:the|his|her|its|my|our|their|this|that|these|those|all|original|other)"
+_PARTS = (
+    re.compile(
+        rf"\b(?:except|apart from|other than|aside from|excluding)\b(?: for)?(?: {_THE})* (?:\w+ )?{_KEPT}\b", re.I
+    ),
+    re.compile(rf"(?<!not )\b(?:only|just)\b(?: on| in| at| to)? {_THE} (?:\w+ )?{_REGION}\b", re.I),
+    re.compile(rf"(?<!not )\b(?:only|just)\b(?: the)? {_REGION}\b", re.I),
+    re.compile(r"除了.{1,8}(?:以外|之外|外|都|其[他它余])|.{1,4}以外"),
+    re.compile(
+        r"(?<!不)只(?!剩)(?:把|让|给|对|将|改|动|在)?.{0,3}(?:天空?|脸|人物?|背景|前景|主体|左|右|"
+        r"上半|下半|头发|眼睛|皮肤|衣服|车|房子|花|草|水|树)"
+    ),
+)
+"""Sentences that ask for a part of the picture."""
+_KEEPING = (
+    re.compile(
+        rf"(?:\b(?:but|and|while)\s+)?\b(?:keep|keeping|leave|leaving|preserve|preserving|without (?:changing|touching|"
+        rf"affecting)|don['’]?t (?:touch|change)|do not (?:touch|change))\b(?: {_THE})+ (?:\w+ )?(?P<kept>{_KEPT})\b"
+        r"(?: (?:as (?:they are|it is|is|before)|the same|unchanged|alone|intact))?",
+        re.I,
+    ),
+    re.compile(
+        r"(?:但是?|而且|并且?)?(?:还|也)?(?:保持|保留|不要动|别动|不动|不改变?|别改)(?:住|原来的?|原有的?)?"
+        r"(?P<kept>颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空|其[他它余])(?:不变|不动)?"
+    ),
+    re.compile(
+        r"(?:但是?|而且|并且?)?(?P<kept>其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空)"
+        r".{0,4}?(?:不变|别动|不动|不要动|别碰|保持不变|别改|不改|保持)"
+    ),
+)
+"""Sentences that ask to keep something as it is."""
+
+
+def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
+    """Return the sentence without a clause that its edit obeys by itself, where that clause keeps it from being read.
+
+    Raises InstructionError for a wish that concerns a part of the picture, or that would change what is to be kept.
+    """
+    whole = read([instruction])[0]
+    if whole.edit in _LOCAL and whole.is_wish(accepted):
+        return instruction
+    for pattern in _PARTS:
+        if found := pattern.search(instruction):
+            _refuse_part(instruction, whole, found[0])
+    for pattern in _KEEPING:
+        if found := pattern.search(instruction):
+            left = _trimmed(instruction[: found.start()] + instruction[found.end() :])
+            wanted = read([left or "$"])[0]
+            bar = max(CERTAIN, accepted) if whole.is_wish(accepted) else accepted
+            wanted = wanted if wanted.is_wish(bar) else whole
+            changed = next((edits for kept, edits in _KEEPS if kept.search(found["kept"])), None)
+            part = changed is not None and not changed and re.search(rf"\b{_REGION}\b", left, re.I)
+            if part or changed is None or wanted.edit in changed:
+                _refuse_part(instruction, wanted, found[0])
+            elif wanted.edit != whole.edit or not whole.is_wish(accepted):
+                return left if wanted is not whole else instruction
+    return instruction
+
+
+def _refuse_part(instruction: str, whole: Reading, found: str) -> None:
+    if whole.edit in _LOCAL:
+        return
+    everywhere = "" if whole.edit == OUT_OF_SCOPE else f" for {_plain(whole.edit)} everywhere"
+    raise InstructionError(
+        f"instruction: {instruction!r} asks for a part of the picture, or to spare one ({found.strip()!r}), "
+        f"but this model edits whole pictures; leave that out{everywhere}, or use a larger model (`openwu models`)"
+    )
+
+
+# Several wishes
+
+_THEN = r"(?:and then|then|followed by|afterwards|and also|and after that)"
+_SPLIT = re.compile(
+    rf"(?P<then>\s*[,;.]?\s*\b{_THEN}\s+|[，。；,;]?\s*(?:然后|接着|随后|之后)再?|[，。；,;]\s*再)"
+    r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+"
+    r"|\s+(?P<adding>with )(?:(?:some|added|film|fine|heavy|a|a bit of|a little) )*"
+    r"(?=(?:grain|noise|vignette|fog|snow|rain)\b)|"
+    r"[，。；、,;.]\s*(?:并且|并|同时|而且|还要|也|另外)?\s*|并且|同时|(?<!合)并(?![不没非排])|再",
+    re.IGNORECASE,
+)
+_FIRST = re.compile(r"^\s*(?:first(?:ly)?,?\s+|首先|先)|\s*(?:first)\s*$", re.IGNORECASE)
+_FIXED = re.compile(r"black (?:and|&) white|salt (?:and|&) pepper|b\s*&\s*w", re.IGNORECASE)
+MOST_WISHES = 4
+
+
+def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> tuple[Wish, ...] | None:
+    """The wishes of a sentence that asks for two or more; None for a sentence of one."""
+    pieces = list(_split_pieces(instruction))
+    if len(pieces) == 1:
+        return None
+    explicit = any(word in ("then", "and") for _, word in pieces[1:])
+    if any(word == "," and _COMPARATIVE.match(text) for text, word in pieces[1:]):
+        return None
+    texts = _with_verbs(_with_content([text for text, _ in pieces]), read, accepted)
+    found = [_with_number(text, reading, read, accepted) for text, reading in zip(texts, read(texts), strict=True)]
+    clear = [each for each in found if each.reading.is_wish(accepted)]
+    edits = {each.reading.edit for each in clear}
+    if len(edits) == len(found) <= MOST_WISHES and all(map(_stands_alone, found)):
+        if whole.edit in edits or not whole.is_wish(accepted):
+            return tuple(found)
+        return None
+    lost = [
+        each
+        for each in found
+        if _is_command(each.text)
+        and not _COMPARATIVE.match(each.text)
+        and (
+            (each.reading.edit == OUT_OF_SCOPE and each.reading.probability >= CERTAIN)
+            or (explicit and not each.reading.is_wish(accepted))
+        )
+    ]
+    wanted = [each for each in clear if _stands_alone(each)]
+    shown = not whole.is_wish(accepted) or any(each.reading.edit == whole.edit for each in wanted)
+    if lost and wanted and shown and whole.edit not in _LOCAL:
+        raise InstructionError(
+            f"instruction: {instruction!r} asks for more than {_plain(wanted[0].reading.edit)}, but {lost[0].text!r} "
+            "was not understood; leave it out, or say each wish by itself with --then (then=)"
+        )
+    return None
+
+
+def _stands_alone(wish: Wish) -> bool:
+    """Whether these words ask for their edit by themselves: a command, a complaint, or the edit's name."""
+    return bool(_is_command(wish.text) or wish.reading.sentence or wish.text.lower() == _plain(wish.reading.edit))
+
+
+_VERB_OF = re.compile(r"^(?:.*\b)?(?P<verb>add|put on|remove|reduce|increase|apply)\s", re.IGNORECASE)
+
+
+def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]:
+    """Give "a vignette" of "add grain and a vignette" its verb, where that makes it a wish."""
+    verb, whole = "", []
+    for piece in pieces:
+        found = _VERB_OF.match(piece)
+        longer = f"{verb} {piece}"
+        if (
+            verb
+            and not _is_command(piece)
+            and len(piece.split()) <= 4
+            and read([longer])[0].is_wish(max(CERTAIN, accepted))
+        ):
+            piece = longer
+        verb = found["verb"] if found else verb
+        whole.append(piece)
+    return whole
+
+
+def _split_pieces(instruction: str) -> Iterator[tuple[str, str]]:
+    """(piece, what stands before it: "then", "and" or ",") of a sentence, fixed phrases left whole."""
+    fixed = [match.span() for match in _FIXED.finditer(instruction)]
+    start, word, verb = 0, "", ""
+    for match in _SPLIT.finditer(instruction):
+        if any(begin <= match.start() < end for begin, end in fixed):
+            continue
+        if piece := _trimmed(instruction[start : match.start()]):
+            yield verb + piece, word
+            verb = "add " if match["adding"] else ""
+            word = "then" if match["then"] else "," if not match[0].strip(" ,.;，。；、") else "and"
+        start = match.end()
+    if piece := _trimmed(instruction[start:]):
+        yield verb + piece, word
+
+
+def _trimmed(piece: str) -> str:
+    return _FIRST.sub("", piece).strip(" ,.;:!?，。；：！？")
+
+
+def _with_content(pieces: Sequence[str]) -> list[str]:
+    """Drop pieces such as "please" and "thanks", unless nothing else is left."""
+    return [piece for piece in pieces if not _EMPTY.fullmatch(piece)] or list(pieces)
+
+
+_EMPTY = re.compile(
+    r"(?:please|pls|thanks?|thank you|thx|ok|hey|hi|a (?:bit|little)|"
+    r"谢谢啦?|拜托|你好|那个|好吗|可以吗|谢了)",
+    re.IGNORECASE,
+)
+
+
+# Numbers
+
+
+def _with_number(text: str, reading: Reading, read: Read, accepted: float) -> Wish:
+    """Turn the number of a sentence into a strength; a number that belongs to the edit's name stays."""
+    amount = find_amount(text)
+    if amount is None:
+        return _wish(text, reading)
+    without = read([amount.plain or "$"])[0]
+    measurable = without.is_wish(accepted) and (not amount.stops or without.edit in LIGHT)
+    other = reading.edit != without.edit and without.edit not in MEASURED
+    if reading.is_wish(accepted) and (other or not measurable):
+        return _wish(text, reading)
+    if not measurable:
+        return _wish(text, replace(reading, probability=min(reading.probability, without.probability)))
+    return _wish(amount.plain, without, strength_of(amount, without.edit), amount.text)
+
+
+def _plain(edit: str) -> str:
+    return edit.replace("_", " ")

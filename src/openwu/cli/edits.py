@@ -1,0 +1,22 @@
+"""Run `openwu edits`: list or search the edits that the embedded model knows, with an example in each language."""
+
+from __future__ import annotations
+
+import argparse
+
+from openwu.backbones.embedded.catalogue import search
+from openwu.cli.console import complain, say
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print one line per edit, the most alike first; fail where nothing resembles the words."""
+    query = " ".join(arguments.query)
+    found = search(query)
+    if not found:
+        complain(f"no edit resembles {query!r}; `openwu edits` lists all")
+        return 1
+    width = max(len(edit.name) for edit in found)
+    for edit in found:
+        needs = "  (with --reference FILE)" if edit.reference else ""
+        say(f"{edit.name:<{width}}  {'  '.join(edit.examples.values())}{needs}")
+    return 0

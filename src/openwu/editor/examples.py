@@ -1,0 +1,85 @@
+"""Read the pairs of pictures that show an edit, and refuse those that do not show the same scene.
+
+Shapes: h and w the sides of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from openwu.backbones.protocol import with_picture
+from openwu.editor.requests import Picture, checked_pairs
+from openwu.errors import PictureError
+from openwu.images import Photo, read_picture
+
+RATIO = 0.02
+"""How much the shapes of a pair may differ, as a share of the ratio of their sides."""
+SIDE = 96
+"""Side of the reduced pictures whose outlines are compared."""
+REACH = 8
+"""Shifts that are looked for, in their pixels."""
+ALIKE = 0.12
+"""Correlation of outlines below which two pictures show different scenes."""
+SHIFTED = 0.15
+"""How much better the outlines must match at another place for the pair to count as shifted."""
+
+
+def read_examples(example: Sequence[tuple[Picture, Picture]]) -> tuple[tuple[Photo, Photo], ...]:
+    """Decode pairs before and after; one that comes in another size is scaled to the first.
+
+    Raises PictureError for pictures of different shapes, of different scenes, or shifted against each other.
+    """
+    pairs = [(read_picture(before), read_picture(after)) for before, after in checked_pairs(example)]
+    return tuple(_matched(*pair, f"example {i}" if len(pairs) > 1 else "example") for i, pair in enumerate(pairs, 1))
+
+
+def _matched(before: Photo, after: Photo, name: str) -> tuple[Photo, Photo]:
+    (width, height), (wide, high) = before.size, after.size
+    if abs(wide / high * height / width - 1) > RATIO:
+        raise PictureError(
+            f"{name}: expected two pictures of one shape, got {width} x {height} before and {wide} x {high} after; "
+            "crop both alike"
+        )
+    if after.size != before.size:
+        picture = torch.from_numpy(after.eight_bit().pixels.copy()).permute(2, 0, 1).float() / 255
+        after = with_picture(replace(before, pixels=before.eight_bit().pixels), picture)
+    matches = outline_matches(*(_outlines(photo) for photo in (before, after)))
+    here = float(matches[REACH, REACH])
+    best = int(matches.argmax())
+    row, column = best // (2 * REACH + 1) - REACH, best % (2 * REACH + 1) - REACH
+    if float(matches.max()) > here + SHIFTED and (row or column):
+        right, down = round(-column * width / SIDE), round(-row * height / SIDE)
+        raise PictureError(
+            f"{name}: the picture after is shifted against the one before by about {right} pixels to the right and "
+            f"{down} down; align them first"
+        )
+    if here < ALIKE and bool(matches.isfinite().all()):
+        raise PictureError(
+            f"{name}: the two pictures do not show the same scene; pass the same photograph before and after the edit"
+        )
+    return before, after
+
+
+def _outlines(photo: Photo) -> Tensor:
+    """Lengths of the gradient of a reduced picture `[SIDE, SIDE]`: what an edit of colours leaves as it is."""
+    picture = torch.from_numpy(photo.eight_bit().pixels.copy()).permute(2, 0, 1).float()[None] / 255
+    small = F.interpolate(picture, (SIDE + 1, SIDE + 1), mode="area")[0]
+    down, across = small[:, 1:, :-1] - small[:, :-1, :-1], small[:, :-1, 1:] - small[:, :-1, :-1]
+    return (down.square() + across.square()).sum(0).sqrt()
+
+
+def outline_matches(first: Tensor, second: Tensor) -> Tensor:
+    """Correlation of the first's middle with the second at every shift, `[2 REACH + 1, 2 REACH + 1]`; NaN if flat."""
+    inside = slice(REACH, SIDE - REACH)
+    a = first[inside, inside]
+    size = SIDE - 2 * REACH
+    windows = second.unfold(0, size, 1).unfold(1, size, 1)  # [shifts, shifts, size, size]
+    a = a - a.mean()
+    b = windows - windows.mean((-1, -2), keepdim=True)
+    scale = a.square().mean().sqrt() * b.square().mean((-1, -2)).sqrt()
+    return torch.where(scale > 1e-6, (a * b).mean((-1, -2)) / scale.clamp(min=1e-6), torch.nan)

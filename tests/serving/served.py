@@ -1,0 +1,79 @@
+"""A real server process for the acceptance tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+
+class Served:
+    """`openwu serve` on a free port, for the time of a with block."""
+
+    def __init__(self, *options: str, log: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [sys.executable, "-m", "openwu", "serve", "--port", str(self.port), *options]
+        self._file = log.open("wb")
+        self.process = subprocess.Popen(command, stdout=self._file, stderr=self._file)
+
+    def __enter__(self) -> Served:
+        end = time.monotonic() + 180
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise AssertionError(self.log.read_text())
+            try:
+                if httpx.get(f"{self.url}/health/ready").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                time.sleep(0.2)
+        self.__exit__(None, None, None)
+        raise AssertionError("never ready")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._file.close()
+
+    def workers(self) -> list[int]:
+        """Process ids of the worker processes."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                try:
+                    status = (folder / "stat").read_text()
+                    command = (folder / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                if int(status.rpartition(")")[2].split()[1]) == self.process.pid and b"spawn_main" in command:
+                    found.append(int(folder.name))
+        return found
+
+    def memory(self) -> int:
+        """Resident bytes of the service and its workers."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        pids = [self.process.pid, *self.workers()]
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids)
+
+    def figure(self, name: str) -> float:
+        """One value of /metrics; labels are added up."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(
+            float(line.split()[-1])
+            for line in lines
+            if line.startswith(("openwu_" + name + " ", "openwu_" + name + "{"))
+        )

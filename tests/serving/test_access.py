@@ -1,0 +1,158 @@
+"""Keys, foreign pages, tenants, bounded stores, bodies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving_clients import PROMPT, SleepingEngine, png
+from starlette.testclient import TestClient
+
+from openwu.errors import OpenwuError
+from openwu.serving.access import Keys, new_key
+from openwu.serving.app import create_app
+from openwu.serving.errors import ServiceError
+from openwu.serving.middleware import BodyLimits
+from openwu.serving.server import Address, serve
+from openwu.serving.state import Settings
+from openwu.serving.stores import AdapterShelf, PictureStore, StoredAdapter
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "keys"
+    return {name: new_key(path, name, admin=name == "root") for name in ("ann", "bob", "root")}
+
+
+@pytest.fixture
+def client(tmp_path: Path, keys: dict[str, str]) -> Iterator[TestClient]:
+    settings = Settings(keys=tmp_path / "keys", body=BodyLimits(bytes=20_000))
+    with TestClient(create_app(SleepingEngine(), settings), base_url="http://localhost") as client:
+        yield client
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_keys_are_kept_as_hashes(tmp_path: Path, keys: dict[str, str]) -> None:
+    text = (tmp_path / "keys").read_text()
+    assert not any(key in text for key in keys.values())
+    assert (tmp_path / "keys").stat().st_mode & 0o077 == 0
+    assert Keys(tmp_path / "keys").caller(f"Bearer {keys['ann']}").tenant == "ann"
+    with pytest.raises(OpenwuError, match="new name"):
+        new_key(tmp_path / "keys", "ann")
+
+
+def test_nothing_is_served_without_a_key(client: TestClient, keys: dict[str, str]) -> None:
+    for route in ("/v1/models", "/v1/edits", "/v1/adapters", "/metrics"):
+        answer = client.get(route)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "missing_api_key"
+        assert client.get(route, headers=bearer("wu-wrong")).json()["error"]["code"] == "invalid_api_key"
+    assert client.get("/metrics", headers=bearer(keys["ann"])).status_code == 403
+    assert client.get("/metrics", headers=bearer(keys["root"])).status_code == 200
+    assert client.get("/health/live").status_code == 200
+
+
+def test_anothers_adapter_is_not_found(client: TestClient, keys: dict[str, str]) -> None:
+    made = client.post("/v1/images/edits", files={"image": png()}, data={"prompt": PROMPT}, headers=bearer(keys["ann"]))
+    name = made.json()["openwu"]["adapter_id"]
+    assert client.get(f"/v1/adapters/{name}", headers=bearer(keys["ann"])).status_code == 200
+    for method, route in (("get", f"/v1/adapters/{name}"), ("delete", f"/v1/adapters/{name}")):
+        assert getattr(client, method)(route, headers=bearer(keys["bob"])).status_code == 404
+    assert client.get("/v1/adapters", headers=bearer(keys["bob"])).json()["data"] == []
+    stolen = client.post(
+        "/v1/images/edits", files={"image": png()}, data={"adapter": name}, headers=bearer(keys["bob"])
+    )
+    assert stolen.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"host": "evil.example"}, "foreign_host"),
+        ({"host": "localhost", "origin": "https://evil.example"}, "foreign_origin"),
+        ({"host": "localhost", "origin": "null"}, "foreign_origin"),
+    ],
+)
+def test_foreign_pages_are_refused(client: TestClient, headers: dict[str, str], code: str) -> None:
+    answer = client.get("/health/live", headers=headers)
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == code
+    assert client.get("/health/live", headers={"origin": "http://localhost"}).status_code == 200
+
+
+def test_a_body_that_is_too_large_is_refused(client: TestClient, keys: dict[str, str]) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(30):
+            yield bytes(1000)
+
+    for content in (bytes(30_000), pieces()):  # declared, and not
+        answer = client.post(
+            "/v1/images/edits",
+            content=content,
+            headers={**bearer(keys["ann"]), "content-type": "application/json"},
+        )
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_a_slow_body_is_refused() -> None:
+    app = create_app(SleepingEngine(), Settings(body=BodyLimits(seconds=0.05)))
+    sent = []
+
+    async def never() -> dict[str, object]:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/images/edits", "raw_path": b"/v1/images/edits", "root_path": "",
+        "query_string": b"", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "http_version": "1.1", "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1),
+    }  # fmt: skip
+    asyncio.run(app(scope, never, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+
+
+def test_without_keys_only_this_machine_is_served() -> None:
+    with pytest.raises(OpenwuError, match="--keys"):
+        serve(SleepingEngine(), Settings(), Address("0.0.0.0"))
+
+
+def stored(name: str, tenant: str, size: int = 10) -> StoredAdapter:
+    return StoredAdapter(name, tenant, bytes(size), name, "stub", None, 0)
+
+
+def test_a_flood_of_adapters_pushes_out_its_own() -> None:
+    shelf = AdapterShelf(limit=100, per_tenant=50)
+    shelf.put(stored("b0", "b"))
+    for number in range(100):
+        shelf.put(stored(f"a{number}", "a"))
+    assert shelf.get("b0", "b")
+    assert len(shelf.of("a")) == 9
+    with pytest.raises(ServiceError):
+        shelf.get("a0", "a")
+
+
+def test_pictures_behind_links_are_bounded_and_expire() -> None:
+    store = PictureStore(limit=100)
+    links = [store.put(bytes(30), "image/png") for _ in range(5)]
+
+    def fetched(link: str, store: PictureStore = store) -> int:
+        name, _, query = link.removeprefix("/v1/images/").partition("?")
+        expires, signature = (part.partition("=")[2] for part in query.split("&"))
+        try:
+            return len(store.get(name, expires, signature)[0])
+        except ServiceError as error:
+            return error.failure.status
+
+    assert [fetched(link) for link in links] == [404, 404, 30, 30, 30]
+    old = PictureStore(seconds=-1)
+    assert fetched(old.put(b"x", "image/png"), old) == 404

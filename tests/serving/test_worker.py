@@ -1,0 +1,82 @@
+"""The worker: adapters mixed in one pass, one bad picture among good ones, stopping at the next part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from serving_clients import PROMPT, png
+
+from openwu.editor.editor import Editor
+from openwu.images import read_picture
+from openwu.serving.engines import Outcome, Task
+from openwu.serving.engines.worker import EditWorker
+from openwu.serving.errors import Failure
+
+PROMPTS = ("make it brighter", "turn it black and white", "blur the photo")
+
+
+@pytest.fixture(scope="module")
+def worker(editor: Editor) -> EditWorker:
+    return EditWorker(editor, batch=4)
+
+
+def quiet(task: str, done: int, total: int) -> None: ...
+
+
+def nobody(task: str) -> bool:
+    return False
+
+
+def everybody(task: str) -> bool:
+    return True
+
+
+def tasks(*images: bytes) -> list[Task]:
+    return [
+        Task(f"t{i}", f"key{i}", images=(image,), instruction=PROMPTS[i % 3], seed=i, batch_key=1)
+        for i, image in enumerate(images)
+    ]
+
+
+def test_a_mixed_batch_gives_each_its_own_edit(worker: EditWorker, editor: Editor) -> None:
+    images = [png(seed=i) for i in range(3)]
+    outcomes = worker.run(tasks(*images), quiet, nobody)
+    for i, (image, outcome) in enumerate(zip(images, outcomes, strict=True)):
+        assert isinstance(outcome, Outcome)
+        assert outcome.batch == 3
+        alone = editor.edit([read_picture(image)], PROMPTS[i], seed=i).photo.pixels.astype(int)
+        found = read_picture(outcome.data).pixels.astype(int)
+        assert np.abs(found - alone).max() <= 2  # products of other shapes round otherwise
+
+
+def test_one_bad_picture_or_prompt_fails_alone(worker: EditWorker) -> None:
+    given = tasks(png(), b"broken", png(seed=2))
+    given.append(Task("t3", "key3", images=(png(),), instruction="sing about taxes", batch_key=1))
+    first, second, third, fourth = worker.run(given, quiet, nobody)
+    assert isinstance(first, Outcome)
+    assert isinstance(third, Outcome)
+    assert isinstance(second, Failure)
+    assert second.code == "invalid_image"
+    assert isinstance(fourth, Failure)
+    assert fourth.code == "unknown_instruction"
+
+
+def test_work_stops_when_nobody_waits_for_it(worker: EditWorker) -> None:
+    given = tasks(png(), png(seed=1))
+    outcomes = worker.run(given, quiet, everybody)
+    assert all(isinstance(each, Failure) and each.code == "cancelled" for each in outcomes)
+    one_left = worker.run(given, quiet, lambda task: task == "t0")
+    both = worker.run(given, quiet, nobody)
+    assert isinstance(one_left[1], Outcome)
+    assert isinstance(both[1], Outcome)
+    assert one_left[1].data == both[1].data  # a neighbour that left changes nothing
+
+
+def test_one_keys_adapters_are_not_in_anothers_cache(worker: EditWorker) -> None:
+    def cache(tenant: str) -> str:
+        one = Task("x", tenant, images=(png(seed=9),), instruction=PROMPT)
+        (outcome,) = worker.run([one], quiet, nobody)
+        assert isinstance(outcome, Outcome)
+        return outcome.cache
+
+    assert [cache("ann"), cache("ann"), cache("bob")] == ["miss", "hit", "miss"]
