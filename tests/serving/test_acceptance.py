@@ -110,7 +110,7 @@ const client = new OpenAI.OpenAI({baseURL: process.argv[2] + "/v1", apiKey: "non
   for await (const event of await client.images.edit({image: await one(), prompt: "make it brighter", stream: true}))
     completed += event.type === "image_edit.completed" ? 1 : 0;
   let code = "";
-  try { await client.images.edit({image: await one(), prompt: "sing about taxes"}); }
+  try { await client.images.edit({image: await one(), prompt: "write me a poem about tax law"}); }
   catch (error) { code = error.code; }
   const models = (await client.models.list()).data.length;
   console.log([answer.size, two.data.length, completed, code, models].join(" "));

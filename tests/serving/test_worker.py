@@ -51,7 +51,7 @@ def test_a_mixed_batch_gives_each_its_own_edit(worker: EditWorker, editor: Edito
 
 def test_one_bad_picture_or_prompt_fails_alone(worker: EditWorker) -> None:
     given = tasks(png(), b"broken", png(seed=2))
-    given.append(Task("t3", "key3", images=(png(),), instruction="sing about taxes", batch_key=1))
+    given.append(Task("t3", "key3", images=(png(),), instruction="write me a poem about tax law", batch_key=1))
     first, second, third, fourth = worker.run(given, quiet, nobody)
     assert isinstance(first, Outcome)
     assert isinstance(third, Outcome)

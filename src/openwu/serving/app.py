@@ -64,13 +64,13 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", summary="List the model under its names")
     async def models(caller: Known) -> dict[str, Any]:
         del caller
-        return {"object": "list", "data": [_model(name) for name in service.models]}
+        return {"object": "list", "data": [_model(service, name) for name in service.models]}
 
     @app.get("/v1/models/{name}", summary="Describe the model")
     async def model(name: str, caller: Known) -> dict[str, Any]:
         del caller
         service.check_model(name)
-        return _model(name)
+        return _model(service, name)
 
     @app.get("/v1/edits", summary="List the known edits, those nearest to q first")
     async def edits(caller: Known, q: str = "", lang: str = "") -> dict[str, Any]:
@@ -126,8 +126,9 @@ def _page(app: FastAPI) -> None:
     app.mount("/page", StaticFiles(directory=folder))
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "openwu"}
+def _model(service: Service, name: str) -> dict[str, Any]:
+    reads = service.engine.info.reads_examples
+    return {"id": name, "object": "model", "created": 0, "owned_by": "openwu", "reads_examples": reads}
 
 
 def _errors(app: FastAPI) -> None:

@@ -19,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 from openwu.errors import PictureError
 from openwu.images import MAX_PIXELS, check_picture
 from openwu.serving.access import Caller
-from openwu.serving.engines import Outcome, Task
-from openwu.serving.errors import Failure, ServiceError, refused
-from openwu.serving.forms import checked_images, read_body
+from openwu.serving.engines import ModelInfo, Outcome, Task
+from openwu.serving.errors import Failure, ServiceError, refused, unsupported
+from openwu.serving.forms import EXAMPLES, example_pairs, read_body
 from openwu.serving.queue import Job
 from openwu.serving.schema import MEDIA_TYPES, EditSpec, cost_of, edit_spec
 from openwu.serving.state import Service
@@ -49,19 +49,14 @@ async def serve_edit(service: Service, caller: Caller, request: Request) -> Resp
 async def read_spec(request: Request) -> EditSpec:
     """Read and check the body of an edit request."""
     body = await read_body(request)
-    return edit_spec(body.values, checked_images(body), body.one_file("mask"))
+    return edit_spec(body.values, body.files.get("image", []), body.one_file("mask"), example_pairs(body))
 
 
 async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[Task]:
     """Make the tasks of a request, one for each of its n pictures. Raises ServiceError."""
     service.check_model(spec.model)
     info = service.engine.info
-    if info.max_pictures is not None and len(spec.images) > info.max_pictures:
-        message = f"image: {info.name} reads at most {info.max_pictures} pictures, got {len(spec.images)}"
-        raise refused(400, "too_many_images", message, "image")
-    if spec.allow_out_of_scope and not info.refuses_out_of_scope:
-        message = f"allow_out_of_scope: {info.name} refuses no instruction; leave it out"
-        raise refused(400, "unsupported_value", message, "allow_out_of_scope")
+    check_able(info, spec)
     adapter = None
     if spec.adapter is not None:
         stored = service.adapters.get(spec.adapter, caller.tenant)
@@ -69,9 +64,11 @@ async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[T
     sizes = await asyncio.to_thread(check_headers, spec.images, service.max_pixels)
     if spec.mask is not None:
         await asyncio.to_thread(check_headers, [spec.mask], service.max_pixels, "mask")
-    cost = cost_of(sizes[0][0] * sizes[0][1], 1 + len(spec.then), info.steps)
+    await asyncio.to_thread(check_example_headers, spec, service.max_pixels)
+    cost = cost_of(sizes[0][0] * sizes[0][1], 1 + len(spec.then))
     own = adapter is not None or bool(spec.then)
-    key = None if own else (sizes[0], len(spec.images), spec.allow_out_of_scope)
+    key = None if own else (sizes[0], len(spec.images), len(spec.examples), spec.allow_out_of_scope)
+    seed = info.default_seed if spec.seed is None else spec.seed
     return [
         Task(
             id=secrets.token_hex(16),
@@ -79,8 +76,9 @@ async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[T
             images=spec.images,
             instruction=spec.prompt,
             then=spec.then,
+            examples=spec.examples,
             strength=spec.strength,
-            seed=spec.seed + number,
+            seed=seed + number,
             allow_out_of_scope=spec.allow_out_of_scope,
             adapter=adapter,
             mask=spec.mask,
@@ -94,6 +92,26 @@ async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[T
         )
         for number in range(spec.n)
     ]
+
+
+def check_able(info: ModelInfo, spec: EditSpec) -> None:
+    """Raise ServiceError that names what the model cannot serve."""
+    if info.max_pictures is not None and len(spec.images) > info.max_pictures:
+        message = f"image: {info.name} reads at most {info.max_pictures} pictures, got {len(spec.images)}"
+        raise refused(400, "too_many_images", message, "image")
+    if spec.allow_out_of_scope and not info.refuses_out_of_scope:
+        message = f"allow_out_of_scope: {info.name} refuses no instruction; leave it out"
+        raise unsupported("allow_out_of_scope", message)
+    if spec.examples and not info.reads_examples:
+        message = f"example_before: {info.name} does not read examples; say what to do in prompt"
+        raise unsupported("example_before", message)
+
+
+def check_example_headers(spec: EditSpec, max_pixels: int) -> None:
+    """Read the headers of the pictures that show an edit. Raises ServiceError that names the part."""
+    for pair in spec.examples:
+        for name, data in zip(EXAMPLES, pair, strict=True):
+            check_headers([data], max_pixels, name)
 
 
 def check_headers(files: Sequence[bytes], max_pixels: int, name: str = "image") -> list[tuple[int, int]]:
@@ -140,6 +158,10 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
             done.cancel()
 
 
+async def _wait(job: Job, seconds: float) -> None:
+    await asyncio.wait({job.result}, timeout=seconds)
+
+
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -178,9 +200,9 @@ def keep_adapter(service: Service, caller: Caller, task: Task, outcome: Outcome)
     """Keep the adapter of an outcome for its key; return its id."""
     if task.adapter is not None or not outcome.adapter:
         return None
-    named = outcome.edit or task.instruction
+    words = outcome.words or task.instruction
     kept = StoredAdapter(
-        task.id, caller.tenant, outcome.adapter, task.id, service.engine.info.name, named, int(time.time())
+        task.id, caller.tenant, outcome.adapter, task.id, service.engine.info.name, words, int(time.time())
     )
     service.adapters.put(kept)
     return kept.id
@@ -236,12 +258,14 @@ def ours(
 ) -> dict[str, Any]:
     """What this service says beside OpenAI's fields."""
     first = outcomes[0]
+    ids = [spec.adapter if each is None else each for each in kept]
     waited = (jobs[0].started or jobs[0].queued) - jobs[0].queued
     return {
         "seed": jobs[0].task.seed,
         "seeds": [job.task.seed for job in jobs],
         "edit": first.edit,
-        "adapter_id": kept[0] if kept[0] is not None else spec.adapter,
+        "adapter_id": ids[0],
+        "adapter_ids": ids,
         "timings": {"queue": round(waited, 4), **{name: round(value, 4) for name, value in first.timings.items()}},
         "cache": first.cache,
         "batch": first.batch,
@@ -269,7 +293,7 @@ class EventStream(Response):
 
         jobs = [service.scheduler.submit(task, tell(task.id)) for task in tasks]
         try:
-            await asyncio.wait({jobs[0].result}, timeout=PEEK_SECONDS)
+            await unless_gone(request, _wait(jobs[0], PEEK_SECONDS))
             first = jobs[0].result
             if first.done() and first.exception() is not None:
                 error = first.exception()

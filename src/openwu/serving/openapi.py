@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from openwu.serving.forms import EXAMPLES
 from openwu.serving.schema import FORMATS, MAX_N, METADATA
 
 _ERROR = {
@@ -41,7 +42,7 @@ _FIELDS: dict[str, Any] = {
     "stream": {"type": "boolean", "default": False},
     "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
     "strength": {"type": "number", "minimum": -4, "maximum": 4, "default": 1},
-    "seed": {"type": "integer", "minimum": 0, "default": 0},
+    "seed": {"type": "integer", "minimum": 0},
     "then": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
     "allow_out_of_scope": {"type": "boolean", "default": False},
     "adapter": {"type": "string", "description": "Id of an adapter of yours, used instead of generating one"},
@@ -49,8 +50,18 @@ _FIELDS: dict[str, Any] = {
 }
 _FILE = {"type": "string", "format": "binary"}
 _URL = {"type": "object", "required": ["image_url"], "properties": {"image_url": {"type": "string"}}}
-_PARTS = {"image": {"type": "array", "items": _FILE, "minItems": 1, "maxItems": 16}, "mask": _FILE, **_FIELDS}
-_JSON = {"images": {"type": "array", "items": _URL, "minItems": 1, "maxItems": 16}, "mask": _URL, **_FIELDS}
+_PARTS = {
+    "image": {"type": "array", "items": _FILE, "minItems": 1, "maxItems": 16},
+    "mask": _FILE,
+    **dict.fromkeys(EXAMPLES, _FILE),
+    **_FIELDS,
+}
+_JSON = {
+    "images": {"type": "array", "items": _URL, "minItems": 1, "maxItems": 16},
+    "mask": _URL,
+    **dict.fromkeys(EXAMPLES, _URL),
+    **_FIELDS,
+}
 EDIT_OPERATION: dict[str, Any] = {
     "requestBody": {
         "required": True,

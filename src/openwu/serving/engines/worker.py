@@ -19,6 +19,7 @@ from PIL import Image
 
 from openwu.editor.cache import AdapterCache
 from openwu.editor.editor import Editor
+from openwu.editor.examples import read_examples
 from openwu.editor.requests import EditRequest, EditResult, Progress
 from openwu.editor.store import decode, encode
 from openwu.errors import CheckpointError, ExportError, InstructionError, OpenwuError, PictureError, TargetError
@@ -26,8 +27,8 @@ from openwu.images import Photo, encode_picture, read_picture
 from openwu.images.privacy import without_location, without_metadata
 from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import Failure, ServiceError, refused
-from openwu.serving.schema import cost_of
-from openwu.types import Adapter, LoadingOptions, SamplingOptions
+from openwu.serving.schema import EXAMPLES, cost_of
+from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
 
 STOPPED = Failure(499, "cancelled", "the request was cancelled")
 WARM_SIDE = 256
@@ -66,7 +67,8 @@ def describe(editor: Editor, seconds_per_unit: float, batch: int | None = None) 
         edits=tuple({"id": e.name, "examples": dict(e.examples), "reference": e.reference} for e in known.values()),
         max_pictures=editor.backbone.max_pictures,
         refuses_out_of_scope=editor.backbone.refuses_out_of_scope,
-        steps=editor.sampling.steps or 1,
+        reads_examples=editor.backbone.reads_examples,
+        default_seed=editor.backbone.default_seed,
         seconds_per_unit=seconds_per_unit,
         max_batch=min(most, editor.backbone.max_batch or most),
     )
@@ -112,13 +114,13 @@ class EditWorker:
         text = known.examples["en"] if known is not None else "make it brighter"
         self.editor.edit([photo], text)
         seconds = sum(self.editor.edit([photo], text).timings.values())
-        return describe(self.editor, seconds / cost_of(WARM_SIDE**2, 1, self.editor.sampling.steps or 1), self._batch)
+        return describe(self.editor, seconds / cost_of(WARM_SIDE**2), self._batch)
 
     def _check_words(self, task: Task) -> None:
         """Raise ServiceError for what is no instruction at all: too long, no words."""
         for name, text in (("prompt", task.instruction), *(("then", each) for each in task.then)):
             try:
-                if task.kind != "export" and (text or task.adapter is None):
+                if task.kind != "export" and (text or (task.adapter is None and not task.examples)):
                     self.editor.backbone.check_instruction(text)
             except InstructionError as error:
                 raise refused(400, "invalid_value", str(error), name) from error
@@ -129,7 +131,14 @@ class EditWorker:
         """One pass for several tasks. If it is refused because of one of them, each has a pass of its own."""
         tasks = [each.task for each in waiting]
         requests = [
-            EditRequest(each.photos, each.task.instruction, each.task.strength, each.task.seed, each.task.then)
+            EditRequest(
+                each.photos,
+                each.task.instruction,
+                strength=each.task.strength,
+                seed=each.task.seed,
+                then=each.task.then,
+                example=each.examples,
+            )
             for each in waiting
         ]
         self.editor.cache = None  # a batch has several owners
@@ -165,12 +174,18 @@ class EditWorker:
         before = cache.statistics.misses
         if task.kind == "adapt":
             made = self.editor.adapt(
-                photos, task.instruction, seed=task.seed, allow_out_of_scope=task.allow_out_of_scope
+                photos or None,
+                task.instruction,
+                example=prepared.examples,
+                seed=task.seed,
+                allow_out_of_scope=task.allow_out_of_scope,
             )
-            return Outcome(encode(made, task.id), photos[0].size, edit=_named(made), cache=_cache_use(cache, before))
+            used = _cache_use(cache, before)
+            return Outcome(encode(made, task.id), edit=self._edit_of(task), words=_words(made), cache=used)
         result = self.editor.edit(
             photos,
             task.instruction,
+            example=prepared.examples,
             then=task.then,
             strength=task.strength,
             seed=task.seed,
@@ -179,6 +194,13 @@ class EditWorker:
             progress=progress,
         )
         return replace(prepared.outcome(result), cache="off" if adapter is not None else _cache_use(cache, before))
+
+    def _edit_of(self, task: Task) -> str | None:
+        """Return the known edit that an instruction was taken for; None where the base cannot tell."""
+        if task.examples or task.allow_out_of_scope:
+            return None
+        found = self.editor.understand(task.instruction, references=len(task.images) - 1)
+        return _edits(found)
 
     def _cache(self, tenant: str) -> AdapterCache:
         """The cache of one key: what another key generated is never found in it."""
@@ -228,7 +250,12 @@ def _guarded(run: Callable[[], Outcome]) -> Outcome | Failure:
         return failure_of(error)
 
 
-def _named(adapter: Adapter) -> str | None:
+def _edits(understood: Understood | None) -> str | None:
+    """Names of the edits that an instruction was taken for."""
+    return None if understood is None else ", then ".join(each.edit for each in (understood, *understood.then))
+
+
+def _words(adapter: Adapter) -> str | None:
     return ", then ".join(adapter.instructions[0]) if adapter.instructions else None
 
 
@@ -244,12 +271,15 @@ class Prepared:
     photos: tuple[Photo, ...]
     keep: NDArray[np.float64] | None
     """Share of the original in the answer `[h, w, 1]`, from the mask."""
+    examples: tuple[tuple[Photo, Photo], ...] = ()
+    """Pairs before and after an edit that is shown."""
 
     @classmethod
     def of(cls, task: Task) -> Prepared:
         """Decode a task's pictures and mask. Raises ServiceError that names the one that is wrong."""
         photos = tuple(_read(data, f"image {number}", "image") for number, data in enumerate(task.images, start=1))
-        return cls(task, photos, None if task.mask is None else mask_of(task.mask, photos[0]))
+        keep = None if task.mask is None else mask_of(task.mask, photos[0])
+        return cls(task, photos, keep, _examples(task))
 
     def outcome(self, result: EditResult) -> Outcome:
         """Make the answer's file: the mask, the size, the metadata, the format."""
@@ -270,8 +300,9 @@ class Prepared:
             data,
             photo.size,
             encode(result.adapter, task.id),
-            _named(result.adapter),
-            dict(result.timings),
+            edit=_edits(result.understood),
+            words=_words(result.adapter),
+            timings=dict(result.timings),
             notes=(*photo.notes, *notes),
         )
 
@@ -281,6 +312,16 @@ def _read(data: bytes, name: str, param: str) -> Photo:
         return read_picture(data)
     except PictureError as error:
         raise refused(400, "invalid_image", f"{name}: {error}", param) from error
+
+
+def _examples(task: Task) -> tuple[tuple[Photo, Photo], ...]:
+    pairs = [
+        tuple(_read(data, name, name) for name, data in zip(EXAMPLES, pair, strict=True)) for pair in task.examples
+    ]
+    try:
+        return read_examples([(before, after) for before, after in pairs])
+    except PictureError as error:
+        raise refused(400, "invalid_image", str(error), EXAMPLES[1]) from error
 
 
 def mask_of(mask: bytes, original: Photo) -> NDArray[np.float64]:

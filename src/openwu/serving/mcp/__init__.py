@@ -18,7 +18,7 @@ from mcp_types import CallToolResult, ImageContent, TextContent
 from PIL import Image
 
 from openwu.errors import OpenwuError
-from openwu.files.writing import whole_file
+from openwu.files.writing import atomic_file
 from openwu.images import read_picture
 from openwu.serving.access import LOCAL
 from openwu.serving.adapters import FORMATS
@@ -115,7 +115,7 @@ class Tools:
         context: Context[None, Any],
         output: str | None = None,
         strength: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         reference: str | None = None,
         try_anyway: bool = False,
         overwrite: bool = False,
@@ -135,12 +135,12 @@ class Tools:
         values: dict[str, Sequence[object]] = {
             "prompt": [instruction],
             "strength": [strength],
-            "seed": [seed],
+            **({} if seed is None else {"seed": [seed]}),
             "allow_out_of_scope": [try_anyway],
             "output_format": [OUTPUTS[target.suffix.lower()]],
         }
         try:
-            spec = edit_spec(values, [self._read(each) for each in sources], None)
+            spec = edit_spec(values, [self._read(each) for each in sources])
             (task,) = await make_tasks(self._service, LOCAL, spec)
             outcome = await self._run(task, context)
         except ServiceError as error:
@@ -168,7 +168,7 @@ class Tools:
 
     async def understand(self, instruction: str, context: Context[None, Any]) -> dict[str, Any]:
         """Say which edit an instruction would be taken for, without editing anything."""
-        task = self._adapt(_grey(), instruction, 0)
+        task = self._adapt(_grey(), instruction, self._service.engine.info.default_seed)
         try:
             outcome = await self._run(task, context)
         except ServiceError as error:
@@ -185,7 +185,7 @@ class Tools:
         output: str,
         context: Context[None, Any],
         format: str = "openwu",
-        seed: int = 0,
+        seed: int | None = None,
         overwrite: bool = False,
     ) -> dict[str, Any]:
         """Generate the LoRA adapter of a photograph and an instruction, and write it as a zip archive.
@@ -196,9 +196,11 @@ class Tools:
             raise ToolError(f"format: expected one of {', '.join(FORMATS)}, got {format[:40]!r}")
         target = self._folders.new(output, (".zip",), overwrite)
         try:
-            spec = edit_spec({"prompt": [instruction], "seed": [seed]}, [self._read(photo)], None)
+            spec = edit_spec(
+                {"prompt": [instruction], **({} if seed is None else {"seed": [seed]})}, [self._read(photo)]
+            )
             (checked,) = await make_tasks(self._service, LOCAL, spec)
-            task = self._adapt(checked.images[0], instruction, seed)
+            task = self._adapt(checked.images[0], instruction, checked.seed)
             made = await self._run(task, context)
             archive = Task(
                 secrets.token_hex(16),
@@ -206,7 +208,7 @@ class Tools:
                 "export",
                 adapter=(task.id, made.data),
                 export_format=format,
-                cost=cost_of(0, 1, 1),
+                cost=cost_of(0),
             )
             outcome = await self._run(archive, context)
         except ServiceError as error:
@@ -230,7 +232,7 @@ class Tools:
             images=(picture,),
             instruction=instruction,
             seed=seed,
-            cost=cost_of(0, 1, 1),
+            cost=cost_of(0),
         )
 
     async def _run(self, task: Task, context: Context[None, Any]) -> Outcome:
@@ -290,7 +292,7 @@ def _grey() -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        with whole_file(path) as part:
+        with atomic_file(path) as part:
             part.write_bytes(data)
     except OSError as error:
         raise ToolError(f"{path}: cannot be written: {error.strerror or error}; choose another output") from error

@@ -264,7 +264,7 @@ function card(result) {
   slider.setAttribute("aria-label", `${text("slider")}: ${words}`);
   slider.addEventListener("input", moved);
   moved();
-  find(".note").textContent = text("understood", result.about.edit ?? words, result.about.strength, result.about.seed);
+  find(".note").textContent = text("understood", result.about.edit?.replaceAll("_", " ") ?? words, result.about.strength, result.about.seed);
   const hold = find(".hold");
   hold.textContent = text("hold");
   for (const name of ["pointerdown", "keydown"]) {
