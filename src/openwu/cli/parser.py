@@ -7,9 +7,9 @@ import math
 import os
 
 from openwu import __version__
-from openwu.cli import mcp as agents
-from openwu.cli import serve as serving
 from openwu.cli.console import Parser
+from openwu.cli.service import mcp as agents
+from openwu.cli.service import serve as serving
 
 SHELLS = ("bash", "zsh", "fish")
 """Shells that `openwu completion` knows."""

@@ -14,12 +14,13 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from openwu.serving.adapters import adapter_routes
-from openwu.serving.edits import nearest_edits, serve_edit
 from openwu.serving.engines import Engine
 from openwu.serving.errors import Failure, ServiceError, refused
 from openwu.serving.middleware import Guard, log
-from openwu.serving.openapi import EDIT_OPERATION, ERRORS
+from openwu.serving.requests.openapi import EDIT_OPERATION, ERRORS
+from openwu.serving.routes.adapters import adapter_routes
+from openwu.serving.routes.edits import serve_edit
+from openwu.serving.routes.results import nearest_edits
 from openwu.serving.state import Known, Service, Settings
 from openwu.version import __version__
 

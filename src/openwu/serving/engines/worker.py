@@ -27,7 +27,7 @@ from openwu.images import Photo, encode_picture, read_picture
 from openwu.images.privacy import without_location, without_metadata
 from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import Failure, ServiceError, refused
-from openwu.serving.schema import EXAMPLES, cost_of
+from openwu.serving.requests.schema import EXAMPLES, cost_of
 from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
 
 STOPPED = Failure(499, "cancelled", "the request was cancelled")
@@ -315,13 +315,12 @@ def _read(data: bytes, name: str, param: str) -> Photo:
 
 
 def _examples(task: Task) -> tuple[tuple[Photo, Photo], ...]:
-    pairs = [
-        tuple(_read(data, name, name) for name, data in zip(EXAMPLES, pair, strict=True)) for pair in task.examples
-    ]
+    before, after = EXAMPLES
+    pairs = [(_read(pair[0], before, before), _read(pair[1], after, after)) for pair in task.examples]
     try:
-        return read_examples([(before, after) for before, after in pairs])
+        return read_examples(pairs)
     except PictureError as error:
-        raise refused(400, "invalid_image", str(error), EXAMPLES[1]) from error
+        raise refused(400, "invalid_image", str(error), after) from error
 
 
 def mask_of(mask: bytes, original: Photo) -> NDArray[np.float64]:

@@ -21,11 +21,12 @@ from openwu.errors import OpenwuError
 from openwu.files.writing import atomic_file
 from openwu.images import read_picture
 from openwu.serving.access import LOCAL
-from openwu.serving.adapters import FORMATS
-from openwu.serving.edits import make_tasks, nearest_edits, with_suggestions
 from openwu.serving.engines import Outcome, Task
 from openwu.serving.errors import ServiceError
-from openwu.serving.schema import cost_of, edit_spec
+from openwu.serving.requests.schema import cost_of, edit_spec
+from openwu.serving.routes.adapters import FORMATS
+from openwu.serving.routes.edits import make_tasks
+from openwu.serving.routes.results import nearest_edits, with_suggestions
 from openwu.serving.state import Service
 from openwu.version import __version__
 
@@ -135,7 +136,7 @@ class Tools:
         values: dict[str, Sequence[object]] = {
             "prompt": [instruction],
             "strength": [strength],
-            **({} if seed is None else {"seed": [seed]}),
+            "seed": [seed],
             "allow_out_of_scope": [try_anyway],
             "output_format": [OUTPUTS[target.suffix.lower()]],
         }
@@ -196,9 +197,7 @@ class Tools:
             raise ToolError(f"format: expected one of {', '.join(FORMATS)}, got {format[:40]!r}")
         target = self._folders.new(output, (".zip",), overwrite)
         try:
-            spec = edit_spec(
-                {"prompt": [instruction], **({} if seed is None else {"seed": [seed]})}, [self._read(photo)]
-            )
+            spec = edit_spec({"prompt": [instruction], "seed": [seed]}, [self._read(photo)])
             (checked,) = await make_tasks(self._service, LOCAL, spec)
             task = self._adapt(checked.images[0], instruction, checked.seed)
             made = await self._run(task, context)

@@ -11,11 +11,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from openwu.serving.access import Caller
-from openwu.serving.edits import all_results, make_tasks, unless_gone
 from openwu.serving.engines import Outcome, Task
 from openwu.serving.errors import unsupported
-from openwu.serving.forms import EXAMPLES, Body, example_pairs, read_body
-from openwu.serving.schema import cost_of, edit_spec
+from openwu.serving.requests.forms import Body, example_pairs, read_body
+from openwu.serving.requests.schema import EXAMPLES, cost_of, edit_spec
+from openwu.serving.routes.edits import make_tasks
+from openwu.serving.routes.results import all_results, unless_gone
 from openwu.serving.state import Known, Service
 from openwu.serving.stores import StoredAdapter
 

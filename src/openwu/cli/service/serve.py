@@ -106,7 +106,7 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--tls-certificate", metavar="FILE", help="serve HTTPS with this certificate")
     serve.add_argument("--tls-key", metavar="FILE", help="its key (default: in the same file)")
     serve.add_argument("--quiet", action="store_true", help="log nothing but faults")
-    serve.set_defaults(run="openwu.cli.serve:run")
+    serve.set_defaults(run="openwu.cli.service.serve:run")
 
 
 def _port(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from openwu.cli.serve import model_source
+from openwu.cli.service.serve import model_source
 from openwu.extras import library
 
 
@@ -32,4 +32,4 @@ def add_arguments(mcp: argparse.ArgumentParser) -> None:
         help="folder in which photographs may be read and results written; may be repeated",
     )
     mcp.add_argument("--model", metavar="M", help="as of `openwu edit` (default: the model inside the package)")
-    mcp.set_defaults(run="openwu.cli.mcp:run")
+    mcp.set_defaults(run="openwu.cli.service.mcp:run")

@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from openwu.serving.errors import refused, unsupported
-from openwu.serving.schema import EXAMPLES
+from openwu.serving.requests.schema import EXAMPLES
 
 MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES, MAX_EXAMPLES = 17, 40, 64 * 2**10, 4
 FILES = ("image", "mask", *EXAMPLES)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=.-]+)*;base64,", re.ASCII)
 
 
@@ -31,10 +32,9 @@ class Body:
     def add(self, name: str, value: object) -> None:
         """Keep a value or, where it is bytes, a file. Raises ServiceError for text that no Unicode is."""
         for text in (name, value):
-            if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise refused(
-                    400, "invalid_body", f"body: expected Unicode text, got {text[:40]!r}; repair its encoding"
-                )
+            if isinstance(text, str) and _SURROGATE.search(text):
+                message = f"body: expected Unicode text, got {text[:40]!r}; repair its encoding"
+                raise refused(400, "invalid_body", message)
         held: dict[str, list[Any]] = self.files if isinstance(value, bytes) else self.values
         held.setdefault(name.removesuffix("[]"), []).append(value)
 
