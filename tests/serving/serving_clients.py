@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +26,11 @@ def png(width: int = 48, height: int = 40, seed: int = 0, format: str = "PNG", *
     return buffer.getvalue()
 
 
+def png_url(data: bytes) -> dict[str, str]:
+    """A picture as JSON bodies hold it."""
+    return {"image_url": "data:image/png;base64," + base64.b64encode(data).decode()}
+
+
 def mask_png(width: int = 48, height: int = 40) -> bytes:
     """A mask whose left half is transparent: edit there."""
     alpha = np.full((height, width), 255, np.uint8)
@@ -41,6 +48,8 @@ class SleepingEngine(Engine):
         self.seconds, self.workers, self.deaths = seconds, workers, deaths
         self.batches: list[list[Task]] = []
         self.stopped: list[str] = []
+        self.busy = 0.0
+        """Seconds in which it had something to do."""
         self._info = ModelInfo("stub", max_batch=batch, seconds_per_unit=1.0)
 
     @property
@@ -55,6 +64,13 @@ class SleepingEngine(Engine):
 
     async def submit(self, tasks: Sequence[Task], report: Report) -> list[Outcome | Failure]:
         self.batches.append(list(tasks))
+        began = time.monotonic()
+        try:
+            return await self._slept(tasks, report)
+        finally:
+            self.busy += time.monotonic() - began
+
+    async def _slept(self, tasks: Sequence[Task], report: Report) -> list[Outcome | Failure]:
         report(tasks[0].id, 0, 2)
         for _ in range(10):
             await asyncio.sleep(self.seconds / 10)

@@ -6,6 +6,7 @@ Shapes: h, w the sides of the picture to edit.
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -98,7 +99,7 @@ class EditWorker:
                 else:
                     found[task.id] = self._alone(prepared, _progress([task], report, stopped))
             except Exception as error:
-                found[task.id] = failure_of(error)
+                found[task.id] = failure_of(error, task.cost)
         if waiting:
             found |= self._together(waiting, report, stopped)
         return [found[task.id] for task in tasks]
@@ -153,12 +154,15 @@ class EditWorker:
             return dict.fromkeys([task.id for task in tasks], STOPPED)
         except Exception:
             return {
-                each.task.id: _guarded(lambda one=each: self._alone(one, _progress([one.task], report, stopped)))  # type: ignore[misc]
+                each.task.id: _guarded(
+                    each.task, lambda one=each: self._alone(one, _progress([one.task], report, stopped))
+                )  # type: ignore[misc]
                 for each in waiting
             }
         return {
             each.task.id: _guarded(
-                lambda one=each, made=result: replace(one.outcome(made), batch=len(tasks), cache="off")  # type: ignore[misc]
+                each.task,
+                lambda one=each, made=result: replace(one.outcome(made), batch=len(tasks), cache="off"),  # type: ignore[misc]
             )
             for each, result in zip(waiting, results, strict=True)
         }
@@ -211,8 +215,11 @@ class EditWorker:
         return cache
 
 
-def failure_of(error: BaseException) -> Failure:
-    """Translate what went wrong into an error object of the API; what is not the client's fault is a 500."""
+def failure_of(error: BaseException, cost: float = math.inf) -> Failure:
+    """Translate what went wrong into an error object of the API; what is not the client's fault is a 5xx.
+
+    `cost`: of the task. Where memory is short for as little as the worker began with, the picture is not too large.
+    """
     if isinstance(error, ServiceError):
         return error.failure
     if isinstance(error, StoppedError):
@@ -229,6 +236,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, OpenwuError):
         return Failure(400, "unsupported_value", words)
     if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
+        if cost <= cost_of(WARM_SIDE**2):
+            return Failure(503, "not_ready", "the worker is short of memory; try again", retry_after=10)
         return Failure(400, "image_too_large", "the picture needs more memory than a request may have; scale it down")
     return Failure(500, "server_error", f"the edit failed ({type(error).__name__}); the operator's log says more")
 
@@ -243,11 +252,11 @@ def _progress(tasks: Sequence[Task], report: Report, stopped: Callable[[str], bo
     return told
 
 
-def _guarded(run: Callable[[], Outcome]) -> Outcome | Failure:
+def _guarded(task: Task, run: Callable[[], Outcome]) -> Outcome | Failure:
     try:
         return run()
     except Exception as error:
-        return failure_of(error)
+        return failure_of(error, task.cost)
 
 
 def _edits(understood: Understood | None) -> str | None:
