@@ -27,7 +27,7 @@ class Served:
         self.process = subprocess.Popen(command, stdout=self._file, stderr=self._file)
 
     def __enter__(self) -> Served:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 900
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise AssertionError(self.log.read_text())

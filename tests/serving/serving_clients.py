@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from openwu.serving.engines import Engine, Health, ModelInfo, Outcome, Report, Task
@@ -39,6 +44,22 @@ def mask_png(width: int = 48, height: int = 40) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """Serve an app from a thread; yield its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 class SleepingEngine(Engine):

@@ -45,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def client(server: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=900)
 
 
 def pixels(data: str | None) -> np.ndarray:
@@ -60,7 +60,7 @@ def offline(editor: Editor, data: bytes, prompt: str = PROMPT, seed: int = 0) ->
 def post(url: str, data: bytes, prompt: str = PROMPT, key: str = "none", **fields: str) -> httpx.Response:
     headers = {"authorization": f"Bearer {key}"}
     form = {"prompt": prompt, **fields}
-    return httpx.post(f"{url}/v1/images/edits", files={"image": data}, data=form, headers=headers, timeout=180)
+    return httpx.post(f"{url}/v1/images/edits", files={"image": data}, data=form, headers=headers, timeout=900)
 
 
 # The SDKs
@@ -123,14 +123,14 @@ def test_openai_for_node(server: Served, tmp_path: Path) -> None:
         pytest.skip("npm is not installed")
     (tmp_path / "package.json").write_text("{}")
     installed = subprocess.run(
-        ["npm", "install", "openai"], cwd=tmp_path, capture_output=True, timeout=240, check=False
+        ["npm", "install", "openai"], cwd=tmp_path, capture_output=True, timeout=900, check=False
     )
     if installed.returncode:
         pytest.skip("npm cannot install openai here")
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "a.js").write_text(NODE)
     run = subprocess.run(
-        ["node", "a.js", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        ["node", "a.js", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
     )
     assert run.stdout.split() == ["64x64", "2", "1", "unknown_instruction", "2"], run.stderr
 

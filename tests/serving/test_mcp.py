@@ -25,7 +25,7 @@ mcp = pytest.importorskip("mcp")
 
 def with_client(editor: Editor, folder: Path, work: Callable[[Any], Awaitable[None]]) -> None:
     """Run `work(client)` against a server that may use `folder`."""
-    from openwu.serving.mcp import make_server
+    from openwu.serving.mcp.files import make_server
 
     async def run() -> None:
         server = make_server(Service(LocalEngine(lambda: editor), Settings()), [folder])

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from PIL import Image
-from serving_clients import PROMPT, png
+from serving_clients import PROMPT, listening, png
 
 from openwu.editor.editor import Editor
 from openwu.serving.app import create_app
@@ -85,16 +83,9 @@ class Tab:
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     engine = HeldEngine()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_app(engine), log_config=None, ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.05)
-        yield Site(f"http://127.0.0.1:{listener.getsockname()[1]}/", engine)
+    with listening(create_app(engine)) as url:
+        yield Site(f"{url}/", engine)
         engine.free.set()
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

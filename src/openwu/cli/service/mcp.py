@@ -14,7 +14,7 @@ def run(arguments: argparse.Namespace) -> int:
     library("mcp", "mcp")
     library("fastapi", "mcp")
     from openwu.serving.engines.local import LocalEngine
-    from openwu.serving.mcp import make_server
+    from openwu.serving.mcp.files import make_server
     from openwu.serving.state import Service, Settings
 
     engine = LocalEngine(model_source(arguments))

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         keys=keys,
         hosts=(*LOCAL_HOSTS, *arguments.allow_host),
         aliases=tuple(arguments.alias),
+        agents=arguments.mcp,
         max_pixels=round(arguments.max_megapixels * 1e6),
         limits=Limits(arguments.queue_seconds, arguments.key_seconds, request_seconds=arguments.request_seconds),
         body=BodyLimits(round(arguments.max_body_mb * 2**20)),
@@ -97,6 +98,7 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--admin", action="store_true", help="with --new-key: the key may read /metrics")
     serve.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="serve under this name, too")
     serve.add_argument("--alias", action="append", default=[], metavar="NAME", help="another name of the model")
+    serve.add_argument("--mcp", action="store_true", help="offer tools to agents at /mcp, too")
     serve.add_argument("--queue-seconds", type=_amount, default=60.0, help="work that may wait in all (default: 60)")
     serve.add_argument("--key-seconds", type=_amount, default=30.0, help="work of one key that may wait (default: 30)")
     serve.add_argument("--request-seconds", type=_amount, default=300.0, help="longest time to answer (default: 300)")
