@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("served") / "log"
-    with Served("--workers", "2", "--threads", "1", "--alias", "gpt-image-1", "--memory-gb", "1.5", log=log) as server:
+    with Served("--workers", "2", "--threads", "1", "--alias", "gpt-image-1", "--memory-gb", "0.5", log=log) as server:
         yield server
 
 
