@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from openwu.serving.errors import Failure, ServiceError, refused
 from openwu.serving.requests.schema import EXAMPLES, cost_of
 from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
 
+P = ParamSpec("P")
 STOPPED = Failure(499, "cancelled", "the request was cancelled")
 WARM_SIDE = 256
 TENANT_BYTES, TENANTS = 32 * 2**20, 16
@@ -154,16 +156,11 @@ class EditWorker:
             return dict.fromkeys([task.id for task in tasks], STOPPED)
         except Exception:
             return {
-                each.task.id: _guarded(
-                    each.task, lambda one=each: self._alone(one, _progress([one.task], report, stopped))
-                )  # type: ignore[misc]
+                each.task.id: _guarded(each.task, self._alone, each, _progress([each.task], report, stopped))
                 for each in waiting
             }
         return {
-            each.task.id: _guarded(
-                each.task,
-                lambda one=each, made=result: replace(one.outcome(made), batch=len(tasks), cache="off"),  # type: ignore[misc]
-            )
+            each.task.id: _guarded(each.task, each.shared_outcome, result, len(tasks))
             for each, result in zip(waiting, results, strict=True)
         }
 
@@ -252,9 +249,9 @@ def _progress(tasks: Sequence[Task], report: Report, stopped: Callable[[str], bo
     return told
 
 
-def _guarded(task: Task, run: Callable[[], Outcome]) -> Outcome | Failure:
+def _guarded(task: Task, run: Callable[P, Outcome], *args: P.args, **kwargs: P.kwargs) -> Outcome | Failure:
     try:
-        return run()
+        return run(*args, **kwargs)
     except Exception as error:
         return failure_of(error, task.cost)
 
@@ -289,6 +286,10 @@ class Prepared:
         photos = tuple(_read(data, f"image {number}", "image") for number, data in enumerate(task.images, start=1))
         keep = None if task.mask is None else mask_of(task.mask, photos[0])
         return cls(task, photos, keep, _examples(task))
+
+    def shared_outcome(self, result: EditResult, batch: int) -> Outcome:
+        """Make the outcome of a pass that several requests shared."""
+        return replace(self.outcome(result), batch=batch, cache="off")
 
     def outcome(self, result: EditResult) -> Outcome:
         """Make the answer's file: the mask, the size, the metadata, the format."""

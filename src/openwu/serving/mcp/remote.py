@@ -86,7 +86,7 @@ class RemoteTools:
         also instructions that the model does not know.
         """
         images = [image] if reference is None else [image, reference]
-        values = {
+        values: dict[str, list[object]] = {
             "prompt": [instruction],
             "strength": [strength],
             "seed": [seed],
