@@ -33,7 +33,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("served") / "log"
-    with Served("--workers", "2", "--threads", "1", "--alias", "gpt-image-1", "--memory-gb", "0.5", log=log) as server:
+    limits = ("--memory-gb", "0.7", "--queue-seconds", "9999", "--key-seconds", "9999", "--request-seconds", "900")
+    with Served("--workers", "2", "--threads", "1", "--alias", "gpt-image-1", *limits, log=log) as server:
         yield server
 
 
