@@ -25,9 +25,9 @@ from openwu.images import read_picture
 
 
 def pixels(data: str | None) -> NDArray[Any]:
-    """Decode a picture of an answer."""
+    """Decode a picture of an answer; one without colours comes as greyscale."""
     assert data is not None
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
 
 
 def offline(editor: Editor, data: bytes, prompt: str = PROMPT, seed: int = 0) -> NDArray[Any]:
