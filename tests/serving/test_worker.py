@@ -84,9 +84,11 @@ def test_one_keys_adapters_are_not_in_anothers_cache(worker: EditWorker) -> None
 
 
 def test_memory_that_is_short_for_a_small_picture_is_not_the_clients_fault() -> None:
-    small, large = (failure_of(MemoryError(), cost_of(side**2)) for side in (WARM_SIDE, 4000))
-    assert (small.status, small.retryable) == (503, True)
-    assert (large.status, large.code, large.retryable) == (400, "image_too_large", False)
+    torchs = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 102760448 bytes.")
+    for error in (MemoryError(), torchs):
+        small, large = (failure_of(error, cost_of(side**2)) for side in (WARM_SIDE, 4000))
+        assert (small.status, small.retryable) == (503, True)
+        assert (large.status, large.code, large.retryable) == (400, "image_too_large", False)
 
 
 def test_an_answer_names_the_edits_that_were_understood(worker: EditWorker) -> None:

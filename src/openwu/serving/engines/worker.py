@@ -6,6 +6,7 @@ Shapes: h, w the sides of the picture to edit.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import tempfile
 import zipfile
@@ -33,6 +34,9 @@ from openwu.serving.requests.schema import EXAMPLES, cost_of
 from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
 
 P = ParamSpec("P")
+log = logging.getLogger("openwu.serving")
+_SHORT_OF_MEMORY = ("not enough memory", "out of memory", "allocate memory", "bad_alloc", "could not create a memory")
+"""How PyTorch and what it calls say that there is no memory."""
 STOPPED = Failure(499, "cancelled", "the request was cancelled")
 WARM_SIDE = 256
 TENANT_BYTES, TENANTS = 32 * 2**20, 16
@@ -232,10 +236,11 @@ def failure_of(error: BaseException, cost: float = math.inf) -> Failure:
         return Failure(400, "unsupported_value", words, "format")
     if isinstance(error, OpenwuError):
         return Failure(400, "unsupported_value", words)
-    if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
+    if isinstance(error, MemoryError) or any(each in words for each in _SHORT_OF_MEMORY):
         if cost <= cost_of(WARM_SIDE**2):
             return Failure(503, "not_ready", "the worker is short of memory; try again", retry_after=10)
         return Failure(400, "image_too_large", "the picture needs more memory than a request may have; scale it down")
+    log.error("an edit failed", exc_info=error)
     return Failure(500, "server_error", f"the edit failed ({type(error).__name__}); the operator's log says more")
 
 
