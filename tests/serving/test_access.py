@@ -19,7 +19,7 @@ from openwu.serving.middleware import BodyLimits
 from openwu.serving.routes import streams
 from openwu.serving.server import Address, serve
 from openwu.serving.state import Settings
-from openwu.serving.stores import AdapterShelf, PictureStore, StoredAdapter
+from openwu.serving.stores import AdapterShelf, PictureStore, StoredAdapter, UploadStore
 
 
 @pytest.fixture
@@ -179,6 +179,21 @@ def test_a_flood_of_adapters_pushes_out_its_own() -> None:
     assert len(shelf.of("a")) == 9
     with pytest.raises(ServiceError):
         shelf.get("a0", "a")
+
+
+def test_a_flood_of_upload_links_pushes_out_its_own() -> None:
+    store = UploadStore(limit=4 * 2**20)
+    first = store.expect("b")
+    store.put(first, b"picture")
+    old = store.expect("a")
+    for _ in range(100):
+        store.put(store.expect("a"), bytes(2**20))
+    assert store.get(first, "b") == b"picture"
+    for name, tenant in ((old, "a"), (first, "a"), ("0" * 32, "b")):
+        with pytest.raises(ServiceError, match="id of an upload"):
+            store.get(name, tenant)
+    with pytest.raises(ServiceError, match="fresh link"):
+        store.put(first, b"another")
 
 
 def test_pictures_behind_links_are_bounded_and_expire() -> None:

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import io
 import json
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -275,3 +277,25 @@ def test_nothing_is_asked_of_other_servers(tab: Tab) -> None:
     tab.cards(1)
     assert len(asked) > 5
     assert [url for url in asked if not url.startswith((tab.site.url, f"blob:{tab.site.url}", "data:"))] == []
+
+
+def test_axe_finds_nothing_serious(site: Site, browser: Any, tmp_path: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed")
+    (tmp_path / "package.json").write_text("{}")
+    if subprocess.run(
+        [npm, "install", "axe-core"], cwd=tmp_path, capture_output=True, timeout=600, check=False
+    ).returncode:
+        pytest.skip("npm cannot install axe-core here")
+    for scheme in ("light", "dark"):
+        context = browser.new_context(bypass_csp=True, color_scheme=scheme)
+        tab = Tab(context.new_page(), site)
+        tab.page.goto(site.url)
+        tab.edit()
+        tab.cards(1)
+        tab.page.add_script_tag(path=str(tmp_path / "node_modules" / "axe-core" / "axe.min.js"))
+        found = tab.page.evaluate("axe.run().then((result) => result.violations)")
+        serious = [each for each in found if each["impact"] in ("serious", "critical")]
+        assert [(each["id"], each["nodes"][0]["html"][:120]) for each in serious] == []
+        context.close()

@@ -12,7 +12,7 @@ from openwu.serving.errors import refused
 
 ADAPTER_BYTES, TENANT_ADAPTERS = 256 * 2**20, 64
 PICTURE_BYTES, PICTURE_SECONDS = 256 * 2**20, 3600.0
-UPLOADS, UPLOAD_SECONDS = 1000, 600.0
+UPLOAD_SECONDS, UPLOAD_BYTES = 600.0, 256 * 2**10
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,17 @@ class _Upload:
     expires: float
     data: bytes = b""
 
+    @property
+    def size(self) -> int:
+        """What it counts for: its bytes, and as much as bounds the number of links that wait for theirs."""
+        return UPLOAD_BYTES + len(self.data)
+
 
 class UploadStore:
-    """Pictures that agents send ahead, each to an id that was given out before; the oldest make room."""
+    """Pictures that agents send ahead, each to an id that was given out before; the oldest of one key make room."""
 
-    def __init__(self, limit: int = PICTURE_BYTES, most: int = UPLOADS) -> None:
-        self._limit, self._most = limit, most
+    def __init__(self, limit: int = PICTURE_BYTES) -> None:
+        self._limit = limit
         self._held: OrderedDict[str, _Upload] = OrderedDict()
 
     def expect(self, tenant: str) -> str:
@@ -165,5 +170,9 @@ class UploadStore:
         now = time.time()
         for name in [name for name, each in self._held.items() if each.expires < now]:
             del self._held[name]
-        while len(self._held) > self._most or sum(len(each.data) for each in self._held.values()) > self._limit:
-            self._held.popitem(last=False)
+        while sum(each.size for each in self._held.values()) > self._limit:
+            totals: dict[str, int] = {}
+            for each in self._held.values():
+                totals[each.tenant] = totals.get(each.tenant, 0) + each.size
+            largest = max(totals, key=lambda tenant: totals[tenant])
+            del self._held[next(name for name, each in self._held.items() if each.tenant == largest)]
