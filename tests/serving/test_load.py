@@ -163,11 +163,12 @@ def test_overload_is_only_200_and_429_and_memory_stays(tmp_path: Path) -> None:
 
 
 def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(tmp_path: Path) -> None:
-    options = ("--threads", "1", "--drain-seconds", "900", "--request-seconds", "900", "--key-seconds", "900")
-    with Served(*options, log=tmp_path / "log") as server, ThreadPoolExecutor(4) as clients:
-        answers = [clients.submit(post, server.url, png(768, 768, seed=i)) for i in range(4)]
+    limits = ("--drain-seconds", "900", "--request-seconds", "900", "--key-seconds", "9999", "--queue-seconds", "9999")
+    with Served("--threads", "1", *limits, log=tmp_path / "log") as server, ThreadPoolExecutor(4) as clients:
+        answers = [clients.submit(post, server.url, png(512, 512, seed=i)) for i in range(4)]
         end = time.monotonic() + 300
-        while server.figure("queue_length") < 3 and time.monotonic() < end:
+        while server.figure("queue_length") < 3:
+            assert time.monotonic() < end
             time.sleep(0.05)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
