@@ -78,12 +78,16 @@ def test_every_key_gets_its_own_pictures_and_no_others_adapters(keyed: Keyed, ed
 
 def test_openai_for_python_gets_the_errors_of_keys(keyed: Keyed) -> None:
     base = f"{keyed.server.url}/v1"
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=base, api_key="wrong", timeout=300).models.list()
-    foreign = openai.OpenAI(base_url=base, api_key=keyed.keys["a"], default_headers={"origin": "https://evil.example"})
-    with pytest.raises(openai.PermissionDeniedError):
-        foreign.models.list()
-    assert openai.OpenAI(base_url=base, api_key=keyed.keys["a"], timeout=300).models.list().data
+    origin = {"origin": "https://evil.example"}
+    with (
+        openai.OpenAI(base_url=base, api_key="wrong", timeout=300) as stranger,
+        openai.OpenAI(base_url=base, api_key=keyed.keys["a"], timeout=300) as known,
+    ):
+        with pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+        with pytest.raises(openai.PermissionDeniedError):
+            known.with_options(default_headers=origin).models.list()
+        assert known.models.list().data
 
 
 def test_a_flood_of_one_key_delays_another_by_two_turns(keyed: Keyed) -> None:
@@ -172,9 +176,9 @@ def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(tmp_path: Path)
             time.sleep(0.05)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-        late = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
-        with pytest.raises(openai.InternalServerError) as refused:
-            late.images.edit(image=png(), prompt=PROMPT)
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as late:
+            with pytest.raises(openai.InternalServerError) as refused:
+                late.images.edit(image=png(), prompt=PROMPT)
         assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
         assert [answer.result().status_code for answer in answers] == [200] * 4
         assert server.process.wait(300) == 0
