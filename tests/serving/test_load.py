@@ -176,9 +176,9 @@ def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(tmp_path: Path)
             time.sleep(0.05)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as late:
-            with pytest.raises(openai.InternalServerError) as refused:
-                late.images.edit(image=png(), prompt=PROMPT)
+        late = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+        with late, pytest.raises(openai.InternalServerError) as refused:
+            late.images.edit(image=png(), prompt=PROMPT)
         assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
         assert [answer.result().status_code for answer in answers] == [200] * 4
         assert server.process.wait(300) == 0
