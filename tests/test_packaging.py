@@ -105,7 +105,13 @@ def test_every_extra_that_is_named_exists() -> None:
 
 def test_every_extra_brings_the_library_that_asks_for_it() -> None:
     """`library("module", "extra")` of `openwu.extras` promises that installing the extra mends the error."""
-    dependencies = {"huggingface_hub": "diffusers", "pywt": "pywavelets"}  # comes with that library, or by another name
+    # These come with that library, or by another name.
+    dependencies = {
+        "huggingface_hub": "diffusers",
+        "multipart": "python-multipart",
+        "prometheus_client": "prometheus-client",
+        "pywt": "pywavelets",
+    }
     calls = []
     for page, text in texts().items():
         for module, extra in re.findall(r'\blibrary\("([\w.]+)"(?:, "(\w+)")?\)', text):

@@ -1,7 +1,9 @@
-"""A real server process for the acceptance tests."""
+"""A real server process for the acceptance tests, and what its clients share."""
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import signal
 import socket
@@ -10,8 +12,39 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from serving_clients import PROMPT
+
+from openwu.editor.editor import Editor
+from openwu.images import read_picture
+
+
+def pixels(data: str | None) -> NDArray[Any]:
+    """Decode a picture of an answer; one without colours comes as greyscale."""
+    assert data is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def offline(editor: Editor, data: bytes, prompt: str = PROMPT, seed: int = 0) -> NDArray[Any]:
+    """What an answer must equal."""
+    return editor.edit([read_picture(data)], prompt, seed=seed).photo.pixels
+
+
+def post(url: str, data: bytes, prompt: str = PROMPT, key: str = "none", **fields: str) -> httpx.Response:
+    """Ask for an edit."""
+    headers = {"authorization": f"Bearer {key}"}
+    form = {"prompt": prompt, **fields}
+    return httpx.post(f"{url}/v1/images/edits", files={"image": data}, data=form, headers=headers, timeout=900)
+
+
+def say(figures: str) -> None:
+    """Print figures for docs/serving.md; pytest shows them with -s."""
+    sys.stdout.write(f"\n  {figures}\n")
 
 
 class Served:
@@ -27,12 +60,12 @@ class Served:
         self.process = subprocess.Popen(command, stdout=self._file, stderr=self._file)
 
     def __enter__(self) -> Served:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 900
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise AssertionError(self.log.read_text())
             try:
-                if httpx.get(f"{self.url}/health/ready").status_code == 200:
+                if httpx.get(f"{self.url}/health/ready", timeout=60).status_code == 200:
                     return self
             except httpx.TransportError:
                 time.sleep(0.2)
@@ -43,7 +76,7 @@ class Served:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(30)
+                self.process.wait(120)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -69,9 +102,17 @@ class Served:
         pids = [self.process.pid, *self.workers()]
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids)
 
-    def figure(self, name: str) -> float:
+    def handles(self) -> int:
+        """Open files and threads of the service and its workers."""
+        folders = [
+            Path(f"/proc/{pid}/{kind}") for pid in (self.process.pid, *self.workers()) for kind in ("fd", "task")
+        ]
+        return sum(len(list(folder.iterdir())) for folder in folders)
+
+    def figure(self, name: str, key: str = "none") -> float:
         """One value of /metrics; labels are added up."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        headers = {"authorization": f"Bearer {key}"}
+        lines = httpx.get(f"{self.url}/metrics", headers=headers, timeout=300).text.splitlines()
         return sum(
             float(line.split()[-1])
             for line in lines

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
-from collections.abc import Sequence
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from openwu.serving.engines import Engine, Health, ModelInfo, Outcome, Report, Task
@@ -24,6 +31,11 @@ def png(width: int = 48, height: int = 40, seed: int = 0, format: str = "PNG", *
     return buffer.getvalue()
 
 
+def png_url(data: bytes) -> dict[str, str]:
+    """A picture as JSON bodies hold it."""
+    return {"image_url": "data:image/png;base64," + base64.b64encode(data).decode()}
+
+
 def mask_png(width: int = 48, height: int = 40) -> bytes:
     """A mask whose left half is transparent: edit there."""
     alpha = np.full((height, width), 255, np.uint8)
@@ -34,6 +46,22 @@ def mask_png(width: int = 48, height: int = 40) -> bytes:
     return buffer.getvalue()
 
 
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """Serve an app from a thread; yield its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
 class SleepingEngine(Engine):
     """Takes its time for every batch, and answers with the task's own words."""
 
@@ -41,6 +69,8 @@ class SleepingEngine(Engine):
         self.seconds, self.workers, self.deaths = seconds, workers, deaths
         self.batches: list[list[Task]] = []
         self.stopped: list[str] = []
+        self.busy = 0.0
+        """Seconds in which it had something to do."""
         self._info = ModelInfo("stub", max_batch=batch, seconds_per_unit=1.0)
 
     @property
@@ -55,6 +85,13 @@ class SleepingEngine(Engine):
 
     async def submit(self, tasks: Sequence[Task], report: Report) -> list[Outcome | Failure]:
         self.batches.append(list(tasks))
+        began = time.monotonic()
+        try:
+            return await self._slept(tasks, report)
+        finally:
+            self.busy += time.monotonic() - began
+
+    async def _slept(self, tasks: Sequence[Task], report: Report) -> list[Outcome | Failure]:
         report(tasks[0].id, 0, 2)
         for _ in range(10):
             await asyncio.sleep(self.seconds / 10)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import random
+import selectors
 import shutil
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,44 +22,26 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from PIL import Image
-from served import Served
+from served import Served, offline, pixels, post, say
 from serving_clients import PROMPT, mask_png, png
 
 from openwu.editor.editor import Editor
-from openwu.images import read_picture
-from openwu.serving.access import new_key
 
 pytestmark = pytest.mark.slow
-SECONDS = float(os.environ.get("OPENWU_SOAK_SECONDS", "60"))
-"""How long overload lasts; the figures in docs/serving.md say how long they were measured."""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("served") / "log"
-    with Served("--workers", "2", "--threads", "1", "--alias", "gpt-image-1", "--memory-gb", "1.5", log=log) as server:
+    limits = ("--memory-gb", "0.7", "--queue-seconds", "9999", "--key-seconds", "9999", "--request-seconds", "900")
+    with Served("--workers", "2", "--threads", "1", "--alias", "gpt-image-1", *limits, log=log) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def client(server: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
-
-
-def pixels(data: str | None) -> np.ndarray:
-    assert data is not None
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-
-
-def offline(editor: Editor, data: bytes, prompt: str = PROMPT, seed: int = 0) -> np.ndarray:
-    return editor.edit([read_picture(data)], prompt, seed=seed).photo.pixels
-
-
-def post(url: str, data: bytes, prompt: str = PROMPT, key: str = "none", **fields: str) -> httpx.Response:
-    headers = {"authorization": f"Bearer {key}"}
-    form = {"prompt": prompt, **fields}
-    return httpx.post(f"{url}/v1/images/edits", files={"image": data}, data=form, headers=headers, timeout=180)
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=900) as client:
+        yield client
 
 
 # The SDKs
@@ -110,7 +91,7 @@ const client = new OpenAI.OpenAI({baseURL: process.argv[2] + "/v1", apiKey: "non
   for await (const event of await client.images.edit({image: await one(), prompt: "make it brighter", stream: true}))
     completed += event.type === "image_edit.completed" ? 1 : 0;
   let code = "";
-  try { await client.images.edit({image: await one(), prompt: "sing about taxes"}); }
+  try { await client.images.edit({image: await one(), prompt: "write me a poem about tax law"}); }
   catch (error) { code = error.code; }
   const models = (await client.models.list()).data.length;
   console.log([answer.size, two.data.length, completed, code, models].join(" "));
@@ -123,14 +104,14 @@ def test_openai_for_node(server: Served, tmp_path: Path) -> None:
         pytest.skip("npm is not installed")
     (tmp_path / "package.json").write_text("{}")
     installed = subprocess.run(
-        ["npm", "install", "openai"], cwd=tmp_path, capture_output=True, timeout=240, check=False
+        ["npm", "install", "openai"], cwd=tmp_path, capture_output=True, timeout=900, check=False
     )
     if installed.returncode:
         pytest.skip("npm cannot install openai here")
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "a.js").write_text(NODE)
     run = subprocess.run(
-        ["node", "a.js", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        ["node", "a.js", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
     )
     assert run.stdout.split() == ["64x64", "2", "1", "unknown_instruction", "2"], run.stderr
 
@@ -175,6 +156,7 @@ def test_hostile_pictures_are_400_and_the_workers_live(server: Served) -> None:
             samples.append(bytes(broken[: rng.randint(len(broken) // 2, len(broken))]))
     before = server.workers()
     found = Counter(post(server.url, data, allow_out_of_scope="true").status_code for data in samples)
+    say(f"{len(samples)} hostile pictures: {dict(found)}")
     assert set(found) <= {200, 400}, found
     assert found[400] >= 30, found
     assert server.workers() == before
@@ -189,98 +171,94 @@ def test_more_memory_than_a_worker_may_have_is_a_400(server: Served) -> None:
     assert post(server.url, png()).status_code == 200
 
 
+LARGE = bomb(2500, 2500)
+
+
+def test_who_leaves_while_the_body_is_read_leaves_nothing(server: Served) -> None:
+    head = f"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\nContent-Length: {10**6}\r\n"
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + bytes(100_000))
+    assert post(server.url, png()).status_code == 200
+    assert server.figure("queue_length") == 0
+
+
 def test_who_leaves_stops_the_work(server: Served) -> None:
+    """Two leave while their edits run, one on a stream, and one while it is queued behind them."""
     before = server.figure("cancelled_total")
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(
-            f"{server.url}/v1/images/edits", files={"image": bomb(2500, 2500)}, data={"prompt": PROMPT}, timeout=3
-        )
+
+    def leave() -> None:
+        form, url = {"prompt": PROMPT}, f"{server.url}/v1/images/edits"
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, files={"image": LARGE}, data=form, timeout=2)
+
+    def leave_stream() -> str:
+        form = {"prompt": PROMPT, "stream": "true"}
+        url = f"{server.url}/v1/images/edits"
+        with httpx.stream("POST", url, files={"image": LARGE}, data=form, timeout=900) as answer:
+            return next(line for line in answer.iter_lines() if line.startswith(": editing"))
+
+    with ThreadPoolExecutor(4) as clients:
+        stream = clients.submit(leave_stream)
+        leaving = [clients.submit(leave) for _ in range(3)]
+        assert stream.result().startswith(": editing")
+        for each in leaving:
+            each.result()
     began = time.monotonic()
-    while server.figure("cancelled_total") == before or server.figure("queue_length"):
-        assert time.monotonic() - began < 10
+    while server.figure("cancelled_total") < before + 4 or server.figure("queue_length"):
+        assert time.monotonic() - began < 120
         time.sleep(0.2)
     assert post(server.url, png()).status_code == 200
+    say(f"four clients left; the next picture was there {time.monotonic() - began:.1f} s later")
 
 
-def test_slow_connections_are_closed(server: Served) -> None:
+def test_slow_connections_are_closed_and_do_not_disturb(server: Served) -> None:
     head = b"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\n"
     body = head + b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+
+    def p95() -> float:
+        times = []
+        for _ in range(20):
+            begun = time.monotonic()
+            assert post(server.url, png()).status_code == 200
+            times.append(time.monotonic() - begun)
+        return sorted(times)[18]
+
+    idle = p95()
     began = time.monotonic()
     slow = []
     for number in range(200):
         connection = socket.create_connection(("127.0.0.1", server.port))
+        connection.setblocking(False)
         connection.sendall((b"", head, body)[number % 3])
         slow.append(connection)
-    assert post(server.url, png()).status_code == 200
-    for connection in slow:
-        connection.settimeout(max(0.1, began + 20 - time.monotonic()))
-        try:
-            while connection.recv(4096):
-                pass
-        except ConnectionError:
-            pass
-        connection.close()
-    assert time.monotonic() - began < 16
-
-
-# Tenants, load, shutdown
-
-
-def test_every_key_gets_its_own_pictures(tmp_path: Path, editor: Editor) -> None:
-    keys = {name: new_key(tmp_path / "keys", name) for name in ("a", "b", "c", "d", "e", "f", "g", "h")}
-    prompts = (PROMPT, "turn it black and white", "blur the photo")
-    cases = [(name, seed, prompts[(seed + place) % 3]) for place, name in enumerate(keys) for seed in range(12)]
-    random.Random(0).shuffle(cases)
-    options = ("--keys", str(tmp_path / "keys"), "--batch", "1", "--threads", "1", "--key-seconds", "600")
-    with Served(*options, "--queue-seconds", "600", log=tmp_path / "log") as server:
-
-        def one(case: tuple[str, int, str]) -> bool:
-            name, seed, prompt = case
-            answer = post(server.url, png(seed=seed % 4), prompt, keys[name], seed=str(seed))
-            assert answer.status_code == 200, answer.text
-            found = pixels(answer.json()["data"][0]["b64_json"])
-            return bool(np.array_equal(found, offline(editor, png(seed=seed % 4), prompt, seed)))
-
-        with ThreadPoolExecutor(8) as clients:
-            assert all(clients.map(one, cases))
-        assert post(server.url, png()).status_code == 401
-
-
-def test_overload_is_only_200_and_429_and_memory_stays(tmp_path: Path) -> None:
-    with Served("--queue-seconds", "5", "--key-seconds", "5", "--threads", "1", log=tmp_path / "log") as server:
-        for _ in range(20):
-            post(server.url, png(256, 256))
-        began = time.monotonic()
-        for _ in range(10):
-            assert post(server.url, png(256, 256)).status_code == 200
-        alone = (time.monotonic() - began) / 10
-        before, end = server.memory(), time.monotonic() + SECONDS
-
-        def client(number: int) -> Counter[int]:
-            seen: Counter[int] = Counter()
-            while time.monotonic() < end:
-                status = post(server.url, png(256, 256, seed=number)).status_code
-                seen[status] += 1
-                if status == 429:
-                    time.sleep(0.2)
-            return seen
-
-        with ThreadPoolExecutor(30) as clients:
-            found = sum(clients.map(client, range(30)), Counter())
-        after = server.memory()
-        sys.stdout.write(
-            f"\n{SECONDS:g} s: {dict(found)}; {alone:.3f} s for one alone, so {SECONDS / alone:.0f} at most; "
-            f"memory {(after - before) / 1e6:+.1f} MB\n"
+    with ThreadPoolExecutor(1) as client:
+        disturbed = client.submit(p95)
+        last = closed(slow, began + 120) - began
+        say(
+            f"200 slow connections were closed within {last:.1f} s; p95 {disturbed.result():.3f} s, {idle:.3f} s before"
         )
-        assert set(found) <= {200, 429}
-        assert found[429] > 0
-        assert after - before < 150e6
+        assert last < 60  # 8 to 12 s where the machine is not busy
+        assert disturbed.result() < 5 * idle + 2
 
 
-def test_sigterm_finishes_what_was_admitted(tmp_path: Path) -> None:
-    with Served("--threads", "1", log=tmp_path / "log") as server, ThreadPoolExecutor(3) as clients:
-        answers = [clients.submit(post, server.url, png(512, 512, seed=i)) for i in range(3)]
-        time.sleep(0.5)
-        server.process.send_signal(signal.SIGTERM)
-        assert [answer.result().status_code for answer in answers] == [200] * 3
-        assert server.process.wait(30) == 0
+def closed(connections: Sequence[socket.socket], deadline: float) -> float:
+    """Wait until the server has closed every connection; return when the last one was."""
+    with selectors.DefaultSelector() as selector:
+        for connection in connections:
+            selector.register(connection, selectors.EVENT_READ)
+        last = time.monotonic()
+        while selector.get_map():
+            assert time.monotonic() < deadline
+            for key, _ in selector.select(1.0):
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                try:
+                    over = not connection.recv(4096)
+                except ConnectionError:
+                    over = True
+                if over:
+                    last = time.monotonic()
+                    selector.unregister(connection)
+                    connection.close()
+    return last

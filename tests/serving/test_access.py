@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving_clients import PROMPT, SleepingEngine, png
+from serving_clients import PROMPT, SleepingEngine, png, png_url
 from starlette.testclient import TestClient
 
 from openwu.errors import OpenwuError
@@ -15,9 +16,10 @@ from openwu.serving.access import Keys, new_key
 from openwu.serving.app import create_app
 from openwu.serving.errors import ServiceError
 from openwu.serving.middleware import BodyLimits
+from openwu.serving.routes import streams
 from openwu.serving.server import Address, serve
 from openwu.serving.state import Settings
-from openwu.serving.stores import AdapterShelf, PictureStore, StoredAdapter
+from openwu.serving.stores import AdapterShelf, PictureStore, StoredAdapter, UploadStore
 
 
 @pytest.fixture
@@ -100,6 +102,15 @@ def test_a_body_that_is_too_large_is_refused(client: TestClient, keys: dict[str,
         assert answer.json()["error"]["code"] == "body_too_large"
 
 
+def scope(method: str, path: str) -> dict[str, object]:
+    """An ASGI scope of a JSON request."""
+    return {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "root_path": "",
+        "query_string": b"", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "http_version": "1.1", "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1),
+    }  # fmt: skip
+
+
 def test_a_slow_body_is_refused() -> None:
     app = create_app(SleepingEngine(), Settings(body=BodyLimits(seconds=0.05)))
     sent = []
@@ -111,14 +122,43 @@ def test_a_slow_body_is_refused() -> None:
     async def send(message: dict[str, object]) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/images/edits", "raw_path": b"/v1/images/edits", "root_path": "",
-        "query_string": b"", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-        "http_version": "1.1", "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1),
-    }  # fmt: skip
-    asyncio.run(app(scope, never, send))  # type: ignore[arg-type]
+    asyncio.run(app(scope("POST", "/v1/images/edits"), never, send))  # type: ignore[arg-type]
     assert sent[0]["status"] == 408
     assert (b"connection", b"close") in sent[0]["headers"]
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "param"),
+    [
+        ({"mask": png()}, {}, "mask"),
+        ({}, {"strength": "2"}, "strength"),
+        ({}, {"allow_out_of_scope": "true"}, "allow_out_of_scope"),  # this model refuses nothing
+        ({"example_before": png(), "example_after": png()}, {}, "example_before"),
+    ],
+)
+def test_nothing_that_an_adapter_does_not_depend_on_is_taken_silently(
+    client: TestClient, keys: dict[str, str], files: dict[str, bytes], fields: dict[str, str], param: str
+) -> None:
+    answer = client.post(
+        "/v1/adapters", files={"image": png(), **files}, data={"prompt": PROMPT, **fields}, headers=bearer(keys["ann"])
+    )
+    assert answer.status_code == 400, answer.text
+    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("unsupported_value", param)
+
+
+def test_a_client_that_leaves_as_its_stream_opens_stops_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "PEEK_SECONDS", 1000.0)
+    engine = SleepingEngine(1000.0)
+    body = json.dumps({"prompt": PROMPT, "stream": True, "image": png_url(png())}).encode()
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}])
+
+    async def receive() -> dict[str, object]:
+        return next(messages)
+
+    async def send(message: dict[str, object]) -> None: ...
+
+    asyncio.run(create_app(engine)(scope("POST", "/v1/images/edits"), receive, send))  # type: ignore[arg-type]
+    assert engine.stopped == [engine.batches[0][0].id]
 
 
 def test_without_keys_only_this_machine_is_served() -> None:
@@ -139,6 +179,21 @@ def test_a_flood_of_adapters_pushes_out_its_own() -> None:
     assert len(shelf.of("a")) == 9
     with pytest.raises(ServiceError):
         shelf.get("a0", "a")
+
+
+def test_a_flood_of_upload_links_pushes_out_its_own() -> None:
+    store = UploadStore(limit=4 * 2**20)
+    first = store.expect("b")
+    store.put(first, b"picture")
+    old = store.expect("a")
+    for _ in range(100):
+        store.put(store.expect("a"), bytes(2**20))
+    assert store.get(first, "b") == b"picture"
+    for name, tenant in ((old, "a"), (first, "a"), ("0" * 32, "b")):
+        with pytest.raises(ServiceError, match="id of an upload"):
+            store.get(name, tenant)
+    with pytest.raises(ServiceError, match="fresh link"):
+        store.put(first, b"another")
 
 
 def test_pictures_behind_links_are_bounded_and_expire() -> None:

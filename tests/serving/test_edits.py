@@ -71,7 +71,11 @@ def test_a_stream_equals_the_editor(client: TestClient, expected: NDArray[Any]) 
 
 def test_n_pictures_have_seeds_in_a_row(client: TestClient, expected: NDArray[Any]) -> None:
     answer = post(client, seed="2", n="2")
-    assert answer.json()["openwu"]["seeds"] == [2, 3]
+    ours = answer.json()["openwu"]
+    assert ours["seeds"] == [2, 3]
+    assert ours["adapter_ids"][0] == ours["adapter_id"] != ours["adapter_ids"][1]
+    for name in ours["adapter_ids"]:
+        assert client.get(f"/v1/adapters/{name}").status_code == 200
     assert np.array_equal(pixels(answer.json()["data"][1]["b64_json"]), expected)
 
 
@@ -175,6 +179,8 @@ def test_no_url_is_fetched(client: TestClient, image: object) -> None:
         ("application/json", b"{", 400),
         ("application/json", b"[" * 100_000, 400),
         ("application/json", b"[1]", 400),
+        ("application/json", b'{"\\ud800x": 1}', 400),
+        ("application/json", b'{"prompt": "\\udfff"}', 400),
         ("multipart/form-data", b"x", 400),
         ("multipart/form-data; boundary=a", b"--a\r\nbroken", 400),
         (
@@ -185,9 +191,10 @@ def test_no_url_is_fetched(client: TestClient, image: object) -> None:
     ],
 )
 def test_a_body_that_is_none_is_refused(client: TestClient, kind: str, body: bytes, status: int) -> None:
-    answer = client.post("/v1/images/edits", content=body, headers={"content-type": kind})
-    assert answer.status_code == status
-    assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
+    for route in ("/v1/images/edits", "/v1/adapters"):
+        answer = client.post(route, content=body, headers={"content-type": kind})
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
 
 
 def test_other_routes_answer_as_clients_expect(client: TestClient) -> None:

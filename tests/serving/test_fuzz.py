@@ -13,7 +13,7 @@ from serving_clients import SleepingEngine, mask_png, png
 from starlette.testclient import TestClient
 
 from openwu.serving.app import create_app
-from openwu.serving.schema import FIELDS
+from openwu.serving.requests.schema import FIELDS
 
 EXAMPLES = int(os.environ.get("OPENWU_FUZZ_EXAMPLES", "2000"))
 pytestmark = [

@@ -129,7 +129,7 @@ def test_a_request_that_takes_too_long_is_stopped() -> None:
 
 
 def test_overload_is_answered_with_200_and_429_and_the_worker_is_never_idle() -> None:
-    async def overload() -> tuple[int, int, float]:
+    async def overload() -> tuple[int, int, float, float]:
         engine = SleepingEngine(0.01)
         own = scheduler(engine, queue_seconds=0.2, key_seconds=0.2)
         own.seconds_per_unit = 0.01
@@ -151,10 +151,10 @@ def test_overload_is_answered_with_200_and_429_and_the_worker_is_never_idle() ->
             clients.append(asyncio.ensure_future(one(str(number))))
             await asyncio.sleep(0.001)
         await asyncio.gather(*clients)
-        return served, refused, asyncio.get_running_loop().time() - began
+        return served, refused, engine.busy, asyncio.get_running_loop().time() - began
 
-    served, refused, seconds = run(overload())
+    served, refused, busy, seconds = run(overload())
     assert served + refused == 1000
     assert refused > 0
     assert served > 0
-    assert served * 0.01 > 0.5 * seconds  # of the time, the engine worked; timers on a busy machine are late
+    assert busy > 0.7 * seconds

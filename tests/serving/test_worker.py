@@ -9,8 +9,9 @@ from serving_clients import PROMPT, png
 from openwu.editor.editor import Editor
 from openwu.images import read_picture
 from openwu.serving.engines import Outcome, Task
-from openwu.serving.engines.worker import EditWorker
+from openwu.serving.engines.worker import WARM_SIDE, EditWorker, failure_of
 from openwu.serving.errors import Failure
+from openwu.serving.requests.schema import cost_of
 
 PROMPTS = ("make it brighter", "turn it black and white", "blur the photo")
 
@@ -51,7 +52,7 @@ def test_a_mixed_batch_gives_each_its_own_edit(worker: EditWorker, editor: Edito
 
 def test_one_bad_picture_or_prompt_fails_alone(worker: EditWorker) -> None:
     given = tasks(png(), b"broken", png(seed=2))
-    given.append(Task("t3", "key3", images=(png(),), instruction="sing about taxes", batch_key=1))
+    given.append(Task("t3", "key3", images=(png(),), instruction="write me a poem about tax law", batch_key=1))
     first, second, third, fourth = worker.run(given, quiet, nobody)
     assert isinstance(first, Outcome)
     assert isinstance(third, Outcome)
@@ -80,3 +81,24 @@ def test_one_keys_adapters_are_not_in_anothers_cache(worker: EditWorker) -> None
         return outcome.cache
 
     assert [cache("ann"), cache("ann"), cache("bob")] == ["miss", "hit", "miss"]
+
+
+def test_memory_that_is_short_for_a_small_picture_is_not_the_clients_fault() -> None:
+    torchs = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 102760448 bytes.")
+    for error in (MemoryError(), torchs):
+        small, large = (failure_of(error, cost_of(side**2)) for side in (WARM_SIDE, 4000))
+        assert (small.status, small.retryable) == (503, True)
+        assert (large.status, large.code, large.retryable) == (400, "image_too_large", False)
+
+
+def test_an_answer_names_the_edits_that_were_understood(worker: EditWorker) -> None:
+    def edit(**fields: object) -> str | None:
+        (outcome,) = worker.run([Task("x", "ann", images=(png(),), instruction=PROMPT, **fields)], quiet, nobody)  # type: ignore[arg-type]
+        assert isinstance(outcome, Outcome)
+        return outcome.edit
+
+    assert [edit(), edit(kind="adapt"), edit(then=("blur the photo",))] == [
+        "brighten",
+        "brighten",
+        "brighten, then blur",
+    ]

@@ -7,8 +7,9 @@ import math
 import os
 
 from openwu import __version__
-from openwu.cli import serve as serving
 from openwu.cli.console import Parser
+from openwu.cli.service import mcp as agents
+from openwu.cli.service import serve as serving
 
 SHELLS = ("bash", "zsh", "fish")
 """Shells that `openwu completion` knows."""
@@ -30,6 +31,14 @@ def build_parser() -> Parser:
     )
     serving.add_arguments(serve)
     _add_base(serve)
+    mcp = verbs.add_parser(
+        "mcp",
+        help="offer edits to an agent, over standard input and output",
+        allow_abbrev=False,
+        description="Offer tools to an agent over the Model Context Protocol (stdio). See docs/serving.md.",
+    )
+    agents.add_arguments(mcp)
+    _add_base(mcp)
     edits = verbs.add_parser("edits", help="list or search the edits that can be asked for", allow_abbrev=False)
     edits.add_argument("query", nargs="*", metavar="QUERY", help="words to search for (default: list all)")
     edits.set_defaults(run="openwu.cli.edits:run")

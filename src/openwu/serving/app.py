@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
-from openwu.serving.adapters import adapter_routes
-from openwu.serving.edits import nearest_edits, serve_edit
+from openwu.extras import library
 from openwu.serving.engines import Engine
 from openwu.serving.errors import Failure, ServiceError, refused
 from openwu.serving.middleware import Guard, log
-from openwu.serving.openapi import EDIT_OPERATION, ERRORS
+from openwu.serving.requests.openapi import EDIT_OPERATION, ERRORS
+from openwu.serving.routes.adapters import adapter_routes
+from openwu.serving.routes.edits import check_headers, serve_edit
+from openwu.serving.routes.results import nearest_edits
 from openwu.serving.state import Known, Service, Settings
 from openwu.version import __version__
+
+if TYPE_CHECKING:
+    from openwu.serving.mcp.remote import AgentEndpoint
 
 _CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
@@ -30,11 +37,14 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     """Make the app over an engine, which starts and stops with it. `app.state.service` is what its routes share."""
     service = Service(engine, settings or Settings())
 
+    agents = _agents(service)
+
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
         try:
-            yield
+            async with agents.running() if agents is not None else nullcontext():
+                yield
         finally:
             await engine.stop()
 
@@ -52,8 +62,30 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
     _errors(app)
     _routes(app, service)
     app.include_router(adapter_routes(service))
+    if agents is not None:
+        app.router.routes.append(Route("/mcp", agents))
+        _uploads(app, service)
     _page(app)
     return app
+
+
+def _agents(service: Service) -> AgentEndpoint | None:
+    """Make what `/mcp` serves. Raises OpenwuError where the extra is not installed."""
+    if not service.settings.agents:
+        return None
+    library("mcp", "mcp")
+    from openwu.serving.mcp.remote import AgentEndpoint
+
+    return AgentEndpoint(service)
+
+
+def _uploads(app: FastAPI, service: Service) -> None:
+    @app.put("/v1/uploads/{id}", summary="Send a picture ahead, to a link of the tool upload_link", status_code=201)
+    async def upload(request: Request, id: str) -> dict[str, Any]:
+        data = await request.body()
+        await asyncio.to_thread(check_headers, [data], service.max_pixels)
+        service.uploads.put(id, data)
+        return {"id": id, "object": "upload", "bytes": len(data)}
 
 
 def _routes(app: FastAPI, service: Service) -> None:
@@ -64,13 +96,13 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", summary="List the model under its names")
     async def models(caller: Known) -> dict[str, Any]:
         del caller
-        return {"object": "list", "data": [_model(name) for name in service.models]}
+        return {"object": "list", "data": [_model(service, name) for name in service.models]}
 
     @app.get("/v1/models/{name}", summary="Describe the model")
     async def model(name: str, caller: Known) -> dict[str, Any]:
         del caller
         service.check_model(name)
-        return _model(name)
+        return _model(service, name)
 
     @app.get("/v1/edits", summary="List the known edits, those nearest to q first")
     async def edits(caller: Known, q: str = "", lang: str = "") -> dict[str, Any]:
@@ -126,8 +158,9 @@ def _page(app: FastAPI) -> None:
     app.mount("/page", StaticFiles(directory=folder))
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "openwu"}
+def _model(service: Service, name: str) -> dict[str, Any]:
+    reads = service.engine.info.reads_examples
+    return {"id": name, "object": "model", "created": 0, "owned_by": "openwu", "reads_examples": reads}
 
 
 def _errors(app: FastAPI) -> None:

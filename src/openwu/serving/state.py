@@ -15,7 +15,7 @@ from openwu.serving.errors import refused
 from openwu.serving.metrics import Metrics
 from openwu.serving.middleware import BodyLimits
 from openwu.serving.queue import Limits, Scheduler
-from openwu.serving.stores import AdapterShelf, PictureStore
+from openwu.serving.stores import AdapterShelf, PictureStore, UploadStore
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Settings:
     """Further names of the model, for clients that insist on one, such as "gpt-image-1"."""
     max_pixels: int = 50_000_000
     """Of one picture."""
+    agents: bool = False
+    """Whether `/mcp` offers tools to agents."""
     limits: Limits = field(default_factory=Limits)
     body: BodyLimits = field(default_factory=BodyLimits)
 
@@ -44,6 +46,7 @@ class Service:
         self.scheduler = Scheduler(engine, settings.limits, self.metrics)
         self.adapters = AdapterShelf()
         self.pictures = PictureStore()
+        self.uploads = UploadStore()
         self._started = False
 
     async def start(self) -> None:

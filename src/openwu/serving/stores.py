@@ -1,4 +1,4 @@
-"""What the service keeps between requests, in bounded memory: generated adapters by id, and pictures behind links."""
+"""What the service keeps between requests, in bounded memory: adapters by id, pictures behind links, uploads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from openwu.serving.errors import refused
 
 ADAPTER_BYTES, TENANT_ADAPTERS = 256 * 2**20, 64
 PICTURE_BYTES, PICTURE_SECONDS = 256 * 2**20, 3600.0
+UPLOAD_SECONDS, UPLOAD_BYTES = 600.0, 256 * 2**10
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,60 @@ class PictureStore:
 
     def _sign(self, id: str, expires: int) -> str:
         return hmac.new(self._secret, f"{id} {expires}".encode(), "sha256").hexdigest()
+
+
+@dataclass
+class _Upload:
+    tenant: str
+    expires: float
+    data: bytes = b""
+
+    @property
+    def size(self) -> int:
+        """What it counts for: its bytes, and as much as bounds the number of links that wait for theirs."""
+        return UPLOAD_BYTES + len(self.data)
+
+
+class UploadStore:
+    """Pictures that agents send ahead, each to an id that was given out before; the oldest of one key make room."""
+
+    def __init__(self, limit: int = PICTURE_BYTES) -> None:
+        self._limit = limit
+        self._held: OrderedDict[str, _Upload] = OrderedDict()
+
+    def expect(self, tenant: str) -> str:
+        """Give out the id of one upload, 128 random bits, which is all that a sender must know."""
+        name = secrets.token_hex(16)
+        self._held[name] = _Upload(tenant, time.time() + UPLOAD_SECONDS)
+        self._make_room()
+        return name
+
+    def put(self, id: str, data: bytes) -> None:
+        """Keep a picture. Raises ServiceError (404) for an id that was not given out, or that has a picture already."""
+        found = self._held.get(id)
+        if found is None or found.data or found.expires < time.time():
+            raise refused(404, "upload_not_found", "upload: expected the id of a fresh link, call upload_link again")
+        found.data, found.expires = data, time.time() + PICTURE_SECONDS
+        self._make_room()
+
+    def get(self, id: str, tenant: str) -> bytes:
+        """Return an uploaded picture of this key. Raises ServiceError (404)."""
+        found = self._held.get(id)
+        if found is None or found.tenant != tenant or found.expires < time.time():
+            raise refused(404, "upload_not_found", f"image: expected the id of an upload, got {id[:40]!r}", "image")
+        if not found.data:
+            raise refused(
+                404, "upload_not_found", "image: nothing was uploaded; PUT the file to the link first", "image"
+            )
+        return found.data
+
+    def _make_room(self) -> None:
+        now = time.time()
+        for name in [name for name, each in self._held.items() if each.expires < now]:
+            del self._held[name]
+        while sum(each.size for each in self._held.values()) > self._limit:
+            totals: dict[str, int] = {}
+            for each in self._held.values():
+                totals[each.tenant] = totals.get(each.tenant, 0) + each.size
+            largest = max(totals, key=lambda tenant: totals[tenant])
+            del self._held[next(name for name, each in self._held.items() if each.tenant == largest)]

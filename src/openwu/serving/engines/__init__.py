@@ -44,8 +44,9 @@ class ModelInfo:
     """The edits that the base knows: name, example sentences by language, whether a reference picture is needed."""
     max_pictures: int | None = None
     refuses_out_of_scope: bool = False
-    steps: int = 1
-    """Passes of the denoiser for one edit."""
+    reads_examples: bool = False
+    """Whether an edit may be shown by a pair of pictures."""
+    default_seed: int = 0
     seconds_per_unit: float = 1.0
     """Measured on a warm edit; see `schema.cost_of`."""
     max_batch: int = 1
@@ -60,9 +61,11 @@ class Task:
     tenant: str
     kind: Literal["edit", "adapt", "export"] = "edit"
     images: tuple[bytes, ...] = ()
-    """Files as they came: the picture to edit, then references."""
+    """Files as they came: the picture to edit, then references; none for the adapter of a whole series."""
     instruction: str = ""
     then: tuple[str, ...] = ()
+    examples: tuple[tuple[bytes, bytes], ...] = ()
+    """Pairs of files before and after an edit that is shown."""
     strength: float = 1.0
     seed: int = 0
     allow_out_of_scope: bool = False
@@ -91,7 +94,9 @@ class Outcome:
     size: tuple[int, int] = (0, 0)
     adapter: bytes = field(default=b"", repr=False)
     edit: str | None = None
-    """What the instruction was taken for, by a base that tells edits apart."""
+    """Names of the edits that the instruction was taken for, by a base that tells edits apart."""
+    words: str | None = None
+    """What the adapter was generated for."""
     timings: Mapping[str, float] = field(default_factory=dict)
     cache: str = "miss"
     notes: tuple[str, ...] = ()

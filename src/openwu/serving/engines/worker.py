@@ -6,12 +6,15 @@ Shapes: h, w the sides of the picture to edit.
 from __future__ import annotations
 
 import io
+import logging
+import math
 import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,7 @@ from PIL import Image
 
 from openwu.editor.cache import AdapterCache
 from openwu.editor.editor import Editor
+from openwu.editor.examples import read_examples
 from openwu.editor.requests import EditRequest, EditResult, Progress
 from openwu.editor.store import decode, encode
 from openwu.errors import CheckpointError, ExportError, InstructionError, OpenwuError, PictureError, TargetError
@@ -26,9 +30,13 @@ from openwu.images import Photo, encode_picture, read_picture
 from openwu.images.privacy import without_location, without_metadata
 from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import Failure, ServiceError, refused
-from openwu.serving.schema import cost_of
-from openwu.types import Adapter, LoadingOptions, SamplingOptions
+from openwu.serving.requests.schema import EXAMPLES, cost_of
+from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
 
+P = ParamSpec("P")
+log = logging.getLogger("openwu.serving")
+_SHORT_OF_MEMORY = ("not enough memory", "out of memory", "allocate memory", "bad_alloc", "could not create a memory")
+"""How PyTorch and what it calls say that there is no memory."""
 STOPPED = Failure(499, "cancelled", "the request was cancelled")
 WARM_SIDE = 256
 TENANT_BYTES, TENANTS = 32 * 2**20, 16
@@ -66,7 +74,8 @@ def describe(editor: Editor, seconds_per_unit: float, batch: int | None = None) 
         edits=tuple({"id": e.name, "examples": dict(e.examples), "reference": e.reference} for e in known.values()),
         max_pictures=editor.backbone.max_pictures,
         refuses_out_of_scope=editor.backbone.refuses_out_of_scope,
-        steps=editor.sampling.steps or 1,
+        reads_examples=editor.backbone.reads_examples,
+        default_seed=editor.backbone.default_seed,
         seconds_per_unit=seconds_per_unit,
         max_batch=min(most, editor.backbone.max_batch or most),
     )
@@ -96,7 +105,7 @@ class EditWorker:
                 else:
                     found[task.id] = self._alone(prepared, _progress([task], report, stopped))
             except Exception as error:
-                found[task.id] = failure_of(error)
+                found[task.id] = failure_of(error, task.cost)
         if waiting:
             found |= self._together(waiting, report, stopped)
         return [found[task.id] for task in tasks]
@@ -112,13 +121,13 @@ class EditWorker:
         text = known.examples["en"] if known is not None else "make it brighter"
         self.editor.edit([photo], text)
         seconds = sum(self.editor.edit([photo], text).timings.values())
-        return describe(self.editor, seconds / cost_of(WARM_SIDE**2, 1, self.editor.sampling.steps or 1), self._batch)
+        return describe(self.editor, seconds / cost_of(WARM_SIDE**2), self._batch)
 
     def _check_words(self, task: Task) -> None:
         """Raise ServiceError for what is no instruction at all: too long, no words."""
         for name, text in (("prompt", task.instruction), *(("then", each) for each in task.then)):
             try:
-                if task.kind != "export" and (text or task.adapter is None):
+                if task.kind != "export" and (text or (task.adapter is None and not task.examples)):
                     self.editor.backbone.check_instruction(text)
             except InstructionError as error:
                 raise refused(400, "invalid_value", str(error), name) from error
@@ -129,7 +138,14 @@ class EditWorker:
         """One pass for several tasks. If it is refused because of one of them, each has a pass of its own."""
         tasks = [each.task for each in waiting]
         requests = [
-            EditRequest(each.photos, each.task.instruction, each.task.strength, each.task.seed, each.task.then)
+            EditRequest(
+                each.photos,
+                each.task.instruction,
+                strength=each.task.strength,
+                seed=each.task.seed,
+                then=each.task.then,
+                example=each.examples,
+            )
             for each in waiting
         ]
         self.editor.cache = None  # a batch has several owners
@@ -144,13 +160,11 @@ class EditWorker:
             return dict.fromkeys([task.id for task in tasks], STOPPED)
         except Exception:
             return {
-                each.task.id: _guarded(lambda one=each: self._alone(one, _progress([one.task], report, stopped)))  # type: ignore[misc]
+                each.task.id: _guarded(each.task, self._alone, each, _progress([each.task], report, stopped))
                 for each in waiting
             }
         return {
-            each.task.id: _guarded(
-                lambda one=each, made=result: replace(one.outcome(made), batch=len(tasks), cache="off")  # type: ignore[misc]
-            )
+            each.task.id: _guarded(each.task, each.shared_outcome, result, len(tasks))
             for each, result in zip(waiting, results, strict=True)
         }
 
@@ -165,12 +179,18 @@ class EditWorker:
         before = cache.statistics.misses
         if task.kind == "adapt":
             made = self.editor.adapt(
-                photos, task.instruction, seed=task.seed, allow_out_of_scope=task.allow_out_of_scope
+                photos or None,
+                task.instruction,
+                example=prepared.examples,
+                seed=task.seed,
+                allow_out_of_scope=task.allow_out_of_scope,
             )
-            return Outcome(encode(made, task.id), photos[0].size, edit=_named(made), cache=_cache_use(cache, before))
+            used = _cache_use(cache, before)
+            return Outcome(encode(made, task.id), edit=self._edit_of(task), words=_words(made), cache=used)
         result = self.editor.edit(
             photos,
             task.instruction,
+            example=prepared.examples,
             then=task.then,
             strength=task.strength,
             seed=task.seed,
@@ -179,6 +199,13 @@ class EditWorker:
             progress=progress,
         )
         return replace(prepared.outcome(result), cache="off" if adapter is not None else _cache_use(cache, before))
+
+    def _edit_of(self, task: Task) -> str | None:
+        """Return the known edit that an instruction was taken for; None where the base cannot tell."""
+        if task.examples or task.allow_out_of_scope:
+            return None
+        found = self.editor.understand(task.instruction, references=len(task.images) - 1)
+        return _edits(found)
 
     def _cache(self, tenant: str) -> AdapterCache:
         """The cache of one key: what another key generated is never found in it."""
@@ -189,8 +216,11 @@ class EditWorker:
         return cache
 
 
-def failure_of(error: BaseException) -> Failure:
-    """Translate what went wrong into an error object of the API; what is not the client's fault is a 500."""
+def failure_of(error: BaseException, cost: float = math.inf) -> Failure:
+    """Translate what went wrong into an error object of the API; what is not the client's fault is a 5xx.
+
+    `cost`: of the task. Where memory is short for as little as the worker began with, the picture is not too large.
+    """
     if isinstance(error, ServiceError):
         return error.failure
     if isinstance(error, StoppedError):
@@ -206,8 +236,11 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(400, "unsupported_value", words, "format")
     if isinstance(error, OpenwuError):
         return Failure(400, "unsupported_value", words)
-    if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
+    if isinstance(error, MemoryError) or any(each in words for each in _SHORT_OF_MEMORY):
+        if cost <= cost_of(WARM_SIDE**2):
+            return Failure(503, "not_ready", "the worker is short of memory; try again", retry_after=10)
         return Failure(400, "image_too_large", "the picture needs more memory than a request may have; scale it down")
+    log.error("an edit failed", exc_info=error)
     return Failure(500, "server_error", f"the edit failed ({type(error).__name__}); the operator's log says more")
 
 
@@ -221,14 +254,19 @@ def _progress(tasks: Sequence[Task], report: Report, stopped: Callable[[str], bo
     return told
 
 
-def _guarded(run: Callable[[], Outcome]) -> Outcome | Failure:
+def _guarded(task: Task, run: Callable[P, Outcome], *args: P.args, **kwargs: P.kwargs) -> Outcome | Failure:
     try:
-        return run()
+        return run(*args, **kwargs)
     except Exception as error:
-        return failure_of(error)
+        return failure_of(error, task.cost)
 
 
-def _named(adapter: Adapter) -> str | None:
+def _edits(understood: Understood | None) -> str | None:
+    """Names of the edits that an instruction was taken for."""
+    return None if understood is None else ", then ".join(each.edit for each in (understood, *understood.then))
+
+
+def _words(adapter: Adapter) -> str | None:
     return ", then ".join(adapter.instructions[0]) if adapter.instructions else None
 
 
@@ -244,12 +282,19 @@ class Prepared:
     photos: tuple[Photo, ...]
     keep: NDArray[np.float64] | None
     """Share of the original in the answer `[h, w, 1]`, from the mask."""
+    examples: tuple[tuple[Photo, Photo], ...] = ()
+    """Pairs before and after an edit that is shown."""
 
     @classmethod
     def of(cls, task: Task) -> Prepared:
         """Decode a task's pictures and mask. Raises ServiceError that names the one that is wrong."""
         photos = tuple(_read(data, f"image {number}", "image") for number, data in enumerate(task.images, start=1))
-        return cls(task, photos, None if task.mask is None else mask_of(task.mask, photos[0]))
+        keep = None if task.mask is None else mask_of(task.mask, photos[0])
+        return cls(task, photos, keep, _examples(task))
+
+    def shared_outcome(self, result: EditResult, batch: int) -> Outcome:
+        """Make the outcome of a pass that several requests shared."""
+        return replace(self.outcome(result), batch=batch, cache="off")
 
     def outcome(self, result: EditResult) -> Outcome:
         """Make the answer's file: the mask, the size, the metadata, the format."""
@@ -270,8 +315,9 @@ class Prepared:
             data,
             photo.size,
             encode(result.adapter, task.id),
-            _named(result.adapter),
-            dict(result.timings),
+            edit=_edits(result.understood),
+            words=_words(result.adapter),
+            timings=dict(result.timings),
             notes=(*photo.notes, *notes),
         )
 
@@ -281,6 +327,15 @@ def _read(data: bytes, name: str, param: str) -> Photo:
         return read_picture(data)
     except PictureError as error:
         raise refused(400, "invalid_image", f"{name}: {error}", param) from error
+
+
+def _examples(task: Task) -> tuple[tuple[Photo, Photo], ...]:
+    before, after = EXAMPLES
+    pairs = [(_read(pair[0], before, before), _read(pair[1], after, after)) for pair in task.examples]
+    try:
+        return read_examples(pairs)
+    except PictureError as error:
+        raise refused(400, "invalid_image", str(error), after) from error
 
 
 def mask_of(mask: bytes, original: Photo) -> NDArray[np.float64]:

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         keys=keys,
         hosts=(*LOCAL_HOSTS, *arguments.allow_host),
         aliases=tuple(arguments.alias),
+        agents=arguments.mcp,
         max_pixels=round(arguments.max_megapixels * 1e6),
         limits=Limits(arguments.queue_seconds, arguments.key_seconds, request_seconds=arguments.request_seconds),
         body=BodyLimits(round(arguments.max_body_mb * 2**20)),
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _engine(arguments: argparse.Namespace) -> Engine:
-    source = _source(arguments)
+    source = model_source(arguments)
     if arguments.workers == 0:
         from openwu.serving.engines.local import LocalEngine
 
@@ -62,7 +63,8 @@ def _engine(arguments: argparse.Namespace) -> Engine:
     )
 
 
-def _source(arguments: argparse.Namespace) -> ModelSource:
+def model_source(arguments: argparse.Namespace) -> ModelSource:
+    """Return the model that the options name."""
     from openwu.serving.engines import ModelSource
 
     return ModelSource(
@@ -96,6 +98,7 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--admin", action="store_true", help="with --new-key: the key may read /metrics")
     serve.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="serve under this name, too")
     serve.add_argument("--alias", action="append", default=[], metavar="NAME", help="another name of the model")
+    serve.add_argument("--mcp", action="store_true", help="offer tools to agents at /mcp, too")
     serve.add_argument("--queue-seconds", type=_amount, default=60.0, help="work that may wait in all (default: 60)")
     serve.add_argument("--key-seconds", type=_amount, default=30.0, help="work of one key that may wait (default: 30)")
     serve.add_argument("--request-seconds", type=_amount, default=300.0, help="longest time to answer (default: 300)")
@@ -105,7 +108,7 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--tls-certificate", metavar="FILE", help="serve HTTPS with this certificate")
     serve.add_argument("--tls-key", metavar="FILE", help="its key (default: in the same file)")
     serve.add_argument("--quiet", action="store_true", help="log nothing but faults")
-    serve.set_defaults(run="openwu.cli.serve:run")
+    serve.set_defaults(run="openwu.cli.service.serve:run")
 
 
 def _port(text: str) -> int:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from openwu.serving.access import Caller
-from openwu.serving.edits import all_results, check_headers, unless_gone
 from openwu.serving.engines import Outcome, Task
-from openwu.serving.errors import refused, unsupported
-from openwu.serving.forms import Body, checked_images, read_body
-from openwu.serving.schema import cost_of, edit_spec
+from openwu.serving.errors import unsupported
+from openwu.serving.requests.forms import Body, example_pairs, read_body
+from openwu.serving.requests.schema import EXAMPLES, cost_of, edit_spec
+from openwu.serving.routes.edits import make_tasks
+from openwu.serving.routes.results import all_results, unless_gone
 from openwu.serving.state import Known, Service
 from openwu.serving.stores import StoredAdapter
 
-GENERATE = ("prompt", "model", "seed", "allow_out_of_scope", "user", "safety_identifier")
+GENERATE = ("prompt", "image", *EXAMPLES, "model", "seed", "allow_out_of_scope", "user", "safety_identifier")
 FORMATS = ("openwu", "peft", "diffusers", "comfyui")
 
 
@@ -30,9 +32,9 @@ def adapter_routes(service: Service) -> APIRouter:
     async def generate(request: Request, caller: Known) -> dict[str, object]:
         task = await _task(service, caller, await read_body(request))
         outcome = await _run(service, request, task)
-        instruction = outcome.edit or task.instruction
+        words = outcome.words or task.instruction
         made = StoredAdapter(
-            task.id, caller.tenant, outcome.data, task.id, service.engine.info.name, instruction, int(time.time())
+            task.id, caller.tenant, outcome.data, task.id, service.engine.info.name, words, int(time.time())
         )
         service.adapters.put(made)
         return made.described
@@ -54,7 +56,7 @@ def adapter_routes(service: Service) -> APIRouter:
             "export",
             adapter=(found.key, found.data),
             export_format=format,
-            cost=cost_of(0, 1, 1),
+            cost=cost_of(0),
         )
         outcome = await _run(service, request, task)
         name = {"content-disposition": f'attachment; filename="{found.id}.{format}.zip"'}
@@ -69,25 +71,14 @@ def adapter_routes(service: Service) -> APIRouter:
 
 
 async def _task(service: Service, caller: Caller, body: Body) -> Task:
-    for name in body.values:
+    for name in (*body.values, *body.files):
         if name not in GENERATE:
             raise unsupported(name[:64], f"{name[:64]}: expected one of {', '.join(GENERATE)}; leave it out")
-    spec = edit_spec(body.values, checked_images(body), None)
-    service.check_model(spec.model)
-    info = service.engine.info
-    if info.max_pictures is not None and len(spec.images) > info.max_pictures:
-        raise refused(400, "too_many_images", f"image: expected at most {info.max_pictures}", "image")
-    size = check_headers(spec.images, service.max_pixels)[0]
-    return Task(
-        secrets.token_hex(16),
-        caller.tenant,
-        "adapt",
-        images=spec.images,
-        instruction=spec.prompt,
-        seed=spec.seed,
-        allow_out_of_scope=spec.allow_out_of_scope and info.refuses_out_of_scope,
-        cost=cost_of(size[0] * size[1], 1, 1),
-    )
+    own, pairs = body.files.get("image", []), example_pairs(body)
+    spec = edit_spec(body.values, own or [before for before, _ in pairs[:1]], None, pairs)
+    (task,) = await make_tasks(service, caller, spec)
+    # Of an example alone, the adapter serves a whole series; the picture before stood in for the checks.
+    return replace(task, kind="adapt", images=tuple(own), batch_key=None)
 
 
 async def _run(service: Service, request: Request, task: Task) -> Outcome:

@@ -19,9 +19,10 @@ MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 METADATA = ("no_location", "keep", "strip")
 IGNORED = ("quality", "input_fidelity", "moderation", "complexity")
 """Fields that clients send out of habit and that change nothing here."""
+EXAMPLES = ("example_before", "example_after")
+"""Parts with the pictures of a pair that shows an edit."""
 LABELS = ("user", "safety_identifier")
 """Fields that are about the caller, not about the picture."""
-EXAMPLES = ("example_before", "example_after")
 FIELDS = (
     *("model", "prompt", "n", "size", "output_format", "output_compression", "background", "response_format", "stream"),
     *("partial_images", "strength", "seed", "then", "allow_out_of_scope", "adapter", "metadata"),
@@ -44,6 +45,8 @@ class EditSpec:
     prompt: str
     images: tuple[bytes, ...]
     mask: bytes | None = None
+    examples: tuple[tuple[bytes, bytes], ...] = ()
+    """Pairs before and after an edit that is shown."""
     model: str | None = None
     n: int = 1
     size: tuple[int, int] | None = None
@@ -53,7 +56,8 @@ class EditSpec:
     as_url: bool = False
     stream: bool = False
     strength: float = 1.0
-    seed: int = 0
+    seed: int | None = None
+    """None: the base's default."""
     then: tuple[str, ...] = ()
     allow_out_of_scope: bool = False
     adapter: str | None = None
@@ -62,7 +66,12 @@ class EditSpec:
     ignored: tuple[str, ...] = field(default=())
 
 
-def edit_spec(values: Values, images: Sequence[bytes], mask: bytes | None) -> EditSpec:
+def edit_spec(
+    values: Values,
+    images: Sequence[bytes],
+    mask: bytes | None = None,
+    examples: Sequence[tuple[bytes, bytes]] = (),
+) -> EditSpec:
     """Check all fields. Raises ServiceError that names the first one that is wrong."""
     for name in values:
         if name not in FIELDS:
@@ -75,8 +84,10 @@ def edit_spec(values: Values, images: Sequence[bytes], mask: bytes | None) -> Ed
         raise refused(400, "invalid_image", "image: expected a picture, got an empty file", "image")
     adapter = _text(values, "adapter")
     prompt = _text(values, "prompt") or ""
-    if not prompt.strip() and adapter is None:
+    if not prompt.strip() and adapter is None and not examples:
         raise refused(400, "missing_parameter", "prompt: expected what to do, got nothing", "prompt")
+    if examples and adapter is not None:
+        raise unsupported("example_before", "example_before: expected none beside an adapter; leave one of them out")
     output_format = _choice(values, "output_format", FORMATS)
     compression = _whole(values, "output_compression", 0, 100)
     if compression is not None and output_format == "png" and compression != 100:
@@ -89,14 +100,16 @@ def edit_spec(values: Values, images: Sequence[bytes], mask: bytes | None) -> Ed
     then = tuple(_texts(values, "then"))
     if len(then) > MAX_THEN:
         raise unsupported("then", f"then: expected at most {MAX_THEN} instructions, got {len(then)}")
-    if then and adapter is not None:
-        raise unsupported("then", "then: expected nothing beside an adapter, which is complete; leave it out")
+    if then and (adapter is not None or examples):
+        other = "an example" if examples else "an adapter"
+        raise unsupported("then", f"then: expected nothing beside {other}, which is complete; leave it out")
     partial = _whole(values, "partial_images", 0, 3)
     ignored = [name for name in IGNORED if name in values]
     return EditSpec(
         prompt=prompt,
         images=tuple(images),
         mask=mask,
+        examples=tuple(examples),
         model=_text(values, "model"),
         n=_whole(values, "n", 1, MAX_N) or 1,
         size=_size(values),
@@ -106,7 +119,7 @@ def edit_spec(values: Values, images: Sequence[bytes], mask: bytes | None) -> Ed
         as_url=_choice(values, "response_format", ("b64_json", "url")) == "url",
         stream=_flag(values, "stream"),
         strength=_number(values, "strength", -4.0, 4.0, 1.0),
-        seed=_whole(values, "seed", 0, MAX_SEED - MAX_N) or 0,
+        seed=_whole(values, "seed", 0, MAX_SEED - MAX_N),
         then=then,
         allow_out_of_scope=_flag(values, "allow_out_of_scope"),
         adapter=adapter,
@@ -116,9 +129,12 @@ def edit_spec(values: Values, images: Sequence[bytes], mask: bytes | None) -> Ed
     )
 
 
-def cost_of(pixels: int, passes: int, steps: int) -> float:
-    """Return the work of a task, known before it runs: megapixels x passes x steps, and what every request takes."""
-    return 0.05 + pixels / 1e6 * passes * steps
+def cost_of(pixels: int, passes: int = 1) -> float:
+    """Return the work of a task, known before it runs: megapixels x passes, and what every request takes.
+
+    Steps do not count: all requests of a service take as many, and its speed is measured.
+    """
+    return 0.05 + pixels / 1e6 * passes
 
 
 def _one(values: Values, name: str) -> object:

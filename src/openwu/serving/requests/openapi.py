@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from openwu.serving.schema import FORMATS, MAX_N, METADATA
+from openwu.serving.requests.forms import MAX_EXAMPLES
+from openwu.serving.requests.schema import EXAMPLES, FORMATS, MAX_N, METADATA
 
 _ERROR = {
     "type": "object",
@@ -41,7 +42,7 @@ _FIELDS: dict[str, Any] = {
     "stream": {"type": "boolean", "default": False},
     "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
     "strength": {"type": "number", "minimum": -4, "maximum": 4, "default": 1},
-    "seed": {"type": "integer", "minimum": 0, "default": 0},
+    "seed": {"type": "integer", "minimum": 0},
     "then": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
     "allow_out_of_scope": {"type": "boolean", "default": False},
     "adapter": {"type": "string", "description": "Id of an adapter of yours, used instead of generating one"},
@@ -49,14 +50,22 @@ _FIELDS: dict[str, Any] = {
 }
 _FILE = {"type": "string", "format": "binary"}
 _URL = {"type": "object", "required": ["image_url"], "properties": {"image_url": {"type": "string"}}}
-_PARTS = {"image": {"type": "array", "items": _FILE, "minItems": 1, "maxItems": 16}, "mask": _FILE, **_FIELDS}
-_JSON = {"images": {"type": "array", "items": _URL, "minItems": 1, "maxItems": 16}, "mask": _URL, **_FIELDS}
+
+
+def _body(pictures: str, picture: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a body, by the name and the kind of its pictures."""
+    own = {"type": "array", "items": picture, "minItems": 1, "maxItems": 16}
+    pairs = {name: {"type": "array", "items": picture, "maxItems": MAX_EXAMPLES} for name in EXAMPLES}
+    properties = {pictures: own, "mask": picture, **pairs, **_FIELDS}
+    return {"schema": {"type": "object", "required": [pictures], "properties": properties}}
+
+
 EDIT_OPERATION: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            "multipart/form-data": {"schema": {"type": "object", "required": ["image"], "properties": _PARTS}},
-            "application/json": {"schema": {"type": "object", "required": ["images"], "properties": _JSON}},
+            "multipart/form-data": _body("image", _FILE),
+            "application/json": _body("images", _URL),
         },
     }
 }

@@ -6,7 +6,6 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from openwu.serving.errors import refused, unsupported
+from openwu.serving.requests.schema import EXAMPLES
 
-MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 17, 40, 64 * 2**10
-FILES = ("image", "mask", "example_before", "example_after")
+MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES, MAX_EXAMPLES = 17, 40, 64 * 2**10, 4
+FILES = ("image", "mask", *EXAMPLES)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=.-]+)*;base64,", re.ASCII)
 
 
@@ -29,7 +30,11 @@ class Body:
     files: dict[str, list[bytes]] = field(default_factory=dict)
 
     def add(self, name: str, value: object) -> None:
-        """Keep a value or, where it is bytes, a file."""
+        """Keep a value or, where it is bytes, a file. Raises ServiceError for text that no Unicode is."""
+        for text in (name, value):
+            if isinstance(text, str) and _SURROGATE.search(text):
+                message = f"body: expected Unicode text, got {text[:40]!r}; repair its encoding"
+                raise refused(400, "invalid_body", message)
         held: dict[str, list[Any]] = self.files if isinstance(value, bytes) else self.values
         held.setdefault(name.removesuffix("[]"), []).append(value)
 
@@ -94,7 +99,8 @@ def _from_json(data: bytes) -> Body:
             for entry in entries[: MAX_FILES + 1]:
                 body.add("image", picture_of(entry, name))
         elif name in FILES:
-            body.add(name, picture_of(value, name))
+            for entry in (value if isinstance(value, list) else [value])[: MAX_FILES + 1]:
+                body.add(name, picture_of(entry, name))
         else:
             for entry in value if isinstance(value, list) else [value]:
                 body.add(name, entry)
@@ -123,9 +129,17 @@ def picture_of(entry: object, name: str) -> bytes:
         raise refused(400, "invalid_image", f"{name}: expected base64, got something else: {error}", name) from error
 
 
-def checked_images(body: Body) -> Sequence[bytes]:
-    """Return the pictures of a body; the pair of an edit by example is refused until a base reads it."""
-    for name in ("example_before", "example_after"):
-        if name in body.files:
-            raise unsupported(name, f"{name}: this model does not read examples; say what to do in prompt")
-    return body.files.get("image", [])
+def example_pairs(body: Body) -> list[tuple[bytes, bytes]]:
+    """Return the pairs of an edit that is shown, in their order. Raises ServiceError where a picture has no partner."""
+    before, after = (body.files.get(name, []) for name in EXAMPLES)
+    if len(before) != len(after):
+        missing = EXAMPLES[len(before) > len(after)]
+        message = f"{missing}: expected as many pictures before as after, got {len(before)} and {len(after)}"
+        raise refused(400, "missing_parameter", message, missing)
+    if len(before) > MAX_EXAMPLES:
+        message = f"example_before: expected at most {MAX_EXAMPLES} pairs, got {len(before)}"
+        raise refused(400, "too_many_images", message, "example_before")
+    for name, files in zip(EXAMPLES, (before, after), strict=True):
+        if any(not data for data in files):
+            raise refused(400, "invalid_image", f"{name}: expected a picture, got an empty file", name)
+    return list(zip(before, after, strict=True))

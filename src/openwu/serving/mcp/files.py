@@ -1,0 +1,209 @@
+"""The tools over standard input and output: photographs are files in the folders that the agent may use."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp_types import CallToolResult, TextContent
+
+from openwu.errors import OpenwuError
+from openwu.files.writing import atomic_file
+from openwu.serving.access import LOCAL
+from openwu.serving.engines import Task
+from openwu.serving.errors import ServiceError
+from openwu.serving.mcp.calls import Calls, preview
+from openwu.serving.requests.schema import cost_of, edit_spec
+from openwu.serving.routes.adapters import FORMATS
+from openwu.serving.routes.edits import make_tasks
+from openwu.serving.state import Service
+from openwu.version import __version__
+
+OUTPUTS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+INSTRUCTIONS = (
+    "Edits photographs on this machine. Give absolute paths. An edit writes a new file and returns a small preview. "
+    "If an instruction is refused, call list_edits or understand, and ask again in the words of a known edit."
+)
+
+
+def make_server(service: Service, folders: Sequence[Path]) -> MCPServer:
+    """Make the server over a service, which starts and stops with it.
+
+    `folders`: where files may be read and written; nothing outside, symbolic links resolved. Raises OpenwuError for a
+    folder that is none.
+    """
+    allowed = Folders(folders)
+
+    @asynccontextmanager
+    async def life(_: MCPServer) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.engine.stop()
+
+    server = MCPServer("openwu", version=__version__, instructions=INSTRUCTIONS, lifespan=life)
+    tools = FileTools(service, allowed)
+    for tool in (tools.edit_photo, tools.list_edits, tools.understand, tools.make_adapter):
+        server.tool()(tool)
+    return server
+
+
+class Folders:
+    """The folders that may be used."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        for folder in folders:
+            if not folder.is_dir():
+                raise OpenwuError(f"--allow: expected a folder, got {folder}")
+        self._folders = [folder.resolve() for folder in folders]
+
+    def existing(self, text: str, most: int) -> Path:
+        """Return a file to read. Raises ToolError."""
+        path = self._inside(text)
+        if not path.is_file():
+            raise ToolError(f"{path}: expected a photograph, got no such file; check the path")
+        if path.stat().st_size > most:
+            raise ToolError(f"{path}: expected a file of at most {most / 2**20:g} MiB; scale the picture down")
+        return path
+
+    def new(self, text: str, suffixes: Sequence[str], overwrite: bool) -> Path:
+        """Return where to write a file. Raises ToolError."""
+        path = self._inside(text)
+        if path.suffix.lower() not in suffixes:
+            raise ToolError(f"output: expected a name that ends with {', '.join(suffixes)}, got {path.name!r}")
+        if not path.parent.is_dir():
+            raise ToolError(f"output: expected a folder that exists, got {path.parent}")
+        if path.exists() and not (overwrite and path.is_file()):
+            raise ToolError(f"output: {path} exists; choose another name, or pass overwrite=true for a file")
+        return path
+
+    def _inside(self, text: str) -> Path:
+        try:
+            path = Path(text).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ToolError(f"expected a path, got {text[:200]!r}: {error}") from error
+        if not any(path.is_relative_to(folder) for folder in self._folders):
+            names = ", ".join(map(str, self._folders)) or "none"
+            raise ToolError(f"{path}: expected a path inside the allowed folders ({names}); use one of those")
+        return path
+
+
+class FileTools:
+    """What an agent can call; the docstrings are what it reads."""
+
+    def __init__(self, service: Service, folders: Folders) -> None:
+        self._service, self._folders, self._calls = service, folders, Calls(service)
+
+    async def edit_photo(
+        self,
+        photo: str,
+        instruction: str,
+        context: Context[None, Any],
+        output: str | None = None,
+        strength: float = 1.0,
+        seed: int | None = None,
+        reference: str | None = None,
+        try_anyway: bool = False,
+        overwrite: bool = False,
+    ) -> CallToolResult:
+        """Edit a photograph as an instruction says (English or Chinese), write a new file, and return a small preview.
+
+        photo: path of the picture. output: path of the result, .png, .jpg or .webp (default: PHOTO.edited.png beside
+        it). strength: 1 as asked, 0 no edit, below 0 reversed, above 1 exaggerated; -4 to 4. reference: path of a
+        second picture, for edits that need one. try_anyway: also instructions that the model does not know.
+        """
+        sources = [photo] if reference is None else [photo, reference]
+        source = self._folders.existing(photo, self._service.settings.body.bytes)
+        default = str(source.with_name(f"{source.stem}.edited.png"))
+        target = self._folders.new(output or default, tuple(OUTPUTS), overwrite)
+        if target == source:
+            raise ToolError("output: expected another path than the photograph's, which is kept")
+        values: dict[str, Sequence[object]] = {
+            "prompt": [instruction],
+            "strength": [strength],
+            "seed": [seed],
+            "allow_out_of_scope": [try_anyway],
+            "output_format": [OUTPUTS[target.suffix.lower()]],
+        }
+        try:
+            spec = edit_spec(values, [self._read(each) for each in sources])
+            (task,) = await make_tasks(self._service, LOCAL, spec)
+            outcome = await self._calls.run(task, context)
+        except ServiceError as error:
+            raise self._calls.explained(error, instruction) from error
+        await asyncio.to_thread(_write, target, outcome.data)
+        about = {
+            "output": str(target),
+            "width": outcome.size[0],
+            "height": outcome.size[1],
+            "edit": outcome.edit,
+            "notes": list(outcome.notes),
+        }
+        text = f"Wrote {target}; understood as: {outcome.edit or instruction}."
+        return CallToolResult(content=[TextContent(text=text), await preview(outcome.data)], structured_content=about)
+
+    async def list_edits(self, query: str = "", limit: int = 10) -> dict[str, Any]:
+        """List the edits that the model knows, those nearest to the query first, with example sentences."""
+        return self._calls.list_edits(query, limit)
+
+    async def understand(self, instruction: str, context: Context[None, Any]) -> dict[str, Any]:
+        """Say which edit an instruction would be taken for, without editing anything."""
+        return await self._calls.understand(LOCAL, instruction, context)
+
+    async def make_adapter(
+        self,
+        photo: str,
+        instruction: str,
+        output: str,
+        context: Context[None, Any],
+        format: str = "openwu",
+        seed: int | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Generate the LoRA adapter of a photograph and an instruction, and write it as a zip archive.
+
+        output: path of the archive, .zip. format: openwu, peft, diffusers or comfyui.
+        """
+        if format not in FORMATS:
+            raise ToolError(f"format: expected one of {', '.join(FORMATS)}, got {format[:40]!r}")
+        target = self._folders.new(output, (".zip",), overwrite)
+        try:
+            spec = edit_spec({"prompt": [instruction], "seed": [seed]}, [self._read(photo)])
+            (checked,) = await make_tasks(self._service, LOCAL, spec)
+            task = self._calls.adapt(LOCAL, checked.images[0], instruction, seed)
+            made = await self._calls.run(task, context)
+            archive = Task(
+                secrets.token_hex(16),
+                LOCAL.tenant,
+                "export",
+                adapter=(task.id, made.data),
+                export_format=format,
+                cost=cost_of(0),
+            )
+            outcome = await self._calls.run(archive, context)
+        except ServiceError as error:
+            raise self._calls.explained(error, instruction) from error
+        await asyncio.to_thread(_write, target, outcome.data)
+        return {"output": str(target), "format": format, "bytes": len(outcome.data), "edit": made.edit}
+
+    def _read(self, path: str) -> bytes:
+        try:
+            return self._folders.existing(path, self._service.settings.body.bytes).read_bytes()
+        except OSError as error:
+            raise ToolError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with atomic_file(path) as part:
+            part.write_bytes(data)
+    except OSError as error:
+        raise ToolError(f"{path}: cannot be written: {error.strerror or error}; choose another output") from error

@@ -1,0 +1,1 @@
+"""The routes that edit pictures and generate adapters, and how their results become answers and event streams."""

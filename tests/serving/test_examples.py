@@ -1,0 +1,141 @@
+"""Edits that a pair of pictures shows: served as `Editor.edit` makes them, by a model that reads examples."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from serving_clients import PROMPT, png, png_url
+from starlette.testclient import TestClient
+
+from openwu.editor.editor import Editor
+from openwu.images import read_picture
+from openwu.serving.app import create_app
+from openwu.serving.engines import Outcome, Task
+from openwu.serving.engines.local import LocalEngine
+from openwu.serving.engines.worker import EditWorker
+from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
+from openwu.types import LoadingOptions
+
+BEFORE = png(seed=7)
+ROUTE = "/v1/images/edits"
+
+
+def brighter(data: bytes) -> bytes:
+    """The same picture, brighter: what the example shows."""
+    picture = Image.open(io.BytesIO(data)).point([min(255, 30 + value) for value in range(256)] * 3)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+AFTER = brighter(BEFORE)
+PAIR = {"example_before": BEFORE, "example_after": AFTER}
+
+
+@pytest.fixture(scope="module")
+def shown(embedded_config: EmbeddedConfig, tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    """An editor of a tiny model with random weights that reads examples."""
+    folder = tmp_path_factory.mktemp("model") / "examples"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        condition = replace(embedded_config.condition, examples=True)
+        model = EmbeddedModel(replace(embedded_config, condition=condition))
+        model.generator.init_weights(0.3)
+        torch.nn.init.normal_(model.backbone.pixels.out.weight, std=0.02)
+    model.save_pretrained(folder, torch.float32)
+    return Editor.from_pretrained(folder, loading=LoadingOptions(dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def reader(shown: Editor) -> Iterator[TestClient]:
+    with TestClient(create_app(LocalEngine(lambda: shown)), base_url="http://localhost") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(shown: Editor) -> NDArray[Any]:
+    pair = (read_picture(BEFORE), read_picture(AFTER))
+    return shown.edit([read_picture(png())], example=[pair], seed=3).photo.pixels
+
+
+def served(answer: Any) -> NDArray[Any]:
+    assert answer.status_code == 200, answer.text
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))))
+
+
+def test_a_pair_in_parts_and_in_json_equals_the_editor(reader: TestClient, expected: NDArray[Any]) -> None:
+    parts = reader.post(ROUTE, files={"image": png(), **PAIR}, data={"seed": "3"})
+    assert np.array_equal(served(parts), expected)
+    assert parts.json()["openwu"]["edit"] is None
+    fields = {
+        "images": [png_url(png())],
+        "seed": 3,
+        "example_before": png_url(BEFORE),
+        "example_after": [png_url(AFTER)],
+    }
+    assert np.array_equal(served(reader.post(ROUTE, json=fields)), expected)
+    other = reader.post(ROUTE, files={"image": png(), **PAIR, "example_after": BEFORE}, data={"seed": "3"})
+    assert not np.array_equal(served(other), expected)
+
+
+def test_the_adapter_of_a_series_serves_every_photo(reader: TestClient, expected: NDArray[Any]) -> None:
+    made = reader.post("/v1/adapters", files=PAIR)
+    assert made.status_code == 201, made.text
+    again = reader.post(ROUTE, files={"image": png()}, data={"seed": "3", "adapter": made.json()["id"]})
+    assert np.array_equal(served(again), expected)
+
+
+def test_models_say_whether_they_read_examples(reader: TestClient, client: TestClient) -> None:
+    assert [each.get("/v1/models").json()["data"][0]["reads_examples"] for each in (reader, client)] == [True, False]
+    answer = client.post(ROUTE, files={"image": png(), **PAIR}, data={"prompt": PROMPT})
+    assert answer.status_code == 400
+    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("unsupported_value", "example_before")
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "code", "param"),
+    [
+        ({"example_before": BEFORE}, {}, "missing_parameter", "example_after"),
+        ({"example_after": AFTER}, {}, "missing_parameter", "example_before"),
+        ({**PAIR, "example_before": b""}, {}, "invalid_image", "example_before"),
+        ({**PAIR, "example_after": b"broken"}, {}, "invalid_image", "example_after"),
+        ({**PAIR, "example_after": AFTER[:300]}, {}, "invalid_image", "example_after"),
+        ({**PAIR, "example_after": png(90, 40)}, {}, "invalid_image", "example_after"),  # another shape
+        (PAIR, {"then": "blur"}, "unsupported_value", "then"),
+        (PAIR, {"adapter": "0" * 32}, "unsupported_value", "example_before"),
+    ],
+)
+def test_what_shows_nothing_is_refused_by_name(
+    reader: TestClient, files: dict[str, bytes], fields: dict[str, str], code: str, param: str
+) -> None:
+    answer = reader.post(ROUTE, files={"image": png(), **files}, data=fields)
+    assert answer.status_code == 400, answer.text
+    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == (code, param), answer.text
+
+
+def test_five_pairs_are_too_many(reader: TestClient) -> None:
+    files = [("image", png()), *[(name, data) for _ in range(5) for name, data in PAIR.items()]]
+    assert reader.post(ROUTE, files=files).json()["error"]["code"] == "too_many_images"
+
+
+def test_a_batch_mixes_examples_of_several_keys(shown: Editor) -> None:
+    worker = EditWorker(shown, batch=2)
+    pairs = [((BEFORE, AFTER),), ((BEFORE, BEFORE),)]
+    tasks = [
+        Task(f"t{i}", f"key{i}", images=(png(),), examples=pair, seed=3, batch_key=1) for i, pair in enumerate(pairs)
+    ]
+    for task, outcome in zip(tasks, worker.run(tasks, lambda *_: None, lambda _: False), strict=True):
+        assert isinstance(outcome, Outcome)
+        assert outcome.batch == 2
+        example = [(read_picture(before), read_picture(after)) for before, after in task.examples]
+        alone = shown.edit([read_picture(png())], example=example, seed=3).photo.pixels.astype(int)
+        assert np.abs(read_picture(outcome.data).pixels.astype(int) - alone).max() <= 2
