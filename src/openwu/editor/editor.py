@@ -425,9 +425,9 @@ class Editor:
     def _apply(
         self, tasks: Sequence[Task], adapters: Sequence[Adapter], sampling: SamplingOptions, progress: Progress | None
     ) -> list[Photo]:
-        untouched = [self.backbone.identity_at_zero and task.request.strength == 0 for task in tasks]
-        edited = {i: tasks[i].job.photos[0] for i, as_it_is in enumerate(untouched) if as_it_is}
-        scales = [self._scale(task.request.strength) for task in tasks]
+        fades, strengths = self.backbone.identity_at_zero, [task.request.strength for task in tasks]
+        edited = {i: tasks[i].job.photos[0] for i, strength in enumerate(strengths) if fades and strength == 0}
+        scales = [1.0 if fades and 0 < strength < 1 else strength for strength in strengths]
         scaled = [adapter.scaled(scale) for adapter, scale in zip(adapters, scales, strict=True)]
         members = [i for i in range(len(tasks)) if i not in edited]
         if members:
@@ -438,10 +438,6 @@ class Editor:
                 task = tasks[i]
                 edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)
         return [edited[i] for i in range(len(tasks))]
-
-    def _scale(self, strength: float) -> float:
-        """The adapter's: a base that gives the picture back at strength 0 fades what lies between by itself."""
-        return 1.0 if self.backbone.identity_at_zero and 0 < strength < 1 else strength
 
 
 def _kind(job: EditJob) -> tuple[bool, bool]:

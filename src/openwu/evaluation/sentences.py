@@ -57,7 +57,8 @@ def measure_sentences(editor: Editor, threshold: int | None = None) -> list[Shar
             base.instruction.config = replace(own, accepted_percent=threshold)
         percent = base.instruction.config.accepted_percent
         groups = [(writer, language) for writer in WRITERS for language in LANGUAGES]
-        return [_measured(editor, *each, percent) for each in tqdm(groups, desc=f"from {percent}%", unit="group")]
+        told = tqdm(groups, desc=f"from {percent}%", unit="group")
+        return [_measured(editor, writer, language, percent) for writer, language in told]
     finally:
         base.instruction.config = own
 
