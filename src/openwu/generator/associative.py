@@ -1,0 +1,116 @@
+"""A generator that writes a note into linear layers as an associative memory: one key and one value per token.
+
+For every token i of a note, the key is the layer's own input h_i when the frozen model reads the note, and the value is
+the direction that says the next token. The adapter is the ridge regression from keys to values under a learned metric
+D, so that what the note says is copied and not chosen from a list:
+
+    B A = V (H D H^T / t + ridge)^-1 H D / t,   B = V [out, L],  A [L, in],  t the mean of the diagonal of H D H^T
+
+To it a few ranks are added that are the same for every note (how to answer). Learned are D = diag(a)^2 + U U^T, the
+strength of every token, small corrections of keys and values, and those ranks.
+
+Shapes: b notes, L tokens, d width of the model, m width of a layer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openwu.types import LORA, LORA_A, LORA_B, Adapter, Condition, Target
+
+NEXT = "next"
+"""Segment of a condition: rows of the output embedding of each token's successor `[b, L, d]`."""
+
+
+@dataclass(frozen=True)
+class AssociativeConfig:
+    """Sizes of an associative generator."""
+
+    targets: tuple[str, ...]
+    """Paths of the adapted linear layers; each must write to the residual stream."""
+    in_dim: int
+    """m"""
+    width: int
+    """d, width of the model and of the values."""
+    metric_rank: int = 128
+    """Columns of U."""
+    correction_rank: int = 64
+    """Width of the corrections of keys and values."""
+    gate_width: int = 64
+    """Hidden width of what decides a token's strength."""
+    shared_rank: int = 8
+    """Ranks that are the same for every note."""
+
+
+class AssociativeLayer(nn.Module):
+    """Keys and values of one adapted layer."""
+
+    def __init__(self, config: AssociativeConfig, strength: float) -> None:
+        super().__init__()
+        d, m, c = config.width, config.in_dim, config.correction_rank
+        self.scale = nn.Parameter(torch.ones(m))
+        self.metric = nn.Parameter(torch.randn(m, config.metric_rank) * 0.1 * m**-0.5)
+        self.key_down, self.key_up = nn.Linear(2 * d, c), nn.Linear(c, m, bias=False)
+        self.value_scale = nn.Parameter(torch.ones(d))
+        self.value_down, self.value_up = nn.Linear(3 * d, c), nn.Linear(c, d, bias=False)
+        self.gate = nn.Sequential(nn.Linear(3 * d, config.gate_width), nn.GELU(), nn.Linear(config.gate_width, 1))
+        self.strength = nn.Parameter(torch.tensor(float(strength)).log())
+        self.ridge = nn.Parameter(torch.tensor(-2.3))
+        self.shared_a = nn.Parameter(torch.randn(config.shared_rank, m) * m**-0.5)
+        self.shared_b = nn.Parameter(torch.zeros(d, config.shared_rank))
+        for last in (self.key_up, self.value_up, self.gate[-1]):
+            nn.init.zeros_(last.weight)
+
+    def forward(self, inputs: Tensor, states: Tensor, following: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A `[b, L + s, m]` and B `[b, d, L + s]` of inputs `[b, L, m]` and states, following `[b, L, d]`."""
+        later = torch.cat([states[:, 1:], states[:, -1:]], dim=1)
+        here = torch.cat([states, later], dim=-1)
+        whole = torch.cat([here, following], dim=-1)
+        held = mask[..., None].to(inputs.dtype)
+        size = inputs.norm(dim=-1, keepdim=True)
+        keys = (inputs + size * self.key_up(F.gelu(self.key_down(here)))) * held
+        seen = keys * self.scale.square() + keys @ self.metric @ self.metric.T
+        gram = seen @ keys.transpose(1, 2)
+        mean = (gram.diagonal(dim1=1, dim2=2).sum(1) / mask.sum(1)).clamp_min(1e-6)[:, None, None]
+        filled = self.ridge.exp() + (~mask).to(gram.dtype)
+        a = torch.linalg.solve(gram / mean + torch.diag_embed(filled), seen / mean)
+        direction = F.normalize(following * self.value_scale, dim=-1)
+        direction = direction + self.value_up(F.gelu(self.value_down(whole)))
+        values = direction * (self.strength + self.gate(whole)).exp() * held
+        many = len(inputs)
+        a = torch.cat([a, self.shared_a.expand(many, -1, -1)], dim=1)
+        b = torch.cat([values.transpose(1, 2), self.shared_b.expand(many, -1, -1)], dim=2)
+        return a, b
+
+
+class AssociativeGenerator(nn.Module):
+    """Writes an adapter from the states of a note: a condition with `tokens`, NEXT, and a segment for every target."""
+
+    def __init__(self, config: AssociativeConfig, strengths: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            AssociativeLayer(config, strength) for strength in strengths or [100.0] * len(config.targets)
+        )
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(Target(name, self.config.in_dim, self.config.width, operator=LORA) for name in self.config.targets)
+
+    def forward(self, condition: Condition) -> Adapter:
+        """Generate one adapter per note; its rank is the number of tokens and the shared ranks."""
+        mask = condition.mask
+        if mask is None:
+            mask = torch.ones(condition.tokens.shape[:2], dtype=torch.bool, device=condition.tokens.device)
+        states = F.layer_norm(condition.tokens, condition.tokens.shape[-1:])
+        following = condition.more[NEXT].tokens
+        factors = {}
+        for name, layer in zip(self.config.targets, self.layers, strict=True):
+            a, b = layer(condition.more[name].tokens, states, following, mask)
+            factors[name] = {LORA_A: a, LORA_B: b}
+        return Adapter(self.targets, factors, 1.0)
