@@ -14,14 +14,24 @@ Shapes: b notes, L tokens, d width of the model, m width of a layer's input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openwu.errors import CheckpointError
+from openwu.files.weights import fill
+from openwu.files.writing import atomic_set, write_json
 from openwu.types import LORA, LORA_A, LORA_B, Adapter, Condition, Target
+
+MODEL_TYPE = "openwu-associative"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 NEXT = "next"
 """Segment of a condition: rows of the output embedding of each token's successor `[b, L, d]`."""
@@ -45,6 +55,17 @@ class AssociativeConfig:
     """Hidden width of what decides a token's strength."""
     shared_rank: int = 8
     """Ranks that are the same for every note."""
+    condition_encoder: Mapping[str, Any] = field(default_factory=dict)
+    """How the notes were read that it was trained on, and by which base; a memory refuses another base."""
+
+    def __post_init__(self) -> None:
+        sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width", "shared_rank")
+        wrong = [f"{name}: expected a whole number above 0, got {getattr(self, name)!r}" for name in sizes
+                 if type(getattr(self, name)) is not int or getattr(self, name) < 1]
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            wrong.append(f"targets: expected paths of different layers, got {self.targets!r}")
+        if wrong:
+            raise CheckpointError("; ".join(wrong))
 
 
 class AssociativeLayer(nn.Module):
@@ -97,6 +118,38 @@ class AssociativeGenerator(nn.Module):
         self.layers = nn.ModuleList(
             AssociativeLayer(config, strength) for strength in strengths or [100.0] * len(config.targets)
         )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> AssociativeGenerator:
+        """Load a folder that `save_pretrained` wrote, in float32. Raises CheckpointError for anything else."""
+        path = Path(folder) / CONFIG_FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: expected the config of an associative generator: {error}") from error
+        known = {each.name for each in fields(AssociativeConfig)}
+        if not isinstance(data, dict) or data.pop("model_type", None) != MODEL_TYPE or set(data) != known:
+            raise CheckpointError(
+                f"{path}: expected model_type {MODEL_TYPE!r} and the fields {sorted(known)}; this is another model's"
+            )
+        config = AssociativeConfig(**{**data, "targets": tuple(data["targets"])})
+        with torch.device("meta"):
+            generator = cls(config)
+        if problems := fill(generator, Path(folder) / WEIGHTS_FILE, torch.float32):
+            raise CheckpointError.listing(f"{folder}: the weights do not fit {CONFIG_FILE}:", problems)
+        return generator
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
+        """Write config.json and model.safetensors atomically."""
+        with atomic_set(Path(folder), CONFIG_FILE) as draft:
+            weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
+            save_file(weights, draft / WEIGHTS_FILE)
+            write_json(draft / CONFIG_FILE, {"model_type": MODEL_TYPE, **asdict(self.config)})
+
+    @property
+    def shared_rank(self) -> int:
+        """How many of an adapter's last ranks are the same for every note."""
+        return self.config.shared_rank
 
     @property
     def targets(self) -> tuple[Target, ...]:

