@@ -60,8 +60,11 @@ class AssociativeConfig:
 
     def __post_init__(self) -> None:
         sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width", "shared_rank")
-        wrong = [f"{name}: expected a whole number above 0, got {getattr(self, name)!r}" for name in sizes
-                 if type(getattr(self, name)) is not int or getattr(self, name) < 1]
+        wrong = [
+            f"{name}: expected a whole number above 0, got {getattr(self, name)!r}"
+            for name in sizes
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1
+        ]
         if not self.targets or len(set(self.targets)) != len(self.targets):
             wrong.append(f"targets: expected paths of different layers, got {self.targets!r}")
         if wrong:

@@ -110,9 +110,7 @@ class FactSource:
     def built(self, syllables: int) -> str:
         """Return a word built of syllables."""
         while True:
-            drawn = "".join(
-                self.random.choice(ONSETS) + self.random.choice(RHYMES) for _ in range(syllables)
-            )
+            drawn = "".join(self.random.choice(ONSETS) + self.random.choice(RHYMES) for _ in range(syllables))
             if self._mine(drawn):
                 return drawn
 
@@ -162,7 +160,9 @@ class FactSource:
         sentences: list[str] = []
         for person, value in zip(people, values, strict=True):
             relation = common or self.random.choice(relations)
-            wording = self.random.choice(relation.statements) if self.random.random() < reworded else relation.statements[0]
+            wording = (
+                self.random.choice(relation.statements) if self.random.random() < reworded else relation.statements[0]
+            )
             told.append(Fact(person, value, relation, wording.format(e=person, v=value)))
             sentences.append(told[-1].statement)
             if self.random.random() < fillers:

@@ -9,7 +9,7 @@ Shapes: b samples, n tokens of the longest text of a batch, V vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +202,31 @@ class CausalLM:
         )
         texts = self.tokenizer.batch_decode(whole[:, prompted.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    @torch.no_grad()
+    def stream(self, prompt: str, *, max_new_tokens: int = 32) -> Iterator[tuple[str, bool]]:
+        """Yield the pieces of text that `generate` returns for one prompt, each with whether it is the last.
+
+        Every step runs the model exactly once. Letters whose bytes are spread over tokens come with the last of them.
+        """
+        ids = self._start() + list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if not ids or max_new_tokens < 1:
+            raise OpenwuError(f"stream: expected text and max_new_tokens above 0, got {prompt!r} and {max_new_tokens}")
+        model: Any = self.model
+        ends = model.generation_config.eos_token_id
+        stops = set(ends if isinstance(ends, list) else [ends])
+        read, cache, said, shown = torch.tensor([ids], device=self.device), None, list[int](), ""
+        done = False
+        while not done:
+            output = model(input_ids=read, past_key_values=cache, use_cache=True)
+            cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
+            said += [token] if token not in stops else []
+            done = token in stops or len(said) == max_new_tokens
+            text = self.tokenizer.decode(said, skip_special_tokens=True).lstrip()
+            whole = text.rstrip() if done else text.rstrip("\ufffd")
+            yield whole[len(shown) :], done
+            shown = whole if len(whole) > len(shown) else shown
+            read = torch.tensor([[token]], device=self.device)
 
     @property
     def _pad(self) -> int:
