@@ -107,6 +107,7 @@ def test_joining_counts_shared_ranks_once_and_long_notes_are_chunks(memory: Lang
     assert long.adapter.rank == 24 + 2 + 2  # each of two chunks has its prompt's last token
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_a_note_is_the_same_in_plain_peft(memory: LanguageMemory, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     note = memory.remember(BEN)
@@ -218,6 +219,7 @@ def language_pairs() -> Adapter:
     return LanguageMemory(base, written_for(base)).remember(ANNA).adapter
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_remember_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=add_some, args=(tmp_path, number)) for number in range(2)]

@@ -11,12 +11,18 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = 5
 """One name or value in so many is kept for the test."""
 
 ONSETS = ("b", "br", "ch", "d", "dr", "f", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "r", "s", "sh", "t", "tr",
           "v", "w", "z")  # fmt: skip
+WORD_STARTS = ("\u0120", "\u2581")
+"""What tokenizers write in front of a word."""
 RHYMES = ("a", "an", "ar", "e", "el", "en", "i", "il", "in", "is", "o", "ol", "on", "or", "u", "um", "us")
 
 
@@ -168,3 +174,9 @@ class FactSource:
             if self.random.random() < fillers:
                 sentences.append(self.random.choice(FILLERS))
         return Note(" ".join(sentences), tuple(told))
+
+
+def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """List the whole English words among a tokenizer's tokens, of four letters or more, in alphabetical order."""
+    whole = (token[1:] for token in sorted(tokenizer.get_vocab()) if token[:1] in WORD_STARTS)
+    return [word for word in whole if len(word) > 3 and word.isalpha() and word.isascii() and word[1:].islower()]
