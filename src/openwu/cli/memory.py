@@ -1,4 +1,4 @@
-"""Run `openwu remember`, `openwu ask` and `openwu memory`: a language model that answers from notes kept as adapters."""
+"""Run `openwu remember`, `openwu ask` and `openwu memory`: a language model with notes kept as adapters."""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
 """Draw notes of invented facts about invented people, with questions: what a memory is trained and measured on.
 
 Values are words of the model's own vocabulary, numbers, and words built of syllables; people have names built of
-syllables or taken from the vocabulary. One word, name or number in HELD_OUT, chosen by a hash, is kept for the test, and
-so are whole relations and one wording of every question.
+syllables or taken from the vocabulary. One word, name or number in HELD_OUT, chosen by a hash, is kept for the test,
+and so are whole relations and one wording of every question.
 """
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,11 +21,10 @@ if TYPE_CHECKING:
 HELD_OUT = 5
 """One name or value in so many is kept for the test."""
 
-ONSETS = ("b", "br", "ch", "d", "dr", "f", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "r", "s", "sh", "t", "tr",
-          "v", "w", "z")  # fmt: skip
+ONSETS = tuple("b br ch d dr f g gr h j k kl l m n p r s sh t tr v w z".split())
 WORD_STARTS = ("\u0120", "\u2581")
 """What tokenizers write in front of a word."""
-RHYMES = ("a", "an", "ar", "e", "el", "en", "i", "il", "in", "is", "o", "ol", "on", "or", "u", "um", "us")
+RHYMES = tuple("a an ar e el en i il in is o ol on or u um us".split())
 
 
 @dataclass(frozen=True)
@@ -35,44 +36,15 @@ class Relation:
     questions: tuple[str, ...]
 
 
-TRAINED = (
-    Relation(("{e}'s locker word is {v}.", "The locker word of {e} is {v}."), ("What is {e}'s locker word?", "What is the locker word of {e}?", "Which word opens {e}'s locker?")),
-    Relation(("{e} works in {v}.", "{e} has a job in {v}."), ("Where does {e} work?", "In which place does {e} work?", "Where is {e}'s job?")),
-    Relation(("{e} lives in {v}.", "{e}'s home is in {v}."), ("Where does {e} live?", "What place does {e} live in?", "Where is {e}'s home?")),
-    Relation(("{e} plays the {v}.", "What {e} plays is the {v}."), ("What does {e} play?", "Which thing does {e} play?", "What is it that {e} plays?")),
-    Relation(("{e} keeps a {v} at home.", "At home {e} keeps a {v}."), ("What does {e} keep at home?", "What is kept at home by {e}?", "Which thing does {e} have at home?")),
-    Relation(("{e} likes {v} best.", "The favourite of {e} is {v}."), ("What does {e} like best?", "What is {e}'s favourite?", "Which thing does {e} prefer?")),
-    Relation(("{e}'s password is {v}.", "The password of {e} is {v}."), ("What is {e}'s password?", "Tell me {e}'s password.", "Which password does {e} have?")),
-    Relation(("{e} studies {v}.", "The subject of {e} is {v}."), ("What does {e} study?", "Which subject does {e} study?", "What is {e} a student of?")),
-    Relation(("{e} drives a {v}.", "The car of {e} is a {v}."), ("What does {e} drive?", "Which car does {e} drive?", "What car does {e} have?")),
-    Relation(("{e} sells {v}.", "The shop of {e} sells {v}."), ("What does {e} sell?", "Which goods does {e} sell?", "What can one buy from {e}?")),
-    Relation(("{e}'s dog is called {v}.", "The dog of {e} is called {v}."), ("What is {e}'s dog called?", "What is the name of {e}'s dog?", "How does {e} call the dog?")),
-    Relation(("{e} was born in {v}.", "The birthplace of {e} is {v}."), ("Where was {e} born?", "In which place was {e} born?", "What is the birthplace of {e}?")),
-    Relation(("{e}'s team is {v}.", "The team of {e} is {v}."), ("What is {e}'s team?", "Which team is {e} in?", "For which team does {e} play?")),
-    Relation(("{e} collects {v}.", "What {e} collects is {v}."), ("What does {e} collect?", "Which things does {e} collect?", "What is in {e}'s collection?")),
-    Relation(("{e} is afraid of {v}.", "What {e} fears is {v}."), ("What is {e} afraid of?", "Of what is {e} afraid?", "What does {e} fear?")),
-    Relation(("{e}'s badge says {v}.", "On the badge of {e} stands {v}."), ("What does {e}'s badge say?", "What is on {e}'s badge?", "What can one read on the badge of {e}?")),
-    Relation(("{e} meets us at the {v}.", "At the {v} we meet {e}."), ("Where does {e} meet us?", "At what place does {e} meet us?", "Where do we meet {e}?")),
-    Relation(("{e}'s project is {v}.", "The project of {e} is {v}."), ("What is {e}'s project?", "Which project does {e} have?", "What is {e} working on?")),
-    Relation(("{e} brings the {v}.", "The {v} is brought by {e}."), ("What does {e} bring?", "Which thing does {e} bring?", "What comes with {e}?")),
-    Relation(("{e}'s room is {v}.", "The room of {e} is {v}."), ("What is {e}'s room?", "Which room does {e} have?", "In which room is {e}?")),
-    Relation(("{e} ordered {v}.", "The order of {e} was {v}."), ("What did {e} order?", "Which thing did {e} order?", "What was ordered by {e}?")),
-    Relation(("{e} lost the {v}.", "What {e} lost is the {v}."), ("What did {e} lose?", "Which thing did {e} lose?", "What is {e} missing?")),
-    Relation(("{e}'s code is {v}.", "The code of {e} is {v}."), ("What is {e}'s code?", "Which code does {e} have?", "What code belongs to {e}?")),
-    Relation(("{e} reads about {v}.", "The book of {e} is about {v}."), ("What does {e} read about?", "About what does {e} read?", "What is {e}'s book about?")),
-)  # fmt: skip
+def _relations(kind: str) -> tuple[Relation, ...]:
+    return tuple(Relation(tuple(each["statements"]), tuple(each["questions"])) for each in _DATA[kind])
 
-UNSEEN = (
-    Relation(("{e}'s ship is called {v}.",), ("What is {e}'s ship called?",)),
-    Relation(("{e} paints with {v}.",), ("What does {e} paint with?",)),
-    Relation(("{e} travels to {v}.",), ("Where does {e} travel to?",)),
-    Relation(("{e}'s secret is {v}.",), ("What is {e}'s secret?",)),
-    Relation(("{e} found the {v}.",), ("What did {e} find?",)),
-)
-"""Relations that no training sees."""
 
-FILLERS = ("The meeting was short.", "It rained all morning.", "Nobody was late.", "The train left on time.",
-           "There was coffee for everyone.", "The list is not complete.", "More will follow next week.")  # fmt: skip
+_DATA: dict[str, list[Any]] = json.loads((Path(__file__).parent / "relations.json").read_text(encoding="utf-8"))
+TRAINED, UNSEEN = _relations("trained"), _relations("unseen")
+"""Relations of the training, and those that no training sees."""
+FILLERS: list[str] = _DATA["fillers"]
+"""Sentences without a fact."""
 
 
 @dataclass(frozen=True)

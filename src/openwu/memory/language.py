@@ -249,8 +249,8 @@ class LanguageMemory:
             )
         if found and (foreign := [note for note in found if (note.base, note.generator) != self.identity]):
             raise OpenwuError(
-                f"note {foreign[0].name or foreign[0].source[:12]}: written by another model or generator; remember the "
-                "text again"
+                f"note {foreign[0].name or foreign[0].source[:12]}: written by another model or generator; "
+                "remember the text again"
             )
         held = [(note.adapter, at) for note, at in zip(found, strengths, strict=True) if at > 0]
         if not held:

@@ -2,8 +2,7 @@
 
 Data are either invented facts (`openwu.memory.facts`), drawn anew in every step, or a JSONL file of one's own, a note a
 line: `{"note": "...", "questions": [{"question": "...", "answer": "..."}]}`. Lines are read when they are needed, so a
-file may be larger than memory. The loss is that of the answers' tokens and of the token that ends them, in micro-batches
-where the config says so.
+file may be larger than memory. The loss is that of the answers' tokens and of the token that ends them.
 """
 
 from __future__ import annotations
