@@ -2,11 +2,11 @@
 
 For every token i of a note, the key is the layer's own input h_i when the frozen model reads the note, and the value is
 the direction that says the next token. The adapter is the ridge regression from keys to values under a learned metric
-D, so that what the note says is copied and not chosen from a list:
+M, so that what the note says is copied and not chosen from a list. With K the rows M h_i at unit length:
 
-    B A = V (H D H^T / t + ridge)^-1 H D / t,   B = V [out, L],  A [L, in],  t the mean of the diagonal of H D H^T
+    B = V [out, L],   A = (K K^T + ridge)^-1 K M / |h|  [L, in]
 
-To it a few ranks are added that are the same for every note (how to answer). Learned are D = diag(a)^2 + U U^T, the
+To it a few ranks are added that are the same for every note (how to answer). Learned are M = (I + P Q^T) diag(a), the
 strength of every token, small corrections of keys and values, and those ranks.
 
 Shapes: b notes, L tokens, d width of the model, m width of a layer's input.
@@ -48,7 +48,7 @@ class AssociativeConfig:
     width: int
     """d, width of the model and of the values."""
     metric_rank: int = 128
-    """Columns of U."""
+    """Columns of P and Q."""
     correction_rank: int = 64
     """Width of the corrections of keys and values."""
     gate_width: int = 64
@@ -78,13 +78,14 @@ class AssociativeLayer(nn.Module):
         super().__init__()
         d, m, c = config.width, config.in_dim, config.correction_rank
         self.scale = nn.Parameter(torch.ones(m))
-        self.metric = nn.Parameter(torch.randn(m, config.metric_rank) * 0.1 * m**-0.5)
+        self.metric_in = nn.Parameter(torch.randn(m, config.metric_rank) * m**-0.5)
+        self.metric_out = nn.Parameter(torch.zeros(m, config.metric_rank))
         self.key_down, self.key_up = nn.Linear(2 * d, c), nn.Linear(c, m, bias=False)
         self.value_scale = nn.Parameter(torch.ones(d))
         self.value_down, self.value_up = nn.Linear(3 * d, c), nn.Linear(c, d, bias=False)
         self.gate = nn.Sequential(nn.Linear(3 * d, config.gate_width), nn.GELU(), nn.Linear(config.gate_width, 1))
         self.strength = nn.Parameter(torch.tensor(float(strength)).log())
-        self.ridge = nn.Parameter(torch.tensor(-2.3))
+        self.ridge = nn.Parameter(torch.tensor(-3.0))
         self.shared_a = nn.Parameter(torch.randn(config.shared_rank, m) * m**-0.5)
         self.shared_b = nn.Parameter(torch.zeros(d, config.shared_rank))
         for last in (self.key_up, self.value_up, self.gate[-1]):
@@ -96,13 +97,12 @@ class AssociativeLayer(nn.Module):
         here = torch.cat([states, later], dim=-1)
         whole = torch.cat([here, following], dim=-1)
         held = mask[..., None].to(inputs.dtype)
-        size = inputs.norm(dim=-1, keepdim=True)
-        keys = (inputs + size * self.key_up(F.gelu(self.key_down(here)))) * held
-        seen = keys * self.scale.square() + keys @ self.metric @ self.metric.T
-        gram = seen @ keys.transpose(1, 2)
-        mean = (gram.diagonal(dim1=1, dim2=2).sum(1) / mask.sum(1)).clamp_min(1e-6)[:, None, None]
-        filled = self.ridge.exp() + (~mask).to(gram.dtype)
-        a = torch.linalg.solve(gram / mean + torch.diag_embed(filled), seen / mean)
+        size = inputs.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        keys = inputs / size + self.key_up(F.gelu(self.key_down(here)))
+        # Unit length under the metric, so that a token with huge activations does not drown the others' keys.
+        keys = F.normalize(self._measured(keys), dim=-1) * held
+        gram = keys @ keys.transpose(1, 2) + torch.diag_embed(self.ridge.exp() + (~mask).to(keys.dtype))
+        a = self._returned(torch.linalg.solve(gram, keys)) / size
         direction = F.normalize(following * self.value_scale, dim=-1)
         direction = direction + self.value_up(F.gelu(self.value_down(whole)))
         values = direction * (self.strength + self.gate(whole)).exp() * held
@@ -110,6 +110,15 @@ class AssociativeLayer(nn.Module):
         a = torch.cat([a, self.shared_a.expand(many, -1, -1)], dim=1)
         b = torch.cat([values.transpose(1, 2), self.shared_b.expand(many, -1, -1)], dim=2)
         return a, b
+
+    def _measured(self, keys: Tensor) -> Tensor:
+        """Return M of every key."""
+        scaled = keys * self.scale
+        return scaled + scaled @ self.metric_in @ self.metric_out.T
+
+    def _returned(self, rows: Tensor) -> Tensor:
+        """Return `rows` times M: their products with an input are those of `rows` with M of the input."""
+        return (rows + rows @ self.metric_out @ self.metric_in.T) * self.scale
 
 
 class AssociativeGenerator(nn.Module):
