@@ -15,7 +15,7 @@ Shapes: b notes, L tokens, d width of the model, m width of a layer's input.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,20 @@ class AssociativeGenerator(nn.Module):
             save_file(weights, draft / WEIGHTS_FILE)
             write_json(draft / CONFIG_FILE, {"model_type": MODEL_TYPE, **asdict(self.config)})
 
+    @torch.no_grad()
+    def fit_metric(self, conditions: Iterable[Condition]) -> None:
+        """Set every metric to a partial whitening of the keys of some notes: what they share counts less."""
+        kept = list(conditions)
+        rank = self.config.metric_rank
+        for name, layer in zip(self.config.targets, self.layers, strict=True):
+            rows = torch.cat([_real(each, name) for each in kept])
+            variances, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
+            largest, axes = variances.flip(0)[: rank + 1].clamp_min(1e-12), axes.flip(1)[:, :rank]
+            shrunk = 1 - (largest[-1] / largest[: axes.shape[1]]).sqrt()
+            assert isinstance(layer, AssociativeLayer)
+            layer.metric_in.copy_(axes)
+            layer.metric_out.copy_(-axes * shrunk)
+
     @property
     def shared_rank(self) -> int:
         """How many of an adapter's last ranks are the same for every note."""
@@ -179,3 +193,9 @@ class AssociativeGenerator(nn.Module):
             a, b = layer(condition.more[name].tokens, states, following, mask)
             factors[name] = {LORA_A: a, LORA_B: b}
         return Adapter(self.targets, factors, 1.0)
+
+
+def _real(condition: Condition, name: str) -> Tensor:
+    """Return the keys of all real tokens of a segment at unit length `[tokens, m]`."""
+    keys = condition.more[name].tokens
+    return F.normalize(keys.flatten(0, 1) if condition.mask is None else keys[condition.mask], dim=-1)

@@ -32,6 +32,8 @@ from openwu.training.record import dependencies, export_folders, provenance, wri
 from openwu.training.stage import GeneratorStage
 
 STAGE = "generator"
+WHITENED = 10
+"""Batches of notes from which the first metric is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,9 @@ class LanguageMemoryRun(Recipe):
     """JSONL file of notes with questions; None: invented facts."""
     start: str | None = field(default=None, metadata=LATER)
     """Folder of a generator to go on from; None: a new one."""
-    layers: tuple[int, ...] = (10, 15, 20, 25)
+    layers: tuple[int, ...] = (7, 11, 13, 25)
     """Decoder layers whose last linear layer is adapted."""
-    strengths: tuple[float, ...] = (80.0, 120.0, 200.0, 300.0)
+    strengths: tuple[float, ...] = (60.0, 60.0, 80.0, 300.0)
     """Length of a value before training, for each of them: about half that of the residual stream."""
     states: int = 15
     """Decoder layer whose states decide strengths and corrections; not above the last adapted one."""
@@ -149,6 +151,8 @@ def train_language_memory(
     memory = LanguageMemory(base, new_generator(recipe, base))
     try:
         stage = memory_stage(recipe, memory, notes)
+        if recipe.start is None:
+            _fit_metric(recipe, memory, stage)
         done = train_stage(stage, recipe.generator, loop, folder / STAGE)
     finally:
         memory.close()
@@ -226,6 +230,13 @@ def memory_stage(
         seed=recipe.seed,
         validation=batch(validation, Random(0)) if validation else None,
     )
+
+
+def _fit_metric(recipe: LanguageMemoryRun, memory: LanguageMemory, stage: GeneratorStage[NoteBatch]) -> None:
+    """Start from a metric that whitens the keys of some notes of the training."""
+    assert isinstance(memory.generator, AssociativeGenerator)
+    steps = range(0, recipe.generator.steps, max(1, recipe.generator.steps // WHITENED))
+    memory.generator.fit_metric(memory.condition(list(dict.fromkeys(stage.batches(step).notes))) for step in steps)
 
 
 Draw = Callable[[Random, int, bool], Asked]
