@@ -88,8 +88,10 @@ class AssociativeLayer(nn.Module):
         self.ridge = nn.Parameter(torch.tensor(-3.0))
         self.shared_a = nn.Parameter(torch.randn(config.shared_rank, m) * m**-0.5)
         self.shared_b = nn.Parameter(torch.zeros(d, config.shared_rank))
-        for last in (self.key_up, self.value_up, self.gate[-1]):
-            nn.init.zeros_(last.weight)
+        last = self.gate[-1]
+        assert isinstance(last, nn.Linear)
+        for linear in (self.key_up, self.value_up, last):
+            nn.init.zeros_(linear.weight)
 
     def forward(self, inputs: Tensor, states: Tensor, following: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return A `[b, L + s, m]` and B `[b, d, L + s]` of inputs `[b, L, m]` and states, following `[b, L, d]`."""

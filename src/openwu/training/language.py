@@ -30,6 +30,7 @@ from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.objectives import NextToken
 from openwu.training.record import dependencies, export_folders, provenance, write_provenance
 from openwu.training.stage import GeneratorStage
+from openwu.types import Adapter
 
 STAGE = "generator"
 WHITENED = 10
@@ -206,7 +207,7 @@ def memory_stage(
         dialogues = [[(rows.question(question), answer + end)] for _, (question, answer) in chosen]
         return NoteBatch(tuple(note for note, _ in chosen), memory.base.tokenize_dialogues(dialogues))
 
-    def adapt(drawn: NoteBatch) -> object:
+    def adapt(drawn: NoteBatch) -> Adapter:
         different = list(dict.fromkeys(drawn.notes))
         return memory.adapt(different).select([different.index(note) for note in drawn.notes])
 
@@ -223,7 +224,7 @@ def memory_stage(
         memory.generator,
         memory.handle,
         at,
-        adapt=adapt,  # type: ignore[arg-type]
+        adapt=adapt,
         target=lambda drawn: drawn.texts.labels,
         predict=predict,
         objective=NextToken(),
