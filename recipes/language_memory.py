@@ -10,5 +10,12 @@ from openwu.training.language import LanguageMemoryRun
 def recipe() -> LanguageMemoryRun:
     return LanguageMemoryRun(
         name="language_memory",
-        generator=StageConfig(steps=900, shapes=((4, 0),), learning_rate=1.5e-3, warmup=20, decay=0.35, weight_decay=0.0),
+        generator=StageConfig(
+            steps=900,
+            shapes=((4, 0),),
+            learning_rate=1.5e-3,
+            warmup=20,
+            decay=0.35,
+            weight_decay=0.0,
+        ),
     )

@@ -202,7 +202,7 @@ def test_names_that_are_none_are_refused(memory: LanguageMemory, name: str) -> N
 
 def test_a_folder_of_something_else_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(CheckpointError, match="mine.txt"):
+    with pytest.raises(CheckpointError, match=r"mine\.txt"):
         MemoryStore(tmp_path)
 
 

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 HELD_OUT = 5
 """One name or value in so many is kept for the test."""
 
-ONSETS = tuple("b br ch d dr f g gr h j k kl l m n p r s sh t tr v w z".split())
 WORD_STARTS = ("\u0120", "\u2581")
 """What tokenizers write in front of a word."""
-RHYMES = tuple("a an ar e el en i il in is o ol on or u um us".split())
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,9 @@ TRAINED, UNSEEN = _relations("trained"), _relations("unseen")
 """Relations of the training, and those that no training sees."""
 FILLERS: list[str] = _DATA["fillers"]
 """Sentences without a fact."""
+ONSETS: list[str] = _DATA["onsets"]
+RHYMES: list[str] = _DATA["rhymes"]
+"""A built word is a row of an onset and a rhyme."""
 
 
 @dataclass(frozen=True)
