@@ -11,28 +11,17 @@ import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from language_cases import SIZES, language_model
+from memory_cases import TARGETS, written_for
 from openwu.backbones.causal_lm.base import CausalLM
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
 from openwu.memory.language import LanguageMemory
 from openwu.memory.note import MemoryNote
-from openwu.memory.reading import MAX_NOTE, NoteFormat
+from openwu.memory.reading import MAX_NOTE
 from openwu.memory.store import MemoryStore
 from openwu.types import Adapter
 
 ANNA, BEN = "anna visits paris .", "ben drinks tea . carla visits rome ."
-TARGETS = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
-
-
-def written_for(base: CausalLM, targets: tuple[str, ...] = TARGETS, in_dim: int = 24) -> AssociativeGenerator:
-    reading = NoteFormat("model.layers.0", "", "{question}", chunk=16, base=base.digest).to_dict()
-    config = AssociativeConfig(targets, in_dim, base.width, 4, 4, 4, 2, reading)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        generator = AssociativeGenerator(config, [20.0] * len(targets))
-        for layer in generator.layers:
-            torch.nn.init.normal_(layer.shared_b, std=0.3)
-    return generator
 
 
 @pytest.fixture

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 HELD_OUT = 5
 """One name or value in so many is kept for the test."""
@@ -149,7 +146,7 @@ class FactSource:
         return Note(" ".join(sentences), tuple(told))
 
 
-def vocabulary_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def vocabulary_words(tokens: Iterable[str]) -> list[str]:
     """List the whole English words among a tokenizer's tokens, of four letters or more, in alphabetical order."""
-    whole = (token[1:] for token in sorted(tokenizer.get_vocab()) if token[:1] in WORD_STARTS)
+    whole = (token[1:] for token in sorted(tokens) if token[:1] in WORD_STARTS)
     return [word for word in whole if len(word) > 3 and word.isalpha() and word.isascii() and word[1:].islower()]

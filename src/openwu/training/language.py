@@ -254,7 +254,7 @@ def _from_file(recipe: LanguageMemoryRun, notes: NoteFile) -> Draw:
 
 
 def _invented(recipe: LanguageMemoryRun, base: CausalLM) -> Draw:
-    words = vocabulary_words(base.tokenizer)
+    words = vocabulary_words(base.tokenizer.get_vocab())
     sources = {part: FactSource(words, 0, test=part) for part in (False, True)}
 
     def draw(random: Random, number: int, held_back: bool) -> Asked:

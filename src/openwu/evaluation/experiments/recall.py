@@ -73,7 +73,7 @@ def recall_cases(
     same_relation: float = 1.0,
 ) -> list[RecallCase]:
     """Draw cases whose facts are all of one relation (binding) unless `same_relation` says otherwise."""
-    source = FactSource(vocabulary_words(memory.base.tokenizer), seed, test=True)
+    source = FactSource(vocabulary_words(memory.base.tokenizer.get_vocab()), seed, test=True)
     cases = []
     for _ in range(count):
         note = source.note(facts, relations=relations, same_relation=same_relation)
