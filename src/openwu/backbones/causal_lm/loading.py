@@ -6,7 +6,9 @@ transformers fills missing weights with random numbers and only logs it; here th
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,8 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     library("gguf", "memory")
     where = {"gguf_file": files[0].name, "local_files_only": True, "trust_remote_code": False}
     try:
-        with quiet(transformers.utils.logging):
+        # The bar of the conversion obeys no setting of transformers.
+        with quiet(transformers.utils.logging), redirect_stderr(StringIO()):
             model = transformers.AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **where)
             tokenizer = transformers.AutoTokenizer.from_pretrained(files[0].parent, **where)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
