@@ -17,19 +17,25 @@ if TYPE_CHECKING:
     from openwu.editor.editor import Editor
     from openwu.editor.requests import EditRequest, EditResult
     from openwu.errors import OpenwuError
+    from openwu.generator.associative import AssociativeGenerator
     from openwu.generator.model import ParameterGenerator
+    from openwu.memory.language import LanguageMemory
+    from openwu.memory.store import MemoryStore
     from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions, Target
 
 _WHERE = {
     "Adapter": "openwu.types",
     "AdapterCache": "openwu.editor.cache",
     "AdapterHandle": "openwu.adapters.inject",
+    "AssociativeGenerator": "openwu.generator.associative",
     "Condition": "openwu.types",
     "EditRequest": "openwu.editor.requests",
     "EditResult": "openwu.editor.requests",
     "Editor": "openwu.editor.editor",
     "GeneratorConfig": "openwu.config",
+    "LanguageMemory": "openwu.memory.language",
     "LoadingOptions": "openwu.types",
+    "MemoryStore": "openwu.memory.store",
     "OpenwuError": "openwu.errors",
     "ParameterGenerator": "openwu.generator.model",
     "SamplingOptions": "openwu.types",
@@ -41,12 +47,15 @@ __all__ = [
     "Adapter",
     "AdapterCache",
     "AdapterHandle",
+    "AssociativeGenerator",
     "Condition",
     "EditRequest",
     "EditResult",
     "Editor",
     "GeneratorConfig",
+    "LanguageMemory",
     "LoadingOptions",
+    "MemoryStore",
     "OpenwuError",
     "ParameterGenerator",
     "SamplingOptions",

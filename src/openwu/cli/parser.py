@@ -44,6 +44,7 @@ def build_parser() -> Parser:
     edits.set_defaults(run="openwu.cli.edits:run")
     _add_export(verbs)
     _add_train(verbs)
+    _add_memory(verbs)
     completion = verbs.add_parser(
         "completion",
         help="print a script that completes openwu's words in a shell",
@@ -259,6 +260,33 @@ def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
         "--stage", action="append", dest="stages", metavar="NAME", help="train only this stage; may be repeated"
     )
     train.set_defaults(run="openwu.cli.train:run")
+
+
+def _add_memory(verbs: argparse._SubParsersAction[Parser]) -> None:
+    remember = verbs.add_parser("remember", help="write notes into the memory of a language model", allow_abbrev=False)
+    remember.add_argument("file", metavar="FILE", help="text file in UTF-8; - for standard input")
+    remember.add_argument("--name", required=True, metavar="NAME", help="what to call the notes")
+    ask = verbs.add_parser("ask", help="ask a language model that remembers notes", allow_abbrev=False)
+    ask.add_argument("question", metavar="QUESTION", help="the question; the notes are not in the prompt")
+    ask.add_argument(
+        "--memory", action="append", default=[], metavar="NAME", help="notes to answer with; may be repeated"
+    )
+    ask.add_argument(
+        "--strength", type=_finite, default=1.0, metavar="S", help="how much the notes count: 0 not at all, 1 (default)"
+    )
+    ask.add_argument("--tokens", type=_seed, default=48, metavar="N", help="tokens of the answer at most (default: 48)")
+    for verb in (remember, ask):
+        verb.add_argument("--generator", type=_path, metavar="FOLDER", help="a generator of your own")
+        verb.add_argument("--base", type=_path, metavar="FOLDER", help="the language model that it was trained for")
+    memory = verbs.add_parser("memory", help="list, show, forget or export remembered notes", allow_abbrev=False)
+    memory.add_argument("action", choices=("list", "show", "forget", "export"), help="what to do")
+    memory.add_argument("name", nargs="?", metavar="NAME", help="the notes")
+    memory.add_argument("--output", type=_path, metavar="FOLDER", help="where to write the adapter for PEFT (export)")
+    for verb, run in ((remember, "remember"), (ask, "ask"), (memory, "manage")):
+        verb.add_argument(
+            "--store", type=_path, metavar="FOLDER", help="where notes are kept (default: $OPENWU_MEMORY, else in ~)"
+        )
+        verb.set_defaults(run=f"openwu.cli.memory:{run}")
 
 
 def _path(text: str) -> str:

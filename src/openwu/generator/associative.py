@@ -1,0 +1,203 @@
+"""A generator that writes a note into linear layers as an associative memory: one key and one value per token.
+
+For every token i of a note, the key is the layer's own input h_i when the frozen model reads the note, and the value is
+the direction that says the next token. The adapter is the ridge regression from keys to values under a learned metric
+M, so that what the note says is copied and not chosen from a list. With K the rows M h_i at unit length:
+
+    B = V [out, L],   A = (K K^T + ridge)^-1 K M / |h|  [L, in]
+
+To it a few ranks are added that are the same for every note (how to answer). Learned are M = (I + P Q^T) diag(a), the
+strength of every token, small corrections of keys and values, and those ranks.
+
+Shapes: b notes, L tokens, d width of the model, m width of a layer's input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from openwu.errors import CheckpointError
+from openwu.files.weights import fill
+from openwu.files.writing import atomic_set, write_json
+from openwu.types import LORA, LORA_A, LORA_B, Adapter, Condition, Target
+
+MODEL_TYPE = "openwu-associative"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+NEXT = "next"
+"""Segment of a condition: rows of the output embedding of each token's successor `[b, L, d]`."""
+
+
+@dataclass(frozen=True)
+class AssociativeConfig:
+    """Sizes of an associative generator."""
+
+    targets: tuple[str, ...]
+    """Paths of the adapted linear layers; each must write to the residual stream."""
+    in_dim: int
+    """m"""
+    width: int
+    """d, width of the model and of the values."""
+    metric_rank: int = 128
+    """Columns of P and Q."""
+    correction_rank: int = 64
+    """Width of the corrections of keys and values."""
+    gate_width: int = 64
+    """Hidden width of what decides a token's strength."""
+    shared_rank: int = 8
+    """Ranks that are the same for every note."""
+    condition_encoder: Mapping[str, Any] = field(default_factory=dict)
+    """How the notes were read that it was trained on, and by which base; a memory refuses another base."""
+
+    def __post_init__(self) -> None:
+        sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width", "shared_rank")
+        wrong = [
+            f"{name}: expected a whole number above 0, got {getattr(self, name)!r}"
+            for name in sizes
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1
+        ]
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            wrong.append(f"targets: expected paths of different layers, got {self.targets!r}")
+        if wrong:
+            raise CheckpointError("; ".join(wrong))
+
+
+class AssociativeLayer(nn.Module):
+    """Keys and values of one adapted layer."""
+
+    def __init__(self, config: AssociativeConfig, strength: float) -> None:
+        super().__init__()
+        d, m, c = config.width, config.in_dim, config.correction_rank
+        self.scale = nn.Parameter(torch.ones(m))
+        self.metric_in = nn.Parameter(torch.randn(m, config.metric_rank) * m**-0.5)
+        self.metric_out = nn.Parameter(torch.zeros(m, config.metric_rank))
+        self.key_down, self.key_up = nn.Linear(2 * d, c), nn.Linear(c, m, bias=False)
+        self.value_scale = nn.Parameter(torch.ones(d))
+        self.value_down, self.value_up = nn.Linear(3 * d, c), nn.Linear(c, d, bias=False)
+        self.gate = nn.Sequential(nn.Linear(3 * d, config.gate_width), nn.GELU(), nn.Linear(config.gate_width, 1))
+        self.strength = nn.Parameter(torch.tensor(float(strength)).log())
+        self.ridge = nn.Parameter(torch.tensor(-3.0))
+        self.shared_a = nn.Parameter(torch.randn(config.shared_rank, m) * m**-0.5)
+        self.shared_b = nn.Parameter(torch.zeros(d, config.shared_rank))
+        last = self.gate[-1]
+        assert isinstance(last, nn.Linear)
+        for linear in (self.key_up, self.value_up, last):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, inputs: Tensor, states: Tensor, following: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A `[b, L + s, m]` and B `[b, d, L + s]` of inputs `[b, L, m]` and states, following `[b, L, d]`."""
+        later = torch.cat([states[:, 1:], states[:, -1:]], dim=1)
+        here = torch.cat([states, later], dim=-1)
+        whole = torch.cat([here, following], dim=-1)
+        held = mask[..., None].to(inputs.dtype)
+        size = inputs.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        keys = inputs / size + self.key_up(F.gelu(self.key_down(here)))
+        # Unit length under the metric, so that a token with huge activations does not drown the others' keys.
+        keys = F.normalize(self._measured(keys), dim=-1) * held
+        gram = keys @ keys.transpose(1, 2) + torch.diag_embed(self.ridge.exp() + (~mask).to(keys.dtype))
+        a = self._returned(torch.linalg.solve(gram, keys)) / size
+        direction = F.normalize(following * self.value_scale, dim=-1)
+        direction = direction + self.value_up(F.gelu(self.value_down(whole)))
+        values = direction * (self.strength + self.gate(whole)).exp() * held
+        many = len(inputs)
+        a = torch.cat([a, self.shared_a.expand(many, -1, -1)], dim=1)
+        b = torch.cat([values.transpose(1, 2), self.shared_b.expand(many, -1, -1)], dim=2)
+        return a, b
+
+    def _measured(self, keys: Tensor) -> Tensor:
+        """Return M of every key."""
+        scaled = keys * self.scale
+        return scaled + scaled @ self.metric_in @ self.metric_out.T
+
+    def _returned(self, rows: Tensor) -> Tensor:
+        """Return `rows` times M: their products with an input are those of `rows` with M of the input."""
+        return (rows + rows @ self.metric_out @ self.metric_in.T) * self.scale
+
+
+class AssociativeGenerator(nn.Module):
+    """Writes an adapter from the states of a note: a condition with `tokens`, NEXT, and a segment for every target."""
+
+    def __init__(self, config: AssociativeConfig, strengths: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            AssociativeLayer(config, strength) for strength in strengths or [100.0] * len(config.targets)
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> AssociativeGenerator:
+        """Load a folder that `save_pretrained` wrote, in float32. Raises CheckpointError for anything else."""
+        path = Path(folder) / CONFIG_FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: expected the config of an associative generator: {error}") from error
+        known = {each.name for each in fields(AssociativeConfig)}
+        if not isinstance(data, dict) or data.pop("model_type", None) != MODEL_TYPE or set(data) != known:
+            raise CheckpointError(
+                f"{path}: expected model_type {MODEL_TYPE!r} and the fields {sorted(known)}; this is another model's"
+            )
+        config = AssociativeConfig(**{**data, "targets": tuple(data["targets"])})
+        with torch.device("meta"):
+            generator = cls(config)
+        if problems := fill(generator, Path(folder) / WEIGHTS_FILE, torch.float32):
+            raise CheckpointError.listing(f"{folder}: the weights do not fit {CONFIG_FILE}:", problems)
+        return generator
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
+        """Write config.json and model.safetensors atomically."""
+        with atomic_set(Path(folder), CONFIG_FILE) as draft:
+            weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
+            save_file(weights, draft / WEIGHTS_FILE)
+            write_json(draft / CONFIG_FILE, {"model_type": MODEL_TYPE, **asdict(self.config)})
+
+    @torch.no_grad()
+    def fit_metric(self, conditions: Iterable[Condition]) -> None:
+        """Set every metric to a partial whitening of the keys of some notes: what they share counts less."""
+        kept = list(conditions)
+        rank = self.config.metric_rank
+        for name, layer in zip(self.config.targets, self.layers, strict=True):
+            rows = torch.cat([_real(each, name) for each in kept])
+            variances, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
+            largest, axes = variances.flip(0)[: rank + 1].clamp_min(1e-12), axes.flip(1)[:, :rank]
+            shrunk = 1 - (largest[-1] / largest[: axes.shape[1]]).sqrt()
+            assert isinstance(layer, AssociativeLayer)
+            layer.metric_in.copy_(axes)
+            layer.metric_out.copy_(-axes * shrunk)
+
+    @property
+    def shared_rank(self) -> int:
+        """How many of an adapter's last ranks are the same for every note."""
+        return self.config.shared_rank
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(Target(name, self.config.in_dim, self.config.width, operator=LORA) for name in self.config.targets)
+
+    def forward(self, condition: Condition) -> Adapter:
+        """Generate one adapter per note; its rank is the number of tokens and the shared ranks."""
+        mask = condition.mask
+        if mask is None:
+            mask = torch.ones(condition.tokens.shape[:2], dtype=torch.bool, device=condition.tokens.device)
+        states = F.layer_norm(condition.tokens, condition.tokens.shape[-1:])
+        following = condition.more[NEXT].tokens
+        factors = {}
+        for name, layer in zip(self.config.targets, self.layers, strict=True):
+            a, b = layer(condition.more[name].tokens, states, following, mask)
+            factors[name] = {LORA_A: a, LORA_B: b}
+        return Adapter(self.targets, factors, 1.0)
+
+
+def _real(condition: Condition, name: str) -> Tensor:
+    """Return the keys of all real tokens of a segment at unit length `[tokens, m]`."""
+    keys = condition.more[name].tokens
+    return F.normalize(keys.flatten(0, 1) if condition.mask is None else keys[condition.mask], dim=-1)

