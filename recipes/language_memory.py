@@ -3,8 +3,8 @@
 openwu train recipes/language_memory.py
 """
 
+from openwu.training.bases.language import LanguageMemoryRun
 from openwu.training.config import StageConfig
-from openwu.training.language import LanguageMemoryRun
 
 
 def recipe() -> LanguageMemoryRun:

@@ -19,7 +19,7 @@ from openwu.data.pairs import Pair, Pairs, pairs_hashes
 from openwu.data.suite import phrases
 from openwu.data.suite.photographs import folder_hashes
 from openwu.editor.compatibility import fingerprint
-from openwu.training.encoded_rows import RowStore
+from openwu.training.bases.encoded_rows import RowStore
 
 ROW = "8c70cbea961550c91b7e6c1be661d004ea2eb83094fa44c231b7a8b15515457a"
 PHOTOS = Path(__file__).parents[1] / "photos"
@@ -61,14 +61,14 @@ def test_names_of_encoded_rows(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_seeds_of_conditions_that_read_noise(pair: Pair) -> None:
-    from openwu.training.encoded_rows import _seed_of
+    from openwu.training.bases.encoded_rows import _seed_of
 
     assert _seed_of(pair, "make it é") == 871957628
 
 
 def test_what_a_training_of_a_large_base_depends_on() -> None:
+    from openwu.training.bases.pipelines import _description
     from openwu.training.config import PipelineRun, StageConfig
-    from openwu.training.pipelines import _description
 
     depends = json.loads(
         _description(

@@ -19,7 +19,7 @@ from openwu.backbones import backbone_class
 from openwu.editor.compatibility import generator_config, target_widths
 from openwu.generator.model import ParameterGenerator
 from openwu.registry import BASES, DEFAULT_BASE
-from openwu.training.pipelines import backbone_stage
+from openwu.training.bases.pipelines import backbone_stage
 from openwu.types import Adapter, BaseRequest, SamplingOptions, Target
 
 MULTIMODAL = ("qwen-image-edit", "qwen-image-edit-plus", "longcat-image-edit")

@@ -11,8 +11,8 @@ import torch
 
 from openwu.backbones import backbone_class
 from openwu.errors import OpenwuError, TargetError
+from openwu.training.bases.pipelines import backbone_stage, objective_of
 from openwu.training.objectives import Diffusion, FlowMatching
-from openwu.training.pipelines import backbone_stage, objective_of
 from openwu.types import LatentBatch
 
 TARGETS = [torch.full((3, 64, 64), 0.2), torch.full((3, 64, 64), 0.9)]

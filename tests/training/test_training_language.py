@@ -15,8 +15,14 @@ from openwu.errors import CheckpointError, DatasetError
 from openwu.generator.associative import AssociativeGenerator
 from openwu.memory.facts import TRAINED, UNSEEN, FactSource
 from openwu.memory.language import LanguageMemory
+from openwu.training.bases.language import (
+    LanguageMemoryRun,
+    NoteFile,
+    memory_stage,
+    new_generator,
+    train_language_memory,
+)
 from openwu.training.config import StageConfig
-from openwu.training.language import LanguageMemoryRun, NoteFile, memory_stage, new_generator, train_language_memory
 from openwu.training.loop import train_stage
 from openwu.training.run import load_recipe
 

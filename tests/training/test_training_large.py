@@ -18,8 +18,8 @@ from openwu.backbones.diffusers import pipeline
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.training import pipelines as large
+from openwu.training.bases.pipelines import train_pipeline
 from openwu.training.config import PipelineRun, StageConfig
-from openwu.training.pipelines import train_pipeline
 
 EVERY = tuple(large_cases.LARGE)
 CLASSES = {name: backbone_class(name.replace("_", "-")) for name in EVERY}

@@ -24,9 +24,9 @@ from openwu.conditions.part_states import PartStates
 from openwu.conditions.segments import Segments
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.headers import read_header
+from openwu.training.bases.pipelines import new_config, train_pipeline
 from openwu.training.config import PipelineRun
 from openwu.training.memory import ENCODING, TRAINING, training_plan
-from openwu.training.pipelines import new_config, train_pipeline
 from openwu.training.run import load_recipe
 
 LAYER = {"name": "part-states", "part": "text_encoder_2", "module": "encoder.block.0"}

@@ -13,8 +13,8 @@ import pytest
 
 from openwu import cli
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
+from openwu.training.bases.pipelines import train_pipeline
 from openwu.training.config import PipelineRun
-from openwu.training.pipelines import train_pipeline
 from openwu.training.run import load_recipe
 
 ROOT = Path(__file__).parents[2]

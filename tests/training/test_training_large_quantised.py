@@ -17,8 +17,8 @@ from openwu.backbones import backbone_class
 from openwu.backbones.diffusers.loading import part_numbers, weight_files
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import OpenwuError
+from openwu.training.bases.pipelines import new_config, train_pipeline
 from openwu.training.memory import TRAINING, training_plan
-from openwu.training.pipelines import new_config, train_pipeline
 
 pytest.importorskip("bitsandbytes")
 

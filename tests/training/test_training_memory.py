@@ -14,8 +14,8 @@ from openwu.backbones import backbone_class
 from openwu.backbones.diffusers.loading import check_weights, part_numbers, pipeline_fingerprint, weight_files
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.kernels.memory import MemoryPlan
+from openwu.training.bases.pipelines import new_config, new_generator
 from openwu.training.memory import ADVICE, ENCODING, TRAINING, training_plan
-from openwu.training.pipelines import new_config, new_generator
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

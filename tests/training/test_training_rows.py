@@ -11,7 +11,7 @@ import torch
 
 from openwu.data.pairs import Pair
 from openwu.errors import DatasetError
-from openwu.training.encoded_rows import RowStore, from_tensors, joined, to_device, to_tensors
+from openwu.training.bases.encoded_rows import RowStore, from_tensors, joined, to_device, to_tensors
 from openwu.training.micro_batch import take_rows
 from openwu.types import BaseRequest, Condition, LatentBatch, Segment
 

@@ -117,7 +117,7 @@ def check_share(name: str, value: float) -> None:
 class PipelineRun(Recipe):
     """Train a generator for a large frozen base in a diffusers pipeline, from pairs, end to end through the base."""
 
-    runner: ClassVar[str] = "openwu.training.pipelines:train_pipeline"
+    runner: ClassVar[str] = "openwu.training.bases.pipelines:train_pipeline"
     known_stages: ClassVar[tuple[str, ...]] = ("generator",)
 
     model: str

@@ -39,10 +39,10 @@ from openwu.errors import OpenwuError
 from openwu.files.hashing import of_json
 from openwu.generator.model import ParameterGenerator
 from openwu.kernels.memory import free_memory
+from openwu.training.bases.encoded_rows import Encoded, RowStore, to_device
 from openwu.training.checkpoint import check_recipe
 from openwu.training.config import PipelineRun
 from openwu.training.distributed import Processes, is_main
-from openwu.training.encoded_rows import Encoded, RowStore, to_device
 from openwu.training.loop import LoopConfig, train_stage
 from openwu.training.memory import ADVICE, WARNING, generator_cost, measured_rate, training_plan
 from openwu.training.objectives import Diffusion, FlowMatching, NoisySample, Objective
@@ -182,7 +182,7 @@ def pipeline_class(recipe: PipelineRun) -> type[PipelineBackbone]:
     if not issubclass(kind, PipelineBackbone):
         raise OpenwuError(
             f"model: expected a base in a diffusers pipeline, got {recipe.model}; train others with "
-            "openwu.training.pipelines.backbone_stage"
+            "openwu.training.bases.pipelines.backbone_stage"
         )
     if kind.encodes_in_training and recipe.cache and recipe.encoders != "keep":
         raise OpenwuError(

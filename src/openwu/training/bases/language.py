@@ -41,7 +41,7 @@ WHITENED = 10
 class LanguageMemoryRun(Recipe):
     """Train an associative generator for a causal language model."""
 
-    runner: ClassVar[str] = "openwu.training.language:train_language_memory"
+    runner: ClassVar[str] = "openwu.training.bases.language:train_language_memory"
     known_stages: ClassVar[tuple[str, ...]] = (STAGE,)
 
     generator: StageConfig
