@@ -1,1 +1,1 @@
-"""To be described."""
+"""The embedded model: made from nothing, from pairs of one's own, or with new sentences."""
