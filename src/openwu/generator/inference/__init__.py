@@ -1,1 +1,1 @@
-"""To be described."""
+"""The generator in inference: stages that are compiled or run in reduced precision."""
