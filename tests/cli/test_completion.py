@@ -1,9 +1,14 @@
-"""Completion scripts: bash runs its own; those for zsh and fish are read."""
+"""Completion scripts, run in their shells where these are installed."""
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import shutil
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +42,62 @@ def test_bash_completes(words: list[str], expected: set[str], capsys: pytest.Cap
     )
     assert run.stderr == ""
     assert set(run.stdout.split()) == expected
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("openwu ed", {"edit", "edits"}),
+        ("openwu edit --recu", {"--recursive"}),
+        ("openwu edit --edit black", {"black_and_white"}),
+        ("openwu completion ", {"bash", "zsh", "fish"}),
+    ],
+)
+def test_fish_completes(line: str, expected: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "openwu.fish").write_text(script("fish", capsys), encoding="utf-8")
+    code = f"source {tmp_path / 'openwu.fish'}; complete -C'{line}'"
+    run = subprocess.run(
+        ["fish", "--no-config", "-c", code], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+    )
+    assert run.stderr == ""
+    assert {answer.split("\t")[0] for answer in run.stdout.splitlines()} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("openwu edit --recu", "openwu edit --recursive "),
+        ("openwu edit --edit black", "openwu edit --edit black_and_white "),
+        ("openwu export --format dif", "openwu export --format diffusers "),
+    ],
+)
+def test_zsh_completes(line: str, completed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "_openwu"
+    file.write_text(script("zsh", capsys), encoding="utf-8")
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ.update(TERM="dumb", PS1="%% ", COLUMNS="200")
+        os.execvp("zsh", ["zsh", "-f", "-i"])
+    try:
+        os.write(terminal, f"autoload -U compinit; compinit -u -D; source {file}; echo rea''dy\n".encode())
+        assert "ready" in shown(terminal, "ready")
+        os.write(terminal, f"{line}\t".encode())
+        assert completed in shown(terminal, completed)
+    finally:
+        os.close(terminal)
+        os.waitpid(process, 0)
+
+
+def shown(terminal: int, awaited: str, seconds: float = 60) -> str:
+    """Read what a terminal shows until some text is among it."""
+    text, end = "", time.monotonic() + seconds
+    while awaited not in text and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.2)[0]:
+            text += os.read(terminal, 65536).decode(errors="replace")
+    return text
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
