@@ -17,7 +17,7 @@ from openwu.backbones import backbone_class
 from openwu.backbones.diffusers import pipeline
 from openwu.backbones.diffusers.pipeline import PipelineBackbone
 from openwu.errors import CheckpointError, DatasetError, OpenwuError
-from openwu.training import pipelines as large
+from openwu.training.bases import pipelines as large
 from openwu.training.bases.pipelines import train_pipeline
 from openwu.training.config import PipelineRun, StageConfig
 
