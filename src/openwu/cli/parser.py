@@ -87,9 +87,18 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="PHOTO",
         help="picture to edit; a folder for the pictures in it; - for standard input",
     )
-    edit.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")
-    edit.add_argument("--edit", metavar="NAME", help="in place of --instruction, an edit that `openwu edits` lists")
-    edit.add_argument(
+    _add_wish(edit.add_argument_group("what to do"))
+    _add_means(edit.add_argument_group("with what"))
+    _add_base(edit)
+    _add_results(edit.add_argument_group("what is written and said"))
+    edit.set_defaults(run="openwu.cli.edit.run:run")
+
+
+def _add_wish(wish: argparse._ArgumentGroup) -> None:
+    """What an edit is to do."""
+    wish.add_argument("--instruction", metavar="TEXT", help="what to do, in English or Chinese, up to 500 characters")
+    wish.add_argument("--edit", metavar="NAME", help="in place of --instruction, an edit that `openwu edits` lists")
+    wish.add_argument(
         "--example",
         nargs=2,
         action="append",
@@ -98,19 +107,19 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar=("BEFORE", "AFTER"),
         help="a pair of pictures that shows the edit, in place of words or beside them; may be repeated",
     )
-    edit.add_argument(
+    wish.add_argument(
         "--per-photo",
         action="store_true",
         help="with --example: an adapter for each photo (default: one for all, so that a series looks alike)",
     )
-    edit.add_argument(
+    wish.add_argument(
         "--then",
         action="append",
         default=[],
         metavar="TEXT",
         help="what to do next, in a pass of its own on what the pass before made; may be repeated",
     )
-    edit.add_argument(
+    wish.add_argument(
         "--reference",
         action="append",
         default=[],
@@ -118,68 +127,78 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="FILE",
         help='second picture, for instructions like "use the colours of the reference"; large bases read several',
     )
-    edit.add_argument(
-        "--output",
-        type=_path,
-        metavar="FILE_OR_FOLDER",
-        help="where to write: a picture's name for one photo, else a folder, which is made; - for standard output "
-        "(default: PHOTO.edited beside each photo)",
-    )
-    edit.add_argument(
+    wish.add_argument(
         "--strength",
         type=_finite,
         default=1.0,
         metavar="S",
         help="1 as asked (default), 0 the photo as it is (large bases: no adapter), below 0 reversed, above 1 more",
     )
-    edit.add_argument(
+    wish.add_argument(
+        "--allow-out-of-scope", action="store_true", help="try instructions that the model does not know, too"
+    )
+
+
+def _add_means(means: argparse._ArgumentGroup) -> None:
+    """The model of an edit, and its adapter."""
+    means.add_argument(
         "--seed", type=_seed, metavar="N", help="seed of everything random (default: the base's, mostly 0)"
     )
-    edit.add_argument(
+    means.add_argument(
         "--model",
         type=_path,
         metavar="M",
         help="folder of a model, or name of a large base (default: the model inside the package)",
     )
-    _add_base(edit)
-    edit.add_argument(
+    means.add_argument(
         "--reasoning",
         metavar="TEXT",
         help="what a large base that reasons shall have thought (default: it writes that itself)",
     )
-    edit.add_argument("--compare", action="store_true", help="also write a before / after picture, OUTPUT.compare.png")
-    edit.add_argument(
+    means.add_argument(
         "--save-adapter", type=_path, metavar="FOLDER", help="also write the generated adapter (per photo if several)"
     )
-    edit.add_argument(
+    means.add_argument(
         "--adapter", type=_path, metavar="FOLDER", help="use this saved adapter instead of generating one"
     )
-    edit.add_argument(
+    means.add_argument(
         "--cache",
         type=_path,
         metavar="FOLDER",
         help="look adapters up in this folder before generating them, and keep new ones",
     )
-    edit.add_argument(
-        "--allow-out-of-scope", action="store_true", help="try instructions that the model does not know, too"
+
+
+def _add_results(results: argparse._ArgumentGroup) -> None:
+    """Where results of edits go, and what is told of them."""
+    results.add_argument(
+        "--output",
+        type=_path,
+        metavar="FILE_OR_FOLDER",
+        help="where to write: a picture's name for one photo, else a folder, which is made; - for standard output "
+        "(default: PHOTO.edited beside each photo)",
     )
-    edit.add_argument("--recursive", action="store_true", help="look for pictures in the folders inside folders, too")
-    edit.add_argument(
+    results.add_argument(
+        "--compare", action="store_true", help="also write a before / after picture, OUTPUT.compare.png"
+    )
+    results.add_argument(
+        "--recursive", action="store_true", help="look for pictures in the folders inside folders, too"
+    )
+    results.add_argument(
         "--overwrite",
         action="store_true",
         help="replace outputs that exist already (default: of several photos, those are done and skipped)",
     )
-    edit.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
-    edit.add_argument(
+    results.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    results.add_argument(
         "--json", action="store_true", help="print a JSON object per photo on standard output, and nothing else there"
     )
-    edit.add_argument(
+    results.add_argument(
         "--report", type=_path, metavar="FILE", help="append a JSON object per photo, a line each, to this file"
     )
-    loudness = edit.add_mutually_exclusive_group()
+    loudness = results.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="print nothing but errors")
     loudness.add_argument("--verbose", action="store_true", help="print every note, and all that was understood")
-    edit.set_defaults(run="openwu.cli.edit.run:run")
 
 
 def _add_export(verbs: argparse._SubParsersAction[Parser]) -> None:

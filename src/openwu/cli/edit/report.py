@@ -189,9 +189,9 @@ class LineFile:
         self.error: OpenwuError | None = None
         try:
             self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            size = os.fstat(self._number).st_size
             # A line that a crash cut short must not swallow the next one.
-            self._cut = size > 0 and os.pread(self._number, 1, size - 1) != b"\n"
+            size = os.lseek(self._number, 0, os.SEEK_END)
+            self._cut = size > 0 and os.lseek(self._number, -1, os.SEEK_END) >= 0 and os.read(self._number, 1) != b"\n"
         except OSError as error:
             raise OpenwuError(
                 f"--report: {path} cannot be written: {error.strerror or error}; name a file in a folder that exists"
