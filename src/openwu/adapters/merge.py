@@ -70,6 +70,12 @@ def merged_copy(model: Model, adapter: Adapter) -> Model:
     return _copy(model, replaced, {})
 
 
+@torch.no_grad()
+def merged_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Return the parameters that an adapter (b = 1) changes, by state-dict name, for `torch.func.functional_call`."""
+    return {slot.name: _merged(slot, delta).data for slot, delta in _updates(model, adapter)}
+
+
 @contextmanager
 def merged(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """The model with the adapter in its weights; on exit, after an exception too, every weight has its former bits."""
