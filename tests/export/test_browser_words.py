@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from node import node
 from torch import Tensor
 
 from openwu.backbones.embedded.base import EmbeddedBase
@@ -18,7 +16,7 @@ from openwu.backbones.embedded.instruction import hash_words
 from openwu.backbones.embedded.wishes import wishes
 from openwu.data.suite.phrases import load_phrases
 from openwu.errors import InstructionError
-from openwu.export.embedded.onnx import PAGE, description
+from openwu.export.embedded.onnx import description
 from openwu.export.embedded.rules import javascript, rules
 from openwu.images.instruction import check_instruction
 
@@ -108,18 +106,6 @@ def sentences() -> list[str]:
     phrases = [text for split in splits for texts in split.values() for text in texts]
     examples = [each.examples["zh"] for each in known_edits().values()]
     return [*ODD, *examples, *phrases[:: len(phrases) // 150]]
-
-
-def node(folder: Path, code: str, given: object) -> Any:
-    """What a module prints as JSON; it finds the page's modules beside it and its argument in `given`."""
-    shutil.copytree(PAGE, folder, dirs_exist_ok=True)
-    (folder / "given.json").write_text(json.dumps(given), encoding="utf-8")
-    start = 'import fs from "node:fs";\nconst given = JSON.parse(fs.readFileSync("given.json", "utf-8"));\n'
-    (folder / "run.mjs").write_text(start + code, encoding="utf-8")
-    (folder / "package.json").write_text('{"type": "module"}', encoding="utf-8")
-    done = subprocess.run(["node", "run.mjs"], cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
 
 
 def test_rows_of_the_table_are_the_same(base: EmbeddedBase, sentences: list[str], tmp_path: Path) -> None:
