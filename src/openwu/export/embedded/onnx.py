@@ -42,7 +42,7 @@ TOLERANCE = 1e-3
 MOST_CELLS = 64
 """Largest side of a pass through the base, in cells."""
 HALVED_FROM = 1024
-"""Weights of at least so many numbers are stored in bfloat16, where that is exact."""
+"""Weights of at least so many numbers are stored in float16, where that is exact."""
 
 
 @dataclass(frozen=True)
@@ -184,21 +184,20 @@ def exported(graph: Graph) -> Any:
 
 
 def halved(onnx: Any, model: Any) -> Any:
-    """Store float32 weights in bfloat16 where that loses nothing, with a cast in front of their use."""
+    """Store float32 weights in float16 where that loses nothing, with a cast in front of their use."""
     casts = []
     for tensor in model.graph.initializer:
         if tensor.data_type != onnx.TensorProto.FLOAT:
             continue
-        bits = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).view(np.uint32)
-        if bits.size < HALVED_FROM or (bits & 0xFFFF).any():
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.size < HALVED_FROM or np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        half = values.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), values):
             continue
         name = tensor.name
-        stored = onnx.TensorProto(
-            name=f"{name}.bfloat16", data_type=onnx.TensorProto.BFLOAT16, dims=tensor.dims,
-            raw_data=(bits >> 16).astype("<u2").tobytes(),
-        )  # fmt: skip
-        tensor.CopyFrom(stored)
-        casts.append(onnx.helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.float16"))
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
