@@ -50,8 +50,9 @@ test: venv lint
 test-slow: venv
 	$(BIN)/pytest -m "slow and not gpu"
 
+# Everything that needs a GPU, in about ten minutes; runs/device has the results (docs/performance.md).
 test-gpu: venv
-	$(BIN)/pytest -m gpu
+	benchmarks/device.sh
 
 # The pages of docs/ and the API reference as a site in site/; a broken link fails. `.venv/bin/mkdocs serve` shows it while one writes.
 docs: venv
