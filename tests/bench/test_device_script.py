@@ -53,7 +53,10 @@ def test_a_step_that_fails_or_hangs_is_named_and_run_again(tmp_path: Path) -> No
     short.parent.mkdir()
     short.write_text(script.replace("bench generator-memory 90", "bench generator-memory 1"))
     done = subprocess.run(
-        ["bash", str(short), "--rehearse", "out"], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True
+        ["bash", str(short), "--rehearse", "out"],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     assert "generator-memory: stopped after 1 s" in done.stdout
@@ -61,7 +64,10 @@ def test_a_step_that_fails_or_hangs_is_named_and_run_again(tmp_path: Path) -> No
     assert "batch: done" in done.stdout
     stub(tmp_path / "python", "exit 0")
     again = subprocess.run(
-        ["bash", str(short), "--rehearse", "out"], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True
+        ["bash", str(short), "--rehearse", "out"],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
     )
     assert again.returncode == 0
     assert again.stdout.count("done before") == 3

@@ -155,6 +155,8 @@ def test_nothing_is_uploaded(page: Any, origin: str, photo: Path) -> None:
     before = len(page.requests)
     edited(page, photo, "make it warmer")
     assert len(page.requests) == before  # an edit asks for nothing, not even of its own host
-    outside = [url for method, url in page.requests if method != "GET" or not url.startswith((origin, "blob:", "data:"))]
+    outside = [
+        url for method, url in page.requests if method != "GET" or not url.startswith((origin, "blob:", "data:"))
+    ]
     assert not outside
     assert not page.problems

@@ -191,7 +191,9 @@ def _add_browser(verbs: argparse._SubParsersAction[Parser]) -> None:
         metavar="FOLDER",
         help="node_modules/onnxruntime-web/dist, of which three files are copied (default: none, graphs only)",
     )
-    browser.add_argument("--model", type=_path, metavar="FOLDER", help="a trained embedded model (default: the package's)")
+    browser.add_argument(
+        "--model", type=_path, metavar="FOLDER", help="a trained embedded model (default: the package's)"
+    )
     browser.add_argument("--no-check", action="store_true", help="do not compare the graphs with PyTorch")
     browser.set_defaults(run="openwu.cli.browser:run")
 

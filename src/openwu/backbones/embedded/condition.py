@@ -145,11 +145,12 @@ def cut_details(pictures: Tensor, grid: int, side: int) -> Tensor:
     if min(height, width) < side:
         pictures = F.interpolate(pictures, (max(height, side), max(width, side)), mode="bilinear", align_corners=False)
         height, width = pictures.shape[-2:]
-    # Where JPEG's blocks begin is the same in every detail: corners lie on multiples of 8. Whole numbers and indices, so
-    # that sizes may be symbols while the encoder is exported.
+    # Where JPEG's blocks begin is the same in every detail: corners lie on multiples of 8. Whole numbers and indices:
+    # sizes may be symbols, while the encoder is exported.
     steps, within = torch.arange(grid, device=pictures.device), torch.arange(side, device=pictures.device)
     rows, columns = (
-        ((steps * (length - side) // max(1, grid - 1) // 8 * 8)[:, None] + within).flatten() for length in (height, width)
+        ((steps * (length - side) // max(1, grid - 1) // 8 * 8)[:, None] + within).flatten()
+        for length in (height, width)
     )
     cut = pictures.index_select(2, rows).index_select(3, columns).unflatten(2, (grid, side)).unflatten(4, (grid, side))
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).float()

@@ -12,7 +12,6 @@ Shapes: t words, g n-grams of a word, K instruction tokens, h and w the sides of
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -60,7 +59,9 @@ class EditGraph(nn.Module):
         super().__init__()
         self.network, self.targets, self.rank, self.scale = network, targets, rank, scale
 
-    def forward(self, picture: Tensor, planes: Tensor, tokens: Tensor, strength: Tensor, factors: list[Tensor]) -> Tensor:
+    def forward(
+        self, picture: Tensor, planes: Tensor, tokens: Tensor, strength: Tensor, factors: list[Tensor]
+    ) -> Tensor:
         left = iter(factors)
         scaled = {
             target.name: target.rules.scaled({each.name: next(left) for each in target.factors(self.rank)}, strength)
@@ -78,4 +79,3 @@ def factors_of(adapter: Adapter) -> list[tuple[str, Tensor]]:
         for target in adapter.targets
         for name, part in adapter.factors[target.name].items()
     ]
-

@@ -1,8 +1,7 @@
 """The tables and patterns of the rules for instructions, as JSON for another language that runs the same rules.
 
-Every module-level constant in capitals of the rules' modules is written under its name, so that there is one place
-where a word is added. Patterns are rewritten to mean in JavaScript (flags "u" and "v" aside, "i" kept) what they mean in
-Python: words are letters of every script there.
+Every constant in capitals of the rules' modules is written under its name, so that there is one place where a word is
+added. Patterns are rewritten to mean in JavaScript what they mean in Python: words are letters of every script there.
 """
 
 from __future__ import annotations
