@@ -91,7 +91,7 @@ def page(browser: Any, origin: str) -> Iterator[Any]:
     opened.on("pageerror", lambda error: opened.problems.append(str(error)))
     opened.on("console", lambda message: message.type == "error" and opened.problems.append(message.text))
     opened.goto(f"{origin}/index.html")
-    opened.wait_for_function("document.getElementById('status').textContent.startsWith('Ready')")
+    opened.wait_for_selector("#status:has-text('Ready')")
     yield opened
     context.close()
 
@@ -109,9 +109,9 @@ def edited(page: Any, photo: Path, instruction: str, reference: Path | None = No
     page.set_input_files("#image", str(photo))
     page.set_input_files("#reference", [] if reference is None else str(reference))
     page.fill("#instruction", instruction)
-    page.wait_for_function("!document.getElementById('go').disabled")
+    page.wait_for_selector("#go:not([disabled])")
     page.click("#go")
-    page.wait_for_function("document.getElementById('form').getAttribute('aria-busy') === 'false'")
+    page.wait_for_selector("#form[aria-busy=false]")
     data = page.evaluate("document.getElementById('after').toDataURL('image/png')")
     with Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))) as image:
         return page.text_content("#status"), np.asarray(image.convert("RGB"))
@@ -129,7 +129,7 @@ def edited(page: Any, photo: Path, instruction: str, reference: Path | None = No
 def test_edits_are_the_editors(page: Any, editor: Editor, photo: Path, instruction: str, understood: str) -> None:
     told, found = edited(page, photo, instruction)
     assert told.startswith(f"Understood: {understood}"), told
-    expected = np.asarray(editor.edit(photo, instruction, seed=0).image)
+    expected = np.asarray(editor.edit(photo, instruction, seed=0).image.convert("RGB"))
     difference = np.abs(found.astype(int) - expected.astype(int))
     assert np.abs(expected.astype(int) - np.asarray(Image.open(photo)).astype(int)).mean() > 2  # something was edited
     assert (difference > 1).mean() < 0.002, difference.mean()
@@ -140,7 +140,9 @@ def test_a_reference_is_read(page: Any, editor: Editor, photo: Path, tmp_path: P
     reference = tmp_path / "reference.png"
     Image.effect_noise((90, 70), 40).convert("RGB").point(lambda value: value // 2).save(reference)
     _, found = edited(page, photo, "take the colours of the other picture", reference)
-    expected = np.asarray(editor.edit([photo, reference], "take the colours of the other picture", seed=0).image)
+    expected = np.asarray(
+        editor.edit([photo, reference], "take the colours of the other picture", seed=0).image.convert("RGB")
+    )
     assert (np.abs(found.astype(int) - expected.astype(int)) > 1).mean() < 0.002
 
 
