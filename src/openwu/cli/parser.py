@@ -195,7 +195,7 @@ def _add_browser(verbs: argparse._SubParsersAction[Parser]) -> None:
         "--model", type=_path, metavar="FOLDER", help="a trained embedded model (default: the package's)"
     )
     browser.add_argument("--no-check", action="store_true", help="do not compare the graphs with PyTorch")
-    browser.set_defaults(run="openwu.cli.browser:run")
+    browser.set_defaults(run="openwu.cli.export:run_browser")
 
 
 def _add_base(edit: argparse.ArgumentParser) -> None:
