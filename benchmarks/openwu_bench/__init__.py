@@ -71,6 +71,18 @@ ROWS = {
         "at least 20 x",
         "openwu_bench.editor:measure_cache",
     ),
+    "C9": PlannedRow(
+        "adapters",
+        "another adapter for every call, against PEFT's set_adapter",
+        "cost no higher",
+        "openwu_bench.adapters_scope:measure_scope",
+    ),
+    "C10": PlannedRow(
+        "adapters",
+        "applied or merged as the rule says, around its crossover, against the better of both",
+        "at most 1.25 x",
+        "openwu_bench.adapters_scope:measure_crossover",
+    ),
     "G1": PlannedRow(
         "generator",
         "the generator at released size, against the device's limit",

@@ -11,7 +11,7 @@ from torch import nn
 
 from openwu.errors import OpenwuError
 from openwu.types import Target
-from openwu_bench import adapters_curves, adapters_dense, adapters_experts, gpu
+from openwu_bench import adapters_curves, adapters_dense, adapters_experts, adapters_scope, gpu
 from openwu_bench.adapters import gate, overhead, times_lower
 from openwu_bench.measurement import Row, Timing, rehearsal
 
@@ -28,10 +28,21 @@ def test_experts() -> None:
     check(adapters_experts.measure_loop(quick=True))
 
 
-@pytest.mark.parametrize("measure", [adapters_dense.measure_mixed_batch, adapters_experts.measure_peft])
+@pytest.mark.parametrize(
+    "measure", [adapters_dense.measure_mixed_batch, adapters_experts.measure_peft, adapters_scope.measure_scope]
+)
 def test_rows_against_peft(measure: Callable[[bool], Row]) -> None:
     pytest.importorskip("peft")
     check(measure(True))
+
+
+def test_the_crossover_has_a_choice_on_both_sides() -> None:
+    row = adapters_scope.measure_crossover(quick=True)
+    check(row)
+    chosen = [name.rpartition(" ")[2] for name in row.details["chosen against the better"]]
+    assert chosen[0] == "applied"
+    assert chosen[-1] == "merged"
+    assert row.value >= 1
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 const element = (id) => document.getElementById(id);
 const worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
 const waiting = new Map();
-const state = { image: null, reference: null, edited: null, name: "picture", busy: true };
+const state = { image: null, reference: null, edited: null, name: "picture", busy: true, decoding: 0 };
 
 worker.onmessage = ({ data }) => {
   const { resolve, reject, progress } = waiting.get(data.id);
@@ -45,25 +45,31 @@ async function decoded(file) {
 }
 
 async function choose(file, kind) {
-  if (!file) return;
+  state[kind] = null;
+  element(`${kind}-name`).textContent = "";
+  if (!file) return ready();
+  state.decoding++;
+  ready();
   try {
     state[kind] = await decoded(file);
   } catch {
     tell(`${file.name}: this browser cannot read it as a picture; choose a JPEG, PNG or WebP file.`, true);
-    return;
   }
-  element(`${kind}-name`).textContent = `${file.name}, ${state[kind].width} x ${state[kind].height}`;
-  if (kind === "image") {
-    state.name = file.name.replace(/\.[^.]*$/, "");
-    show(element("before"), state.image);
-    element("after").hidden = true;
-    element("save").hidden = true;
+  state.decoding--;
+  if (state[kind]) {
+    element(`${kind}-name`).textContent = `${file.name}, ${state[kind].width} x ${state[kind].height}`;
+    if (kind === "image") {
+      state.name = file.name.replace(/\.[^.]*$/, "");
+      show(element("before"), state.image);
+      element("after").hidden = true;
+      element("save").hidden = true;
+    }
   }
-  ready();
+  return ready();
 }
 
 function ready() {
-  element("go").disabled = state.busy || !state.image || !element("instruction").value.trim();
+  element("go").disabled = state.busy || state.decoding > 0 || !state.image || !element("instruction").value.trim();
 }
 
 async function edit(event) {
