@@ -23,7 +23,7 @@ def apply_rotary(x: Tensor, rotations: Tensor) -> Tensor:
 
 def apply_rotary_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Do as `apply_rotary` without complex numbers, which exporters do not know: cos, sin `[..., 1, e / 2]`, real."""
-    real, imaginary = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    real, imaginary = x.to(cos.dtype).reshape(*x.shape[:-1], -1, 2).unbind(-1)
     rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 

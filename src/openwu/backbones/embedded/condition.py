@@ -152,7 +152,8 @@ def cut_details(pictures: Tensor, grid: int, side: int) -> Tensor:
         ((steps * (length - side) // max(1, grid - 1) // 8 * 8)[:, None] + within).flatten()
         for length in (height, width)
     )
-    cut = pictures.index_select(2, rows).index_select(3, columns).unflatten(2, (grid, side)).unflatten(4, (grid, side))
+    cut = pictures.index_select(2, rows).index_select(3, columns)
+    cut = cut.view(*pictures.shape[:2], grid, side, grid, side)
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).float()
 
 
