@@ -9,18 +9,29 @@ import numpy as np
 import pytest
 import torch
 from node import node
+from PIL import Image
 
+from openwu import Editor
+from openwu.adapters.merge import merged_copy
+from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.condition import CONDITION_SIDE, condition_pixels
-from openwu.backbones.embedded.guarantees import blended, guaranteed
 from openwu.backbones.embedded.network import noise_plane, pad_mirrored, place_planes
-from openwu.backbones.embedded.tiles import CORE, MARGIN, WHOLE, Canvas, as_unit, tile_grid, tiles_of
+from openwu.backbones.embedded.piecewise.pieces import PiecewiseEdit, as_pixels, as_unit
+from openwu.export.embedded import tiles
 from openwu.export.embedded.rules import rules
 from openwu.images import Photo
-from openwu.types import Understood
+from openwu.types import LoadingOptions, Understood
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's modules")
 
-TILES = {"whole": WHOLE, "core": CORE, "margin": MARGIN, "cell": 64}
+TILES = {"whole": tiles.WHOLE, "core": tiles.CORE, "margin": tiles.MARGIN, "cell": 64}
+PHOTO = Path(__file__).parents[2] / "photos/life_by_aitzol_berasategi.jpg"
+EDITS = ("make it look like an old photograph", "blur it", "add a vignette")
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return Editor.from_pretrained(loading=LoadingOptions(dtype=torch.float32))
 
 
 def photo(height: int, width: int) -> Photo:
@@ -57,7 +68,7 @@ def test_tiles_are_the_same(tmp_path: Path) -> None:
     console.log(JSON.stringify(given.sizes.map(([width, height]) => tilesOf(width, height, given.tiles))));
     """
     for (width, height), found in zip(sizes, node(tmp_path, code, {"sizes": sizes, "tiles": TILES}), strict=True):
-        expected = [[tile.top, tile.left, tile.height, tile.width] for tile in tiles_of(width, height, TILES["cell"])]
+        expected = [[tile.top, tile.left, tile.height, tile.width] for tile in tiles.tiles_of(width, height)]
         assert found == expected, (width, height)
 
 
@@ -94,7 +105,7 @@ def test_the_condition_reads_the_same_pixels(height: int, width: int, tmp_path: 
     assert torch.allclose(torch.tensor(found["values"]).view(expected.shape), expected)
 
 
-def test_tiles_are_blended_into_the_same_picture(tmp_path: Path) -> None:
+def test_tiles_are_blended_into_the_same_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
     import { Canvas, tilesOf } from "./picture.js";
     const grid = tilesOf(given.image.width, given.image.height, given.tiles);
@@ -106,17 +117,49 @@ def test_tiles_are_blended_into_the_same_picture(tmp_path: Path) -> None:
     });
     console.log(JSON.stringify({ count: grid.length, data: [...canvas.pixels().data] }));
     """
-    source, tiles = photo(1100, 40), {"whole": 100, "core": 768, "margin": 128}
-    found = node(tmp_path, code, {"image": rgba(source), "tiles": tiles})
-    grid = tile_grid(1100, 40, 768, 128, 64)
+    monkeypatch.setattr(tiles, "WHOLE", 100)
+    source = photo(1100, 40)
+    found = node(tmp_path, code, {"image": rgba(source), "tiles": TILES | {"whole": 100}})
+    grid = tiles.tiles_of(40, 1100)
     assert found["count"] == len(grid) > 1
-    canvas = Canvas([source], grid, 128)
+    parts = []
     for index, tile in enumerate(grid):
         numbers = torch.arange(3 * tile.height * tile.width, dtype=torch.float64)
         values = ((numbers * 37) % 101 / 100 + index) / len(grid)
-        canvas.add(tile, values.float().view(1, 3, tile.height, tile.width))
-    expected = canvas.photos()[0].pixels.astype(int)
+        parts.append((tile, values.float().view(3, tile.height, tile.width)))
+    expected = as_pixels(tiles.blended_tiles(parts, 40, 1100), source.pixels).astype(int)
     assert np.abs(rgb(found["data"], source).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(1536, 1024), (1537, 1024), (3000, 2000), (897, 1792)])
+def test_weights_of_tiles_add_up_to_one(width: int, height: int) -> None:
+    grid = tiles.tiles_of(width, height)
+    whole = tiles.blended_tiles([(tile, torch.ones(3, tile.height, tile.width)) for tile in grid], width, height)
+    assert (len(grid) > 1) is (width * height > tiles.WHOLE)
+    assert torch.allclose(whole, torch.ones(3, height, width))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("instruction", EDITS)
+def test_tiles_are_close_to_the_whole_pass(instruction: str, editor: Editor) -> None:
+    """A tile does not see past its margins: levels of 255 between the page's picture and the editor's."""
+    with Image.open(PHOTO) as image:
+        source = Photo(np.asarray(image.convert("RGB").resize((1300, 1216))))
+    base = editor.backbone
+    assert isinstance(base, EmbeddedBase)
+    assert len(tiles.tiles_of(*source.size)) == 4
+    network = merged_copy(base.denoiser, editor.adapt(source, instruction))
+    text = base.instruction([instruction])
+    job = PiecewiseEdit(network, [source], [0], text)
+    for stage in job.stages():
+        for task in stage:
+            task()
+    whole = job.edited()[0].pixels.astype(int)
+    differences = np.abs(tiles.edited_in_tiles(network, source, 0, text).pixels.astype(int) - whole)
+    assert np.abs(whole - source.pixels.astype(int)).mean() > 2  # something was edited
+    assert differences.mean() < 0.5
+    assert np.quantile(differences, 0.999) <= 8
 
 
 @pytest.mark.parametrize(
@@ -124,28 +167,36 @@ def test_tiles_are_blended_into_the_same_picture(tmp_path: Path) -> None:
     [
         ("black_and_white", "normal", 1.0, False, 1.0),
         ("black_and_white", "little", 1.0, False, 1.0),
+        ("black_and_white", "normal", 0.3, False, 1.0),
+        ("black_and_white", "normal", 1.5, False, 1.0),
+        ("black_and_white", "normal", -1.0, False, 1.0),
         ("sepia", "normal", 1.0, False, 1.0),
         ("sepia", "normal", 0.5, False, 1.0),
+        ("sepia", "normal", 1.5, False, 1.0),
         ("brighten", "normal", 1.0, True, 0.5),
         ("brighten", "normal", 1.0, False, 1.4),
-        ("warm", "normal", 1.0, True, 1.0),
+        ("brighten", "normal", 0.25, False, 1.4),
+        ("warm", "normal", 0.75, True, 1.0),
     ],
 )
-def test_what_is_exact_is_the_same(
-    edit: str, degree: str, strength: float, grey: bool, share: float, tmp_path: Path
+def test_pictures_are_finished_as_the_editor_finishes_them(
+    edit: str, degree: str, strength: float, grey: bool, share: float, editor: Editor, tmp_path: Path
 ) -> None:
     code = """
-    import { blended, guaranteed } from "./picture.js";
-    const { before, after, reading, strength, grey, tables, share } = given;
-    const whole = guaranteed(after, reading, strength, grey, tables);
-    console.log(JSON.stringify([...blended(before, whole, share).data]));
+    import { finished } from "./picture.js";
+    const { before, after, wish, strength, tables } = given;
+    console.log(JSON.stringify([...finished(before, after, wish, strength, tables).data]));
     """
     before, after = photo(20, 30), Photo(photo(30, 21).pixels.reshape(21, 30, 3)[:20])
+    if grey:
+        before = Photo(np.repeat(before.pixels[:, :, :1], 3, axis=2), grey=True)
+    wish = {"reading": {"edit": edit, "degree": degree}, "strength": share}
     given = {
-        "before": rgba(before), "after": rgba(after), "reading": {"edit": edit, "degree": degree},
-        "strength": strength, "grey": grey, "share": share, "tables": rules()["guarantees"],
+        "before": rgba(before), "after": rgba(after), "wish": wish, "strength": strength, "tables": rules()["guarantees"],
     }  # fmt: skip
     found = rgb(node(tmp_path, code, given), before)
+    base = editor.backbone
+    assert isinstance(base, EmbeddedBase)
     understood = [Understood(edit, 1.0, degree, share, (), "")]
-    expected = blended(before, guaranteed(after, understood, strength, grey), share).pixels
+    expected = base.finish(after, base.read((before,), (edit,)), understood, strength).pixels
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from node import node
-from torch import Tensor
 
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import known_edits
-from openwu.backbones.embedded.instruction import hash_words
-from openwu.backbones.embedded.wishes import wishes
+from openwu.backbones.embedded.instruction import hash_phrases, hash_words
+from openwu.backbones.embedded.wishes import Reading, wishes
 from openwu.data.suite.phrases import load_phrases
 from openwu.errors import InstructionError
 from openwu.export.embedded.onnx import description
@@ -35,6 +35,9 @@ make everything except the face black and white
 make it brighter but keep the colours
 add fog but leave the brightness as it is
 keep the background and add rain
+add a vignette but keep the colours
+lift the shadows but keep the brightness
+take the colours of the other picture but keep the brightness
 make it brighter and add grain
 blur it, then add snow
 brighten then blur
@@ -123,6 +126,26 @@ def test_rows_of_the_table_are_the_same(base: EmbeddedBase, sentences: list[str]
         assert found == {"rows": expected.flatten().tolist(), "dims": list(expected.shape)}, sentence
 
 
+def test_rows_of_the_phrase_table_are_the_same(base: EmbeddedBase, sentences: list[str], tmp_path: Path) -> None:
+    code = """
+    import { Words } from "./words.js";
+    const words = new Words(given.tables, given.config);
+    console.log(JSON.stringify(given.sentences.map((each) => {
+      const { rows, dims } = words.phraseRows(each);
+      return { rows: [...rows].map(Number), dims };
+    })));
+    """
+    given = {
+        "tables": rules()["instruction"],
+        "config": description(base)["instruction"],
+        "sentences": [*sentences, "brighten " * 70, "’"],  # more words than are read, and none
+    }
+    for sentence, found in zip(given["sentences"], node(tmp_path, code, given), strict=True):
+        expected = hash_phrases([sentence], base.config.instruction)
+        assert sorted(found["rows"]) == sorted(expected[0].tolist()), sentence
+        assert found["dims"] == list(expected.shape)
+
+
 class Heard:
     """Every sentence that the encoder was asked for, and what it took it for."""
 
@@ -131,21 +154,14 @@ class Heard:
 
     def listen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         encoder = self.base.instruction
-        forward = encoder.forward
+        readings = encoder.readings
 
-        def heard(sentences: Sequence[str]) -> Tensor:
-            tokens = forward(sentences)
-            for text, reading in zip(sentences, self.base._readings(tokens), strict=True):
-                self.readings[text] = {
-                    "edit": reading.edit,
-                    "probability": reading.probability,
-                    "degree": reading.degree,
-                    "ranked": reading.ranked,
-                    "sentence": "",
-                }
-            return tokens
+        def heard(sentences: Sequence[str]) -> list[Reading]:
+            found = readings(sentences)
+            self.readings |= {text: asdict(reading) for text, reading in zip(sentences, found, strict=True)}
+            return found
 
-        monkeypatch.setattr(encoder, "forward", heard)
+        monkeypatch.setattr(encoder, "readings", heard)
 
 
 def outcome(base: EmbeddedBase, sentence: str) -> list[list[object]] | None:

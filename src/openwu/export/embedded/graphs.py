@@ -1,13 +1,13 @@
 """The embedded model in three graphs: words -> tokens, request -> adapter, picture and adapter -> edited picture.
 
-    rows ------------> WordsGraph ---> tokens, probabilities
+    rows, phrases ---> WordsGraph ---> tokens, probabilities
     picture, tokens -> AdapterGraph -> the factors of every target
     picture, factors -> EditGraph ---> edited picture
 
 What hashes sentences and cuts pictures into tiles stays outside. Each graph calls the model's own modules: nothing of
 their mathematics is written a second time here.
 
-Shapes: t words, g n-grams of a word, K instruction tokens, h and w the sides of a picture.
+Shapes: t words, g n-grams of a word, m phrases of a sentence, K instruction tokens, h and w the sides of a picture.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from openwu.types import Adapter, Target
 
 
 class WordsGraph(nn.Module):
-    """Rows of the n-gram table `[1, t, g]` -> tokens `[1, K, width]`, probabilities of labels and of degrees."""
+    """Rows of the n-gram table `[1, t, g]` and of the phrase table `[1, m]` -> tokens `[1, K, width]`, probabilities.
+
+    The probabilities of labels are those of both readers, of degrees those of the encoder.
+    """
 
     def __init__(self, encoder: InstructionEncoder) -> None:
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = self.encoder.settled(self.encoder.read_rows(rows))
-        edits, degrees = self.encoder.log_probabilities(tokens), self.encoder.degree_log_probabilities(tokens)
-        return tokens, edits.exp(), degrees.exp()
+    def forward(self, rows: Tensor, phrases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, phrase_logits = self.encoder.read_rows(rows), self.encoder.read_phrase_rows(phrases)
+        edits, degrees = self.encoder.joined(tokens, phrase_logits), self.encoder.degree_log_probabilities(tokens)
+        return self.encoder.settled(tokens, phrase_logits), edits.exp(), degrees.exp()
 
 
 class AdapterGraph(nn.Module):

@@ -25,10 +25,10 @@ from torch.export import Dim
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import known_edits
 from openwu.backbones.embedded.condition import CONDITION_SIDE
-from openwu.backbones.embedded.tiles import CORE, MARGIN, WHOLE
 from openwu.errors import ExportError
 from openwu.export.embedded.graphs import AdapterGraph, EditGraph, WordsGraph, factors_of
 from openwu.export.embedded.rules import rules
+from openwu.export.embedded.tiles import CORE, MARGIN, WHOLE
 from openwu.extras import library
 from openwu.files.writing import atomic_set
 from openwu.generator.model import ParameterGenerator
@@ -39,6 +39,8 @@ RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-sim
 """What the page loads of onnxruntime-web's folder `dist`."""
 TOLERANCE = 1e-3
 """Largest difference of a graph's output from PyTorch's in float32, relative to the output's largest number."""
+MOST_PHRASES = 8192
+"""Phrases of a sentence that the graph takes at most; an instruction of 500 characters has fewer."""
 MOST_CELLS = 64
 """Largest side of a pass through the base, in cells."""
 HALVED_FROM = 1024
@@ -117,6 +119,7 @@ def graphs_of(base: EmbeddedBase, generator: ParameterGenerator) -> Iterator[Gra
         raise ExportError("model: expected float32; load it with LoadingOptions(dtype=torch.float32)")
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(1, sizes.instruction.buckets, (1, 5, 12), generator=draw)
+    phrases = torch.randint(1, sizes.instruction.phrase_buckets, (1, 40), generator=draw)
     words, grams = (
         Dim("words", min=1, max=sizes.instruction.max_words),
         Dim("grams", min=1, max=sizes.instruction.max_grams),
@@ -124,8 +127,8 @@ def graphs_of(base: EmbeddedBase, generator: ParameterGenerator) -> Iterator[Gra
     yield Graph(
         "words",
         WordsGraph(base.instruction).eval(),
-        {"rows": rows},
-        {"rows": {1: words, 2: grams}},
+        {"rows": rows, "phrases": phrases},
+        {"rows": {1: words, 2: grams}, "phrases": {1: Dim("phrases", min=1, max=MOST_PHRASES)}},
         ("tokens", "edits", "degrees"),
     )
     tokens = torch.randn(1, sizes.instruction.num_tokens, sizes.instruction.width, generator=draw)
@@ -241,6 +244,7 @@ def description(base: EmbeddedBase) -> dict[str, object]:
             "buckets": words.buckets,
             "max_words": words.max_words,
             "max_grams": words.max_grams,
+            "phrase_buckets": words.phrase_buckets,
         },
         "accepted": words.accepted,
         "condition_side": CONDITION_SIDE,

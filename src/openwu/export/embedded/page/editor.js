@@ -1,6 +1,6 @@
 // The embedded model in a browser: words -> tokens -> adapter -> edited picture, by onnxruntime-web.
 
-import { blended, Canvas, conditionView, guaranteed, isGrey, noisePlane, tileInputs, tilesOf } from "./picture.js";
+import { Canvas, conditionView, finished, noisePlane, tileInputs, tilesOf } from "./picture.js";
 import { Refusal, Rules } from "./rules.js";
 import { Words } from "./words.js";
 
@@ -38,8 +38,9 @@ export class Editor {
   }
 
   async tokens(sentence) {
-    const { rows, dims } = this.words.rows(sentence);
-    return this.sessions.words.run({ rows: this.tensor(rows, dims) });
+    const [words, phrases] = [this.words.rows(sentence), this.words.phraseRows(sentence)];
+    const inputs = { rows: this.tensor(words.rows, words.dims), phrases: this.tensor(phrases.rows, phrases.dims) };
+    return this.sessions.words.run(inputs);
   }
 
   // What the encoder takes sentences for, without any rules.
@@ -69,13 +70,14 @@ export class Editor {
       }
     }
     const understood = await this.understand(instruction, reference !== null);
+    if (strength === 0) return { image, understood };
     let edited = image;
     for (const [index, wish] of understood.entries()) {
       const report = (share) => progress((index + share) / understood.length);
-      const grey = isGrey(edited);
-      const after = strength === 0 ? edited : await this.pass(edited, wish.text, { strength, seed, reference, report });
-      const whole = strength === 0 ? after : guaranteed(after, wish.reading, strength, grey, this.tables.guarantees);
-      edited = blended(edited, whole, wish.strength);
+      // Between 0 and 1 the finished picture fades; the adapter itself is the full one.
+      const scale = strength > 0 && strength < 1 ? 1 : strength;
+      const after = await this.pass(edited, wish.text, { strength: scale, seed, reference, report });
+      edited = finished(edited, after, wish, strength, this.tables.guarantees);
     }
     return { image: edited, understood };
   }

@@ -1,4 +1,5 @@
-// Pixels, noise and tiles; the same as openwu/backbones/embedded/{network,tiles,condition,guarantees}.py.
+// Pixels, noise and tiles; the same as openwu/backbones/embedded/{network,condition,guarantees,base}.py and
+// openwu/export/embedded/tiles.py.
 
 const ROWS_AT_ONCE = 128;
 
@@ -203,8 +204,15 @@ export function isGrey(image) {
   return true;
 }
 
+// An edited picture with exact colours, and of the change what a number in the sentence and the strength ask for.
+export function finished(before, after, wish, strength, tables) {
+  const fades = strength > 0 && strength < 1;
+  const whole = guaranteed(after, wish.reading, fades ? 1 : strength, isGrey(before), tables);
+  return blended(before, whole, wish.strength * (fades ? strength : 1));
+}
+
 // What an edited picture has by construction: grey stays grey, black and white is neutral, sepia has one tone.
-export function guaranteed(image, reading, strength, grey, tables) {
+function guaranteed(image, reading, strength, grey, tables) {
   const full = reading.degree !== "little";
   if (reading.edit === "sepia") return full && strength === 1 ? toned(image, tables) : image;
   if (tables._COLOURING.includes(reading.edit)) return image;
@@ -233,7 +241,7 @@ function mapped(image, change) {
 }
 
 // A share of the change that an edit made; above 1 more of it.
-export function blended(before, after, share) {
+function blended(before, after, share) {
   if (share === 1) return after;
   const data = new Uint8ClampedArray(after.data);
   for (let i = 0; i < data.length; i++) {

@@ -217,9 +217,9 @@ export class Rules {
   async withoutRestrictions(instruction) {
     const w = this.wishes;
     const [whole] = await this.read([instruction]);
-    if (w._LOCAL.includes(whole.edit) && this.isWish(whole, this.accepted)) return instruction;
+    const local = w._LOCAL.includes(whole.edit) && this.isWish(whole, this.accepted);
     for (const pattern of w._PARTS) {
-      const found = pattern.exec(instruction);
+      const found = local ? null : pattern.exec(instruction);
       if (found) this.refusePart(whole, found[0]);
     }
     for (const pattern of w._KEEPING) {
@@ -230,6 +230,7 @@ export class Rules {
       let [wanted] = await this.read([left || "$"]);
       const sure = this.isWish(whole, this.accepted);
       if (!this.isWish(wanted, sure ? Math.max(this.certain, this.accepted) : this.accepted)) wanted = whole;
+      if (local && w._LOCAL.includes(wanted.edit)) continue;
       const kept = w._KEEPS.find(([test]) => test.test(found.groups.kept));
       const changed = kept ? kept[1] : null;
       const part = changed !== null && !changed.length && this.isRegion.test(left);

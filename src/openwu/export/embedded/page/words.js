@@ -1,4 +1,4 @@
-// Sentences -> rows of the instruction encoder's table; the same as openwu/backbones/embedded/instruction.py.
+// Sentences -> rows of the instruction encoder's two tables; the same as openwu/backbones/embedded/instruction.py.
 
 const utf8 = new TextEncoder();
 const CRC = Uint32Array.from({ length: 256 }, (_, byte) => {
@@ -51,5 +51,30 @@ export class Words {
     const rows = new BigInt64Array(words.length * widest);
     hashed.forEach((row, t) => row.forEach((index, g) => (rows[t * widest + g] = BigInt(index))));
     return { rows, dims: [1, words.length, widest] };
+  }
+
+  // Words, groups to four, gapped pairs and letter n-grams (2 to 5): what the linear reader knows a sentence by.
+  phrasesOf(words) {
+    const found = new Set();
+    for (const size of [1, 2, 3, 4]) {
+      for (let at = 0; at + size <= words.length; at++) found.add(`${size}${words.slice(at, at + size).join(" ")}`);
+    }
+    for (let at = 0; at + 2 < words.length; at++) found.add(`s${words[at]} ${words[at + 2]}`);
+    for (const word of words) {
+      if (word.length <= 2 || !isAscii(word)) continue;
+      const marked = `<${word}>`;
+      for (const size of [2, 3, 4, 5]) {
+        for (let at = 0; at + size <= marked.length; at++) found.add(marked.slice(at, at + size));
+      }
+    }
+    return [...found];
+  }
+
+  // Rows of the phrase table for one sentence, in any order: { rows: BigInt64Array, dims: [1, phrases] }.
+  phraseRows(sentence) {
+    const phrases = this.phrasesOf(this.split(sentence).slice(0, this.config.max_words));
+    const rows = new BigInt64Array(Math.max(1, phrases.length));
+    phrases.forEach((each, m) => (rows[m] = BigInt(1 + (crc32(each) % (this.config.phrase_buckets - 1)))));
+    return { rows, dims: [1, rows.length] };
   }
 }
