@@ -10,6 +10,7 @@ import torch
 from openwu import Editor
 from openwu.adapters.merge import merged_copy, merged_weights
 from openwu.backbones.embedded.base import EmbeddedBase
+from openwu.backbones.embedded.instruction import DEGREES, hash_phrases, hash_words
 from openwu.errors import ExportError
 from openwu.export.embedded import onnx as exporting
 from openwu.kernels.rotary import apply_rotary, apply_rotary_real
@@ -25,6 +26,25 @@ def graphs(editor: Editor) -> dict[str, exporting.Graph]:
     assert isinstance(editor.backbone, EmbeddedBase)
     with torch.no_grad():
         return {graph.name: graph for graph in exporting.graphs_of(editor.backbone, editor.generator)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sentence", ["make it a bit brighter", "变成黑白", "make me a sandwich"])
+def test_words_are_read_by_both_readers(editor: Editor, sentence: str) -> None:
+    graph = graphs(editor)["words"]
+    encoder = editor.backbone.instruction  # type: ignore[attr-defined]
+    rows = {
+        "rows": hash_words([sentence], encoder.config),
+        "phrases": hash_phrases([sentence], encoder.config),
+    }
+    tokens, edits, degrees = graph.module(*graph.arguments(rows))
+    assert torch.allclose(tokens, encoder([sentence]), atol=1e-5)
+    (reading,) = encoder.readings([sentence])
+    assert encoder.config.labels[int(edits.argmax())] == reading.edit
+    assert DEGREES[int(degrees.argmax())] == reading.degree
+    assert float(edits.max()) == pytest.approx(reading.probability, abs=1e-5)
+    silent = encoder.log_probabilities(encoder.read_words([sentence])).exp()  # the first reader alone
+    assert not torch.allclose(edits, silent, atol=1e-5)
 
 
 @torch.no_grad()

@@ -104,8 +104,11 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def edited(page: Any, photo: Path, instruction: str, reference: Path | None = None) -> tuple[str, np.ndarray]:
+def edited(
+    page: Any, photo: Path, instruction: str, reference: Path | None = None, strength: float = 1.0
+) -> tuple[str, np.ndarray]:
     """The page's message and the pixels of the edited picture."""
+    page.fill("#strength", str(strength))
     page.set_input_files("#image", str(photo))
     page.set_input_files("#reference", [] if reference is None else str(reference))
     page.fill("#instruction", instruction)
@@ -134,6 +137,15 @@ def test_edits_are_the_editors(page: Any, editor: Editor, photo: Path, instructi
     assert np.abs(expected.astype(int) - np.asarray(Image.open(photo)).astype(int)).mean() > 2  # something was edited
     assert (difference > 1).mean() < 0.002, difference.mean()
     assert difference.max() <= 8
+
+
+@pytest.mark.parametrize(("instruction", "strength"), [("black and white", 0.4), ("make it warmer", 1.5)])
+def test_the_slider_is_the_strength(page: Any, editor: Editor, photo: Path, instruction: str, strength: float) -> None:
+    _, found = edited(page, photo, instruction, strength=strength)
+    expected = np.asarray(editor.edit(photo, instruction, strength=strength, seed=0).image.convert("RGB"))
+    full = np.asarray(editor.edit(photo, instruction, seed=0).image.convert("RGB"))
+    assert np.abs(expected.astype(int) - full.astype(int)).mean() > 2
+    assert (np.abs(found.astype(int) - expected.astype(int)) > 1).mean() < 0.002
 
 
 def test_a_reference_is_read(page: Any, editor: Editor, photo: Path, tmp_path: Path) -> None:

@@ -192,8 +192,12 @@ def test_pictures_are_finished_as_the_editor_finishes_them(
         before = Photo(np.repeat(before.pixels[:, :, :1], 3, axis=2), grey=True)
     wish = {"reading": {"edit": edit, "degree": degree}, "strength": share}
     given = {
-        "before": rgba(before), "after": rgba(after), "wish": wish, "strength": strength, "tables": rules()["guarantees"],
-    }  # fmt: skip
+        "before": rgba(before),
+        "after": rgba(after),
+        "wish": wish,
+        "strength": strength,
+        "tables": rules()["guarantees"],
+    }
     found = rgb(node(tmp_path, code, given), before)
     base = editor.backbone
     assert isinstance(base, EmbeddedBase)
