@@ -149,7 +149,7 @@ def test_tiles_are_close_to_the_whole_pass(instruction: str, editor: Editor) -> 
     base = editor.backbone
     assert isinstance(base, EmbeddedBase)
     assert len(tiles.tiles_of(*source.size)) == 4
-    network = merged_copy(base.denoiser, editor.adapt(source, instruction))
+    network = merged_copy(base.network, editor.adapt(source, instruction))
     text = base.instruction([instruction])
     job = PiecewiseEdit(network, [source], [0], text)
     for stage in job.stages():

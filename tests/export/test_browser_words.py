@@ -135,12 +135,9 @@ def test_rows_of_the_phrase_table_are_the_same(base: EmbeddedBase, sentences: li
       return { rows: [...rows].map(Number), dims };
     })));
     """
-    given = {
-        "tables": rules()["instruction"],
-        "config": description(base)["instruction"],
-        "sentences": [*sentences, "brighten " * 70, "’"],  # more words than are read, and none
-    }
-    for sentence, found in zip(given["sentences"], node(tmp_path, code, given), strict=True):
+    more = [*sentences, "brighten " * 70, "’"]  # more words than are read, and none
+    given = {"tables": rules()["instruction"], "config": description(base)["instruction"], "sentences": more}
+    for sentence, found in zip(more, node(tmp_path, code, given), strict=True):
         expected = hash_phrases([sentence], base.config.instruction)
         assert sorted(found["rows"]) == sorted(expected[0].tolist()), sentence
         assert found["dims"] == list(expected.shape)
