@@ -158,8 +158,8 @@ def test_tiles_are_close_to_the_whole_pass(instruction: str, editor: Editor) -> 
     whole = job.edited()[0].pixels.astype(int)
     differences = np.abs(tiles.edited_in_tiles(network, source, 0, text).pixels.astype(int) - whole)
     assert np.abs(whole - source.pixels.astype(int)).mean() > 2  # something was edited
-    assert differences.mean() < 0.5
-    assert np.quantile(differences, 0.999) <= 8
+    assert differences.mean() < 0.05
+    assert np.quantile(differences, 0.999) <= 2
 
 
 @pytest.mark.parametrize(
