@@ -11,7 +11,7 @@ DEV := $(VENV)/.installed-dev
 # with CUDA. Where that index cannot be reached, pip falls back to PyPI; `make TORCH_INDEX= ...` uses PyPI alone.
 TORCH_INDEX ?= $(shell test "$$(uname -s)" != Linux || command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
 
-.PHONY: venv demo docs test test-slow test-service test-gpu lint release-check clean
+.PHONY: venv demo browser docs test test-slow test-service test-gpu lint release-check clean
 
 venv: $(DEV)
 
@@ -32,6 +32,12 @@ demo: $(CORE)
 	$(BIN)/openwu edit photos/life_by_aitzol_berasategi.jpg --instruction "make it look like an old photograph" \
 		--output demo-output/demo.png --compare --overwrite
 
+# The page that edits in the browser, in build/browser/site; any static host serves it (docs/browser.md).
+ORT_WEB := 1.30.0
+browser: venv
+	npm install --prefix build/browser --no-audit --no-fund --ignore-scripts onnxruntime-web@$(ORT_WEB)
+	$(BIN)/openwu browser --output build/browser/site --runtime build/browser/node_modules/onnxruntime-web/dist
+
 lint: venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,8 +54,9 @@ test-slow: venv
 test-service: venv
 	$(BIN)/pytest -v -s tests/serving
 
+# Everything that needs a GPU, in about ten minutes; runs/device has the results (docs/performance.md).
 test-gpu: venv
-	$(BIN)/pytest -m gpu
+	benchmarks/device.sh
 
 # The pages of docs/ and the API reference as a site in site/; a broken link fails. `.venv/bin/mkdocs serve` shows it while one writes.
 docs: venv

@@ -95,6 +95,18 @@ ROWS = {
         "at most 1.3 x",
         "openwu_bench.editor_threads:measure_first",
     ),
+    "C13": PlannedRow(
+        "adapters",
+        "another adapter for every call, against PEFT's set_adapter",
+        "cost no higher",
+        "openwu_bench.adapters_scope:measure_scope",
+    ),
+    "C14": PlannedRow(
+        "adapters",
+        "applied or merged as the rule says, around its crossover, against the better of both",
+        "at most 1.25 x",
+        "openwu_bench.adapters_scope:measure_crossover",
+    ),
     "G1": PlannedRow(
         "generator",
         "the generator at released size, against the device's limit",

@@ -53,7 +53,7 @@ def measure_rank(quick: bool) -> Curve:
 def measure_adapters(quick: bool) -> Curve:
     """Measure the overhead on a linear layer against the number of requests that share the same tokens."""
     dim, tokens, repeats = _sizes(quick)
-    counts = (1, 2, 4) if quick else (1, 2, 4, 8, 16, 32)
+    counts = (1, 2, 4) if quick else (1, 2, 4, 8, 16, 32, 64)
     points = [_dense(dim, tokens, 16, count, repeats, x=count) for count in counts]
     return Curve(f"overhead of a linear layer at rank 16, {COST_MODEL}", "adapters in the batch", tuple(points))
 

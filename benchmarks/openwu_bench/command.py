@@ -21,7 +21,7 @@ from openwu.errors import OpenwuError
 from openwu.evaluation.experiments.results import columns
 from openwu.registry import resolve
 from openwu_bench import CURVES, ROWS, needs_gpu
-from openwu_bench.measurement import Curve, Row
+from openwu_bench.measurement import Curve, Row, rehearsal, rehearsed
 from openwu_bench.report import write_report
 from openwu_bench.result import Result, hardware, number, seconds, verdict, versions
 
@@ -44,10 +44,17 @@ def run(arguments: Sequence[str]) -> int:
         write_report(Path(options.report), Path(options.page))
         sys.stdout.write(f"{options.report} -> {options.page}\n")
         return 0
+    if options.rehearse:
+        with rehearsal():
+            return _measured(options)
+    return _measured(options)
+
+
+def _measured(options: argparse.Namespace) -> int:
     names, skipped = selected(options.names)
     for name, reason in skipped.items():
         note(f"{name}: skipped, {reason}")
-    results = measure(names, options.quick, Path(options.output))
+    results = measure(names, options.quick or rehearsed(), Path(options.output))
     sys.stdout.write("\n" + overview(results))
     for result in results:
         sys.stdout.write(f"-> {result.file}\n")
@@ -59,7 +66,7 @@ def selected(requested: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return which of the requested names (all, if none) can be measured here, and why the others are skipped."""
     names = list(dict.fromkeys(requested or (*ROWS, *CURVES)))
     skipped = {}
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not rehearsed():
         skipped = {name: "it needs a GPU, and no CUDA device is here" for name in names if needs_gpu(name)}
     return [name for name in names if name not in skipped], skipped
 
@@ -70,7 +77,8 @@ def measure(names: Sequence[str], quick: bool, output: Path) -> list[Result]:
     with tqdm(names, disable=not sys.stderr.isatty(), unit="row", leave=False) as bar:
         for name in bar:
             bar.set_description(name)
-            key = (ROWS[name].theme if name in ROWS else CURVES_THEME, needs_gpu(name))
+            on_gpu = needs_gpu(name) and not rehearsed()
+            key = (ROWS[name].theme if name in ROWS else CURVES_THEME, on_gpu)
             if key not in results:
                 results[key] = Result(key[0], datetime.now(UTC), quick, hardware(key[1]), versions())
             _measure_into(results[key], name, quick)
@@ -137,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", nargs="*", metavar="ROW", help="rows and curves (default: all; see --list)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: a smoke test, no evidence")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run GPU rows on the CPU at tiny sizes: shows that they run"
+    )
     parser.add_argument("--list", action="store_true", help="show every row and curve, and measure nothing")
     parser.add_argument(
         "--output", default="runs/bench", metavar="FOLDER", help="where result files go (default: runs/bench)"

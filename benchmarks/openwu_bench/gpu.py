@@ -1,5 +1,7 @@
 """G1 to G4: the generator at released size, and adapters on one GPU; all need a CUDA device and say so without one.
 
+In a rehearsal (`openwu_bench.measurement.rehearsal`) they run on the CPU at tiny sizes, to show that they run.
+
 G1 is the share of the machine's floor (the cost model's FLOPs at the rate of a measured large product) that the fast
 path reaches, G4 its peak memory against the reference path's. G2 and G3 apply adapters at the sizes of the released
 system: hidden 4096, 64 experts of 3072, 8 chosen per token, rank 16, bfloat16; times include a synchronisation. Where
@@ -9,6 +11,7 @@ Triton kernels are available, G1 and G2 are also timed without them. The parts r
 from __future__ import annotations
 
 import gc
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,19 +29,45 @@ from openwu.generator.model import ParameterGenerator
 from openwu.kernels.autotune import CHOICES, available, without_kernels
 from openwu.types import Adapter, Target
 from openwu_bench.adapters import RANK, ExpertsLayer, adapted, gate, looped, overhead, random_adapter
-from openwu_bench.generator import adapter_error, generator_flops, released_config
-from openwu_bench.measurement import Row, Timing, interleaved
+from openwu_bench.generator import adapter_error, generator_flops, released_config, small_config
+from openwu_bench.measurement import Row, Timing, interleaved, rehearsed
 
-LENGTHS = (1024, 6144, 12288)
-"""Condition tokens."""
 GENERATOR_TOLERANCE = 0.1
 """Largest relative difference (norms) of a generated tensor in bfloat16, after all blocks."""
 FP8_GOAL = 1.35
-DIM, HIDDEN, EXPERTS, TOP_K = 4096, 3072, 64, 8
 TOLERANCE = 2e-2
 """Of bfloat16 results that were rounded in another order."""
 
 Output = TypeVar("Output")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is, and where it runs."""
+
+    config: GeneratorConfig
+    lengths: tuple[int, ...]
+    """Condition tokens."""
+    product: int
+    """Side of the large product whose rate is the machine's limit."""
+    dim: int
+    hidden: int
+    experts: int
+    top_k: int
+    tokens: tuple[int, ...]
+    """Of an experts layer's input."""
+    tokens_each: int
+    """Of every sample in a batch of adapters."""
+
+
+RELEASED = Sizes(released_config(), (1024, 6144, 12288), 8192, 4096, 3072, 64, 8, (1, 64, 1024, 4096, 8192), 1024)
+TINY = Sizes(small_config(d_model=64, layers=2, targets=1, blocks=1), (3, 9), 32, 64, 32, 4, 2, (1, 16), 8)
+"""Of a rehearsal."""
+
+
+def sizes_here() -> Sizes:
+    """The released sizes; tiny ones in a rehearsal."""
+    return TINY if rehearsed() else RELEASED
 
 
 @dataclass(frozen=True)
@@ -64,19 +93,20 @@ class Paths:
 @torch.no_grad()
 def measure_speed(quick: bool) -> Row:
     """Measure row G1; `quick` takes the shortest condition only."""
-    device = cuda_device("G1")
-    generator = random_generator(released_config(), device)
-    return speed_row(generator, LENGTHS[:1] if quick else LENGTHS, matmul_rate(device, 8192), 2 if quick else 5)
+    device, sizes = cuda_device("G1"), sizes_here()
+    generator = random_generator(sizes.config, device)
+    lengths = sizes.lengths[:1] if quick else sizes.lengths
+    return speed_row(generator, lengths, matmul_rate(device, sizes.product), 2 if quick else 5)
 
 
 @torch.no_grad()
 def measure_memory(quick: bool) -> Row:
     """Measure row G4; `quick` takes the shortest condition only."""
-    device = cuda_device("G4")
-    generator = random_generator(released_config(), device)
+    device, sizes = cuda_device("G4"), sizes_here()
+    generator = random_generator(sizes.config, device)
     peaks: dict[str, float] = {}
     worst = 0.0
-    for length in LENGTHS[:1] if quick else LENGTHS:
+    for length in sizes.lengths[:1] if quick else sizes.lengths:
         paths = Paths.of(generator, length)
         found = {"reference": cuda_peak(paths.reference, device), "fast": cuda_peak(paths.fast, device)}
         peaks |= {f"L {length} {side}: GB": size / 1e9 for side, size in found.items()}
@@ -86,11 +116,13 @@ def measure_memory(quick: bool) -> Row:
 
 
 def cuda_device(row: str) -> torch.device:
-    """Return the GPU; raise OpenwuError where there is none."""
+    """Return the GPU, the CPU in a rehearsal; raise OpenwuError where there is none."""
+    if rehearsed():
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         raise OpenwuError(
             f"{row}: expected a CUDA device with about 80 GB of memory, got none; "
-            "run it on such a machine, or leave it out: the rows C1 to C12 run on a CPU"
+            "run it on such a machine, or leave it out: the rows C1 to C14 run on a CPU"
         )
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -145,9 +177,15 @@ def matmul_rate(device: torch.device, side: int, dtype: torch.dtype = torch.bflo
 
 
 def cuda_peak(run: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes allocated during the second of two runs, everything else on the device included."""
+    """Return the most bytes allocated during the second of two runs, everything else on the device included.
+
+    In a rehearsal, of the whole process since it began.
+    """
     run()
     gc.collect()
+    if device.type != "cuda":
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
@@ -177,14 +215,14 @@ def measure_experts(quick: bool) -> Row:
 
     Without spare columns it is in the details, there also without Triton kernels.
     """
-    device = cuda_device("G2")
+    device, sizes = cuda_device("G2"), sizes_here()
     layer = experts_layer(device)
     adapter = random_adapter(layer.targets(), 1, dtype=torch.bfloat16, seed=0).to(device)
     sides: dict[str, Timing] = {}
     shares: dict[str, dict[str, float]] = {}
     error = 0.0
-    for tokens in (1, 1024) if quick else (1, 64, 1024, 4096, 8192):
-        x = torch.randn(1, tokens, DIM, device=device, dtype=torch.bfloat16)
+    for tokens in sizes.tokens[::2] if quick else sizes.tokens:
+        x = torch.randn(1, tokens, sizes.dim, device=device, dtype=torch.bfloat16)
         base = synchronised(partial(layer, x), device)
         loop = synchronised(partial(looped, layer, adapter, x), device)
         expected = loop()
@@ -203,7 +241,7 @@ def measure_experts(quick: bool) -> Row:
         sides |= {f"{name}, {tokens} tokens": timing for name, timing in found.items()}
     by_tokens = shares["ours, spare columns"]
     value = 100 * by_tokens[max(by_tokens, key=int)]
-    details = {"device": torch.cuda.get_device_name(device), "rank": RANK, "overhead by tokens": shares}
+    details = {"device": _name(device), "rank": RANK, "overhead by tokens": shares}
     details |= {"kernels": CHOICES.found()}
     title = "one experts layer at released size: overhead of an adapter"
     return Row("G2", title, value, "%", 3.0, at_least=False, sides=sides, error=error, details=details)
@@ -215,20 +253,20 @@ def measure_batch(quick: bool) -> Row:
 
     The experts have spare columns for all adapters.
     """
-    device = cuda_device("G3")
-    dense = nn.Sequential(nn.Linear(DIM, DIM, bias=False)).to(device, torch.bfloat16)
+    device, sizes = cuda_device("G3"), sizes_here()
+    dense = nn.Sequential(nn.Linear(sizes.dim, sizes.dim, bias=False)).to(device, torch.bfloat16)
     experts = experts_layer(device)
     sides: dict[str, Timing] = {}
     shares: dict[str, dict[str, float]] = {"dense": {}, "experts": {}}
     error = 0.0
     counts = (1, 2) if quick else (1, 2, 4, 8)
     layers: dict[str, tuple[nn.Module, list[Target]]] = {
-        "dense": (dense, [Target("0", DIM, DIM)]),
+        "dense": (dense, [Target("0", sizes.dim, sizes.dim)]),
         "experts": (experts, experts.targets()),
     }
     for kind, (layer, targets) in layers.items():
         for count in counts:
-            x = torch.randn(count, 128 if quick else 1024, DIM, device=device, dtype=torch.bfloat16)
+            x = torch.randn(count, 128 if quick else sizes.tokens_each, sizes.dim, device=device, dtype=torch.bfloat16)
             adapter = random_adapter(targets, count, dtype=torch.bfloat16, seed=count).to(device)
             with attach(layer, targets, spare_columns=RANK * count if kind == "experts" else 0) as handle:
                 each = [adapted(handle, layer, adapter.select([i]), x[i : i + 1]) for i in range(count)]
@@ -243,7 +281,7 @@ def measure_batch(quick: bool) -> Row:
             shares[kind][str(count)] = overhead(timed["ours"], timed["base"]) / timed["base"].median
             sides |= {f"{kind}, {name}, {count} adapters": timing for name, timing in timed.items()}
     value = 100 * max(share[str(counts[-1])] for share in shares.values())
-    details = {"device": torch.cuda.get_device_name(device), "rank": RANK, "overhead by adapters": shares}
+    details = {"device": _name(device), "rank": RANK, "overhead by adapters": shares}
     title = "different adapters in one batch, dense and experts: overhead"
     return Row("G3", title, value, "%", 10.0, at_least=False, sides=sides, error=error, details=details)
 
@@ -251,8 +289,13 @@ def measure_batch(quick: bool) -> Row:
 def experts_layer(device: torch.device) -> ExpertsLayer:
     """Return an experts layer of the released size in bfloat16, with random weights."""
     torch.manual_seed(0)
+    sizes = sizes_here()
     with torch.device(device):
-        return ExpertsLayer(DIM, HIDDEN, EXPERTS, TOP_K).to(torch.bfloat16)
+        return ExpertsLayer(sizes.dim, sizes.hidden, sizes.experts, sizes.top_k).to(torch.bfloat16)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU in its place"
 
 
 def _joined(runs: Sequence[Callable[[], Tensor]]) -> Tensor:

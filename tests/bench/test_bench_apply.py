@@ -11,9 +11,9 @@ from torch import nn
 
 from openwu.errors import OpenwuError
 from openwu.types import Target
-from openwu_bench import adapters_curves, adapters_dense, adapters_experts, gpu
+from openwu_bench import adapters_curves, adapters_dense, adapters_experts, adapters_scope, gpu
 from openwu_bench.adapters import gate, overhead, times_lower
-from openwu_bench.measurement import Row, Timing
+from openwu_bench.measurement import Row, Timing, rehearsal
 
 
 def check(row: Row, tolerance: float = 1e-5) -> None:
@@ -28,10 +28,21 @@ def test_experts() -> None:
     check(adapters_experts.measure_loop(quick=True))
 
 
-@pytest.mark.parametrize("measure", [adapters_dense.measure_mixed_batch, adapters_experts.measure_peft])
+@pytest.mark.parametrize(
+    "measure", [adapters_dense.measure_mixed_batch, adapters_experts.measure_peft, adapters_scope.measure_scope]
+)
 def test_rows_against_peft(measure: Callable[[bool], Row]) -> None:
     pytest.importorskip("peft")
     check(measure(True))
+
+
+def test_the_crossover_has_a_choice_on_both_sides() -> None:
+    row = adapters_scope.measure_crossover(quick=True)
+    check(row)
+    chosen = [name.rpartition(" ")[2] for name in row.details["chosen against the better"]]
+    assert chosen[0] == "applied"
+    assert chosen[-1] == "merged"
+    assert row.value >= 1
 
 
 @pytest.mark.slow
@@ -49,15 +60,10 @@ def test_gpu_rows_need_a_gpu(measure: object) -> None:
         measure(quick=True)  # type: ignore[operator]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_gpu_rows_run_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_rows_run_through() -> None:
     """Small, on the CPU in the device's place: their code and their gates, no figure."""
-    monkeypatch.setattr(gpu, "cuda_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
-    for name, size in {"DIM": 64, "HIDDEN": 32, "EXPERTS": 4, "TOP_K": 2}.items():
-        monkeypatch.setattr(gpu, name, size)
-    experts_row, batch_row = gpu.measure_experts(quick=True), gpu.measure_batch(quick=True)
+    with rehearsal():
+        experts_row, batch_row = gpu.measure_experts(quick=True), gpu.measure_batch(quick=True)
     check(experts_row, gpu.TOLERANCE)
     check(batch_row, gpu.TOLERANCE)
     assert set(experts_row.details["overhead by tokens"]) == {"ours", "ours, spare columns"}

@@ -70,6 +70,20 @@ def merged_copy(model: Model, adapter: Adapter) -> Model:
     return _copy(model, replaced, {})
 
 
+@torch.no_grad()
+def merged_weights(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Return the parameters that an adapter (b = 1) changes, by state-dict name, for `torch.func.functional_call`.
+
+    Parameters are not looked at, so that this runs while a model is exported; `merged_copy` refuses quantised ones.
+    """
+    sites = [site for site in resolve(model, adapter.targets) if site.targets]
+    weights: dict[str, Tensor] = {}
+    for slot, delta in _deltas(sites, adapter):
+        weight = slot.module.get_parameter("weight")
+        weights[slot.name] = (delta if slot.parameter is None else slot.parameter + delta).to(weight.dtype)
+    return weights
+
+
 @contextmanager
 def merged(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """The model with the adapter in its weights; on exit, after an exception too, every weight has its former bits."""
@@ -151,6 +165,10 @@ def _updates(model: nn.Module, adapter: Adapter) -> Iterator[tuple[Slot, Tensor]
     problems = _problems(model, sites)
     if problems:
         raise TargetError.listing("merge: use attach(...).applied(...) instead:", problems)
+    yield from _deltas(sites, adapter)
+
+
+def _deltas(sites: Sequence[Site], adapter: Adapter) -> Iterator[tuple[Slot, Tensor]]:
     active = Active.of(adapter)
     for site in sites:
         for slot, delta in zip(site.slots, site.deltas(active), strict=True):

@@ -43,6 +43,7 @@ def build_parser() -> Parser:
     edits.add_argument("query", nargs="*", metavar="QUERY", help="words to search for (default: list all)")
     edits.set_defaults(run="openwu.cli.edits:run")
     _add_export(verbs)
+    _add_browser(verbs)
     _add_train(verbs)
     _add_memory(verbs)
     completion = verbs.add_parser(
@@ -230,6 +231,28 @@ def _add_export(verbs: argparse._SubParsersAction[Parser]) -> None:
     export.add_argument("--no-check", action="store_true", help="write only; load nothing to compare")
     export.add_argument("--overwrite", action="store_true", help="replace an adapter folder that exists already")
     export.set_defaults(run="openwu.cli.export:run")
+
+
+def _add_browser(verbs: argparse._SubParsersAction[Parser]) -> None:
+    browser = verbs.add_parser(
+        "browser",
+        help="write the embedded model as a page that edits in the browser",
+        allow_abbrev=False,
+        description="Export the embedded model as ONNX, check it against PyTorch, and write a static page that runs it "
+        "with onnxruntime-web: nothing is uploaded. See docs/browser.md.",
+    )
+    browser.add_argument("--output", required=True, type=_path, metavar="FOLDER", help="where to write")
+    browser.add_argument(
+        "--runtime",
+        type=_path,
+        metavar="FOLDER",
+        help="node_modules/onnxruntime-web/dist, of which three files are copied (default: none, graphs only)",
+    )
+    browser.add_argument(
+        "--model", type=_path, metavar="FOLDER", help="a trained embedded model (default: the package's)"
+    )
+    browser.add_argument("--no-check", action="store_true", help="do not compare the graphs with PyTorch")
+    browser.set_defaults(run="openwu.cli.export:run_browser")
 
 
 def _add_base(edit: argparse.ArgumentParser) -> None:

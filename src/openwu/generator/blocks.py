@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openwu.kernels import dispatch
+from openwu.kernels.rotary import apply_rotary_real
 
 NORM_EPS = 1e-6
 ROTARY_THETA = 10_000.0
@@ -81,8 +82,10 @@ def key_rotary(head_dim: int, rows: int, columns: int, keys: int, device: torch.
 def rotate(x_sqme: Tensor, angles: Rotary) -> Tensor:
     """Turn each pair (x[2k], x[2k+1]) of every head; at least in float32, returned in x's dtype."""
     wide = torch.promote_types(x_sqme.dtype, torch.float32)
-    rotary = torch.complex(angles.cos.to(wide), angles.sin.to(wide)).unsqueeze(-2)
-    return dispatch.apply_rotary(x_sqme, rotary)
+    cos, sin = angles.cos.to(wide).unsqueeze(-2), angles.sin.to(wide).unsqueeze(-2)
+    if torch.compiler.is_exporting():
+        return apply_rotary_real(x_sqme, cos, sin)
+    return dispatch.apply_rotary(x_sqme, torch.complex(cos, sin))
 
 
 class RMSNorm(nn.RMSNorm):

@@ -21,6 +21,13 @@ def apply_rotary(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
+def apply_rotary_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Do as `apply_rotary` without complex numbers, which exporters do not know: cos, sin `[..., 1, e / 2]`, real."""
+    real, imaginary = x.to(cos.dtype).reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
 def apply_rotary_(x: Tensor, rotations: Tensor, scratch: Callable[[], Tensor]) -> Tensor:
     """Rotate x in place. `scratch` returns a buffer of x's shape in the rotations' real dtype, if x has another."""
     if x.dtype == rotations.dtype.to_real():

@@ -16,11 +16,16 @@ def cut_details(pictures: Tensor, grid: int, side: int) -> Tensor:
     if min(height, width) < side:
         pictures = F.interpolate(pictures, (max(height, side), max(width, side)), mode="bilinear", align_corners=False)
         height, width = pictures.shape[-2:]
-    # Where JPEG's blocks begin is the same in every detail: corners lie on multiples of 8.
-    tops = (torch.linspace(0, height - side, grid) / 8).floor().int().mul(8).tolist()
-    lefts = (torch.linspace(0, width - side, grid) / 8).floor().int().mul(8).tolist()
-    cut = [pictures[:, :, top : top + side, left : left + side] for top in tops for left in lefts]
-    return torch.stack(cut, dim=1).float()
+    # Where JPEG's blocks begin is the same in every detail: corners lie on multiples of 8. Whole numbers and indices:
+    # sizes may be symbols, while the encoder is exported.
+    steps, within = torch.arange(grid, device=pictures.device), torch.arange(side, device=pictures.device)
+    rows, columns = (
+        ((steps * (length - side) // max(1, grid - 1) // 8 * 8)[:, None] + within).flatten()
+        for length in (height, width)
+    )
+    cut = pictures.index_select(2, rows).index_select(3, columns)
+    cut = cut.view(*pictures.shape[:2], grid, side, grid, side)
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).float()
 
 
 QUANTILES = 16

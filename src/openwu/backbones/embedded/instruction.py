@@ -190,6 +190,10 @@ class InstructionEncoder(nn.Module):
         if dropped is not None:
             share, generator = dropped
             rows = rows * (torch.rand(rows.shape, generator=generator) >= share).to(rows.device)
+        return self.read_phrase_rows(rows)
+
+    def read_phrase_rows(self, rows: Tensor) -> Tensor:
+        """Rows of the phrase table `[b, m]` -> the linear reader's logits `[b, labels]`, float32."""
         count = (rows > 0).sum(1, keepdim=True).clamp(min=1)
         logits: Tensor = PHRASE_SCALE * self.phrases(rows).float().sum(1) / count.sqrt()
         return logits

@@ -1,0 +1,134 @@
+// The embedded model in a browser: words -> tokens -> adapter -> edited picture, by onnxruntime-web.
+
+import { Canvas, conditionView, finished, noisePlane, tileInputs, tilesOf } from "./picture.js";
+import { Refusal, Rules } from "./rules.js";
+import { Words } from "./words.js";
+
+const GRAPHS = ["words", "adapter", "edit"];
+const SMALLEST = 16;
+
+export class Editor {
+  // ort: onnxruntime-web; folder: URL of the folder with model.json; progress(bytes loaded, bytes in all)
+  static async load(ort, folder, progress = () => {}) {
+    const json = async (name) => (await fetched(new URL(name, folder))).json();
+    const [model, tables] = await Promise.all([json("model.json"), json("rules.json")]);
+    const loaded = {};
+    const report = (name, bytes) => {
+      loaded[name] = bytes;
+      progress(Object.values(loaded).reduce((sum, each) => sum + each, 0), model.bytes);
+    };
+    const sessions = {};
+    for (const name of GRAPHS) {
+      const bytes = await read(new URL(`${name}.onnx`, folder), (count) => report(name, count));
+      sessions[name] = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+    }
+    return new Editor(ort, model, tables, sessions);
+  }
+
+  constructor(ort, model, tables, sessions) {
+    Object.assign(this, { ort, model, tables, sessions });
+    this.words = new Words(tables.instruction, model.instruction);
+    const encode = (sentences) => this.encode(sentences);
+    this.rules = new Rules(tables, model.edits, model.instruction.labels, model.accepted, encode);
+  }
+
+  tensor(values, dims) {
+    const type = values instanceof BigInt64Array ? "int64" : values instanceof Uint8Array ? "bool" : "float32";
+    return new this.ort.Tensor(type, values, dims);
+  }
+
+  async tokens(sentence) {
+    const [words, phrases] = [this.words.rows(sentence), this.words.phraseRows(sentence)];
+    const inputs = { rows: this.tensor(words.rows, words.dims), phrases: this.tensor(phrases.rows, phrases.dims) };
+    return this.sessions.words.run(inputs);
+  }
+
+  // What the encoder takes sentences for, without any rules.
+  async encode(sentences) {
+    const readings = [];
+    for (const sentence of sentences) {
+      const { edits, degrees } = await this.tokens(sentence);
+      const ranked = this.model.instruction.labels.map((label, i) => [label, edits.data[i]]);
+      ranked.sort((one, other) => other[1] - one[1]);
+      const degree = this.tables.instruction.DEGREES[degrees.data.indexOf(Math.max(...degrees.data))];
+      readings.push({ edit: ranked[0][0], probability: ranked[0][1], degree, ranked, sentence: "" });
+    }
+    return readings;
+  }
+
+  // The wishes of an instruction; throws a Refusal for what the model does not serve.
+  understand(instruction, hasReference = false) {
+    return this.rules.understand(instruction, hasReference);
+  }
+
+  // image, reference: {width, height, data: RGBA}; -> {image, understood}
+  async edit(image, instruction, { strength = 1, seed = 0, reference = null, progress = () => {} } = {}) {
+    if (!Number.isFinite(strength)) throw new Refusal(`Expected a finite strength, got ${strength}.`);
+    for (const each of [image, reference]) {
+      if (each && Math.min(each.width, each.height) < SMALLEST) {
+        throw new Refusal(`Expected pictures of at least ${SMALLEST} pixels a side, got ${each.width} x ${each.height}.`);
+      }
+    }
+    const understood = await this.understand(instruction, reference !== null);
+    if (strength === 0) return { image, understood };
+    let edited = image;
+    for (const [index, wish] of understood.entries()) {
+      const report = (share) => progress((index + share) / understood.length);
+      // Between 0 and 1 the finished picture fades; the adapter itself is the full one.
+      const scale = strength > 0 && strength < 1 ? 1 : strength;
+      const after = await this.pass(edited, wish.text, { strength: scale, seed, reference, report });
+      edited = finished(edited, after, wish, strength, this.tables.guarantees);
+    }
+    return { image: edited, understood };
+  }
+
+  // One adapter for one picture and sentence: name -> tensor.
+  async adapter(image, tokens, reference) {
+    const view = conditionView(image, this.model.condition_side);
+    const blank = { values: new Float32Array(3 * SMALLEST ** 2), dims: [1, 3, SMALLEST, SMALLEST] };
+    const second = reference ? conditionView(reference, this.model.condition_side) : blank;
+    return this.sessions.adapter.run({
+      picture: this.tensor(view.values, view.dims),
+      tokens,
+      reference: this.tensor(second.values, second.dims),
+      present: this.tensor(Uint8Array.of(reference ? 1 : 0), [1]),
+    });
+  }
+
+  async pass(image, sentence, { strength, seed, reference, report }) {
+    const { tokens } = await this.tokens(sentence);
+    const factors = await this.adapter(image, tokens, reference);
+    const { cell, margin } = this.model.tiles;
+    const grid = tilesOf(image.width, image.height, this.model.tiles);
+    const noise = noisePlane(image.width, image.height, seed);
+    const canvas = new Canvas(image, margin, grid.length === 1);
+    for (const [index, tile] of grid.entries()) {
+      const { picture, planes, dims } = tileInputs(image, noise, tile, cell);
+      const inputs = { picture: this.tensor(picture, dims), planes: this.tensor(planes, dims), tokens, ...factors };
+      const { edited } = await this.sessions.edit.run({ ...inputs, strength: this.tensor(Float32Array.of(strength), [1]) });
+      canvas.add(tile, edited.data, dims);
+      edited.dispose();
+      report((index + 1) / grid.length);
+    }
+    return canvas.pixels();
+  }
+}
+
+async function fetched(url) {
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`${url}: the server answered ${response.status}; is the folder complete?`);
+  return response;
+}
+
+async function read(url, report) {
+  const response = await fetched(url);
+  const parts = [];
+  let count = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    report((count += value.length));
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}

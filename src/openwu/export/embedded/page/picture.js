@@ -1,0 +1,251 @@
+// Pixels, noise and tiles; the same as openwu/backbones/embedded/{network,condition,guarantees,base}.py and
+// openwu/export/embedded/tiles.py.
+
+const ROWS_AT_ONCE = 128;
+
+// Mersenne Twister, seeded as torch's generator is.
+class Random {
+  constructor(seed) {
+    this.state = new Uint32Array(624);
+    this.state[0] = seed >>> 0;
+    for (let i = 1; i < 624; i++) {
+      const before = this.state[i - 1] ^ (this.state[i - 1] >>> 30);
+      this.state[i] = Math.imul(1812433253, before) + i;
+    }
+    this.next = 624;
+  }
+
+  bits() {
+    const s = this.state;
+    if (this.next === 624) {
+      for (let i = 0; i < 624; i++) {
+        const y = (s[i] & 0x80000000) | (s[(i + 1) % 624] & 0x7fffffff);
+        s[i] = s[(i + 397) % 624] ^ (y >>> 1) ^ (y & 1 ? 0x9908b0df : 0);
+      }
+      this.next = 0;
+    }
+    let y = s[this.next++];
+    y ^= y >>> 11;
+    y ^= (y << 7) & 0x9d2c5680;
+    y ^= (y << 15) & 0xefc60000;
+    return (y ^ (y >>> 18)) >>> 0;
+  }
+
+  uniform() {
+    return (this.bits() & 0xffffff) / 0x1000000;
+  }
+
+  // Standard normal numbers as torch.randn draws 16 and more of them.
+  normal(values) {
+    for (let i = 0; i < values.length; i++) values[i] = this.uniform();
+    for (let i = 0; i + 16 <= values.length; i += 16) boxMuller(values, i);
+    if (values.length % 16) {
+      const last = values.length - 16;
+      for (let i = last; i < values.length; i++) values[i] = this.uniform();
+      boxMuller(values, last);
+    }
+  }
+}
+
+function boxMuller(values, at) {
+  for (let i = at; i < at + 8; i++) {
+    const radius = Math.sqrt(-2 * Math.log(1 - values[i]));
+    const angle = 2 * Math.PI * values[i + 8];
+    values[i] = radius * Math.cos(angle);
+    values[i + 8] = radius * Math.sin(angle);
+  }
+}
+
+// Round to float16, as the noise is kept.
+function toHalf(values) {
+  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
+  for (let i = 0; i < values.length; i++) {
+    if (Math.abs(values[i]) < 2 ** -14) values[i] = halfEven(values[i] * 2 ** 24) / 2 ** 24;
+    else bits[i] = (bits[i] + 0xfff + ((bits[i] >>> 13) & 1)) & ~0x1fff;
+  }
+}
+
+export function halfEven(value) {
+  const floor = Math.floor(value);
+  const rest = value - floor;
+  return rest < 0.5 || (rest === 0.5 && floor % 2 === 0) ? floor : floor + 1;
+}
+
+// Noise [h, w], the same for one seed and size, and the same as Python's but for rounding.
+export function noisePlane(width, height, seed) {
+  const plane = new Float32Array(width * height);
+  const random = new Random(seed);
+  for (let top = 0; top < height; top += ROWS_AT_ONCE) {
+    random.normal(plane.subarray(top * width, Math.min(height, top + ROWS_AT_ONCE) * width));
+  }
+  toHalf(plane);
+  return plane;
+}
+
+// Every step-th pixel of an ImageData as floats [3, h, w]: what the condition is read from.
+export function conditionView(image, side) {
+  const step = Math.max(1, halfEven(Math.max(image.width, image.height) / side));
+  const [height, width] = [Math.ceil(image.height / step), Math.ceil(image.width / step)];
+  const values = new Float32Array(3 * height * width);
+  for (let y = 0, at = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, at++) {
+      const from = 4 * (y * step * image.width + x * step);
+      for (let c = 0; c < 3; c++) values[c * height * width + at] = image.data[from + c] / 255;
+    }
+  }
+  return { values, dims: [1, 3, height, width] };
+}
+
+// Rectangles [top, left, height, width]: the whole picture, or overlapping tiles row by row.
+export function tilesOf(width, height, { whole, core, margin }) {
+  if (width * height <= whole) return [[0, 0, height, width]];
+  const spans = (side) => {
+    const found = [];
+    for (let start = 0; start < side; start += core) {
+      const last = start + core + margin >= side;
+      const first = Math.max(0, start - margin);
+      found.push([first, (last ? side : start + core + margin) - first]);
+      if (last) break;
+    }
+    return found;
+  };
+  return spans(height).flatMap(([top, h]) => spans(width).map(([left, w]) => [top, left, h, w]));
+}
+
+function ramp(start, length, side, margin) {
+  const weights = new Float32Array(length).fill(1);
+  const overlap = Math.min(2 * margin, length);
+  const rise = (i) => (i + 0.5) / (2 * margin);
+  for (let i = 0; i < overlap; i++) {
+    if (start > 0) weights[i] = rise(i);
+  }
+  for (let i = 0; i < overlap; i++) {
+    const at = length - overlap + i;
+    if (start + length < side) weights[at] = Math.min(weights[at], rise(overlap - 1 - i));
+  }
+  return weights;
+}
+
+// Which source row (or column) every padded one shows: mirrored at the end, also more than once.
+function mirrored(length, cell) {
+  const index = Array.from({ length }, (_, i) => i);
+  let missing = (cell - (length % cell)) % cell;
+  while (missing) {
+    const step = Math.min(missing, index.length - 1);
+    const last = index.length - 1;
+    for (let i = 1; i <= step; i++) index.push(index[last - i]);
+    missing -= step;
+  }
+  return index;
+}
+
+// Picture and planes of a tile, [1, 3, H, W] each with H and W multiples of `cell`.
+export function tileInputs(image, noise, [top, left, height, width], cell) {
+  const rows = mirrored(height, cell);
+  const columns = mirrored(width, cell);
+  const area = rows.length * columns.length;
+  const picture = new Float32Array(3 * area);
+  const planes = new Float32Array(3 * area);
+  let at = 0;
+  for (const row of rows) {
+    const y = Math.fround(Math.fround((2 * (top + row) + 1) / image.height) - 1);
+    for (const column of columns) {
+      const pixel = (top + row) * image.width + left + column;
+      for (let c = 0; c < 3; c++) picture[c * area + at] = image.data[4 * pixel + c] / 255;
+      planes[at] = noise[pixel];
+      planes[area + at] = y;
+      planes[2 * area + at] = Math.fround((2 * (left + column) + 1) / image.width) - 1;
+      at++;
+    }
+  }
+  return { picture, planes, dims: [1, 3, rows.length, columns.length] };
+}
+
+// Collects edited tiles of one picture.
+export class Canvas {
+  constructor(image, margin, single) {
+    this.image = image;
+    this.margin = single ? 0 : margin;
+    this.sums = new Float32Array(3 * image.width * image.height);
+  }
+
+  // edited: [1, 3, H, W], of which the tile is the upper left part
+  add([top, left, height, width], edited, [, , paddedHeight, paddedWidth]) {
+    const { width: w, height: h } = this.image;
+    const rows = ramp(top, height, h, this.margin);
+    const columns = ramp(left, width, w, this.margin);
+    for (let c = 0; c < 3; c++) {
+      for (let y = 0; y < height; y++) {
+        const from = (c * paddedHeight + y) * paddedWidth;
+        const to = (c * h + top + y) * w + left;
+        for (let x = 0; x < width; x++) this.sums[to + x] += rows[y] * columns[x] * edited[from + x];
+      }
+    }
+  }
+
+  // The picture with its new pixels; transparency stays.
+  pixels() {
+    const area = this.image.width * this.image.height;
+    const data = new Uint8ClampedArray(this.image.data);
+    for (let c = 0; c < 3; c++) {
+      for (let i = 0; i < area; i++) {
+        const value = this.sums[c * area + i];
+        if (!Number.isFinite(value)) throw new Error("The result holds numbers that are not finite; ask for less.");
+        data[4 * i + c] = halfEven(255 * Math.min(1, Math.max(0, value)));
+      }
+    }
+    return { width: this.image.width, height: this.image.height, data };
+  }
+}
+
+export function isGrey(image) {
+  const { data } = image;
+  for (let i = 0; i < data.length; i += 4) if (data[i] !== data[i + 1] || data[i] !== data[i + 2]) return false;
+  return true;
+}
+
+// An edited picture with exact colours, and of the change what a number in the sentence and the strength ask for.
+export function finished(before, after, wish, strength, tables) {
+  const fades = strength > 0 && strength < 1;
+  const whole = guaranteed(after, wish.reading, fades ? 1 : strength, isGrey(before), tables);
+  return blended(before, whole, wish.strength * (fades ? strength : 1));
+}
+
+// What an edited picture has by construction: grey stays grey, black and white is neutral, sepia has one tone.
+function guaranteed(image, reading, strength, grey, tables) {
+  const full = reading.degree !== "little";
+  if (reading.edit === "sepia") return full && strength === 1 ? toned(image, tables) : image;
+  if (tables._COLOURING.includes(reading.edit)) return image;
+  const neutral = grey || (reading.edit === "black_and_white" && full && strength >= 1);
+  return neutral && !isGrey(image) ? mapped(image, (r, g, b) => Array(3).fill(luma(r, g, b, tables.LUMA))) : image;
+}
+
+const luma = (r, g, b, weights) => weights[0] * r + weights[1] * g + weights[2] * b;
+
+function toned(image, tables) {
+  const tone = tables.SEPIA_TONE;
+  const floor = tables.SEPIA_FLOOR;
+  const unit = luma(...tone, tables.LUMA);
+  return mapped(image, (r, g, b) => {
+    const level = (luma(r, g, b, tables.LUMA) / 255 - floor) / unit;
+    return tone.map((part) => 255 * (level * part + floor));
+  });
+}
+
+function mapped(image, change) {
+  const data = new Uint8ClampedArray(image.data);
+  for (let i = 0; i < data.length; i += 4) {
+    change(data[i], data[i + 1], data[i + 2]).forEach((value, c) => (data[i + c] = halfEven(Math.min(255, Math.max(0, value)))));
+  }
+  return { ...image, data };
+}
+
+// A share of the change that an edit made; above 1 more of it.
+function blended(before, after, share) {
+  if (share === 1) return after;
+  const data = new Uint8ClampedArray(after.data);
+  for (let i = 0; i < data.length; i++) {
+    if (i % 4 < 3) data[i] = halfEven(Math.min(255, Math.max(0, before.data[i] + share * (after.data[i] - before.data[i]))));
+  }
+  return { ...after, data };
+}

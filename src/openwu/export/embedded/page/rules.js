@@ -1,0 +1,469 @@
+// What a sentence asks for: the same rules as openwu/backbones/embedded/{language,amounts,complaints,wishes,catalogue}.py.
+// Their patterns and tables come from rules.json, which the export writes; only the order of the steps is here.
+
+export class Refusal extends Error {}
+
+const PUNCTUATION = " ,.;:!?，。；：！？";
+const has = (table, key) => Object.hasOwn(table, key);
+
+export function strip(text, characters) {
+  if (characters === undefined) return text.trim();
+  let start = 0;
+  let end = text.length;
+  while (start < end && characters.includes(text[start])) start++;
+  while (end > start && characters.includes(text[end - 1])) end--;
+  return text.slice(start, end);
+}
+
+const spaced = (text) => text.split(/\s+/u).filter(Boolean).join(" ");
+const isChinese = (text) => /[一-鿿]/u.test(text);
+const isAscii = (text) => /^[\x00-\x7f]*$/.test(text);
+const plain = (edit) => edit.replaceAll("_", " ");
+const removeSuffix = (text, suffix) => (text.endsWith(suffix) ? text.slice(0, -suffix.length) : text);
+
+// Every {pattern, flags} of a table becomes a RegExp; lists of words become sets where sets are asked for.
+function compiled(value) {
+  if (Array.isArray(value)) return value.map(compiled);
+  if (value !== null && typeof value === "object") {
+    if (typeof value.pattern === "string") return new RegExp(value.pattern, value.flags);
+    return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, compiled(each)]));
+  }
+  return value;
+}
+
+const fullmatch = (pattern, text) => new RegExp(`^(?:${pattern.source})$`, pattern.flags).exec(text);
+const match = (pattern, text) => new RegExp(`^(?:${pattern.source})`, pattern.flags).exec(text);
+const all = (pattern) => new RegExp(pattern.source, pattern.flags + "g");
+
+export class Rules {
+  // tables: rules.json; examples: known_edits.json; labels: the encoder's; accepted: probability from which it is sure;
+  // encode: async sentences -> readings {edit, probability, degree, ranked}
+  constructor(tables, examples, labels, accepted, encode) {
+    Object.assign(this, compiled(tables));
+    this.examples = examples;
+    this.labels = labels;
+    this.accepted = accepted;
+    this.encode = encode;
+    this.outOfScope = this.wishes.OUT_OF_SCOPE;
+    this.certain = this.wishes.CERTAIN;
+    this.isRegion = new RegExp(`(?<![\\p{L}\\p{N}_])${this.wishes._REGION}(?![\\p{L}\\p{N}_])`, "iu");
+  }
+
+  isWish(reading, probability = this.certain) {
+    return reading.edit !== this.outOfScope && reading.probability >= probability;
+  }
+
+  // The wishes of a sentence, in order; throws a Refusal for what no sub-task serves in full.
+  async understand(instruction, hasReference) {
+    const text = checkInstruction(instruction);
+    const found = await this.wishesOf(text);
+    for (const wish of found) {
+      if (!this.isWish(wish.reading, this.accepted)) throw this.refusal(wish.text, wish.reading);
+      if (!hasReference && this.examples[wish.reading.edit]?.reference) {
+        throw new Refusal(`“${wish.text}” asks for the look of a second picture; add one.`);
+      }
+    }
+    return found;
+  }
+
+  // What each sentence is taken for: by the encoder, or as a complaint, a name or a single word.
+  async read(sentences) {
+    const readings = await this.encode(sentences);
+    for (const [index, sentence] of sentences.entries()) {
+      const text = this.instead(sentence, readings[index]);
+      if (text === null) continue;
+      const [reading] = await this.encode([text]);
+      if (this.isWish(reading, this.accepted)) readings[index] = { ...reading, sentence: text };
+    }
+    return readings;
+  }
+
+  async wishesOf(instruction) {
+    this.checkLanguage(instruction);
+    let [whole] = await this.read([instruction]);
+    if (whole.sentence) return [asWish(instruction, whole)];
+    let text = await this.withoutNegations(instruction, whole);
+    text = await this.withoutRestrictions(text);
+    if (text !== instruction) [whole] = await this.read([text]);
+    return (await this.several(text, whole)) ?? [await this.withNumber(text, whole)];
+  }
+
+  // Languages
+
+  checkLanguage(instruction) {
+    const language = this.language._SCRIPTS.test(instruction) ? "a language with another script" : this.foreign(instruction);
+    if (language) throw new Refusal(`Expected English or Chinese, got ${language}.`);
+  }
+
+  foreign(instruction) {
+    const words = instruction.toLowerCase().match(all(this.language._WORDS)) ?? [];
+    let [best, most] = [null, 0];
+    for (const [language, listed] of Object.entries(this.language._FUNCTION_WORDS)) {
+      const own = new Set(listed.split(" "));
+      const count = (test) => words.filter(test).length;
+      const english = (word) => this.language._ENGLISH.includes(word) && !own.has(word);
+      const found = count((word) => own.has(word)) - 2 * count(english);
+      if (found > most) [best, most] = [language, found];
+    }
+    return most >= 2 ? best : null;
+  }
+
+  // Complaints, names and single words
+
+  instead(sentence, reading) {
+    const clear = this.isWish(reading, this.accepted);
+    const cure = this.cures(sentence);
+    let edit = null;
+    if (cure.length) {
+      edit = clear && cure.includes(reading.edit) ? null : (cure.find((each) => this.labels.includes(each)) ?? null);
+    } else if (!clear) {
+      const word = this.singleWord(sentence);
+      edit = this.named(sentence) ?? (this.labels.includes(word) ? word : null);
+    }
+    return edit === null ? null : this.phrase(edit, isChinese(sentence) ? "zh" : "en");
+  }
+
+  phrase(edit, language) {
+    return has(this.examples, edit) ? this.examples[edit][language] : plain(edit);
+  }
+
+  named(instruction) {
+    const lower = instruction.toLowerCase().replaceAll("-", " ").replaceAll("_", " ");
+    const words = strip(removeSuffix(lower, "please"), " .!,");
+    return this.labels.find((name) => plain(name) === words && has(this.examples, name)) ?? null;
+  }
+
+  singleWord(sentence) {
+    const word = removeSuffix(strip(sentence, " .,!?。，！？").toLowerCase(), " please");
+    return has(this.complaints._WORDS, word) ? this.complaints._WORDS[word] : null;
+  }
+
+  cures(sentence) {
+    let text = strip(sentence, " .,!?。，！？~～…");
+    for (let turn = 0; turn < 2; turn++) text = text.replace(all(this.complaints._POLITE), "").trim();
+    const english = this.englishCure(spaced(text.toLowerCase()));
+    return english.length ? english : this.chineseCure(text);
+  }
+
+  englishCure(text) {
+    const c = this.complaints;
+    const of = (table, word) => (has(table, word) ? table[word] : []);
+    if (c._UNWANTED.includes(text)) return c._TOO[text];
+    if (fullmatch(c._OFF_EN, text)) return c._BALANCED;
+    let found = fullmatch(c._MUCH_EN, text);
+    if (found) return of(c._MUCH, found.groups.word);
+    found = fullmatch(c._LITTLE_EN, text);
+    if (found) return of(c._LITTLE, found.groups.noun || found.groups.word || found.groups.lack);
+    const known = [[c._NOT_SO_EN, Object.keys(c._TOO)], [c._TOO_EN, Object.keys(c._TOO)], [c._IS_EN, c._FAULTY]];
+    for (const [pattern, words] of known) {
+      found = fullmatch(pattern, text);
+      if (found && words.includes(found.groups.word)) return of(c._TOO, found.groups.word);
+    }
+    return [];
+  }
+
+  chineseCure(text) {
+    const c = this.complaints;
+    for (const [pattern, cure] of c._PATTERNS_ZH) if (fullmatch(pattern, text)) return cure;
+    let found = fullmatch(c._MUCH_ZH, text);
+    if (found) return c._NOUN_ZH[found.groups.noun][0];
+    found = fullmatch(c._LITTLE_ZH, text);
+    if (found) return c._NOUN_ZH[found.groups.noun || found.groups.lack][1];
+    found = fullmatch(c._NOT_ENOUGH_IN_ZH, text);
+    if (found && has(c._NOT_ENOUGH_ZH, found.groups.word)) return c._NOT_ENOUGH_ZH[found.groups.word];
+    found = fullmatch(c._TOO_IN_ZH, text);
+    return found && has(c._TOO_ZH, found.groups.word) ? c._TOO_ZH[found.groups.word] : [];
+  }
+
+  // Negations
+
+  isCommand(text) {
+    return Boolean(match(this.wishes._COMMAND, text)) && !this.wishes._NO_COMMAND.test(text);
+  }
+
+  negated(clause) {
+    const found = match(this.wishes._NEGATED_EN, clause) ?? match(this.wishes._NEGATED_ZH, clause);
+    const rest = found ? found.groups.rest.trim() : "";
+    return rest && !this.wishes._COMPLAINT.test(rest) ? rest : null;
+  }
+
+  async withoutNegations(instruction, whole) {
+    const clauses = instruction.split(this.wishes._CLAUSES).map((clause) => this.trimmed(clause)).filter(Boolean);
+    const rests = clauses.map((clause) => this.negated(clause));
+    const negated = rests.filter((rest) => rest !== null);
+    if (!negated.length) return instruction;
+    const others = clauses.filter((_, index) => rests[index] === null);
+    const alone = !others.length && !/^(?:not|no)(?![\p{L}\p{N}_])(?! too(?![\p{L}\p{N}_]))/iu.test(clauses[0]);
+    const readings = await this.read(negated);
+    const unwanted = readings.filter((reading) => this.isWish(reading, 0.5)).map((reading) => reading.edit);
+    const left = others.join(", ");
+    if (left && (unwanted.includes(whole.edit) || !this.isWish(whole, this.accepted))) {
+      const [wanted] = await this.read([left]);
+      if (this.isWish(wanted, this.accepted) && !unwanted.includes(wanted.edit)) return left;
+    }
+    const found = (others.length ? await this.read(others) : []).map((reading) => reading.edit);
+    for (const [index, reading] of readings.entries()) {
+      const repaired = found.includes(whole.edit) || this.wishes._REPAIRS.includes(whole.edit);
+      const ignored = reading.edit === whole.edit && !repaired;
+      if (this.isWish(reading, 0.5) && (ignored || (alone && this.isCommand(negated[index])))) {
+        throw new Refusal(`This says what not to do (“${negated[index]}” reads as ${plain(reading.edit)}); say what to do.`);
+      }
+    }
+    return instruction;
+  }
+
+  // Restrictions
+
+  async withoutRestrictions(instruction) {
+    const w = this.wishes;
+    const [whole] = await this.read([instruction]);
+    const local = w._LOCAL.includes(whole.edit) && this.isWish(whole, this.accepted);
+    for (const pattern of w._PARTS) {
+      const found = local ? null : pattern.exec(instruction);
+      if (found) this.refusePart(whole, found[0]);
+    }
+    for (const pattern of w._KEEPING) {
+      const found = pattern.exec(instruction);
+      if (!found) continue;
+      const end = found.index + found[0].length;
+      const left = this.trimmed(instruction.slice(0, found.index) + instruction.slice(end));
+      let [wanted] = await this.read([left || "$"]);
+      const sure = this.isWish(whole, this.accepted);
+      if (!this.isWish(wanted, sure ? Math.max(this.certain, this.accepted) : this.accepted)) wanted = whole;
+      if (local && w._LOCAL.includes(wanted.edit)) continue;
+      const kept = w._KEEPS.find(([test]) => test.test(found.groups.kept));
+      const changed = kept ? kept[1] : null;
+      const part = changed !== null && !changed.length && this.isRegion.test(left);
+      if (part || changed === null || changed.includes(wanted.edit)) this.refusePart(wanted, found[0]);
+      else if (wanted.edit !== whole.edit || !sure) return wanted !== whole ? left : instruction;
+    }
+    return instruction;
+  }
+
+  refusePart(whole, found) {
+    if (this.wishes._LOCAL.includes(whole.edit)) return;
+    throw new Refusal(
+      `This asks for a part of the picture, or to spare one (“${found.trim()}”), but this model edits whole pictures.`,
+    );
+  }
+
+  // Several wishes
+
+  async several(instruction, whole) {
+    const w = this.wishes;
+    const pieces = this.pieces(instruction);
+    if (pieces.length === 1) return null;
+    const later = pieces.slice(1);
+    const explicit = later.some(([, word]) => word === "then" || word === "and");
+    if (later.some(([text, word]) => word === "," && match(w._COMPARATIVE, text))) return null;
+    const texts = await this.withVerbs(this.withContent(pieces.map(([text]) => text)));
+    const readings = await this.read(texts);
+    const found = [];
+    for (const [index, text] of texts.entries()) found.push(await this.withNumber(text, readings[index]));
+    const clear = found.filter((each) => this.isWish(each.reading, this.accepted));
+    const edits = new Set(clear.map((each) => each.reading.edit));
+    const sure = this.isWish(whole, this.accepted);
+    if (edits.size === found.length && found.length <= w.MOST_WISHES && found.every((each) => this.standsAlone(each))) {
+      return edits.has(whole.edit) || !sure ? found : null;
+    }
+    const lost = found.filter(
+      ({ text, reading }) =>
+        this.isCommand(text) &&
+        !match(w._COMPARATIVE, text) &&
+        ((reading.edit === this.outOfScope && reading.probability >= this.certain) ||
+          (explicit && !this.isWish(reading, this.accepted))),
+    );
+    const wanted = clear.filter((each) => this.standsAlone(each));
+    const shown = !sure || wanted.some((each) => each.reading.edit === whole.edit);
+    if (lost.length && wanted.length && shown && !w._LOCAL.includes(whole.edit)) {
+      throw new Refusal(
+        `This asks for more than ${plain(wanted[0].reading.edit)}, but “${lost[0].text}” was not understood; leave it out.`,
+      );
+    }
+    return null;
+  }
+
+  standsAlone(wish) {
+    const name = wish.text.toLowerCase() === plain(wish.reading.edit);
+    return this.isCommand(wish.text) || Boolean(wish.reading.sentence) || name;
+  }
+
+  async withVerbs(pieces) {
+    let verb = "";
+    const whole = [];
+    for (let piece of pieces) {
+      const found = match(this.wishes._VERB_OF, piece);
+      if (verb && !this.isCommand(piece) && spaced(piece).split(" ").length <= 4) {
+        const [reading] = await this.read([`${verb} ${piece}`]);
+        if (this.isWish(reading, Math.max(this.certain, this.accepted))) piece = `${verb} ${piece}`;
+      }
+      if (found) verb = found.groups.verb;
+      whole.push(piece);
+    }
+    return whole;
+  }
+
+  // [piece, what stands before it: "then", "and" or ","] of a sentence, fixed phrases left whole.
+  pieces(instruction) {
+    const fixed = [...instruction.matchAll(all(this.wishes._FIXED))].map((each) => [each.index, each.index + each[0].length]);
+    const found = [];
+    let [start, word, verb] = [0, "", ""];
+    for (const each of instruction.matchAll(all(this.wishes._SPLIT))) {
+      if (fixed.some(([begin, end]) => begin <= each.index && each.index < end)) continue;
+      const piece = this.trimmed(instruction.slice(start, each.index));
+      if (piece) {
+        found.push([verb + piece, word]);
+        verb = each.groups.adding ? "add " : "";
+        word = each.groups.then ? "then" : strip(each[0], " ,.;，。；、") ? "and" : ",";
+      }
+      start = each.index + each[0].length;
+    }
+    const piece = this.trimmed(instruction.slice(start));
+    if (piece) found.push([verb + piece, word]);
+    return found;
+  }
+
+  trimmed(piece) {
+    return strip(piece.replace(all(this.wishes._FIRST), ""), PUNCTUATION);
+  }
+
+  withContent(pieces) {
+    const left = pieces.filter((piece) => !fullmatch(this.wishes._EMPTY, piece));
+    return left.length ? left : pieces;
+  }
+
+  // Numbers
+
+  async withNumber(text, reading) {
+    const amount = this.amount(text);
+    if (amount === null) return asWish(text, reading);
+    const [without] = await this.read([amount.plain || "$"]);
+    const light = !amount.stops || this.amounts.LIGHT.includes(without.edit);
+    const measurable = this.isWish(without, this.accepted) && light;
+    const other = reading.edit !== without.edit && !this.amounts.MEASURED.includes(without.edit);
+    if (this.isWish(reading, this.accepted) && (other || !measurable)) return asWish(text, reading);
+    if (!measurable) {
+      return asWish(text, { ...reading, probability: Math.min(reading.probability, without.probability) });
+    }
+    return asWish(amount.plain, without, this.strengthOf(amount, without.edit));
+  }
+
+  amount(sentence) {
+    const a = this.amounts;
+    let found = a._PERCENT.exec(sentence);
+    if (found) {
+      const value = found.groups.value ? Number(found.groups.value) : this.chineseNumber(found.groups.zh);
+      const absolute = Boolean(found.groups.to);
+      return { text: found[0].trim(), plain: without(sentence, found), value: value / 100, stops: false, absolute };
+    }
+    found = a._STOPS.exec(sentence);
+    if (!found) return null;
+    const written = spaced(found.groups.value.toLowerCase());
+    const value = has(a._NAMED, written) ? a._NAMED[written] : Number(written);
+    return { text: found[0].trim(), plain: without(sentence, found), value, stops: true, absolute: false };
+  }
+
+  strengthOf(amount, edit) {
+    const a = this.amounts;
+    const full = has(a._FULL, edit) ? a._FULL[edit] : 1;
+    let share = amount.value;
+    if (amount.stops) {
+      const ratio = 2 ** (amount.value / 2.2);
+      share = edit === "brighten" ? ratio - 1 : 1 - 1 / ratio;
+    } else if (amount.absolute && has(a._FULL, edit)) {
+      share = a._FALLING.includes(edit) ? 1 - share : share - 1;
+    }
+    const strength = share / full;
+    if (!(strength > 0 && strength <= a.MAX_STRENGTH)) {
+      const most = Math.trunc(100 * a.MAX_STRENGTH * full);
+      throw new Refusal(`“${amount.text}” is out of range for ${plain(edit)}: expected a change of up to ${most}%.`);
+    }
+    return strength;
+  }
+
+  chineseNumber(text) {
+    if (isAscii(text)) return Number(text);
+    if (text === "百" || text === "一百") return 100;
+    const digit = (character) => this.amounts._DIGITS[character] ?? 0;
+    const ten = text.lastIndexOf("十");
+    if (ten < 0) return Number([...text].map(digit).join(""));
+    const [tens, ones] = [text.slice(0, ten), text.slice(ten + 1)];
+    return 10 * (tens ? (this.amounts._DIGITS[tens] ?? 1) : 1) + (ones ? digit(ones) : 0);
+  }
+
+  // Refusals that name known edits
+
+  refusal(instruction, reading) {
+    const likely = reading.ranked
+      .filter(([label, probability]) => label !== this.outOfScope && probability >= this.catalogue._LIKELY)
+      .map(([label]) => label);
+    const labels = reading.ranked.map(([label]) => label).filter((label) => label !== this.outOfScope);
+    const alike = this.alike(instruction, labels).filter(([, score]) => score >= this.catalogue._ALIKE);
+    const near = [...new Set([...likely.slice(0, 2), ...alike.map(([name]) => name), ...likely])];
+    const percent = (share) => `${Math.round(100 * share)}%`;
+    const head =
+      reading.edit === this.outOfScope
+        ? `This model does not know how to “${instruction}”.`
+        : `“${instruction}” was not understood (${plain(reading.edit)} at ${percent(reading.probability)}, ` +
+          `expected ${percent(this.accepted)}).`;
+    const language = isChinese(instruction) ? "zh" : "en";
+    const shown = near.slice(0, this.catalogue.NEAREST).map((name) => `${plain(name)} (“${this.phrase(name, language)}”)`);
+    return new Refusal(shown.length ? `${head} The nearest edits it knows: ${shown.join(", ")}.` : head);
+  }
+
+  alike(text, names) {
+    const own = this.wordGrams(text);
+    const score = (name) => {
+      const { en, zh } = this.examples[name] ?? {};
+      return Math.max(...[plain(name), en, zh].filter(Boolean).map((each) => overlap(own, this.wordGrams(each))));
+    };
+    return names.map((name) => [name, score(name)]).sort((one, other) => other[1] - one[1]);
+  }
+
+  // How often each n-gram occurs: letter trigrams of English content words, Chinese characters in pairs.
+  wordGrams(text) {
+    const pieces = [];
+    for (const word of spaced(text.toLowerCase()).split(" ")) {
+      if (!isAscii(word) || this.catalogue._STOP.includes(word)) continue;
+      const marked = `<${strip(word, ".,!?")}>`;
+      for (let at = 0; at + 3 <= marked.length; at++) pieces.push(marked.slice(at, at + 3));
+    }
+    let chinese = (text.match(/[一-鿿]/gu) ?? []).join("");
+    for (const filler of ["照片", "图片", "一下", "效果", "一点", "帮我"]) chinese = chinese.replaceAll(filler, "");
+    for (let at = 0; at + 2 <= chinese.length; at++) pieces.push(chinese.slice(at, at + 2));
+    if (chinese.length === 1) pieces.push(chinese);
+    const counts = new Map();
+    for (const piece of pieces) counts.set(piece, (counts.get(piece) ?? 0) + 1);
+    return counts;
+  }
+}
+
+function asWish(text, reading, strength = 1) {
+  return { text: reading.sentence || text, reading, strength };
+}
+
+function without(sentence, found) {
+  const rest = spaced(`${sentence.slice(0, found.index)} ${sentence.slice(found.index + found[0].length)}`);
+  return isAscii(sentence) ? rest : rest.replaceAll(" ", "");
+}
+
+function overlap(one, other) {
+  const size = (counts) => [...counts.values()].reduce((sum, count) => sum + count, 0);
+  const [first, second] = [size(one), size(other)];
+  let shared = 0;
+  for (const [piece, count] of one) shared += Math.min(count, other.get(piece) ?? 0);
+  return shared ? (shared / Math.min(first, second) + (2 * shared) / (first + second)) / 2 : 0;
+}
+
+const MAX_LENGTH = 500;
+
+// The instruction with single spaces, in NFC; a Refusal for what is no text.
+export function checkInstruction(instruction) {
+  const visible = [...spaced(instruction)].filter((each) => !/\p{Cf}/u.test(each) || "\u200c\u200d".includes(each));
+  const text = spaced(visible.join("")).normalize("NFC");
+  if (/[\p{Cc}\p{Cs}]/u.test(text)) throw new Refusal("Expected text without control characters.");
+  if (!text) throw new Refusal("Say what to change in the picture.");
+  if ([...text].length > MAX_LENGTH) throw new Refusal(`Expected at most ${MAX_LENGTH} characters; shorten it.`);
+  if (!/\p{L}/u.test(text)) throw new Refusal(`Expected words, got “${text.slice(0, 20)}”.`);
+  return text;
+}
