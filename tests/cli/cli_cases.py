@@ -71,12 +71,15 @@ class FakeEditor:
         allow_out_of_scope: bool,
         reasoning: str | None,
         image_size: str | None,
+        example: list[tuple[str, str]],
+        per_photo: bool,
         progress: Callable[[int, int], None],
     ) -> FakeResult:
         assert reasoning is None
         assert image_size is None
         self.asked.append(
             {"images": images, "instruction": instruction, "then": then, "strength": strength, "seed": seed}
+            | ({"example": example, "per_photo": per_photo} if example else {})
         )
         self.named = edit
         if "dragon" in instruction and not allow_out_of_scope:

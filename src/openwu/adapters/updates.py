@@ -38,13 +38,13 @@ def relative_norms(adapter: Adapter, sites: Sequence[Site]) -> Tensor:
     """Frobenius norm of each low-rank update over that of the weight it is added to: `[sites, b]`, float32.
 
     sites: those of the handle. Above 1 an update outweighs what the base had learned there. Operators without a weight
-    update and quantised weights are left out.
+    update, quantised weights and offloaded ones, whose numbers are elsewhere between passes, are left out.
     """
     found = []
     for site in sites:
         weight = site.slots[0].parameter
         own = [target for target in site.targets if target.operator == LORA and target.name in adapter.factors]
-        if weight is None or weight.dtype not in DENSE or not own:
+        if weight is None or weight.dtype not in DENSE or weight.is_meta or not own:
             continue
         factors = [(operator_of(target.operator), adapter.factors[target.name]) for target in own]
         square = sum(operator.inner_products(each, each).diagonal().cpu() for operator, each in factors)
