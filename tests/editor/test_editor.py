@@ -41,8 +41,8 @@ def differ(one: Image.Image, other: Image.Image) -> int:
 def referring(editor: Editor) -> Editor:
     """An editor that takes every instruction for "make its colours those of the reference"."""
     labels = ("take_palette", "brighten", "blur", "out_of_scope")
-    config = editor.backbone.config
-    editor.backbone.config = replace(config, instruction=replace(config.instruction, labels=labels))
+    encoder = editor.backbone.instruction
+    encoder.config = replace(encoder.config, labels=labels)
     with torch.no_grad():
         editor.backbone.instruction.classify.bias[0] = 100
     return editor
@@ -372,20 +372,20 @@ def test_a_given_sum_edits_in_one_pass_and_shows_all_tokens(editor: Editor, phot
     summed = Adapter.sum([editor.adapt(photo, text) for text in ("brighter", "blur it")])
     assert summed.rank == 8
     assert summed.instructions == (("brighter", "blur it"),)
-    both = editor.edit(photo, adapter=summed, strength=0.5, seed=3)
+    both = editor.edit(photo, adapter=summed, strength=1.5, seed=3)
     assert weights_differ(both.adapter, summed) == 0
     picture = torch.from_numpy(read_picture(photo).floats()).permute(2, 0, 1)[None]
     planes = torch.cat([noise_plane(*photo.size, 3).float(), place_planes(photo.height, photo.width)])[None]
     with torch.inference_mode():
         text = torch.cat([editor.backbone.instruction([text]) for text in ("brighter", "blur it")], dim=1)
-        with editor.handle.applied(summed.scaled(0.5)):
+        with editor.handle.applied(summed.scaled(1.5)):
             out = editor.backbone.network(picture, planes, text)
     expected = out[0].clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
     assert np.abs(pixels(both.image) - expected).max() <= 1
     for other in (
-        editor.edit(photo, "brighter", strength=0.5, seed=3),
-        editor.edit(photo, "blur it", strength=0.5, seed=3),
-        editor.edit(photo, "brighter", then="blur it", strength=0.5, seed=3),
+        editor.edit(photo, "brighter", strength=1.5, seed=3),
+        editor.edit(photo, "blur it", strength=1.5, seed=3),
+        editor.edit(photo, "brighter", then="blur it", strength=1.5, seed=3),
     ):
         assert differ(other.image, both.image) > 1
 
@@ -411,7 +411,7 @@ def test_in_turn_refuses_before_the_first_pass(
     def check(instruction: str, *_: object) -> InstructionError | None:
         return InstructionError("out of scope") if instruction == "add a dragon" else None
 
-    monkeypatch.setattr("openwu.backbones.embedded.base.refusal", check)
+    monkeypatch.setattr("openwu.backbones.embedded.understanding.refusal", check)
     monkeypatch.setattr("openwu.backbones.embedded.base.EmbeddedBase.edit", lambda *_: pytest.fail("drawn"))
     for then in ("add a dragon", ["blur it", "add a dragon"], [""]):
         with pytest.raises(InstructionError):
@@ -741,7 +741,7 @@ def test_a_sentence_of_several_edits_runs_them_in_turn(
         strengths = [0.5 if part == "blur it" else 1.0 for part in parts]
         return tuple(map(Wish, parts, read(parts), strengths))
 
-    monkeypatch.setattr("openwu.backbones.embedded.base.wishes", split)
+    monkeypatch.setattr("openwu.backbones.embedded.understanding.wishes", split)
     first = editor.edit(photo, "brighter", seed=3)
     second = editor.edit(first.photo, "blur it", seed=3)
     result = editor.edit(photo, "brighter and blur it", seed=3)
