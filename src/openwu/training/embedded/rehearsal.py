@@ -85,7 +85,11 @@ def joined(first: PairBatch, second: PairBatch) -> PairBatch:
     parts: dict[str, Any] = {}
     for each in fields(PairBatch):
         one, other = getattr(first, each.name), getattr(second, each.name)
-        parts[each.name] = torch.cat([one, other]) if isinstance(one, Tensor) else one + other
+        if one is None:  # what edits by example have
+            assert other is None
+            parts[each.name] = None
+        else:
+            parts[each.name] = torch.cat([one, other]) if isinstance(one, Tensor) else one + other
     return replace(first, **parts)
 
 
