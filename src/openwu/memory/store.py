@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from openwu.errors import CheckpointError, OpenwuError
+from openwu.files.locking import take_lock
 from openwu.files.writing import write_json
 from openwu.memory.note import MemoryNote
 from openwu.types import Adapter
@@ -126,24 +126,8 @@ class MemoryStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("a+") as file:
             deadline = time.monotonic() + WAIT
-            while not _take(file.fileno()):
+            while not take_lock(file.fileno()):
                 if time.monotonic() > deadline:
                     raise OpenwuError(f"{self.folder}: another process has been writing for {WAIT:g} s; try again")
                 time.sleep(0.05)
             yield
-
-
-def _take(descriptor: int) -> bool:
-    """Take the operating system's lock, which ends with the process; False where another has it."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from openwu.errors import OpenwuError
+from openwu.files.locking import take_lock
 
 LOCK = ".lock"
 
@@ -97,7 +97,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        if not _take(file.fileno()):
+        if not take_lock(file.fileno()):
             file.seek(0)
             raise OpenwuError(
                 f"{folder}: another process ({file.read().strip() or 'unknown'}) works in this folder; wait for it, or "
@@ -107,19 +107,3 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()}")
         file.flush()
         yield
-
-
-def _take(descriptor: int) -> bool:
-    """Whether the operating system gave the lock."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
