@@ -45,7 +45,7 @@ lint: venv
 	$(BIN)/lint-imports
 
 test: venv lint
-	$(BIN)/pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: venv
 	$(BIN)/pytest -m "slow and not gpu"

@@ -44,6 +44,12 @@ def test_no_folder_is_too_full() -> None:
     assert not full, f"expected at most {MAX_FILES} modules a folder, got {full}; {total()}"
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    counts = Counter(file.name for file in Path(__file__).parent.rglob("*.py") if file.name != "conftest.py")
+    twice = [name for name, count in counts.items() if count > 1]
+    assert not twice, f"expected one file of tests a name (pytest imports them by it), got several of {twice}"
+
+
 def test_every_module_has_a_docstring() -> None:
     without = [relative(file) for file, tree in TREES.items() if not (ast.get_docstring(tree) or "").strip()]
     assert not without, f"expected a docstring in every module, got none in {without}"
