@@ -63,5 +63,10 @@ bench generator-speed 180 G1
 bench generator-memory 90 G4
 bench experts 90 G2
 bench batch 60 G3
+bench klein-step 60 G5
+bench kontext-step 75 G6
+bench qwen-step 90 G7
+bench decoder-layer 45 G8
+bench embedded-step 60 G9
 
 exit $failed

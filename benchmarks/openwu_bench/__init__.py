@@ -131,6 +131,36 @@ ROWS = {
         "at most 0.65 x",
         "openwu_bench.gpu:measure_memory",
     ),
+    "G5": PlannedRow(
+        "training",
+        "an update of FLUX.2 [klein]'s generator at full size, memory against the plan",
+        "at most 1.1 x",
+        "openwu_bench.gpu_training:measure_klein",
+    ),
+    "G6": PlannedRow(
+        "training",
+        "an update of FLUX.1 Kontext's generator at full size, memory against the plan",
+        "at most 1.1 x",
+        "openwu_bench.gpu_training:measure_kontext",
+    ),
+    "G7": PlannedRow(
+        "training",
+        "an update of Qwen-Image-Edit's generator at full size, memory against the plan",
+        "at most 1.1 x",
+        "openwu_bench.gpu_training:measure_qwen",
+    ),
+    "G8": PlannedRow(
+        "adapters",
+        "a decoder layer at HunyuanImage-3's sizes, adapters on all its linear layers, against none",
+        "at most 10 % more at 8192 tokens",
+        "openwu_bench.gpu_training:measure_decoder_layer",
+    ),
+    "G9": PlannedRow(
+        "training",
+        "an update of the embedded model's generator, against the CPU",
+        "at least 5 x",
+        "openwu_bench.gpu_training:measure_embedded",
+    ),
 }
 """Name -> row. C rows run on a CPU, G rows on a GPU."""
 
