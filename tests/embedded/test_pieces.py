@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from openwu.backbones.embedded.network import TinyEditor, TinyEditorConfig
 from openwu.backbones.embedded.piecewise import pieces
 from openwu.backbones.embedded.piecewise.pieces import PiecewiseEdit, edited_whole, is_whole, number_of_pieces, wrapped
-from openwu.backbones.embedded.piecewise.threads import in_parallel
 from openwu.images import Photo
+from openwu.kernels.threads import in_parallel
 from openwu.training.embedded.model import EmbeddedModel
 
 

@@ -113,6 +113,7 @@ def test_conflict(
     assert (tmp_path / "conflict.jpg").stat().st_size > 3000
 
 
+@pytest.mark.slow
 def test_continual(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +129,7 @@ def test_continual(
     assert "expected at least two sub-tasks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scaling(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

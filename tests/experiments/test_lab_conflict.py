@@ -108,6 +108,7 @@ def test_a_bank_gives_every_request_its_tasks_own_adapter(embedded_model: Embedd
     assert torch.equal(adapter.pairs[name][0][1], bank.a[0][0])
 
 
+@pytest.mark.slow
 def test_learning_rates_are_searched_and_recorded(
     embedded_model: EmbeddedModel,
     training: tuple[list[Photograph], list[Photograph]],

@@ -50,6 +50,7 @@ def test_the_table_names_fields() -> None:
     assert {name for name in named if not name.startswith("generator.")} <= known
 
 
+@pytest.mark.slow
 def test_the_script_audits_a_generator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def test_what_a_quantised_denoiser_takes_is_told(base: Path) -> None:
         replace(recipe, quantise="3bit")
 
 
+@pytest.mark.slow
 def test_a_generator_trained_through_4_bits_resumes_and_edits(base: Path, tmp_path: Path) -> None:
     pairs = large_cases.write_pairs(tmp_path / "pairs", ((64, 64),) * 4)
     recipe = large_cases.recipe("flux2_klein", base, pairs, quantise="4bit")

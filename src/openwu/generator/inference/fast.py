@@ -2,7 +2,8 @@
 
 Against the clear path of `model.py` and `blocks.py`, equal to rounding:
 
-- all intermediate results lie in a workspace of bounded size, cut by base layers or positions (`stages`);
+- all intermediate results lie in a workspace of bounded size, cut by base layers or positions (`stages`); on a CPU the
+  pieces run on threads of their own, which wait for one another only between the parts of a block;
 - queries, keys and values of one input are one product (`products`); rotary tables are kept (`tables`);
 - the first block up to its queries to the condition does not depend on the condition: computed once per checkpoint;
 - the products may run in 8 bits (`fp8`, not equal to rounding);
@@ -39,6 +40,8 @@ from openwu.types import Adapter, Condition
 
 CHUNK_BYTES_CPU = 8 * 2**20
 CHUNK_BYTES_GPU = 2**30
+LEAST_PIECES = 4
+"""On a CPU: for threads, see `stages.Pieces`."""
 
 
 @dataclass(frozen=True)
@@ -239,15 +242,20 @@ class FastGenerator:
         products = [Dense(each.weight.to(dtype), each.bias.to(dtype)) for each in maps]
         written = [x_bnpd.new_empty((b, n, size * layout.rank, width), dtype=dtype) for size in sizes]
         splits = [size * layout.columns for size in sizes]
-        for samples, layers in self._pieces(dtype, x_bnpd.device).of_layers(b, n, p):
+        pieces = self._pieces(dtype, x_bnpd.device)
+
+        def work(samples: slice, layers: slice) -> None:
             rows = rms_norm(x_bnpd[samples, layers], norm, dtype, self.workspace)
             parts = torch.split_with_sizes(rows, splits, dim=2)
             for part, product, out in zip(parts, products, written, strict=True):
                 into = out[samples, layers]
                 product.into(part.reshape(-1, tokens.row_width), into.view(-1, width))
+
+        pieces.each(pieces.of_layers(b, n, p), work, x_bnpd.device)
         a, b_tokens = (each.view(b, n, -1, layout.rank, width) for each in written)
         return a, b_tokens
 
     def _pieces(self, dtype: torch.dtype, device: torch.device) -> Pieces:
         limit = self.options.chunk_bytes or (CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES_GPU)
-        return Pieces(max(1, limit // row_bytes(self.generator.config.d_model, dtype)), self.options.chunk_layers)
+        rows = max(1, limit // row_bytes(self.generator.config.d_model, dtype))
+        return Pieces(rows, self.options.chunk_layers, LEAST_PIECES if device.type == "cpu" else 1)

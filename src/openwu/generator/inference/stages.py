@@ -10,7 +10,7 @@ a piece has k samples, n or l layers, p or q positions and r rows, all of them t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,18 +24,27 @@ from openwu.generator.inference.tables import RotaryTables, Workspace
 from openwu.kernels import autotune as kernels
 from openwu.kernels import dispatch
 from openwu.kernels.attention import inference_attention
+from openwu.kernels.threads import in_parallel
+
+SMALLEST = 64
+"""Rows below which a piece costs more to begin than it brings."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """How a stream is cut: at most about so many rows at once, and at most so many base layers."""
+    """How a stream is cut: at most about so many rows at once, at most so many base layers, and so many pieces."""
 
     rows: int
     layers: int | None = None
+    least: int = 1
+    """Pieces that there should be, for as many threads, unless they would get very small. Never how many threads there
+    are: the cut decides how products round."""
 
     def of_layers(self, b: int, n: int, p: int) -> Iterator[tuple[slice, slice]]:
         """Samples and layers of pieces that lie in one piece in memory: some whole samples, or layers of one."""
         layers = max(1, self.rows // p)
+        if b * n * p >= self.least * SMALLEST:
+            layers = min(layers, -(-b * n // self.least))
         if self.layers is not None:
             layers = min(layers, self.layers)
         if layers < n:
@@ -49,7 +58,17 @@ class Pieces:
 
     def of_positions(self, b: int, n: int, p: int) -> Iterator[tuple[slice, slice]]:
         """Samples and positions; all layers are in every piece."""
-        yield from Pieces(self.rows).of_layers(b, p, n)
+        yield from Pieces(self.rows, least=self.least).of_layers(b, p, n)
+
+    def each(
+        self, cut: Iterator[tuple[slice, slice]], work: Callable[[slice, slice], None], device: torch.device
+    ) -> None:
+        """Work on all pieces of a cut: on a CPU on threads of their own, each with a single thread of torch inside."""
+        if device.type == "cpu":
+            in_parallel([partial(work, *piece) for piece in cut])
+            return
+        for piece in cut:
+            work(*piece)
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,8 @@ class Stages:
         """x += attention along base layers."""
         b, n, p, d = x_bnpd.shape
         rotary = self.rotary.layers_n1e[:, None]
-        for samples, positions in self.pieces.of_positions(b, n, p):
+
+        def work(samples: slice, positions: slice) -> None:
             x = x_bnpd[samples, :, positions]
             shape = x.shape[:3]
             qkv = self._product(self.weights.qkv_layers, self._normed(x, self.weights.norm1), "wide")
@@ -90,16 +110,21 @@ class Stages:
                 mixed[sample] = part.permute(2, 0, 1, 3).flatten(-2)
             x += self._product(self.weights.out_layers, mixed.view(-1, d), "out").view(*shape, d)
 
+        self.pieces.each(self.pieces.of_positions(b, n, p), work, x_bnpd.device)
+
     def mix_positions_(self, x_bnpd: Tensor) -> None:
         """x += attention along positions."""
         b, n, p, d = x_bnpd.shape
-        for samples, layers in self.pieces.of_layers(b, n, p):
+
+        def work(samples: slice, layers: slice) -> None:
             x = x_bnpd[samples, layers]
             qkv = self._product(self.weights.qkv_positions, self._normed(x, self.weights.norm2), "wide")
             heads = qkv.view(-1, p, 3 * d // self.head_dim, self.head_dim)
             q, k, v = _parts(self._turned(heads, 2 * d, self.rotary.positions_p1e), 3)
             mixed = inference_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             x += self._mixed(mixed, self.weights.out_positions).view(x.shape)
+
+        self.pieces.each(self.pieces.of_layers(b, n, p), work, x_bnpd.device)
 
     def read(self, c_bld: Tensor, turns_l1e: Tensor, mask_bl: Tensor | None) -> Read:
         """Keys and values of the condition; valid until the next block reads."""
@@ -119,7 +144,8 @@ class Stages:
     def answer_(self, x_bnpd: Tensor, condition: Read, asked_bqme: Tensor | None = None) -> None:
         """x += attention to the condition, then x += feed-forward. `asked_bqme`: queries if they are known."""
         b, n, p, _ = x_bnpd.shape
-        for samples, layers in self.pieces.of_layers(b, n, p):
+
+        def work(samples: slice, layers: slice) -> None:
             x = x_bnpd[samples, layers]
             known = slice(layers.start * p, layers.stop * p)
             q = self.queries(x, layers) if asked_bqme is None else asked_bqme[samples, known]
@@ -129,6 +155,8 @@ class Stages:
             update = self._mixed(mixed, self.weights.out_cross)
             hidden = self._product(self.weights.fc1, self._normed(x, self.weights.norm4, update), "wide")
             x += self._product(self.weights.fc2, F.silu(hidden, inplace=True), "out").view(x.shape)
+
+        self.pieces.each(self.pieces.of_layers(b, n, p), work, x_bnpd.device)
 
     def _mixed(self, mixed_smqe: Tensor, out: Product) -> Tensor:
         """The heads' results, side by side, through a product: `[r, d]`."""

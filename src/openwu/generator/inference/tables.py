@@ -18,23 +18,25 @@ from torch import Tensor
 
 from openwu.generator.blocks import Rotary, block_rotary, key_rotary
 from openwu.generator.layout import GroupLayout
+from openwu.kernels.threads import worker
 
 
 class Workspace:
-    """One buffer for each name, as large as the largest request so far."""
+    """One buffer for each name and thread of `kernels.threads`, as large as the largest request so far."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, int], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor over the buffer of this name."""
         size = prod(shape) * dtype.itemsize
-        buffer = self._buffers.get(name)
+        key = (name, worker())
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.device != device or buffer.numel() < size:
             # Given back first, so that both are never held at once.
-            self._buffers.pop(name, None)
+            self._buffers.pop(key, None)
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
-                buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=device)
+                buffer = self._buffers[key] = torch.empty(size, dtype=torch.uint8, device=device)
         return buffer[:size].view(dtype).view(shape)
 
     @property

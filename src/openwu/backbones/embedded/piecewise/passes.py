@@ -21,9 +21,9 @@ from openwu.backbones.embedded.piecewise.pieces import (
     number_of_pieces,
     pictures_per_pass,
 )
-from openwu.backbones.embedded.piecewise.threads import in_parallel
 from openwu.backbones.protocol import EditJob, Progress, RequestScope, RowScope
 from openwu.images import Photo
+from openwu.kernels.threads import in_parallel
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ from openwu.backbones.embedded.network import (
     surrounded_patches,
     to_windows,
 )
-from openwu.backbones.embedded.piecewise.threads import Task
 from openwu.errors import OpenwuError
 from openwu.images import Photo
 from openwu.images.colour import Pixels
+from openwu.kernels.threads import Task
 
 WHOLE = 256 * 256
 """Pictures of at most so many pixels are one piece."""

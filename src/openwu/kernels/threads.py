@@ -6,17 +6,20 @@ it. Tasks that know nothing of one another wait only at the end.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextvars import copy_context
+from functools import partial
 
 import torch
 
 Task = Callable[[], None]
 
 _pools: dict[int, ThreadPoolExecutor] = {}
+_own = threading.local()
 _starting = threading.Lock()
 
 
@@ -47,16 +50,22 @@ def in_parallel(tasks: Sequence[Task], done: Task | None = None) -> None:
         raise
 
 
+def worker() -> int:
+    """Return the number of this thread among those of its pool, from 1 on; 0 outside of `in_parallel`'s threads."""
+    number: int = getattr(_own, "number", 0)
+    return number
+
+
 @torch.inference_mode()
 def _in_inference_mode(task: Task) -> None:
     task()
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """The process's pool of so many threads, shared by all who edit at the same time."""
+    """The process's pool of so many threads, shared by all who compute at the same time."""
     with _starting:
         if threads not in _pools:
-            pool = ThreadPoolExecutor(threads, "openwu-edit", _be_single_threaded)
+            pool = ThreadPoolExecutor(threads, "openwu-piece", partial(_begin, itertools.count(1)))
             begun = threading.Barrier(threads + 1)
             for _ in range(threads):  # A pool starts a thread only while none is idle.
                 pool.submit(begun.wait)
@@ -67,7 +76,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return _pools[threads]
 
 
-def _be_single_threaded() -> None:
+def _begin(numbers: Iterator[int]) -> None:
+    _own.number = next(numbers)
     torch.get_num_threads()  # Otherwise the thread's first operation would set the process's number again.
     torch.set_num_threads(1)
 
