@@ -107,6 +107,18 @@ ROWS = {
         "at most 1.25 x",
         "openwu_bench.adapters_scope:measure_crossover",
     ),
+    "C15": PlannedRow(
+        "generator",
+        "the generator (d 512) on all threads, against the limit of the machine's products",
+        "at least 70 %",
+        "openwu_bench.generator_threads:measure_limit",
+    ),
+    "C16": PlannedRow(
+        "generator",
+        "the generator (d 512) on two threads with one core busy, against one thread",
+        "at least 0.95 x",
+        "openwu_bench.generator_threads:measure_busy",
+    ),
     "G1": PlannedRow(
         "generator",
         "the generator at released size, against the device's limit",

@@ -122,7 +122,7 @@ def cuda_device(row: str) -> torch.device:
     if not torch.cuda.is_available():
         raise OpenwuError(
             f"{row}: expected a CUDA device with about 80 GB of memory, got none; "
-            "run it on such a machine, or leave it out: the rows C1 to C14 run on a CPU"
+            "run it on such a machine, or leave it out: the rows C1 to C16 run on a CPU"
         )
     return torch.device("cuda", torch.cuda.current_device())
 

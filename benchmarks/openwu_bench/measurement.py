@@ -59,7 +59,7 @@ class Row:
     """Result of one benchmark: a value judged against its goal, and the timings it comes from."""
 
     name: str
-    """As in docs/performance.md: C1 to C14 on a CPU, G1 to G9 on a GPU."""
+    """As in docs/performance.md: C1 to C16 on a CPU, G1 to G9 on a GPU."""
     title: str
     """What is measured, and what it is compared with."""
     value: float

@@ -222,7 +222,7 @@ def test_the_row_that_the_page_shows_is_measured(
     exec(compile(code, str(PAGE), "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, "my_row", module)
     exec(entry, {"ROWS": rows, "PlannedRow": PlannedRow})
-    assert bench(tmp_path, "C15", "--quick") == 0
+    assert bench(tmp_path, "C17", "--quick") == 0
     assert "addmm, against a product and an addition" in capsys.readouterr().out
     example = stored(tmp_path)["example"]
     assert isinstance(example, dict)
