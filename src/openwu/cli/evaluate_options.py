@@ -28,11 +28,13 @@ def parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     judge.add_argument("--retry", action="store_true", help="ask again what was unparsed, refused or failed")
     judge.add_argument("--limit", type=_positive, metavar="N", help="only the first N cases")
     judge.add_argument("--workers", type=_positive, default=1, metavar="N", help="questions at once (default: 1)")
-    report = subparsers.add_parser("report", help="write tables and a page", allow_abbrev=False)
+    report = subparsers.add_parser("report", help="write tables, a chart and a page", allow_abbrev=False)
     report.set_defaults(run=verbs["report"])
-    report.add_argument("folder", nargs="?", metavar="RUN", help="folder of `openwu eval run`")
+    report.add_argument(
+        "folder", nargs="?", metavar="RESULTS", help="folder of `eval run`; file or folder of `eval suite` or `lab`"
+    )
     report.add_argument("--judge", metavar="NAME", help="only this judge, as RUBRIC/MODEL (default: all)")
-    report.add_argument("--output", metavar="FOLDER", help="where to write (default: RUN/report)")
+    report.add_argument("--output", metavar="FOLDER", help="where to write (default: report in that folder)")
     report.add_argument("--scores", metavar="PATH", help="scores of GEdit's scorer (folder) or ImgEdit's (file)")
     report.add_argument("--benchmark", choices=("gedit", "imgedit"), help="with --scores: whose they are")
     report.add_argument("--data", metavar="FOLDER", help="with --scores, imgedit: where basic_edit.json is")

@@ -57,10 +57,15 @@ def mean_with_coverage(
     total, scored = len(values), len(there)
     found = math.fsum(value for value, _ in there)
     missing = total - scored
-    worst, best = ((found + missing * edge) / total if total else math.nan for edge in (low, high))
+    worst, best = (edge / total if total else math.nan for edge in bounds(found, missing, (low, high)))
     value = found / scored if scored else math.nan
     interval = bootstrap_mean([v for v, _ in there], [c for _, c in there], seed=seed)
     return Mean(value, scored, total, worst, best, interval)
+
+
+def bounds(total: float, missing: int, edges: tuple[float, float]) -> tuple[float, float]:
+    """Return a sum if everything missing had the worst, and the best score; edges may be infinite."""
+    return (total + missing * edges[0], total + missing * edges[1]) if missing else (total, total)
 
 
 def bootstrap_mean(
