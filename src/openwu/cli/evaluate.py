@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openwu.cli.console import UsageError, note, say
-from openwu.cli.evaluate_report import report_stage
+from openwu.cli.evaluate_report import note_reports, report_stage
 
 if TYPE_CHECKING:
     from openwu.evaluation.cases import Case
@@ -107,7 +107,8 @@ def audit_stage(options: argparse.Namespace) -> int:
     sys.stdout.write(table(("fault", "right edit wins", "ties", "answered", "verdict"), rows))
     if judge.rubric.pairwise:
         say(f"first place wins {found.first_place:.2f}, flips when swapped {found.flips:.2f}")
-    say(f"{judge.name}: {'trusted' if found.trusted else 'not to be trusted'}")
+    part = "" if len(chosen) == len(cases) else f", by {len(chosen)} of {len(cases)} right edits"
+    say(f"{judge.name}: {'trusted' if found.trusted else 'not to be trusted'}{part}")
     return 0
 
 
@@ -135,6 +136,7 @@ def measure_model(options: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
         editor = Editor.from_pretrained(options.model)
         sys.stdout.write(evaluate_sentences(editor, output, card, all_thresholds=options.thresholds))
+        note_reports(output / "sentences.json")
         return 0
     from openwu.evaluation.gallery import write_gallery
     from openwu.evaluation.model_card import evaluate, load_model, load_photographs
@@ -148,6 +150,7 @@ def measure_model(options: argparse.Namespace) -> int:
         options.model, photographs, options.seeds, options.side, output, shared_folder=options.shared, card=card
     )
     sys.stdout.write(text)
+    note_reports(output / "suite.json")
     return 0
 
 

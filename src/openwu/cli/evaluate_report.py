@@ -47,6 +47,7 @@ def stored_reports(source: Path, output: Path) -> Iterator[tuple[str, str, Path]
     from openwu.evaluation.stages.page import as_markdown, write_report
     from openwu.evaluation.stages.report import build
     from openwu.evaluation.stages.stored import read_results
+    from openwu.files.writing import file_name
 
     files = sorted(each for each in source.iterdir() if each.suffix in (".json", ".jsonl")) if source.is_dir() else []
     found = False
@@ -56,7 +57,7 @@ def stored_reports(source: Path, output: Path) -> Iterator[tuple[str, str, Path]
             note(f"{file}: no results that are known; left out")
         for each in results:
             found, report = True, build(each)
-            name = _plain(f"{file.stem} {each.name}" if len(results) > 1 else file.stem)
+            name = file_name(f"{file.stem} {each.name}" if len(results) > 1 else file.stem)
             page = write_report(report, output / name, each, figures=_figures(file))
             yield as_markdown(report), f"{file}, {each.name}", page
     if not found:
@@ -64,6 +65,12 @@ def stored_reports(source: Path, output: Path) -> Iterator[tuple[str, str, Path]
             f"{source}: expected the folder of `openwu eval run`, or result files of `openwu eval` or `openwu lab`, "
             "found neither"
         )
+
+
+def note_reports(file: Path) -> None:
+    """Write the reports of a result file that was just made, into `report` beside it, and say where."""
+    for _, name, page in stored_reports(file, file.parent / "report"):
+        note(f"{name} -> {page}")
 
 
 def _figures(file: Path) -> Sequence[Path]:
@@ -79,6 +86,7 @@ def _report_run(source: Path, output: Path, judge: str | None) -> None:
     from openwu.evaluation.stages.judged import results_of_run, summarise
     from openwu.evaluation.stages.page import as_markdown, write_report
     from openwu.evaluation.stages.record import RunFolder
+    from openwu.files.writing import file_name
 
     record = RunFolder(source)
     record.settings()
@@ -97,7 +105,7 @@ def _report_run(source: Path, output: Path, judge: str | None) -> None:
         results = results_of_run(record, rubrics[kind](), name)
         report = summarise(record, results)
         sys.stdout.write(as_markdown(report))
-        say(f"{name} -> {write_report(report, output / _plain(name), results, record=record)}")
+        say(f"{name} -> {write_report(report, output / file_name(name), results, record=record)}")
 
 
 def _upstream_results(options: argparse.Namespace) -> Results:
@@ -111,8 +119,3 @@ def _upstream_results(options: argparse.Namespace) -> Results:
         entries = imgedit.read_entries(Path(options.data))[1]
         return imgedit.read_upstream_scores(scores, entries, name)
     raise UsageError("--scores: expected --benchmark gedit, or --benchmark imgedit with --data FOLDER")
-
-
-def _plain(name: str) -> str:
-    """A folder's name: letters and digits, all else as a dash."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name)

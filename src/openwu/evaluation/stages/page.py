@@ -1,6 +1,6 @@
 """A report as files: JSON, Markdown, a chart, a sheet of pictures where there are some, and one HTML page.
 
-`report.json`, `report.md`, `report.svg`, `report.jpg`, `report.html`, and `measurements.jsonl`, the numbers behind them.
+`report.json`, `report.md`, `report.svg`, `report.jpg`, `report.html`, and `measurements.jsonl` behind them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from openwu.evaluation.stages.measurements import Results, write_measurements
 from openwu.evaluation.stages.record import DONE, Output, RunFolder, StoredCase
 from openwu.evaluation.stages.report import Report, Row
 from openwu.evaluation.statistics import Mean
-from openwu.files.markdown import table
+from openwu.files.markdown import escaped, table, unescaped
 from openwu.files.writing import atomic_file, write_text
 
 THUMBNAIL = 160
@@ -144,7 +144,7 @@ def _statuses(row: Row) -> str:
 
 
 def _escaped(texts: Iterable[str]) -> list[str]:
-    return [text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for text in texts]
+    return list(map(escaped, texts))
 
 
 def write_report(
@@ -169,7 +169,7 @@ def write_report(
     pictures = "" if record is None else _pictures(record, folder / "report.jpg")
     pictures += "".join(_figure(each) for each in figures)
     tables = "".join(f"<h2>{html.escape(title)}</h2>{_html_table(head, rows)}" for title, head, rows in _tables(report))
-    said = "".join(f'<p class="scope">{html.escape(_plain_text(text))}</p>' for text in _warnings(report))
+    said = "".join(f'<p class="scope">{html.escape(unescaped(text))}</p>' for text in _warnings(report))
     origin = ", ".join(f"{key} {value}" for key, value in report.provenance.items() if isinstance(value, str | int))
     page = folder / "report.html"
     title = html.escape(report.benchmark)
@@ -193,14 +193,9 @@ def _figure(file: Path) -> str:
     return f'<h2>{html.escape(file.stem)}</h2><img class="figure" alt="" src="{_jpeg_url(image)}">'
 
 
-def _plain_text(cell: str) -> str:
-    """Undo `_escaped`."""
-    return cell.replace("\\|", "|").replace("\\\\", "\\").replace("&lt;", "<")
-
-
 def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        plain = map(_plain_text, cells)
+        plain = map(unescaped, cells)
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in plain) + "</tr>"
 
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

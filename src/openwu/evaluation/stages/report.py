@@ -26,6 +26,7 @@ from openwu.evaluation.statistics import (
     paired_difference,
     percentiles,
 )
+from openwu.files.writing import finite_values
 
 ALL = "all"
 """The subset of all cases."""
@@ -82,7 +83,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values; NaN becomes None."""
-        found: dict[str, Any] = _plain({"scope": self.scope, **asdict(self)})
+        found: dict[str, Any] = finite_values({"scope": self.scope, **asdict(self)})
         return found
 
 
@@ -245,11 +246,3 @@ def _differences(results: Results, scores: Scores) -> dict[str, Difference]:
         for system in systems
     }
     return {f"{one} minus {two}": paired_difference(own[one], own[two], cluster_of) for one, two in pairs}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
