@@ -24,7 +24,7 @@ from openwu.evaluation.stages.measurements import (
     read_measurements,
     write_measurements,
 )
-from openwu.evaluation.stages.page import as_markdown, write_report
+from openwu.evaluation.stages.page import Source, as_markdown, write_report
 from openwu.evaluation.stages.report import build
 from openwu.evaluation.stages.stored import read_results
 
@@ -101,7 +101,7 @@ def test_a_part_is_never_taken_for_the_whole(tmp_path: Path) -> None:
     """The table, the JSON, the chart and the page say so; a complete run says nothing of the kind."""
     said = "4 of 606 cases were run"
     for name, made, expected in (("part", results(whole=606), True), ("whole", results(whole=4), False)):
-        page = write_report(build(made), tmp_path / name, made)
+        page = write_report(build(made), tmp_path / name, Source(name, made))
         files = [page.with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "json", "svg", "html")]
         assert [said in text for text in files] == [expected] * 4
         assert ["NOT THE WHOLE" in text for text in files] == [expected] * 4

@@ -34,6 +34,8 @@ def parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
         "folder", nargs="?", metavar="RESULTS", help="folder of `eval run`; file or folder of `eval suite` or `lab`"
     )
     report.add_argument("--judge", metavar="NAME", help="only this judge, as RUBRIC/MODEL (default: all)")
+    report.add_argument("--against", metavar="SYSTEM", help="compare all systems with this one (default: all pairs)")
+    report.add_argument("--card", metavar="FILE", help="page whose section of the benchmark's name is replaced")
     report.add_argument("--output", metavar="FOLDER", help="where to write (default: report in that folder)")
     report.add_argument("--scores", metavar="PATH", help="scores of GEdit's scorer (folder) or ImgEdit's (file)")
     report.add_argument("--benchmark", choices=("gedit", "imgedit"), help="with --scores: whose they are")

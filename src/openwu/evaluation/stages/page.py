@@ -11,6 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,10 +64,24 @@ def shown(mean: Mean, digits: int = 2) -> str:
     return text
 
 
-def as_markdown(report: Report) -> str:
+@dataclass(frozen=True)
+class Source:
+    """Results to report, and where pictures for the page are."""
+
+    name: str
+    """Shown in the terminal: a judge, or a file."""
+    results: Results
+    record: RunFolder | None = None
+    """The run that was judged, for pictures of its cases."""
+    figures: Sequence[Path] = ()
+    """Pictures that an experiment drew."""
+
+
+def as_markdown(report: Report, heading: str = "##") -> str:
     """Write all tables; systems and tasks are names of users, so marks of Markdown in them are escaped."""
     said = "".join(f"**{text}**\n\n" for text in _warnings(report))
-    return said + "".join(f"## {title}\n\n{table(head, rows)}" for title, head, rows in _tables(report)) + _note(report)
+    tables = "".join(f"{heading} {title}\n\n{table(head, rows)}" for title, head, rows in _tables(report))
+    return said + tables + _note(report)
 
 
 def _warnings(report: Report) -> list[str]:
@@ -147,27 +162,17 @@ def _escaped(texts: Iterable[str]) -> list[str]:
     return list(map(escaped, texts))
 
 
-def write_report(
-    report: Report,
-    folder: Path,
-    results: Results,
-    *,
-    record: RunFolder | None = None,
-    figures: Sequence[Path] = (),
-) -> Path:
-    """Write all files, each whole or not at all, and return the page's path.
-
-    `record`: for pictures of its cases. `figures`: pictures of the experiment, shown on the page.
-    """
+def write_report(report: Report, folder: Path, source: Source) -> Path:
+    """Write all files, each whole or not at all, and return the page's path. `source`: what the report was built of."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_measurements(folder / "measurements.jsonl", results)
+    write_measurements(folder / "measurements.jsonl", source.results)
     values = json.dumps(report.as_json(), ensure_ascii=False, indent=1, allow_nan=False)
     write_text(folder / "report.json", values + "\n")
     write_text(folder / "report.md", as_markdown(report))
     drawn = chart(report)
     write_text(folder / "report.svg", drawn)
-    pictures = "" if record is None else _pictures(record, folder / "report.jpg")
-    pictures += "".join(_figure(each) for each in figures)
+    pictures = "" if source.record is None else _pictures(source.record, folder / "report.jpg")
+    pictures += "".join(_figure(each) for each in source.figures)
     tables = "".join(f"<h2>{html.escape(title)}</h2>{_html_table(head, rows)}" for title, head, rows in _tables(report))
     said = "".join(f'<p class="scope">{html.escape(unescaped(text))}</p>' for text in _warnings(report))
     origin = ", ".join(f"{key} {value}" for key, value in report.provenance.items() if isinstance(value, str | int))
