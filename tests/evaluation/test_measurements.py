@@ -124,35 +124,69 @@ def test_published_scores_stand_apart_and_on_the_benchmarks_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "system", "mean"),
+    ("file", "found"),
     [
-        ("suite.json", "suite", "generated", None),
-        ("suite.json", "wording", "generated", None),
-        ("suite.json", "strength", "words 0.5", None),
-        ("suite.json", "composition", "one pass", None),
-        ("sentences.json", "sentences in scope", "from 90%", None),
-        ("lab/audit.json", "audit of embedded", "matched", "33"),
-        ("lab/conflict-quick.json", "conflict", "single", None),
-        ("lab/continual.json", "continual", "retrieval", "36.94"),
-        ("lab/continual.json", "continual, forgetting", "shared", "18.66"),
-        ("lab/scaling.json", "scaling", None, None),
-        ("lab/gradients.json", "gradients", "generator, trained", None),
-        ("lab/manifold.json", "manifold", "generated", "0.943"),
-        ("remember_facts.json", "audit of facts", "matched", None),
+        (
+            "suite.json",
+            {
+                ("suite", "generated"): 33.3547,
+                ("suite", "shuffled"): 22.2225,
+                ("wording", "generated"): None,
+                ("strength", "words 0.5"): 36.7191,
+                ("composition", "one pass"): None,
+            },
+        ),
+        ("lab/audit.json", {("audit of embedded", "matched"): 32.8316, ("audit of embedded", "other task"): 20.0686}),
+        ("lab/conflict-quick.json", {("conflict", "single"): None}),
+        (
+            "lab/continual.json",
+            {("continual", "retrieval"): 36.9402, ("continual, forgetting", "shared"): 18.6614},
+        ),
+        ("lab/scaling.json", {("scaling", "generator: width 128, 1 blocks"): 28.2650}),
+        ("lab/gradients.json", {("gradients", "generator, trained"): None}),
+        (
+            "lab/manifold.json",
+            {("manifold", "generated"): 0.9429, ("manifold, arithmetic of adapters", "matched"): None},
+        ),
+        ("remember_facts.json", {("audit of facts", "matched"): 0.9167, ("audit of facts", "none"): 0.0885}),
     ],
 )
-def test_stored_results_become_one_record(file: str, name: str, system: str | None, mean: str | None) -> None:
-    """Means are those that the files give themselves."""
-    made = next(each for each in read_results(STORED / file) if each.name == name)
-    report = build(replace(made, reference="none of them"))
-    row = next(row for row in report.rows if system in (None, row.system))
-    headline = row.overall[report.headline]
-    assert headline.scored == headline.total > 10
-    assert made.headline == report.headline
-    if mean is not None:
-        assert f"{headline.value:.{len(mean.partition('.')[2])}f}" == mean
-    assert ("quick" in file) == bool(report.notes)
-    assert made.provenance
+def test_stored_results_become_one_record(file: str, found: dict[tuple[str, str], float | None]) -> None:
+    """Means are those that the files give themselves, where they give the same ones."""
+    made = read_results(STORED / file)
+    assert {each.name for each in made} == {name for name, _ in found}
+    for each in made:
+        assert each.provenance
+        report = build(replace(each, reference="nobody"))
+        assert ("quick" in file) == bool(report.notes)
+        rows = {(each.name, row.system): row for row in report.rows if row.subset == "all"}
+        for (_, system), expected in ((key, value) for key, value in found.items() if key[0] == each.name):
+            mean = rows[each.name, system].overall[report.headline]
+            assert mean.scored == mean.total > 10
+            assert mean.value == pytest.approx(expected if expected is not None else mean.value, abs=1e-4)
+
+
+def test_opposite_gradients_and_old_tasks_are_apart() -> None:
+    """Means of the files: of contradictory pairs, and of tasks that no method trained on."""
+    (gradients,) = (build(each) for each in read_results(STORED / "lab/gradients.json"))
+    stored = json.loads((STORED / "lab/gradients.json").read_text(encoding="utf-8"))["found"]
+    for row, one in zip(gradients.rows, stored, strict=True):
+        found = row.categories["contradictory"]["cosine"].value
+        assert found == pytest.approx(one["contradictory"]["value"], abs=1e-4)
+    (conflict,) = (build(each) for each in read_results(STORED / "lab/conflict-quick.json"))
+    methods = json.loads((STORED / "lab/conflict-quick.json").read_text(encoding="utf-8"))["methods"]
+    old = {row.system: row.overall["PSNR"].value for row in conflict.rows if row.subset == "all, retention"}
+    assert old == pytest.approx({each["method"]: each["old_psnr"]["value"] for each in methods})
+
+
+def test_sentences_are_counted_one_by_one(tmp_path: Path) -> None:
+    shares = {"writer": "fresh", "language": "en", "threshold": 90, "asked": 10, "right": 8, "wrong": 1}
+    file = tmp_path / "sentences.json"
+    file.write_text(json.dumps({"own": 90, "shares": [{**shares, "outside": 4, "accepted": 1}]}), encoding="utf-8")
+    inside, outside = (build(each) for each in read_results(file))
+    assert {name: mean.value for name, mean in inside.rows[0].overall.items()} == {"right": 0.8, "silently wrong": 0.1}
+    assert outside.rows[0].overall["accepted"].value == 0.25
+    assert "10 sentences" in as_markdown(inside)
 
 
 def test_a_folder_of_results_is_reported_file_by_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,10 +88,13 @@ def bootstrap_mean(
     return percentiles((weights @ sums) / (weights @ counts), len(names), level)
 
 
+@lru_cache(maxsize=4)
 def cluster_weights(clusters: int, draws: int, seed: int) -> Values:
-    """Draw how often each cluster is in each bootstrap sample: `[draws, clusters]`."""
+    """Draw how often each cluster is in each bootstrap sample: `[draws, clusters]`, not to be written to."""
     random = np.random.default_rng(seed)
-    return random.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws).astype(np.float64)
+    found = random.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws).astype(np.float64)
+    found.flags.writeable = False
+    return found
 
 
 def percentiles(statistics: Values, clusters: int, level: float = LEVEL) -> Interval:

@@ -123,7 +123,7 @@ def _sentences(file: File) -> list[Results]:
             outside.append((case, system, {"accepted": float(i < each["accepted"])}, 0))
     own = f"from {file['own']}%"
     wrong_way: Scale = (1.0, 0.0)
-    return [
+    found = [
         _results(
             "sentences in scope",
             {"right": SHARE, "silently wrong": wrong_way},
@@ -133,6 +133,7 @@ def _sentences(file: File) -> list[Results]:
         ),
         _results("sentences out of scope", {"accepted": wrong_way}, outside, clusters="sentences", reference=own),
     ]
+    return [replace(each, macro=False) for each in found]
 
 
 def _audit(file: File) -> list[Results]:
