@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -105,6 +106,8 @@ def test_a_part_is_never_taken_for_the_whole(tmp_path: Path) -> None:
         files = [page.with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "json", "svg", "html")]
         assert [said in text for text in files] == [expected] * 4
         assert ["NOT THE WHOLE" in text for text in files] == [expected] * 4
+        drawn = ElementTree.fromstring(files[2])
+        assert len(drawn.findall("{http://www.w3.org/2000/svg}circle")) == len(build(made).rows)
 
 
 def test_published_scores_stand_apart_and_on_the_benchmarks_scale() -> None:
@@ -140,7 +143,7 @@ def test_published_scores_stand_apart_and_on_the_benchmarks_scale() -> None:
         ("lab/conflict-quick.json", {("conflict", "single"): None}),
         (
             "lab/continual.json",
-            {("continual", "retrieval"): 36.9402, ("continual, forgetting", "shared"): 18.6614},
+            {("continual", "retrieval"): 36.9430, ("continual, forgetting", "shared"): 18.6614},
         ),
         ("lab/scaling.json", {("scaling", "generator: width 128, 1 blocks"): 28.2650}),
         ("lab/gradients.json", {("gradients", "generator, trained"): None}),
@@ -208,6 +211,16 @@ def test_a_folder_of_results_is_reported_file_by_file(tmp_path: Path, capsys: py
     assert (tmp_path / "again/measurements/report.md").read_text(encoding="utf-8") == page.with_name(
         "report.md"
     ).read_text(encoding="utf-8")
+
+
+def test_the_page_shows_what_the_real_photographs_file_says(tmp_path: Path) -> None:
+    page = Path("docs/evaluation.md").read_text(encoding="utf-8")
+    card = tmp_path / "card.md"
+    card.write_text(page, encoding="utf-8")
+    words = ["eval", "report", str(STORED / "real.jsonl"), "--output", str(tmp_path / "report"), "--card", str(card)]
+    assert cli.main(words) == 0
+    assert card.read_text(encoding="utf-8") == page
+    assert "| openwu minus input | -0.48 [" in page
 
 
 @pytest.mark.parametrize(

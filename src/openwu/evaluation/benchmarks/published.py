@@ -24,7 +24,7 @@ def _gedit(system: str, semantics: float, quality: float, overall: float) -> Pub
 
 
 def _imgedit(system: str, overall: float) -> PublishedRow:
-    return PublishedRow(system, "ImgEdit's judge", {"overall": overall})
+    return PublishedRow(system, "as published", {"overall": overall})
 
 
 PUBLISHED: Mapping[str, tuple[PublishedRow, ...]] = {
