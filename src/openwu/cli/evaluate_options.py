@@ -90,9 +90,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
 
 def _add_judge(judge: argparse.ArgumentParser) -> None:
     judge.add_argument("--instrument", action="store_true", help="measure against known targets, without a model")
-    judge.add_argument(
-        "--measures", choices=("basic", "all"), help="fidelity: PSNR and SSIM, or also VMAF, XPSNR and others"
-    )
+    judge.add_argument("--measures", choices=("basic", "all"), help="fidelity: PSNR and SSIM, or VMAF and others, too")
     judge.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
     judge.add_argument("--model", metavar="NAME", help="the judge's model")
     judge.add_argument("--rubric", choices=RUBRICS, help="what is asked (default: the benchmark's own)")

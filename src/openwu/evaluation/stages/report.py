@@ -61,7 +61,7 @@ class Report:
     whole: int | None
     """How many the complete benchmark has; None where that is unknown, or all are here."""
     clusters: str
-    """What the intervals draw, with their number."""
+    """What the intervals draw, with the number of those that have a score."""
     rows: list[Row]
     differences: dict[str, Difference]
     """"A minus B" -> paired difference of the headline metric over all cases."""
@@ -99,6 +99,8 @@ def build(results: Results) -> Report:
         for system in results.systems
         for subset, members in subsets(results.cases).items()
     ]
+    scored = {case for _, case in scores}
+    clusters = {case.cluster for case in results.cases if case.key in scored}
     differences = _differences(results, scores)
     adjusted = holm({name: each.p for name, each in differences.items() if not math.isnan(each.p)})
     return Report(
@@ -106,9 +108,9 @@ def build(results: Results) -> Report:
         results.judge,
         results.headline,
         len(results.cases),
-        len({case for _, case in scores}),
+        len(scored),
         results.whole,
-        f"{len({case.cluster for case in results.cases})} {results.clusters}",
+        f"{len(clusters)} {results.clusters}",
         rows,
         differences,
         adjusted,
@@ -184,26 +186,29 @@ def _overall(
     edges: Scale,
     scores: Scores,
 ) -> Mean:
-    """Macro mean over the groups that have scores, with bounds over all; its interval draws whole clusters."""
-    clusters = {name: i for i, name in enumerate(dict.fromkeys(case.cluster for group in groups for case in group))}
-    weights = cluster_weights(len(clusters), DRAWS, 0)
-    drawn, values, worst, best, total = [], [], [], [], 0
-    scored = 0
-    for group in groups:
-        found = [scores.get((system, case.key), {}).get(metric) for case in group]
+    """Macro mean over the groups that have scores, with bounds over all; its interval draws the clusters with scores."""
+    values = [[scores.get((system, case.key), {}).get(metric) for case in group] for group in groups]
+    names = dict.fromkeys(
+        case.cluster
+        for group, found in zip(groups, values, strict=True)
+        for case, value in zip(group, found, strict=True)
+        if value is not None
+    )
+    clusters = {name: i for i, name in enumerate(names)}
+    means, drawn, worst, best, scored = [], [], [], [], 0
+    for group, found in zip(groups, values, strict=True):
         there = [value for value in found if value is not None]
-        total, scored = total + len(group), scored + len(there)
-        missing = len(group) - len(there)
-        low, high = bounds(math.fsum(there), missing, edges)
+        scored += len(there)
+        low, high = bounds(math.fsum(there), len(group) - len(there), edges)
         worst.append(low / len(group))
         best.append(high / len(group))
         if there:
-            values.append(math.fsum(there) / len(there))
-            drawn.append(_drawn_means(group, found, clusters, weights))
+            means.append(math.fsum(there) / len(there))
+            drawn.append(_drawn_means(group, found, clusters))
     count = len(groups)
-    value = math.fsum(values) / len(values) if values else math.nan
+    value = math.fsum(means) / len(means) if means else math.nan
     interval = percentiles(_mean_of_there(drawn), len(clusters)) if drawn else Interval(math.nan, math.nan)
-    return Mean(value, scored, total, math.fsum(worst) / count, math.fsum(best) / count, interval)
+    return Mean(value, scored, sum(map(len, groups)), math.fsum(worst) / count, math.fsum(best) / count, interval)
 
 
 def _mean_of_there(drawn: Sequence[Values]) -> Values:
@@ -215,10 +220,9 @@ def _mean_of_there(drawn: Sequence[Values]) -> Values:
     return found
 
 
-def _drawn_means(
-    group: Sequence[StoredCase], found: Sequence[float | None], clusters: Mapping[str, int], weights: Values
-) -> Values:
+def _drawn_means(group: Sequence[StoredCase], found: Sequence[float | None], clusters: Mapping[str, int]) -> Values:
     """The group's mean in every bootstrap sample `[draws]`; NaN where a sample has none of its cases."""
+    weights = cluster_weights(len(clusters), DRAWS, 0)
     sums, counts = np.zeros(len(clusters)), np.zeros(len(clusters))
     for case, value in zip(group, found, strict=True):
         if value is not None:
