@@ -186,7 +186,7 @@ def _overall(
     edges: Scale,
     scores: Scores,
 ) -> Mean:
-    """Macro mean over the groups that have scores, with bounds over all; its interval draws the clusters with scores."""
+    """Macro mean over the groups that have scores, with bounds over all; its interval draws clusters with scores."""
     values = [[scores.get((system, case.key), {}).get(metric) for case in group] for group in groups]
     names = dict.fromkeys(
         case.cluster
