@@ -7,6 +7,7 @@ of the experiment's own intervals.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,14 @@ def _suite(file: File) -> list[Results]:
         )
         for each in file["scores"]
     )
-    wording: Iterator[Row] = (
+    scales = {"PSNR": DECIBELS, "SSIM": COSINE}
+    found = [_results("suite", scales, scores, clusters="photographs", reference="generated")]
+    return [*found, _wording(file), _strength(file), *_composition(file)]
+
+
+def _wording(file: File) -> Results:
+    """One case for each sentence; those of one sub-task share their picture."""
+    rows: Iterator[Row] = (
         (
             plain_case(
                 f"{each['edit']}/{each['language']}/{each['sentence']}",
@@ -77,33 +85,33 @@ def _suite(file: File) -> list[Results]:
         )
         for each in file["wording"]
     )
-    strength: Iterator[Row] = (
+    return _results("wording", {"PSNR": DECIBELS}, rows)
+
+
+def _strength(file: File) -> Results:
+    """A system for each strength; at strength 0 no change is wanted, and a share of it means nothing."""
+    share = "change made / wanted"
+    rows: Iterator[Row] = (
         (
             plain_case(each["edit"], each["edit"], cluster=each["edit"]),
             f"{each['by']} {each['strength']:g}",
-            {
-                "PSNR": each["psnr"],
-                # At strength 0 no change is wanted, and a share of it means nothing.
-                "change made / wanted": each["moved"] / each["wanted"] if each["wanted"] > 1e-3 else float("nan"),
-            },
+            {"PSNR": each["psnr"], share: each["moved"] / each["wanted"] if each["wanted"] > 1e-3 else math.nan},
             0,
         )
         for each in file["strength"]
     )
-    found = [
-        _results("suite", {"PSNR": DECIBELS, "SSIM": COSINE}, scores, clusters="photographs", reference="generated"),
-        _results("wording", {"PSNR": DECIBELS}, wording),
-        _results("strength", {"PSNR": DECIBELS, "change made / wanted": UNBOUNDED}, strength, reference="strength 1"),
-    ]
-    composed: list[Row] = []
+    return _results("strength", {"PSNR": DECIBELS, share: UNBOUNDED}, rows, reference="strength 1")
+
+
+def _composition(file: File) -> list[Results]:
+    """Nothing for a model that knows both edits of no combination."""
+    rows: list[Row] = []
     for each in file["composition"]:
         name = f"{each['first']}, then {each['second']}"
         case = plain_case(name, name, cluster=name)
-        composed += [
-            (case, method.replace("_", " "), {"PSNR": each[method]}, 0)
-            for method in ("input", "first_only", "one_pass", "two_passes")
-        ]
-    return [*found, _results("composition", {"PSNR": DECIBELS}, composed, reference="one pass")] if composed else found
+        methods = ("input", "first_only", "one_pass", "two_passes")
+        rows += [(case, method.replace("_", " "), {"PSNR": each[method]}, 0) for method in methods]
+    return [_results("composition", {"PSNR": DECIBELS}, rows, reference="one pass")] if rows else []
 
 
 def _sentences(file: File) -> list[Results]:
