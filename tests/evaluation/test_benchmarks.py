@@ -15,7 +15,6 @@ from PIL import Image
 from openwu.errors import DatasetError
 from openwu.evaluation.benchmarks import gedit, imgedit, listing, own
 from openwu.evaluation.benchmarks.own import drafts
-from openwu.evaluation.judges.rubrics import GEdit, ImgEdit
 from openwu.evaluation.stages.record import SCORED, UNPARSED
 from openwu.evaluation.stages.report import Report, build
 from openwu.files.hashing import of_json
@@ -115,7 +114,7 @@ def write_scores(folder: Path, *, skip: int = 0) -> dict[tuple[str, str], list[t
 
 
 def reported(folder: Path) -> Report:
-    return build("gedit", "upstream", GEdit(), *gedit.read_upstream_scores(folder, "m"))
+    return build(gedit.read_upstream_scores(folder, "m"))
 
 
 def test_tables_of_gedit_are_recomputed_from_its_csv_files(tmp_path: Path) -> None:
@@ -223,7 +222,7 @@ def test_tables_of_imgedit_are_recomputed_from_its_result_file(tmp_path: Path) -
     del replies["6"]
     file = tmp_path / "result.json"
     file.write_text(json.dumps(replies), encoding="utf-8")
-    report = build("imgedit", "gpt", ImgEdit(), *imgedit.read_upstream_scores(file, entries(), "m"))
+    report = build(imgedit.read_upstream_scores(file, entries(), "m"))
     (row,) = report.rows
     assert row.statuses == {SCORED: 733, UNPARSED: 3, "missing": 1}
     style = [(1 + i % 5, 1 + i % 3, 4) for i in range(117, 217)]

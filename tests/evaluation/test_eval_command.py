@@ -97,6 +97,37 @@ def test_any_server_with_our_request_format_can_be_run(case_set: Path, tmp_path:
     assert run("judge", str(tmp_path), "--instrument") == 0
 
 
+def test_a_run_of_some_cases_is_marked_in_every_output(
+    case_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until the rest is run, too; cases that no judge was asked about are said as well."""
+    made = tmp_path / "made"
+    made.mkdir()
+    for line in (case_set / "cases.jsonl").read_text(encoding="utf-8").splitlines():
+        Image.new("RGB", (32, 32)).save(made / f"{json.loads(line)['key']}.png")
+    out, card = tmp_path / "run", tmp_path / "card.md"
+    card.write_text("<!-- cases: begin -->\n<!-- cases: end -->\n", encoding="utf-8")
+    base = ["run", "cases", "--data", str(case_set), "--output", str(out), "--outputs", str(made)]
+    assert run(*base, "--limit", "5", "--name", "a") == 0
+    assert run(*base, "--limit", "5", "--name", "b") == 0
+    assert run("judge", str(out), "--instrument", "--limit", "2") == 0
+    capsys.readouterr()
+    assert run("report", str(out), "--against", "b", "--card", str(card)) == 0
+    said = "NOT THE WHOLE: 5 of 60 cases were run; 2 of 5 cases have a score."
+    assert said in (text := capsys.readouterr().out)
+    assert "b minus a" in text
+    files = [out / f"report/instrument-measures/report.{kind}" for kind in ("md", "json", "svg", "html")]
+    assert all(said in file.read_text(encoding="utf-8") for file in (*files, card))
+    assert run("report", str(out), "--against", "c") == 2
+    assert "--against: expected one of ['a', 'b'], got 'c'" in capsys.readouterr().err
+    assert run("report", str(out), "--judge", "c") == 2
+    assert "--judge: expected one of ['instrument/measures'], got 'c'" in capsys.readouterr().err
+    assert run(*base, "--name", "a") == 0
+    assert run("judge", str(out), "--instrument", "--only", "a") == 0
+    assert run("report", str(out)) == 0
+    assert "NOT THE WHOLE" not in files[1].read_text(encoding="utf-8")
+
+
 def test_pairs_are_judged_in_both_orders(case_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["run", "cases", "--data", str(case_set), "--output", str(tmp_path), "--limit", "3"]
     for name, colour in (("a", (1, 2, 3)), ("b", (3, 2, 1))):
@@ -148,4 +179,4 @@ def test_the_audit_of_the_instrument_is_a_table(capsys: pytest.CaptureFixture[st
     assert run("audit", "--instrument", "--cases", "24", "--side", "64") == 0
     text = capsys.readouterr().out
     assert text.count("sees it") == 6
-    assert "instrument/measures: trusted" in text
+    assert re.search(r"instrument/measures: trusted, by 24 of \d+ right edits", text)

@@ -23,8 +23,8 @@ from openwu.evaluation.judges.rubrics import FourDimensions
 from openwu.evaluation.stages import journal
 from openwu.evaluation.stages.journal import Journal, locked
 from openwu.evaluation.stages.judge import plan_judge, run_judge
+from openwu.evaluation.stages.judged import results_of_run, summarise
 from openwu.evaluation.stages.record import DONE, FAILED, MISSING, REFUSED, SCORED, UNPARSED, RunFolder
-from openwu.evaluation.stages.report import summarise
 from openwu.evaluation.stages.run import plan_run, run_plan
 from openwu.evaluation.systems import MissingError, RefusedError, System
 from openwu.evaluation.systems.folder import OutputsFolder
@@ -219,7 +219,7 @@ def test_only_scores_are_scores_and_the_report_says_what_is_missing(record: RunF
     assert plan.calls == 9
     assert run_judge(record, plan, judge, workers=2) == {SCORED: 6, UNPARSED: 1, REFUSED: 1, FAILED: 1}
     assert plan_judge(record, judge).calls == 0
-    report = summarise(record, judge.rubric, judge.name)
+    report = summarise(record, results_of_run(record, judge.rubric, judge.name))
     (row,) = report.rows
     add = row.categories["add"]["overall"]
     assert (add.scored, add.total) == (3, 6)
@@ -234,7 +234,7 @@ def test_only_scores_are_scores_and_the_report_says_what_is_missing(record: RunF
     plan = plan_judge(record, judge, retry=True)
     assert plan.calls == 3
     run_judge(record, plan, judge)
-    (row,) = summarise(record, judge.rubric, judge.name).rows
+    (row,) = summarise(record, results_of_run(record, judge.rubric, judge.name)).rows
     assert row.statuses == {SCORED: 9, MISSING: 1}
 
 
@@ -250,7 +250,7 @@ def test_judgements_of_a_replaced_picture_do_not_count(record: RunFolder, tmp_pa
         system = OutputsFolder(folder, name="theirs")
         run_plan(record, plan_run(record, cases, system), system)
         plan = plan_judge(record, judge)
-        (row,) = summarise(record, judge.rubric, judge.name).rows if not plan.calls else (None,)
+        (row,) = summarise(record, results_of_run(record, judge.rubric, judge.name)).rows if not plan.calls else (None,)
         return ({} if row is None else dict(row.statuses)), plan.calls
 
     assert round_trip() == ({}, 1)
@@ -258,7 +258,7 @@ def test_judgements_of_a_replaced_picture_do_not_count(record: RunFolder, tmp_pa
     assert round_trip() == ({SCORED: 1, MISSING: 1}, 0)
     Image.new("RGB", (16, 12), "blue").save(folder / "c0.png")
     assert round_trip() == ({}, 1)
-    (row,) = summarise(record, judge.rubric, judge.name).rows
+    (row,) = summarise(record, results_of_run(record, judge.rubric, judge.name)).rows
     assert row.statuses == {"not judged": 1, MISSING: 1}
     Image.new("RGB", (16, 12), "red").save(folder / "c0.png")
     assert round_trip() == ({SCORED: 1, MISSING: 1}, 0)
@@ -266,7 +266,7 @@ def test_judgements_of_a_replaced_picture_do_not_count(record: RunFolder, tmp_pa
     (folder / "c1.png").write_bytes(b"no picture")
     system = OutputsFolder(folder, name="theirs")
     assert run_plan(record, plan_run(record, cases, system), system) == {MISSING: 2}
-    (row,) = summarise(record, judge.rubric, judge.name).rows
+    (row,) = summarise(record, results_of_run(record, judge.rubric, judge.name)).rows
     assert row.statuses == {MISSING: 2}
 
 
@@ -281,6 +281,6 @@ def test_systems_that_made_the_same_picture_have_a_score_each(record: RunFolder)
     assert len({each.picture for each in record.outputs().values()}) == 1
     judge = Judge(FourDimensions(), Fixed({"c0": 5}))
     assert run_judge(record, plan_judge(record, judge), judge) == {SCORED: 4}
-    rows = summarise(record, judge.rubric, judge.name).rows
+    rows = summarise(record, results_of_run(record, judge.rubric, judge.name)).rows
     assert [(row.system, row.statuses) for row in rows] == [("first", {SCORED: 2}), ("second", {SCORED: 2})]
     assert plan_judge(record, judge).calls == 0

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 from pathlib import Path
-from typing import Any
 
 from openwu.cli.console import Parser, UsageError, say
 
@@ -60,7 +58,7 @@ def report(options: argparse.Namespace) -> int:
     from openwu.evaluation.arena.gsb import analyse, as_markdown
     from openwu.evaluation.arena.plan import Arena, judge_votes
     from openwu.evaluation.stages.record import RunFolder
-    from openwu.files.writing import write_json, write_text
+    from openwu.files.writing import finite_values, write_json, write_text
 
     if options.judge:
         run_folder = RunFolder(options.folder)
@@ -73,22 +71,17 @@ def report(options: argparse.Namespace) -> int:
     if not votes:
         raise UsageError(f"{options.folder}: expected votes, got none; `openwu arena serve` collects them")
     found = analyse(comparisons, votes, {case.key: case.cluster for case in run_folder.cases()})
-    text = f"{who}\n\n{as_markdown(found)}"
+    compared = len({each.case for each in comparisons})
+    whole = run_folder.settings().get("whole", len(run_folder.cases()))
+    scope = f"NOT THE WHOLE: {compared} of {whole} cases were compared." if compared < whole else ""
+    text = "\n\n".join([who, *([f"**{scope}**"] if scope else []), as_markdown(found)])
     sys.stdout.write(text)
     output = Path(options.output or Path(options.folder) / "report")
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "votes.md", text)
-    write_json(output / "votes.json", {"by": who, **_plain(dataclasses.asdict(found))})
+    write_json(output / "votes.json", {"by": who, "scope": scope, **finite_values(dataclasses.asdict(found))})
     say(f"-> {output / 'votes.md'}")
     return 0
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openwu.cli.console import UsageError, note, say
+from openwu.cli.evaluate_report import note_reports, report_stage
 
 if TYPE_CHECKING:
     from openwu.evaluation.cases import Case
@@ -36,9 +37,9 @@ def run_stage(options: argparse.Namespace) -> int:
     system = _system(options)
     output = Path(options.output)
     with locked(output):
-        cases = _cases(options, output / "benchmark")
+        cases, whole = _cases(options, output / "benchmark")
         record = RunFolder(output)
-        record.begin(options.benchmark + (" (partial)" if options.partial else ""), cases)
+        record.begin(options.benchmark + (" (partial)" if options.partial else ""), cases, whole)
         plan = plan_run(record, cases, system, retry=options.retry)
         what = f"{system.name}: {plan.calls} pictures to make, {plan.known} recorded already"
         if not _agreed(what, plan.calls, plan.is_paid, options):
@@ -66,64 +67,6 @@ def judge_stage(options: argparse.Namespace) -> int:
             return 0
         counts = run_judge(record, plan, judge, workers=options.workers, progress=_bar("judge"))
     say(f"{judge.name}: {_counted(counts)} -> {record.folder}")
-    return 0
-
-
-def report_stage(options: argparse.Namespace) -> int:
-    """Write the report of a run, or of scores that a benchmark's own scorer wrote."""
-    from openwu.evaluation.judges import Rubric
-    from openwu.evaluation.judges.fidelity import MEASURES, Fidelity
-    from openwu.evaluation.judges.instrument import Measures
-    from openwu.evaluation.judges.rubrics import RUBRICS
-    from openwu.evaluation.stages.page import as_markdown, write_report
-    from openwu.evaluation.stages.record import RunFolder
-    from openwu.evaluation.stages.report import summarise
-
-    if options.scores:
-        return _report_upstream(options)
-    if not options.folder:
-        raise UsageError("report: expected the folder of a run, or --scores")
-    record = RunFolder(options.folder)
-    record.settings()
-    judges = list(dict.fromkeys(each.judge for each in record.judgements().values()))
-    wanted = [options.judge] if options.judge else judges
-    if not wanted:
-        raise UsageError(f"{options.folder}: expected judgements; run `openwu eval judge {options.folder}` first")
-    rubrics: dict[str, Callable[[], Rubric]] = {**RUBRICS, "instrument": Measures, "fidelity": Fidelity}
-    rubrics["fidelity-all"] = lambda: Fidelity(tuple(MEASURES))
-    scoring = [name for name in wanted if name.split("/")[0] != "pairs"]
-    for name in wanted:
-        if name not in scoring:
-            note(f"{name}: compares pairs; see `openwu arena report {options.folder} --judge {name}`")
-    for name in scoring:
-        report = summarise(record, rubrics[name.split("/")[0]](), name)
-        plain = "".join(letter if letter.isalnum() else "-" for letter in name)
-        folder = Path(options.output or Path(options.folder) / "report") / plain
-        sys.stdout.write(as_markdown(report))
-        say(f"{name} -> {write_report(report, folder, record)}")
-    return 0
-
-
-def _report_upstream(options: argparse.Namespace) -> int:
-    from openwu.evaluation.benchmarks import gedit, imgedit
-    from openwu.evaluation.judges import Rubric
-    from openwu.evaluation.judges.rubrics import GEdit, ImgEdit
-    from openwu.evaluation.stages.page import as_markdown, write_report
-    from openwu.evaluation.stages.report import build
-
-    scores = Path(options.scores)
-    name = options.name or scores.stem
-    rubric: Rubric
-    if options.benchmark == "gedit":
-        rubric, found = GEdit(), gedit.read_upstream_scores(scores, name)
-    elif options.benchmark == "imgedit" and options.data:
-        entries = imgedit.read_entries(Path(options.data))[1]
-        rubric, found = ImgEdit(), imgedit.read_upstream_scores(scores, entries, name)
-    else:
-        raise UsageError("--scores: expected --benchmark gedit, or --benchmark imgedit with --data FOLDER")
-    report = build(options.benchmark, "upstream's scorer", rubric, *found)
-    sys.stdout.write(as_markdown(report))
-    say(f"{name} -> {write_report(report, Path(options.output or 'runs/report'))}")
     return 0
 
 
@@ -164,7 +107,8 @@ def audit_stage(options: argparse.Namespace) -> int:
     sys.stdout.write(table(("fault", "right edit wins", "ties", "answered", "verdict"), rows))
     if judge.rubric.pairwise:
         say(f"first place wins {found.first_place:.2f}, flips when swapped {found.flips:.2f}")
-    say(f"{judge.name}: {'trusted' if found.trusted else 'not to be trusted'}")
+    part = "" if len(chosen) == len(cases) else f", by {len(chosen)} of {len(cases)} right edits"
+    say(f"{judge.name}: {'trusted' if found.trusted else 'not to be trusted'}{part}")
     return 0
 
 
@@ -192,6 +136,7 @@ def measure_model(options: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
         editor = Editor.from_pretrained(options.model)
         sys.stdout.write(evaluate_sentences(editor, output, card, all_thresholds=options.thresholds))
+        note_reports(output / "sentences.json")
         return 0
     from openwu.evaluation.gallery import write_gallery
     from openwu.evaluation.model_card import evaluate, load_model, load_photographs
@@ -205,10 +150,12 @@ def measure_model(options: argparse.Namespace) -> int:
         options.model, photographs, options.seeds, options.side, output, shared_folder=options.shared, card=card
     )
     sys.stdout.write(text)
+    note_reports(output / "suite.json")
     return 0
 
 
-def _cases(options: argparse.Namespace, work: Path) -> list[Case]:
+def _cases(options: argparse.Namespace, work: Path) -> tuple[list[Case], int]:
+    """The chosen cases, and how many the benchmark has."""
     from openwu.errors import OpenwuError
     from openwu.registry import BENCHMARKS, resolve
 
@@ -225,8 +172,8 @@ def _cases(options: argparse.Namespace, work: Path) -> list[Case]:
         tasks, languages = {case.task for case in found}, {case.language for case in found}
         raise OpenwuError(f"expected a --task of {sorted(tasks)} and a --language of {sorted(languages)}; got no case")
     if options.limit and options.limit < len(chosen):
-        return [chosen[i * len(chosen) // options.limit] for i in range(options.limit)]
-    return chosen
+        chosen = [chosen[i * len(chosen) // options.limit] for i in range(options.limit)]
+    return chosen, len(found)
 
 
 def _system(options: argparse.Namespace) -> System:

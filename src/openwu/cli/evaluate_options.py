@@ -28,11 +28,15 @@ def parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     judge.add_argument("--retry", action="store_true", help="ask again what was unparsed, refused or failed")
     judge.add_argument("--limit", type=_positive, metavar="N", help="only the first N cases")
     judge.add_argument("--workers", type=_positive, default=1, metavar="N", help="questions at once (default: 1)")
-    report = subparsers.add_parser("report", help="write tables and a page", allow_abbrev=False)
+    report = subparsers.add_parser("report", help="write tables, a chart and a page", allow_abbrev=False)
     report.set_defaults(run=verbs["report"])
-    report.add_argument("folder", nargs="?", metavar="RUN", help="folder of `openwu eval run`")
+    report.add_argument(
+        "folder", nargs="?", metavar="RESULTS", help="folder of `eval run`; file or folder of `eval suite` or `lab`"
+    )
     report.add_argument("--judge", metavar="NAME", help="only this judge, as RUBRIC/MODEL (default: all)")
-    report.add_argument("--output", metavar="FOLDER", help="where to write (default: RUN/report)")
+    report.add_argument("--against", metavar="SYSTEM", help="compare all systems with this one (default: all pairs)")
+    report.add_argument("--card", metavar="FILE", help="page whose section of the benchmark's name is replaced")
+    report.add_argument("--output", metavar="FOLDER", help="where to write (default: report in that folder)")
     report.add_argument("--scores", metavar="PATH", help="scores of GEdit's scorer (folder) or ImgEdit's (file)")
     report.add_argument("--benchmark", choices=("gedit", "imgedit"), help="with --scores: whose they are")
     report.add_argument("--data", metavar="FOLDER", help="with --scores, imgedit: where basic_edit.json is")
@@ -86,7 +90,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
 
 def _add_judge(judge: argparse.ArgumentParser) -> None:
     judge.add_argument("--instrument", action="store_true", help="measure against known targets, without a model")
-    judge.add_argument("--measures", choices=("basic", "all"), help="fidelity: PSNR and SSIM, or also VMAF and others")
+    judge.add_argument("--measures", choices=("basic", "all"), help="fidelity: PSNR and SSIM, or VMAF and others, too")
     judge.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
     judge.add_argument("--model", metavar="NAME", help="the judge's model")
     judge.add_argument("--rubric", choices=RUBRICS, help="what is asked (default: the benchmark's own)")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from openwu.cli.console import Parser, UsageError
+from openwu.cli.evaluate_report import note_reports
 from openwu.evaluation.experiments.conflict import CLOCKS
 from openwu.evaluation.experiments.runs import EXPERIMENTS, LabSettings, stored_table
 from openwu.evaluation.experiments.runs import run_audit as audit
@@ -27,7 +28,9 @@ IGNORED: dict[str, tuple[str, ...]] = {
 def run_audit(arguments: list[str]) -> int:
     """Run `openwu audit`; return the exit code."""
     parser = _parser("openwu audit", "Does the condition matter? Adapters that know less and less.")
-    sys.stdout.write(audit(_settings(parser.parse_args(arguments))))
+    settings = _settings(parser.parse_args(arguments))
+    sys.stdout.write(audit(settings))
+    note_reports(Path(settings.output) / "audit.json")
     return 0
 
 
@@ -52,11 +55,12 @@ def run_lab(arguments: list[str]) -> int:
     ignored = [name for name in IGNORED[options.what] if getattr(options, name) is not None]
     if ignored:
         raise UsageError(f"openwu lab {options.what}: it does not read --{', --'.join(ignored)}; leave that out")
-    run = EXPERIMENTS[options.what]
+    what, run = options.what, EXPERIMENTS[options.what]
     del options.what
     settings = _settings(options)
     Path(settings.output).mkdir(parents=True, exist_ok=True)
     sys.stdout.write(run(settings))
+    note_reports(Path(settings.output) / f"{what}.json")
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +58,15 @@ def mean_with_coverage(
     total, scored = len(values), len(there)
     found = math.fsum(value for value, _ in there)
     missing = total - scored
-    worst, best = ((found + missing * edge) / total if total else math.nan for edge in (low, high))
+    worst, best = (edge / total if total else math.nan for edge in bounds(found, missing, (low, high)))
     value = found / scored if scored else math.nan
     interval = bootstrap_mean([v for v, _ in there], [c for _, c in there], seed=seed)
     return Mean(value, scored, total, worst, best, interval)
+
+
+def bounds(total: float, missing: int, edges: tuple[float, float]) -> tuple[float, float]:
+    """Return a sum if everything missing had the worst, and the best score; edges may be infinite."""
+    return (total + missing * edges[0], total + missing * edges[1]) if missing else (total, total)
 
 
 def bootstrap_mean(
@@ -82,10 +88,13 @@ def bootstrap_mean(
     return percentiles((weights @ sums) / (weights @ counts), len(names), level)
 
 
+@lru_cache(maxsize=4)
 def cluster_weights(clusters: int, draws: int, seed: int) -> Values:
-    """Draw how often each cluster is in each bootstrap sample: `[draws, clusters]`."""
+    """Draw how often each cluster is in each bootstrap sample: `[draws, clusters]`, not to be written to."""
     random = np.random.default_rng(seed)
-    return random.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws).astype(np.float64)
+    found = random.multinomial(clusters, np.full(clusters, 1 / clusters), size=draws).astype(np.float64)
+    found.flags.writeable = False
+    return found
 
 
 def percentiles(statistics: Values, clusters: int, level: float = LEVEL) -> Interval:

@@ -14,6 +14,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
 
 
+def escaped(text: str) -> str:
+    """Escape a name that a user gave for a cell of a table: marks of Markdown, line breaks, and tags."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def unescaped(cell: str) -> str:
+    """Undo `escaped`, but for line breaks."""
+    return cell.replace("&lt;", "<").replace("\\|", "|").replace("\\\\", "\\")
+
+
 def filled(page: Path, sections: Mapping[str, str], option: str) -> str:
     """Return the page's text with each section between its marks, `<!-- name: begin -->` and `<!-- name: end -->`.
 

@@ -8,6 +8,7 @@ permissions are kept.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
+from typing import Any
 
 PARTIAL = re.compile(r"\.openwu-[0-9a-f]{16}\.part")
 """Temporary names; where such a file is old, its process was killed."""
@@ -78,6 +80,20 @@ def write_json(path: str | Path, values: Mapping[str, object]) -> None:
     """Write a JSON object atomically, with a line per value and per entry of a long list, for readable diffs."""
     lines = [f" {json.dumps(key)}: {_entries(value)}" for key, value in values.items()]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def finite_values(value: Any) -> Any:
+    """Return plain values for JSON: every NaN and infinity becomes None, every key a string."""
+    if isinstance(value, dict):
+        return {str(key): finite_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_values(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def file_name(text: str) -> str:
+    """Return a file's name for any text: letters and digits, and a dash for everything else."""
+    return "".join(letter if letter.isalnum() else "-" for letter in text)
 
 
 def _entries(value: object) -> str:

@@ -39,7 +39,7 @@ from openwu.evaluation.statistics import (
     sign_test,
     wilson,
 )
-from openwu.files.markdown import table
+from openwu.files.markdown import escaped, table
 
 DEFINITIONS = ("(G - B) / N", "(G + S / 2) / N", "G / (G + B)")
 PSEUDO = 0.1
@@ -270,13 +270,13 @@ def as_markdown(found: Gsb) -> str:
         for each in found.pairs
     ]
     head = ("systems", "G / S / B", *(f"{each} (%)" for each in DEFINITIONS), "Wilson", "p (Holm)", "turn / lose")
-    text = "## Votes\n\n" + table(head, [tuple(map(_plain, row)) for row in rows])
+    text = "## Votes\n\n" + table(head, [tuple(map(escaped, row)) for row in rows])
     ranked = sorted(found.strengths.items(), key=lambda item: -item[1][0])
-    strengths = [(_plain(name), f"{v:+.2f} [{edge.low:+.2f}, {edge.high:+.2f}]") for name, (v, edge) in ranked]
+    strengths = [(escaped(name), f"{v:+.2f} [{edge.low:+.2f}, {edge.high:+.2f}]") for name, (v, edge) in ranked]
     text += f"## Strengths (Davidson, tie parameter {found.tie:.2f})\n\n" + table(("system", "log strength"), strengths)
     raters = [
         (
-            _plain(each.name),
+            escaped(each.name),
             str(each.votes),
             *(_percent(v) for v in (each.self_agreement, each.identical_same, each.broken_right)),
         )
@@ -289,10 +289,6 @@ def as_markdown(found: Gsb) -> str:
         f"{found.missing}. Turn / lose: how many votes would have to change sides to turn the ranking, or to lose "
         "significance. Intervals draw photographs: they are about other photographs judged by these raters.\n"
     )
-
-
-def _plain(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def _percent(share: float) -> str:

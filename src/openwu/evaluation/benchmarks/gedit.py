@@ -18,7 +18,9 @@ from PIL import Image
 from openwu.errors import DatasetError, PictureError
 from openwu.evaluation.benchmarks import check_complete, listing
 from openwu.evaluation.cases import Case
-from openwu.evaluation.stages.record import SCORED, StoredCase
+from openwu.evaluation.judges.rubrics import GEdit
+from openwu.evaluation.stages.measurements import Measurement, Results, plain_case
+from openwu.evaluation.stages.record import StoredCase
 from openwu.extras import library
 from openwu.files.hashing import of_bytes
 from openwu.files.writing import atomic_file
@@ -128,42 +130,44 @@ def upstream_path(case: StoredCase, *, source: bool = False) -> str:
     return f"fullset/{case.task}/{language}/{key}{'_SRCIMG' if source else ''}.png"
 
 
-Scores = dict[tuple[str, str], dict[str, float]]
+def read_upstream_scores(folder: Path, system: str) -> Results:
+    """Read the CSV files `{model}_{category}_gpt_score.csv` of upstream's scorer as results of one system.
 
-
-def read_upstream_scores(folder: Path, system: str) -> tuple[list[StoredCase], Scores, dict[tuple[str, str], str]]:
-    """Read the CSV files `{model}_{category}_gpt_score.csv` of upstream's scorer.
-
-    Returns cases, scores and statuses. Rows that upstream skipped in silence are cases of status "missing". Raises
-    DatasetError for a missing category, a broken number, a row that is there twice, or more rows than cases.
+    Rows that upstream skipped in silence are cases of status "missing". Raises DatasetError for a missing category, a
+    broken number, a row that is there twice, or more rows than cases.
     """
     rows = {task: list(_csv_rows(folder, task)) for task in COUNTS}
     languages = {row["instruction_language"] for each in rows.values() for row in each}
     if not languages or languages - LANGUAGES.keys():
         raise DatasetError(f"{folder}: expected rows of languages {list(LANGUAGES)}, got {sorted(languages)}")
-    cases, scores, states = [], Scores(), {}
+    cases: list[StoredCase] = []
+    found: list[Measurement] = []
     for upstream in sorted(languages):
-        language = LANGUAGES[upstream]
         for task, count in COUNTS.items():
-            own = {}
-            for row in (row for row in rows[task] if row["instruction_language"] == upstream):
-                key = f"{upstream}/{task}/{Path(row['edited_image']).stem}"
-                if key in own:
-                    raise DatasetError(f"{folder}: {task}: expected every case once, got {key!r} twice")
-                own[key] = row
+            own = [row for row in rows[task] if row["instruction_language"] == upstream]
             if len(own) > count:
                 raise DatasetError(f"{folder}: {task}, {upstream}: expected at most {count} rows, got {len(own)}")
-            for key, row in own.items():
-                tags = (INTERSECTION,) if row["intersection_exist"].strip().lower() in ("true", "1") else ()
-                cases.append(StoredCase(key, task, row["instruction"], language, key, tags, ()))
-                semantics, quality = (_number(row, name, task) for name in ("sementics_score", "quality_score"))
-                scores[system, key] = {"SC": semantics, "PQ": quality, "O": math.sqrt(semantics * quality)}
-                states[system, key] = SCORED
+            keys = set()
+            for row in own:
+                case, scores = _scored_row(row, task, upstream)
+                if case.key in keys:
+                    raise DatasetError(f"{folder}: {task}: expected every case once, got {case.key!r} twice")
+                keys.add(case.key)
+                cases.append(case)
+                found += [Measurement(case.key, system, metric, value) for metric, value in scores.items()]
             for number in range(len(own), count):
                 key = f"{upstream}/{task}-missing-{number}"
-                cases.append(StoredCase(key, task, "", language, key, (), ()))
-                states[system, key] = "missing"
-    return cases, scores, states
+                cases.append(plain_case(key, task, cluster=key, language=LANGUAGES[upstream]))
+                found += [Measurement(key, system, metric, None, "missing") for metric in GEdit.metrics]
+    return Results("gedit", "upstream's scorer", GEdit.metrics, GEdit.headline, cases, found)
+
+
+def _scored_row(row: Mapping[str, str], task: str, upstream: str) -> tuple[StoredCase, dict[str, float]]:
+    key = f"{upstream}/{task}/{Path(row['edited_image']).stem}"
+    tags = (INTERSECTION,) if row["intersection_exist"].strip().lower() in ("true", "1") else ()
+    case = plain_case(key, task, cluster=key, language=LANGUAGES[upstream], tags=tags, instruction=row["instruction"])
+    semantics, quality = (_number(row, name, task) for name in ("sementics_score", "quality_score"))
+    return case, {"SC": semantics, "PQ": quality, "O": math.sqrt(semantics * quality)}
 
 
 def _csv_rows(folder: Path, task: str) -> Iterator[dict[str, str]]:

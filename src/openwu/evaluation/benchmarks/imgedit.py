@@ -13,8 +13,9 @@ from openwu.errors import DatasetError
 from openwu.evaluation.benchmarks import check_complete, without_duplicates
 from openwu.evaluation.benchmarks.listing import unreadable
 from openwu.evaluation.cases import Case
-from openwu.evaluation.judges.rubrics import imgedit_metrics
-from openwu.evaluation.stages.record import SCORED, UNPARSED, StoredCase
+from openwu.evaluation.judges.rubrics import ImgEdit, imgedit_metrics
+from openwu.evaluation.stages.measurements import Measurement, Results, plain_case
+from openwu.evaluation.stages.record import UNPARSED
 
 COUNTS = {
     "extract": 117,
@@ -96,29 +97,29 @@ def _read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-Scores = dict[tuple[str, str], dict[str, float]]
-
-
-def read_upstream_scores(
-    result: Path, entries: dict[str, dict[str, str]], system: str
-) -> tuple[list[StoredCase], Scores, dict[tuple[str, str], str]]:
+def read_upstream_scores(result: Path, entries: dict[str, dict[str, str]], system: str) -> Results:
     """Read upstream's `result.json`, key -> the judge's words, three lines of which end in a score.
 
-    Returns cases, scores and statuses. Upstream averages whatever lines end in digits, and leaves out what has none;
-    here an answer without exactly three scores from 1 to 5 is `unparsed`, and a key that is not there `missing`.
+    Upstream averages whatever lines end in digits, and leaves out what has none; here an answer without exactly three
+    scores from 1 to 5 is `unparsed`, and a key that is not there `missing`.
     """
     replies = _read_object(result)
     unknown = sorted(replies.keys() - entries.keys())
     if unknown:
         raise DatasetError(f"{result}: expected keys of {LISTING}, got {unknown[:10]}")
-    cases, scores, states = [], Scores(), {}
+    cases, measured = [], []
     for key, entry in entries.items():
-        cases.append(StoredCase(key, entry["edit_type"], entry["prompt"], "en", entry["id"], (), ()))
+        cases.append(
+            plain_case(key, entry["edit_type"], cluster=entry["id"], language="en", instruction=entry["prompt"])
+        )
         found = scores_of(replies[key]) if key in replies else []
-        states[system, key] = SCORED if len(found) == 3 else UNPARSED if key in replies else "missing"
         if len(found) == 3:
-            scores[system, key] = imgedit_metrics(found)
-    return cases, scores, states
+            measured += [Measurement(key, system, metric, value) for metric, value in imgedit_metrics(found).items()]
+        else:
+            status = UNPARSED if key in replies else "missing"
+            measured += [Measurement(key, system, metric, None, status) for metric in ImgEdit.metrics]
+    whole = sum(COUNTS.values())
+    return Results("imgedit", "upstream's scorer", ImgEdit.metrics, ImgEdit.headline, cases, measured, whole)
 
 
 def scores_of(reply: object) -> list[float]:

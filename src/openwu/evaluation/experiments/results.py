@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openwu.files.origin import origin
-from openwu.files.writing import atomic_set, write_json
+from openwu.files.writing import atomic_set, file_name, write_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ResultCache:
 
 
 def _files(folder: Path, name: str) -> tuple[Path, Path]:
-    plain = "".join(letter if letter.isalnum() else "-" for letter in name)
+    plain = file_name(name)
     return folder / f"{plain}.json", folder / f"{plain}.safetensors"
 
 

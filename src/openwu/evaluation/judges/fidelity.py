@@ -1,4 +1,4 @@
-"""Fidelity to a known truth: PSNR and SSIM, and where their packages are installed ssimulacra2, FLIP and VMAF.
+"""Fidelity to a known truth: PSNR and SSIM, and where their packages are installed ssimulacra2, FLIP, VMAF and XPSNR.
 
 Higher is better everywhere: FLIP, an error, is shown as 1 - FLIP.
 """
@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,14 +54,26 @@ def _flip(edited: Image.Image, target: Image.Image) -> float:
 
 
 def _vmaf(edited: Image.Image, target: Image.Image) -> float:
+    log = _compared(edited, target, "libvmaf=log_fmt=json:log_path=log.txt")
+    return float(json.loads(log)["pooled_metrics"]["vmaf"]["mean"])
+
+
+def _xpsnr(edited: Image.Image, target: Image.Image) -> float:
+    """XPSNR of the luma plane."""
+    log = _compared(edited, target, "xpsnr=stats_file=log.txt")
+    found = re.search(r"XPSNR y: *(\S+)", log)
+    return min(CAP, float(found[1])) if found else math.nan
+
+
+def _compared(edited: Image.Image, target: Image.Image, measure: str) -> str:
+    """Run a filter of ffmpeg that compares two pictures, and return what it wrote to `log.txt`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         edited.save(folder / "edited.png")
         target.save(folder / "target.png")
-        graph = "[0:v]format=yuv420p[a];[1:v]format=yuv420p[b];[a][b]libvmaf=log_fmt=json:log_path=vmaf.json"
+        graph = f"[0:v]format=yuv420p[a];[1:v]format=yuv420p[b];[a][b]{measure}"
         ffmpeg("-i", "edited.png", "-i", "target.png", "-lavfi", graph, "-f", "null", "-", folder=folder)
-        found = json.loads((folder / "vmaf.json").read_text(encoding="utf-8"))
-    return float(found["pooled_metrics"]["vmaf"]["mean"])
+        return (folder / "log.txt").read_text(encoding="utf-8")
 
 
 Measure = Callable[[Image.Image, Image.Image], float]
@@ -70,6 +83,7 @@ MEASURES: dict[str, tuple[Measure, tuple[float, float]]] = {
     "ssimulacra2": (_ssimulacra2, (-100, 100)),
     "1 - FLIP": (_flip, (0, 1)),
     "VMAF": (_vmaf, (0, 100)),
+    "XPSNR": (_xpsnr, (0, CAP)),
 }
 """Measure -> function (edited, target), and its worst and best value."""
 BASIC = ("PSNR", "SSIM")
@@ -105,7 +119,12 @@ class Measurer(Respondent):
 
     def check(self) -> None:
         """Raise OpenwuError, with the command to install it, for a measure whose package is missing."""
-        packages = {"ssimulacra2": "ssimulacra2", "1 - FLIP": "flip_evaluator", "VMAF": "imageio_ffmpeg"}
+        packages = {
+            "ssimulacra2": "ssimulacra2",
+            "1 - FLIP": "flip_evaluator",
+            "VMAF": "imageio_ffmpeg",
+            "XPSNR": "imageio_ffmpeg",
+        }
         for measure in self.measures:
             if measure in packages:
                 library(packages[measure], "measures")

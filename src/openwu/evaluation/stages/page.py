@@ -1,4 +1,7 @@
-"""A report as files: `report.json`, `report.md`, `report.jpg` (a sheet of pictures) and `report.html` (one page)."""
+"""A report as files: JSON, Markdown, a chart, a sheet of pictures where there are some, and one HTML page.
+
+`report.json`, `report.md`, `report.svg`, `report.jpg`, `report.html`, and `measurements.jsonl` behind them.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,39 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from openwu.errors import PictureError
+from openwu.evaluation.benchmarks.published import published_rows
 from openwu.evaluation.cases import image_tensor
 from openwu.evaluation.pictures import grid
+from openwu.evaluation.stages.chart import chart
 from openwu.evaluation.stages.judge import latest_outputs
+from openwu.evaluation.stages.measurements import Results, write_measurements
 from openwu.evaluation.stages.record import DONE, Output, RunFolder, StoredCase
 from openwu.evaluation.stages.report import Report, Row
 from openwu.evaluation.statistics import Mean
-from openwu.files.markdown import table
+from openwu.files.markdown import escaped, table, unescaped
 from openwu.files.writing import atomic_file, write_text
 
 THUMBNAIL = 160
 """Side in pixels of a picture in the sheet and on the page."""
 SHEET_ROWS, PAGE_ROWS = 12, 120
 """Cases that are shown."""
+FIGURE = 1200
+"""Largest width in pixels of an experiment's own figure on the page."""
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 2rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #8885; text-align: left; font-variant-numeric: tabular-nums; }
+.scope { border: 2px solid #c60; padding: .5rem 1rem; font-weight: bold; }
+svg, .figure { max-width: 100%; height: auto; }
 figure { display: inline-block; margin: .3rem; vertical-align: top; width: 160px; }
 figcaption { font-size: 12px; overflow-wrap: anywhere; }
 h3 { margin: 1.5rem 0 .3rem; font-size: 1rem; }
@@ -47,28 +58,63 @@ def shown(mean: Mean, digits: int = 2) -> str:
     if not math.isnan(mean.interval.low):
         text += f" [{mean.interval.low:.{digits}f}, {mean.interval.high:.{digits}f}]"
     if mean.scored < mean.total:
-        text += f" ({mean.scored}/{mean.total}; {mean.worst:.{digits}f} to {mean.best:.{digits}f})"
+        bounded = math.isfinite(mean.worst) and math.isfinite(mean.best)
+        text += f" ({mean.scored}/{mean.total}"
+        text += f"; {mean.worst:.{digits}f} to {mean.best:.{digits}f})" if bounded else ")"
     return text
 
 
-def as_markdown(report: Report) -> str:
+@dataclass(frozen=True)
+class Source:
+    """Results to report, and where pictures for the page are."""
+
+    name: str
+    """Shown in the terminal: a judge, or a file."""
+    results: Results
+    record: RunFolder | None = None
+    """The run that was judged, for pictures of its cases."""
+    figures: Sequence[Path] = ()
+    """Pictures that an experiment drew."""
+
+
+def as_markdown(report: Report, heading: str = "##") -> str:
     """Write all tables; systems and tasks are names of users, so marks of Markdown in them are escaped."""
-    return "".join(f"## {title}\n\n{table(head, rows)}" for title, head, rows in _tables(report)) + NOTE
+    said = "".join(f"**{text}**\n\n" for text in _warnings(report))
+    tables = "".join(f"{heading} {title}\n\n{table(head, rows)}" for title, head, rows in _tables(report))
+    return said + tables + _note(report)
 
 
-NOTE = (
-    "Brackets: 95% intervals of a bootstrap over photographs. In parentheses, where cases are missing: how many were "
-    "scored, and the mean if all missing ones had the worst, or the best score. Nothing missing is a score.\n"
-)
+def _warnings(report: Report) -> list[str]:
+    return [*_escaped([report.scope] if report.scope else []), *_escaped(report.notes)]
+
+
+def _note(report: Report) -> str:
+    return (
+        f"Brackets: 95% intervals of a bootstrap over {report.clusters}. In parentheses, where cases are missing: how "
+        "many were scored, and the mean if all missing ones had the worst, or the best score. Nothing missing is a "
+        "score.\n"
+    )
 
 
 def _tables(report: Report) -> Iterable[tuple[str, Sequence[str], list[list[str]]]]:
     metrics = list(report.rows[0].overall) if report.rows else []
     rows = [
-        [*_escaped([row.system, row.subset]), *(shown(row.overall[metric]) for metric in metrics), _statuses(row)]
+        [
+            *_escaped([row.system, row.subset]),
+            *(shown(row.overall[metric], _digits(row.overall[metric])) for metric in metrics),
+            _statuses(row),
+        ]
         for row in report.rows
     ]
-    yield f"{report.benchmark}, judged by {report.judge}", ["system", "cases", *metrics, "states"], rows
+    published = published_rows(report.benchmark)
+    judged = f", judged by {report.judge}" if report.judge else ""
+    yield f"{report.benchmark}{judged}", ["system", "cases", *metrics, "states"], rows
+    if published:
+        lines = [
+            [each.system, each.judge, *(f"{each.scores[name]:.2f}" if name in each.scores else "-" for name in metrics)]
+            for each in published
+        ]
+        yield "Published by others, neither computed nor verified here", ["system", "judge", *metrics], lines
     subsets = list(dict.fromkeys(row.subset for row in report.rows))
     for subset in subsets:
         own = [row for row in report.rows if row.subset == subset]
@@ -76,7 +122,7 @@ def _tables(report: Report) -> Iterable[tuple[str, Sequence[str], list[list[str]
         lines = [
             [
                 *_escaped([task]),
-                *(shown(row.categories[task][report.headline]) if task in row.categories else "-" for row in own),
+                *(_category(row, task, report.headline) for row in own),
             ]
             for task in tasks
         ]
@@ -96,38 +142,65 @@ def _tables(report: Report) -> Iterable[tuple[str, Sequence[str], list[list[str]
         yield "The judge", ["measure", "value"], [[k, f"{v:.3f}"] for k, v in report.diagnostics.items()]
 
 
+def _category(row: Row, task: str, metric: str) -> str:
+    if task not in row.categories:
+        return "-"
+    mean = row.categories[task][metric]
+    return shown(mean, _digits(mean))
+
+
+def _digits(mean: Mean) -> int:
+    """Decimals: three for shares and similarities, two for all else."""
+    return 3 if abs(mean.value) < 1 else 2
+
+
 def _statuses(row: Row) -> str:
     return ", ".join(f"{count} {status}" for status, count in sorted(row.statuses.items()))
 
 
 def _escaped(texts: Iterable[str]) -> list[str]:
-    return [text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for text in texts]
+    return list(map(escaped, texts))
 
 
-def write_report(report: Report, folder: Path, record: RunFolder | None = None) -> Path:
-    """Write all files, each whole or not at all, and return the page's path. `record`: for pictures."""
+def write_report(report: Report, folder: Path, source: Source) -> Path:
+    """Write all files, each whole or not at all, and return the page's path. `source`: what the report was built of."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_measurements(folder / "measurements.jsonl", source.results)
     values = json.dumps(report.as_json(), ensure_ascii=False, indent=1, allow_nan=False)
     write_text(folder / "report.json", values + "\n")
     write_text(folder / "report.md", as_markdown(report))
-    pictures = "" if record is None else _pictures(record, folder / "report.jpg")
+    drawn = chart(report)
+    write_text(folder / "report.svg", drawn)
+    pictures = "" if source.record is None else _pictures(source.record, folder / "report.jpg")
+    pictures += "".join(_figure(each) for each in source.figures)
     tables = "".join(f"<h2>{html.escape(title)}</h2>{_html_table(head, rows)}" for title, head, rows in _tables(report))
+    said = "".join(f'<p class="scope">{html.escape(unescaped(text))}</p>' for text in _warnings(report))
+    origin = ", ".join(f"{key} {value}" for key, value in report.provenance.items() if isinstance(value, str | int))
     page = folder / "report.html"
+    title = html.escape(report.benchmark)
     write_text(
         page,
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{html.escape(report.benchmark)}</title><style>{STYLE}</style>"
-        f"<body><h1>{html.escape(report.benchmark)}</h1>{tables}<p>{html.escape(NOTE)}</p>{pictures}</body></html>\n",
+        f"<title>{title}</title><style>{STYLE}</style>"
+        f"<body><h1>{title}</h1>{said}{drawn}{tables}<p>{html.escape(_note(report))}</p><p>{html.escape(origin)}</p>"
+        f"{pictures}</body></html>\n",
     )
     return page
 
 
+def _figure(file: Path) -> str:
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((FIGURE, 8 * FIGURE), Image.Resampling.LANCZOS)
+    return f'<h2>{html.escape(file.stem)}</h2><img class="figure" alt="" src="{_jpeg_url(image)}">'
+
+
 def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        plain = (cell.replace("\\|", "|").replace("\\\\", "\\").replace("&lt;", "<") for cell in cells)
+        plain = map(unescaped, cells)
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in plain) + "</tr>"
 
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

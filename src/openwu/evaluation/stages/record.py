@@ -1,6 +1,6 @@
 """The record of an evaluation: cases, edited pictures by their digest, and judgements, in one folder.
 
-    RUN/run.json          what is measured: the benchmark, and the version that began it
+    RUN/run.json          what is measured: the benchmark, how many cases it has, and the version that began it
     RUN/cases.jsonl       one case a line
     RUN/outputs.jsonl     one edited picture, or why there is none, a line; append-only
     RUN/judgements.jsonl  one answer of a judge, or why there is none, a line; append-only
@@ -101,21 +101,26 @@ class RunFolder:
         self._judgements = Journal(self.folder / "judgements.jsonl")
         self._cases = Journal(self.folder / "cases.jsonl")
 
-    def begin(self, benchmark: str, cases: Sequence[Case]) -> list[StoredCase]:
+    def begin(self, benchmark: str, cases: Sequence[Case], whole: int | None = None) -> list[StoredCase]:
         """Create the folder, or check that it is of the same benchmark; store cases that are new to it.
 
+        `whole`: how many cases the complete benchmark has, so that reports can say what part of it was run.
         Raises OpenwuError for a folder of another benchmark or version, or a case that changed under the same key.
         """
         check_keys(cases)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "run.json").exists():
-            known = str(self.settings()["benchmark"])
+            settings = self.settings()
+            known = settings["benchmark"]
             if known != benchmark:
                 raise OpenwuError(
                     f"{self.folder}: expected a run of {benchmark!r}, got one of {known!r}; choose another"
                 )
         else:
-            write_json(self.folder / "run.json", {"record": VERSION, "benchmark": benchmark, **origin()})
+            settings = {"record": VERSION, "benchmark": benchmark, **origin()}
+            write_json(self.folder / "run.json", settings)
+        if whole is not None and settings.get("whole") != whole:
+            write_json(self.folder / "run.json", {**settings, "whole": whole})
         stored = {case.key: case for case in self.cases()}
         return [self._store(case, stored.get(case.key)) for case in cases]
 

@@ -1,32 +1,32 @@
-"""Third stage: scores by category with coverage, bounds and intervals; systems compared; judges diagnosed."""
+"""Third stage: any results by category with coverage, bounds and intervals, and systems compared."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from openwu.errors import OpenwuError
-from openwu.evaluation.judges import Rubric
-from openwu.evaluation.stages.judge import latest_outputs
-from openwu.evaluation.stages.record import DONE, SCORED, Judgement, Output, RunFolder, StoredCase
+from openwu.evaluation.stages.measurements import Measurement, Results, Scale
+from openwu.evaluation.stages.record import SCORED, StoredCase
 from openwu.evaluation.statistics import (
     DRAWS,
     Difference,
     Interval,
     Mean,
     Values,
+    bounds,
     cluster_weights,
     holm,
-    krippendorff,
     mean_with_coverage,
     paired_difference,
     percentiles,
 )
+from openwu.files.writing import finite_values
 
 ALL = "all"
 """The subset of all cases."""
@@ -54,100 +54,86 @@ class Report:
     benchmark: str
     judge: str
     headline: str
+    cases: int
+    """How many cases there are here."""
+    scored: int
+    """How many of them have a score of any system."""
+    whole: int | None
+    """How many the complete benchmark has; None where that is unknown, or all are here."""
+    clusters: str
+    """What the intervals draw, with the number of those that have a score."""
     rows: list[Row]
     differences: dict[str, Difference]
     """"A minus B" -> paired difference of the headline metric over all cases."""
     adjusted: dict[str, float]
     """The same -> p after Holm."""
     diagnostics: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scope(self) -> str:
+        """What is missing of the whole, as one sentence; empty where nothing is."""
+        parts = []
+        if self.whole is not None and self.cases < self.whole:
+            parts.append(f"{self.cases} of {self.whole} cases were run")
+        if self.scored < self.cases:
+            parts.append(f"{self.scored} of {self.cases} cases have a score")
+        return f"NOT THE WHOLE: {'; '.join(parts)}." if parts else ""
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values; NaN becomes None."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found: dict[str, Any] = finite_values({"scope": self.scope, **asdict(self)})
         return found
 
 
 Scores = dict[tuple[str, str], dict[str, float]]
-"""(system, case) -> metric -> value, averaged over repeats."""
+"""(system, case) -> metric -> value, averaged over seeds and repeats."""
 
 
-def summarise(record: RunFolder, rubric: Rubric, judge: str, *, macro: bool = True) -> Report:
-    """Summarise one judge's scores of a record. `macro`: overall is the mean of category means.
-
-    Raises OpenwuError where that judge has no judgement in the record.
-    """
-    if rubric.pairwise:
-        raise OpenwuError(
-            f"report: rubric {rubric.name!r} compares pairs; its votes are reported by `openwu arena report`"
-        )
-    cases = {case.key: case for case in record.cases()}
-    outputs = latest_outputs(record)
-    judgements = [each for each in record.judgements().values() if each.judge == judge]
-    if not judgements:
-        known = sorted({each.judge for each in record.judgements().values()})
-        raise OpenwuError(f"{record.folder}: expected judgements of {judge!r}, got those of {known or 'nobody'}")
-    scores, states = collect(cases, outputs, judgements, rubric)
-    name = str(record.settings()["benchmark"])
-    found = build(name, judge, rubric, list(cases.values()), scores, states, macro=macro)
-    return replace(found, diagnostics=diagnose(judgements))
-
-
-def build(
-    benchmark: str,
-    judge: str,
-    rubric: Rubric,
-    cases: Sequence[StoredCase],
-    scores: Scores,
-    states: Mapping[tuple[str, str], str],
-    *,
-    macro: bool = True,
-) -> Report:
-    """Build a report of scores, wherever they come from; systems are those of `states`."""
-    systems = list(dict.fromkeys(system for system, _ in states))
+def build(results: Results) -> Report:
+    """Build the report of any results."""
+    scores, states = tabulate(results.measurements)
     rows = [
-        _row(system, subset, members, scores, states, rubric, macro)
-        for system in systems
-        for subset, members in subsets(cases).items()
+        _row(system, subset, members, scores, states, results)
+        for system in results.systems
+        for subset, members in subsets(results.cases).items()
     ]
-    differences = _differences(systems, {case.key: case for case in cases}, scores, rubric)
+    scored = {case for _, case in scores}
+    clusters = {case.cluster for case in results.cases if case.key in scored}
+    differences = _differences(results, scores)
     adjusted = holm({name: each.p for name, each in differences.items() if not math.isnan(each.p)})
-    return Report(benchmark, judge, rubric.headline, rows, differences, adjusted)
+    return Report(
+        results.name,
+        results.judge,
+        results.headline,
+        len(results.cases),
+        len(scored),
+        results.whole,
+        f"{len(clusters)} {results.clusters}",
+        rows,
+        differences,
+        adjusted,
+        notes=tuple(results.notes),
+        provenance=results.provenance,
+    )
 
 
-def collect(
-    cases: Mapping[str, StoredCase],
-    outputs: Mapping[tuple[str, str], Output],
-    judgements: Sequence[Judgement],
-    rubric: Rubric,
-) -> tuple[Scores, dict[tuple[str, str], str]]:
-    """Return scores, and for every (system, case) its status: SCORED, or the first reason why it has none.
-
-    A repeat counts only with the answers to all of its questions. Judgements of pictures that were replaced do not
-    count.
-    """
-    answered: dict[tuple[str, str], dict[int, dict[str, Judgement]]] = defaultdict(lambda: defaultdict(dict))
-    for each in judgements:
-        if len(each.systems) == 1 and each.case in cases:
-            answered[each.systems[0], each.case][each.repeat][each.question] = each
-    scores: Scores = {}
+def tabulate(measurements: Sequence[Measurement]) -> tuple[Scores, dict[tuple[str, str], str]]:
+    """Return scores, averaged over seeds, and for every (system, case) SCORED or why it has no score."""
+    values: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     states: dict[tuple[str, str], str] = {}
-    for (system, key), output in outputs.items():
-        if key not in cases:
-            continue
-        where = (system, key)
-        names = [question.label for question in rubric.questions(cases[key])]
-        found, state = [], output.status if output.status != DONE else "not judged"
-        for repeat in answered.get(where, {}).values() if output.status == DONE else ():
-            there = [repeat[name] for name in names if name in repeat and repeat[name].pictures == (output.picture,)]
-            bad = next((each.status for each in there if each.status != SCORED), None)
-            if bad is None and len(there) == len(names):
-                found.append(rubric.combine({each.question.partition("@")[0]: each.scores for each in there}))
-            else:
-                state = bad or "not judged"
-        if found:
-            state = SCORED
-            scores[where] = {metric: math.fsum(each[metric] for each in found) / len(found) for metric in found[0]}
-        states[where] = state
+    for each in measurements:
+        where = (each.system, each.case)
+        if each.value is not None:
+            values[where][each.measure].append(each.value)
+            states[where] = SCORED
+        else:
+            states.setdefault(where, each.status)
+    scores = {
+        where: {measure: math.fsum(found) / len(found) for measure, found in by_measure.items()}
+        for where, by_measure in values.items()
+    }
     return scores, states
 
 
@@ -172,8 +158,7 @@ def _row(
     cases: Sequence[StoredCase],
     scores: Scores,
     states: Mapping[tuple[str, str], str],
-    rubric: Rubric,
-    macro: bool,
+    results: Results,
 ) -> Row:
     categories: dict[str, dict[str, Mean]] = {}
     by_task: dict[str, list[StoredCase]] = defaultdict(list)
@@ -186,11 +171,11 @@ def _row(
                 [case.cluster for case in members],
                 *edges,
             )
-            for metric, edges in rubric.metrics.items()
+            for metric, edges in results.scales.items()
         }
     statuses = Counter(states.get((system, case.key), "not run") for case in cases)
-    groups = list(by_task.values()) if macro else [list(cases)]
-    overall = {metric: _overall(system, groups, metric, edges, scores) for metric, edges in rubric.metrics.items()}
+    groups = list(by_task.values()) if results.macro else [list(cases)]
+    overall = {metric: _overall(system, groups, metric, edges, scores) for metric, edges in results.scales.items()}
     return Row(system, subset, categories, overall, dict(statuses))
 
 
@@ -198,28 +183,32 @@ def _overall(
     system: str,
     groups: Sequence[Sequence[StoredCase]],
     metric: str,
-    edges: tuple[float, float],
+    edges: Scale,
     scores: Scores,
 ) -> Mean:
-    """Macro mean over the groups that have scores, with bounds over all; its interval draws whole clusters."""
-    clusters = {name: i for i, name in enumerate(dict.fromkeys(case.cluster for group in groups for case in group))}
-    weights = cluster_weights(len(clusters), DRAWS, 0)
-    drawn, values, worst, best, total = [], [], [], [], 0
-    scored = 0
-    for group in groups:
-        found = [scores.get((system, case.key), {}).get(metric) for case in group]
+    """Macro mean over the groups that have scores, with bounds over all; its interval draws clusters with scores."""
+    values = [[scores.get((system, case.key), {}).get(metric) for case in group] for group in groups]
+    names = dict.fromkeys(
+        case.cluster
+        for group, found in zip(groups, values, strict=True)
+        for case, value in zip(group, found, strict=True)
+        if value is not None
+    )
+    clusters = {name: i for i, name in enumerate(names)}
+    means, drawn, worst, best, scored = [], [], [], [], 0
+    for group, found in zip(groups, values, strict=True):
         there = [value for value in found if value is not None]
-        total, scored = total + len(group), scored + len(there)
-        missing = len(group) - len(there)
-        worst.append((math.fsum(there) + missing * edges[0]) / len(group))
-        best.append((math.fsum(there) + missing * edges[1]) / len(group))
+        scored += len(there)
+        low, high = bounds(math.fsum(there), len(group) - len(there), edges)
+        worst.append(low / len(group))
+        best.append(high / len(group))
         if there:
-            values.append(math.fsum(there) / len(there))
-            drawn.append(_drawn_means(group, found, clusters, weights))
+            means.append(math.fsum(there) / len(there))
+            drawn.append(_drawn_means(group, found, clusters))
     count = len(groups)
-    value = math.fsum(values) / len(values) if values else math.nan
+    value = math.fsum(means) / len(means) if means else math.nan
     interval = percentiles(_mean_of_there(drawn), len(clusters)) if drawn else Interval(math.nan, math.nan)
-    return Mean(value, scored, total, math.fsum(worst) / count, math.fsum(best) / count, interval)
+    return Mean(value, scored, sum(map(len, groups)), math.fsum(worst) / count, math.fsum(best) / count, interval)
 
 
 def _mean_of_there(drawn: Sequence[Values]) -> Values:
@@ -231,10 +220,9 @@ def _mean_of_there(drawn: Sequence[Values]) -> Values:
     return found
 
 
-def _drawn_means(
-    group: Sequence[StoredCase], found: Sequence[float | None], clusters: Mapping[str, int], weights: Values
-) -> Values:
+def _drawn_means(group: Sequence[StoredCase], found: Sequence[float | None], clusters: Mapping[str, int]) -> Values:
     """The group's mean in every bootstrap sample `[draws]`; NaN where a sample has none of its cases."""
+    weights = cluster_weights(len(clusters), DRAWS, 0)
     sums, counts = np.zeros(len(clusters)), np.zeros(len(clusters))
     for case, value in zip(group, found, strict=True):
         if value is not None:
@@ -245,51 +233,20 @@ def _drawn_means(
     return means
 
 
-def _differences(
-    systems: Sequence[str], cases: Mapping[str, StoredCase], scores: Scores, rubric: Rubric
-) -> dict[str, Difference]:
-    cluster_of = {key: case.cluster for key, case in cases.items()}
-    found = {}
-    for i, first in enumerate(systems):
-        for second in systems[i + 1 :]:
-            own = [
-                {key: each[rubric.headline] for (name, key), each in scores.items() if name == system}
-                for system in (first, second)
-            ]
-            found[f"{first} minus {second}"] = paired_difference(own[0], own[1], cluster_of)
-    return found
-
-
-def diagnose(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """Diagnose a judge: shares of answers that scored, spread and agreement of repeats, flips of swapped pairs."""
-    counts = Counter(each.status for each in judgements)
-    found = {f"share {status}": count / len(judgements) for status, count in sorted(counts.items())}
-    repeats: dict[tuple[object, ...], dict[Any, float]] = defaultdict(dict)
-    for each in judgements:
-        if each.status == SCORED:
-            for name, score in each.scores.items():
-                repeats[each.systems, each.case, each.question, name][each.repeat] = score
-    several = [unit for unit in repeats.values() if len(unit) > 1]
-    if several:
-        spreads = [max(unit.values()) - min(unit.values()) for unit in several]
-        found["mean spread of repeats"] = sum(spreads) / len(spreads)
-        found["alpha of repeats"] = krippendorff(several)
-    pairs = [
-        (value, other)
-        for (systems, *rest), unit in repeats.items()
-        if isinstance(systems, tuple) and len(systems) == 2 and systems[0] < systems[1]
-        for repeat, value in unit.items()
-        if (other := repeats.get(((systems[1], systems[0]), *rest), {}).get(repeat)) is not None
-    ]
-    if pairs:
-        found["flips when swapped"] = sum(value != -other for value, other in pairs) / len(pairs)
-        found["first place wins"] = sum((value > 0) + (other > 0) for value, other in pairs) / (2 * len(pairs))
-    return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _differences(results: Results, scores: Scores) -> dict[str, Difference]:
+    """Compare every pair of systems, or each with the reference, which comes first then."""
+    cluster_of = {case.key: case.cluster for case in results.cases}
+    systems, reference = results.systems, results.reference
+    if reference is None:
+        pairs = list(combinations(systems, 2))
+    else:
+        pairs = [(reference, other) for other in systems if other != reference] if reference in systems else []
+    own = {
+        system: {
+            key: each[results.headline]
+            for (name, key), each in scores.items()
+            if name == system and results.headline in each
+        }
+        for system in systems
+    }
+    return {f"{one} minus {two}": paired_difference(own[one], own[two], cluster_of) for one, two in pairs}
