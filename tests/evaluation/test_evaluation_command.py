@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from openwu import cli
-from openwu.cli import evaluate as command
+from openwu.cli.evaluate import run as command
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.evaluation import model_card
 from openwu.evaluation.model_card import SECTIONS
