@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from openwu import cli
-from openwu.cli.evaluate import _parser
+from openwu.cli.evaluate.run import _parser
 from openwu.data.suite import EDITS
 from openwu.editor.requests import EditResult
 from openwu.evaluation.experiments.runs import EXPERIMENTS

@@ -488,7 +488,7 @@ def test_train_and_eval_are_passed_on(monkeypatch: pytest.MonkeyPatch, capsys: p
         return 4
 
     monkeypatch.setitem(sys.modules, "openwu.cli.train", types.SimpleNamespace(run=train))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "openwu.cli.evaluate", types.SimpleNamespace(run=evaluate))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "openwu.cli.evaluate.run", types.SimpleNamespace(run=evaluate))  # type: ignore[arg-type]
     assert cli.main(["train", "a.py", "steps=10", "lr=1e-3", "--output", "runs/x", "--stage", "base"]) == 0
     assert capsys.readouterr().out == f"a.py -> {Path('runs/x')}\n"
     assert cli.main(["eval", "--help", "photo.png", "--model", "x"]) == 4

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from openwu import cli
-from openwu.cli import evaluate as command
+from openwu.cli.evaluate import run as command
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.evaluation import model_card
 from openwu.evaluation.model_card import SECTIONS
@@ -43,7 +43,10 @@ def test_the_command_writes_tables_numbers_and_pictures(
         *(f"suite.{kind}" for kind in ("json", "md", "jpg")),
         "worst.jpg",
         "strength.jpg",
+        "report",
     }
+    pages = {page.parent.name for page in output.glob("report/*/report.html")}
+    assert pages == {"suite-suite", "suite-wording", "suite-strength"}
 
     numbers = json.loads((output / "suite.json").read_text(encoding="utf-8"), parse_constant=refuse_constant)
     assert (numbers["seeds"], numbers["side"]) == ([3], 40)

@@ -48,6 +48,9 @@ def test_audit_writes_numbers_and_a_picture(
     assert stored["settings"]["seeds"] == [0]
     assert stored["torch"]
     assert (tmp_path / "audit.png").stat().st_size > 5000
+    page = (tmp_path / "report/audit/report.html").read_text(encoding="utf-8")
+    assert "NOT THE WHOLE: the quick setting" in page
+    assert "data:image/jpeg" in page
 
 
 def test_manifold(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from openwu.cli.console import Parser, UsageError
-from openwu.cli.evaluate_report import note_reports
+from openwu.cli.evaluate.report import note_reports
 from openwu.evaluation.experiments.conflict import CLOCKS
 from openwu.evaluation.experiments.runs import EXPERIMENTS, LabSettings, stored_table
 from openwu.evaluation.experiments.runs import run_audit as audit

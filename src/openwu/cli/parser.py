@@ -55,7 +55,7 @@ def build_parser() -> Parser:
     )
     completion.add_argument("shell", choices=SHELLS, help="which shell")
     completion.set_defaults(run="openwu.cli.completion:run")
-    _add_handed_on(verbs, "eval", "evaluate editors on benchmarks, or measure a model", "openwu.cli.evaluate:run")
+    _add_handed_on(verbs, "eval", "evaluate editors on benchmarks, or measure a model", "openwu.cli.evaluate.run:run")
     _add_handed_on(verbs, "arena", "compare editors by blind votes", "openwu.cli.arena:run")
     _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.cli.lab:run_audit")
     _add_handed_on(verbs, "bench", "measure speed and memory against the alternatives", "openwu.cli.bench:run")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openwu.cli.console import UsageError, note, say
-from openwu.cli.evaluate_report import note_reports, report_stage
+from openwu.cli.evaluate.report import note_reports, report_stage
 
 if TYPE_CHECKING:
     from openwu.evaluation.cases import Case
@@ -272,7 +272,7 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from openwu.cli.evaluate_options import parser
+    from openwu.cli.evaluate.options import parser
 
     return parser(
         {

@@ -1,0 +1,1 @@
+"""`openwu eval`: its arguments (options.py), its stages and measurements (run.py), and the one report (report.py)."""
