@@ -41,6 +41,8 @@ OPERATORS: dict[str, str] = {
     "scale": "openwu.adapters.operators.scale_offset:Scale",
     "offset": "openwu.adapters.operators.scale_offset:Offset",
     "scale_offset": "openwu.adapters.operators.scale_offset:ScaleOffset",
+    "rotation": "openwu.adapters.operators.rotation:Rotation",
+    "dora": "openwu.adapters.operators.dora:Dora",
 }
 """Operators, as a `Target` and a generator's config name them: classes that inherit from
 `openwu.adapters.operators.Operator`; docs/adding-an-operator.md says how."""

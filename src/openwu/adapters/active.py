@@ -7,7 +7,7 @@ packed in one sequence), T tokens, E experts, r rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ class Active:
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         scale = torch.scalar_tensor(adapter.scale, dtype=wide, device=first.device)
         return cls(adapter.factors, adapter.scale, adapter.batch, rows, segments, trained, in_order, scale, scope)
+
+    def only(self, name: str, parts: Sequence[str]) -> Active:
+        """The same scope with some of one target's factors, for a site that is made of others."""
+        held = self.factors[name]
+        return replace(self, factors={name: {part: held[part] for part in parts}}, _of_experts={})
 
     @property
     def uniform(self) -> bool:

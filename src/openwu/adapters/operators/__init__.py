@@ -26,6 +26,9 @@ from openwu.errors import OpenwuError
 from openwu.registry import OPERATORS, resolve
 from openwu.types import FactorRules, Target
 
+COMBINED = "openwu.adapters.operators.combined:Combined"
+"""What applies several operators, "lora+offset" for example; imported late, since it is made of this module's."""
+
 
 class Operator(FactorRules):
     """One way of changing a module's output. A subclass has no state; what a scope holds is in its site."""
@@ -40,7 +43,9 @@ class Operator(FactorRules):
 
 
 def operator_of(name: str) -> Operator:
-    """Find an operator by its name; OpenwuError for one that does not exist."""
+    """Find an operator by its name, or of several joined by "+"; OpenwuError for one that does not exist."""
+    if "+" in name:
+        return resolve(COMBINED)(tuple(name.split("+")))  # type: ignore[no-any-return]
     if name not in OPERATORS:
         raise OpenwuError(
             f"operator: expected one of {', '.join(OPERATORS)}, got {name!r}; correct the name, or add the operator to "
