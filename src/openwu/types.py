@@ -196,17 +196,20 @@ class Factor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     """Without the batch axis: of LoRA's A `[(E,) r, A_dim]`."""
-    kind: Literal["A", "B", "vector"]
+    kind: Literal["A", "B", "vector", "shared"]
     """How a generator writes it. "A": elements of variance about 1 / in_dim before any training, whole tokens; "B":
-    near zero, whole tokens; "vector": near zero, tokens shared with the other vectors of the base layer."""
+    near zero, whole tokens; "vector": near zero, tokens shared with the other vectors of the base layer; "shared": not
+    written, but a parameter that the generator learns, one for all samples (rows of an A or columns of a B)."""
 
 
 class FactorRules(ABC):
     """What an operator says about its factors, without the module that they change. Has no state."""
 
-    linear: ClassVar[tuple[str, ...]]
-    """The factors in which the change of the output is linear: strength multiplies them, zeros turn the change off."""
-    rank_factor: ClassVar[str | None] = None
+    linear: tuple[str, ...]
+    """The factors that strength multiplies and whose zeros turn the change off; most changes are linear there."""
+    shared: tuple[str, ...] = ()
+    """Factors that all samples share, `[1, ...]` in an adapter; they come after the others."""
+    rank_factor: str | None = None
     """The factor whose last but one axis is the rank, for a low-rank operator."""
     takes_experts: ClassVar[bool] = False
     """Whether a target may have experts."""
@@ -218,6 +221,10 @@ class FactorRules(ABC):
     @abstractmethod
     def summed(self, parts: Sequence[Mapping[str, Tensor]], ratios: Sequence[float]) -> dict[str, Tensor]:
         """Factors whose change is the sum of the parts' changes, each times its ratio (its scale / the sum's scale)."""
+
+    def low_rank(self, factors: Mapping[str, Tensor], /) -> dict[str, Tensor] | None:  # noqa: ARG002
+        """LoRA's factors of the same change, for an operator that has them in another form; None for others."""
+        return None
 
     def scaled(self, factors: Mapping[str, Tensor], strength: Tensor) -> dict[str, Tensor]:
         """The factors at another strength, `[1]` or `[b]`."""
@@ -265,7 +272,8 @@ class Target:
 
     def shapes(self, batch: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Factor name -> shape. LoRA: `lora_A` `[b, (E,) r, A_dim]`, `lora_B` `[b, (E,) B_dim, r]`, in this order."""
-        return {factor.name: (batch, *factor.shape) for factor in self.factors(rank)}
+        shared = self.rules.shared
+        return {factor.name: (1 if factor.name in shared else batch, *factor.shape) for factor in self.factors(rank)}
 
 
 @dataclass(frozen=True)
@@ -339,8 +347,14 @@ class Adapter:
 
     @property
     def parameters_per_sample(self) -> int:
-        """How many generated numbers one sample's adapter holds."""
-        return sum(part[0].numel() for parts in self.factors.values() for part in parts.values())
+        """How many generated numbers one sample's adapter holds; those that all samples share are not counted."""
+        shared = {target.name: target.rules.shared for target in self.targets}
+        return sum(
+            part[0].numel()
+            for name, parts in self.factors.items()
+            for factor, part in parts.items()
+            if factor not in shared[name]
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """`{target}.{factor}` -> tensor, without the scale. LoRA's factors are `lora_A` and `lora_B`."""
@@ -355,11 +369,27 @@ class Adapter:
             raise ValueError(f"strength: expected finite numbers, got {strength}")
         return replace(self, factors={t.name: t.rules.scaled(self.factors[t.name], factor) for t in self.targets})
 
+    def multiplied_out(self) -> Adapter:
+        """The same change with LoRA for every target whose operator is LoRA in another form; the others stay."""
+        targets: list[Target] = []
+        factors: dict[str, Mapping[str, Tensor]] = {}
+        for target in self.targets:
+            plain = target.rules.low_rank(self.factors[target.name])
+            targets.append(target if plain is None else replace(target, operator=LORA))
+            factors[target.name] = self.factors[target.name] if plain is None else plain
+        return replace(self, targets=tuple(targets), factors=factors)
+
     def select(self, samples: Sequence[int] | Tensor) -> Adapter:
         """The adapters of some samples, in the order given (repeats allowed)."""
         index = torch.as_tensor(samples, dtype=torch.long)
         instructions = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
-        chosen = self._each(lambda part: part[index.to(part.device)])
+        chosen = {
+            target.name: {
+                name: part if name in target.rules.shared else part[index.to(part.device)]
+                for name, part in self.factors[target.name].items()
+            }
+            for target in self.targets
+        }
         return replace(self, factors=chosen, instructions=instructions)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
@@ -409,10 +439,15 @@ class Adapter:
         for other in adapters[1:]:
             if (other.targets, other.rank, other.scale) != (first.targets, first.rank, first.scale):
                 raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
-        joined = {
-            name: {part: torch.cat([adapter.factors[name][part] for adapter in adapters]) for part in parts}
-            for name, parts in first.factors.items()
-        }
+        joined: dict[str, dict[str, Tensor]] = {}
+        for target in first.targets:
+            held = [adapter.factors[target.name] for adapter in adapters]
+            joined[target.name] = {
+                part: common(f"adapters: {target.name}: {part}", [each[part] for each in held])
+                if part in target.rules.shared
+                else torch.cat([each[part] for each in held])
+                for part in held[0]
+            }
         known = all(adapter.instructions for adapter in adapters)
         instructions = tuple(texts for adapter in adapters for texts in adapter.instructions) if known else ()
         return replace(first, factors=joined, instructions=instructions)
@@ -442,6 +477,17 @@ class Adapter:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
         return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
+
+
+def common(what: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The one tensor that all of these are; TargetError where they differ."""
+    first = tensors[0]
+    if all(each is first or (each.shape == first.shape and torch.equal(each, first)) for each in tensors[1:]):
+        return first
+    raise TargetError(
+        f"{what}: expected the same shared numbers in every adapter, got different ones: they come from different "
+        "generators; use adapter.multiplied_out() of each"
+    )
 
 
 @cache

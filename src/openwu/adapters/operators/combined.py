@@ -32,6 +32,7 @@ class Combined(Operator):
         if len(set(names)) < len(names) or "" in names:
             raise OpenwuError(f"operator: expected different names joined by '+', got {'+'.join(names)!r}")
         self.linear = tuple(name for each in self._operators for name in each.linear)
+        self.shared = tuple(name for each in self._operators for name in each.shared)
         self.rank_factor = next((each.rank_factor for each in self._operators if each.rank_factor), None)
 
     def factors(self, target: Target, rank: int, /) -> tuple[Factor, ...]:
@@ -41,7 +42,7 @@ class Combined(Operator):
                 f"operator: {'+'.join(self._names)!r}: expected operators with factors of different names, got "
                 f"{', '.join(twice)} twice; leave one of them out"
             )
-        return tuple(held)
+        return tuple(sorted(held, key=lambda factor: factor.kind == "shared"))  # stable: shared ones come last
 
     def summed(self, parts: Sequence[Mapping[str, Tensor]], ratios: Sequence[float]) -> dict[str, Tensor]:
         totals = [operator.summed(parts, ratios) for operator in self._operators]
@@ -85,7 +86,7 @@ class CombinedSite(PlainSite):
             part.clear()
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
-        changed = self._parts[0].update(y, x)
+        changed: Tensor = self._parts[0].update(y, x)
         for part in self._parts[1:]:
             changed = changed + (part.update(y, x) - y)
         return changed

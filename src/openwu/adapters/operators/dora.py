@@ -1,8 +1,8 @@
 """DoRA: a low-rank update whose rows keep the weight's row norms, times a generated magnitude for each output channel.
 
 `W' = m (W + s B A) / |W + s B A|`, |.| the norm of each row, with magnitudes m = |W| (1 + s g) (Liu et al. 2024, arXiv
-2402.09353). The magnitude is generated relative to the weight's own, so that zeros in B and g are the base. Row norms of
-the sum need no dense update: |W + s B A|^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>, row by row, for every sample.
+2402.09353). The magnitude is generated relative to the weight's own, so that zeros in B and g are the base. Row norms
+of the sum need no dense update: |W + s B A|^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>, row by row, per sample.
 
 Strength multiplies B and the gain. Works on linear modules and on convolutions whose weights are numbers, not on
 quantised weights and not on experts. Changes of two adapters do not add up to a third, so sums are refused.
@@ -38,7 +38,7 @@ class Dora(Operator):
         a, b = Factor(LORA_A, (rank, target.in_dim), "A"), Factor(LORA_B, (target.out_dim, rank), "B")
         return a, b, Factor(GAIN, (target.out_dim,), "vector")
 
-    def summed(self, parts: Sequence[Mapping[str, Tensor]], ratios: Sequence[float]) -> dict[str, Tensor]:
+    def summed(self, _: Sequence[Mapping[str, Tensor]], __: Sequence[float]) -> dict[str, Tensor]:
         raise TargetError(
             "dora: a sum of DoRA's changes is no DoRA, since each is divided by its own row norms; sum adapters of "
             "operator 'lora', or merge one after another"
@@ -82,10 +82,7 @@ class DoraSite(ChannelSite):
         y = self._inner.update(y, x)
         tokens, (change,) = self.aligned(y, x, (change,))
         bias = self.module.bias
-        if bias is None:
-            free = tokens
-        else:
-            free = tokens - (bias[:, None, None] if self.pictures else bias)
+        free = tokens if bias is None else tokens - (bias[:, None, None] if self.pictures else bias)
         return torch.addcmul(tokens, change, free).reshape(y.shape)
 
     def deltas(self, active: Active) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """Rotation: multiply pairs of neighbouring output channels (u, v) by the complex number 1 + s (p + iq).
 
 `(u, v) -> (u, v) + s (p u - q v, q u + p v)`: a rotation with a scaling for each pair, as in RoAd (Liao and Monz 2024,
-arXiv 2409.00119), whose angle is arg(1 + s (p + iq)) and whose scale is its modulus. In p and q the change is linear, so
-zeros change nothing, strength multiplies, and in a sum the changes add up.
+arXiv 2409.00119), whose angle is arg(1 + s (p + iq)) and whose scale is its modulus. In p and q the change is linear,
+so zeros change nothing, strength multiplies, and in a sum the changes add up.
 
 Works on linear modules and on convolutions of even output width, not on experts. Merging turns the rows of the weight
 and the bias.
@@ -82,6 +82,7 @@ class RotationSite(ChannelSite):
 
 def turned(y: Tensor, p: Tensor, q: Tensor, axis: int) -> Tensor:
     """Return (u + p u - q v, v + q u + p v) of the pairs (u, v) along an axis of y; p and q broadcast to u and v."""
-    u, v = y.unflatten(axis, (-1, 2)).unbind(axis if axis < 0 else axis + 1)
+    inner = axis if axis < 0 else axis + 1
+    u, v = torch.unflatten(y, axis, (-1, 2)).unbind(inner)
     pair = (u + (p * u - q * v), v + (q * u + p * v))
-    return torch.stack(pair, axis if axis < 0 else axis + 1).flatten(*((-2, -1) if axis < 0 else (axis, axis + 1)))
+    return torch.stack(pair, inner).reshape(y.shape)

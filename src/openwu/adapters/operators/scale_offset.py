@@ -4,8 +4,8 @@ The gain alone (`scale`) is what (IA)^3 learns (Liu et al. 2022, arXiv 2205.0563
 offset alone (`offset`) is a change of the bias, or a steering vector. Both are relative to the base's output, so zeros
 change nothing, and in a sum gains add up as offsets do: the order of the adapters does not matter.
 
-`scale_offset` is FiLM (Perez et al. 2017, arXiv 1709.07871). An offset on the map that computes AdaLN's modulation is an
-offset of shift, scale and gate at every time step.
+`scale_offset` is FiLM (Perez et al. 2017, arXiv 1709.07871). An offset on the map that computes AdaLN's
+modulation is an offset of shift, scale and gate at every time step.
 
 Works on linear modules, on convolutions and on norms (`norms`), not on experts. Merging scales the rows of the weight
 and changes the bias, which a module without one receives.
@@ -16,7 +16,6 @@ Shapes: b samples, n rows of a module's input, g and o `[b, out]`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ GAIN, OFFSET = "gain", "offset"
 class ScaleOffset(Operator):
     """`y (1 + s g) + s o`."""
 
-    linear: ClassVar[tuple[str, ...]] = (GAIN, OFFSET)
+    linear: tuple[str, ...] = (GAIN, OFFSET)
 
     def factors(self, target: Target, _: int, /) -> tuple[Factor, ...]:
         return tuple(Factor(name, (target.out_dim,), "vector") for name in self.linear)
