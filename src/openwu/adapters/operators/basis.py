@@ -96,7 +96,7 @@ class BasisMatrix(BasisDiagonal):
 
 
 class BasisMixture(BasisDiagonal):
-    """`y + s sum_i m_i B_i (A_i x)`: `middle` `[b, N]`, and shared `basis_A` `[1, N, r, in]`, `basis_B` of like shape."""
+    """`y + s sum_i m_i B_i (A_i x)`: `middle` `[b, N]`, shared `basis_A` `[1, N, r, in]` and `basis_B`."""
 
     def factors(self, target: Target, rank: int, /) -> tuple[Factor, ...]:
         return (
