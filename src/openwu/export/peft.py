@@ -8,7 +8,7 @@
 |---|---|
 | `lora` | LoRA |
 | basis LoRA | multiplied out: LoRA |
-| `offset`, `lora+offset`, also beside `lora` | LoRA with `lora_bias`: the offset is the bias of B; A and B may be zero |
+| `offset`, `lora+offset`, also beside `lora` | LoRA with `lora_bias`: the offset is the bias of B, maybe of zeros |
 | `dora` | LoRA with `use_dora`, see `peft_operators`; written, not read back |
 | `scale` | (IA)^3, see `peft_ia3` |
 | `rotation` on linear modules | RoAd, see `peft_operators`; written, not read back |

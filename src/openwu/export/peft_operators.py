@@ -3,7 +3,7 @@
 | targets | folder | tensors |
 |---|---|---|
 | `rotation` on linear modules | `RoadConfig`, road_1, groups of 2 | `road_theta`, `road_alpha` `[out / 2]` |
-| `scale`, `offset`, `scale_offset` on norms | `LNTuningConfig` | the norm's whole weight and bias, so a model is needed |
+| `scale`, `offset`, `scale_offset` on norms | `LNTuningConfig` | the norm's weight and bias, so a model is needed |
 | `dora` | `LoraConfig` with `use_dora` | `lora_magnitude_vector` |W| (1 + s g), so a model is needed |
 
 PEFT's files hold no neutral zeros but values beside the base's own, hence what only the base knows.
