@@ -6,10 +6,17 @@
 | `scale` | `y (1 + s g)` | `gain` g `[b, out]` |
 | `offset` | `y + s o` | `offset` o `[b, out]` |
 | `scale_offset` | `y (1 + s g) + s o` | `gain`, `offset` |
+| `rotation` | pairs of channels times 1 + s (p + iq) | `turns` (p, q) `[b, out / 2, 2]` |
+| `dora` | `m (W + s B A) / |W + s B A| x + c`, m = |W| (1 + s g) | `lora_A`, `lora_B`, `magnitude` g `[b, out]` |
+| `basis_diagonal` | `y + s B0 diag(m) (A0 x)` | `middle` m `[b, r]`; shared `basis_A`, `basis_B` |
+| `basis_matrix` | `y + s B0 M (A0 x)` | `middle` M `[b, r, r]`; shared `basis_A`, `basis_B` |
+| `basis_mixture` | `y + s sum_i m_i B_i (A_i x)` | `middle` m `[b, N]`; shared `basis_A`, `basis_B` |
+| `lora+offset`, ... | the sum of the operators' changes | those of all |
 
-s is the adapter's scale. One module has one target, so one operator; modules of one adapter may have different ones.
-Zeros in an operator's `linear` factors leave the base's output as it is, bit for bit; strength multiplies these
-factors; a sum of adapters adds up their changes, each measured from the base's output.
+s is the adapter's scale. One module has one target, so one operator (which may be several, joined by "+"); modules of
+one adapter may have different ones. Zeros in an operator's `linear` factors leave the base's output as it is, bit for
+bit; strength multiplies these factors; a sum of adapters adds up their changes, each measured from the base's output.
+`shared` factors are parameters of the generator, `[1, ...]` in every adapter.
 
 Shapes: b samples, E experts, r rank, in / out the widths of a module (channels of a convolution's output).
 """
