@@ -75,5 +75,5 @@ def test_the_worked_example_is_generated_applied_merged_and_saved(name: str, tmp
     back = Adapter.from_pretrained(tmp_path / "adapter")
     assert back.targets == adapter.targets
     assert torch.equal(back.factors["1.fc"]["input_gain"], adapter.factors["1.fc"]["input_gain"])
-    with pytest.raises(TargetError, match="0: expected an nn.Linear, got Conv2d"):
+    with pytest.raises(TargetError, match=r"0: expected an nn\.Linear, got Conv2d"):
         attach(nn.Sequential(nn.Conv2d(4, 5, 1)), [Target("0", 4, 5, operator=name)])
