@@ -250,8 +250,8 @@ def run_examples(settings: LabSettings) -> str:
 
 
 def run_operators(settings: LabSettings) -> str:
-    """Train a generator for every operator; return the table."""
-    tasks = settings.paired_edits
+    """Train a generator for every operator on edits that the base does not know; return the table."""
+    tasks = settings.edits or tuple(name for name in PAIRED if name not in BASE_EDITS)[: 8 if settings.quick else None]
     budget = settings.shortened(QUICK_OPERATORS if settings.quick else OPERATORS)
     model, photographs = settings.load_model(), settings.training_photographs()
     more = {"edits": tasks, "budget": vars(budget)}
