@@ -57,6 +57,10 @@ def test_a_group_changes_its_operator_but_not_that_of_experts() -> None:
     experts = GroupedTarget("moe", 2, (PlainTarget("w1", 6, 7),))
     group = LayerGroup("", 1, (PlainTarget("fc", 6, 6), experts)).with_operator("scale")
     assert group.targets == (PlainTarget("fc", 6, 6, "scale"), experts)
+    some = LayerGroup("", 1, (PlainTarget("fc", 6, 6), PlainTarget("out", 6, 6))).with_operator("lora+offset", ["fc"])
+    assert [weight.operator for weight in some.weights()] == ["lora+offset", "lora"]
+    with pytest.raises(ConfigError, match=r"only: expected some of the plain targets \['fc'\], got \['moe'\]"):
+        group.with_operator("scale", only=["moe"])
 
 
 def test_vectors_of_a_layer_share_tokens() -> None:

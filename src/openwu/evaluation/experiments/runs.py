@@ -25,6 +25,7 @@ from openwu.evaluation.experiments.examples import draw_trials, example_edits
 from openwu.evaluation.experiments.gradients import conflicts_table, generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.manifold import manifold
 from openwu.evaluation.experiments.methods import Budget
+from openwu.evaluation.experiments.operators import KINDS as OPERATOR_KINDS
 from openwu.evaluation.experiments.operators import OperatorResults, operators
 from openwu.evaluation.experiments.pictures import (
     draw_cells,
@@ -256,7 +257,7 @@ def run_operators(settings: LabSettings) -> str:
     model, photographs = settings.load_model(), settings.training_photographs()
     more = {"edits": tasks, "budget": vars(budget)}
     cache, test = settings.cache("operators", model, **more), settings.test_photographs()
-    found = operators(model, photographs, test, tasks, budget, settings.seeds, cache=cache)
+    found = operators(model, photographs, test, tasks, budget, settings.seeds, OPERATOR_KINDS, cache=cache)
     draw_operators(found, settings.write("operators", found.to_json(), **more).with_suffix(".png"))
     return found.table()
 
