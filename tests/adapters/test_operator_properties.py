@@ -332,6 +332,31 @@ def test_an_offset_on_the_modulation_map_offsets_shift_scale_and_gate() -> None:
         torch.testing.assert_close(came, part)
 
 
+class Routed(nn.Module):
+    """A mixture of three experts, one for each token, whose router is a linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.gate(x).argmax(-1, keepdim=True)
+        return sum(torch.where(chosen == i, expert(x), 0) for i, expert in enumerate(self.experts))
+
+
+def test_an_offset_on_the_router_chooses_experts_for_each_request() -> None:
+    torch.manual_seed(0)
+    model, x = Routed().requires_grad_(False), torch.randn(4, 5, 4)
+    offset = torch.full((2, 3), -1e9)
+    offset[0, 2] = offset[1, 0] = 0
+    adapter = Adapter((Target("gate", 4, 3, operator="offset"),), {"gate": {"offset": offset}}, 1.0)
+    came = applied(model, adapter, x, [0, 1, -1, 0])
+    assert torch.equal(came[2], model(x)[2])
+    for row, expert in ((0, 2), (1, 0), (3, 2)):
+        torch.testing.assert_close(came[row], model.experts[expert](x[row]))
+
+
 def test_dora_has_the_row_norms_of_its_magnitudes() -> None:
     torch.manual_seed(0)
     made = setting(Case("dora", "linear"))
@@ -345,6 +370,7 @@ REFUSED: list[tuple[nn.Module, Target, str]] = [
     (nn.Linear(3, 5), Target("0", 3, 5, operator="rotation"), "0: the operator 'rotation' .* even output width, got 5"),
     (nn.LayerNorm(4), Target("0", 4, 4, operator="lora"), "0: expected an nn.Linear or nn.Conv2d, got LayerNorm"),
     (nn.LayerNorm(4), Target("0", 4, 6, operator="scale"), "expected a norm of width 4 -> 6, got LayerNorm of 4"),
+    (Routed(), Target("0", 4, 3, operator="offset"), "0: expected an nn.Linear or nn.Conv2d, got Routed"),
     (nn.RMSNorm(4), Target("0", 4, 4, operator="offset"), "0: the operator 'offset' needs a norm with a bias, got RMS"),
     (nn.Linear(4, 4), Target("0", 4, 4, operator="lora+dora"), "factors of different names, got lora_A, lora_B twice"),
     (nn.Linear(4, 4), Target("0", 4, 4, operator="lora+lora"), "expected different names joined by '\\+'"),
