@@ -57,7 +57,7 @@ CASES = [
     Case("lora+offset", "linear"),
     Case("lora+scale_offset", "conv"),
     Case("lora+rotation", "linear"),
-    Case("dora+offset", "linear", sums=False),
+    Case("dora+scale", "linear", sums=False),
     Case("basis_diagonal+scale", "linear"),
 ]
 LINEAR = [case for case in CASES if case.kind == "linear"]

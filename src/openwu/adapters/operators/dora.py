@@ -60,6 +60,7 @@ class DoraSite(ChannelSite):
     def __init__(self, target: Target, module: nn.Module) -> None:
         self._inner = Lora().site(target, module)
         super().__init__(module, target)
+        self.makes_output = self._inner.makes_output
         weight = module._parameters.get("weight")
         if weight is None or weight.dtype not in DENSE:
             raise TargetError(
@@ -70,6 +71,7 @@ class DoraSite(ChannelSite):
     def load(self, active: Active) -> None:
         super().load(active)
         self._inner.flattened, self._inner.tokens_first = self.flattened, self.tokens_first
+        self._inner.makes_output = self.makes_output
         self._inner.load(active.only(self.path, (LORA_A, LORA_B)))
 
     def clear(self) -> None:
