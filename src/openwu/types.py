@@ -199,7 +199,7 @@ class Factor(NamedTuple):
     kind: Literal["A", "B", "vector", "shared"]
     """How a generator writes it. "A": elements of variance about 1 / in_dim before any training, whole tokens; "B":
     near zero, whole tokens; "vector": near zero, tokens shared with the other vectors of the base layer; "shared": not
-    written, but a parameter that the generator learns, one for all samples (rows of an A or columns of a B)."""
+    written, but a parameter of the generator for all samples."""
 
 
 class FactorRules(ABC):
@@ -222,19 +222,13 @@ class FactorRules(ABC):
     def summed(self, parts: Sequence[Mapping[str, Tensor]], ratios: Sequence[float]) -> dict[str, Tensor]:
         """Factors whose change is the sum of the parts' changes, each times its ratio (its scale / the sum's scale)."""
 
-    def low_rank(self, factors: Mapping[str, Tensor], /) -> dict[str, Tensor] | None:  # noqa: ARG002
-        """LoRA's factors of the same change, for an operator that has them in another form; None for others."""
-        return None
+    @abstractmethod
+    def stacked(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The factors of several adapters as one batch; TargetError where shared ones differ."""
 
+    @abstractmethod
     def scaled(self, factors: Mapping[str, Tensor], strength: Tensor) -> dict[str, Tensor]:
         """The factors at another strength, `[1]` or `[b]`."""
-        scaled = dict(factors)
-        for name in self.linear:
-            part = factors[name]
-            if part.element_size() == 1:  # float8 knows no products
-                part = part.to(torch.bfloat16)
-            scaled[name] = part * strength.reshape(-1, *[1] * (part.ndim - 1)).to(part)
-        return scaled
 
 
 @dataclass(frozen=True)
@@ -272,8 +266,7 @@ class Target:
 
     def shapes(self, batch: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Factor name -> shape. LoRA: `lora_A` `[b, (E,) r, A_dim]`, `lora_B` `[b, (E,) B_dim, r]`, in this order."""
-        shared = self.rules.shared
-        return {factor.name: (1 if factor.name in shared else batch, *factor.shape) for factor in self.factors(rank)}
+        return {each.name: (1 if each.kind == "shared" else batch, *each.shape) for each in self.factors(rank)}
 
 
 @dataclass(frozen=True)
@@ -348,13 +341,8 @@ class Adapter:
     @property
     def parameters_per_sample(self) -> int:
         """How many generated numbers one sample's adapter holds; those that all samples share are not counted."""
-        shared = {target.name: target.rules.shared for target in self.targets}
-        return sum(
-            part[0].numel()
-            for name, parts in self.factors.items()
-            for factor, part in parts.items()
-            if factor not in shared[name]
-        )
+        own = [(target.rules.shared, self.factors[target.name]) for target in self.targets]
+        return sum(part[0].numel() for shared, parts in own for name, part in parts.items() if name not in shared)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`{target}.{factor}` -> tensor, without the scale. LoRA's factors are `lora_A` and `lora_B`."""
@@ -369,27 +357,11 @@ class Adapter:
             raise ValueError(f"strength: expected finite numbers, got {strength}")
         return replace(self, factors={t.name: t.rules.scaled(self.factors[t.name], factor) for t in self.targets})
 
-    def multiplied_out(self) -> Adapter:
-        """The same change with LoRA for every target whose operator is LoRA in another form; the others stay."""
-        targets: list[Target] = []
-        factors: dict[str, Mapping[str, Tensor]] = {}
-        for target in self.targets:
-            plain = target.rules.low_rank(self.factors[target.name])
-            targets.append(target if plain is None else replace(target, operator=LORA))
-            factors[target.name] = self.factors[target.name] if plain is None else plain
-        return replace(self, targets=tuple(targets), factors=factors)
-
     def select(self, samples: Sequence[int] | Tensor) -> Adapter:
         """The adapters of some samples, in the order given (repeats allowed)."""
         index = torch.as_tensor(samples, dtype=torch.long)
         instructions = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
-        chosen = {
-            target.name: {
-                name: part if name in target.rules.shared else part[index.to(part.device)]
-                for name, part in self.factors[target.name].items()
-            }
-            for target in self.targets
-        }
+        chosen = self._each(lambda part: part[index.to(part.device)], shared=False)
         return replace(self, factors=chosen, instructions=instructions)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
@@ -439,15 +411,8 @@ class Adapter:
         for other in adapters[1:]:
             if (other.targets, other.rank, other.scale) != (first.targets, first.rank, first.scale):
                 raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
-        joined: dict[str, dict[str, Tensor]] = {}
-        for target in first.targets:
-            held = [adapter.factors[target.name] for adapter in adapters]
-            joined[target.name] = {
-                part: common(f"adapters: {target.name}: {part}", [each[part] for each in held])
-                if part in target.rules.shared
-                else torch.cat([each[part] for each in held])
-                for part in held[0]
-            }
+        held = [adapter.factors for adapter in adapters]
+        joined = {target.name: target.rules.stacked([each[target.name] for each in held]) for target in first.targets}
         known = all(adapter.instructions for adapter in adapters)
         instructions = tuple(texts for adapter in adapters for texts in adapter.instructions) if known else ()
         return replace(first, factors=joined, instructions=instructions)
@@ -475,19 +440,10 @@ class Adapter:
         instructions = tuple(sum(sample, ()) for sample in zip(*texts, strict=True)) if all(texts) else ()
         return replace(first, factors=summed, instructions=instructions)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
-        return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
-
-
-def common(what: str, tensors: Sequence[Tensor]) -> Tensor:
-    """The one tensor that all of these are; TargetError where they differ."""
-    first = tensors[0]
-    if all(each is first or (each.shape == first.shape and torch.equal(each, first)) for each in tensors[1:]):
-        return first
-    raise TargetError(
-        f"{what}: expected the same shared numbers in every adapter, got different ones: they come from different "
-        "generators; use adapter.multiplied_out() of each"
-    )
+    def _each(self, change: Callable[[Tensor], Tensor], shared: bool = True) -> dict[str, dict[str, Tensor]]:
+        kept = {target.name: () if shared else target.rules.shared for target in self.targets}
+        every = self.factors.items()
+        return {name: {f: part if f in kept[name] else change(part) for f, part in own.items()} for name, own in every}
 
 
 @cache

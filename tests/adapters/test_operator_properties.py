@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openwu.adapters.inject import attach
 from openwu.adapters.merge import merged, merged_copy
 from openwu.adapters.operators import operator_of
+from openwu.adapters.operators.basis import multiplied_out
 from openwu.adapters.updates import inner_products, relative_std
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
 from openwu.editor.cache import PackedAdapter
@@ -314,7 +315,7 @@ def test_multiplied_out_a_basis_is_a_lora() -> None:
     for operator in ("basis_diagonal", "basis_matrix", "basis_mixture"):
         made = setting(Case(operator, "linear"))
         adapter, x = drawn(made.target, 2, 2), made.inputs(2)
-        plain = adapter.multiplied_out()
+        plain = multiplied_out(adapter)
         assert [target.operator for target in plain.targets] == ["lora"]
         torch.testing.assert_close(applied(made.model, plain, x), applied(made.model, adapter, x))
     with pytest.raises(TargetError, match="expected the same shared numbers in every adapter"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openwu.adapters.inject import resolve
+from openwu.adapters.operators.basis import multiplied_out
 from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.types import LORA, LORA_A, LORA_B, Adapter, Target
 
@@ -88,7 +89,7 @@ def single(adapter: Adapter, format: str, model: nn.Module | None) -> Adapter:
         raise OpenwuError(
             f"{format}: a folder holds one sample, got {adapter.batch}; save each adapter.select([i]) (--sample N)"
         )
-    adapter = adapter.multiplied_out()
+    adapter = multiplied_out(adapter)
     return adapter if model is None else fitted(adapter, model)
 
 

@@ -24,12 +24,13 @@ Shapes: b samples, E experts, r rank, in / out the widths of a module (channels 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from openwu.adapters.site import PlainSite
-from openwu.errors import OpenwuError
+from openwu.errors import OpenwuError, TargetError
 from openwu.registry import OPERATORS, resolve
 from openwu.types import FactorRules, Target
 
@@ -47,6 +48,37 @@ class Operator(FactorRules):
     @abstractmethod
     def inner_products(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
         """<change i, change j> of a target's factors, without their scales: `[b1, b2]` float64."""
+
+    def low_rank(self, _: Mapping[str, Tensor], /) -> dict[str, Tensor] | None:
+        """LoRA's factors of the same change, for an operator that has them in another form; None for others."""
+        return None
+
+    def stacked(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            name: common(name, [part[name] for part in parts])
+            if name in self.shared
+            else torch.cat([part[name] for part in parts])
+            for name in parts[0]
+        }
+
+    def scaled(self, factors: Mapping[str, Tensor], strength: Tensor) -> dict[str, Tensor]:
+        scaled = dict(factors)
+        for name in self.linear:
+            part = factors[name]
+            if part.element_size() == 1:  # float8 knows no products
+                part = part.to(torch.bfloat16)
+            scaled[name] = part * strength.reshape(-1, *[1] * (part.ndim - 1)).to(part)
+        return scaled
+
+
+def common(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the one tensor that all of these are; TargetError where they differ."""
+    if all(each is tensors[0] or torch.equal(each, tensors[0]) for each in tensors[1:]):
+        return tensors[0]
+    raise TargetError(
+        f"{name}: expected the same shared numbers in every adapter, got different ones: they come from different "
+        "generators; use openwu.adapters.operators.basis.multiplied_out of each"
+    )
 
 
 def operator_of(name: str) -> Operator:

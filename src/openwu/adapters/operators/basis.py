@@ -7,7 +7,7 @@
 | `basis_mixture` | of MEMBERS learned LoRAs, one generated weight each | MEMBERS |
 
 An adapter holds the middle of every sample, and A0 and B0 once. For a linear module all samples share the products with
-A0 and B0, and only the tiny middle differs. Multiplied out (`Adapter.multiplied_out`) it is a LoRA, which is how files
+A0 and B0, and only the tiny middle differs. Multiplied out (`multiplied_out`) it is a LoRA, which is how files
 of other tools hold it. Sums need the same A0 and B0, that is adapters of one generator.
 
 Works on linear modules and on convolutions, not on experts.
@@ -18,16 +18,17 @@ Shapes: b samples, n rows of a module's input, N members, r rank, k ranks of all
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openwu.adapters.active import Active
-from openwu.adapters.operators import Operator
+from openwu.adapters.operators import Operator, common, operator_of
 from openwu.adapters.operators.channels import summed_vectors
 from openwu.adapters.operators.lora import Lora, product
 from openwu.adapters.site import PlainSite
-from openwu.types import LORA_A, LORA_B, Factor, Target, common
+from openwu.types import LORA, LORA_A, LORA_B, Adapter, Factor, Target
 
 MIDDLE, BASIS_A, BASIS_B = "middle", "basis_A", "basis_B"
 MEMBERS = 8
@@ -50,7 +51,7 @@ class BasisDiagonal(Operator):
 
     def summed(self, parts: Sequence[Mapping[str, Tensor]], ratios: Sequence[float]) -> dict[str, Tensor]:
         """Middles add up; TargetError where the parts have different bases."""
-        shared = {name: common(f"sum: {name}", [part[name] for part in parts]) for name in self.shared}
+        shared = {name: common(name, [part[name] for part in parts]) for name in self.shared}
         return summed_vectors(self.linear, parts, ratios) | shared
 
     def low_rank(self, factors: Mapping[str, Tensor], /) -> dict[str, Tensor]:
@@ -156,6 +157,17 @@ class BasisConvSite(BasisLinearSite):
     def update(self, y: Tensor, x: Tensor) -> Tensor:
         adapted: Tensor = self._inner.update(y, x)
         return adapted
+
+
+def multiplied_out(adapter: Adapter) -> Adapter:
+    """Return the same change with LoRA for every target whose operator is LoRA in another form; the others stay."""
+    targets: list[Target] = []
+    factors: dict[str, Mapping[str, Tensor]] = {}
+    for target in adapter.targets:
+        plain = operator_of(target.operator).low_rank(adapter.factors[target.name])
+        targets.append(target if plain is None else replace(target, operator=LORA))
+        factors[target.name] = adapter.factors[target.name] if plain is None else plain
+    return replace(adapter, targets=tuple(targets), factors=factors)
 
 
 def flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
