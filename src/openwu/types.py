@@ -197,9 +197,8 @@ class Factor(NamedTuple):
     shape: tuple[int, ...]
     """Without the batch axis: of LoRA's A `[(E,) r, A_dim]`."""
     kind: Literal["A", "B", "vector", "shared"]
-    """How a generator writes it. "A": elements of variance about 1 / in_dim before any training, whole tokens; "B":
-    near zero, whole tokens; "vector": near zero, tokens shared with the other vectors of the base layer; "shared": not
-    written, but a parameter of the generator for all samples."""
+    """How a generator writes it: "A" (elements of variance about 1 / in_dim before any training) and "B" (near zero) in
+    whole tokens, "vector" (near zero) in tokens shared with the layer's others; "shared": its own learned parameter."""
 
 
 class FactorRules(ABC):
@@ -341,8 +340,7 @@ class Adapter:
     @property
     def parameters_per_sample(self) -> int:
         """How many generated numbers one sample's adapter holds; those that all samples share are not counted."""
-        own = [(target.rules.shared, self.factors[target.name]) for target in self.targets]
-        return sum(part[0].numel() for shared, parts in own for name, part in parts.items() if name not in shared)
+        return sum(math.prod(f.shape) for t in self.targets for f in t.factors(self.rank) if f.kind != "shared")
 
     def state_dict(self) -> dict[str, Tensor]:
         """`{target}.{factor}` -> tensor, without the scale. LoRA's factors are `lora_A` and `lora_B`."""
@@ -442,8 +440,8 @@ class Adapter:
 
     def _each(self, change: Callable[[Tensor], Tensor], shared: bool = True) -> dict[str, dict[str, Tensor]]:
         kept = {target.name: () if shared else target.rules.shared for target in self.targets}
-        every = self.factors.items()
-        return {name: {f: part if f in kept[name] else change(part) for f, part in own.items()} for name, own in every}
+        held = self.factors.items()
+        return {name: {f: part if f in kept[name] else change(part) for f, part in own.items()} for name, own in held}
 
 
 @cache
