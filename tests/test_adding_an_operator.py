@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,15 +31,6 @@ def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(OPERATORS, name, f"operator_of_the_page:{where.partition(':')[2]}")
     importlib.invalidate_caches()
     return str(name)
-
-
-def by_hand(y: torch.Tensor, turns: Any) -> torch.Tensor:
-    """Every pair of channels on its own."""
-    y = y.clone()
-    for pair, (p, q) in enumerate(turns.tolist()):
-        u, v = y[..., 2 * pair].clone(), y[..., 2 * pair + 1].clone()
-        y[..., 2 * pair], y[..., 2 * pair + 1] = u + p * u - q * v, v + q * u + p * v
-    return y
 
 
 def test_the_worked_example_is_generated_applied_merged_and_saved(name: str, tmp_path: Path) -> None:
@@ -75,8 +65,8 @@ def test_the_worked_example_is_generated_applied_merged_and_saved(name: str, tmp
     for sample in range(2):
         expected = x[sample]
         for layer in range(2):
-            turns = adapter.scale * adapter.factors[f"{layer}.fc"]["turns"][sample]
-            expected = by_hand(base[layer]["fc"](expected), turns)
+            gain = adapter.scale * adapter.factors[f"{layer}.fc"]["input_gain"][sample]
+            expected = base[layer]["fc"](expected * (1 + gain))
         torch.testing.assert_close(together[sample], expected)
         with merged(base, adapter.select([sample])):
             torch.testing.assert_close(forward(x[sample]), expected)
@@ -84,6 +74,6 @@ def test_the_worked_example_is_generated_applied_merged_and_saved(name: str, tmp
     adapter.save_pretrained(tmp_path / "adapter")
     back = Adapter.from_pretrained(tmp_path / "adapter")
     assert back.targets == adapter.targets
-    assert torch.equal(back.factors["1.fc"]["turns"], adapter.factors["1.fc"]["turns"])
-    with pytest.raises(TargetError, match="expected an even output width, got 5"):
-        Target("fc", 4, 5, operator=name).factors(1)
+    assert torch.equal(back.factors["1.fc"]["input_gain"], adapter.factors["1.fc"]["input_gain"])
+    with pytest.raises(TargetError, match=r"0: expected an nn\.Linear, got Conv2d"):
+        attach(nn.Sequential(nn.Conv2d(4, 5, 1)), [Target("0", 4, 5, operator=name)])

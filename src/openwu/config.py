@@ -236,10 +236,18 @@ class LayerGroup:
                     name = f"{target.name}.{weight.name}"
                     yield LayerWeight(name, weight.in_dim, weight.out_dim, target.num_experts, LORA)
 
-    def with_operator(self, operator: str) -> LayerGroup:
-        """The same layers with another operator for every plain target; targets of experts stay LoRA."""
+    def with_operator(self, operator: str, only: Sequence[str] | None = None) -> LayerGroup:
+        """The same layers with another operator for every plain target; targets of experts stay LoRA.
+
+        `only`: names of the targets that get it, as in `targets`; ConfigError for one that the group has not.
+        """
+        plain = {target.name for target in self.targets if isinstance(target, PlainTarget)}
+        if unknown := sorted(set(only or ()) - plain):
+            raise ConfigError([f"only: expected some of the plain targets {sorted(plain)}, got {unknown}"])
+        chosen = plain if only is None else set(only)
         targets = tuple(
-            replace(target, operator=operator) if isinstance(target, PlainTarget) else target for target in self.targets
+            replace(target, operator=operator) if isinstance(target, PlainTarget) and target.name in chosen else target
+            for target in self.targets
         )
         return replace(self, targets=targets)
 

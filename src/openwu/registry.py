@@ -41,6 +41,11 @@ OPERATORS: dict[str, str] = {
     "scale": "openwu.adapters.operators.scale_offset:Scale",
     "offset": "openwu.adapters.operators.scale_offset:Offset",
     "scale_offset": "openwu.adapters.operators.scale_offset:ScaleOffset",
+    "rotation": "openwu.adapters.operators.rotation:Rotation",
+    "dora": "openwu.adapters.operators.dora:Dora",
+    "basis_diagonal": "openwu.adapters.operators.basis:BasisDiagonal",
+    "basis_matrix": "openwu.adapters.operators.basis:BasisMatrix",
+    "basis_mixture": "openwu.adapters.operators.basis:BasisMixture",
 }
 """Operators, as a `Target` and a generator's config name them: classes that inherit from
 `openwu.adapters.operators.Operator`; docs/adding-an-operator.md says how."""

@@ -196,17 +196,19 @@ class Factor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     """Without the batch axis: of LoRA's A `[(E,) r, A_dim]`."""
-    kind: Literal["A", "B", "vector"]
-    """How a generator writes it. "A": elements of variance about 1 / in_dim before any training, whole tokens; "B":
-    near zero, whole tokens; "vector": near zero, tokens shared with the other vectors of the base layer."""
+    kind: Literal["A", "B", "vector", "shared"]
+    """How a generator writes it: "A" (elements of variance about 1 / in_dim before any training) and "B" (near zero) in
+    whole tokens, "vector" (near zero) in tokens shared with the layer's others; "shared": its own learned parameter."""
 
 
 class FactorRules(ABC):
     """What an operator says about its factors, without the module that they change. Has no state."""
 
-    linear: ClassVar[tuple[str, ...]]
-    """The factors in which the change of the output is linear: strength multiplies them, zeros turn the change off."""
-    rank_factor: ClassVar[str | None] = None
+    linear: tuple[str, ...]
+    """The factors that strength multiplies and whose zeros turn the change off; most changes are linear there."""
+    shared: tuple[str, ...] = ()
+    """Factors that all samples share, `[1, ...]` in an adapter; they come after the others."""
+    rank_factor: str | None = None
     """The factor whose last but one axis is the rank, for a low-rank operator."""
     takes_experts: ClassVar[bool] = False
     """Whether a target may have experts."""
@@ -219,15 +221,13 @@ class FactorRules(ABC):
     def summed(self, parts: Sequence[Mapping[str, Tensor]], ratios: Sequence[float]) -> dict[str, Tensor]:
         """Factors whose change is the sum of the parts' changes, each times its ratio (its scale / the sum's scale)."""
 
+    @abstractmethod
+    def stacked(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The factors of several adapters as one batch; TargetError where shared ones differ."""
+
+    @abstractmethod
     def scaled(self, factors: Mapping[str, Tensor], strength: Tensor) -> dict[str, Tensor]:
         """The factors at another strength, `[1]` or `[b]`."""
-        scaled = dict(factors)
-        for name in self.linear:
-            part = factors[name]
-            if part.element_size() == 1:  # float8 knows no products
-                part = part.to(torch.bfloat16)
-            scaled[name] = part * strength.reshape(-1, *[1] * (part.ndim - 1)).to(part)
-        return scaled
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Target:
 
     def shapes(self, batch: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Factor name -> shape. LoRA: `lora_A` `[b, (E,) r, A_dim]`, `lora_B` `[b, (E,) B_dim, r]`, in this order."""
-        return {factor.name: (batch, *factor.shape) for factor in self.factors(rank)}
+        return {each.name: (1 if each.kind == "shared" else batch, *each.shape) for each in self.factors(rank)}
 
 
 @dataclass(frozen=True)
@@ -339,8 +339,8 @@ class Adapter:
 
     @property
     def parameters_per_sample(self) -> int:
-        """How many generated numbers one sample's adapter holds."""
-        return sum(part[0].numel() for parts in self.factors.values() for part in parts.values())
+        """How many generated numbers one sample's adapter holds; those that all samples share are not counted."""
+        return sum(math.prod(f.shape) for t in self.targets for f in t.factors(self.rank) if f.kind != "shared")
 
     def state_dict(self) -> dict[str, Tensor]:
         """`{target}.{factor}` -> tensor, without the scale. LoRA's factors are `lora_A` and `lora_B`."""
@@ -359,7 +359,7 @@ class Adapter:
         """The adapters of some samples, in the order given (repeats allowed)."""
         index = torch.as_tensor(samples, dtype=torch.long)
         instructions = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
-        chosen = self._each(lambda part: part[index.to(part.device)])
+        chosen = self._each(lambda part: part[index.to(part.device)], shared=False)
         return replace(self, factors=chosen, instructions=instructions)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
@@ -409,10 +409,8 @@ class Adapter:
         for other in adapters[1:]:
             if (other.targets, other.rank, other.scale) != (first.targets, first.rank, first.scale):
                 raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
-        joined = {
-            name: {part: torch.cat([adapter.factors[name][part] for adapter in adapters]) for part in parts}
-            for name, parts in first.factors.items()
-        }
+        held = [adapter.factors for adapter in adapters]
+        joined = {target.name: target.rules.stacked([each[target.name] for each in held]) for target in first.targets}
         known = all(adapter.instructions for adapter in adapters)
         instructions = tuple(texts for adapter in adapters for texts in adapter.instructions) if known else ()
         return replace(first, factors=joined, instructions=instructions)
@@ -440,8 +438,10 @@ class Adapter:
         instructions = tuple(sum(sample, ()) for sample in zip(*texts, strict=True)) if all(texts) else ()
         return replace(first, factors=summed, instructions=instructions)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
-        return {name: {part: change(tensor) for part, tensor in parts.items()} for name, parts in self.factors.items()}
+    def _each(self, change: Callable[[Tensor], Tensor], shared: bool = True) -> dict[str, dict[str, Tensor]]:
+        kept = {target.name: () if shared else target.rules.shared for target in self.targets}
+        held = self.factors.items()
+        return {name: {f: part if f in kept[name] else change(part) for f, part in own.items()} for name, own in held}
 
 
 @cache

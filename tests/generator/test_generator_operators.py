@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from openwu.adapters.inject import attach
+from openwu.adapters.operators.cost import adapter_cost
 from openwu.config import ConfigError, GeneratorConfig, GroupedTarget, LayerGroup, PlainTarget
 from openwu.errors import OpenwuError
 from openwu.generator.inference.fast import FastGenerator, FastOptions
@@ -57,6 +58,10 @@ def test_a_group_changes_its_operator_but_not_that_of_experts() -> None:
     experts = GroupedTarget("moe", 2, (PlainTarget("w1", 6, 7),))
     group = LayerGroup("", 1, (PlainTarget("fc", 6, 6), experts)).with_operator("scale")
     assert group.targets == (PlainTarget("fc", 6, 6, "scale"), experts)
+    some = LayerGroup("", 1, (PlainTarget("fc", 6, 6), PlainTarget("out", 6, 6))).with_operator("lora+offset", ["fc"])
+    assert [weight.operator for weight in some.weights()] == ["lora+offset", "lora"]
+    with pytest.raises(ConfigError, match=r"only: expected some of the plain targets \['fc'\], got \['moe'\]"):
+        group.with_operator("scale", only=["moe"])
 
 
 def test_vectors_of_a_layer_share_tokens() -> None:
@@ -65,6 +70,21 @@ def test_vectors_of_a_layer_share_tokens() -> None:
     assert (group.num_tokens_a, group.num_tokens_b, group.adapter_size) == (0, 1, 2 * 4 * 6)
     (group,) = GeneratorLayout.of(config_of("lora", "scale_offset")).groups
     assert (group.tokens_a, group.tokens_b) == ((1,), (1, 1))
+
+
+def test_a_layer_of_large_maps_takes_the_positions_and_numbers_that_the_page_states() -> None:
+    maps = tuple(PlainTarget(f"fc{i}", 4096, 4096) for i in range(11))
+    config = GeneratorConfig(16, 16, 1024, 64, 1024, 128, 4, 1, (LayerGroup("", 1, maps),))
+    page = (Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
+    for operator, positions in (("lora", 352), ("scale_offset", 24), ("basis_matrix", 4)):
+        changed = replace(config, groups=(config.groups[0].with_operator(operator),))
+        (layout,) = GeneratorLayout.of(changed).groups
+        assert layout.positions_per_layer == positions
+        cost = adapter_cost(layout.targets[:1], 16)
+        assert cost.numbers * 11 == layout.adapter_size
+        assert cost.bytes_per_request == 2 * cost.numbers
+        row = f"| `{operator}` | {5493e-6 * cost.numbers:,.2f} M | {5493e-6 * cost.bytes_per_request:,.1f} MB |"
+        assert f"{row} {5493e-6 * cost.shared:,.0f} M |" in page
 
 
 @pytest.mark.parametrize("operators", [*((each, each) for each in OPERATORS), ("scale_offset", "lora")])

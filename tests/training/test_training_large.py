@@ -254,6 +254,7 @@ def test_pairs_that_the_base_cannot_take_are_named_together(bases: dict[str, Pat
         {"generator": StageConfig(4, ((2, 0), (3, 0)), 1e-3)},
         {"encoders": "forget"},
         {"held_back": 1.0},
+        {"operator": "lora+twist"},
         {"pixels": 0},
     ],
 )

@@ -7,7 +7,7 @@ packed in one sequence), T tokens, E experts, r rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,15 @@ class Active:
         scale = torch.scalar_tensor(adapter.scale, dtype=wide, device=first.device)
         return cls(adapter.factors, adapter.scale, adapter.batch, rows, segments, trained, in_order, scale, scope)
 
+    def only(self, name: str, parts: Sequence[str]) -> Active:
+        """The same scope with some of one target's factors, for a site that is made of others."""
+        held = self.factors[name]
+        return self.with_factors({name: {part: held[part] for part in parts}})
+
+    def with_factors(self, factors: Mapping[str, Mapping[str, Tensor]]) -> Active:
+        """The same scope with other factors."""
+        return replace(self, factors=factors, _of_experts={})
+
     @property
     def uniform(self) -> bool:
         """Whether all rows have the same sample."""
@@ -106,8 +115,11 @@ class Active:
 
     def per_row(self, target: Target) -> tuple[Tensor, ...]:
         """A target's factors, in their order, with one entry per input row, or with a single one where `uniform`."""
-        parts = tuple(self.factors[target.name].values())
-        return parts if self.in_order else tuple(map(self._chosen, parts))
+        parts = self.factors[target.name]
+        if self.in_order:
+            return tuple(parts.values())
+        shared = target.rules.shared
+        return tuple(part if name in shared else self._chosen(part) for name, part in parts.items())
 
     def _chosen(self, part: Tensor) -> Tensor:
         """A factor `[b, ...]` as `[n or 1, ...]`; rows without an adapter get zeros, whatever other samples hold."""

@@ -20,6 +20,7 @@ IGNORED: dict[str, tuple[str, ...]] = {
     "continual": ("axis", "clock"),
     "gradients": ("steps", "axis", "side", "clock"),
     "manifold": ("steps", "axis", "photos", "clock"),
+    "operators": ("axis", "clock"),
     "scaling": ("clock",),
 }
 """Experiment -> options that it would ignore, and therefore refuses."""

@@ -78,7 +78,7 @@ class PackedAdapter:
         with torch.inference_mode(False):
             for kind, places in zip(self.kinds, self.places, strict=True):
                 # "unsafe": to autograd each part is a tensor of its own, and may change in place without the others.
-                found.update(zip(places, torch.unsafe_split(kind.clone(), self.batch), strict=True))
+                found.update(zip(places, torch.unsafe_split(kind.clone(), len(kind) // len(places)), strict=True))
         ordered = iter([found[place] for place in range(len(found))])
         factors = {name: {part: next(ordered) for part in parts} for name, parts in self.names}
         # Without its checks: they were made of what was packed, and would take as long as the copy.

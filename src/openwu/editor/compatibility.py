@@ -19,7 +19,7 @@ from openwu.adapters.inject import AdapterHandle, attach
 from openwu.adapters.merge import merged_copy, merging_pays
 from openwu.backbones.protocol import Backbone
 from openwu.conditions import Encoder, describe_encoder, make_encoder
-from openwu.config import GeneratorConfig, LayerGroup
+from openwu.config import LORA, GeneratorConfig, LayerGroup
 from openwu.errors import TargetError
 from openwu.files.hashing import of_bytes
 from openwu.generator.model import ParameterGenerator
@@ -44,8 +44,11 @@ def generator_config(
     head_dim: int = 128,
     dim_accumulation: int = 4,
     num_pg_layers: int = 8,
+    operator: str = LORA,
 ) -> GeneratorConfig:
     """The config of a new generator that adapts all of a base's layer groups and reads its or an encoder's conditions.
+
+    `operator`: what it writes for every target but those of experts, see `openwu.adapters.operators`.
 
     What an encoder needs to be made again is kept in the config, so that an editor finds it there.
     """
@@ -59,7 +62,7 @@ def generator_config(
         head_dim=head_dim,
         dim_accumulation=dim_accumulation,
         num_pg_layers=num_pg_layers,
-        groups=backbone.layer_groups(),
+        groups=tuple(group.with_operator(operator) for group in backbone.layer_groups()),
         more_inputs=dict(more),
         condition_encoder=None if encoder is None else describe_encoder(encoder),
     )

@@ -3,7 +3,7 @@
 | file | what |
 |---|---|
 | `native` | our own folder: a batch of samples bit for bit, experts and every operator |
-| `peft`, `peft_experts`, `peft_ia3` | PEFT's folder: one sample; linear modules, convolutions, experts |
+| `peft`, `peft_experts`, `peft_ia3`, `peft_operators` | PEFT's folder: one sample; modules, experts, other operators |
 | `single_file` | diffusers' and ComfyUI's LoRA files: one sample; linear modules and convolutions, LoRA alone |
 | `lora_file` | reads a LoRA file of any of these key styles |
 | `peft_config` | what a LoraConfig says, in a folder or in a file's header: ranks, alphas, options that are refused |

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openwu.adapters.inject import resolve
+from openwu.adapters.operators.basis import multiplied_out
 from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.types import LORA, LORA_A, LORA_B, Adapter, Target
 
 OFFSET = "offset"
+LORA_OFFSET = f"{LORA}+{OFFSET}"
+"""A LoRA and an offset on one module: PEFT's `lora_bias`."""
 
 
 def with_kernels(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -81,11 +84,12 @@ def transposed(model: nn.Module, target: Target) -> bool:
 
 
 def single(adapter: Adapter, format: str, model: nn.Module | None) -> Adapter:
-    """The adapter for a format that holds one sample."""
+    """The adapter for a format that holds one sample; a basis LoRA is multiplied out."""
     if adapter.batch != 1:
         raise OpenwuError(
             f"{format}: a folder holds one sample, got {adapter.batch}; save each adapter.select([i]) (--sample N)"
         )
+    adapter = multiplied_out(adapter)
     return adapter if model is None else fitted(adapter, model)
 
 
@@ -185,7 +189,7 @@ class Update:
 def combine(updates: Mapping[str, Update], biases: Mapping[str, Bias] | None = None) -> Adapter:
     """One sample's adapter of the updates, target name -> update, in their order.
 
-    A module of `biases` that has no LoRA, or one of zeros, gets an offset. CheckpointError where it has both.
+    A module of `biases` that has no LoRA, or one of zeros, gets an offset; one that has both, both.
     """
     biases = biases or {}
     if not updates:
@@ -193,11 +197,7 @@ def combine(updates: Mapping[str, Update], biases: Mapping[str, Bias] | None = N
     for name, update in updates.items():
         if not (update.a.is_floating_point() and update.b.is_floating_point()):
             raise CheckpointError(f"{name}: expected floating-point numbers, got {update.a.dtype} and {update.b.dtype}")
-    if both := [name for name, bias in biases.items() if _any(updates[name].b) and _any(bias.value)]:
-        raise CheckpointError(
-            f"expected modules with a LoRA or with a bias beside it, got both for {', '.join(both)}; an adapter has "
-            "one operator for a module"
-        )
+    both = {name for name, bias in biases.items() if _any(updates[name].b) and _any(bias.value)}
     zero = {name for name in biases if not _any(updates[name].b)}
     offsets = {name for name in zero if _any(biases[name].value) or not _any(updates[name].a)}
     low_rank = [update for name, update in updates.items() if name not in offsets] or list(updates.values())
@@ -215,8 +215,10 @@ def combine(updates: Mapping[str, Update], biases: Mapping[str, Bias] | None = N
             continue
         more = rank - update.rank
         a, b = update.a, folded(update.b, update.scale / scale)
-        targets.append(target)
+        targets.append(replace(target, operator=LORA_OFFSET) if name in both else target)
         factors[name] = {LORA_A: F.pad(a, (0, 0, 0, more))[None], LORA_B: F.pad(b, (0, more))[None]}
+        if name in both:
+            factors[name][OFFSET] = folded(biases[name].value, biases[name].scale / scale)[None]
     return Adapter(tuple(targets), factors, scale)
 
 

@@ -7,9 +7,13 @@
 | operators of an adapter | folder |
 |---|---|
 | `lora` | LoRA |
-| `offset`, also beside `lora` on other modules | LoRA with `lora_bias`: the offset is the bias of B, A and B are zero |
+| basis LoRA | multiplied out: LoRA |
+| `offset`, `lora+offset`, also beside `lora` | LoRA with `lora_bias`: the offset is the bias of B, maybe of zeros |
+| `dora` | LoRA with `use_dora`, see `peft_operators`; written, not read back |
 | `scale` | (IA)^3, see `peft_ia3` |
-| others, or `scale` beside others | refused: PEFT has no such tuner |
+| `rotation` on linear modules | RoAd, see `peft_operators`; written, not read back |
+| `scale`, `offset`, `scale_offset` on norms | norm tuning, see `peft_operators`; written, not read back |
+| others, or these beside one another | refused: PEFT has no such tuner |
 
 Shapes: r rank, E experts, kh and kw height and width of a convolution's kernel.
 """
@@ -26,11 +30,12 @@ from torch import Tensor, nn
 
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.export.files import CONFIG, METADATA, PREFIX, WEIGHTS, plain_keys, write
-from openwu.export.fit import OFFSET, Bias, Update, combine, exact, in_file_shape, single
+from openwu.export.fit import LORA_OFFSET, OFFSET, Bias, Update, combine, exact, in_file_shape, single
 from openwu.export.native import tensors_of
 from openwu.export.peft_config import LoraSettings, in_listed_order
 from openwu.export.peft_experts import place_experts, read_experts, read_parameters, unstacked
 from openwu.export.peft_ia3 import save_ia3
+from openwu.export.peft_operators import DORA, ROTATION, magnitudes, on_norms, save_norms, save_rotations
 from openwu.types import LORA, Adapter
 
 BIAS = ".lora_B.bias"
@@ -50,16 +55,24 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
         raise OpenwuError(f"component: a PEFT folder is for one model, got {component!r}; leave it out")
     adapter = single(adapter, "peft", model)
     operators = {target.operator for target in adapter.targets}
+    if model is not None and on_norms(adapter, model):
+        save_norms(adapter, folder, model)
+        return
+    if operators == {ROTATION}:
+        save_rotations(adapter, folder, model)
+        return
     if operators == {SCALE}:
         save_ia3(adapter, folder, model)
         return
-    biased = OFFSET in operators
-    if not operators <= {LORA, OFFSET} or (biased and any(target.experts for target in adapter.targets)):
+    biased = bool({OFFSET, LORA_OFFSET} & operators)
+    known = operators <= {LORA, OFFSET, LORA_OFFSET} or operators == {DORA}
+    if not known or (biased and any(target.experts for target in adapter.targets)):
         raise OpenwuError(
-            f"peft: expected {LORA} targets, {OFFSET} targets (also beside LoRA without experts), or {SCALE} targets "
-            f"alone, got {', '.join(sorted(operators))}; PEFT cannot hold these in one folder: save with "
-            "format='openwu', or merge the adapter into the weights"
+            f"peft: expected {LORA} targets, {OFFSET} targets (also beside LoRA without experts), or {SCALE}, "
+            f"{ROTATION} or {DORA} targets alone, got {', '.join(sorted(operators))}; PEFT cannot hold these in one "
+            "folder: save with format='openwu', or merge the adapter into the weights"
         )
+    vectors = magnitudes(adapter, model) if operators == {DORA} else {}
     if model is not None:
         _check_convolutions(adapter, model)
     experts = place_experts(adapter, model)
@@ -88,6 +101,8 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
         config["alpha_pattern"] = {f"^{re.escape(name)}": _number(adapter.scale * own) for name, own in other.items()}
     if biased:
         config["lora_bias"] = True
+    if vectors:
+        config["use_dora"] = True
     if experts.parameters or taken:
         config["target_parameters"] = [*experts.names, *(f"{name}.weight" for name in taken)]
     tensors: dict[str, Tensor] = {}
@@ -95,6 +110,7 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
         tensors[f"{PREFIX}{stem}.lora_A.weight"], tensors[f"{PREFIX}{stem}.lora_B.weight"] = a, b
     if biased:
         tensors |= {PREFIX + name + BIAS: bias for name, bias in biases.items()}
+    tensors |= {f"{PREFIX}{name}.lora_magnitude_vector": vector for name, vector in vectors.items()}
     write(folder, WEIGHTS, tensors, config, experts.metadata(adapter))
 
 
@@ -130,9 +146,11 @@ def _plain_modules(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor]], 
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     biases: dict[str, Tensor] = {}
     for target in adapter.targets:
-        if target.operator == LORA and target.experts is None:
+        if target.operator in (LORA, LORA_OFFSET, DORA) and target.experts is None:
             pairs[target.name] = in_file_shape(adapter, target)
             biases[target.name] = pairs[target.name][1].new_zeros(target.out_dim)
+            if target.operator == LORA_OFFSET:
+                biases[target.name] = adapter.factors[target.name][OFFSET][0]
         elif target.operator == OFFSET:
             biases[target.name] = offset = adapter.factors[target.name][OFFSET][0]
             a, b = offset.new_zeros(1, target.in_dim), offset.new_zeros(target.out_dim, 1)

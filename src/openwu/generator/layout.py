@@ -114,7 +114,18 @@ class GroupLayout:
     @property
     def adapter_size(self) -> int:
         """Generated numbers per sample, padding not counted."""
-        return self.num_layers * sum(prod(factor.shape) for factors in self.factors for factor in factors)
+        written = [factor for factors in self.factors for factor in factors if factor.kind != "shared"]
+        return self.num_layers * sum(prod(factor.shape) for factor in written)
+
+    @cached_property
+    def shared(self) -> dict[str, Factor]:
+        """Factors that are parameters of the generator, by "{number of the target in its layer}_{factor}"."""
+        return {
+            f"{place}_{factor.name}": factor
+            for place, factors in enumerate(self.factors)
+            for factor in factors
+            if factor.kind == "shared"
+        }
 
     def pack(self, factors: Factors) -> tuple[Tensor, Tensor]:
         """A tokens `[b, n, nA, r, t]` and B tokens `[b, n, nB, r, t]` of the factors of all targets."""
@@ -124,6 +135,8 @@ class GroupLayout:
             held: dict[str, list[Tensor]] = {"A": [], "B": [], "vector": []}
             for target, kinds in zip(layer, self.factors, strict=True):
                 for factor in kinds:
+                    if factor.kind == "shared":
+                        continue
                     held[factor.kind].append(factors[target.name][factor.name].flatten(1))
             vectors = [torch.cat(held["vector"], dim=1)] if held["vector"] else []
             tokens_a.append([self._cut(flat) for flat in held["A"]])
@@ -132,8 +145,10 @@ class GroupLayout:
         empty = first.new_zeros(len(first), 0, self.rank, self.token_dim)
         return _stack(tokens_a, empty), _stack(tokens_b, empty)
 
-    def unpack(self, tokens_a: Tensor, tokens_b: Tensor) -> dict[str, dict[str, Tensor]]:
+    def unpack(self, tokens_a: Tensor, tokens_b: Tensor, shared: Factors | None = None) -> dict[str, dict[str, Tensor]]:
         """The factors of all targets, out of A tokens `[b, n, nA, r, t]` and B tokens `[b, n, nB, r, t]`.
+
+        `shared`: the generator's own `[1, ...]` for targets that have such factors.
 
         Views of contiguous tokens, no copies. Split and unbind, not slices: their backward joins the parts once, where
         a slice's backward would fill the whole sequence with zeros for every target.
@@ -149,8 +164,12 @@ class GroupLayout:
                 ordered["vector"] = iter(parts_b[-1].flatten(1).split_with_sizes((*vectors, padding), dim=1))
             for target, kinds in zip(layer, self.factors, strict=True):
                 factors[target.name] = {
-                    factor.name: _joined(next(ordered[factor.kind]), (len(tokens_a), *factor.shape)) for factor in kinds
+                    factor.name: _joined(next(ordered[factor.kind]), (len(tokens_a), *factor.shape))
+                    for factor in kinds
+                    if factor.kind != "shared"
                 }
+                if shared is not None and target.name in shared:
+                    factors[target.name] |= shared[target.name]
         return factors
 
     def _sizes(self, kind: str) -> list[int]:

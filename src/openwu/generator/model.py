@@ -74,7 +74,7 @@ class ParameterGenerator(nn.Module):
             assert isinstance(tokens, GroupTokens)
             x_npd = self.norm_tokens(tokens.queries_npd())
             x_bnpd = self._refined(x_npd.expand(len(c_bld), -1, -1, -1), c_bld, mask_bl, layout)
-            factors |= layout.unpack(*tokens.written(self.norm_final(x_bnpd)))
+            factors |= layout.unpack(*tokens.written(self.norm_final(x_bnpd)), tokens.shared_factors())
         return Adapter(self.targets, factors, self.scale)
 
     def read(self, condition: Condition | Tensor) -> tuple[Tensor, Tensor | None]:
@@ -221,6 +221,19 @@ class GroupTokens(nn.Module):
         self.proj_out_B = nn.Linear(self.row_width, config.token_dim)
         # Without a LoRA target nothing is written by proj_out_A, so that no gradient will ever reach it.
         self.proj_out_A.requires_grad_(layout.num_tokens_a > 0)
+        # Of operators whose factors are not all generated; released generators have none, and no such parameters.
+        if layout.shared:
+            shapes = {name: (layout.num_layers, *factor.shape) for name, factor in layout.shared.items()}
+            self.shared = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
+
+    def shared_factors(self) -> dict[str, dict[str, Tensor]]:
+        """Target name -> factor name -> the generator's own `[1, ...]`, for the targets that have such factors."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for number, targets in enumerate(self.layout.layers):
+            for key in self.layout.shared:
+                place, name = key.split("_", 1)
+                found.setdefault(targets[int(place)].name, {})[name] = self.shared[key][number : number + 1]
+        return found
 
     def queries_npd(self) -> Tensor:
         """[n, p, d]: every row of every token at every layer, a consecutive rows side by side."""
@@ -248,3 +261,6 @@ class GroupTokens(nn.Module):
         self.layer_pos.weight.normal_(std=0.5**0.5)
         self.proj_out_A.weight.normal_(std=(mean_in_dim * self.row_width) ** -0.5)
         self.proj_out_B.weight.normal_(std=b_init_std * self.row_width**-0.5)
+        if self.layout.shared:  # rows of an A of variance 1 / in_dim, and of a B of variance 1 / rank
+            for part in self.shared.values():
+                part.normal_(std=part.shape[-1] ** -0.5)

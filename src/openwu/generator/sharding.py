@@ -93,7 +93,7 @@ class ShardedGenerator:
             else:
                 layout = replace(layout, layers=layout.layers[start:stop])
             targets += layout.targets
-            factors |= layout.unpack(*tokens)
+            factors |= layout.unpack(*tokens, self._tokens(layout).shared_factors())
         if trains and idle:
             # Of a group without own layers nothing comes out, yet the others wait for its part in the backward pass.
             name, part = next(iter(factors[targets[0].name].items()))

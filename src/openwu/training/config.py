@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from openwu.registry import CONDITION_ENCODERS
+from openwu.registry import CONDITION_ENCODERS, OPERATORS
 
 SCHEDULES = ("linear", "cosine", "constant")
 """See `optimizers.DECAYS`."""
@@ -135,6 +135,8 @@ class PipelineRun(Recipe):
     the base's own condition. Several become segments with an input projection for each, in this order."""
     pixels: int = 1024 * 1024
     """About how many pixels the base works on in training."""
+    operator: str = field(default="lora", metadata=LATER)
+    """What the generator writes for each target: one of `openwu.registry.OPERATORS`, or several joined by "+"."""
     rank: int = 16
     """Rank of the generated adapters."""
     alpha: float = 16.0
@@ -179,6 +181,8 @@ class PipelineRun(Recipe):
         if self.quantise not in (None, "8bit", "4bit"):
             raise ValueError(f"quantise: expected 8bit, 4bit or None, got {self.quantise!r}")
         check_share("held_back", self.held_back)
+        if unknown := [name for name in self.operator.split("+") if name not in OPERATORS]:
+            raise ValueError(f"operator: expected some of {', '.join(OPERATORS)} joined by '+', got {unknown}")
         for chosen in self.condition:
             if not isinstance(chosen, Mapping) or chosen.get("name") not in CONDITION_ENCODERS:
                 known = ", ".join(name for name in CONDITION_ENCODERS if name != "segments")

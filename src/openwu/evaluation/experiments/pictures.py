@@ -16,6 +16,7 @@ from openwu.evaluation.experiments.examples import ExampleResults
 from openwu.evaluation.experiments.geometry import Mean
 from openwu.evaluation.experiments.gradients import GradientConflict
 from openwu.evaluation.experiments.manifold import Manifold
+from openwu.evaluation.experiments.operators import BASE, OperatorResults
 from openwu.evaluation.experiments.scaling import Scaling
 from openwu.evaluation.pictures import grid
 
@@ -140,6 +141,30 @@ def draw_scaling(found: Scaling, path: Path) -> Path:
         panel.set_xlabel(f"parameters of the {axis}")
         panel.set_ylabel("mean PSNR (dB)")
         panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_operators(found: OperatorResults, path: Path) -> Path:
+    """Draw quality against the numbers written for each request, and the base alone as a line."""
+    figure = Figure(figsize=(7.2, 4), layout="constrained")
+    panel = figure.subplots()
+    for kind in found.kinds:
+        mean, (numbers, shared) = found.mean(kind), found.numbers(kind)
+        if kind == BASE:
+            panel.axhline(mean.value, linestyle="--", color="tab:gray")
+            panel.annotate(f"{kind}, 0 numbers", (1, mean.value), xycoords=("axes fraction", "data"), ha="right",
+                           va="bottom", fontsize="small")  # fmt: skip
+            continue
+        panel.errorbar(
+            numbers, mean.value, yerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="s" if shared else "o",
+            capsize=3, color="tab:orange" if shared else "tab:blue",
+        )  # fmt: skip
+        panel.annotate(kind, (numbers, mean.value), textcoords="offset points", xytext=(5, 4), fontsize="small")
+    panel.set_xscale("log")
+    panel.set_xlabel("numbers generated for each request (orange: beside bases learned once)")
+    panel.set_ylabel("mean PSNR (dB), 95% interval over tasks")
+    panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     return path
 

@@ -25,6 +25,8 @@ from openwu.evaluation.experiments.examples import draw_trials, example_edits
 from openwu.evaluation.experiments.gradients import conflicts_table, generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.manifold import manifold
 from openwu.evaluation.experiments.methods import Budget
+from openwu.evaluation.experiments.operators import KINDS as OPERATOR_KINDS
+from openwu.evaluation.experiments.operators import OperatorResults, operators
 from openwu.evaluation.experiments.pictures import (
     draw_cells,
     draw_conflict,
@@ -33,6 +35,7 @@ from openwu.evaluation.experiments.pictures import (
     draw_gradients,
     draw_ladder,
     draw_map,
+    draw_operators,
     draw_scaling,
 )
 from openwu.evaluation.experiments.results import ResultCache, write_findings
@@ -55,6 +58,7 @@ GROUPS = tuple(
 """Four groups of four: opposites arrive two groups later."""
 QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for side in (0, 1))
 SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
+OPERATORS, QUICK_OPERATORS = Budget(steps=300), Budget(steps=40, requests=8)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
 PROGRAMS, QUICK_PROGRAMS = 40, 8
 """Programs per seed that are shown by example."""
@@ -246,12 +250,25 @@ def run_examples(settings: LabSettings) -> str:
     return found.table()
 
 
+def run_operators(settings: LabSettings) -> str:
+    """Train a generator for every operator on edits that the base does not know; return the table."""
+    tasks = settings.edits or tuple(name for name in PAIRED if name not in BASE_EDITS)[: 8 if settings.quick else None]
+    budget = settings.shortened(QUICK_OPERATORS if settings.quick else OPERATORS)
+    model, photographs = settings.load_model(), settings.training_photographs()
+    more = {"edits": tasks, "budget": vars(budget)}
+    cache, test = settings.cache("operators", model, **more), settings.test_photographs()
+    found = operators(model, photographs, test, tasks, budget, settings.seeds, OPERATOR_KINDS, cache=cache)
+    draw_operators(found, settings.write("operators", found.to_json(), **more).with_suffix(".png"))
+    return found.table()
+
+
 EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "conflict": run_conflict,
     "continual": run_continual,
     "examples": run_examples,
     "gradients": run_gradients,
     "manifold": run_manifold,
+    "operators": run_operators,
     "scaling": run_scaling,
 }
 """Name -> the function that runs it and returns its table. One line adds an experiment."""
@@ -260,6 +277,7 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
 STORED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "conflict": lambda stored: ConflictResults.from_json(stored).table(),
     "continual": lambda stored: ContinualResults.from_json(stored).table(),
+    "operators": lambda stored: OperatorResults.from_json(stored).table(),
     "scaling": lambda stored: Scaling.from_json(stored).table(),
 }
 """Experiment -> its table out of a result file that holds every number of it."""

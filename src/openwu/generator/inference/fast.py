@@ -190,7 +190,7 @@ class FastGenerator:
                 tokens = generator.groups[layout.name]
                 assert isinstance(tokens, GroupTokens)
                 x_bnpd = self._refined(layout, tokens, c_bld, mask_bl, dtype)
-                factors |= layout.unpack(*self.written(x_bnpd, tokens, dtype))
+                factors |= layout.unpack(*self.written(x_bnpd, tokens, dtype), tokens.shared_factors())
         return Adapter(generator.targets, factors, generator.scale)
 
     def _refined(

@@ -203,7 +203,7 @@ def device_of(recipe: PipelineRun) -> torch.device:
 
 def new_config(recipe: PipelineRun, backbone: PipelineBackbone, encoder: Encoder | None = None) -> GeneratorConfig:
     """The generator's config, for conditions of the base or of an encoder; of the former a hollow backbone suffices."""
-    sizes = ("rank", "alpha", "token_dim", "d_model", "head_dim", "dim_accumulation")
+    sizes = ("operator", "rank", "alpha", "token_dim", "d_model", "head_dim", "dim_accumulation")
     try:
         return generator_config(
             backbone,
