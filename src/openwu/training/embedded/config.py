@@ -94,6 +94,12 @@ class PairsRecipe(Recipe):
     """Folder of JPEG photographs on which known edits are rehearsed; None: the pictures of the pairs."""
     dropped: float = 0.3
     """Share of the n-grams that is left out of sentences, so that other wordings of them are learned too."""
+    own_labels: bool = field(default=True, metadata=LATER)
+    """Give every task of the pairs that the start has no label for one of its own: its sentences are understood then,
+    other wordings too, and no known edit stands where it stands. False: they are read as the start reads them."""
+    allowed: float = field(default=0.5, metadata=LATER)
+    """dB that the known edits may lose on average; where more are lost, the trained weights are drawn back towards the
+    start until no more is. `inf`: never."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     evaluate_every: int = 100
@@ -105,6 +111,8 @@ class PairsRecipe(Recipe):
             raise ValueError(f"generator.shapes: expected crops of 1 to side={self.side}, got {self.generator.shapes}")
         for name in ("held_back", "rehearsed", "dropped"):
             check_share(name, getattr(self, name))
+        if not self.allowed > 0:
+            raise ValueError(f"allowed: expected a number of dB above 0, or inf, got {self.allowed}")
 
     @property
     def rehearsed_requests(self) -> int:

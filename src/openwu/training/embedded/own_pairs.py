@@ -8,13 +8,13 @@ Shapes: b requests, s side of the square, k side of the crop that the base edits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openwu.backbones.embedded.network import place_planes
@@ -25,12 +25,14 @@ from openwu.data.suite.phrases import vary
 from openwu.errors import DatasetError
 from openwu.training.embedded.config import PairsRecipe
 from openwu.training.embedded.model import EmbeddedModel
+from openwu.training.embedded.own_words import OwnCentres
 from openwu.training.embedded.picture_stages import Batches, PictureStage, generator_of
 from openwu.training.embedded.rehearsal import (
+    ADVICE,
     PastSelf,
     Rehearsed,
     known_edits,
-    known_retention,
+    known_measure,
     photographs_of,
     spread_over,
 )
@@ -53,8 +55,18 @@ class PairsStage(PictureStage):
     A share of every batch asks for known edits, answered by the start as it was; see `rehearsal.PastSelf`.
     """
 
-    def __init__(self, recipe: PairsRecipe, model: EmbeddedModel, training: Pairs, held_back: Pairs) -> None:
-        """`model`: the start; it is trained in place, and copied for its answers where known edits are rehearsed."""
+    def __init__(
+        self,
+        recipe: PairsRecipe,
+        model: EmbeddedModel,
+        training: Pairs,
+        held_back: Pairs,
+        own_labels: Sequence[str] = (),
+    ) -> None:
+        """`model`: the start; it is trained in place, and copied for its answers where known edits are rehearsed.
+
+        `own_labels`: labels of the pairs' tasks whose mean tokens are trained too, see `own_words`.
+        """
         crowded = [pair.where for pair in (*training.pairs, *held_back.pairs) if len(pair.images) > 2]
         if crowded:
             raise DatasetError(
@@ -75,12 +87,22 @@ class PairsStage(PictureStage):
             )
             batches = Rehearsed(self.pairs, PastSelf(model.copy(), requests, recipe.bf16))
         validation = OwnPairSampler(judged, ((count, recipe.side),), recipe.side, recipe.seed + 9)
+        parts, adapt = generator_of(model)
+        assert isinstance(parts, nn.ModuleDict)
+        centres = OwnCentres(model.instruction, own_labels) if own_labels else None
+        if centres is not None:
+            parts["centres"] = centres
         super().__init__(
-            *("generator", recipe.generator, model, *generator_of(model), batches, validation),
+            *("generator", recipe.generator, model, parts, adapt, batches, validation),
             seed=recipe.seed,
             bf16=recipe.bf16,
             dropped=recipe.dropped,
         )
+        self.centres = centres
+
+    def read(self, batch: PairBatch, dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
+        """Encode the instructions `[b, K, width]`, with gradients to the mean tokens of labels of one's own."""
+        return super().read(batch, dropped) if self.centres is None else self.centres.read(batch.sentences, dropped)
 
     def not_finite(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
         """Name the pairs whose loss is not finite by their place in the user's data, known edits by their names."""
@@ -102,9 +124,22 @@ def rehearsal_photographs(recipe: PairsRecipe, pairs: Pairs) -> list[Photograph]
 
 def pairs_retention(recipe: PairsRecipe, model: EmbeddedModel, pairs: Pairs) -> Retention:
     """Measure what a training on pairs loses of the start's known edits, on the pictures of these pairs."""
+    return Retention(pairs_measure(recipe, model, pairs), recipe.allowed, "dB", ADVICE)
+
+
+def pairs_measure(recipe: PairsRecipe, model: EmbeddedModel, pairs: Pairs) -> Callable[[], dict[str, float]]:
+    """Return the function that measures a model's known edits on the pictures of these pairs."""
     pictures = photographs_of([_decoded(pair.images[0]) for pair in spread_over(pairs).pairs], recipe.side)
     crop = max(crop for _, crop in recipe.generator.shapes)
-    return known_retention(model, pictures, recipe.side, crop, recipe.seed + 13, recipe.bf16)
+    return known_measure(model, pictures, recipe.side, crop, recipe.seed + 13, recipe.bf16)
+
+
+def wordings_of(pairs: Pairs) -> dict[str, tuple[str, ...]]:
+    """Return every task's wordings, in the order in which they first come."""
+    found: dict[str, dict[str, None]] = {}
+    for pair in pairs.pairs:
+        found.setdefault(pair.task or UNNAMED, {}).update(dict.fromkeys(pair.instructions))
+    return {name: tuple(wordings) for name, wordings in found.items()}
 
 
 @dataclass(frozen=True)
