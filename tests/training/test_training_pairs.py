@@ -103,7 +103,9 @@ def test_openwu_train_learns_pairs_and_the_model_edits(
     assert after.config.instruction.labels == ("brighten", "darken", "blur", "invert", "out_of_scope")
     for name, value in before.state_dict().items():
         own = name.startswith(("condition.", "generator.", "base."))
-        own |= name in [f"instruction.{part}" for part in ("classify.weight", "classify.bias", "phrases.weight", "centres")]
+        own |= name in [
+            f"instruction.{part}" for part in ("classify.weight", "classify.bias", "phrases.weight", "centres")
+        ]
         assert own or torch.allclose(value, after.state_dict()[name], atol=1e-6, rtol=1e-3), name
     stored = json.loads((tmp_path / "run" / "model" / "provenance.json").read_text())
     provenance = stored["then"][-1]  # What the start said of itself keeps standing before it.

@@ -18,6 +18,7 @@ IGNORED: dict[str, tuple[str, ...]] = {
     "conflict": ("axis",),
     "continual": ("axis", "clock"),
     "gradients": ("steps", "axis", "side", "clock"),
+    "own-pairs": ("axis", "clock", "edits"),
     "manifold": ("steps", "axis", "photos", "clock"),
     "scaling": ("clock",),
 }

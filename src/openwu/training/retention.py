@@ -115,13 +115,14 @@ class Retention:
         """Move weights towards where they started until no more than `allowed` is lost; return the share that stays.
 
         trained, start: parameters by name, changed in place, and what they were. What is lost grows with the square of
-        the distance from the start, what was learned in proportion to it (Wortsman et al. 2022): a small step back keeps most of a new task. Each trial costs one measurement; after DRAWN_BACK of
-        them the last share stands, and a warning is given where it still loses too much.
+        the distance from the start, what was learned in proportion to it: a small step back keeps most of a new task
+        (Wortsman et al. 2022). Each trial costs one measurement; after DRAWN_BACK of them the last share stands, and a
+        warning is given where it still loses too much.
         """
         end = {name: value.detach().clone() for name, value in trained.items()}
         share, lost = 1.0, self.lost()
         for _ in range(DRAWN_BACK):
-            if lost <= self.allowed:
+            if lost <= self.allowed or not end:
                 break
             share *= min(0.9, DRAWN_BACK_MARGIN * (self.allowed / lost) ** 0.5)
             with torch.no_grad():

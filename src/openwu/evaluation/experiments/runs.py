@@ -25,6 +25,7 @@ from openwu.evaluation.experiments.examples import draw_trials, example_edits
 from openwu.evaluation.experiments.gradients import conflicts_table, generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.manifold import manifold
 from openwu.evaluation.experiments.methods import Budget
+from openwu.evaluation.experiments.own_pairs import OwnPairsResults, own_pairs
 from openwu.evaluation.experiments.pictures import (
     draw_cells,
     draw_conflict,
@@ -58,6 +59,7 @@ SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
 PROGRAMS, QUICK_PROGRAMS = 40, 8
 """Programs per seed that are shown by example."""
+PAIRS_STEPS, QUICK_PAIRS_STEPS = 120, 40
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
 
@@ -246,12 +248,23 @@ def run_examples(settings: LabSettings) -> str:
     return found.table()
 
 
+def run_own_pairs(settings: LabSettings) -> str:
+    """Teach a look of one's own with and without guards for the known edits; return the table."""
+    steps = settings.steps or (QUICK_PAIRS_STEPS if settings.quick else PAIRS_STEPS)
+    model, photographs = settings.load_model(), settings.training_photographs()
+    cache, test = settings.cache("own_pairs", model, steps=steps), settings.test_photographs()
+    found = own_pairs(model, photographs, test, steps, settings.seeds, cache)
+    settings.write("own_pairs", found.to_json(), steps=steps)
+    return found.table()
+
+
 EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "conflict": run_conflict,
     "continual": run_continual,
     "examples": run_examples,
     "gradients": run_gradients,
     "manifold": run_manifold,
+    "own-pairs": run_own_pairs,
     "scaling": run_scaling,
 }
 """Name -> the function that runs it and returns its table. One line adds an experiment."""
@@ -260,6 +273,7 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
 STORED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "conflict": lambda stored: ConflictResults.from_json(stored).table(),
     "continual": lambda stored: ContinualResults.from_json(stored).table(),
+    "own-pairs": lambda stored: OwnPairsResults.from_json(stored).table(),
     "scaling": lambda stored: Scaling.from_json(stored).table(),
 }
 """Experiment -> its table out of a result file that holds every number of it."""

@@ -22,10 +22,10 @@ from openwu.data.pairs import SHOWN, File, Pair, Pairs, load_picture
 from openwu.data.suite.batches import CORNERS, PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.data.suite.phrases import vary
-from openwu.errors import DatasetError
+from openwu.errors import DatasetError, OpenwuError
 from openwu.training.embedded.config import PairsRecipe
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.own_words import OwnCentres
+from openwu.training.embedded.own_words import OwnCentres, new_labels, teach, with_labels
 from openwu.training.embedded.picture_stages import Batches, PictureStage, generator_of
 from openwu.training.embedded.rehearsal import (
     ADVICE,
@@ -99,6 +99,14 @@ class PairsStage(PictureStage):
             dropped=recipe.dropped,
         )
         self.centres = centres
+        if recipe.trained == "words":
+            if centres is None:
+                raise OpenwuError(
+                    f'trained: "words" needs pairs of a task that the start has no label for, got {training.tasks}; '
+                    'give the task another name, or set trained="all"'
+                )
+            parts.requires_grad_(False)
+            centres.requires_grad_(True)
 
     def read(self, batch: PairBatch, dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
         """Encode the instructions `[b, K, width]`, with gradients to the mean tokens of labels of one's own."""
@@ -113,6 +121,33 @@ class PairsStage(PictureStage):
         own = places[micro_batch.rows(len(places))]
         finite = losses.isfinite().tolist()
         return [f"{w} ({s!r})" for w, s, fine in zip(own, batch.sentences, finite, strict=True) if not fine]
+
+
+class PairsTraining:
+    """A training on pairs from its start to its end: labels of one's own, the stage, the watch, the drawing back."""
+
+    def __init__(self, recipe: PairsRecipe, start: EmbeddedModel, training: Pairs, held_back: Pairs) -> None:
+        """Measure the start's known edits, and teach labels of the tasks that it has none for; `start` may change."""
+        watched = held_back if len(held_back) else training
+        wordings = wordings_of(training)
+        own = new_labels(start, wordings) if recipe.own_labels else ()
+        self.known = pairs_retention(recipe, start, watched)
+        self.model = with_labels(start, own) if own else start
+        """The model that is trained: the start itself, or a copy with further labels."""
+        if own:
+            teach(self.model, {name: wordings[name] for name in own}, recipe.seed)
+            self.known.follow(pairs_measure(recipe, self.model, watched))
+        self.stage = PairsStage(recipe, self.model, training, held_back, own)
+        self._weights = {
+            name: each for name, each in generator_of(self.model)[0].named_parameters() if each.requires_grad
+        }
+        self._begun = {name: each.detach().clone() for name, each in self._weights.items()}
+
+    def finish(self) -> float:
+        """Write trained mean tokens into the model, draw its weights back if needed; return the share that stays."""
+        if self.stage.centres is not None:
+            self.stage.centres.store()
+        return self.known.draw_back(self._weights, self._begun)
 
 
 def rehearsal_photographs(recipe: PairsRecipe, pairs: Pairs) -> list[Photograph]:

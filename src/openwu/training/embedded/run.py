@@ -25,8 +25,7 @@ from openwu.training.distributed import is_main
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe, PairsRecipe, WordingRecipe
 from openwu.training.embedded.instruction_stages import InstructionStage, WordingStage
 from openwu.training.embedded.model import SHARED, EmbeddedModel
-from openwu.training.embedded.own_pairs import PairsStage, pairs_measure, pairs_retention, wordings_of
-from openwu.training.embedded.own_words import new_labels, teach, with_labels
+from openwu.training.embedded.own_pairs import PairsTraining
 from openwu.training.embedded.picture_stages import Photographs, base_stage, generator_of, generator_stage, shared_stage
 from openwu.training.embedded.rehearsal import known_retention
 from openwu.training.loop import LoopConfig, Stage, train_stage
@@ -100,9 +99,9 @@ def train_pairs(
     hashes = pairs_hashes(training, held_back)
     start = Path(recipe.start or WEIGHTS)
     model, before = EmbeddedModel.from_pretrained(start), stored_provenance(start)
-    watched = held_back if len(held_back) else training
-    known = pairs_retention(recipe, model, watched)
-    if not recipe.rehearsed and is_main():
+    pairs = PairsTraining(recipe, model, training, held_back)
+    known = pairs.known
+    if not recipe.rehearsed and recipe.trained == "all" and is_main():
         warnings.warn(
             f"rehearsed=0: nothing keeps the {len(known.before)} edits that the start knows ({known.mean:.1f} dB on "
             "these pictures); unless the pairs have all of them, expect most to be lost. With rehearsed=0.5 half of "
@@ -110,26 +109,16 @@ def train_pairs(
             RetentionWarning,
             stacklevel=2,
         )
-    wordings = wordings_of(training)
-    own = new_labels(model, wordings) if recipe.own_labels else ()
-    if own:
-        model = with_labels(model, own)
-        teach(model, {name: wordings[name] for name in own}, recipe.seed)
-        known.follow(pairs_measure(recipe, model, watched))
-    pairs_stage = PairsStage(recipe, model, training, held_back, own)
-    trained = {name: each for name, each in generator_of(model)[0].named_parameters() if each.requires_grad}
-    begun = {name: each.detach().clone() for name, each in trained.items()}
     # The start by its contents: the package's weights change with its version, and a checkpoint has the trained alone.
     found = {"start": weights_hash(start), "pairs": of_json(hashes).hexdigest()}
     if recipe.photographs is not None:
         found["photographs"] = of_json(folder_hashes(Path(recipe.photographs))).hexdigest()
     described = json.dumps(dependencies(recipe, ("data",), **found), sort_keys=True)
     loop = LoopConfig.of(recipe, described, stop_after)
-    if train_stage(WatchedStage(pairs_stage, known), recipe.generator, loop, folder / "generator"):
-        if pairs_stage.centres is not None:
-            pairs_stage.centres.store()
-        kept = known.draw_back(trained, begun)
-        _export(recipe, model, folder, before, known, sentences=phrases_hash(), pairs=hashes, drawn_back=1 - kept)
+    if train_stage(WatchedStage(pairs.stage, known), recipe.generator, loop, folder / "generator"):
+        drawn_back = 1 - pairs.finish()
+        made = {"sentences": phrases_hash(), "pairs": hashes, "drawn_back": drawn_back}
+        _export(recipe, pairs.model, folder, before, known, **made)
 
 
 def train_wording(
