@@ -52,10 +52,10 @@ WORDINGS = (
 PARAPHRASES = ("turn it into my shop look", "same grading as in our shop please")
 """Wordings of the task that no training sees."""
 WAYS: Mapping[str, Mapping[str, Any]] = {
-    "as read, alone": {"own_labels": False, "rehearsed": 0.0, "allowed": float("inf")},
-    "as read, rehearsed": {"own_labels": False, "rehearsed": 0.5, "allowed": float("inf")},
-    "own label, words": {"trained": "words"},
     "own label, all": {"rehearsed": 0.5},
+    "own label, words": {"trained": "words"},
+    "as read, rehearsed": {"own_labels": False, "rehearsed": 0.5, "allowed": float("inf")},
+    "as read, alone": {"own_labels": False, "rehearsed": 0.0, "allowed": float("inf")},
 }
 """Way -> the fields of its recipe."""
 PAIRS, HELD_BACK = 18, 2
