@@ -135,6 +135,7 @@ def test_the_loss_falls(recipe: PairsRecipe, tmp_path: Path) -> None:
     assert np.mean(after) < np.mean(before) - 0.3
     scalars = after_stage.evaluate().scalars
     assert {"psnr/darken", "psnr/invert", "psnr_mean", "adapter/within", "adapter/across"} <= set(scalars)
+    assert 0 < scalars["adapter/relative_norm"] < scalars["adapter/relative_norm_max"]
 
 
 def test_stopped_and_continued_is_the_same_and_other_data_is_refused(recipe: PairsRecipe, tmp_path: Path) -> None:

@@ -248,9 +248,18 @@ def _resized(square: Tensor, side: int) -> Tensor:
     return F.interpolate(unit[None], (side, side), mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
 
 
-@lru_cache(maxsize=2 * KEPT_PAIRS)
 def _decoded(file: File) -> Tensor:
-    """Decode a picture `[3, h, w]` uint8, its shorter side at most KEPT_SIDE; kept, since decoding outlasts a step."""
+    """Decode a picture `[3, h, w]` uint8, its shorter side at most KEPT_SIDE; files are kept decoded."""
+    return _decoded_file(file) if isinstance(file, Path) else _load_bytes(file)
+
+
+@lru_cache(maxsize=2 * KEPT_PAIRS)
+def _decoded_file(file: Path) -> Tensor:
+    """Decode a file; kept, since decoding outlasts a step."""
+    return _load_bytes(file)
+
+
+def _load_bytes(file: File) -> Tensor:
     picture = load_picture(file)
     shortest = min(picture.shape[1:])
     if shortest > KEPT_SIDE:
