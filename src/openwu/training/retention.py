@@ -9,6 +9,7 @@ Shapes: b rows of a batch, n tokens, V vocabulary size, `...` axes of the base's
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -119,6 +120,8 @@ class Retention:
         (Wortsman et al. 2022). Each trial costs one measurement; after DRAWN_BACK of them the last share stands, and a
         warning is given where it still loses too much.
         """
+        if math.isinf(self.allowed):
+            return 1.0
         end = {name: value.detach().clone() for name, value in trained.items()}
         share, lost = 1.0, self.lost()
         for _ in range(DRAWN_BACK):

@@ -52,14 +52,14 @@ WORDINGS = (
 PARAPHRASES = ("turn it into my shop look", "same grading as in our shop please")
 """Wordings of the task that no training sees."""
 WAYS: Mapping[str, Mapping[str, Any]] = {
-    "own label, all": {"rehearsed": 0.5},
     "own label, words": {"trained": "words"},
+    "own label, all": {"rehearsed": 0.5},
     "as read, rehearsed": {"own_labels": False, "rehearsed": 0.5, "allowed": float("inf")},
     "as read, alone": {"own_labels": False, "rehearsed": 0.0, "allowed": float("inf")},
 }
 """Way -> the fields of its recipe."""
 PAIRS, HELD_BACK = 18, 2
-REQUESTS, CROP = 8, 64
+REQUESTS, CROP = 4, 64
 LEARNING_RATE, MATRIX_LEARNING_RATE = 5e-4, 1.5e-3
 """Five times those of the recipe, whose trainings are longer."""
 
