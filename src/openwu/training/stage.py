@@ -28,6 +28,7 @@ from openwu.errors import OpenwuError
 from openwu.training.loop import Evaluation
 from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache, batch_size, take_rows
 from openwu.training.objectives import NoisySample, Objective
+from openwu.training.optimizers import MatrixStacks
 from openwu.training.retention import Inputs, RetentionObjective, warn_of_large_updates
 from openwu.types import Adapter, Target
 
@@ -247,7 +248,7 @@ class ModuleStage(Generic[Batch]):
         return Evaluation({})
 
 
-class TrainableLora(nn.Module):
+class TrainableLora(MatrixStacks):
     """LoRA adapters as plain parameters, `count` of them side by side: A random, B zero (Hu et al. 2021, section 4.1).
 
     The baselines that a generator is compared with: one adapter for all requests, or one for each task.

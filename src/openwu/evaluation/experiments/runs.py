@@ -31,6 +31,7 @@ from openwu.evaluation.experiments.pictures import (
     draw_conflict,
     draw_continual,
     draw_examples,
+    draw_gradient_curves,
     draw_gradients,
     draw_ladder,
     draw_map,
@@ -84,6 +85,8 @@ class LabSettings:
     """Length of every training; None: the budget's."""
     axis: str | None = None
     """Scaling: vary only this; None: both."""
+    along: tuple[int, ...] | None = None
+    """Gradients: numbers of steps after which they are compared, for a curve; None: the first and the last."""
     clock: str = "steps"
     """Conflict: what is equal for all methods, see `Budget.clock`."""
 
@@ -91,6 +94,8 @@ class LabSettings:
         unknown = sorted(set(self.edits or ()) - set(EDITS))
         if unknown:
             raise OpenwuError(f"--edit: expected some of {list(EDITS)}, got {unknown}")
+        if self.along is not None and (min(self.along) < 0 or len(set(self.along)) < len(self.along)):
+            raise OpenwuError(f"--along: expected different numbers of steps, none below 0, got {list(self.along)}")
 
     @property
     def chosen_edits(self) -> tuple[str, ...]:
@@ -135,7 +140,8 @@ class LabSettings:
     def cache(self, name: str, model: EmbeddedModel, **more: object) -> ResultCache:
         """Return the cache of an experiment's trials; its name depends on everything that they do but their seed."""
         # "quick" counts: it chooses the test photographs, also where --edit and --steps determine all else.
-        relevant = {key: value for key, value in self.to_json(**more).items() if key not in ("seeds", "output", "axis")}
+        ignored = ("seeds", "output", "axis", "along")
+        relevant = {key: value for key, value in self.to_json(**more).items() if key not in ignored}
         relevant["photos"] = folder_hashes(Path(self.photos))
         code = f"openwu.evaluation.experiments.{name}"
         digits = fingerprint(relevant, model.instruction, model.backbone, code=code)
@@ -168,14 +174,15 @@ def run_gradients(settings: LabSettings) -> str:
     if not opposites:
         raise OpenwuError("--edit: expected both sides of at least one contradictory pair, such as warm and cool")
     model, photographs = settings.load_model(), settings.training_photographs()
-    steps = QUICK_STEPS if settings.quick else STEPS
+    steps = tuple(sorted(settings.along or (QUICK_STEPS if settings.quick else STEPS)))
     found = [
         *shared_conflicts(model, photographs, tasks, opposites, steps, settings.seeds),
         *shared_conflicts(model, photographs, tasks, opposites, steps, settings.seeds, base_reads_instruction=False),
         generator_conflict(model, photographs, tasks, opposites, settings.seeds),
     ]
     numbers = {"tasks": list(tasks), "opposites": opposites, "found": [each.to_json() for each in found]}
-    draw_gradients(found, settings.write("gradients", numbers, steps=steps).with_suffix(".png"))
+    name, draw = ("gradients", draw_gradients) if settings.along is None else ("gradients-along", draw_gradient_curves)
+    draw(found, settings.write(name, numbers, steps=steps).with_suffix(".png"))
     return conflicts_table(found)
 
 
