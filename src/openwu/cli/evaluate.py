@@ -208,6 +208,14 @@ def measure_model(options: argparse.Namespace) -> int:
     return 0
 
 
+def look_at_locked_set(options: argparse.Namespace) -> int:
+    """Measure the shipped model on the locked set, once per release."""
+    from openwu.evaluation.locked import look
+
+    sys.stdout.write(look(Path(options.record)))
+    return 0
+
+
 def _cases(options: argparse.Namespace, work: Path) -> list[Case]:
     from openwu.errors import OpenwuError
     from openwu.registry import BENCHMARKS, resolve
@@ -334,6 +342,7 @@ def _parser() -> argparse.ArgumentParser:
             "report": report_stage,
             "audit": audit_stage,
             "cases": write_cases,
+            "locked": look_at_locked_set,
             "measure": measure_model,
         }
     )
