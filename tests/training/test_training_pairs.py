@@ -110,7 +110,7 @@ def test_openwu_train_learns_pairs_and_the_model_edits(
     stored = json.loads((tmp_path / "run" / "model" / "provenance.json").read_text())
     provenance = stored["then"][-1]  # What the start said of itself keeps standing before it.
     assert provenance["recipe"]["data"] == str(data)
-    assert provenance["recipe"]["generator"]["ema"] == 0.99
+    assert provenance["recipe"]["generator"]["ema"] == 0.9
     assert len(provenance["pairs"]) == 6
     known = provenance["known"]
     assert sorted(known["each"]) == ["blur", "brighten", "darken"]

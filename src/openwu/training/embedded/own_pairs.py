@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from openwu.backbones.embedded.network import place_planes
 from openwu.data.pairs import SHOWN, File, Pair, Pairs, load_picture
+from openwu.data.suite import EDITS
 from openwu.data.suite.batches import CORNERS, PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.data.suite.phrases import vary
@@ -102,8 +103,8 @@ class PairsStage(PictureStage):
         if recipe.trained == "words":
             if centres is None:
                 raise OpenwuError(
-                    f'trained: "words" needs pairs of a task that the start has no label for, got {training.tasks}; '
-                    'give the task another name, or set trained="all"'
+                    f"trained: words needs pairs of a task that is no edit of the suite, got {list(training.tasks)}; "
+                    "give the task another name, or set trained=all"
                 )
             parts.requires_grad_(False)
             centres.requires_grad_(True)
@@ -130,12 +131,14 @@ class PairsTraining:
         """Measure the start's known edits, and teach labels of the tasks that it has none for; `start` may change."""
         watched = held_back if len(held_back) else training
         wordings = wordings_of(training)
-        own = new_labels(start, wordings) if recipe.own_labels else ()
+        new = new_labels(start, wordings) if recipe.own_labels else ()
+        # A start that was trained on pairs has their labels already.
+        own = tuple(name for name in wordings if name in new or name not in EDITS) if recipe.own_labels else ()
         self.known = pairs_retention(recipe, start, watched)
-        self.model = with_labels(start, own) if own else start
+        self.model = with_labels(start, new) if new else start
         """The model that is trained: the start itself, or a copy with further labels."""
-        if own:
-            teach(self.model, {name: wordings[name] for name in own}, recipe.seed)
+        if new:
+            teach(self.model, {name: wordings[name] for name in new}, recipe.seed)
             self.known.follow(pairs_measure(recipe, self.model, watched))
         self.stage = PairsStage(recipe, self.model, training, held_back, own)
         self._weights = {
