@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.data.suite.phrases import OUT_OF_SCOPE, load_phrases
 from openwu.errors import OpenwuError
+from openwu.training.embedded.instruction_stages import InstructionStage
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.own_words import OwnCentres, new_labels, teach, with_labels
 from openwu.training.retention import Retention, RetentionWarning
@@ -80,6 +81,8 @@ def test_a_model_with_own_labels_is_a_folder_like_any_other(taught: EmbeddedMode
     assert read_as(again.instruction, *WORDINGS["shop"]) == ["shop"] * 2
     assert {"shop", "two"} <= set(again.base.edits())
     assert new_labels(again, WORDINGS) == ()
+    with pytest.raises(OpenwuError, match=r"labels: expected sub-tasks of the suite.*got \['shop', 'two'\]"):
+        InstructionStage(again, 0, 4)
     with pytest.raises(OpenwuError, match="task: expected any other name than 'out_of_scope'"):
         new_labels(again, {OUT_OF_SCOPE: ("do nothing",)})
 

@@ -79,7 +79,7 @@ def _pool(encoder: InstructionEncoder, wordings: Mapping[str, Sequence[str]], se
     labels, known = encoder.config.labels, [label for label in encoder.config.labels if label in load_phrases()]
     inside = [label for label in known if label != OUT_OF_SCOPE] or known
     sentences, target = [], []
-    for _ in range(SENTENCES):
+    for _ in range(SENTENCES if known else 0):
         outside = OUT_OF_SCOPE in known and float(torch.rand((), generator=draws)) < OUTSIDE_SHARE
         label = OUT_OF_SCOPE if outside else inside[int(torch.randint(len(inside), (), generator=draws))]
         degree = list(DEGREES)[int(torch.randint(len(DEGREES), (), generator=draws))]
@@ -148,30 +148,31 @@ def _place_centres(encoder: InstructionEncoder, pool: _Pool, at: Tensor) -> None
 
 
 class OwnCentres(nn.Module):
-    """Mean tokens of new labels as parameters: the new tasks' place in the condition (textual inversion, Gal et al.
+    """Mean tokens of new labels as parameters (textual inversion, Gal et al. 2022).
 
-    2022). Sentences that are taken for a known edit do not depend on them.
+    Sentences that are taken for a known edit do not depend on them.
     """
 
     def __init__(self, encoder: InstructionEncoder, names: Sequence[str]) -> None:
         super().__init__()
-        object.__setattr__(self, "encoder", encoder)  # Not a submodule: it is not trained.
+        self._encoder = (encoder,)  # In a tuple: it is no submodule, which would be trained and stored.
         self.at = [encoder.config.labels.index(name) for name in names]
         self.moved = nn.Parameter(torch.zeros(len(self.at), *encoder.centres.shape[1:]))
 
     def centres(self) -> Tensor:
         """Return the mean tokens of all labels `[labels, K, width]`, those of the new ones with gradients."""
-        centres = self.encoder.centres.detach()
+        centres = self._encoder[0].centres.detach()
         return centres.index_add(0, torch.tensor(self.at), CENTRE_SCALE * self.moved)
 
     def read(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
         """Return what `InstructionEncoder.forward` does `[b, K, width]`, with gradients to the new labels' tokens."""
+        encoder = self._encoder[0]
         with torch.no_grad():
-            tokens, logits = self.encoder.read_words(sentences, dropped), self.encoder.phrase_logits(sentences)
-        return self.encoder.settled(tokens, logits, self.centres())
+            tokens, logits = encoder.read_words(sentences, dropped), encoder.phrase_logits(sentences)
+        return encoder.settled(tokens, logits, self.centres())
 
     @torch.no_grad()
     def store(self) -> None:
         """Write the new labels' tokens into the encoder."""
-        self.encoder.centres.copy_(self.centres())
+        self._encoder[0].centres.copy_(self.centres())
         self.moved.zero_()
