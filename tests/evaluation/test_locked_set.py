@@ -15,9 +15,9 @@ from openwu.data.suite.locked import locked_digest, locked_photographs, locked_s
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, folder_hashes
 from openwu.data.suite.phrases import letters, load_phrases
 from openwu.errors import DatasetError, OpenwuError
-from openwu.evaluation import locked
+from openwu.evaluation.benchmarks import locked
+from openwu.evaluation.benchmarks.locked import LockedScores, locked_scores, look, read_record
 from openwu.evaluation.experiments.geometry import Mean
-from openwu.evaluation.locked import LockedScores, locked_scores, look, read_record
 from openwu.training.embedded.model import EmbeddedModel
 
 ROOT = Path(__file__).parents[2]

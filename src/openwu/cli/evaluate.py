@@ -210,7 +210,7 @@ def measure_model(options: argparse.Namespace) -> int:
 
 def look_at_locked_set(options: argparse.Namespace) -> int:
     """Measure the shipped model on the locked set, once per release."""
-    from openwu.evaluation.locked import look
+    from openwu.evaluation.benchmarks.locked import look
 
     sys.stdout.write(look(Path(options.record)))
     return 0

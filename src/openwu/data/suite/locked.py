@@ -1,7 +1,7 @@
 """The locked test set: photographs and sentences that no training, no choice and no other test has seen.
 
 The photographs come inside packages of the extra `evaluate`; the sentences are in locked.json, one for each sub-task
-and language, written for this set alone. `openwu.evaluation.locked` looks at it once per release.
+and language, written for this set alone. `openwu.evaluation.benchmarks.locked` looks at it once per release.
 """
 
 from __future__ import annotations
