@@ -57,6 +57,7 @@ def test_every_way_is_trained_and_scored(
     monkeypatch.setattr("openwu.evaluation.experiments.own_pairs.PAIRS", 1)
     monkeypatch.setattr("openwu.evaluation.experiments.own_pairs.HELD_BACK", 1)
     monkeypatch.setattr("openwu.training.embedded.own_words.STEPS", 20)
+    monkeypatch.setattr("openwu.training.embedded.own_words.SENTENCES", 40)
     arguments = ["--model", str(model_folder), "--output", str(tmp_path), "--quick", "--side", "48", "--seeds", "0"]
     assert main(["lab", "own-pairs", *arguments, "--steps", "1"]) == 0
     printed = capsys.readouterr().out

@@ -72,7 +72,7 @@ class EmbeddedRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsRecipe(Recipe):
-    """Train a finished model's condition encoder and generator on pairs of one's own, end to end."""
+    """Train a finished model on pairs of one's own, end to end: its generator, or its words for the new tasks alone."""
 
     runner: ClassVar[str] = "openwu.training.embedded.run:train_pairs"
     known_stages: ClassVar[tuple[str, ...]] = ("generator",)
