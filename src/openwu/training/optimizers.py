@@ -156,7 +156,8 @@ def orthogonalised_stack(x: Tensor, steps: int, eps: float = 1e-7) -> Tensor:
     for _ in range(steps):
         gram = y @ y.mT
         y = a * y + (b * gram + c * gram @ gram) @ y
-    return (y.mT if tall else y).to(x.dtype)
+    found: Tensor = (y.mT if tall else y).to(x.dtype)
+    return found
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
