@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from openwu.cli import main
 from openwu.data.suite.photographs import load_folder
 from openwu.evaluation.experiments import gradients
 from openwu.evaluation.experiments.gradients import (
@@ -18,6 +20,7 @@ from openwu.evaluation.experiments.gradients import (
     shared_conflicts,
     task_cosines,
 )
+from openwu.evaluation.experiments.pictures import draw_gradient_curves
 from openwu.training.embedded.model import EmbeddedModel
 
 TASKS, OPPOSITES = ("warm", "cool", "fog"), (("warm", "cool"),)
@@ -80,3 +83,26 @@ def test_sub_tasks_of_the_embedded_model(embedded_model: EmbeddedModel, monkeypa
     assert not torch.equal(found[0].cosine, found[1].cosine)
     assert all(torch.equal(before[name], value) for name, value in embedded_model.state_dict().items())
     assert not any(p.requires_grad for p in embedded_model.parameters())
+
+
+def test_cosines_along_a_training_are_drawn_told_and_untold_apart(tmp_path: Path) -> None:
+    cosine = torch.eye(3).expand(2, 3, 3)
+    found = [
+        GradientConflict(f"after {step}", TASKS, cosine * (1 - step / 20), OPPOSITES, step, told)
+        for told in (True, False)
+        for step in (0, 1, 10)
+    ]
+    stored = json.loads(json.dumps([each.to_json() for each in found]))
+    assert [(each["step"], each["told"]) for each in stored[2:4]] == [(10, True), (0, False)]
+    drawn = draw_gradient_curves(found, tmp_path / "curves.png")
+    other = draw_gradient_curves(
+        [*found[:3], *[replace(each, told=False) for each in found[:2]]], tmp_path / "other.png"
+    )
+    assert drawn.read_bytes() != other.read_bytes()
+
+
+def test_steps_of_the_curve_are_checked_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "gradients", "--along", "0", "5", "5"]) == 1
+    assert "--along: expected different numbers of steps, none below 0, got [0, 5, 5]" in capsys.readouterr().err
+    assert main(["lab", "conflict", "--along", "0"]) == 2
+    assert "it does not read --along" in capsys.readouterr().err

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import openwu
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
 from openwu.editor.cache import GeneratorIdentity
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.training.checkpoint import load_state, save_state
 from openwu.training.config import StageConfig
-from openwu.training.optimizers import StageOptimizer
+from openwu.training.optimizers import Float32Muon, StageOptimizer
+from openwu.training.stage import TrainableLora
 
 ADAMW = StageConfig(steps=8, shapes=((1, 1),), learning_rate=1e-2, weight_decay=0.0)
 BOTH = replace(ADAMW, matrix_learning_rate=5e-2)
@@ -144,3 +146,63 @@ def test_a_stored_state_continues_to_the_same_weights(tmp_path: Path, config: St
     for one, same in zip(module.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(one, same)
         assert optimizer.state_of(one).keys() == other.state_of(same).keys()
+
+
+def stack_config(**changes: float) -> StageConfig:
+    return replace(ADAMW, stack_learning_rate=5e-2, weight_decay=0.1, warmup=0, schedule="constant", **changes)
+
+
+def test_a_stack_is_updated_as_its_matrices_by_themselves() -> None:
+    """Two steps of every matrix, by torch's Muon (in float32) on a linear layer of that weight."""
+    draws = torch.Generator().manual_seed(0)
+    lora = TrainableLora((openwu.Target("0", 6, 4),), 3, draws, count=2)
+    weights = [lora.a[0], lora.b[0]]
+    for weight in weights:
+        weight.data.normal_(generator=draws)
+    gradients = [[torch.randn(weight.shape, generator=draws) for weight in weights] for _ in range(2)]
+    expected = []
+    for place, weight in enumerate(weights):
+        for i in range(2):
+            alone = torch.nn.Parameter(weight[i].detach().clone())
+            muon = Float32Muon([alone], lr=5e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+            for step in gradients:
+                alone.grad = step[place][i]
+                muon.step()
+            expected.append(alone.detach())
+    optimizer = StageOptimizer(lora, stack_config())
+    for step in gradients:
+        for weight, gradient in zip(weights, step, strict=True):
+            weight.grad = gradient
+        optimizer.step(1.0)
+    found = [weight[i].detach() for weight in weights for i in range(2)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert set(optimizer.state_of(weights[0])) == {"momentum_buffer"}
+
+
+def test_matrices_that_a_step_does_not_ask_for_stay_as_they_are() -> None:
+    lora = TrainableLora((openwu.Target("0", 6, 4),), 3, torch.Generator().manual_seed(0), count=3)
+    optimizer, before = StageOptimizer(lora, stack_config()), lora.a[0].detach().clone()
+    for row in (0, 2):  # The momentum of row 0 must not move it in the second step.
+        optimizer.zero_grad()
+        adapter = lora([row])
+        torch.autograd.backward(
+            (torch.cat([each.flatten() for each in adapter.state_dict().values()]) - 1).square().sum()
+        )
+        optimizer.step(1.0)
+        moved = (lora.a[0] != before).any(2).any(1).tolist()
+        assert moved == [True, False, row == 2]
+        if row == 0:
+            first = lora.a[0][0].detach().clone()
+    assert torch.equal(lora.a[0][0].detach(), first)
+
+
+def test_adamw_trains_stacks_unless_they_have_a_rate() -> None:
+    lora = TrainableLora((openwu.Target("0", 6, 4),), 3, torch.Generator().manual_seed(0))
+    for config, state in ((BOTH, "exp_avg"), (stack_config(), "momentum_buffer")):
+        optimizer = StageOptimizer(lora, config)
+        lora.a[0].grad = torch.ones_like(lora.a[0])
+        optimizer.step(1.0)
+        assert state in optimizer.state_of(lora.a[0])
+    with pytest.raises(ValueError, match=r"stack_learning_rate: expected 0 or more, got -1"):
+        replace(ADAMW, stack_learning_rate=-1.0)

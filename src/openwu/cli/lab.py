@@ -16,12 +16,14 @@ from openwu.evaluation.experiments.scaling import AXES
 SIDE = 256
 """Default of --side."""
 IGNORED: dict[str, tuple[str, ...]] = {
-    "conflict": ("axis",),
-    "continual": ("axis", "clock"),
+    "conflict": ("axis", "along"),
+    "continual": ("axis", "clock", "along"),
+    "examples": ("steps", "axis", "photos", "clock", "edits", "along"),
     "gradients": ("steps", "axis", "side", "clock"),
-    "manifold": ("steps", "axis", "photos", "clock"),
-    "operators": ("axis", "clock"),
-    "scaling": ("clock",),
+    "operators": ("axis", "clock", "along"),
+    "own-pairs": ("axis", "clock", "edits", "along"),
+    "manifold": ("steps", "axis", "photos", "clock", "along"),
+    "scaling": ("clock", "along"),
 }
 """Experiment -> options that it would ignore, and therefore refuses."""
 
@@ -41,6 +43,9 @@ def run_lab(arguments: list[str]) -> int:
     parser.add_argument("what", choices=sorted(EXPERIMENTS), help="the experiment")
     parser.add_argument("--photos", metavar="FOLDER", help="training photographs (default: photos)")
     parser.add_argument("--steps", type=int, metavar="N", help="length of every training, instead of the setting's")
+    parser.add_argument(
+        "--along", type=int, nargs="+", metavar="N", help="gradients: after these numbers of steps, as a curve"
+    )
     parser.add_argument("--axis", choices=AXES, help="scaling: vary only this (default: both)")
     parser.add_argument(
         "--clock", choices=CLOCKS, help="conflict: what is equal for all methods, their steps (default) or their time"
@@ -76,6 +81,7 @@ def _settings(options: argparse.Namespace) -> LabSettings:
     given["photos"] = given.get("photos") or "photos"
     given["side"] = SIDE if given["side"] is None else given["side"]
     given["seeds"] = tuple(given["seeds"])
+    given["along"] = tuple(given["along"]) if given.get("along") else None
     given["edits"] = tuple(given["edits"]) if given["edits"] else None
     return LabSettings(**given)
 

@@ -51,6 +51,9 @@ class StageConfig:
     """Largest norm of the gradient."""
     schedule: str = field(default="linear", metadata=LATER)
     """How the learning rate falls over the last `decay` of the steps: "linear" or "cosine" to 0; "constant": never."""
+    stack_learning_rate: float = field(default=0.0, metadata=LATER)
+    """Peak learning rate of Muon for stacks of matrices (`optimizers.MatrixStacks`, such as LoRA factors of one adapter
+    or many); 0: AdamW trains them."""
     accumulate: int = field(default=1, metadata=LATER)
     """Micro-batches of an update: the batch is computed in so many parts, for less memory at equal gradients."""
     ema: float = field(default=0.0, metadata=LATER)
@@ -60,8 +63,9 @@ class StageConfig:
         for name in ("steps", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        if not self.matrix_learning_rate >= 0:
-            raise ValueError(f"matrix_learning_rate: expected 0 or more, got {self.matrix_learning_rate}")
+        for name in ("matrix_learning_rate", "stack_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if not self.shapes or any(requests < 1 for requests, _ in self.shapes):
             raise ValueError(f"shapes: expected at least one (requests, crop side), got {self.shapes}")
         if not 0 <= self.decay <= 1:

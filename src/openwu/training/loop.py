@@ -117,10 +117,10 @@ class Trainer:
         self, stage: Stage, config: StageConfig, loop: LoopConfig = _IN_MEMORY, folder: Path | None = None
     ) -> None:
         """Resume from the checkpoint in `folder`, if there is one."""
-        if loop.shard and config.matrix_learning_rate:
+        if loop.shard and (config.matrix_learning_rate or config.stack_learning_rate):
             raise OpenwuError(
                 "shard: Muon needs whole matrices and cannot train sharded weights; set matrix_learning_rate to 0, "
-                "or train without shard"
+                "and stack_learning_rate, or train without shard"
             )
         self.stage, self.config, self.loop, self.folder = stage, config, loop, folder
         self.processes = Processes.join(next(stage.trained.parameters()).device)

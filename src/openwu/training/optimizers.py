@@ -13,6 +13,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from openwu.training.config import StageConfig
 
 BETAS = (0.9, 0.98)
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+"""Coefficients of Muon's iteration (Jordan et al. 2024), torch's own default."""
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,
@@ -29,12 +31,17 @@ def learning_rate_factor(config: StageConfig, step: int) -> float:
     return min(warmup, DECAYS[config.schedule](min(1.0, left)))
 
 
+class MatrixStacks(nn.Module):
+    """Base class of modules whose parameters are all stacks of matrices `[..., rows, columns]`."""
+
+
 class StageOptimizer:
-    """Muon for linear layers' weights and AdamW for the rest, each with its own peak learning rate."""
+    """Muon for linear layers' weights and stacks of matrices, AdamW for the rest, each with its own learning rate."""
 
     def __init__(self, module: nn.Module, config: StageConfig) -> None:
         matrices = list(_linear_weights(module)) if config.matrix_learning_rate else []
-        by_muon = {id(parameter) for parameter in matrices}
+        stacks = list(_stacks(module)) if config.stack_learning_rate else []
+        by_muon = {id(parameter) for parameter in (*matrices, *stacks)}
         rest = [p for p in module.parameters() if p.requires_grad and id(p) not in by_muon]
         decayed, others = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -47,6 +54,9 @@ class StageOptimizer:
             # The update is scaled to the size of AdamW's, so that rates and decay mean the same (Liu et al. 2025).
             muon = kind(matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             self._optimizers.append((muon, rate))
+        if stacks:
+            rate = config.stack_learning_rate
+            self._optimizers.append((StackMuon(stacks, rate, config.weight_decay), rate))
 
     def step(self, factor: float) -> None:
         """Update the weights at this factor (0 to 1) of the peak learning rates."""
@@ -108,6 +118,48 @@ def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: i
     return y.T if tall else y
 
 
+class StackMuon(torch.optim.Optimizer):
+    """Muon for stacks of matrices `[..., rows, columns]`: each matrix is orthogonalised by itself, in float32.
+
+    A matrix without any gradient in a step stays, its momentum too: in a bank of adapters a step asks for a few, and
+    an orthogonalised momentum would move all others as far.
+    """
+
+    def __init__(
+        self, stacks: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95, ns_steps: int = 5
+    ) -> None:
+        super().__init__(stacks, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update the weights."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                asked = weight.grad.flatten(-2).any(-1)[..., None, None]
+                momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                momentum.copy_(torch.where(asked, momentum.lerp(weight.grad, 1 - group["momentum"]), momentum))
+                direction = weight.grad.lerp(momentum, group["momentum"])
+                update = orthogonalised_stack(direction, group["ns_steps"])
+                size = 0.2 * math.sqrt(max(weight.shape[-2:]))
+                moved = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * size * update
+                weight.copy_(torch.where(asked, moved, weight))
+
+
+def orthogonalised_stack(x: Tensor, steps: int, eps: float = 1e-7) -> Tensor:
+    """Bring the singular values of every matrix of a stack `[..., rows, columns]` near 1; see `orthogonalised`."""
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[-2] > x.shape[-1]
+    y = (x.mT if tall else x).float()
+    y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    found: Tensor = (y.mT if tall else y).to(x.dtype)
+    return found
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a device has units that multiply matrices in bfloat16: every accelerator, not every processor."""
     if device.type != "cpu":
@@ -121,6 +173,12 @@ def _linear_weights(module: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(each, nn.Linear) and each.weight.requires_grad:
             assert isinstance(each.weight, nn.Parameter)
             yield each.weight
+
+
+def _stacks(module: nn.Module) -> Iterator[nn.Parameter]:
+    for each in module.modules():
+        if isinstance(each, MatrixStacks):
+            yield from (parameter for parameter in each.parameters() if parameter.requires_grad)
 
 
 class EmaWeights:

@@ -9,6 +9,7 @@ Shapes: b rows of a batch, n tokens, V vocabulary size, `...` axes of the base's
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +31,12 @@ Inputs = TypeVar("Inputs")
 
 LARGE = 2.0
 """Mean relative norm of generated updates from which a warning is given: they outweigh the weights."""
+
+
+DRAWN_BACK = 5
+"""Most trials of drawing weights back towards their start."""
+DRAWN_BACK_MARGIN = 0.95
+"""Factor on the share at which just as much would be lost as is allowed, were the loss exactly quadratic."""
 
 
 class RetentionWarning(UserWarning):
@@ -91,10 +98,48 @@ class Retention:
         self.before = dict(self._scores())
         """Task -> score of the starting model."""
 
+    def follow(self, measure: Callable[[], Mapping[str, float]]) -> None:
+        """Score another module from now on, such as a copy with further labels; `before` stays the start's."""
+        self._measure = measure
+
     @property
     def mean(self) -> float:
         """The starting model's mean score."""
         return sum(self.before.values()) / len(self.before)
+
+    def lost(self) -> float:
+        """Return how much of the starting model's mean score is lost now."""
+        now = self._scores()
+        return self.mean - sum(now[name] for name in self.before) / len(self.before)
+
+    def draw_back(self, trained: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+        """Move weights towards where they started until no more than `allowed` is lost; return the share that stays.
+
+        trained, start: parameters by name, changed in place, and what they were. What is lost grows with the square of
+        the distance from the start, what was learned in proportion to it: a small step back keeps most of a new task
+        (Wortsman et al. 2022). Each trial costs one measurement; after DRAWN_BACK of them the last share stands, and a
+        warning is given where it still loses too much.
+        """
+        if math.isinf(self.allowed):
+            return 1.0
+        end = {name: value.detach().clone() for name, value in trained.items()}
+        share, lost = 1.0, self.lost()
+        for _ in range(DRAWN_BACK):
+            if lost <= self.allowed or not end:
+                break
+            share *= min(0.9, DRAWN_BACK_MARGIN * (self.allowed / lost) ** 0.5)
+            with torch.no_grad():
+                for name, value in trained.items():
+                    value.copy_(torch.lerp(start[name], end[name], share))
+            lost = self.lost()
+        if lost > self.allowed and is_main():
+            warnings.warn(
+                f"{lost:.2f} {self.unit} are lost on average over {len(self.before)} known tasks, although the weights "
+                f"were drawn back to {share:.0%} of their way; {self.advice}",
+                RetentionWarning,
+                stacklevel=2,
+            )
+        return share
 
     def scalars(self) -> dict[str, float]:
         """Score the model as it is now: `known/mean`, `known/lost` and `known/worst`; warn where too much is lost."""

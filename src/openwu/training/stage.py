@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from openwu.adapters.inject import AdapterHandle
+from openwu.adapters.site import Site
 from openwu.adapters.updates import relative_norms, relative_std, task_variances
 from openwu.errors import OpenwuError
 from openwu.training.loop import Evaluation
 from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache, batch_size, take_rows
 from openwu.training.objectives import NoisySample, Objective
+from openwu.training.optimizers import MatrixStacks
 from openwu.training.retention import Inputs, RetentionObjective, warn_of_large_updates
 from openwu.types import Adapter, Target
 
@@ -144,10 +146,7 @@ class GeneratorStage(Generic[Batch]):
         if adapter.batch > 1:
             scalars |= adapter_scalars(adapter, tasks)
         scalars |= self._controls(batch, sample, adapter, tasks)
-        norms = relative_norms(adapter, self.handle.sites)
-        if len(norms):
-            scalars |= {"adapter/relative_norm": float(norms.mean()), "adapter/relative_norm_max": float(norms.max())}
-            warn_of_large_updates(float(norms.mean()))
+        scalars |= size_scalars(adapter, self.handle.sites)
         if self.retention is not None:
             scalars["retention"] = self._kept(self.retention, adapter)
         return Evaluation(scalars, sheet)
@@ -249,7 +248,7 @@ class ModuleStage(Generic[Batch]):
         return Evaluation({})
 
 
-class TrainableLora(nn.Module):
+class TrainableLora(MatrixStacks):
     """LoRA adapters as plain parameters, `count` of them side by side: A random, B zero (Hu et al. 2021, section 4.1).
 
     The baselines that a generator is compared with: one adapter for all requests, or one for each task.
@@ -278,6 +277,15 @@ def adapter_scalars(adapter: Adapter, tasks: Sequence[str] | None) -> dict[str, 
     """Return what is logged of generated adapters: `adapter/relative_std`, and with tasks their `task_variances`."""
     variances = {} if tasks is None else task_variances(adapter, tasks)
     return {f"adapter/{name}": value for name, value in {"relative_std": relative_std(adapter), **variances}.items()}
+
+
+def size_scalars(adapter: Adapter, sites: Sequence[Site]) -> dict[str, float]:
+    """Return the mean and the largest relative norm of updates for the log; warn where they outweigh the weights."""
+    norms = relative_norms(adapter, sites)
+    if not len(norms):
+        return {}
+    warn_of_large_updates(float(norms.mean()))
+    return {"adapter/relative_norm": float(norms.mean()), "adapter/relative_norm_max": float(norms.max())}
 
 
 def average(adapter: Adapter) -> Adapter:

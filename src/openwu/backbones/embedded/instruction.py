@@ -177,10 +177,14 @@ class InstructionEncoder(nn.Module):
         """-> `[b, K, width]`. `dropped`: in training, the share of n-grams to leave out, and the draws' generator."""
         return self.settled(self.read_words(sentences, dropped), self.phrase_logits(sentences))
 
-    def settled(self, tokens: Tensor, phrase_logits: Tensor) -> Tensor:
-        """Tokens as read `[b, K, width]` -> drawn towards what is typical of what they are taken for."""
+    def settled(self, tokens: Tensor, phrase_logits: Tensor, centres: Tensor | None = None) -> Tensor:
+        """Tokens as read `[b, K, width]` -> drawn towards what is typical of what they are taken for.
+
+        `centres`: what is typical of every label `[labels, K, width]`; None: the encoder's own.
+        """
+        centres = self.centres if centres is None else centres
         edits, degrees = self.joined(tokens, phrase_logits).exp(), self.degree_log_probabilities(tokens).exp()
-        typical = torch.einsum("bl,lkw->bkw", edits.to(tokens.dtype), self.centres)
+        typical = torch.einsum("bl,lkw->bkw", edits.to(tokens.dtype), centres)
         typical = typical + torch.einsum("bd,dkw->bkw", degrees.to(tokens.dtype), self.degree_centres)
         return torch.lerp(tokens, typical.to(tokens.dtype), SETTLED)
 

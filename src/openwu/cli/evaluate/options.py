@@ -51,6 +51,11 @@ def parser(verbs: Mapping[str, Verb]) -> argparse.ArgumentParser:
     cases.add_argument("folder", metavar="FOLDER", help="where to write")
     cases.add_argument("--partial", action="store_true", help="one case of every sub-task")
     cases.add_argument("--side", type=_positive, default=384, metavar="N", help="longest side (default: 384)")
+    locked = subparsers.add_parser("locked", help="the locked test set: one look per release", allow_abbrev=False)
+    locked.set_defaults(run=verbs["locked"])
+    locked.add_argument(
+        "--record", default="docs/results/locked.json", metavar="FILE", help="all looks so far (default: %(default)s)"
+    )
     for what, text in (
         ("suite", "every number of the model card"),
         ("sentences", "what is made of sentences that no training saw, by writer"),

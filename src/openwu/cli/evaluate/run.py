@@ -154,6 +154,14 @@ def measure_model(options: argparse.Namespace) -> int:
     return 0
 
 
+def look_at_locked_set(options: argparse.Namespace) -> int:
+    """Measure the shipped model on the locked set, once per release."""
+    from openwu.evaluation.benchmarks.locked import look
+
+    sys.stdout.write(look(Path(options.record)))
+    return 0
+
+
 def _cases(options: argparse.Namespace, work: Path) -> tuple[list[Case], int]:
     """The chosen cases, and how many the benchmark has."""
     from openwu.errors import OpenwuError
@@ -281,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
             "report": report_stage,
             "audit": audit_stage,
             "cases": write_cases,
+            "locked": look_at_locked_set,
             "measure": measure_model,
         }
     )

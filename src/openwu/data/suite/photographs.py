@@ -68,8 +68,13 @@ def load_test_photographs(side: int = 512) -> dict[str, Tensor]:
                 "pip install 'openwu[evaluate]'"
             ) from error
         with resources.as_file(file) as local:
-            found[name] = to_unit(_read(local, side))
+            found[name] = load_photograph(local, side)
     return found
+
+
+def load_photograph(file: Path, side: int) -> Tensor:
+    """Load a photograph as `[3, h, w]` in 0..1, longest side at most `side`."""
+    return to_unit(_read(file, side))
 
 
 def to_unit(pixels: Tensor) -> Tensor:

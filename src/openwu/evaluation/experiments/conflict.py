@@ -258,9 +258,6 @@ def _search_rates(
     Searched with a seed of its own, once for all seeds.
     """
     fresh = new_method(model, name, tasks, budget, SEARCH_SEED)
-    choices = [("AdamW" if fresh.adamw_rates is None else "Muon", dict(fresh.rates))]
-    if fresh.adamw_rates is not None:
-        choices.append(("AdamW", dict(fresh.adamw_rates)))
     if len(budget.factors) == 1:
         return TrialResult(
             {"rates": {key: value * budget.factors[0] for key, value in fresh.rates.items()}, "search": []}
@@ -274,7 +271,7 @@ def _search_rates(
         return _validation_loss(method, photographs[1], tasks, budget)
 
     tried: list[dict[str, Any]] = []
-    for optimiser, plain in choices:
+    for optimiser, plain in fresh.choices.items():
         losses = searched(partial(loss, optimiser, plain), budget.factors)
         tried += [
             {

@@ -47,6 +47,10 @@ class GradientConflict:
     cosine: Tensor
     """[e, t, t] between different samples of the tasks; on the diagonal, within a task."""
     opposites: tuple[tuple[str, str], ...]
+    step: int | None = None
+    """Training steps made before; None: parameters that are not followed along a training."""
+    told: bool = True
+    """Whether the base reads the instruction."""
 
     @property
     def contradictory(self) -> Mean:
@@ -78,6 +82,8 @@ class GradientConflict:
         """Return all numbers as JSON."""
         return {
             "where": self.where,
+            "step": self.step,
+            "told": self.told,
             "contradictory": self.contradictory.to_json(),
             "all_pairs": self.all_pairs.to_json(),
             "same_task": self.same_task.to_json(),
@@ -164,7 +170,11 @@ def shared_conflicts(
             found[step].append(_cosines(f"after {step} steps, seed {seed}", stage, photographs, tasks, seed))
     who = "shared LoRA" if base_reads_instruction else "shared LoRA, base not told,"
     return [
-        GradientConflict(f"{who} after {step} steps", tuple(tasks), torch.stack(each), tuple(opposites))
+        GradientConflict(
+            *(f"{who} after {step} steps", tuple(tasks), torch.stack(each), tuple(opposites)),
+            step=step,
+            told=base_reads_instruction,
+        )
         for step, each in found.items()
     ]
 

@@ -28,6 +28,8 @@ from openwu.types import Adapter, Target
 
 SIDE = 192
 """Side in pixels of the picture that the condition encoder sees in training."""
+MUON_FIELDS = ("matrix_learning_rate", "stack_learning_rate")
+"""Fields of StageConfig that let Muon train."""
 FIRST_FLOOR = 3e-2
 """Where the floor of the loss starts; see `openwu.training.embedded.picture_stages.annealed_floor`."""
 
@@ -46,9 +48,14 @@ class Method:
     """The adapters of test requests."""
     rates: Mapping[str, float]
     """Fields of StageConfig: the peak learning rates at factor 1 of the search."""
-    adamw_rates: Mapping[str, float] | None = None
-    """The same without Muon, as another choice of the search. None: `rates` are AdamW's, since Muon takes single
-    matrices and no stacks of LoRA factors."""
+    other_rates: Mapping[str, float]
+    """Those of the other optimiser, as another choice of the search: AdamW's where `rates` are Muon's."""
+
+    @property
+    def choices(self) -> dict[str, Mapping[str, float]]:
+        """Both optimisers' rates by name, those of `rates` first."""
+        own, other = ("Muon", "AdamW") if set(self.rates) & set(MUON_FIELDS) else ("AdamW", "Muon")
+        return {own: self.rates, other: self.other_rates}
 
 
 class AdapterBank(TrainableLora):
@@ -79,6 +86,11 @@ class Budget:
     """What is equal for all methods of a comparison: "steps", or "time", the processor seconds of the generator's."""
 
 
+BANK_RATES = ({"learning_rate": 1e-2}, {"learning_rate": 1e-2, "stack_learning_rate": 1e-2})
+"""Rates of one LoRA or a bank of them: AdamW's, then Muon's."""
+WIDE_RATES = ({"learning_rate": 3e-3}, {"learning_rate": 3e-3, "stack_learning_rate": 3e-3})
+"""The same at a larger rank."""
+
 METHODS = ("single", "shared", "shared, wide", "sft", "generated")
 """Methods that are trained; `base`, `retrieval` and `random` come with others."""
 
@@ -94,11 +106,11 @@ def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Bu
             known = [case.task in tasks for case in cases]
             return bank.of([case.task for case in cases]).detach() if all(known) else None
 
-        return Method(name, bank, model, lambda batch, _: bank.of(batch.names), own, {"learning_rate": 1e-2})
+        return Method(name, bank, model, lambda batch, _: bank.of(batch.names), own, *BANK_RATES)
     if name in ("shared", "shared, wide"):
         shared = TrainableLora(targets, rank if name == "shared" else budget.wide_rank, random)
-        one = {"learning_rate": 1e-2 if name == "shared" else 3e-3}
-        return Method(name, shared, model, lambda *_: shared(), lambda _: shared().detach(), one)
+        rates = BANK_RATES if name == "shared" else WIDE_RATES
+        return Method(name, shared, model, lambda *_: shared(), lambda _: shared().detach(), *rates)
     changed = model.copy()
     if name == "sft":
         rates = {"learning_rate": 5e-4, "matrix_learning_rate": 2e-3}

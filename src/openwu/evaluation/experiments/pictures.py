@@ -80,6 +80,30 @@ def draw_gradients(found: Sequence[GradientConflict], path: Path) -> Path:
     return path
 
 
+def draw_gradient_curves(found: Sequence[GradientConflict], path: Path) -> Path:
+    """Draw the mean cosine over contradictory pairs and over all pairs along a training, told and untold apart."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, told in zip(panels, (True, False), strict=True):
+        own = [each for each in found if each.step is not None and each.told == told]
+        for label, means in (
+            ("contradictory pairs", [each.contradictory for each in own]),
+            ("all pairs", [each.all_pairs for each in own]),
+            ("within a task", [each.same_task for each in own]),
+        ):
+            steps = [each.step or 0 for each in own]
+            panel.plot(steps, [mean.value for mean in means], marker="o", label=label)
+            panel.fill_between(steps, [mean.low for mean in means], [mean.high for mean in means], alpha=0.2)
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set_xscale("symlog", linthresh=1)
+        panel.set_title("the base reads the instruction" if told else "the base is not told", fontsize="medium")
+        panel.set_xlabel("steps of the shared LoRA")
+    panels[0].set_ylabel("cosine of gradients")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def draw_conflict(found: ConflictResults, path: Path) -> Path:
     """Draw every method's PSNR on the new tasks and on the base's old ones."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")

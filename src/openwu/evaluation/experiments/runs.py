@@ -27,11 +27,13 @@ from openwu.evaluation.experiments.manifold import manifold
 from openwu.evaluation.experiments.methods import Budget
 from openwu.evaluation.experiments.operators import KINDS as OPERATOR_KINDS
 from openwu.evaluation.experiments.operators import OperatorResults, operators
+from openwu.evaluation.experiments.own_pairs import OwnPairsResults, own_pairs
 from openwu.evaluation.experiments.pictures import (
     draw_cells,
     draw_conflict,
     draw_continual,
     draw_examples,
+    draw_gradient_curves,
     draw_gradients,
     draw_ladder,
     draw_map,
@@ -62,6 +64,7 @@ OPERATORS, QUICK_OPERATORS = Budget(steps=300), Budget(steps=40, requests=8)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
 PROGRAMS, QUICK_PROGRAMS = 40, 8
 """Programs per seed that are shown by example."""
+PAIRS_STEPS, QUICK_PAIRS_STEPS = 120, 40
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
 
@@ -86,6 +89,8 @@ class LabSettings:
     """Length of every training; None: the budget's."""
     axis: str | None = None
     """Scaling: vary only this; None: both."""
+    along: tuple[int, ...] | None = None
+    """Gradients: numbers of steps after which they are compared, for a curve; None: the first and the last."""
     clock: str = "steps"
     """Conflict: what is equal for all methods, see `Budget.clock`."""
 
@@ -93,6 +98,8 @@ class LabSettings:
         unknown = sorted(set(self.edits or ()) - set(EDITS))
         if unknown:
             raise OpenwuError(f"--edit: expected some of {list(EDITS)}, got {unknown}")
+        if self.along is not None and (min(self.along) < 0 or len(set(self.along)) < len(self.along)):
+            raise OpenwuError(f"--along: expected different numbers of steps, none below 0, got {list(self.along)}")
 
     @property
     def chosen_edits(self) -> tuple[str, ...]:
@@ -137,7 +144,8 @@ class LabSettings:
     def cache(self, name: str, model: EmbeddedModel, **more: object) -> ResultCache:
         """Return the cache of an experiment's trials; its name depends on everything that they do but their seed."""
         # "quick" counts: it chooses the test photographs, also where --edit and --steps determine all else.
-        relevant = {key: value for key, value in self.to_json(**more).items() if key not in ("seeds", "output", "axis")}
+        ignored = ("seeds", "output", "axis", "along")
+        relevant = {key: value for key, value in self.to_json(**more).items() if key not in ignored}
         relevant["photos"] = folder_hashes(Path(self.photos))
         code = f"openwu.evaluation.experiments.{name}"
         digits = fingerprint(relevant, model.instruction, model.backbone, code=code)
@@ -170,14 +178,15 @@ def run_gradients(settings: LabSettings) -> str:
     if not opposites:
         raise OpenwuError("--edit: expected both sides of at least one contradictory pair, such as warm and cool")
     model, photographs = settings.load_model(), settings.training_photographs()
-    steps = QUICK_STEPS if settings.quick else STEPS
+    steps = tuple(sorted(settings.along or (QUICK_STEPS if settings.quick else STEPS)))
     found = [
         *shared_conflicts(model, photographs, tasks, opposites, steps, settings.seeds),
         *shared_conflicts(model, photographs, tasks, opposites, steps, settings.seeds, base_reads_instruction=False),
         generator_conflict(model, photographs, tasks, opposites, settings.seeds),
     ]
     numbers = {"tasks": list(tasks), "opposites": opposites, "found": [each.to_json() for each in found]}
-    draw_gradients(found, settings.write("gradients", numbers, steps=steps).with_suffix(".png"))
+    name, draw = ("gradients", draw_gradients) if settings.along is None else ("gradients-along", draw_gradient_curves)
+    draw(found, settings.write(name, numbers, steps=steps).with_suffix(".png"))
     return conflicts_table(found)
 
 
@@ -262,6 +271,16 @@ def run_operators(settings: LabSettings) -> str:
     return found.table()
 
 
+def run_own_pairs(settings: LabSettings) -> str:
+    """Teach a look of one's own with and without guards for the known edits; return the table."""
+    steps = settings.steps or (QUICK_PAIRS_STEPS if settings.quick else PAIRS_STEPS)
+    model, photographs = settings.load_model(), settings.training_photographs()
+    cache, test = settings.cache("own_pairs", model, steps=steps), settings.test_photographs()
+    found = own_pairs(model, photographs, test, steps, settings.seeds, cache)
+    settings.write("own_pairs", found.to_json(), steps=steps)
+    return found.table()
+
+
 EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "conflict": run_conflict,
     "continual": run_continual,
@@ -269,6 +288,7 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "gradients": run_gradients,
     "manifold": run_manifold,
     "operators": run_operators,
+    "own-pairs": run_own_pairs,
     "scaling": run_scaling,
 }
 """Name -> the function that runs it and returns its table. One line adds an experiment."""
@@ -278,6 +298,7 @@ STORED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "conflict": lambda stored: ConflictResults.from_json(stored).table(),
     "continual": lambda stored: ContinualResults.from_json(stored).table(),
     "operators": lambda stored: OperatorResults.from_json(stored).table(),
+    "own-pairs": lambda stored: OwnPairsResults.from_json(stored).table(),
     "scaling": lambda stored: Scaling.from_json(stored).table(),
 }
 """Experiment -> its table out of a result file that holds every number of it."""

@@ -72,7 +72,7 @@ class EmbeddedRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsRecipe(Recipe):
-    """Train a finished model's condition encoder and generator on pairs of one's own, end to end."""
+    """Train a finished model on pairs of one's own, end to end: its generator, or its words for the new tasks alone."""
 
     runner: ClassVar[str] = "openwu.training.embedded.run:train_pairs"
     known_stages: ClassVar[tuple[str, ...]] = ("generator",)
@@ -94,6 +94,15 @@ class PairsRecipe(Recipe):
     """Folder of JPEG photographs on which known edits are rehearsed; None: the pictures of the pairs."""
     dropped: float = 0.3
     """Share of the n-grams that is left out of sentences, so that other wordings of them are learned too."""
+    own_labels: bool = field(default=True, metadata=LATER)
+    """Give every task of the pairs that the start has no label for one of its own: its sentences are understood then,
+    other wordings too, and no known edit stands where it stands. False: they are read as the start reads them."""
+    trained: str = field(default="all", metadata=LATER)
+    """ "all": condition encoder and generator, and the mean tokens of labels of one's own. "words": these tokens alone
+    (textual inversion), from which known edits lose nothing, and which need no rehearsal."""
+    allowed: float = field(default=0.5, metadata=LATER)
+    """dB that the known edits may lose on average; where more are lost, the trained weights are drawn back towards the
+    start until no more is. `inf`: never."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     evaluate_every: int = 100
@@ -105,10 +114,16 @@ class PairsRecipe(Recipe):
             raise ValueError(f"generator.shapes: expected crops of 1 to side={self.side}, got {self.generator.shapes}")
         for name in ("held_back", "rehearsed", "dropped"):
             check_share(name, getattr(self, name))
+        if self.trained not in ("all", "words") or (self.trained == "words" and not self.own_labels):
+            raise ValueError(f'trained: expected "all", or "words" with own_labels=true, got {self.trained!r}')
+        if not self.allowed > 0:
+            raise ValueError(f"allowed: expected a number of dB above 0, or inf, got {self.allowed}")
 
     @property
     def rehearsed_requests(self) -> int:
         """Requests of a batch that ask for known edits. Raises OpenwuError where none would be left for the pairs."""
+        if self.trained == "words":
+            return 0
         requests = self.generator.shapes[0][0]
         known = round(self.rehearsed * requests)
         if self.rehearsed and not 0 < known < requests:

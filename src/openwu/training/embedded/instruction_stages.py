@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.data.suite.phrases import DEGREES, OUT_OF_SCOPE, sample_phrase
+from openwu.data.suite.phrases import DEGREES, OUT_OF_SCOPE, load_phrases, sample_phrase
+from openwu.errors import OpenwuError
 from openwu.evaluation.wording import understanding
 from openwu.training.embedded.config import WordingRecipe
 from openwu.training.embedded.model import EmbeddedModel
@@ -65,6 +66,11 @@ class InstructionStage:
         """`size`: sentences in a batch. `dropped`: the share of their n-grams that is left out."""
         self.encoder, self.seed, self.size, self.dropped = model.instruction, seed, size, dropped
         self.labels = model.config.instruction.labels
+        if own := [label for label in self.labels if label not in load_phrases()]:
+            raise OpenwuError(
+                f"labels: expected sub-tasks of the suite, which has sentences for them, got {own}; train the "
+                "instruction encoder first, then on pairs of your own"
+            )
 
     @property
     def trained(self) -> nn.Module:

@@ -28,7 +28,7 @@ from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.loop import Evaluation
 from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache, take_rows
 from openwu.training.objectives import squared_errors
-from openwu.training.stage import TrainableLora, adapter_scalars
+from openwu.training.stage import TrainableLora, adapter_scalars, size_scalars
 from openwu.types import Adapter
 
 FLOOR = FIRST_FLOOR
@@ -156,7 +156,10 @@ class PictureStage:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """Measure the PSNR of every sub-task and how much adapters differ, and draw a contact sheet."""
+        """Measure the PSNR of every sub-task, how much adapters differ and how large they are; draw a contact sheet.
+
+        Warns where updates outweigh the weights.
+        """
         if self.validation is None:
             return Evaluation({})
         scalars: dict[str, list[float]] = {}
@@ -170,18 +173,24 @@ class PictureStage:
             sheet += [torch.cat(row, dim=-1) for row in shown]
         means = {name: sum(values) / len(values) for name, values in scalars.items()}
         means["psnr_mean"] = sum(means.values()) / len(means)
-        means |= self._variances(self.validation)
+        means |= self._adapters(self.validation)
         return Evaluation(means, torch.cat([row.float() for row in sheet[:SHEET_ROWS]], dim=-2))
 
-    def _variances(self, validation: Batches) -> dict[str, float]:
-        """How generated adapters differ within and across sub-tasks, from two requests or more of each."""
+    def _adapters(self, validation: Batches) -> dict[str, float]:
+        """The size of updates relative to the weights, and how generated adapters differ within and across sub-tasks,
+        from two requests or more of each.
+        """
         batches = [validation.batch(step) for step in range(VARIANCE_BATCHES)]
         with self._precision():
             found = [self.adapt(batch, self.read(batch)) for batch in batches]
         adapters = [adapter for adapter in found if adapter is not None]
-        if not adapters or adapters[0].batch == 1:  # The base alone, or one adapter for all requests.
+        if not adapters:  # The base alone.
             return {}
-        return adapter_scalars(Adapter.stack(adapters), [name for batch in batches for name in batch.names])
+        stacked = Adapter.stack(adapters)
+        scalars = size_scalars(stacked, self.model.handle.sites)
+        if adapters[0].batch == 1:  # One adapter for all requests.
+            return scalars
+        return scalars | adapter_scalars(stacked, [name for batch in batches for name in batch.names])
 
     def _precision(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)

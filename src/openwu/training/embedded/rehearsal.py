@@ -8,7 +8,7 @@ Shapes: b requests, s side of the picture that the condition sees, k side of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -119,6 +119,13 @@ def known_retention(
     model: EmbeddedModel, photographs: list[Photograph], side: int, crop: int, seed: int, bf16: bool
 ) -> Retention:
     """Measure a model's known edits in dB of PSNR against their true answers, one request each; see `Retention`."""
+    return Retention(known_measure(model, photographs, side, crop, seed, bf16), ALLOWED, "dB", ADVICE)
+
+
+def known_measure(
+    model: EmbeddedModel, photographs: list[Photograph], side: int, crop: int, seed: int, bf16: bool
+) -> Callable[[], dict[str, float]]:
+    """Return the function that measures a model's known edits as it is then, on the same requests every time."""
     tasks = known_edits(model)
     requests = PairSampler(photographs, tasks, ((min(WATCHED_AT_ONCE, len(tasks)), crop),), side, seed)
     _, adapt = generator_of(model)
@@ -134,7 +141,7 @@ def known_retention(
                 scores.setdefault(name, []).append(value)
         return {name: sum(values) / len(values) for name, values in scores.items()}
 
-    return Retention(measure, ALLOWED, "dB", ADVICE)
+    return measure
 
 
 def _scaled(picture: Tensor, scale: float, side: int) -> Tensor:

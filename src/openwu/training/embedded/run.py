@@ -25,7 +25,7 @@ from openwu.training.distributed import is_main
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe, PairsRecipe, WordingRecipe
 from openwu.training.embedded.instruction_stages import InstructionStage, WordingStage
 from openwu.training.embedded.model import SHARED, EmbeddedModel
-from openwu.training.embedded.own_pairs import PairsStage, pairs_retention
+from openwu.training.embedded.own_pairs import PairsTraining
 from openwu.training.embedded.picture_stages import Photographs, base_stage, generator_of, generator_stage, shared_stage
 from openwu.training.embedded.rehearsal import known_retention
 from openwu.training.loop import LoopConfig, Stage, train_stage
@@ -99,8 +99,9 @@ def train_pairs(
     hashes = pairs_hashes(training, held_back)
     start = Path(recipe.start or WEIGHTS)
     model, before = EmbeddedModel.from_pretrained(start), stored_provenance(start)
-    known = pairs_retention(recipe, model, held_back if len(held_back) else training)
-    if not recipe.rehearsed and is_main():
+    pairs = PairsTraining(recipe, model, training, held_back)
+    known = pairs.known
+    if not recipe.rehearsed and recipe.trained == "all" and is_main():
         warnings.warn(
             f"rehearsed=0: nothing keeps the {len(known.before)} edits that the start knows ({known.mean:.1f} dB on "
             "these pictures); unless the pairs have all of them, expect most to be lost. With rehearsed=0.5 half of "
@@ -108,14 +109,16 @@ def train_pairs(
             RetentionWarning,
             stacklevel=2,
         )
-    stage = WatchedStage(PairsStage(recipe, model, training, held_back), known)
     # The start by its contents: the package's weights change with its version, and a checkpoint has the trained alone.
     found = {"start": weights_hash(start), "pairs": of_json(hashes).hexdigest()}
     if recipe.photographs is not None:
         found["photographs"] = of_json(folder_hashes(Path(recipe.photographs))).hexdigest()
     described = json.dumps(dependencies(recipe, ("data",), **found), sort_keys=True)
-    if train_stage(stage, recipe.generator, LoopConfig.of(recipe, described, stop_after), folder / "generator"):
-        _export(recipe, model, folder, before, known, sentences=phrases_hash(), pairs=hashes)
+    loop = LoopConfig.of(recipe, described, stop_after)
+    if train_stage(WatchedStage(pairs.stage, known), recipe.generator, loop, folder / "generator"):
+        drawn_back = 1 - pairs.finish()
+        made = {"sentences": phrases_hash(), "pairs": hashes, "drawn_back": drawn_back}
+        _export(recipe, pairs.model, folder, before, known, **made)
 
 
 def train_wording(
