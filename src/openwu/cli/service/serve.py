@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,19 +68,7 @@ def model_source(arguments: argparse.Namespace) -> ModelSource:
     """Return the model that the options name."""
     from openwu.serving.engines import ModelSource
 
-    return ModelSource(
-        model=arguments.model,
-        base=arguments.base,
-        generator=arguments.generator,
-        device=arguments.device,
-        revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-        quantise=arguments.quantise,
-        offload=arguments.offload,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        pixels=arguments.pixels,
-    )
+    return ModelSource(**{each.name: getattr(arguments, each.name) for each in fields(ModelSource)})
 
 
 def add_arguments(serve: argparse.ArgumentParser) -> None:
