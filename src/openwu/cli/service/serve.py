@@ -52,13 +52,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace) -> Engine:
     source = model_source(arguments)
+    memory = round(arguments.memory_gb * 2**30) if arguments.memory_gb else None
+    if arguments.ray is not None:
+        from openwu.serving.engines.cluster import ClusterOptions, cluster_engine
+
+        options = ClusterOptions(
+            address=arguments.ray,
+            replicas=max(1, arguments.workers),
+            max_replicas=arguments.max_workers,
+            threads=arguments.threads or 1,
+            gpus=arguments.worker_gpus,
+            batch=arguments.batch,
+            memory_bytes=memory,
+        )
+        return cluster_engine(source, options)
+    if arguments.max_workers is not None or arguments.worker_gpus:
+        raise UsageError("--max-workers, --worker-gpus: expected with --ray; add that, or leave them out")
     if arguments.workers == 0:
         from openwu.serving.engines.local import LocalEngine
 
         return LocalEngine(source, batch=arguments.batch)
     from openwu.serving.engines.processes import ProcessEngine
 
-    memory = round(arguments.memory_gb * 2**30) if arguments.memory_gb else None
     return ProcessEngine(
         source, workers=arguments.workers, batch=arguments.batch, memory_bytes=memory, threads=arguments.threads
     )
@@ -77,6 +92,17 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--port", type=_port, default=8000, help="default: 8000")
     serve.add_argument("--model", metavar="M", help="as of `openwu edit` (default: the model inside the package)")
     serve.add_argument("--workers", type=_count, default=1, help="processes, each with its own model (default: 1)")
+    serve.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="run the workers on a Ray cluster (default address: the cluster of this machine, or a new one)",
+    )
+    serve.add_argument("--max-workers", type=_positive_count, help="with --ray: start up to so many under load")
+    serve.add_argument(
+        "--worker-gpus", type=_amount, default=0.0, help="with --ray: GPUs of a worker, such as 1 or 0.5"
+    )
     serve.add_argument("--threads", type=_positive_count, help="threads of a worker (default: its share of the cores)")
     serve.add_argument("--batch", type=_positive_count, help="requests that share a pass (default: 8; 1 on a CPU)")
     serve.add_argument(

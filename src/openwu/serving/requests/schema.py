@@ -29,6 +29,8 @@ FIELDS = (
     *IGNORED,
     *LABELS,
 )
+ADAPTER_FIELDS = ("prompt", "image", *EXAMPLES, "model", "seed", "allow_out_of_scope", *LABELS)
+"""Fields and pictures of the request that generates an adapter."""
 MAX_N, MAX_THEN, MAX_REFERENCES = 10, 8, 15
 MAX_SIDE, MIN_SIDE = 8192, 16
 MAX_SEED = 2**63 - 1
