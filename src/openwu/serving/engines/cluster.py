@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from openwu.errors import OpenwuError
@@ -76,7 +77,7 @@ class EditReplica:
         A caller that cancels stops the batch at its next tile or step; the replica is busy until then.
         """
         yield "begun", None
-        loop, events, stop = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]](), Event()
+        loop, events, stop = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]](), threading.Event()
         told: dict[str, float] = {}
 
         def report(task: str, done: int, total: int) -> None:
@@ -279,8 +280,8 @@ def cluster_engine(source: ModelSource, options: ClusterOptions, app: str = "ope
 def join_cluster(address: str | None) -> None:
     """Join a Ray cluster as `ClusterOptions.address` says. Raises OpenwuError where none answers."""
     ray = library("ray", "ray")
-    ray_logging = logging.getLogger("ray")
-    ray_logging.setLevel(logging.ERROR)
+    # In the main thread, Ray takes SIGTERM for itself.
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=None if address == "auto" else address,
@@ -292,3 +293,6 @@ def join_cluster(address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         hint = "start one with `ray start --head`, or leave the address out"
         raise OpenwuError(f"--ray: expected a Ray cluster at {address or 'this machine'}: {error}; {hint}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
