@@ -62,6 +62,7 @@ def check(client: TestClient, case: Any, adapter: str | None) -> int:
     if adapter is not None and case.operation.path == "/v1/adapters/{id}" and case.method != "DELETE":
         case.path_parameters["id"] = adapter
     sent = case.as_transport_kwargs(base_url="http://localhost")
+    client.cookies = sent.pop("cookies", None)
     answer = client.request(**sent)
     assert answer.status_code < 500, (case, answer.text)
     if answer.status_code >= 400:
