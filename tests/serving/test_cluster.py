@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -213,3 +214,15 @@ def test_a_configuration_of_the_whole_service_is_checked() -> None:
         application({})
     with pytest.raises(OpenwuError, match="got replica_count"):
         application({"keys": "keys", "replica_count": 2})
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
+def test_the_deployment_files_are_accepted(name: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    from openwu.serving.deployment import application
+
+    found = yaml.safe_load((Path(__file__).parents[2] / "deploy" / name).read_text())
+    served = found if name == "serve.yaml" else yaml.safe_load(found["spec"]["serveConfigV2"])
+    (app,) = served["applications"]
+    assert app["import_path"] == f"{application.__module__}:{application.__name__}"
+    assert application(app["args"])._bound_deployment.name == "front"

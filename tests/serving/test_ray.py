@@ -174,5 +174,8 @@ def test_many_photographs_are_edited_once_each_whatever_is_killed(
     last = {each["photo"]: each["status"] for each in told}
     assert len(last) == PHOTOS + 1
     assert last[str(photos / "broken.png")] == "failed"
-    assert Counter(last.values()) == {"done": PHOTOS - before, "skipped": before, "failed": 1}
+    kinds = Counter(last.values())
+    assert kinds["failed"] == 1
+    assert kinds["done"] + kinds["skipped"] == PHOTOS
+    assert kinds["skipped"] >= before  # what was being written when the command died may have been finished
     say(f"{PHOTOS} photographs, a worker and the command killed after {before}: each was edited once")
