@@ -72,7 +72,7 @@ class PhotoEditor:
         """
         return _understand(self.editor, self.words, self.arguments)
 
-    def edit(self, job: Job, header: PictureHeader, progress: Callable[[int, int], None] | None = None) -> Done:
+    def edit(self, job: Job, header: PictureHeader, progress: Callable[[int, int], None]) -> Done:
         """Edit a photo and write all of its job. Raises what the editor and the file system raise."""
         result = self._result(job, progress)
         start = time.perf_counter()
@@ -81,7 +81,7 @@ class PhotoEditor:
         read = dict.fromkeys((*header.notes, *result.photo.notes))  # each once, in order
         return Done(seconds, result.understood, tuple(read), lost)
 
-    def _result(self, job: Job, progress: Callable[[int, int], None] | None) -> EditResult:
+    def _result(self, job: Job, progress: Callable[[int, int], None]) -> EditResult:
         return self.editor.edit(
             [job.source, *self.arguments.reference],
             self.words[0],
