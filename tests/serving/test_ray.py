@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from served import Served, offline, pixels, post, say
 from serving_clients import PROMPT, png
 
 from openwu.editor.editor import Editor
+from openwu.serving.access import new_key
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -43,7 +45,7 @@ def server(cluster: tuple[Nodes, list[Any]], tmp_path_factory: pytest.TempPathFa
         yield server
 
 
-def until(true: Callable[[], bool], seconds: float = 300) -> float:
+def until(true: Callable[[], bool], seconds: float = 1200) -> float:
     """Wait until something holds; return how long that took."""
     began = time.monotonic()
     while not true():
@@ -179,3 +181,33 @@ def test_many_photographs_are_edited_once_each_whatever_is_killed(
     assert kinds["done"] + kinds["skipped"] == PHOTOS
     assert kinds["skipped"] >= before  # what was being written when the command died may have been finished
     say(f"{PHOTOS} photographs, a worker and the command killed after {before}: each was edited once")
+
+
+INSIDE = """
+import sys, ray
+from ray import serve
+from openwu.serving.deployment import application
+ray.init(address=sys.argv[1], log_to_driver=False)
+serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+serve.run(application({"keys": sys.argv[3], "replicas": 1, "aliases": ["gpt-image-1"], "key_seconds": 9999}), name="inside")
+"""
+
+
+def test_the_whole_service_runs_inside_ray_serve(editor: Editor, tmp_path: Path) -> None:
+    key = new_key(tmp_path / "keys", "ann")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with nodes([1]) as (made, _):
+        command = [sys.executable, "-c", INSIDE, made.address, str(port), str(tmp_path / "keys")]
+        subprocess.run(command, check=True, capture_output=True)
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: httpx.get(f"{url}/health/ready", timeout=60).status_code == 200)
+        answer = post(url, png(), key=key, seed="3", model="gpt-image-1")
+        assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), offline(editor, png(), seed=3))
+        stream = post(url, png(), key=key, stream="true")
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert "event: image_edit.completed" in stream.text
+        assert post(url, png(), key="wrong").json()["error"]["code"] == "invalid_api_key"
+        assert post(url, b"broken", key=key).json()["error"]["code"] == "invalid_image"
+        foreign = httpx.get(f"{url}/v1/models", headers={"host": "evil.example", "authorization": f"Bearer {key}"})
+        assert foreign.json()["error"]["code"] == "foreign_host"

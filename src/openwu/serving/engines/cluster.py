@@ -144,9 +144,9 @@ class RayEngine(Engine):
         return WINDOW * max(1, self._replicas)
 
     async def start(self) -> None:
-        self._handle = await asyncio.to_thread(self._connect)
+        handle = self._handle = await asyncio.to_thread(self._connect)
         try:
-            self._info = await self._handle.info.remote()
+            self._info = await handle.info.remote()
             await self._look()
         except BaseException:
             await asyncio.to_thread(self._disconnect)
