@@ -189,7 +189,8 @@ from ray import serve
 from openwu.serving.deployment import application
 ray.init(address=sys.argv[1], log_to_driver=False)
 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
-serve.run(application({"keys": sys.argv[3], "replicas": 1, "aliases": ["gpt-image-1"], "key_seconds": 9999}), name="inside")
+arguments = {"keys": sys.argv[3], "replicas": 1, "aliases": ["gpt-image-1"], "key_seconds": 9999}
+serve.run(application(arguments), name="inside")
 """
 
 
