@@ -85,6 +85,18 @@ def test_what_fails_or_is_lost_stops_no_other(
     assert "2 of 3 photos failed; the others are done" in errors
 
 
+def test_what_killed_workers_left_is_removed_once_it_is_old(
+    here: Path, editor: FakeEditor, cluster: InThisProcess
+) -> None:
+    (here / "out").mkdir()
+    old, new = (here / "out" / f".openwu-{digit * 16}.part" for digit in "ab")
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    assert edit("a.png", "b.png", "--output", "out/", "--ray") == 0
+    assert names(here / "out") == {"a.png", "b.png", new.name}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +53,6 @@ def nodes(cpus: list[int]) -> Iterator[tuple[Nodes, list[Any]]]:
         yield made, [made.add(each) for each in cpus]
     finally:
         made.close()
-        subprocess.run(
-            [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"], capture_output=True, check=False
-        )
 
 
 def _ports() -> dict[str, int]:

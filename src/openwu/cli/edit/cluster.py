@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,11 @@ from openwu.cli.edit.progress import Progress
 from openwu.cli.edit.report import DISK_FULL, Report
 from openwu.cli.stopping import StopRequest
 from openwu.errors import OpenwuError
+from openwu.files.writing import PARTIAL
 from openwu.images import PictureHeader
 
+ABANDONED = 3600.0
+"""Seconds without a change after which a file that is being written belongs to nobody."""
 PATHS = ("model", "base", "generator", "adapter")
 """Options that may name a folder."""
 
@@ -85,7 +90,17 @@ def edit_on_cluster(
             report.failed(job.name, OpenwuError(f"{job.name}: {failed.text}" if found is None else failed.text))
             if failed.disk_full:
                 return report.finish(because=DISK_FULL)
+    _sweep({path.parent for job, _ in jobs for path in job.writes})
     return report.finish()
+
+
+def _sweep(folders: Iterable[Path]) -> None:
+    """Remove what workers that were killed long ago have left half-written."""
+    for folder in folders:
+        for path in folder.glob(".openwu-*.part"):
+            with suppress(OSError):
+                if PARTIAL.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
 
 
 def _placed(job: Job) -> Job:
