@@ -144,7 +144,8 @@ class RayEngine(Engine):
         return WINDOW * max(1, self._replicas)
 
     async def start(self) -> None:
-        handle = self._handle = await asyncio.to_thread(self._connect)
+        handle: DeploymentHandle = await asyncio.to_thread(self._connect)
+        self._handle = handle
         try:
             self._info = await handle.info.remote()
             await self._look()
