@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_cases import FakeEditor, edit, names
 
+from openwu.cli.console import say
 from openwu.serving import bulk
 from openwu.serving.engines.cluster import ClusterOptions
 
@@ -130,3 +132,13 @@ def test_lost_inputs_are_run_once_more_each_alone(monkeypatch: pytest.MonkeyPatc
     assert runs[1][0] == list(range(0, 4000, 7))
     assert len(found) == 4000
     assert dict(found) == {0: None} | {index: f"done {index}" for index in range(1, 4000)}
+
+
+def test_what_ray_prints_does_not_reach_standard_output(capsys: Captured) -> None:
+    with redirect_stdout(bulk.OwnOutput()):
+        say("ours")
+        thread = threading.Thread(target=print, args=("a task failed",))
+        thread.start()
+        thread.join()
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("ours\n", "a task failed\n")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, Generic, TextIO, TypeVar
 
 from openwu.extras import library
 from openwu.serving.engines.cluster import ClusterOptions, join_cluster
@@ -29,9 +32,36 @@ def cluster(options: ClusterOptions) -> Iterator[Cluster]:
     library("ray.data", "ray")
     join_cluster(options.address)
     try:
-        yield Cluster(options)
+        with redirect_stdout(OwnOutput()):
+            yield Cluster(options)
     finally:
         ray.shutdown()
+
+
+class OwnOutput(io.TextIOBase):
+    """Standard output for the thread that makes this; what others print, as Ray does, goes to standard error."""
+
+    def __init__(self) -> None:
+        self._thread, self._own, self._others = threading.get_ident(), sys.stdout, sys.stderr
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of standard output."""
+        return self._own.encoding if self._own is not None else "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write text to whichever of both; to neither where that is closed."""
+        stream = self._stream
+        return len(text) if stream is None else stream.write(text)
+
+    def flush(self) -> None:
+        """Flush whichever of both."""
+        if (stream := self._stream) is not None:
+            stream.flush()
+
+    @property
+    def _stream(self) -> TextIO | None:
+        return self._own if threading.get_ident() == self._thread else self._others
 
 
 class Cluster:
