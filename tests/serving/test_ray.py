@@ -200,7 +200,8 @@ def test_the_whole_service_runs_inside_ray_serve(editor: Editor, tmp_path: Path)
         port = free.getsockname()[1]
     with nodes([1]) as (made, _):
         command = [sys.executable, "-c", INSIDE, made.address, str(port), str(tmp_path / "keys")]
-        subprocess.run(command, check=True, capture_output=True)
+        deployed = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert deployed.returncode == 0, deployed.stderr
         url = f"http://127.0.0.1:{port}"
         until(lambda: httpx.get(f"{url}/health/ready", timeout=60).status_code == 200)
         answer = post(url, png(), key=key, seed="3", model="gpt-image-1")
