@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pip_audit")
-pytestmark = pytest.mark.slow
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+UNREACHED = re.compile(
+    r"ConnectionError|ConnectTimeout|ReadTimeout|Max retries|Could not connect|ServiceError|HTTPError"
+)
+"""How pip-audit says that it did not reach the advisories."""
 
 
 def installed(names: list[str]) -> dict[str, str]:
@@ -33,7 +35,28 @@ def installed(names: list[str]) -> dict[str, str]:
     return found
 
 
+def audited(code: int, output: str, errors: str) -> dict[str, list[str]] | None:
+    """Return name -> ids of known vulnerabilities, from what pip-audit answered; None where it reached no advisories.
+
+    Raises AssertionError where it failed otherwise.
+    """
+    if not output.strip():
+        assert code != 0, errors
+        assert UNREACHED.search(errors), f"pip-audit failed: {errors}"
+        return None
+    report = json.loads(output)["dependencies"]
+    assert report, "pip-audit was asked about nothing"
+    found = {each["name"]: [one["id"] for one in each["vulns"]] for each in report if "skip_reason" not in each}
+    if not found:
+        assert all("not found on PyPI" in each["skip_reason"] for each in report), report
+        return None
+    assert len(found) == len(report), [each for each in report if "skip_reason" in each]
+    return found
+
+
+@pytest.mark.slow
 def test_the_packages_of_the_service_have_no_known_vulnerability(tmp_path: Path) -> None:
+    pytest.importorskip("pip_audit")
     project = tomllib.loads(PROJECT.read_text())["project"]
     extras = project["optional-dependencies"]
     pinned = installed([*extras["serve"], *extras["mcp"], "pillow", "safetensors", "numpy"])
@@ -47,9 +70,31 @@ def test_the_packages_of_the_service_have_no_known_vulnerability(tmp_path: Path)
         text=True,
         check=False,
     )
-    report = json.loads(run.stdout)["dependencies"] if run.stdout.strip() else []
-    audited = [each for each in report if "skip_reason" not in each]
-    if not audited:
-        pytest.skip(f"pip-audit reaches no advisories here: {run.stderr.strip()[-200:]}")
-    assert len(audited) > 20
-    assert {each["name"]: [one["id"] for one in each["vulns"]] for each in audited if each["vulns"]} == {}
+    found = audited(run.returncode, run.stdout, run.stderr)
+    if found is None:
+        pytest.skip("pip-audit reaches no advisories here: PyPI does not answer, or a mirror without them does")
+    assert len(found) > 20
+    assert {name: ids for name, ids in found.items() if ids} == {}
+
+
+def test_what_is_unreachable_is_told_from_what_is_wrong() -> None:
+    skipped = {
+        "name": "pillow",
+        "skip_reason": "Dependency not found on PyPI and could not be audited: pillow (12.3.0)",
+    }
+    clean, broken = {"name": "numpy", "vulns": []}, {"name": "starlette", "vulns": [{"id": "PYSEC-1"}]}
+
+    def answer(*packages: object) -> str:
+        return json.dumps({"dependencies": packages, "fixes": []})
+
+    assert audited(0, answer(skipped, skipped), "") is None
+    assert audited(1, "", "requests.exceptions.ConnectionError: Max retries exceeded") is None
+    assert audited(1, answer(clean, broken), "") == {"numpy": [], "starlette": ["PYSEC-1"]}
+    for code, output, errors in (
+        (1, "", "invalid choice"),
+        (0, "", ""),
+        (0, answer(clean, skipped), ""),
+        (0, answer(), ""),
+    ):
+        with pytest.raises(AssertionError):
+            audited(code, output, errors)

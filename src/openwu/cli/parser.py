@@ -92,6 +92,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     _add_means(edit.add_argument_group("with what"))
     _add_base(edit)
     _add_results(edit.add_argument_group("what is written and said"))
+    _add_cluster(edit.add_argument_group("on several machines", "which all see the same folders; docs/serving.md"))
     edit.set_defaults(run="openwu.cli.edit.run:run")
 
 
@@ -167,6 +168,27 @@ def _add_means(means: argparse._ArgumentGroup) -> None:
         type=_path,
         metavar="FOLDER",
         help="look adapters up in this folder before generating them, and keep new ones",
+    )
+
+
+def _add_cluster(cluster: argparse._ArgumentGroup) -> None:
+    """Where very many photos are edited."""
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="edit on all machines of a Ray cluster (default address: the cluster of this machine, or a new one)",
+    )
+    cluster.add_argument(
+        "--workers", type=serving.positive_count, metavar="N", help="how many edit at once (default: 1)"
+    )
+    cluster.add_argument(
+        "--worker-gpus",
+        type=serving.amount,
+        default=0.0,
+        metavar="N",
+        help="GPUs of each, such as 1 or 0.5 (default: 0)",
     )
 
 

@@ -47,6 +47,10 @@ class Failure:
         return headers
 
 
+STOPPED = Failure(499, "cancelled", "the request was cancelled")
+"""What became of a task that nobody waits for any more."""
+
+
 class ServiceError(OpenwuError):
     """A request that is answered with an error object."""
 

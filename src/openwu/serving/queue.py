@@ -18,6 +18,10 @@ from openwu.serving.metrics import Metrics
 ATTEMPTS = 2
 """An edit is a pure function of request and seed, so one whose worker died is run once more."""
 
+HOPELESS = 3.0
+"""Work that is estimated to take so many times the longest time to answer is refused at once. The margin is for the
+estimate: of small pictures, which a speed may have been learnt from, a megapixel takes longer."""
+
 
 @dataclass(eq=False)
 class Job:
@@ -144,12 +148,22 @@ class Scheduler:
         return cost * self.seconds_per_unit / max(1, self.engine.capacity)
 
     def admit(self, tasks: list[Task]) -> None:
-        """Raise ServiceError where so much more work may not wait: 503 while draining, 429 with Retry-After."""
+        """Raise ServiceError where so much more work may not wait.
+
+        503 while draining, 400 for work that could not be done in the time of a request, 429 with Retry-After.
+        """
         if self.draining:
             raise refused(503, "shutting_down", "the service is shutting down; try again", retry_after=5)
         if not self.engine.health().ready:
             raise refused(503, "not_ready", f"not ready: {self.engine.health().reason}", retry_after=5)
         cost, tenant = sum(task.cost for task in tasks), tasks[0].tenant
+        if self.wait_of(cost) > HOPELESS * self.limits.request_seconds:
+            self.metrics.rejected.labels("too_long").inc()
+            message = (
+                f"image: expected work of at most {self.limits.request_seconds:g} s, got about {self.wait_of(cost):.0f}"
+                " s; scale the picture down, or ask for fewer pictures or passes"
+            )
+            raise refused(400, "image_too_large", message, "image")
         wait, own = self.wait_of(self.queue.cost), self.wait_of(self.queue.cost_of(tenant))
         if len(self.queue) + len(tasks) > self.limits.jobs or (
             self.queue.cost and wait + self.wait_of(cost) > self.limits.queue_seconds

@@ -20,6 +20,8 @@ from openwu.errors import OpenwuError
 if TYPE_CHECKING:
     from openwu.types import Understood
 
+DISK_FULL = "the disk is full; free some space"
+"""Why a batch is ended early."""
 NAMED = 20
 """How many failed photos the last lines name."""
 

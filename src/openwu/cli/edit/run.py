@@ -5,33 +5,24 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from openwu.cli.console import UsageError, disk_is_full
 from openwu.cli.edit.find import PIPE, find_photos
-from openwu.cli.edit.plan import Job, Plan, make_folder, make_plan
+from openwu.cli.edit.photo import PhotoEditor
+from openwu.cli.edit.plan import Job, Plan, make_plan
 from openwu.cli.edit.progress import Progress
-from openwu.cli.edit.report import Report
+from openwu.cli.edit.report import DISK_FULL, Report
 from openwu.cli.stopping import STOPPED, Stopped, StopRequest, stop_signals
 from openwu.errors import InstructionError, OpenwuError
-from openwu.images import PictureHeader, check_picture, encode_picture, read_picture, side_by_side, write_picture
+from openwu.images import PictureHeader, check_picture
 from openwu.images.instruction import check_instruction
-from openwu.images.write import SUFFIXES
 
 if TYPE_CHECKING:
     from openwu.editor.cache import CacheStatistics
-    from openwu.editor.editor import Editor
-    from openwu.editor.requests import EditResult
-    from openwu.types import Adapter, Understood
-
-LOADING = ("device", "revision", "trust_remote_code", "quantise", "offload")
-SAMPLING = ("steps", "guidance", "pixels", "fit_to_photo")
-"""Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,6 +63,8 @@ def _run(
     to_stdout = any(job.output is None for job in plan.jobs)
     if to_stdout:
         _check_stdout(arguments)
+        if arguments.ray is not None:
+            raise UsageError(f"--ray: expected files, got {PIPE}; leave --ray out for one picture")
     notes = [(name, text) for name in arguments.reference for text in check_picture(name).notes]
     report.begin(len(plan.jobs) + len(found.problems), batch=found.batch, to_stdout=to_stdout)
     for text in [*found.notes, *(f"{name}: {text}" for name, text in notes)]:
@@ -80,24 +73,26 @@ def _run(
         report.failed(name, error)
 
     ready = _ready(plan, report)
+    if arguments.ray is not None and not arguments.dry_run:
+        from openwu.cli.edit.cluster import edit_on_cluster
+
+        return edit_on_cluster(ready, arguments, words, progress, report, stop)
     first = next(ready, None)
     if first is not None:
         progress.stage("loading the model")
-        editor, adapter = _load(arguments)
-        understood = _understand(editor, words, arguments)
-        if arguments.example and not arguments.per_photo:  # one adapter for the whole series
-            adapter = editor.adapt(instruction=words[0], example=arguments.example, seed=arguments.seed)
+        photos = PhotoEditor.load(arguments, words)
+        understood = photos.understand()
+        photos = photos.for_series()
         if understood is not None:
             report.line(str(understood))
-        edit = _Edit(editor, adapter, words, arguments, progress, report)
         for job, header in chain([first], ready):
             stop.check()
             if arguments.dry_run:
                 report.planned(job, understood)
-            elif not edit.photo(job, header):
-                return report.finish(because="the disk is full; free some space")
-        if editor.cache is not None:
-            _report_cache(editor.cache.statistics, arguments, report)
+            elif not _edited(photos, job, header, progress, report):
+                return report.finish(because=DISK_FULL)
+        if photos.editor.cache is not None:
+            _report_cache(photos.editor.cache.statistics, arguments, report)
     return report.finish()
 
 
@@ -119,6 +114,10 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise UsageError(
             "--example: expected without --adapter, --edit, --then and --reference; the pair shows what to do"
         )
+    if arguments.ray is not None and arguments.cache:
+        raise UsageError("--cache: expected without --ray, whose machines share no cache; leave one of them out")
+    if arguments.ray is None and (arguments.workers is not None or arguments.worker_gpus):
+        raise UsageError("--workers, --worker-gpus: expected with --ray; add that, or leave them out")
     if arguments.per_photo and not arguments.example:
         raise UsageError("--per-photo: expected with --example BEFORE AFTER; add that or leave it out")
     instruction = ""
@@ -153,109 +152,21 @@ def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader]]:
             yield job, header
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
-    from openwu.editor.editor import Editor
-    from openwu.types import Adapter, LoadingOptions, SamplingOptions
-
-    adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None
-    if arguments.base is None and arguments.generator is None:
-        unused = [
-            f"--{name.replace('_', '-')}"
-            for name in (*LOADING, *SAMPLING, "reasoning", "image_size")
-            if getattr(arguments, name) not in (None, False)
-        ]
-        if unused:
-            raise UsageError(f"{', '.join(unused)}: expected only with --base and --generator; leave out, or add those")
-    editor = Editor.from_pretrained(
-        arguments.model,
-        base=arguments.base,
-        generator=arguments.generator,
-        loading=LoadingOptions(**{name: getattr(arguments, name) for name in LOADING}),
-        sampling=SamplingOptions(**{name: getattr(arguments, name) for name in SAMPLING}),
-        cache=arguments.cache,
-    )
-    return editor, adapter
-
-
-def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Namespace) -> Understood | None:
-    """What the words are taken for; raises InstructionError once, before any photo, for what the model refuses."""
-    if arguments.allow_out_of_scope or arguments.adapter or arguments.example:
-        return None
-    references = len(arguments.reference)
-    understood = editor.understand(words[0], edit=arguments.edit, then=words[1:], references=references)
-    if understood is not None and understood.then and arguments.save_adapter:
-        raise UsageError(
-            f"--save-adapter: {words[0]!r} asks for several edits ({understood}), which have an adapter each; save one "
-            "by one"
-        )
-    return understood
-
-
-@dataclass(frozen=True)
-class _Edit:
-    """The edit that all photos of a command get."""
-
-    editor: Editor
-    adapter: Adapter | None
-    words: tuple[str, ...]
-    arguments: argparse.Namespace
-    progress: Progress
-    report: Report
-
-    def photo(self, job: Job, header: PictureHeader) -> bool:
-        """Edit a photo and report what became of it. Returns whether there is any use in going on to the next."""
-        try:
-            result = self._result(job)
-            start = time.perf_counter()
-            lost = _write(job, result, header)
-        except (BrokenPipeError, ModuleNotFoundError):  # would be the same for every photo
-            raise
-        except Exception as error:  # one photo must not stop the others
-            if self.arguments.verbose and not isinstance(error, OpenwuError | OSError | MemoryError):
-                for line in "".join(traceback.format_exception(error)).splitlines():
-                    self.report.note(line)
-            self.report.failed(job.name, error)
-            return not disk_is_full(error)
-        seconds = {**result.timings, "write": time.perf_counter() - start}
-        read = dict.fromkeys((*header.notes, *result.photo.notes))  # each once, in order
-        notes = [*((job.name, text) for text in read), *((job.target, text) for text in lost)]
-        self.report.done(job, seconds, result.understood, notes)
-        return True
-
-    def _result(self, job: Job) -> EditResult:
-        number = sum(self.report.counts.values()) + 1
-        return self.editor.edit(
-            [job.source, *self.arguments.reference],
-            self.words[0],
-            edit=self.arguments.edit,
-            example=self.arguments.example if self.adapter is None else (),
-            per_photo=self.arguments.per_photo,
-            then=self.words[1:],
-            strength=self.arguments.strength,
-            seed=self.arguments.seed,
-            adapter=self.adapter,
-            allow_out_of_scope=self.arguments.allow_out_of_scope,
-            reasoning=self.arguments.reasoning,
-            image_size=self.arguments.image_size,
-            progress=self.progress.photo(number, self.report.total, job.photo.path.name),
-        )
-
-
-def _write(job: Job, result: EditResult, header: PictureHeader) -> tuple[str, ...]:
-    """Write all of a job; the output last, so that a photo with an output is done. Returns notes on what was lost."""
-    for path in job.writes:
-        make_folder(path.parent)
-    if job.adapter_folder is not None:
-        result.adapter.save_pretrained(job.adapter_folder)  # whole or not at all, as pictures are
-    if job.comparison is not None:
-        write_picture(side_by_side(read_picture(job.source), result.photo), job.comparison)
-    if job.output is not None:
-        return write_picture(result.photo, job.output)
-    suffix = next((suffix for suffix, kind in SUFFIXES.items() if kind == header.format), ".png")
-    data, notes = encode_picture(result.photo, suffix)
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
-    return notes
+def _edited(photos: PhotoEditor, job: Job, header: PictureHeader, progress: Progress, report: Report) -> bool:
+    """Edit a photo and report what became of it. Returns whether there is any use in going on to the next."""
+    number = sum(report.counts.values()) + 1
+    try:
+        done = photos.edit(job, header, progress.photo(number, report.total, job.photo.path.name))
+    except (BrokenPipeError, ModuleNotFoundError):  # would be the same for every photo
+        raise
+    except Exception as error:  # one photo must not stop the others
+        if report.verbose and not isinstance(error, OpenwuError | OSError | MemoryError):
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                report.note(line)
+        report.failed(job.name, error)
+        return not disk_is_full(error)
+    report.done(job, done.seconds, done.understood, done.told(job))
+    return True
 
 
 def _report_cache(found: CacheStatistics, arguments: argparse.Namespace, report: Report) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,13 +52,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _engine(arguments: argparse.Namespace) -> Engine:
     source = model_source(arguments)
+    memory = round(arguments.memory_gb * 2**30) if arguments.memory_gb else None
+    if arguments.ray is not None:
+        from openwu.serving.engines.cluster import ClusterOptions, cluster_engine
+
+        options = ClusterOptions(
+            address=arguments.ray,
+            replicas=max(1, arguments.workers),
+            max_replicas=arguments.max_workers,
+            threads=arguments.threads or 1,
+            gpus=arguments.worker_gpus,
+            batch=arguments.batch,
+            memory_bytes=memory,
+        )
+        return cluster_engine(source, options)
+    if arguments.max_workers is not None or arguments.worker_gpus:
+        raise UsageError("--max-workers, --worker-gpus: expected with --ray; add that, or leave them out")
     if arguments.workers == 0:
         from openwu.serving.engines.local import LocalEngine
 
         return LocalEngine(source, batch=arguments.batch)
     from openwu.serving.engines.processes import ProcessEngine
 
-    memory = round(arguments.memory_gb * 2**30) if arguments.memory_gb else None
     return ProcessEngine(
         source, workers=arguments.workers, batch=arguments.batch, memory_bytes=memory, threads=arguments.threads
     )
@@ -67,19 +83,7 @@ def model_source(arguments: argparse.Namespace) -> ModelSource:
     """Return the model that the options name."""
     from openwu.serving.engines import ModelSource
 
-    return ModelSource(
-        model=arguments.model,
-        base=arguments.base,
-        generator=arguments.generator,
-        device=arguments.device,
-        revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-        quantise=arguments.quantise,
-        offload=arguments.offload,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        pixels=arguments.pixels,
-    )
+    return ModelSource(**{each.name: getattr(arguments, each.name) for each in fields(ModelSource)})
 
 
 def add_arguments(serve: argparse.ArgumentParser) -> None:
@@ -88,10 +92,19 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--port", type=_port, default=8000, help="default: 8000")
     serve.add_argument("--model", metavar="M", help="as of `openwu edit` (default: the model inside the package)")
     serve.add_argument("--workers", type=_count, default=1, help="processes, each with its own model (default: 1)")
-    serve.add_argument("--threads", type=_positive_count, help="threads of a worker (default: its share of the cores)")
-    serve.add_argument("--batch", type=_positive_count, help="requests that share a pass (default: 8; 1 on a CPU)")
     serve.add_argument(
-        "--memory-gb", type=_amount, default=4.0, help="for a worker's requests; 0: no limit (default: 4)"
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="run the workers on a Ray cluster (default address: the cluster of this machine, or a new one)",
+    )
+    serve.add_argument("--max-workers", type=positive_count, help="with --ray: start up to so many under load")
+    serve.add_argument("--worker-gpus", type=amount, default=0.0, help="with --ray: GPUs of a worker, such as 1 or 0.5")
+    serve.add_argument("--threads", type=positive_count, help="threads of a worker (default: its share of the cores)")
+    serve.add_argument("--batch", type=positive_count, help="requests that share a pass (default: 8; 1 on a CPU)")
+    serve.add_argument(
+        "--memory-gb", type=amount, default=4.0, help="for a worker's requests; 0: no limit (default: 4)"
     )
     serve.add_argument("--keys", metavar="FILE", help="API keys, one a line: NAME SHA256 [admin]")
     serve.add_argument("--new-key", metavar="NAME", help="add a key to --keys, print it once, and end")
@@ -99,12 +112,12 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="serve under this name, too")
     serve.add_argument("--alias", action="append", default=[], metavar="NAME", help="another name of the model")
     serve.add_argument("--mcp", action="store_true", help="offer tools to agents at /mcp, too")
-    serve.add_argument("--queue-seconds", type=_amount, default=60.0, help="work that may wait in all (default: 60)")
-    serve.add_argument("--key-seconds", type=_amount, default=30.0, help="work of one key that may wait (default: 30)")
-    serve.add_argument("--request-seconds", type=_amount, default=300.0, help="longest time to answer (default: 300)")
-    serve.add_argument("--drain-seconds", type=_amount, default=60.0, help="to finish work at shutdown (default: 60)")
-    serve.add_argument("--max-megapixels", type=_amount, default=50.0, help="of one picture (default: 50)")
-    serve.add_argument("--max-body-mb", type=_amount, default=64.0, help="of one request (default: 64)")
+    serve.add_argument("--queue-seconds", type=amount, default=60.0, help="work that may wait in all (default: 60)")
+    serve.add_argument("--key-seconds", type=amount, default=30.0, help="work of one key that may wait (default: 30)")
+    serve.add_argument("--request-seconds", type=amount, default=300.0, help="longest time to answer (default: 300)")
+    serve.add_argument("--drain-seconds", type=amount, default=60.0, help="to finish work at shutdown (default: 60)")
+    serve.add_argument("--max-megapixels", type=amount, default=50.0, help="of one picture (default: 50)")
+    serve.add_argument("--max-body-mb", type=amount, default=64.0, help="of one request (default: 64)")
     serve.add_argument("--tls-certificate", metavar="FILE", help="serve HTTPS with this certificate")
     serve.add_argument("--tls-key", metavar="FILE", help="its key (default: in the same file)")
     serve.add_argument("--quiet", action="store_true", help="log nothing but faults")
@@ -124,14 +137,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _positive_count(text: str) -> int:
+def positive_count(text: str) -> int:
+    """Read a whole number from 1."""
     number = _count(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return number
 
 
-def _amount(text: str) -> float:
+def amount(text: str) -> float:
+    """Read a number from 0."""
     try:
         number = float(text)
     except ValueError:

@@ -29,7 +29,7 @@ from openwu.errors import CheckpointError, ExportError, InstructionError, Openwu
 from openwu.images import Photo, encode_picture, read_picture
 from openwu.images.privacy import without_location, without_metadata
 from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
-from openwu.serving.errors import Failure, ServiceError, refused
+from openwu.serving.errors import STOPPED, Failure, ServiceError, refused
 from openwu.serving.requests.schema import EXAMPLES, cost_of
 from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
 
@@ -37,7 +37,6 @@ P = ParamSpec("P")
 log = logging.getLogger("openwu.serving")
 _SHORT_OF_MEMORY = ("not enough memory", "out of memory", "allocate memory", "bad_alloc", "could not create a memory")
 """How PyTorch and what it calls say that there is no memory."""
-STOPPED = Failure(499, "cancelled", "the request was cancelled")
 WARM_SIDE = 256
 TENANT_BYTES, TENANTS = 32 * 2**20, 16
 """Size and number of the adapter caches, one for each of the API keys that were seen last."""

@@ -29,9 +29,13 @@ FIELDS = (
     *IGNORED,
     *LABELS,
 )
+ADAPTER_FIELDS = ("prompt", "image", *EXAMPLES, "model", "seed", "allow_out_of_scope", *LABELS)
+"""Fields and pictures of the request that generates an adapter."""
 MAX_N, MAX_THEN, MAX_REFERENCES = 10, 8, 15
 MAX_SIDE, MIN_SIDE = 8192, 16
 MAX_SEED = 2**63 - 1
+FURTHER_SHARE = 0.1
+"""Work on a pixel that is not edited, as a share of that on one that is."""
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 Values = Mapping[str, Sequence[object]]
@@ -129,12 +133,13 @@ def edit_spec(
     )
 
 
-def cost_of(pixels: int, passes: int = 1) -> float:
+def cost_of(pixels: int, passes: int = 1, further: int = 0) -> float:
     """Return the work of a task, known before it runs: megapixels x passes, and what every request takes.
 
-    Steps do not count: all requests of a service take as many, and its speed is measured.
+    `further`: pixels that are only decoded, scaled or encoded (references, masks, examples, a larger answer). Steps do
+    not count: all requests of a service take as many, and its speed is measured.
     """
-    return 0.05 + pixels / 1e6 * passes
+    return 0.05 + pixels / 1e6 * passes + FURTHER_SHARE * further / 1e6
 
 
 def _one(values: Values, name: str) -> object:

@@ -14,13 +14,13 @@ from openwu.serving.access import Caller
 from openwu.serving.engines import Outcome, Task
 from openwu.serving.errors import unsupported
 from openwu.serving.requests.forms import Body, example_pairs, read_body
-from openwu.serving.requests.schema import EXAMPLES, cost_of, edit_spec
+from openwu.serving.requests.openapi import ADAPTER_OPERATION
+from openwu.serving.requests.schema import ADAPTER_FIELDS, cost_of, edit_spec
 from openwu.serving.routes.edits import make_tasks
 from openwu.serving.routes.results import all_results, unless_gone
 from openwu.serving.state import Known, Service
 from openwu.serving.stores import StoredAdapter
 
-GENERATE = ("prompt", "image", *EXAMPLES, "model", "seed", "allow_out_of_scope", "user", "safety_identifier")
 FORMATS = ("openwu", "peft", "diffusers", "comfyui")
 
 
@@ -28,7 +28,12 @@ def adapter_routes(service: Service) -> APIRouter:
     """Make the routes."""
     routes = APIRouter()
 
-    @routes.post("/v1/adapters", summary="Generate the adapter of a picture and an instruction", status_code=201)
+    @routes.post(
+        "/v1/adapters",
+        openapi_extra=ADAPTER_OPERATION,
+        summary="Generate the adapter of a picture and an instruction",
+        status_code=201,
+    )
     async def generate(request: Request, caller: Known) -> dict[str, object]:
         task = await _task(service, caller, await read_body(request))
         outcome = await _run(service, request, task)
@@ -72,8 +77,8 @@ def adapter_routes(service: Service) -> APIRouter:
 
 async def _task(service: Service, caller: Caller, body: Body) -> Task:
     for name in (*body.values, *body.files):
-        if name not in GENERATE:
-            raise unsupported(name[:64], f"{name[:64]}: expected one of {', '.join(GENERATE)}; leave it out")
+        if name not in ADAPTER_FIELDS:
+            raise unsupported(name[:64], f"{name[:64]}: expected one of {', '.join(ADAPTER_FIELDS)}; leave it out")
     own, pairs = body.files.get("image", []), example_pairs(body)
     spec = edit_spec(body.values, own or [before for before, _ in pairs[:1]], None, pairs)
     (task,) = await make_tasks(service, caller, spec)

@@ -20,6 +20,9 @@ from openwu.serving.routes.results import all_results, answer, unless_gone
 from openwu.serving.routes.streams import EventStream
 from openwu.serving.state import Service
 
+REQUEST_PICTURES = 2
+"""All pictures of a request, and its answer, may have as many pixels as so many of the largest ones."""
+
 
 async def serve_edit(service: Service, caller: Caller, request: Request) -> Response:
     """Answer one edit request. Raises ServiceError for everything that is refused."""
@@ -48,11 +51,9 @@ async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[T
     if spec.adapter is not None:
         stored = service.adapters.get(spec.adapter, caller.tenant)
         adapter = (stored.key, stored.data)
-    sizes = await asyncio.to_thread(check_headers, spec.images, service.max_pixels)
-    if spec.mask is not None:
-        await asyncio.to_thread(check_headers, [spec.mask], service.max_pixels, "mask")
-    await asyncio.to_thread(check_example_headers, spec, service.max_pixels)
-    cost = cost_of(sizes[0][0] * sizes[0][1], 1 + len(spec.then))
+    sizes = await asyncio.to_thread(check_sizes, spec, service.max_pixels)
+    own_pixels, *further = (width * height for width, height in sizes)
+    cost = cost_of(own_pixels, 1 + len(spec.then), sum(further))
     own = adapter is not None or bool(spec.then)
     key = None if own else (sizes[0], len(spec.images), len(spec.examples), spec.allow_out_of_scope)
     seed = info.default_seed if spec.seed is None else spec.seed
@@ -94,11 +95,28 @@ def check_able(info: ModelInfo, spec: EditSpec) -> None:
         raise unsupported("example_before", message)
 
 
-def check_example_headers(spec: EditSpec, max_pixels: int) -> None:
-    """Read the headers of the pictures that show an edit. Raises ServiceError that names the part."""
+def check_sizes(spec: EditSpec, max_pixels: int) -> list[tuple[int, int]]:
+    """Return the sizes of all pictures, the one to edit first and a larger answer last; only headers are read.
+
+    Raises ServiceError that names the part with a picture of more than `max_pixels`, and where all pictures together
+    have more than `REQUEST_PICTURES` times as many.
+    """
+    sizes = check_headers(spec.images, max_pixels)
+    own = sizes[0]
+    sizes += check_headers([] if spec.mask is None else [spec.mask], max_pixels, "mask")
     for pair in spec.examples:
         for name, data in zip(EXAMPLES, pair, strict=True):
-            check_headers([data], max_pixels, name)
+            sizes += check_headers([data], max_pixels, name)
+    if spec.size is not None and spec.size[0] * spec.size[1] > own[0] * own[1]:
+        sizes.append(spec.size)
+    total, most = sum(width * height for width, height in sizes), REQUEST_PICTURES * max_pixels
+    if total > most:
+        message = (
+            f"image: expected at most {most / 1e6:g} megapixels in all pictures of a request and its answer together, "
+            f"got {total / 1e6:.1f}; scale them down, or send fewer"
+        )
+        raise refused(400, "image_too_large", message, "image")
+    return sizes
 
 
 def check_headers(files: Sequence[bytes], max_pixels: int, name: str = "image") -> list[tuple[int, int]]:

@@ -1,0 +1,154 @@
+"""Edit one photograph of a command: load the model once, then read, edit and write photo after photo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from openwu.cli.console import UsageError
+from openwu.cli.edit.plan import Job, make_folder
+from openwu.images import PictureHeader, encode_picture, read_picture, side_by_side, write_picture
+from openwu.images.write import SUFFIXES
+
+if TYPE_CHECKING:
+    from openwu.editor.editor import Editor
+    from openwu.editor.requests import EditResult
+    from openwu.types import Adapter, Understood
+
+LOADING = ("device", "revision", "trust_remote_code", "quantise", "offload")
+SAMPLING = ("steps", "guidance", "pixels", "fit_to_photo")
+"""Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a photo that was edited and written."""
+
+    seconds: Mapping[str, float]
+    """Stage -> seconds."""
+    understood: Understood | None
+    notes: tuple[str, ...]
+    """About the photo."""
+    lost: tuple[str, ...]
+    """About what the output's format could not keep."""
+
+    def told(self, job: Job) -> list[tuple[str, str]]:
+        """Return all notes as (what each is about, its text)."""
+        return [*((job.name, text) for text in self.notes), *((job.target, text) for text in self.lost)]
+
+
+@dataclass(frozen=True)
+class PhotoEditor:
+    """The edit that all photos of a command get."""
+
+    editor: Editor
+    adapter: Adapter | None
+    words: tuple[str, ...]
+    """The checked instruction and what comes after it."""
+    arguments: argparse.Namespace
+
+    @classmethod
+    def load(cls, arguments: argparse.Namespace, words: tuple[str, ...]) -> PhotoEditor:
+        """Load the model. Raises UsageError for options that it does not have, OpenwuError where it cannot load."""
+        editor, adapter = _load(arguments)
+        return cls(editor, adapter, words, arguments)
+
+    def for_series(self) -> PhotoEditor:
+        """Return the edit with one adapter for all photos, where an example shows what to do and none was given."""
+        arguments = self.arguments
+        if not arguments.example or arguments.per_photo:
+            return self
+        adapter = self.editor.adapt(instruction=self.words[0], example=arguments.example, seed=arguments.seed)
+        return replace(self, adapter=adapter)
+
+    def understand(self) -> Understood | None:
+        """Return what the words are taken for.
+
+        Raises InstructionError once, before any photo, for what the model refuses.
+        """
+        return _understand(self.editor, self.words, self.arguments)
+
+    def edit(self, job: Job, header: PictureHeader, progress: Callable[[int, int], None]) -> Done:
+        """Edit a photo and write all of its job. Raises what the editor and the file system raise."""
+        result = self._result(job, progress)
+        start = time.perf_counter()
+        lost = _write(job, result, header)
+        seconds = {**result.timings, "write": time.perf_counter() - start}
+        read = dict.fromkeys((*header.notes, *result.photo.notes))  # each once, in order
+        return Done(seconds, result.understood, tuple(read), lost)
+
+    def _result(self, job: Job, progress: Callable[[int, int], None]) -> EditResult:
+        return self.editor.edit(
+            [job.source, *self.arguments.reference],
+            self.words[0],
+            edit=self.arguments.edit,
+            example=self.arguments.example if self.adapter is None else (),
+            per_photo=self.arguments.per_photo,
+            then=self.words[1:],
+            strength=self.arguments.strength,
+            seed=self.arguments.seed,
+            adapter=self.adapter,
+            allow_out_of_scope=self.arguments.allow_out_of_scope,
+            reasoning=self.arguments.reasoning,
+            image_size=self.arguments.image_size,
+            progress=progress,
+        )
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
+    from openwu.editor.editor import Editor
+    from openwu.types import Adapter, LoadingOptions, SamplingOptions
+
+    adapter = Adapter.from_pretrained(arguments.adapter) if arguments.adapter else None
+    if arguments.base is None and arguments.generator is None:
+        unused = [
+            f"--{name.replace('_', '-')}"
+            for name in (*LOADING, *SAMPLING, "reasoning", "image_size")
+            if getattr(arguments, name) not in (None, False)
+        ]
+        if unused:
+            raise UsageError(f"{', '.join(unused)}: expected only with --base and --generator; leave out, or add those")
+    editor = Editor.from_pretrained(
+        arguments.model,
+        base=arguments.base,
+        generator=arguments.generator,
+        loading=LoadingOptions(**{name: getattr(arguments, name) for name in LOADING}),
+        sampling=SamplingOptions(**{name: getattr(arguments, name) for name in SAMPLING}),
+        cache=arguments.cache,
+    )
+    return editor, adapter
+
+
+def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Namespace) -> Understood | None:
+    """What the words are taken for; raises InstructionError once, before any photo, for what the model refuses."""
+    if arguments.allow_out_of_scope or arguments.adapter or arguments.example:
+        return None
+    references = len(arguments.reference)
+    understood = editor.understand(words[0], edit=arguments.edit, then=words[1:], references=references)
+    if understood is not None and understood.then and arguments.save_adapter:
+        raise UsageError(
+            f"--save-adapter: {words[0]!r} asks for several edits ({understood}), which have an adapter each; save one "
+            "by one"
+        )
+    return understood
+
+
+def _write(job: Job, result: EditResult, header: PictureHeader) -> tuple[str, ...]:
+    """Write all of a job; the output last, so that a photo with an output is done. Returns notes on what was lost."""
+    for path in job.writes:
+        make_folder(path.parent)
+    if job.adapter_folder is not None:
+        result.adapter.save_pretrained(job.adapter_folder)  # whole or not at all, as pictures are
+    if job.comparison is not None:
+        write_picture(side_by_side(read_picture(job.source), result.photo), job.comparison)
+    if job.output is not None:
+        return write_picture(result.photo, job.output)
+    suffix = next((suffix for suffix, kind in SUFFIXES.items() if kind == header.format), ".png")
+    data, notes = encode_picture(result.photo, suffix)
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+    return notes
