@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 from openwu.errors import PictureError
@@ -163,9 +164,7 @@ def _notes(clip: Clip, streams: list[tuple[str | None, ...]]) -> list[str]:
         notes.append("transparency is left out")
     left = [kind or "" for number, _, kind, text in streams if int(number or 0) != clip.stream and kind != "Audio"]
     words = {"Video": "further pictures", "Subtitle": "subtitles", "Data": "data", "Attachment": "attachments"}
-    for kind in dict.fromkeys(left):
-        notes.append(f"left out: {words.get(kind, kind)} ({left.count(kind)})")
-    return notes
+    return notes + [f"left out: {words.get(kind, kind)} ({left.count(kind)})" for kind in dict.fromkeys(left)]
 
 
 def survey(clip: Clip) -> Survey:
@@ -197,7 +196,7 @@ def survey(clip: Clip) -> Survey:
     width, height = map(int, head["dimensions"].split("x"))
     shape = Fraction(*map(int, head.get("sar", "1/1").split("/"))) if not head.get("sar", "").startswith("0") else 1
     base = Fraction(head["tb"])
-    if any(later <= earlier for earlier, later in zip(stamps, stamps[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(stamps)):
         notes.append("its time stamps do not increase: the frames are shown at a constant rate")
         stamps, base = array("q", range(len(stamps))), _even(clip.rate)
         last = 1
