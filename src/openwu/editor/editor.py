@@ -38,7 +38,7 @@ from openwu.editor.requests import (
     timed,
     with_instruction,
 )
-from openwu.editor.tasks import make_task, pass_of, read_photos
+from openwu.editor.tasks import condition_kind, make_task, pass_of, read_photos
 from openwu.errors import InstructionError, OpenwuError, TargetError
 from openwu.export.fit import with_kernels
 from openwu.generator.inference.fast import FastGenerator
@@ -380,12 +380,12 @@ class Editor:
                 keys = [self.adapter_key(job, allow_out_of_scope=allow_out_of_scope) for job in jobs]
                 found, missing = self.cache.lookup(keys)
             # Conditions of one call have the same tokens: those of examples have others than those of words.
-            missing = sorted(missing, key=lambda key: _kind(jobs[keys.index(key)]))
+            missing = sorted(missing, key=lambda key: condition_kind(jobs[keys.index(key)]))
             new = [jobs[keys.index(key)] for key in missing]
             size = min(batch, self.backbone.max_batch or batch)
             parts = [
                 alike[start : start + size]
-                for alike in (list(each) for _, each in groupby(new, _kind))
+                for alike in (list(each) for _, each in groupby(new, condition_kind))
                 for start in range(0, len(alike), size)
             ]
             conditions = [self._condition(part) for part in parts]
@@ -443,11 +443,6 @@ class Editor:
     def _scale(self, strength: float) -> float:
         """The factor on the adapter: a base that fades makes the share of a strength below 1 itself."""
         return 1.0 if self.backbone.identity_at_zero and 0 < strength < 1 else strength
-
-
-def _kind(job: EditJob) -> tuple[bool, bool]:
-    """What decides which tokens a job's condition has."""
-    return bool(job.examples), job.per_photo
 
 
 _BLANK = Photo(np.zeros((1, 1, 3), np.uint8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from openwu.backbones.protocol import Backbone
+from openwu.backbones.protocol import Backbone, EditJob
 from openwu.editor.examples import read_examples
 from openwu.editor.requests import EditRequest, Task, checked_instructions, job_of, listed, sentence_of
 from openwu.errors import InstructionError, PictureError
@@ -71,3 +71,8 @@ def pass_of(task: Task, number: int, photo: Photo, base: Backbone) -> Task:
     words = (task.job.instructions[number],)
     job = job_of(base, task.request, (photo, *task.job.photos[1:]), words)
     return Task(task.request, job, (task.understood[number],) if task.understood else None)
+
+
+def condition_kind(job: EditJob) -> tuple[bool, bool]:
+    """Return what decides which tokens a job's condition has: jobs of one kind share a call of the generator."""
+    return bool(job.examples), job.per_photo

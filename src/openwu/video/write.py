@@ -37,6 +37,11 @@ _TECHNICAL = re.compile(
 )
 
 
+def clip_suffix(path: Path) -> str:
+    """Return the suffix for an edit of this clip: its own where that can be written, .mp4 otherwise."""
+    return path.suffix if path.suffix.lower() in MUXERS else ".mp4"
+
+
 def check_clip_output(path: Path, *, overwrite: bool) -> None:
     """Raise PictureError for a result that could not be written: its suffix, its folder, or a file that is there."""
     if path.suffix.lower() not in MUXERS:

@@ -1,4 +1,4 @@
-"""Run `openwu edit`: check the words, load the model once, then edit photo after photo; a failure stops no other."""
+"""Run `openwu edit`: check the words, load the model once, then edit file after file; a failure stops no other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,9 @@ from openwu.cli.stopping import STOPPED, Stopped, StopRequest, stop_signals
 from openwu.errors import InstructionError, OpenwuError
 from openwu.images import PictureHeader, check_picture, encode_picture, read_picture, side_by_side, write_picture
 from openwu.images.instruction import check_instruction
+from openwu.images.privacy import without_location, without_metadata
 from openwu.images.write import SUFFIXES
+from openwu.video.probe import Clip
 
 if TYPE_CHECKING:
     from openwu.editor.cache import CacheStatistics
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 LOADING = ("device", "revision", "trust_remote_code", "quantise", "offload")
 SAMPLING = ("steps", "guidance", "pixels", "fit_to_photo")
 """Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
+PRIVACY = {"no_location": without_location, "strip": without_metadata}
+"""What --metadata does to a photo."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,6 +73,7 @@ def _run(
         adapter_folder=arguments.save_adapter,
         overwrite=arguments.overwrite,
     )
+    _check_clips(plan, arguments)
     to_stdout = any(job.output is None for job in plan.jobs)
     if to_stdout:
         _check_stdout(arguments)
@@ -94,7 +99,7 @@ def _run(
             stop.check()
             if arguments.dry_run:
                 report.planned(job, understood)
-            elif not edit.photo(job, header):
+            elif not edit.file(job, header):
                 return report.finish(because="the disk is full; free some space")
         if editor.cache is not None:
             _report_cache(editor.cache.statistics, arguments, report)
@@ -132,6 +137,19 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (instruction, *(check_instruction(text) for text in arguments.then))
 
 
+def _check_clips(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Refuse options that mean nothing for clips, or that mean something for clips alone."""
+    clip = next((job for job in plan.jobs if job.photo.is_clip), None)
+    if clip is None:
+        if plan.jobs and arguments.noise_per_frame:
+            raise UsageError("--noise-per-frame: expected with a clip, got photographs alone; leave it out")
+        return
+    for name in ("per_photo", "reasoning", "image_size", "fit_to_photo"):
+        if getattr(arguments, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option}: expected for photographs alone, and {clip.name} is a clip; leave it out")
+
+
 def _check_stdout(arguments: argparse.Namespace) -> None:
     if arguments.json:
         raise UsageError(f"--json: standard output holds the picture; add --output FILE, or leave out {PIPE}")
@@ -139,7 +157,7 @@ def _check_stdout(arguments: argparse.Namespace) -> None:
         raise UsageError("--output: expected a file or a pipe for the picture, got a terminal; for example > out.png")
 
 
-def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader]]:
+def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader | Clip]]:
     """The jobs that can be edited, checked when their turn comes; what is done or fails is reported."""
     for job in plan.jobs:
         if plan.is_done(job):
@@ -202,12 +220,13 @@ class _Edit:
     progress: Progress
     report: Report
 
-    def photo(self, job: Job, header: PictureHeader) -> bool:
-        """Edit a photo and report what became of it. Returns whether there is any use in going on to the next."""
+    def file(self, job: Job, header: PictureHeader | Clip) -> bool:
+        """Edit a photo or clip and report what became of it. Returns whether there is any use in going on."""
         try:
-            result = self._result(job)
-            start = time.perf_counter()
-            lost = _write(job, result, header)
+            if isinstance(header, Clip):
+                self._clip(job)
+            else:
+                self._photo(job, header)
         except (BrokenPipeError, ModuleNotFoundError):  # would be the same for every photo
             raise
         except Exception as error:  # one photo must not stop the others
@@ -216,11 +235,50 @@ class _Edit:
                     self.report.note(line)
             self.report.failed(job.name, error)
             return not disk_is_full(error)
+        return True
+
+    def _photo(self, job: Job, header: PictureHeader) -> None:
+        result = self._result(job)
+        start = time.perf_counter()
+        if (change := PRIVACY.get(self.arguments.metadata)) is not None:
+            result = replace(result, photo=change(result.photo))
+        lost = _write(job, result, header)
         seconds = {**result.timings, "write": time.perf_counter() - start}
         read = dict.fromkeys((*header.notes, *result.photo.notes))  # each once, in order
         notes = [*((job.name, text) for text in read), *((job.target, text) for text in lost)]
         self.report.done(job, seconds, result.understood, notes)
-        return True
+
+    def _clip(self, job: Job) -> None:
+        arguments, number = self.arguments, sum(self.report.counts.values()) + 1
+        assert job.output is not None
+        make_folder(job.output.parent)
+        try:
+            result = self.editor.edit_clip(
+                job.photo.path,
+                job.output,
+                self.words[0],
+                edit=arguments.edit,
+                example=arguments.example if self.adapter is None else (),
+                references=arguments.reference,
+                then=self.words[1:],
+                strength=arguments.strength,
+                seed=arguments.seed,
+                adapter=self.adapter,
+                allow_out_of_scope=arguments.allow_out_of_scope,
+                noise_per_frame=arguments.noise_per_frame,
+                metadata=arguments.metadata or "no_location",
+                overwrite=arguments.overwrite,
+                progress=self.progress.clip(number, self.report.total, job.photo.path.name),
+            )
+        except KeyboardInterrupt:
+            self.report.note(f"{job.name}: its finished frames are kept; the same command goes on after them")
+            raise
+        if job.adapter_folder is not None:
+            make_folder(job.adapter_folder.parent)
+            result.adapters[0].save_pretrained(job.adapter_folder)
+        resumed = [f"{result.resumed} of {result.frames} frames were done already"] if result.resumed else []
+        notes = [(job.name, text) for text in (*resumed, *result.notes)]
+        self.report.done(job, result.timings, result.understood, notes)
 
     def _result(self, job: Job) -> EditResult:
         number = sum(self.report.counts.values()) + 1
