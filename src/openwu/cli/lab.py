@@ -20,6 +20,7 @@ IGNORED: dict[str, tuple[str, ...]] = {
     "gradients": ("steps", "axis", "side", "clock"),
     "manifold": ("steps", "axis", "photos", "clock"),
     "scaling": ("clock",),
+    "video": ("steps", "axis", "photos", "clock"),
 }
 """Experiment -> options that it would ignore, and therefore refuses."""
 

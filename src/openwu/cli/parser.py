@@ -81,7 +81,7 @@ def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
         epilog="One photo that fails does not stop the others; the exit code is then 1. Of several photos, those whose "
         "output exists are skipped, so a command that was stopped goes on where it is run again. Output formats: .jpg "
         ".png .webp .tif .avif, and .heic with pip install 'openwu[formats]'. Size, transparency, colour profile, EXIF "
-        "and DPI are kept. Clips (.mp4 .mov .mkv .webm .avi ...) need pip install 'openwu[video]'; their results are .mp4, "
+        "and DPI are kept. Clips (.mp4 .mov .mkv .webm .avi ...) need pip install 'openwu[video]'; results are .mp4, "
         ".mov or .mkv, and one that was stopped goes on where it stopped. See docs/video.md.",
     )
     edit.add_argument(
