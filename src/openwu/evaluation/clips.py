@@ -22,7 +22,7 @@ from openwu.errors import OpenwuError
 from openwu.evaluation.metrics import as_8bit, psnr
 from openwu.extras import library
 
-STILL = 6 / 255
+STILL = 1.5 / 255
 """Pixels count as still where, after a small blur against noise, no channel changes by more."""
 TRACKED = 12 / 255
 """Pixels count as tracked where the source's frame before, moved along the flow, is as near as this."""

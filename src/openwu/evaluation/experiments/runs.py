@@ -61,7 +61,7 @@ SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
 PROGRAMS, QUICK_PROGRAMS = 40, 8
 """Programs per seed that are shown by example."""
-CLIP_FRAMES, CLIP_SIDES = 10, ((240, 426), (480, 854), (720, 1280), (1080, 1920))
+CLIP_FRAMES, CLIP_SIDES = 8, ((240, 426), (480, 854), (720, 1280), (1080, 1920))
 """Frames of a test clip, and the sizes (h, w) at which frames per second are measured."""
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
