@@ -45,7 +45,7 @@ class Clip:
     """Of its colours, as ffmpeg's scale filter names it: "bt709"."""
     full_range: bool
     tags: Mapping[str, str]
-    """What the file says of its colours: encoder option -> value."""
+    """What the file says of its colours, as options of ffmpeg's setparams filter."""
     rotation: int
     """Degrees by which frames are turned to be upright."""
     interlaced: bool
@@ -131,7 +131,7 @@ def _clip(
     large = int(video["width"]) >= 1280 or int(video["height"]) > 576
     unknown = "bt709" if large else "smpte170m"
     matrix = space if space in ("bt709", "smpte170m", "bt470bg", "fcc", "smpte240m", "bt2020nc") else unknown
-    tags = {"-colorspace": matrix, "-color_primaries": primaries, "-color_trc": transfer}
+    tags = {"colorspace": matrix, "color_primaries": primaries, "color_trc": transfer}
     rotation = next((float(found[1]) for found in map(_rotation, lines) if found), 0.0)
     interlaced = any("first" in part for part in parts)
     rate = re.search(r", ([\d.]+k?) fps", described)

@@ -149,6 +149,7 @@ def _encoder(path: Path, clip: Clip, found: Survey, start: int, stop: int) -> li
         f"scale=out_color_matrix={matrix_name(clip)}:in_range=full:"
         f"out_range={'full' if clip.full_range else 'limited'}:{SCALING}",
         "format=yuv420p",
+        *([f"setparams={':'.join(f'{name}={value}' for name, value in clip.tags.items())}"] if clip.tags else []),
         f"setsar={found.shape}",
     ]
     return [
@@ -164,7 +165,6 @@ def _encoder(path: Path, clip: Clip, found: Survey, start: int, stop: int) -> li
         ),
         *("-i", "pipe:0", "-vf", ",".join(filters), "-fps_mode", "passthrough", "-enc_time_base", str(found.base)),
         *(*QUALITY, "-color_range", "pc" if clip.full_range else "tv"),
-        *(each for tag in clip.tags.items() for each in tag),
         *(*_timescale(found), "-fflags", "+bitexact", "-y", f"file:{path.absolute()}"),
     ]
 
