@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from openwu.editor import clip as clips
 from openwu.editor import series as serial
 from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest
-from openwu.editor.series import SharedScope, make_series
+from openwu.editor.series import make_series
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.images import Photo
 from openwu.types import Adapter
@@ -65,7 +66,10 @@ def test_the_file_is_the_series(editor: Editor, source: Path, tmp_path: Path) ->
     photos = photos_of(source)
     series = make_series(editor, EditRequest(photos[result.key_frame], "brighten", strength=0.5))
     expected = np.stack([photo.pixels for photo in series.edit(photos)])
-    assert np.abs(pictures(tmp_path / "b.mp4").astype(int) - expected).mean() < 4
+    found, before = (pictures(path).astype(int) for path in (tmp_path / "b.mp4", source))
+    means = [each.mean((1, 2)) for each in (found, expected, before)]
+    assert np.abs(means[0] - means[1]).max() < 5  # H.264 loses texture, not light
+    assert np.abs(means[2] - means[1]).max() > 10
     assert times(tmp_path / "b.mp4") == times(source)
     assert (result.frames, result.resumed, len(result.adapters)) == (10, 0, 1)
     assert seen[0] == (0, 10)
@@ -87,7 +91,7 @@ def test_each_instruction_has_an_adapter_that_reads_what_the_one_before_made(edi
 def test_a_stopped_clip_goes_on_with_its_adapter(
     editor: Editor, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clips, "_segment_length", lambda found: 4)
+    monkeypatch.setattr(clips, "_segment_length", lambda _: 4)
     written: list[int] = []
 
     def stop_at_second(path: Path, images: Iterator[object], *more: object) -> None:
@@ -122,27 +126,38 @@ def test_a_stopped_clip_goes_on_with_its_adapter(
 def test_memory_does_not_grow_with_a_clip(editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many photos are alive at once, while a clip three times as long as another is edited."""
     monkeypatch.setattr(clips, "TOGETHER", 2 * 32 * 24)
-    monkeypatch.setattr(clips, "_segment_length", lambda found: 6)
-    alive: dict[int, int] = {}
+    monkeypatch.setattr(clips, "_segment_length", lambda _: 6)
+    alive: weakref.WeakSet[Photo] = weakref.WeakSet()
+    most: dict[int, int] = {}
+    decoded = clips.frames
 
-    def count(done: int, total: int) -> None:
-        gc.collect()
-        alive[total] = max(alive.get(total, 0), sum(isinstance(each, Photo) for each in gc.get_objects()))
+    def counted(*given: Any, **more: Any) -> Iterator[Photo]:
+        for photo in decoded(*given, **more):
+            alive.add(photo)
+            yield photo
 
+    def count(_: int, total: int) -> None:
+        most[total] = max(most.get(total, 0), len(alive))
+
+    monkeypatch.setattr(clips, "frames", counted)
     for length in (10, 30):
         looped = clip(tmp_path / f"{length}.mp4", "-vf", f"loop=2:10,trim=end_frame={length}")
         editor.edit_clip(looped, tmp_path / f"{length}.edited.mp4", "brighten", progress=count)
-    assert alive[30] <= alive[10]
+    assert 2 <= most[10] <= 4
+    assert most[30] <= most[10]
 
 
-def test_a_mapping_of_rows_is_one_adapter_s(editor: Editor, source: Path) -> None:
-    """Rows without a request stay without an adapter."""
+def test_hooks_and_the_merged_copy_have_the_same_adapter(editor: Editor, source: Path) -> None:
+    """Whatever the number of a request is: all are of one clip."""
     series = make_series(editor, EditRequest(photos_of(source)[0], "brighten"))
-    scope = series.passes[0].scope
-    assert isinstance(scope, SharedScope)
+    scope, call = series.passes[0].scope, editor.backbone.example_call()
+    assert call is not None
+    plain = call(editor.backbone.denoiser)
+    with scope.rows([5]):
+        hooked = call(editor.backbone.denoiser)
     assert scope.module_for(0) is scope.module_for(7)
-    with scope.rows([0, 1, 2, -1]):
-        pass
+    assert torch.allclose(hooked, call(scope.module_for(5)), atol=1e-4)
+    assert not torch.allclose(hooked, plain, atol=1e-3)
 
 
 def test_what_a_clip_s_request_cannot_be_is_said(editor: Editor, source: Path, tmp_path: Path) -> None:
