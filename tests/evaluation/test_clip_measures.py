@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openwu.errors import OpenwuError
-from openwu.evaluation.clips import measure, motions
 from openwu.evaluation.experiments.video import make_clips
+from openwu.evaluation.judges.clips import measure, motions
 
 Scene = Callable[..., NDArray[np.uint8]]
 

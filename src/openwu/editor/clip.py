@@ -227,13 +227,13 @@ class _ClipEdit:
             seeds = [series.seed + (done + i if self.options.noise_per_frame else 0) for i in range(len(part))]
             results = series.edit(part, seeds)
             self.timings["edit"] += time.perf_counter() - begun
+            done += len(part)
+            if progress is not None:
+                progress(done, len(found))
             for photo, result in zip(part, results, strict=True):
                 if result.size != photo.size:
                     raise OpenwuError(f"clip: expected frames of {photo.size}, got {result.size}; use another model")
                 yield result.eight_bit().pixels
-            done += len(part)
-            if progress is not None:
-                progress(done, len(found))
 
 
 @contextmanager

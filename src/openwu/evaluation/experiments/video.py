@@ -25,8 +25,8 @@ from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest
 from openwu.editor.series import make_series
 from openwu.evaluation.cases import first_phrase
-from openwu.evaluation.clips import ClipScores, Motion, measure, motions
 from openwu.evaluation.experiments.results import columns
+from openwu.evaluation.judges.clips import ClipScores, Motion, measure, motions
 from openwu.images import Photo
 
 CHOSEN = ("brighten", "warm", "black_and_white", "fog", "vignette", "pencil", "add_noise", "rain")
