@@ -260,7 +260,7 @@ def run_video(settings: LabSettings) -> str:
     sizes = [F.interpolate(chosen["flower"][None], size, mode="bicubic")[0].clamp(0, 1) for size in sides]
     editor = Editor.from_pretrained(settings.model)
     found = video(editor, clips, edits, settings.seeds[0], sizes)
-    settings.write("video", found.to_json(), edits=edits)
+    settings.write("video", found.to_json(), edits=edits, seeds=settings.seeds[:1])
     return found.table()
 
 
