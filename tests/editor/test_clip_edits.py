@@ -177,6 +177,21 @@ def test_what_a_clip_s_request_cannot_be_is_said(editor: Editor, source: Path, t
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_two_processes_do_not_edit_one_clip_at_once(editor: Editor, source: Path, tmp_path: Path) -> None:
+    """The second is refused, and the first one's parts stay."""
+    with clips._part_folder(tmp_path / "b.mp4", "0" * 64) as folder:
+        with (
+            pytest.raises(OpenwuError, match="another process is editing"),
+            clips._part_folder(tmp_path / "b.mp4", "0" * 64),
+        ):
+            pass
+        assert folder.is_dir()
+    assert not folder.exists()
+    with pytest.raises(OpenwuError, match="reads one picture"):  # found out late, and nothing is left
+        editor.edit_clip(source, tmp_path / "b.mp4", "brighten", references=[photos_of(source)[0]] * 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
 def test_a_given_adapter_needs_no_words(editor: Editor, tmp_path: Path) -> None:
     short = make(tmp_path / "a.mkv", *PICTURES, "-frames:v", "1", "-c:v", "ffv1")
     adapter = editor.adapt(photos_of(short)[0], "brighten")

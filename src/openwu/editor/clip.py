@@ -142,7 +142,6 @@ class _ClipEdit:
             parts = [(_segment(folder, each), each) for each in starts]
             lost = join(self.output, parts, self.clip, found, self.options.metadata)
             self.timings["write"] += time.perf_counter() - writing
-            shutil.rmtree(folder, ignore_errors=True)
         odd = found.width % 2 or found.height % 2
         sides = ("its last row or column is repeated, since common H.264 has even sides only",) if odd else ()
         notes = (*self.clip.notes, *found.notes, *sides, *lost)
@@ -238,17 +237,25 @@ class _ClipEdit:
 
 @contextmanager
 def _part_folder(output: Path, digest: str) -> Iterator[Path]:
-    """The folder of a request's parts, locked against other processes; it stays where the block fails or is stopped."""
+    """The folder of a request's parts, locked against other processes.
+
+    It stays where the block fails or is stopped after the first segment.
+    """
     folder = output.absolute().with_name(f".openwu-{digest[:16]}.part")
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    finished = locked = False
     try:
-        if not take_lock(descriptor):
+        locked = take_lock(descriptor)
+        if not locked:
             raise OpenwuError(f"{output}: another process is editing this clip right now; wait for it")
         write_json(folder / "request.json", {"output": output.name, "digest": digest})
         yield folder
+        finished = True
     finally:
         os.close(descriptor)
+        if finished or (locked and not any(folder.glob("segment-*"))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _segment_length(found: Survey) -> int:

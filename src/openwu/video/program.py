@@ -21,7 +21,7 @@ from openwu.extras import library
 
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mpegvideo,mxf"
 """The demuxers that a clip may be read with, by ffmpeg's names."""
-TAIL = 2**16
+TAIL = 2**20
 """Bytes of the program's messages that are kept."""
 
 _ADDRESS = re.compile(r" @ 0x[0-9a-f]+")
