@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from openwu.errors import OpenwuError
 from openwu.evaluation.metrics import as_8bit, psnr
-from openwu.extras import library
 
 STILL = 1.5 / 255
 """Pixels count as still where, after a small blur against noise, no channel changes by more."""
@@ -58,10 +57,11 @@ class ClipScores:
 
 def motions(source: Iterable[Tensor]) -> Iterator[Motion]:
     """Yield the motion of every frame after the first. Needs `pip install 'openwu[evaluate]'`."""
-    flow_of = library("skimage.registration", "evaluate").optical_flow_ilk
+    from skimage.registration import optical_flow_ilk  # slow to import
+
     for before, after in pairwise(source):
         _, height, width = after.shape
-        flow: NDArray[np.float32] = flow_of(_grey(after), _grey(before), radius=RADIUS)
+        flow: NDArray[np.float32] = optical_flow_ilk(_grey(after), _grey(before), radius=RADIUS)
         rows, columns = (torch.arange(side, dtype=torch.float32) for side in (height, width))
         y = (rows[:, None] + torch.from_numpy(flow[0])) * 2 / max(height - 1, 1) - 1
         x = (columns[None] + torch.from_numpy(flow[1])) * 2 / max(width - 1, 1) - 1
