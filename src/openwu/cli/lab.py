@@ -24,6 +24,7 @@ IGNORED: dict[str, tuple[str, ...]] = {
     "own-pairs": ("axis", "clock", "edits", "along"),
     "manifold": ("steps", "axis", "photos", "clock", "along"),
     "scaling": ("clock", "along"),
+    "video": ("steps", "axis", "photos", "clock", "along"),
 }
 """Experiment -> options that it would ignore, and therefore refuses."""
 

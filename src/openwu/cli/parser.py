@@ -74,19 +74,21 @@ def _add_handed_on(verbs: argparse._SubParsersAction[Parser], name: str, text: s
 def _add_edit(verbs: argparse._SubParsersAction[Parser]) -> None:
     edit = verbs.add_parser(
         "edit",
-        help="edit photographs",
+        help="edit photographs and video clips",
         allow_abbrev=False,
-        description="Edit photographs as an instruction says. Each photograph gets an adapter of its own.",
+        description="Edit photographs and video clips as an instruction says. Each photograph gets an adapter of its "
+        "own, and each clip one for all of its frames.",
         epilog="One photo that fails does not stop the others; the exit code is then 1. Of several photos, those whose "
         "output exists are skipped, so a command that was stopped goes on where it is run again. Output formats: .jpg "
         ".png .webp .tif .avif, and .heic with pip install 'openwu[formats]'. Size, transparency, colour profile, EXIF "
-        "and DPI are kept.",
+        "and DPI are kept. Clips (.mp4 .mov .mkv .webm .avi ...) need pip install 'openwu[video]'; results are .mp4, "
+        ".mov or .mkv, and one that was stopped goes on where it stopped. See docs/video.md.",
     )
     edit.add_argument(
         "photos",
         nargs="+",
         metavar="PHOTO",
-        help="picture to edit; a folder for the pictures in it; - for standard input",
+        help="picture or clip to edit; a folder for those in it; - for a picture on standard input",
     )
     _add_wish(edit.add_argument_group("what to do"))
     _add_means(edit.add_argument_group("with what"))
@@ -145,6 +147,11 @@ def _add_means(means: argparse._ArgumentGroup) -> None:
     """The model of an edit, and its adapter."""
     means.add_argument(
         "--seed", type=_seed, metavar="N", help="seed of everything random (default: the base's, mostly 0)"
+    )
+    means.add_argument(
+        "--noise-per-frame",
+        action="store_true",
+        help="of a clip: draw new noise for every frame, so that grain moves (default: it stands still)",
     )
     means.add_argument(
         "--model",
@@ -211,6 +218,11 @@ def _add_results(results: argparse._ArgumentGroup) -> None:
         "--overwrite",
         action="store_true",
         help="replace outputs that exist already (default: of several photos, those are done and skipped)",
+    )
+    results.add_argument(
+        "--metadata",
+        choices=("keep", "no_location", "strip"),
+        help="what results have of the file's metadata (default: keep for photos, no_location for clips)",
     )
     results.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     results.add_argument(

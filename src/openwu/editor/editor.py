@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from openwu.backbones.protocol import Backbone, EditJob
+from openwu.backbones.protocol import Backbone, EditJob, RequestScope
 from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
+from openwu.editor.clip import ClipOptions, ClipResult, edit_clip
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
-from openwu.editor.examples import read_examples
 from openwu.editor.loading import load_pair
 from openwu.editor.requests import (
     EditRequest,
@@ -33,22 +33,20 @@ from openwu.editor.requests import (
     Task,
     check_options,
     check_served,
-    checked_instructions,
     checked_request,
-    job_of,
-    listed,
     part_of,
-    sentence_of,
     timed,
     with_instruction,
 )
-from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
+from openwu.editor.tasks import condition_kind, make_task, pass_of, read_photos
+from openwu.errors import InstructionError, OpenwuError, TargetError
 from openwu.export.fit import with_kernels
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
-from openwu.images import Photo, read_picture
+from openwu.images import Photo
 from openwu.registry import OPERATORS, module_of
 from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions, Understood
+from openwu.video.write import Metadata
 
 
 class Editor:
@@ -180,6 +178,42 @@ class Editor:
             raise OpenwuError(f"requests: expected a list of EditRequest, got {type(came).__name__}")
         return self._edited(list(requests), None, allow_out_of_scope, sampling, progress) if requests else []
 
+    def edit_clip(
+        self,
+        clip: str | Path,
+        output: str | Path,
+        instruction: str = "",
+        *,
+        edit: str | None = None,
+        example: Sequence[tuple[Picture, Picture]] = (),
+        references: Sequence[Picture] = (),
+        then: str | Sequence[str] = (),
+        strength: float = 1.0,
+        seed: int | None = None,
+        adapter: Adapter | None = None,
+        allow_out_of_scope: bool = False,
+        noise_per_frame: bool = False,
+        metadata: Metadata = "no_location",
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> ClipResult:
+        """Edit a video clip and write it to a file, with one adapter for all of its frames, merged into the base once.
+
+        The adapter is generated on one frame, of five evenly spread ones that most like their median. Arguments not
+        named here are those of `edit`; `references` are the pictures after the first there. Memory does not depend on
+        the clip's length. Needs `pip install 'openwu[video]'`.
+
+        `output`: an .mp4, .m4v, .mov or .mkv file, which appears when it is whole: H.264 at the clip's size and time
+        stamps, with its sound. The same call goes on where one was stopped, from a folder `.openwu-*.part` beside it.
+        `noise_per_frame`: new noise for every frame, so that grain moves as in a film; otherwise it stands still.
+        `metadata`: "keep", "no_location" or "strip". `progress` is called with (frames done, frames in all).
+
+        Raises OpenwuError as `edit` does, and PictureError for a clip that cannot be read or is HDR.
+        """
+        request = EditRequest(list(references), instruction, strength, seed, then, edit=edit, example=example)
+        options = ClipOptions(adapter, allow_out_of_scope, noise_per_frame, metadata, overwrite)
+        return edit_clip(self, clip, output, request, options, progress)
+
     @torch.no_grad()  # not inference mode: a caller may train on what comes back
     def adapt(
         self,
@@ -212,7 +246,7 @@ class Editor:
             per_photo=bool(example) and not series,
         )
         (request,) = self._checked([request], allow_out_of_scope, None)
-        task = self._task(request, self._photos(request), None, not allow_out_of_scope)
+        task = self._task(request, read_photos(request, self.backbone, self.name), None, not allow_out_of_scope)
         if len(task.job.instructions) > 1:
             raise InstructionError(
                 f"instruction: {instruction!r} asks for several edits ({task.summary}), which have an adapter each; "
@@ -230,7 +264,7 @@ class Editor:
         `references`: how many reference pictures would come with it. Raises InstructionError for what `edit` refuses.
         """
         request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit), 0)
-        return self._task(request, self._photos(request), None, True).summary
+        return self._task(request, read_photos(request, self.backbone, self.name), None, True).summary
 
     def adapter_key(self, job: EditJob, *, allow_out_of_scope: bool = False) -> str:
         """Hash what the adapter of a job with one instruction depends on, and nothing else: its cache key."""
@@ -279,29 +313,22 @@ class Editor:
         requests = self._checked(requests, allow_out_of_scope, sampling)
         timings: dict[str, float] = {}
         with timed(timings, "read"):
-            photos = [self._photos(request) for request in requests]
+            photos = [read_photos(request, self.backbone, self.name) for request in requests]
         checked = not allow_out_of_scope and given is None
         tasks = [self._task(request, each, given, checked) for each, request in zip(photos, requests, strict=True)]
         passes = [1 if given is not None else len(task.job.instructions) for task in tasks]
         results: dict[int, EditResult] = {}
         for number in range(max(passes)):
             members = [index for index, count in enumerate(passes) if count > number]
+            before = {index: results[index].photo if number else photos[index][0] for index in members}
             part = [
-                tasks[index] if passes[index] == 1 else self._next(tasks[index], number, results.get(index))
+                tasks[index] if passes[index] == 1 else pass_of(tasks[index], number, before[index], self.backbone)
                 for index in members
             ]
             report = part_of(progress, number, max(passes))
             found = self._together(part, given, allow_out_of_scope, sampling, report, timings)
             results |= dict(zip(members, found, strict=True))
         return [replace(results[index], understood=task.summary) for index, task in enumerate(tasks)]
-
-    def _next(self, task: Task, number: int, before: EditResult | None) -> Task:
-        """Return the task of one of a request's instructions, on the result of the pass before."""
-        first, *references = task.job.photos
-        photos = (before.photo if before else first, *references)
-        words = (task.job.instructions[number],)
-        job = job_of(self.backbone, task.request, photos, words)
-        return Task(task.request, job, (task.understood[number],) if task.understood else None)
 
     def _together(
         self,
@@ -326,28 +353,7 @@ class Editor:
         ]
 
     def _task(self, request: EditRequest, photos: tuple[Photo, ...], given: Adapter | None, checked: bool) -> Task:
-        """Make a job of a request and its decoded pictures, and see what the base takes the instructions for."""
-        first = None if request.edit is None else sentence_of(request.edit, self.backbone, self.name)
-        texts = checked_instructions(request, given, self.backbone.check_instruction, first)
-        job = job_of(self.backbone, request, photos, texts)
-        if request.example:  # words beside an example are a hint, and nothing to refuse
-            job = replace(job, examples=read_examples(request.example), per_photo=request.per_photo)
-            return Task(request, job, None)
-        if texts == ("",):  # an adapter without words
-            return Task(request, job, None)
-        with self._turn():
-            understood = self.backbone.understand(job, checked=checked)
-        if understood is None:
-            return Task(request, job, None)
-        if request.edit is not None and understood[0].edit != request.edit:
-            raise InstructionError(
-                f"edit: {request.edit} is not understood by this model: its sentence {first!r} reads as "
-                f"{understood[0].edit}; use an instruction of your own"
-            )
-        words = tuple(each.instruction for each in understood)
-        if words != texts:
-            job = job_of(self.backbone, request, photos, words)
-        return Task(request, job, understood)
+        return make_task(request, photos, given, self.backbone, self.name, checked=checked, turn=self._turn())
 
     def _checked(
         self, requests: Sequence[EditRequest], allow_out_of_scope: bool, sampling: SamplingOptions | None
@@ -356,17 +362,6 @@ class Editor:
         checked = [checked_request(request, self.backbone.default_seed) for request in requests]
         check_served(checked, self.backbone, self.name, allow_out_of_scope, sampling)
         return checked
-
-    def _photos(self, request: EditRequest) -> tuple[Photo, ...]:
-        images = listed(request.images)
-        most, count = self.backbone.max_pictures, len(images)
-        if not count:
-            raise PictureError("images: expected the picture to edit, and references after it, got none")
-        if most is not None and count > most:
-            raise PictureError(
-                f"images: {self.name} reads one picture and at most {most - 1} reference after it, got {count} pictures"
-            )
-        return tuple(read_picture(image) for image in images)
 
     def _turn(self) -> AbstractContextManager[object]:
         """Threads wait for one another where the base, or a condition that runs the base's denoiser, asks for it."""
@@ -385,12 +380,12 @@ class Editor:
                 keys = [self.adapter_key(job, allow_out_of_scope=allow_out_of_scope) for job in jobs]
                 found, missing = self.cache.lookup(keys)
             # Conditions of one call have the same tokens: those of examples have others than those of words.
-            missing = sorted(missing, key=lambda key: _kind(jobs[keys.index(key)]))
+            missing = sorted(missing, key=lambda key: condition_kind(jobs[keys.index(key)]))
             new = [jobs[keys.index(key)] for key in missing]
             size = min(batch, self.backbone.max_batch or batch)
             parts = [
                 alike[start : start + size]
-                for alike in (list(each) for _, each in groupby(new, _kind))
+                for alike in (list(each) for _, each in groupby(new, condition_kind))
                 for start in range(0, len(alike), size)
             ]
             conditions = [self._condition(part) for part in parts]
@@ -423,15 +418,21 @@ class Editor:
         return [adapter] if adapter.batch == 1 else [adapter.select([i]) for i in range(adapter.batch)]
 
     def _apply(
-        self, tasks: Sequence[Task], adapters: Sequence[Adapter], sampling: SamplingOptions, progress: Progress | None
+        self,
+        tasks: Sequence[Task],
+        adapters: Sequence[Adapter],
+        sampling: SamplingOptions,
+        progress: Progress | None,
+        scope: RequestScope | None = None,
     ) -> list[Photo]:
+        """Edit in one pass. `scope`: in place of one with these adapters at the tasks' strengths."""
         fades, strengths = self.backbone.identity_at_zero, [task.request.strength for task in tasks]
         edited = {i: tasks[i].job.photos[0] for i, strength in enumerate(strengths) if fades and strength == 0}
-        scales = [1.0 if fades and 0 < strength < 1 else strength for strength in strengths]
-        scaled = [adapter.scaled(scale) for adapter, scale in zip(adapters, scales, strict=True)]
         members = [i for i in range(len(tasks)) if i not in edited]
         if members:
-            scope = AdapterScope(self.backbone, self.handle, [scaled[i] for i in members], self._turns)
+            if scope is None:
+                scaled = [adapters[i].scaled(self._scale(strengths[i])) for i in members]
+                scope = AdapterScope(self.backbone, self.handle, scaled, self._turns)
             with self._turn():
                 photos = self.backbone.edit([tasks[i].job for i in members], sampling, scope, progress)
             for i, photo in zip(members, photos, strict=True):
@@ -439,10 +440,9 @@ class Editor:
                 edited[i] = self.backbone.finish(photo, task.job, task.understood or (), task.request.strength)
         return [edited[i] for i in range(len(tasks))]
 
-
-def _kind(job: EditJob) -> tuple[bool, bool]:
-    """What decides which tokens a job's condition has."""
-    return bool(job.examples), job.per_photo
+    def _scale(self, strength: float) -> float:
+        """The factor on the adapter: a base that fades makes the share of a strength below 1 itself."""
+        return 1.0 if self.backbone.identity_at_zero and 0 < strength < 1 else strength
 
 
 _BLANK = Photo(np.zeros((1, 1, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Find the photographs that a command line names: files, folders, patterns, and standard input."""
+"""Find the photographs and clips that a command line names: files, folders, patterns, and standard input."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from openwu.cli.console import UsageError
 from openwu.errors import OpenwuError, PictureError
 from openwu.images.source import RAW_SUFFIXES
 from openwu.images.write import SUFFIXES
+from openwu.video.probe import CLIP_SUFFIXES, is_clip
 
 PIPE = "-"
 """Stands for standard input or output."""
@@ -29,7 +30,7 @@ _RESULT = re.compile(r"(\.edited|\.compare)+$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Input:
-    """One photograph to edit."""
+    """One photograph or clip to edit."""
 
     path: Path
     """As it is named, or as it was found; PIPE for standard input."""
@@ -37,6 +38,11 @@ class Input:
     """Its folder, relative to the named folder in which it was found."""
     data: bytes | None = field(default=None, repr=False)
     """The bytes of a file that came through standard input."""
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is a video, by its name."""
+        return self.data is None and is_clip(self.path)
 
     @property
     def stem(self) -> str:
@@ -129,7 +135,7 @@ def _add(found: Found, name: str, recursive: bool, output: str | None) -> None:
     before = len(found.photos)
     for path in _files(name, recursive, left_out, errors):
         suffix = path.suffix.lower()
-        if suffix in PHOTO_SUFFIXES:
+        if suffix in PHOTO_SUFFIXES or suffix in CLIP_SUFFIXES:
             found.photos.append(Input(path, path.parent.relative_to(name)))
         elif suffix in RAW_SUFFIXES:
             raw.append(path)

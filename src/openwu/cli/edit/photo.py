@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from openwu.cli.console import UsageError
 from openwu.cli.edit.plan import Job, make_folder
 from openwu.images import PictureHeader, encode_picture, read_picture, side_by_side, write_picture
+from openwu.images.privacy import without_location, without_metadata
 from openwu.images.write import SUFFIXES
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 LOADING = ("device", "revision", "trust_remote_code", "quantise", "offload")
 SAMPLING = ("steps", "guidance", "pixels", "fit_to_photo")
 """Options of large bases: fields of `LoadingOptions` and of `SamplingOptions`."""
+PRIVACY = {"no_location": without_location, "strip": without_metadata}
+"""What --metadata does to a photo."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class PhotoEditor:
         """Edit a photo and write all of its job. Raises what the editor and the file system raise."""
         result = self._result(job, progress)
         start = time.perf_counter()
+        if (change := PRIVACY.get(self.arguments.metadata)) is not None:
+            result = replace(result, photo=change(result.photo))
         lost = _write(job, result, header)
         seconds = {**result.timings, "write": time.perf_counter() - start}
         read = dict.fromkeys((*header.notes, *result.photo.notes))  # each once, in order

@@ -21,6 +21,8 @@ from openwu.images import (
     is_picture_suffix,
     read_picture,
 )
+from openwu.video.probe import Clip, is_clip, probe
+from openwu.video.write import check_clip_output, clip_suffix
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -78,13 +80,19 @@ class Plan:
             job.adapter_folder is None or _holds_files(job.adapter_folder)
         )
 
-    def check(self, job: Job) -> PictureHeader:
-        """Read the photo's header and look at the places of all outputs. Raises PictureError for what would fail."""
-        header = check_picture(job.source)
+    def check(self, job: Job) -> PictureHeader | Clip:
+        """Read the file's header and look at the places of all outputs. Raises PictureError for what would fail."""
+        header = probe(job.photo.path) if job.photo.is_clip else check_picture(job.source)
         for path in job.pictures:
             if (source := self._input_at(path)) is not None:
                 raise PictureError(f"{path}: the output is the input {source}; choose another name")
-        if job.output is not None:
+        if isinstance(header, Clip):
+            assert job.output is not None
+            if is_folder(job.output.parent):
+                check_clip_output(job.output, overwrite=self.overwrite)
+            else:
+                check_makeable(job.output.parent)
+        elif job.output is not None:
             self._check_place(job.output, self.overwrite)
             check_fits(job.output, header.size, transparent=False)
             if header.has_alpha and job.output.suffix.lower() in (".jpg", ".jpeg"):
@@ -121,6 +129,10 @@ def make_plan(
     """Choose every path. Touches nothing; raises UsageError where two photos would write the same file."""
     folder = _output_folder(found, output)
     to_stdout = _to_stdout(found, output, compare)
+    for clip in (each for each in found.photos if each.is_clip):
+        if compare or to_stdout:
+            refused = "--compare" if compare else "--output -"
+            raise UsageError(f"{refused}: expected for photographs alone, and {clip.path} is a clip; leave it out")
     stems = Counter((_folder_of(photo, output, folder), photo.stem.casefold()) for photo in found.photos)
     jobs = []
     for photo in found.photos:
@@ -128,7 +140,7 @@ def make_plan(
         # Of two photos of one name, x.jpg and x.gif, the outputs keep the whole name.
         alone = stems[beside, photo.stem.casefold()] == 1
         name = photo.stem if alone or photo.data is not None else photo.path.name
-        suffix = default_suffix(photo.path)
+        suffix = clip_suffix(photo.path) if photo.is_clip else default_suffix(photo.path)
         if to_stdout:
             target = None
         elif output is None:
@@ -188,7 +200,7 @@ def _output_folder(found: Found, output: str | None) -> Path | None:
         return path
     if not found.batch:
         return None if path.suffix else path
-    if os.path.lexists(path) or is_picture_suffix(path):
+    if os.path.lexists(path) or is_picture_suffix(path) or is_clip(path):
         many = f"{len(found.photos)} photos" if len(found.photos) > 1 else "any number of photos"
         raise UsageError(f"--output: expected a folder for {many}, got the file {output}; end it with /")
     return path

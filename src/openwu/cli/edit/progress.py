@@ -19,6 +19,8 @@ TICK = 0.5
 
 WAITING, EDITING = "{desc} {elapsed}", "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 """What the bar shows before and while photos are edited, as tqdm writes it."""
+CLIP = "{desc} |{bar}| {elapsed}"
+"""What it shows of a clip, whose description says what is left."""
 
 
 class Progress:
@@ -70,6 +72,27 @@ class Progress:
 
         report(0, 1)
         return report
+
+    def clip(self, number: int, total: int, name: str) -> Callable[[int, int], None]:
+        """Begin clip `number` of `total`, as `photo` does; frames are counted, and the time that they still take."""
+        report = self.photo(number, total, name)
+        words = self._words
+        first: list[tuple[float, int]] = []
+
+        def count(done: int, frames: int) -> None:
+            now = time.monotonic()
+            if not first:
+                first.append((now, done))
+            begun, before = first[0]
+            left = (frames - done) * (now - begun) / (done - before) if done > before else None
+            clock = "" if left is None else f", {tqdm.format_interval(left)} left"
+            report(done, frames)
+            self._words = f"{words}: frame {done} of {frames}{clock}"
+            if self.terminal:
+                self.bar.bar_format = CLIP
+                self.bar.set_description_str(self._words)
+
+        return count
 
     @contextmanager
     def aside(self) -> Iterator[None]:

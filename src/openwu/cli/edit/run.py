@@ -11,6 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from openwu.cli.console import UsageError, disk_is_full
+from openwu.cli.edit.clip import edit_clip
 from openwu.cli.edit.find import PIPE, find_photos
 from openwu.cli.edit.photo import PhotoEditor
 from openwu.cli.edit.plan import Job, Plan, make_plan
@@ -20,6 +21,7 @@ from openwu.cli.stopping import STOPPED, Stopped, StopRequest, stop_signals
 from openwu.errors import InstructionError, OpenwuError
 from openwu.images import PictureHeader, check_picture
 from openwu.images.instruction import check_instruction
+from openwu.video.probe import Clip
 
 if TYPE_CHECKING:
     from openwu.editor.cache import CacheStatistics
@@ -60,6 +62,7 @@ def _run(
         adapter_folder=arguments.save_adapter,
         overwrite=arguments.overwrite,
     )
+    _check_clips(plan, arguments)
     to_stdout = any(job.output is None for job in plan.jobs)
     if to_stdout:
         _check_stdout(arguments)
@@ -131,6 +134,19 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (instruction, *(check_instruction(text) for text in arguments.then))
 
 
+def _check_clips(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Refuse options that mean nothing for clips, or that mean something for clips alone."""
+    clip = next((job for job in plan.jobs if job.photo.is_clip), None)
+    if clip is None:
+        if plan.jobs and arguments.noise_per_frame:
+            raise UsageError("--noise-per-frame: expected with a clip, got photographs alone; leave it out")
+        return
+    for name in ("per_photo", "reasoning", "image_size", "fit_to_photo", "ray"):
+        if getattr(arguments, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option}: expected for photographs alone, and {clip.name} is a clip; leave it out")
+
+
 def _check_stdout(arguments: argparse.Namespace) -> None:
     if arguments.json:
         raise UsageError(f"--json: standard output holds the picture; add --output FILE, or leave out {PIPE}")
@@ -138,7 +154,7 @@ def _check_stdout(arguments: argparse.Namespace) -> None:
         raise UsageError("--output: expected a file or a pipe for the picture, got a terminal; for example > out.png")
 
 
-def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader]]:
+def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader | Clip]]:
     """The jobs that can be edited, checked when their turn comes; what is done or fails is reported."""
     for job in plan.jobs:
         if plan.is_done(job):
@@ -152,11 +168,14 @@ def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader]]:
             yield job, header
 
 
-def _edited(photos: PhotoEditor, job: Job, header: PictureHeader, progress: Progress, report: Report) -> bool:
-    """Edit a photo and report what became of it. Returns whether there is any use in going on to the next."""
-    number = sum(report.counts.values()) + 1
+def _edited(photos: PhotoEditor, job: Job, header: PictureHeader | Clip, progress: Progress, report: Report) -> bool:
+    """Edit a photo or clip and report what became of it. Returns whether there is any use in going on to the next."""
+    place = (sum(report.counts.values()) + 1, report.total, job.photo.path.name)
     try:
-        done = photos.edit(job, header, progress.photo(number, report.total, job.photo.path.name))
+        if isinstance(header, Clip):
+            done = edit_clip(photos, job, progress.clip(*place), report)
+        else:
+            done = photos.edit(job, header, progress.photo(*place))
     except (BrokenPipeError, ModuleNotFoundError):  # would be the same for every photo
         raise
     except Exception as error:  # one photo must not stop the others

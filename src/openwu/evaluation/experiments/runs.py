@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from openwu.backbones.embedded.base import WEIGHTS, native_dtype
 from openwu.data.suite import BASE_EDITS, CONTRADICTORY_PAIRS, EDITS, FAMILIES
 from openwu.data.suite.photographs import Photograph, folder_hashes, load_folder, load_test_photographs
+from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case, draw_cases, first_phrase, generate, score
 from openwu.evaluation.experiments.audit import Subject, audit
@@ -42,6 +44,7 @@ from openwu.evaluation.experiments.pictures import (
 )
 from openwu.evaluation.experiments.results import ResultCache, write_findings
 from openwu.evaluation.experiments.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
+from openwu.evaluation.experiments.video import CHOSEN, make_clips, video
 from openwu.evaluation.pictures import middle
 from openwu.files.fingerprint import fingerprint
 from openwu.training.embedded.model import EmbeddedModel
@@ -65,6 +68,8 @@ GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
 PROGRAMS, QUICK_PROGRAMS = 40, 8
 """Programs per seed that are shown by example."""
 PAIRS_STEPS, QUICK_PAIRS_STEPS = 120, 40
+CLIP_FRAMES, CLIP_SIDES = 8, ((240, 426), (480, 854), (720, 1280), (1080, 1920))
+"""Frames of a test clip, and the sizes (h, w) at which frames per second are measured."""
 QUICK_OLD = 4
 """How many of the base's old tasks a quick run looks at."""
 
@@ -281,6 +286,19 @@ def run_own_pairs(settings: LabSettings) -> str:
     return found.table()
 
 
+def run_video(settings: LabSettings) -> str:
+    """Edit clips by one adapter, by one for each frame and with new noise for each; return the table."""
+    edits = settings.edits or (CHOSEN[:2] if settings.quick else CHOSEN)
+    chosen = {name: photo for name, photo in load_test_photographs(settings.side).items() if name in QUICK_PHOTOGRAPHS}
+    clips = make_clips(chosen, 4 if settings.quick else CLIP_FRAMES, settings.seeds[0])
+    sides = () if settings.quick else CLIP_SIDES
+    sizes = [F.interpolate(chosen["flower"][None], size, mode="bicubic")[0].clamp(0, 1) for size in sides]
+    editor = Editor.from_pretrained(settings.model)
+    found = video(editor, clips, edits, settings.seeds[0], sizes)
+    settings.write("video", found.to_json(), edits=edits, seeds=settings.seeds[:1])
+    return found.table()
+
+
 EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "conflict": run_conflict,
     "continual": run_continual,
@@ -290,6 +308,7 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "operators": run_operators,
     "own-pairs": run_own_pairs,
     "scaling": run_scaling,
+    "video": run_video,
 }
 """Name -> the function that runs it and returns its table. One line adds an experiment."""
 
