@@ -17,6 +17,7 @@ SIDE = 256
 IGNORED: dict[str, tuple[str, ...]] = {
     "conflict": ("axis",),
     "continual": ("axis", "clock"),
+    "examples": ("steps", "axis", "photos", "clock"),
     "gradients": ("steps", "axis", "side", "clock"),
     "manifold": ("steps", "axis", "photos", "clock"),
     "scaling": ("clock",),
