@@ -189,7 +189,9 @@ def moved(recipe: dict[str, Any]) -> dict[str, Any]:
     if isinstance(recipe.get("model"), dict):
         instruction, condition = InstructionConfig(("a", "b")), EmbeddedConditionConfig()
         since = {
-            "instruction": {name: getattr(instruction, name) for name in ("accepted_percent", "phrase_buckets")},
+            "instruction": {
+                name: getattr(instruction, name) for name in ("accepted_percent", "phrase_buckets", "wordless")
+            },
             "condition": {"examples": condition.examples},
         }
         model = recipe["model"]

@@ -9,13 +9,20 @@ problems first and raises them together.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
+from openwu.config_checks import (
+    count_problems,
+    input_problems,
+    key_problems,
+    layer_problems,
+    name_problems,
+    number_problems,
+)
 from openwu.errors import OpenwuError
 
 
@@ -25,77 +32,6 @@ class ConfigError(OpenwuError, ValueError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("generator config: " + "; ".join(self.problems))
-
-
-def number_problems(numbers: Mapping[str, Any]) -> list[str]:
-    """Problems of the fields that are there; a relation is checked only between fields that are sound by themselves."""
-    problems = []
-    for name, value in numbers.items():
-        if name != "alpha":
-            problems += count_problems(name, value)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-            problems.append(f"alpha: expected a positive number, got {value!r}")
-    sound = {name: value for name, value in numbers.items() if not count_problems(name, value)}
-    for name, divisor in (("d_model", "head_dim"), ("d_model", "dim_accumulation"), ("rank", "dim_accumulation")):
-        if name in sound and divisor in sound and sound[name] % sound[divisor]:
-            problems.append(f"{name}: expected a multiple of {divisor} ({sound[divisor]}), got {sound[name]}")
-    if sound.get("head_dim", 4) % 4:
-        problems.append(f"head_dim: expected a multiple of 4 (two rotary axes of pairs), got {sound['head_dim']}")
-    return problems
-
-
-def layer_problems(fields: Mapping[str, Any]) -> list[str]:
-    """Problems of a group's own fields, of those that are there."""
-    problems = []
-    if "name" in fields:
-        problems += name_problems("group name", fields["name"], dots=False)
-    if not isinstance(fields.get("prefix", ""), str):
-        problems.append(f"prefix: expected text, got {fields['prefix']!r}")
-    layers, indexed = fields.get("num_base_model_layers", 1), fields.get("indexed", True)
-    problems += count_problems("num_base_model_layers", layers)
-    if not isinstance(indexed, bool):
-        problems.append(f"indexed: expected true or false, got {indexed!r}")
-    elif not indexed and layers != 1:
-        problems.append(f"indexed: expected true for more than one layer, got false with {layers!r} layers")
-    paths = fields.get("paths", [])
-    if not isinstance(paths, list):
-        return [*problems, f"paths: expected a list of paths, got {paths!r}"]
-    for path in paths:
-        problems += name_problems("paths", path)
-    if paths and len(paths) != layers:
-        problems.append(f"paths: expected {layers!r}, one per layer, got {len(paths)}")
-    if paths and (fields.get("prefix") or indexed is not True):
-        problems.append("paths: expected an empty prefix and no 'indexed' beside them, since they are whole paths")
-    return problems
-
-
-def input_problems(more_inputs: Any) -> list[str]:
-    if not isinstance(more_inputs, Mapping):
-        return [f"more_inputs: expected an object name -> width, got {more_inputs!r}"]
-    problems = []
-    for name, width in more_inputs.items():
-        problems += name_problems("more_inputs: name", name, dots=False)
-        problems += count_problems(f"more_inputs: {name}", width)
-    return problems
-
-
-def key_problems(data: Mapping[str, Any], required: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
-    problems = [f"missing field {key!r}" for key in required if key not in data]
-    unknown = [key for key in data if key not in {*required, *optional}]
-    return problems + [f"unknown field {key!r} (remove it, or mend its spelling)" for key in unknown]
-
-
-def count_problems(name: str, value: Any) -> list[str]:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return []
-    return [f"{name}: expected a whole number above 0, got {value!r}"]
-
-
-def name_problems(what: str, name: Any, *, dots: bool = True) -> list[str]:
-    parts = name.split(".") if isinstance(name, str) else [""]
-    if all(parts) and (dots or len(parts) == 1):
-        return []
-    return [f"{what}: expected {'a dotted path' if dots else 'text without dots'}, got {name!r}"]
 
 
 def raise_if(problems: Sequence[str]) -> None:
@@ -300,12 +236,16 @@ class GeneratorConfig:
     """Further segments of the condition, name -> width of their tokens; each has its own input projection."""
     condition_encoder: Mapping[str, Any] | None = None
     """Name and settings of the encoder that makes the conditions; None: the base itself does."""
+    branches: Mapping[str, GeneratorConfig] = field(default_factory=dict)
+    """Further generators by name, for conditions of another kind (`Condition.branch`). Each writes to some of the
+    groups, at the same rank and scale; what it does not write to stays as the base has it."""
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Keys of a loaded `config.json` that do not touch the function (`architectures`, ...); written back on save."""
 
     def __post_init__(self) -> None:
         numbers = {name: getattr(self, name) for name in _NUMBERS}
-        raise_if(number_problems(numbers) + input_problems(self.more_inputs) + _group_problems(self.groups))
+        problems = number_problems(numbers) + input_problems(self.more_inputs) + _group_problems(self.groups)
+        raise_if(problems + self._branch_problems())
 
     @property
     def scale(self) -> float:
@@ -324,6 +264,8 @@ class GeneratorConfig:
         written = {**encoder, **self.extra, "model_type": MODEL_TYPE, **numbers, "output_dim": self.token_dim}
         if self.more_inputs:
             written["more_inputs"] = dict(self.more_inputs)
+        if self.branches:
+            written["branches"] = {name: branch.to_dict() for name, branch in self.branches.items()}
         if self.is_released_form:
             group = self.groups[0].to_dict()
             return {**written, **{key: group[key] for key in _RELEASED_GROUP_KEYS}}
@@ -342,7 +284,7 @@ class GeneratorConfig:
         fields = {key: value for key, value in data.items() if key not in extra}
         encoder = extra.pop(_ENCODER_KEY, None)
         group_keys = ("groups",) if "groups" in fields else _RELEASED_GROUP_KEYS
-        required, optional = (*_NUMBERS, "output_dim"), ("model_type", "more_inputs", *group_keys)
+        required, optional = (*_NUMBERS, "output_dim"), ("model_type", "more_inputs", "branches", *group_keys)
         if "groups" not in fields:
             unknown = {key: value for key, value in fields.items() if key not in {*required, *optional}}
             fields, extra = _with_defaults(fields, unknown), {**extra, **unknown}
@@ -358,8 +300,27 @@ class GeneratorConfig:
         if encoder is not None and not isinstance(encoder, Mapping):
             problems.append(f"{_ENCODER_KEY}: expected an object with name and settings of an encoder, got {encoder!r}")
         groups = _read_groups(fields, problems)
+        branches = _read_branches(fields.get("branches", {}), problems)
         raise_if(problems)
-        return cls(**numbers, groups=groups, more_inputs=more_inputs, condition_encoder=encoder, extra=extra)
+        return cls(
+            **numbers, groups=groups, more_inputs=more_inputs, condition_encoder=encoder, branches=branches, extra=extra
+        )
+
+    def _branch_problems(self) -> list[str]:
+        problems = []
+        for name, branch in self.branches.items():
+            problems += name_problems("branch", name, dots=False)
+            unknown = [group.name for group in branch.groups if group not in self.groups]
+            if unknown:
+                problems.append(f"branches: {name}: groups: expected some of the generator's own, got {unknown}")
+            if (branch.rank, branch.alpha) != (self.rank, self.alpha):
+                problems.append(
+                    f"branches: {name}: rank and alpha: expected {self.rank} and {self.alpha}, as the generator has, "
+                    f"got {branch.rank} and {branch.alpha}"
+                )
+            if branch.branches:
+                problems.append(f"branches: {name}: expected no branches of a branch, got {sorted(branch.branches)}")
+        return problems
 
 
 def _with_defaults(fields: Mapping[str, Any], unknown: Mapping[str, Any]) -> dict[str, Any]:
@@ -390,6 +351,19 @@ def _read_groups(fields: Mapping[str, Any], problems: list[str]) -> tuple[LayerG
             where = f"groups[{number}]: " if "groups" in fields else ""
             problems += [where + problem for problem in error.problems]
     return tuple(groups)
+
+
+def _read_branches(entries: Any, problems: list[str]) -> dict[str, GeneratorConfig]:
+    if not isinstance(entries, Mapping):
+        problems.append(f"branches: expected an object name -> generator config, got {entries!r}")
+        return {}
+    branches = {}
+    for name, entry in entries.items():
+        try:
+            branches[name] = GeneratorConfig.from_dict(entry)
+        except ConfigError as error:
+            problems += [f"branches: {name}: {problem}" for problem in error.problems]
+    return branches
 
 
 def _read_each(what: str, mapping: Any, read: Callable[[str, Any], T], problems: list[str]) -> tuple[T, ...]:

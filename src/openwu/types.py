@@ -1,7 +1,6 @@
 """The nouns that a request meets on its way: BaseRequest -> Condition -> Target -> Adapter.
 
-`BaseRequest`, `SamplingOptions` and `LatentBatch` are what large base models take. `FactorRules` is what an adapter and
-a generator need to know of an operator. What holds photographs, `EditRequest`, is in `openwu.editor.requests`.
+`BaseRequest`, `SamplingOptions`, `LatentBatch`: what large bases take. `FactorRules`: what is known of an operator.
 
 Shapes: b samples (requests) in a batch, L condition tokens, r LoRA rank, E experts, A_dim / B_dim widths in and out.
 """
@@ -53,6 +52,8 @@ class Condition:
     """[b, L] bool, True where a token is real; None when every token is."""
     more: Mapping[str, Segment] = field(default_factory=dict)
     """Further segments, by the names that the generator's config gives them (`more_inputs`); read after `tokens`."""
+    branch: str = ""
+    """The branch of the generator that reads it, see `GeneratorConfig.branches`; "": the generator itself."""
 
     @property
     def batch(self) -> int:
@@ -60,9 +61,8 @@ class Condition:
 
     def to(self, *args: Any, **kwargs: Any) -> Condition:
         """Move or cast every token, as `torch.Tensor.to` does."""
-        first = Segment(self.tokens, self.mask).to(*args, **kwargs)
-        more = {name: segment.to(*args, **kwargs) for name, segment in self.more.items()}
-        return Condition(first.tokens, first.mask, more)
+        own = Segment(self.tokens, self.mask).to(*args, **kwargs)
+        return replace(self, **vars(own), more={name: each.to(*args, **kwargs) for name, each in self.more.items()})
 
 
 @dataclass(frozen=True)

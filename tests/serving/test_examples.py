@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,8 +46,7 @@ def shown(embedded_config: EmbeddedConfig, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("model") / "examples"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        condition = replace(embedded_config.condition, examples=True)
-        model = EmbeddedModel(replace(embedded_config, condition=condition))
+        model = EmbeddedModel(embedded_config.with_examples(d_model=32, head_dim=16, dim_accumulation=2, blocks=1))
         model.generator.init_weights(0.3)
         torch.nn.init.normal_(model.backbone.pixels.out.weight, std=0.02)
     model.save_pretrained(folder, torch.float32)

@@ -10,6 +10,7 @@ All groups of base layers go through the same blocks, each by itself: groups do 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ class ParameterGenerator(nn.Module):
         self.blocks = nn.ModuleList(Block(config.d_model, config.head_dim) for _ in range(config.num_pg_layers))
         self.norm_final = RMSNorm(config.d_model)
         self.groups = nn.ModuleDict({layout.name: GroupTokens(layout, config) for layout in self.layout.groups})
+        self.branches = nn.ModuleDict({name: ParameterGenerator(each) for name, each in config.branches.items()})
         self.init_weights(b_init_std)
 
     @property
@@ -67,6 +69,8 @@ class ParameterGenerator(nn.Module):
 
     def forward(self, condition: Condition | Tensor) -> Adapter:
         """One adapter per sample. A bare tensor is a condition without a mask."""
+        if isinstance(condition, Condition) and condition.branch:
+            return self.complete(self.branch(condition.branch)(replace(condition, branch="")))
         c_bld, mask_bl = self.read(condition)
         factors: dict[str, dict[str, Tensor]] = {}
         for layout in self.layout.groups:
@@ -75,6 +79,24 @@ class ParameterGenerator(nn.Module):
             x_npd = self.norm_tokens(tokens.queries_npd())
             x_bnpd = self._refined(x_npd.expand(len(c_bld), -1, -1, -1), c_bld, mask_bl, layout)
             factors |= layout.unpack(*tokens.written(self.norm_final(x_bnpd)), tokens.shared_factors())
+        return Adapter(self.targets, factors, self.scale)
+
+    def branch(self, name: str) -> ParameterGenerator:
+        """Return the generator of a kind of conditions; ValueError where the config names none."""
+        if name not in self.branches:
+            raise ValueError(f"condition: expected a branch of {sorted(self.config.branches)}, got {name!r}")
+        branch = self.branches[name]
+        assert isinstance(branch, ParameterGenerator)
+        return branch
+
+    def complete(self, adapter: Adapter) -> Adapter:
+        """A branch's adapter with zeros for the targets that it does not write to."""
+        first = next(iter(adapter.factors[adapter.targets[0].name].values()))
+        factors = {
+            target.name: adapter.factors.get(target.name)
+            or {name: first.new_zeros(shape) for name, shape in target.shapes(adapter.batch, self.config.rank).items()}
+            for target in self.targets
+        }
         return Adapter(self.targets, factors, self.scale)
 
     def read(self, condition: Condition | Tensor) -> tuple[Tensor, Tensor | None]:
@@ -112,6 +134,9 @@ class ParameterGenerator(nn.Module):
             for module in self.groups.values():
                 assert isinstance(module, GroupTokens)
                 module.init_weights(b_init_std)
+            for branch in self.branches.values():
+                assert isinstance(branch, ParameterGenerator)
+                branch.init_weights(b_init_std)
 
     @classmethod
     def from_pretrained(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from openwu.backbones.embedded.catalogue import known_edits, phrase
-from openwu.backbones.embedded.condition import EmbeddedConditionEncoder, condition_pixels, condition_view
+from openwu.backbones.embedded.condition import SHOWN, EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
 from openwu.backbones.embedded.guarantees import blended, guaranteed
 from openwu.backbones.embedded.instruction import InstructionEncoder
@@ -201,6 +201,7 @@ class EmbeddedBase(Backbone):
     def condition_of(self, jobs: Sequence[EditJob]) -> Condition:
         """Conditions `[b, L, width]` from whole photos: the one to edit, and a reference after it if there is one."""
         tokens = []
+        branch = SHOWN if any(job.examples for job in jobs) else ""
         for job in map(self._own, jobs):
             if job.examples:
                 pairs = [torch.stack([condition_view(each) for each in pair], dim=1) for pair in job.examples]
@@ -210,7 +211,7 @@ class EmbeddedBase(Backbone):
             photo, *reference = job.photos
             second = condition_view(reference[0]) if reference else None
             tokens.append(self.condition_encoder(condition_view(photo), job.tokens, second).tokens)
-        return Condition(torch.cat(tokens))
+        return Condition(torch.cat(tokens), branch=branch)
 
     def generate(
         self,

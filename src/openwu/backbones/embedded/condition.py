@@ -32,6 +32,8 @@ from openwu.images.colour import Pixels
 from openwu.kernels.norm import RMSNorm
 from openwu.types import Condition
 
+SHOWN = "shown"
+"""Branch of the generator that reads examples."""
 CONDITION_SIDE = 1024
 """Longest side of the picture from which the condition is read; details keep their own resolution below it."""
 
@@ -114,31 +116,30 @@ class EmbeddedConditionEncoder(nn.Module):
         # in the average over all tokens the few of the instruction would drown: the generator then ignores it.
         sentence = self.from_sentence(text.to(dtype).flatten(1))[:, None]
         x = torch.cat([self.from_text(text.to(dtype)), self.see(pictures), second], dim=1) + sentence
-        return self.join(x + self.place.to(x.dtype))
+        x = x + self.place.to(x.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return Condition(x)
 
     def shown(self, pairs: Sequence[Tensor], text: Tensor, pictures: Tensor | None = None) -> Condition:
         """The condition of an edit that is shown by pairs of pictures before and after, `[b, 2, 3, h, w]` each.
 
         `text` `[b, K, text_dim]`: words, if there are any. `pictures` `[b, 3, h, w]`: the photographs to edit, for an
         adapter of each one's own; None: the adapter serves a whole series.
+
+        The layers that join words and picture stay out of it: they belong to edits that are asked for in words.
         """
         if self.example is None:
             raise OpenwuError("example: expected none, since this model was not trained on examples; say what to do")
         text = text.to(self.from_text.weight.dtype)
         place = self.place.to(text.dtype)
-        parts = [self.from_text(text) + place[: text.shape[1]]]
+        tokens, summary = self.example(pairs)
+        parts = [self.from_text(text) + place[: text.shape[1]], tokens]
         if pictures is not None:
             seen = self.see(pictures)
             parts.append(seen + place[text.shape[1] : text.shape[1] + seen.shape[1]])
-        tokens, summary = self.example(pairs)
-        parts.append(tokens)
-        return self.join(torch.cat(parts, dim=1) + self.from_sentence(text.flatten(1))[:, None] + summary)
-
-    def join(self, x: Tensor) -> Condition:
-        """Let all tokens of a request `[b, n, width]` read one another."""
-        for layer in self.layers:
-            x = layer(x)
-        return Condition(x)
+        sentence = self.from_sentence(text.flatten(1))[:, None]
+        return Condition(torch.cat(parts, dim=1) + sentence + summary, branch=SHOWN)
 
     def see(self, pictures: Tensor) -> Tensor:
         """Pictures `[b, 3, h, w]` -> `[b, V, width]`"""

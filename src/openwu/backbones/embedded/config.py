@@ -35,6 +35,8 @@ class EmbeddedBaseConfig:
         ):
             if value != expected:
                 raise ValueError(f"{name}: expected {expected}, what the part before it writes, got {value}")
+        if self.condition.examples and not self.instruction.wordless:
+            raise ValueError("instruction.wordless: expected True, since examples come without words, got False")
 
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": MODEL_TYPE, **{name: dataclasses.asdict(getattr(self, name)) for name in _CONFIGS}}

@@ -1,9 +1,9 @@
 """What pairs of pictures before and after an edit show of it: tokens for the embedded condition encoder.
 
 Colours: a cubic fit of the change and its local means, at the colours of a grid, with how often the example has each.
-Places: a thumbnail of what the fit leaves unexplained, and its profiles from the middle, down and across. Detail:
-squares at full resolution, the energy of differences over several distances, and how much of every band of frequencies
-is kept. Estimates are cues in the condition; what happens to a photograph is up to the network.
+Places: a thumbnail of what the fit leaves unexplained, and its profiles from the middle, down and across. Detail: the
+energy of differences over several distances, and how much of every band of frequencies is kept. Estimates are cues in
+the condition; what happens to a photograph is up to the network.
 
 Shapes: b requests, p pairs of each, h and w the sides of their pictures, n sampled pixels, V example tokens.
 """
@@ -30,20 +30,18 @@ REACH = 0.18
 """Standard deviation of the neighbourhood in which a grid colour's mean change is taken."""
 THUMBNAIL, PATCH = 32, 8
 """Sides in pixels of the thumbnail of changes, and of its patches."""
-DETAIL_GRID, DETAIL = 4, 16
-"""Details are taken at the crossings of a grid with so many lines each way; their side in pixels."""
 BINS = 8
 """Steps of a profile."""
 TILE_GRID, TILE = 4, 32
 """Frequencies are measured in squares at the crossings of a grid; their side in pixels."""
 GAIN = 2.0
 """Factor on all features, so that tokens of an untrained encoder are as large as those of the photograph."""
-HIDDEN = 512
+HIDDEN = 192
 """Width of the summary's hidden layer."""
 BANDS = 4
 """Bands of frequencies, an octave each, from the finest."""
 
-NUM_TOKENS = GRID**3 // GROUP + 1 + (THUMBNAIL // PATCH) ** 2 + 1 + DETAIL_GRID**2
+NUM_TOKENS = GRID**3 // GROUP + 1 + (THUMBNAIL // PATCH) ** 2 + 1
 """V"""
 
 
@@ -56,7 +54,6 @@ class ExampleEncoder(nn.Module):
         self.from_statistics = nn.Linear(2 * NUM_STATISTICS + 9, width)
         self.from_places = nn.Linear(9 * PATCH**2, width)
         self.from_profiles = nn.Linear(3 * 4 * BINS + 6 * BANDS + 3 * len(DIFFERENCES), width)
-        self.from_detail = nn.Linear(6 * DETAIL**2, width)
         known = sum(each.in_features for each in (self.from_statistics, self.from_profiles))
         self.summary = nn.Sequential(nn.Linear(7 * GRID**3 + known, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, width))
         self.place = nn.Parameter(torch.randn(NUM_TOKENS, width) * 0.1)
@@ -70,16 +67,16 @@ class ExampleEncoder(nn.Module):
         # The mean over pairs, where there is one for each.
         known = [each.mean(1) if each.ndim == 4 else each for each in features(pairs)]
         known = [(GAIN * each).clamp(-16, 16).to(dtype) for each in known]
-        layers = (self.from_colours, self.from_statistics, self.from_places, self.from_profiles, self.from_detail)
+        layers = (self.from_colours, self.from_statistics, self.from_places, self.from_profiles)
         tokens = torch.cat([layer(each) for layer, each in zip(layers, known, strict=True)], dim=1)
-        shapes, statistics, _, profiles, _ = known
+        shapes, statistics, _, profiles = known
         summary = self.summary(torch.cat([each.flatten(1) for each in (shapes, statistics, profiles)], dim=1))
         return tokens + self.place, summary[:, None]
 
 
 @torch.no_grad()
 def features(pairs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What p pairs `[b, 2, 3, h, w]` show, in five parts `[b, (p,) v, f]`."""
+    """What p pairs `[b, 2, 3, h, w]` show, in four parts `[b, (p,) v, f]`."""
     both = [pair.float()[:, None].unbind(2) for pair in pairs]
     samples = [torch.cat([reduced(pair[side]) for pair in both], dim=1) for side in (0, 1)]
     weights = fit(samples[0], samples[1])
@@ -88,7 +85,6 @@ def features(pairs: Sequence[Tensor]) -> tuple[Tensor, ...]:
             statistics(before, after, weights),
             places(before, after, weights),
             profiles(before, after, weights),
-            details(before, after),
         )
         for before, after in both
     ]
@@ -174,15 +170,6 @@ def profiles(before: Tensor, after: Tensor, weights: Tensor) -> Tensor:
     kept = [_kept(*both) for both in zip(_bands(first), _bands(second), strict=True)]
     energies = [_energies(each) for each in (tiles[0], second, second - first)]
     return torch.cat([_profiles(expected, small[1]), *kept, *energies], dim=-1).view(b, p, 1, -1)
-
-
-def details(before: Tensor, after: Tensor) -> Tensor:
-    """Squares before and after, without their means: `[b, p, DETAIL_GRID ** 2, 6 DETAIL^2]`."""
-    b, p = before.shape[:2]
-    cut = torch.cat(
-        [cut_details(each, DETAIL_GRID, DETAIL) for each in (before.flatten(0, 1), after.flatten(0, 1))], dim=2
-    )
-    return 8 * (cut - cut.mean((-1, -2), keepdim=True)).flatten(2).view(b, p, -1, 6 * DETAIL**2)
 
 
 def _profiles(expected: Tensor, after: Tensor) -> Tensor:

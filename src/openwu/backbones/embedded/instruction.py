@@ -69,6 +69,9 @@ class InstructionConfig:
     accepted_percent: int = 90
     """Probability, in percent, from which an edit counts as understood; less is refused. Chosen on sentences of
     writers whom no training saw, see docs/editing.md."""
+    wordless: bool = False
+    """Whether no words at all have learned tokens, under which the base changes nothing: what an edit that is shown by
+    example starts from."""
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
@@ -168,6 +171,7 @@ class InstructionEncoder(nn.Module):
         nn.init.zeros_(self.phrases.weight)
         self.centres = nn.Parameter(torch.zeros(len(config.labels), config.num_tokens, width))
         self.degree_centres = nn.Parameter(torch.zeros(NUM_DEGREES, config.num_tokens, width))
+        self.wordless = nn.Parameter(torch.zeros(config.num_tokens, width)) if config.wordless else None
 
     def as_read(self, sentence: str) -> str:
         """The words that are read, and nothing else: sentences of which this is the same have the same tokens."""
@@ -175,7 +179,11 @@ class InstructionEncoder(nn.Module):
 
     def forward(self, sentences: Sequence[str], dropped: tuple[float, torch.Generator] | None = None) -> Tensor:
         """-> `[b, K, width]`. `dropped`: in training, the share of n-grams to leave out, and the draws' generator."""
-        return self.settled(self.read_words(sentences, dropped), self.phrase_logits(sentences))
+        tokens = self.settled(self.read_words(sentences, dropped), self.phrase_logits(sentences))
+        if self.wordless is None:
+            return tokens
+        silent = torch.tensor([not split_words(sentence) for sentence in sentences], device=tokens.device)
+        return torch.where(silent[:, None, None], self.wordless, tokens)
 
     def settled(self, tokens: Tensor, phrase_logits: Tensor, centres: Tensor | None = None) -> Tensor:
         """Tokens as read `[b, K, width]` -> drawn towards what is typical of what they are taken for.

@@ -51,10 +51,6 @@ class PairBatch:
     """Which requests have a second picture `[b]` bool."""
     dial: Tensor
     """Scale of the adapter `[b]`: the target is an edit of that strength."""
-    examples: Tensor | None = None
-    """Pairs before and after that show the edit `[b, p, 2, 3, s, s]`; the condition encoder alone sees them."""
-    photo_shown: Tensor | None = None
-    """Whether the condition encoder sees `whole` beside the examples `[b]` bool: all rows alike."""
 
 
 @dataclass(frozen=True)

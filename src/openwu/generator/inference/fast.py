@@ -22,7 +22,7 @@ import importlib
 import json
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -100,6 +100,7 @@ class FastGenerator:
         self.options = options or FastOptions()
         self.workspace = Workspace()
         self.tables = Tables()
+        self.branches = {name: FastGenerator(generator.branch(name), options) for name in generator.config.branches}
         self._lock = threading.Lock()
         self._sources: tuple[object, ...] | None = None
         self._held: list[Tensor] = []
@@ -108,6 +109,9 @@ class FastGenerator:
 
     def __call__(self, condition: Condition | Tensor) -> Adapter:
         """One adapter per sample, without gradients."""
+        if isinstance(condition, Condition) and condition.branch in self.branches:
+            own = self.branches[condition.branch](replace(condition, branch=""))
+            return self.generator.complete(own)
         with self._lock, torch.no_grad(), self.scope():
             return self._adapter(condition)
 
@@ -131,6 +135,8 @@ class FastGenerator:
 
     def forget(self) -> None:
         """Drop everything that is kept."""
+        for branch in self.branches.values():
+            branch.forget()
         with self._lock:
             self._drop()
             self.workspace.forget()

@@ -9,8 +9,9 @@ from openwu.errors import OpenwuError
 from openwu.training.config import LATER, Recipe, StageConfig, check_share
 from openwu.training.embedded.model import EmbeddedConfig
 
-STAGES = ("instruction", "base", "generator", "shared")
-"""In the order in which they build on one another; "shared" is the baseline of equal length, not part of the model."""
+STAGES = ("instruction", "base", "generator", "examples", "shared")
+"""In the order in which they build on one another; "examples" only where a recipe has that stage. "shared" is the
+baseline of equal length, not part of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,11 @@ class EmbeddedRecipe(Recipe):
     """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
-    examples: tuple[tuple[int, int], ...] = field(default=(), metadata=LATER)
-    """Shapes of the generator's batches of edits that are shown by example; none: no such steps."""
-    examples_each: int = field(default=1, metadata=LATER)
-    """So many batches of examples follow each batch of named edits."""
+    examples: StageConfig | None = field(default=None, metadata=LATER)
+    """Example encoder and the generator's branch for it: edits that are shown by pairs of pictures; None: no such
+    stage."""
+    photographs_each: int = field(default=2, metadata=LATER)
+    """Photographs on which each program of a batch of examples is learned."""
     plain_examples: int = field(default=0, metadata=LATER)
     """So many batches of examples at first show one operation on colours alone, see `ExampleSampler.plain`."""
     smooth: float = field(default=0.0, metadata=LATER)
@@ -59,6 +61,13 @@ class EmbeddedRecipe(Recipe):
         unknown = sorted(set(self.stages) - set(STAGES))
         if unknown or not self.stages:
             raise ValueError(f"stages: expected some of {list(STAGES)}, got {list(self.stages)}")
+        if self.examples is not None and not self.model.condition.examples:
+            raise ValueError("examples: expected a model whose condition.examples is True, or no such stage")
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The stages that this recipe has, in order."""
+        return tuple(name for name in STAGES if name != "examples" or self.examples is not None)
 
     def check_baseline(self) -> None:
         """Refuse an unfair baseline. Not at construction: overrides change one of the two stages at a time."""

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from openwu.adapters.inject import attach
 from openwu.adapters.merge import merged_copy, merging_pays
 from openwu.backbones.embedded.base import WEIGHTS, EmbeddedBase
-from openwu.backbones.embedded.config import EmbeddedBaseConfig, read_config, read_parts
+from openwu.backbones.embedded.condition import SHOWN
+from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, read_parts
 from openwu.config import ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError, TargetError
 from openwu.files.weights import fill
@@ -51,6 +52,43 @@ class EmbeddedConfig(EmbeddedBaseConfig):
                 f"generator.input_dim: expected {self.condition.width}, what the part before it writes, got "
                 f"{self.generator.input_dim}"
             )
+        if self.condition.examples != (SHOWN in self.generator.branches):
+            raise ValueError(
+                f"generator.branches: expected {SHOWN!r} if and only if condition.examples is true, "
+                f"got {sorted(self.generator.branches)}"
+            )
+
+    def with_examples(self, d_model: int, head_dim: int, dim_accumulation: int, blocks: int) -> EmbeddedConfig:
+        """Return the sizes of a model that reads examples, too: their tokens, and a branch of the generator for them.
+
+        The branch has a width of its own and writes to the full-resolution path alone.
+        """
+        pixels = tuple(group for group in self.generator.groups if group.name == PIXELS)
+        branch = dataclasses.replace(
+            self.generator,
+            d_model=d_model,
+            head_dim=head_dim,
+            dim_accumulation=dim_accumulation,
+            num_pg_layers=blocks,
+            groups=pixels,
+        )
+        return dataclasses.replace(
+            self,
+            instruction=dataclasses.replace(self.instruction, wordless=True),
+            condition=dataclasses.replace(self.condition, examples=True),
+            generator=dataclasses.replace(self.generator, branches={**self.generator.branches, SHOWN: branch}),
+        )
+
+    def without_examples(self) -> EmbeddedConfig:
+        """Return the sizes of the same model without the parts that read examples."""
+        return dataclasses.replace(
+            self,
+            instruction=dataclasses.replace(self.instruction, wordless=False),
+            condition=dataclasses.replace(self.condition, examples=False),
+            generator=dataclasses.replace(
+                self.generator, branches={k: v for k, v in self.generator.branches.items() if k != SHOWN}
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "generator": self.generator.to_dict()}

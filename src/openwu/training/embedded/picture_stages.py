@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from openwu.data.examples import ExampleSampler
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.metrics import psnr
@@ -36,7 +35,6 @@ FLOOR = FIRST_FLOOR
 ANNEALED_SHARE = 0.6
 """Share of a training over which the floor is annealed from where it starts to FLOOR."""
 VARIANCE_BATCHES = 2
-VALIDATED_EXAMPLES = 48
 SHEET_ROWS = 8
 
 Adapt = Callable[[PairBatch, Tensor], Adapter | None]
@@ -51,27 +49,6 @@ class Batches(Protocol):
     def batch(self, step: int) -> PairBatch: ...
 
     def size(self, step: int) -> int: ...
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """Batches of two kinds in turn: one of named edits, then `shown_each` of edits that are shown by example."""
-
-    named: Batches
-    shown: Batches
-    shown_each: int = 1
-
-    def batch(self, step: int) -> PairBatch:
-        sampler, own = self._at(step)
-        return sampler.batch(own)
-
-    def size(self, step: int) -> int:
-        sampler, own = self._at(step)
-        return sampler.size(own)
-
-    def _at(self, step: int) -> tuple[Batches, int]:
-        turn, place = divmod(step, self.shown_each + 1)
-        return (self.named, turn) if place == 0 else (self.shown, turn * self.shown_each + place - 1)
 
 
 @dataclass
@@ -216,9 +193,6 @@ def generator_of(model: EmbeddedModel) -> tuple[nn.Module, Adapt]:
     """Return condition encoder and generator as one module, and the function that gives a batch its adapters."""
 
     def adapt(batch: PairBatch, text: Tensor) -> Adapter:
-        if batch.examples is not None:
-            shown = batch.photo_shown is not None and bool(batch.photo_shown.all())
-            return model.adapt_shown(batch.examples, text, batch.whole if shown else None)
         references = batch.reference if bool(batch.present.any()) else None
         return model.adapt(batch.whole, text, references, batch.present).scaled(batch.dial)
 
@@ -246,13 +220,6 @@ def _stage(
     dialled = name == "generator"
     batches = PairSampler(photographs[0], tasks, config.shapes, recipe.side, seed, dialled, recipe.smooth)
     validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
-    if dialled and recipe.examples:
-        shown = ExampleSampler(photographs[0], recipe.examples, recipe.side, seed, plain=recipe.plain_examples)
-        judged = ExampleSampler(photographs[1], ((VALIDATED_EXAMPLES, recipe.side),), recipe.side, seed + 9)
-        both, check = Mixed(batches, shown, recipe.examples_each), Mixed(validation, judged)
-        return PictureStage(
-            *(name, config, model, trained, adapt, both, check), validated=2, seed=recipe.seed, bf16=recipe.bf16
-        )
     return PictureStage(name, config, model, trained, adapt, batches, validation, seed=recipe.seed, bf16=recipe.bf16)
 
 

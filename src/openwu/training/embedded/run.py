@@ -23,6 +23,7 @@ from openwu.files.hashing import of_files, of_json
 from openwu.training.checkpoint import load_weights
 from openwu.training.distributed import is_main
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe, PairsRecipe, WordingRecipe
+from openwu.training.embedded.example_stage import example_stage, shown_parts
 from openwu.training.embedded.instruction_stages import InstructionStage, WordingStage
 from openwu.training.embedded.model import SHARED, EmbeddedModel
 from openwu.training.embedded.own_pairs import PairsTraining
@@ -47,6 +48,7 @@ STAGE_BUILDERS: dict[str, Callable[[EmbeddedRecipe, EmbeddedModel, Photographs],
     "instruction": lambda recipe, model, _: InstructionStage(model, recipe.seed, recipe.instruction.shapes[0][0]),
     "base": base_stage,
     "generator": generator_stage,
+    "examples": example_stage,
     "shared": shared_stage,
 }
 
@@ -70,8 +72,9 @@ def train(
     if recipe.start is not None and {"base", "generator"} & set(stages):
         crop = max(crop for _, crop in recipe.generator.shapes)
         known = known_retention(model, pictures[1], recipe.side, crop, recipe.seed + 13, recipe.bf16)
-    last = max((STAGES.index(name) for name in stages), default=-1)
-    for name in STAGES[: last + 1]:
+    last = max((recipe.known.index(name) for name in stages if name in recipe.known), default=-1)
+    complete = "generator" if recipe.examples is None else "examples"
+    for name in recipe.known[: last + 1]:
         if name in stages:
             stage = STAGE_BUILDERS[name](recipe, model, pictures)
             stage = WatchedStage(stage, known) if known is not None and name == "generator" else stage
@@ -82,7 +85,7 @@ def train(
                 _export_shared(recipe, stage.trained, folder, hashes)
         elif recipe.start is None or name in recipe.stages:
             load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
-        if name == "generator":  # The model is complete; the baseline is no part of it.
+        if name == complete:  # The model is complete; the baseline is no part of it.
             _export(recipe, model, folder, before, known, sentences=phrases_hash(), photographs=hashes)
 
 
@@ -136,10 +139,17 @@ def train_wording(
 
 
 def starting_model(recipe: EmbeddedRecipe) -> tuple[EmbeddedModel, dict[str, Any] | None]:
-    """Load the recipe's start with its provenance, or make a new model, which has None."""
+    """Load the recipe's start with its provenance, or make a new model, which has None.
+
+    A start that was made without examples gets new parts for them.
+    """
     if recipe.start is None:
         return new_model(recipe), None
     model = EmbeddedModel.from_pretrained(recipe.start)
+    if model.config != recipe.model and model.config == recipe.model.without_examples():
+        grown = new_model(recipe)
+        grown.load_state_dict({**grown.state_dict(), **model.state_dict()})
+        model = grown
     if model.config != recipe.model:
         raise OpenwuError(
             f"start: expected a model of the recipe's sizes and labels, got another one in {recipe.start}; "
@@ -190,6 +200,8 @@ def _understood(model: EmbeddedModel) -> dict[str, float]:
 
 def _trained(name: str, model: EmbeddedModel) -> nn.Module:
     parts = {"instruction": model.instruction, "base": model.backbone}
+    if name == "examples":
+        return shown_parts(model)
     return parts[name] if name in parts else generator_of(model)[0]
 
 

@@ -1,0 +1,171 @@
+"""The stage that learns edits shown by example: the example encoder and the generator's branch that reads it.
+
+Base, instruction encoder, condition encoder and the rest of the generator are frozen, so edits that are asked for in
+words stay as they are, bit by bit. The branch writes to the base's full-resolution path alone: what the blocks see is
+computed once for each photograph, without gradients, and serves several programs.
+
+Shapes: b requests, c photographs of each, k side of what the base edits, m side of the window that a loss is taken in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from openwu.adapters.inject import attach
+from openwu.backbones.embedded.condition import SHOWN
+from openwu.backbones.embedded.network import TinyEditor, pad_mirrored, recolour
+from openwu.data.examples import ExampleBatch, ExampleSampler, neighbours
+from openwu.errors import OpenwuError
+from openwu.evaluation.metrics import psnr
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import EmbeddedRecipe
+from openwu.training.embedded.model import EmbeddedModel
+from openwu.training.embedded.picture_stages import Photographs, annealed_floor, picture_losses
+from openwu.training.embedded.wordless import learn_wordless
+from openwu.training.loop import Evaluation
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch, StepBatchCache
+from openwu.types import Adapter
+
+WINDOW = 48
+"""m, margins included, where a picture is larger."""
+VALIDATED = 48
+SHEET_ROWS = 8
+
+
+def shown_parts(model: EmbeddedModel) -> nn.Module:
+    """Return what the stage trains as one module. Raises OpenwuError for a model without examples."""
+    if model.condition.example is None or SHOWN not in model.generator.branches:
+        raise OpenwuError(
+            "examples: expected a model with condition.examples and a generator branch "
+            f"{SHOWN!r}, got one without; take both into the recipe's model"
+        )
+    return nn.ModuleDict({"example": model.condition.example, SHOWN: model.generator.branch(SHOWN)})
+
+
+def example_stage(recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: Photographs) -> ExampleStage:
+    """Build the stage; where no words have no tokens yet, they are learned first."""
+    assert recipe.examples is not None
+    trained = shown_parts(model)
+    assert model.instruction.wordless is not None  # the config's check
+    if not bool(model.instruction.wordless.any()):
+        learn_wordless(model, photographs[0], recipe.seed)
+    config = recipe.examples
+    drawn = ExampleSampler(
+        photographs[0], config.shapes, recipe.side, recipe.seed, recipe.photographs_each, plain=recipe.plain_examples
+    )
+    judged = ExampleSampler(photographs[1], ((VALIDATED, recipe.side),), recipe.side, recipe.seed + 9, series=False)
+    return ExampleStage(config, model, trained, drawn, judged, recipe.bf16)
+
+
+class ExampleStage:
+    """Train the shown parts by picture regression through the base's full-resolution path."""
+
+    name = "examples"
+
+    def __init__(
+        self,
+        config: StageConfig,
+        model: EmbeddedModel,
+        trained: nn.Module,
+        batches: ExampleSampler,
+        validation: ExampleSampler,
+        bf16: bool,
+    ) -> None:
+        self.config, self.model, self.trained = config, model, trained
+        self.batches, self.validation, self.bf16 = batches, validation, bf16
+        self._cache = StepBatchCache(self.batches.batch)
+        model.requires_grad_(False)
+        trained.requires_grad_(True)
+        # The base again, without the model's hooks: adapters of the branch have targets in the last part alone.
+        self.base = TinyEditor(model.config.backbone)
+        self.base.load_state_dict(model.backbone.state_dict())
+        self.base.requires_grad_(False)
+        self.handle = attach(self.base, model.generator.branch(SHOWN).targets)
+
+    @contextmanager
+    def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
+        """Compute the micro-batch's share of the step's loss."""
+        _, losses = self.losses(step, micro_batch)
+        yield losses.mean() * micro_batch.share(self.batches.size(step))
+
+    def not_finite(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
+        """Name the requests whose loss is not finite."""
+        names, losses = self.losses(step, micro_batch)
+        return [name for name, fine in zip(names, losses.isfinite().tolist(), strict=True) if not fine]
+
+    def losses(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> tuple[tuple[str, ...], Tensor]:
+        """Draw a micro-batch of a step and compute the loss of each of its requests `[b]`."""
+        batch = self._cache.at(step, micro_batch)
+        own = range(len(batch.names))[micro_batch.rows(len(batch.names))]
+        window = _window(batch, torch.Generator().manual_seed(step))
+        edited, target = self.edited(batch, own, window)
+        floor = annealed_floor(self.config.first_floor, step / self.config.steps)
+        margin = self.base.pixels.reach if target.shape[-1] < batch.picture.shape[-1] else 0
+        inside = (..., slice(margin, target.shape[-1] - margin), slice(margin, target.shape[-1] - margin))
+        losses = picture_losses(edited[inside], target[inside], floor)
+        return tuple(batch.names[row] for row in own), losses.view(len(own), -1).mean(1)
+
+    def edited(
+        self, batch: ExampleBatch, own: range, window: tuple[slice, slice] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures and targets `[b c, 3, m, m]` of the requests `own`, one after another."""
+        count, size = batch.target.shape[1], len(batch.names)
+        pictures = [at for row in own for at in neighbours(row, count, size)]
+        used = sorted(set(pictures))
+        place = torch.tensor([used.index(at) for at in pictures])
+        text = self.model.instruction(batch.sentences)
+        shown = slice(own.start, own.stop)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            whole = None if batch.whole is None else batch.whole[shown]
+            condition = self.model.condition.shown(batch.examples[shown].unbind(1), text[shown], whole)
+            adapter: Adapter = self.model.generator.branch(SHOWN)(condition.tokens)
+            with torch.no_grad():
+                x, tokens, grid = self._scene(batch.picture[used], batch.planes[used], text[used])
+            cut = (slice(None), slice(None), *(window or (slice(None), slice(None))))
+            rows = [row for row in range(len(own)) for _ in range(count)]
+            with self.handle.applied(adapter, rows):
+                affine = self.base.pixels(x[place][cut], tokens[place], grid, window)
+        k = batch.picture.shape[-1]
+        edited = recolour(batch.picture[pictures][cut], affine[:, :, :k, :k])
+        return edited, batch.target[shown].flatten(0, 1)[cut]
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Measure programs on photographs kept back: the input, another program's adapter, the right one."""
+        batch = self.validation.batch(0)
+        everyone = range(len(batch.names))
+        edited, target = self.edited(batch, everyone)
+        # The same answers asked of the program before.
+        wrong = self.edited(_turned(batch), everyone)[0]
+        means = {
+            f"psnr/{name}": float(psnr(picture, target).mean())
+            for name, picture in (("example", edited), ("other", wrong), ("input", batch.picture))
+        }
+        rows = [torch.cat(row, dim=-1) for row in zip(batch.picture, edited.clamp(0, 1), target, strict=True)]
+        return Evaluation(means, torch.cat(rows[:SHEET_ROWS], dim=-2).float())
+
+    def _scene(self, picture: Tensor, planes: Tensor, text: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """The network's channels, what the blocks see, and the grid of patches."""
+        cell = self.base.config.cell
+        x = pad_mirrored(self.base.inputs(picture, planes), -picture.shape[-2] % cell, -picture.shape[-1] % cell)
+        return x, *self.base.read_scene(x, text)
+
+
+def _window(batch: ExampleBatch, draws: torch.Generator) -> tuple[slice, slice] | None:
+    """A window at a random place, for less to compute; None where pictures are no larger."""
+    room = batch.picture.shape[-1] - WINDOW
+    if room <= 0:
+        return None
+    y, x = torch.randint(room + 1, (2,), generator=draws).tolist()
+    return slice(y, y + WINDOW), slice(x, x + WINDOW)
+
+
+def _turned(batch: ExampleBatch) -> ExampleBatch:
+    """The batch with every request's examples exchanged for those of the one before it."""
+    return ExampleBatch(
+        batch.names, batch.sentences, batch.examples.roll(1, 0), batch.picture, batch.planes, batch.target, batch.whole
+    )
