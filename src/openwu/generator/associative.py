@@ -7,8 +7,9 @@ M, so that what the note says is copied and not chosen from a list. With K the r
     B = V [out, L],   A = (K R K^T + ridge)^-1 K R M / |h|  [L, in]
 
 R = (I + weight C)^-1 keeps the memory from answering everything: C is the second moment of keys of ordinary texts, as
-in MEMIT (Meng et al. 2023), and directions that they share with the note are used as little as possible. To it a few ranks are added that are the same for every note (how to answer). Learned are M = (I + P Q^T) diag(a), the
-strength of every token, small corrections of keys and values, and those ranks.
+in MEMIT (Meng et al. 2023), and directions that they share with the note are used as little as possible. To it a few
+ranks may be added that are the same for every note (how to answer). Learned are M = (I + P Q^T) diag(a), the strength
+of every token, small corrections of keys and values, and those ranks.
 
 Shapes: b notes, L tokens, d width of the model, m width of a layer's input.
 """
@@ -55,21 +56,24 @@ class AssociativeConfig:
     gate_width: int = 64
     """Hidden width of what decides a token's strength."""
     shared_rank: int = 8
-    """Ranks that are the same for every note."""
+    """Ranks that are the same for every note; 0: none."""
     condition_encoder: Mapping[str, Any] = field(default_factory=dict)
     """How the notes were read that it was trained on, and by which base; a memory refuses another base."""
     background_rank: int = 0
     """Directions of ordinary keys that are suppressed in a note's; 0: none."""
 
     def __post_init__(self) -> None:
-        sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width", "shared_rank")
+        sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width")
         wrong = [
             f"{name}: expected a whole number above 0, got {getattr(self, name)!r}"
             for name in sizes
             if type(getattr(self, name)) is not int or getattr(self, name) < 1
         ]
-        if type(self.background_rank) is not int or not 0 <= self.background_rank <= self.in_dim:
-            wrong.append(f"background_rank: expected 0 to in_dim {self.in_dim}, got {self.background_rank!r}")
+        wrong += [
+            f"{name}: expected a whole number from 0 to in_dim {self.in_dim}, got {getattr(self, name)!r}"
+            for name in ("shared_rank", "background_rank")
+            if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) <= self.in_dim
+        ]
         if not self.targets or len(set(self.targets)) != len(self.targets):
             wrong.append(f"targets: expected paths of different layers, got {self.targets!r}")
         if wrong:
