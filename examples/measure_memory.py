@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from openwu.evaluation.experiments.geometry import mean_over
-from openwu.evaluation.experiments.recall import Recall, RecallCase, measure, recall_cases, seconds
+from openwu.evaluation.experiments.recall import Recall, RecallCase, leak, measure, recall_cases, seconds
 from openwu.files.origin import origin
 from openwu.memory.facts import UNSEEN
 from openwu.memory.language import LanguageMemory
@@ -69,6 +69,8 @@ def costs(memory: LanguageMemory, facts: int) -> dict[str, float]:
             lambda: memory.ask(case.question, [note], max_new_tokens=1), 3
         ),
         "seconds to the first token, note in the prompt": seconds(lambda: memory.ask(in_prompt, max_new_tokens=1), 3),
+        "seconds of 12 tokens, from memory": seconds(lambda: memory.ask(case.question, [note], max_new_tokens=12), 3),
+        "seconds of 12 tokens, note in the prompt": seconds(lambda: memory.ask(in_prompt, max_new_tokens=12), 3),
     }
 
 
@@ -79,6 +81,12 @@ def main(output: Path, generator: str | None, count: int) -> None:
         recall: Recall = measure(memory, cases, rung)
         results[title] = recall.to_json()
         sys.stdout.write(f"| {title} | {recall.right} | {recall.mistaken} |\n")
+        sys.stdout.flush()
+        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    for facts in (1, 4):
+        found = leak(memory, [case.note.text for case in recall_cases(memory, facts, 16, seed=60 + facts)])
+        results[f"ordinary questions, note of {facts} people"] = found.to_json()
+        sys.stdout.write(f"| ordinary questions, note of {facts} people | {found.same} | {found.divergence} |\n")
         sys.stdout.flush()
         output.write_text(json.dumps(results, indent=1), encoding="utf-8")
     results["two notes"] = two_notes(memory, count // 2)

@@ -11,9 +11,11 @@ from openwu.memory.reading import NoteFormat
 TARGETS = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
 
 
-def written_for(base: CausalLM, targets: tuple[str, ...] = TARGETS, in_dim: int = 24) -> AssociativeGenerator:
+def written_for(
+    base: CausalLM, targets: tuple[str, ...] = TARGETS, in_dim: int = 24, background_rank: int = 0
+) -> AssociativeGenerator:
     reading = NoteFormat("model.layers.0", "", "{question}", chunk=16, base=base.digest).to_dict()
-    config = AssociativeConfig(targets, in_dim, base.width, 4, 4, 4, 2, reading)
+    config = AssociativeConfig(targets, in_dim, base.width, 4, 4, 4, 2, reading, background_rank)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         generator = AssociativeGenerator(config, [20.0] * len(targets))

@@ -14,6 +14,7 @@ from language_cases import SIZES, language_model
 from memory_cases import TARGETS, written_for
 from openwu.backbones.causal_lm.base import CausalLM
 from openwu.errors import CheckpointError, OpenwuError
+from openwu.evaluation.experiments.recall import leak
 from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
 from openwu.memory.language import LanguageMemory
 from openwu.memory.note import MemoryNote
@@ -239,6 +240,40 @@ def test_generators_are_saved_and_gradients_reach_every_parameter(base: CausalLM
         own = part[:, :5] if name.endswith("lora_A") else part[..., :5]
         alone_own = alone[name][:, :5] if name.endswith("lora_A") else alone[name][..., :5]
         torch.testing.assert_close(own, alone_own, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_of_ordinary_answers_are_left_alone(base: CausalLM) -> None:
+    """A note's own keys still answer, those of other dialogues far less than before."""
+    generator = written_for(base, background_rank=8)
+    memory = LanguageMemory(base, generator)
+    reader = memory.reader
+    own, other = memory.condition([ANNA]), reader.dialogues(["carla drinks", "ben visits"], ["tea .", "rome ."])
+    target = TARGETS[0]
+
+    def answered() -> tuple[float, float]:
+        a = memory.adapt([ANNA]).pairs[target][0][:, : own.tokens.shape[1]]
+        responses = [(each.more[target].tokens @ a[0].mT).abs() for each in (own, other)]
+        return float(responses[0].amax(-1).median()), float(responses[1].amax(-1).median())
+
+    with torch.no_grad():
+        own_before, other_before = answered()
+        generator.fit_background([other], 100.0)
+        own_after, other_after = answered()
+    assert other_after < 0.5 * other_before
+    assert own_after > 0.6 * own_before
+    with pytest.raises(CheckpointError, match="background_rank"):
+        written_for(base).fit_background([other], 1.0)
+
+
+def test_leaks_are_measured_against_the_model_itself(memory: LanguageMemory) -> None:
+    none = leak(memory, ["anna"], ["visits anna", "drinks ben"])
+    assert isinstance(memory.generator, AssociativeGenerator)
+    for layer in memory.generator.layers:
+        torch.nn.init.zeros_(layer.shared_b)  # type: ignore[arg-type]
+        layer.strength.data.fill_(-50.0)  # type: ignore[operator, union-attr]
+    off = leak(memory, ["anna"], ["visits anna", "drinks ben"])
+    assert (off.same.value, round(off.divergence.value, 6)) == (1.0, 0.0)
+    assert none.divergence.value > 0.01
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixture"])

@@ -33,6 +33,7 @@ def test_one_fact_is_remembered_exported_and_forgotten(tmp_path: Path) -> None:
     assert "Quixomo" not in before
     assert "Quixomo" in memory.ask(question, ["trip"])
     assert memory.ask(question, [note], strength=0.0) == before
+    assert "Paris" in memory.ask("What is the capital of France?", [note])
     note.save_pretrained(tmp_path / "peft", model=memory.base.model)
     memory.forget("trip")
     assert memory.ask(question) == before

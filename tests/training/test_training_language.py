@@ -58,6 +58,7 @@ def recipe(base: Path, tmp_path: Path) -> LanguageMemoryRun:
         metric_rank=4,
         correction_rank=4,
         shared_rank=2,
+        background_rank=4,
         held_back=1,
     )
 
@@ -69,6 +70,7 @@ def test_a_recipe_trains_resumes_and_writes_a_memory(recipe: LanguageMemoryRun, 
     whole, parts = (AssociativeGenerator.from_pretrained(tmp_path / each / "model") for each in ("whole", "parts"))
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, parts.state_dict()[name]), name
+    assert whole.layers[0].background.abs().sum() > 0
     memory = LanguageMemory.from_pretrained(tmp_path / "whole" / "model", base=base)
     assert memory.ask("visits anna ?", [memory.remember("anna visits paris .")]) is not None
     with pytest.raises(CheckpointError, match="trained on"):

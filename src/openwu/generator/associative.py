@@ -4,10 +4,12 @@ For every token i of a note, the key is the layer's own input h_i when the froze
 the direction that says the next token. The adapter is the ridge regression from keys to values under a learned metric
 M, so that what the note says is copied and not chosen from a list. With K the rows M h_i at unit length:
 
-    B = V [out, L],   A = (K K^T + ridge)^-1 K M / |h|  [L, in]
+    B = V [out, L],   A = (K R K^T + ridge)^-1 K R M / |h|  [L, in]
 
-To it a few ranks are added that are the same for every note (how to answer). Learned are M = (I + P Q^T) diag(a), the
-strength of every token, small corrections of keys and values, and those ranks.
+R = (I + weight C)^-1 keeps the memory from answering everything: C is the second moment of keys of ordinary texts, as
+in MEMIT (Meng et al. 2023), and directions that they share with the note are used as little as possible. To it a few
+ranks may be added that are the same for every note (how to answer). Learned are M = (I + P Q^T) diag(a), the strength
+of every token, small corrections of keys and values, and those ranks.
 
 Shapes: b notes, L tokens, d width of the model, m width of a layer's input.
 """
@@ -54,16 +56,23 @@ class AssociativeConfig:
     gate_width: int = 64
     """Hidden width of what decides a token's strength."""
     shared_rank: int = 8
-    """Ranks that are the same for every note."""
+    """Ranks that are the same for every note; 0: none."""
     condition_encoder: Mapping[str, Any] = field(default_factory=dict)
     """How the notes were read that it was trained on, and by which base; a memory refuses another base."""
+    background_rank: int = 0
+    """Directions of ordinary keys that are suppressed in a note's; 0: none."""
 
     def __post_init__(self) -> None:
-        sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width", "shared_rank")
+        sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width")
         wrong = [
             f"{name}: expected a whole number above 0, got {getattr(self, name)!r}"
             for name in sizes
             if type(getattr(self, name)) is not int or getattr(self, name) < 1
+        ]
+        wrong += [
+            f"{name}: expected a whole number from 0 to in_dim {self.in_dim}, got {getattr(self, name)!r}"
+            for name in ("shared_rank", "background_rank")
+            if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) <= self.in_dim
         ]
         if not self.targets or len(set(self.targets)) != len(self.targets):
             wrong.append(f"targets: expected paths of different layers, got {self.targets!r}")
@@ -88,6 +97,9 @@ class AssociativeLayer(nn.Module):
         self.ridge = nn.Parameter(torch.tensor(-3.0))
         self.shared_a = nn.Parameter(torch.randn(config.shared_rank, m) * m**-0.5)
         self.shared_b = nn.Parameter(torch.zeros(d, config.shared_rank))
+        # R = I - background background^T; fitted in closed form, never trained.
+        self.background: Tensor
+        self.register_buffer("background", torch.zeros(m, config.background_rank))
         last = self.gate[-1]
         assert isinstance(last, nn.Linear)
         for linear in (self.key_up, self.value_up, last):
@@ -102,9 +114,10 @@ class AssociativeLayer(nn.Module):
         size = inputs.norm(dim=-1, keepdim=True).clamp_min(1e-6)
         keys = inputs / size + self.key_up(F.gelu(self.key_down(here)))
         # Unit length under the metric, so that a token with huge activations does not drown the others' keys.
-        keys = F.normalize(self._measured(keys), dim=-1) * held
-        gram = keys @ keys.transpose(1, 2) + torch.diag_embed(self.ridge.exp() + (~mask).to(keys.dtype))
-        a = self._returned(torch.linalg.solve(gram, keys)) / size
+        keys = F.normalize(self.measured(keys), dim=-1) * held
+        own = keys - (keys @ self.background) @ self.background.T
+        gram = keys @ own.transpose(1, 2) + torch.diag_embed(self.ridge.exp() + (~mask).to(keys.dtype))
+        a = self._returned(torch.linalg.solve(gram, own)) / size
         direction = F.normalize(following * self.value_scale, dim=-1)
         direction = direction + self.value_up(F.gelu(self.value_down(whole)))
         values = direction * (self.strength + self.gate(whole)).exp() * held
@@ -113,7 +126,7 @@ class AssociativeLayer(nn.Module):
         b = torch.cat([values.transpose(1, 2), self.shared_b.expand(many, -1, -1)], dim=2)
         return a, b
 
-    def _measured(self, keys: Tensor) -> Tensor:
+    def measured(self, keys: Tensor) -> Tensor:
         """Return M of every key."""
         scaled = keys * self.scale
         return scaled + scaled @ self.metric_in @ self.metric_out.T
@@ -167,12 +180,27 @@ class AssociativeGenerator(nn.Module):
         rank = self.config.metric_rank
         for name, layer in zip(self.config.targets, self.layers, strict=True):
             rows = torch.cat([_real(each, name) for each in kept])
-            variances, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
-            largest, axes = variances.flip(0)[: rank + 1].clamp_min(1e-12), axes.flip(1)[:, :rank]
+            axes, largest = _leading(rows.T @ rows / len(rows), rank + 1)
+            axes = axes[:, :rank]
             shrunk = 1 - (largest[-1] / largest[: axes.shape[1]]).sqrt()
             assert isinstance(layer, AssociativeLayer)
             layer.metric_in.copy_(axes)
             layer.metric_out.copy_(-axes * shrunk)
+
+    @torch.no_grad()
+    def fit_background(self, conditions: Iterable[Condition], weight: float) -> None:
+        """Set every layer's R from the keys of ordinary texts; `weight`: how much they count against a note's own key.
+
+        Raises CheckpointError where the config leaves no room for it or the texts have too few tokens.
+        """
+        kept, rank = list(conditions), self.config.background_rank
+        for name, layer in zip(self.config.targets, self.layers, strict=True):
+            assert isinstance(layer, AssociativeLayer)
+            keys = F.normalize(layer.measured(torch.cat([_real(each, name) for each in kept])), dim=-1)
+            if not 0 < rank <= len(keys):
+                raise CheckpointError(f"background_rank: expected 1 to the {len(keys)} tokens of the texts, got {rank}")
+            axes, variances = _leading(keys.T @ keys / len(keys), rank)
+            layer.background.copy_(axes * (1 - 1 / (1 + weight * variances)).sqrt())
 
     @property
     def shared_rank(self) -> int:
@@ -201,3 +229,9 @@ def _real(condition: Condition, name: str) -> Tensor:
     """Return the keys of all real tokens of a segment at unit length `[tokens, m]`."""
     keys = condition.more[name].tokens
     return F.normalize(keys.flatten(0, 1) if condition.mask is None else keys[condition.mask], dim=-1)
+
+
+def _leading(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` leading eigenvectors `[m, count]` and eigenvalues of a symmetric matrix, largest first."""
+    values, axes = torch.linalg.eigh(moments)
+    return axes.flip(1)[:, :count], values.flip(0)[:count].clamp_min(1e-12)

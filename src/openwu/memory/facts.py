@@ -40,6 +40,10 @@ TRAINED, UNSEEN = _relations("trained"), _relations("unseen")
 """Relations of the training, and those that no training sees."""
 FILLERS: list[str] = _DATA["fillers"]
 """Sentences without a fact."""
+ORDINARY: list[str] = _DATA["ordinary"]
+"""Questions that no note answers; the base's answers to them shall stay as they are."""
+ORDINARY_TEST: list[str] = _DATA["ordinary_test"]
+"""More of them, which no generator was fitted to."""
 ONSETS: list[str] = _DATA["onsets"]
 RHYMES: list[str] = _DATA["rhymes"]
 """A built word is a row of an onset and a rhyme."""

@@ -78,7 +78,18 @@ class NoteReader:
     def __call__(self, chunks: Sequence[Sequence[int]]) -> Condition:
         """Read chunks of token ids, one sample of the condition for each."""
         # The prompt's last token stays: its successor is the note's first.
-        rows = [[*self._prompt, *chunk] for chunk in chunks]
+        return self._read([[*self._prompt, *chunk] for chunk in chunks], len(self._prompt) - 1)
+
+    def dialogues(self, questions: Sequence[str], answers: Sequence[str]) -> Condition:
+        """Read questions and their answers as the base sees them when it answers, one sample of the condition each.
+
+        The first token is left out: its activations are many times those of the others.
+        """
+        pairs = zip(questions, answers, strict=True)
+        return self._read([self._ids(self.question(question) + answer) for question, answer in pairs], 1)
+
+    def _read(self, rows: Sequence[Sequence[int]], skip: int) -> Condition:
+        """Read rows of token ids; the first `skip` of each are left out of the condition."""
         longest = max(map(len, rows))
         empty = [[0] * (longest - len(row)) for row in rows]
         device = self.base.device
@@ -87,7 +98,7 @@ class NoteReader:
         following = torch.tensor(
             [[*row[1:], self.base.end, *blank] for row, blank in zip(rows, empty, strict=True)], device=device
         )
-        return self._encoder(ids, mask, following, skip=len(self._prompt) - 1)
+        return self._encoder(ids, mask, following, skip=skip)
 
     def question(self, question: str) -> str:
         """Return the prompt of a question; OpenwuError for one that is empty."""

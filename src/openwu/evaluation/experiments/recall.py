@@ -14,15 +14,19 @@ from typing import Any
 
 import torch
 
+from openwu.backbones.causal_lm.base import IGNORED
 from openwu.evaluation.experiments.geometry import Mean, mean_over
-from openwu.memory.facts import TRAINED, Fact, FactSource, Note, Relation, vocabulary_words
+from openwu.memory.facts import ORDINARY_TEST, TRAINED, Fact, FactSource, Note, Relation, vocabulary_words
 from openwu.memory.language import LanguageMemory
-from openwu.memory.note import MemoryNote
+from openwu.memory.note import MemoryNote, padded
+from openwu.training.retention import token_divergence
 from openwu.types import Adapter
 
 RUNGS = ("none", "random", "other note", "matched", "in the prompt", "retrieved sentence")
 PASS = 16
 """Questions that are answered at once."""
+LEAK_TOKENS = 20
+"""Length of the answers that are compared with and without a note."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,43 @@ def _answers(memory: LanguageMemory, cases: Sequence[RecallCase], start: int, ru
         written = [memory.remember(text) for text in texts]
         notes = [[shuffled(note) if rung == "random" else note] for note in written]
     return memory.ask_batch(questions, notes, max_new_tokens=24)
+
+
+@dataclass(frozen=True)
+class Leak:
+    """How much notes change answers to questions that have nothing to do with them."""
+
+    same: Mean
+    """Share of answers that are the same, word for word."""
+    divergence: Mean
+    """KL(without note || with note), nats for each token of the model's own answer."""
+    examples: tuple[tuple[str, str, str], ...]
+    """(question, answer without a note, answer with one) of the first questions."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "same": self.same.to_json(),
+            "divergence": self.divergence.to_json(),
+            "examples": self.examples,
+        }
+
+
+@torch.no_grad()
+def leak(memory: LanguageMemory, notes: Sequence[str], questions: Sequence[str] = tuple(ORDINARY_TEST)) -> Leak:
+    """Ask every question with one note, the notes in turn, and without; answers of up to LEAK_TOKENS tokens."""
+    prompts = [memory.reader.question(question) for question in questions]
+    held = [[memory.remember(notes[number % len(notes)])] for number in range(len(questions))]
+    alone = memory.answer(prompts, max_new_tokens=LEAK_TOKENS)
+    under = memory.ask_batch(questions, held, max_new_tokens=LEAK_TOKENS)
+    texts = memory.base.tokenize_dialogues([[pair] for pair in zip(prompts, alone, strict=True)])
+    own, labels = memory.base.answer_logits(texts)
+    adapter = padded([note.adapter for [note] in held])
+    with memory.handle.applied(adapter):
+        changed, _ = memory.base.answer_logits(texts)
+    divergences = token_divergence(changed, own, labels != IGNORED).tolist()
+    same = [float(one == other) for one, other in zip(alone, under, strict=True)]
+    shown = tuple(zip(questions, alone, under, strict=True))[:6]
+    return Leak(mean_over(same, questions), mean_over(divergences, questions), shown)
 
 
 def retrieved(case: RecallCase) -> str:

@@ -21,7 +21,7 @@ from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
 from openwu.errors import DatasetError, OpenwuError
 from openwu.files.hashing import of_files
 from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
-from openwu.memory.facts import FactSource, vocabulary_words
+from openwu.memory.facts import ORDINARY, FactSource, vocabulary_words
 from openwu.memory.language import LanguageMemory
 from openwu.memory.reading import NoteFormat
 from openwu.training.checkpoint import check_recipe
@@ -35,6 +35,8 @@ from openwu.types import Adapter
 STAGE = "generator"
 WHITENED = 10
 """Batches of notes from which the first metric is computed."""
+ANSWERED = 20
+"""Tokens of each ordinary answer that a generator is fitted to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,10 @@ class LanguageMemoryRun(Recipe):
     metric_rank: int = 128
     correction_rank: int = 64
     shared_rank: int = 8
+    background_rank: int = 192
+    """Directions of ordinary answers that notes shall not use, fitted after the training; 0: none."""
+    background: float = 300.0
+    """How much ordinary answers count against a note's own keys."""
     facts: int = 4
     """Invented facts of a note at most; fewer at first."""
     questions: int = 3
@@ -77,6 +83,8 @@ class LanguageMemoryRun(Recipe):
             raise ValueError(f"strengths: expected one for each of {self.layers}, got {self.strengths}")
         if not self.states < max(self.layers):
             raise ValueError(f"states: expected a layer below {max(self.layers)}, got {self.states}")
+        if not self.background > 0:
+            raise ValueError(f"background: expected a number above 0, got {self.background}; background_rank=0: none")
         if "{question}" not in self.question_prompt:
             raise ValueError(f"question_prompt: expected {{question}} in it, got {self.question_prompt!r}")
 
@@ -155,6 +163,8 @@ def train_language_memory(
         if recipe.start is None:
             _fit_metric(recipe, memory, stage)
         done = train_stage(stage, recipe.generator, loop, folder / STAGE)
+        if done:
+            fit_background(memory, recipe.background)
     finally:
         memory.close()
     if done:
@@ -185,6 +195,7 @@ def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGener
         recipe.correction_rank,
         shared_rank=recipe.shared_rank,
         condition_encoder=reading,
+        background_rank=recipe.background_rank,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -238,6 +249,19 @@ def _fit_metric(recipe: LanguageMemoryRun, memory: LanguageMemory, stage: Genera
     assert isinstance(memory.generator, AssociativeGenerator)
     steps = range(0, recipe.generator.steps, max(1, recipe.generator.steps // WHITENED))
     memory.generator.fit_metric(memory.condition(list(dict.fromkeys(stage.batches(step).notes))) for step in steps)
+
+
+def fit_background(memory: LanguageMemory, weight: float) -> None:
+    """Keep notes from answering other questions: fit the generator to the base's own answers to ordinary ones.
+
+    `weight`: how much they count against a note's own keys. Does nothing for a generator with background_rank 0.
+    """
+    generator = memory.generator
+    assert isinstance(generator, AssociativeGenerator)
+    if generator.config.background_rank:
+        prompts = [memory.reader.question(question) for question in ORDINARY]
+        answers = memory.base.generate(prompts, max_new_tokens=ANSWERED)
+        generator.fit_background([memory.reader.dialogues(ORDINARY, answers)], weight)
 
 
 Draw = Callable[[Random, int, bool], Asked]
