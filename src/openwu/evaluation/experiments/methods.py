@@ -48,14 +48,15 @@ class Method:
     """The adapters of test requests."""
     rates: Mapping[str, float]
     """Fields of StageConfig: the peak learning rates at factor 1 of the search."""
-    other_rates: Mapping[str, float]
-    """Those of the other optimiser, as another choice of the search: AdamW's where `rates` are Muon's."""
+    other_rates: Mapping[str, float] | None = None
+    """Those of the other optimiser, as another choice of the search: AdamW's where `rates` are Muon's. None: no
+    choice."""
 
     @property
     def choices(self) -> dict[str, Mapping[str, float]]:
-        """Both optimisers' rates by name, those of `rates` first."""
+        """The optimisers' rates by name, those of `rates` first."""
         own, other = ("Muon", "AdamW") if set(self.rates) & set(MUON_FIELDS) else ("AdamW", "Muon")
-        return {own: self.rates, other: self.other_rates}
+        return {own: self.rates} | ({} if self.other_rates is None else {other: self.other_rates})
 
 
 class AdapterBank(TrainableLora):
@@ -109,8 +110,8 @@ def new_method(model: EmbeddedModel, name: str, tasks: Sequence[str], budget: Bu
         return Method(name, bank, model, lambda batch, _: bank.of(batch.names), own, *BANK_RATES)
     if name in ("shared", "shared, wide"):
         shared = TrainableLora(targets, rank if name == "shared" else budget.wide_rank, random)
-        rates = BANK_RATES if name == "shared" else WIDE_RATES
-        return Method(name, shared, model, lambda *_: shared(), lambda _: shared().detach(), *rates)
+        both = BANK_RATES if name == "shared" else WIDE_RATES
+        return Method(name, shared, model, lambda *_: shared(), lambda _: shared().detach(), *both)
     changed = model.copy()
     if name == "sft":
         rates = {"learning_rate": 5e-4, "matrix_learning_rate": 2e-3}
