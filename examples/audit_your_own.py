@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import openwu
-from openwu.evaluation.experiments.audit import Ladder, Subject, audit
+from openwu.evaluation.experiments.probes.audit import Ladder, Subject, audit
 
 WIDTH, RANK = 12, 4
 TARGETS = (openwu.Target("1", WIDTH, WIDTH),)

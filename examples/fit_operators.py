@@ -21,7 +21,7 @@ from openwu.adapters.inject import attach
 from openwu.backbones.embedded.base import WEIGHTS
 from openwu.data.suite.photographs import load_test_photographs
 from openwu.evaluation.cases import Case, draw_cases, encode, image_tensor, score
-from openwu.evaluation.experiments.operators import BASE, KINDS, Kind, OperatorResults, Point
+from openwu.evaluation.experiments.comparisons.operators import BASE, KINDS, Kind, OperatorResults, Point
 from openwu.evaluation.experiments.pictures import draw_operators
 from openwu.evaluation.experiments.results import ResultCache, TrialResult, write_findings
 from openwu.generator.layout import GroupLayout

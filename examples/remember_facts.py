@@ -37,8 +37,8 @@ from transformers import (
 
 import openwu
 from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
-from openwu.evaluation.experiments.audit import Ladder, Subject, audit
 from openwu.evaluation.experiments.geometry import Mean, mean_over
+from openwu.evaluation.experiments.probes.audit import Ladder, Subject, audit
 from openwu.memory.language import LanguageMemory
 from openwu.training.config import StageConfig
 from openwu.training.loop import LoopConfig, train_stage

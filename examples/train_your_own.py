@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import openwu
 from openwu.config import LayerGroup, PlainTarget
-from openwu.evaluation.experiments.audit import Ladder, Subject, audit
+from openwu.evaluation.experiments.probes.audit import Ladder, Subject, audit
 from openwu.training.config import StageConfig
 from openwu.training.distributed import is_main, process_group_scope
 from openwu.training.loop import LoopConfig, train_stage

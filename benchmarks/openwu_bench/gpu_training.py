@@ -138,7 +138,14 @@ QWEN = Denoiser(
     _qwen_inputs,
 )
 
-TINY_RECIPE = {"pixels": 64 * 64, "rank": 4, "token_dim": 16, "d_model": 32, "head_dim": 16, "blocks": 1}
+TINY_RECIPE: Mapping[str, Any] = {
+    "pixels": 64 * 64,
+    "rank": 4,
+    "token_dim": 16,
+    "d_model": 32,
+    "head_dim": 16,
+    "blocks": 1,
+}
 """Of a rehearsal."""
 
 
@@ -256,7 +263,7 @@ def measure_decoder_layer(quick: bool) -> Row:
     """
     device = cuda_device("G8")
     model, lengths = decoder_layer(device), ((1, 16) if rehearsed() else (1, 1024, 8192))
-    base = CausalLM(model, tokenizer=None)  # type: ignore[arg-type]
+    base = CausalLM(model, tokenizer=None)
     targets = GeneratorLayout.of(GeneratorConfig(RANK, RANK, 16, 16, 16, 16, 1, 1, base.layer_groups())).targets
     dtype = next(model.parameters()).dtype
     adapter = random_adapter(targets, 1, dtype=dtype, seed=0).to(device)
@@ -308,7 +315,7 @@ def measure_embedded(quick: bool) -> Row:
     recipe = dataclasses.replace(found, generator=config, side=2 * side)
     photographs = load_folder(ROOT / "photos")[:4]
     pictures: Photographs = (photographs, photographs)
-    timings = {}
+    timings: dict[str, Timing] = {}
     for name, place in {"device": device, "CPU": torch.device("cpu")}.items():
         update = embedded_update(recipe, pictures, place)
         runs = 2 if quick or rehearsed() else (10 if name == "device" else 2)
@@ -338,14 +345,14 @@ def embedded_update(recipe: EmbeddedRecipe, photographs: Photographs, device: to
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             prediction = model.edit(batch.picture, batch.planes, text, adapt(batch, text))
-        picture_losses(prediction.float(), batch.target).mean().backward()
+        torch.autograd.backward(picture_losses(prediction.float(), batch.target).mean())
         optimizer.step(1.0)
 
     return update
 
 
 def _placed(batch: PairBatch, device: torch.device) -> PairBatch:
-    moved = {
+    moved: dict[str, Any] = {
         each.name: value.to(device)
         for each in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, each.name), Tensor)

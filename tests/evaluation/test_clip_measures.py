@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openwu.errors import OpenwuError
-from openwu.evaluation.experiments.video import make_clips
+from openwu.evaluation.experiments.probes.video import make_clips
 from openwu.evaluation.judges.clips import measure, motions
 
 Scene = Callable[..., NDArray[np.uint8]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from lab_cases import Case, subject
 
-from openwu.evaluation.experiments.audit import Subject
+from openwu.evaluation.experiments.probes.audit import Subject
 
 
 @pytest.fixture

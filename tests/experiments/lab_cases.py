@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from openwu.evaluation.experiments.audit import Subject
+from openwu.evaluation.experiments.probes.audit import Subject
 from openwu.types import Adapter, Target
 
 TARGETS = (Target("one", 5, 4), Target("two", 3, 6))

@@ -12,8 +12,8 @@ import torch
 from lab_cases import Case, subject
 
 from openwu.errors import OpenwuError
-from openwu.evaluation.experiments.audit import Subject, audit
 from openwu.evaluation.experiments.geometry import Mean, mean_over
+from openwu.evaluation.experiments.probes.audit import Subject, audit
 
 
 def test_a_generator_that_reads_is_conditional(reading: Subject[Case]) -> None:

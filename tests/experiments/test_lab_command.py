@@ -66,8 +66,8 @@ def test_gradients(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("openwu.evaluation.experiments.runs.QUICK_STEPS", (0, 2))
-    monkeypatch.setattr("openwu.evaluation.experiments.gradients.SIDE", 64)
-    monkeypatch.setattr("openwu.evaluation.experiments.gradients.REQUESTS", 1)
+    monkeypatch.setattr("openwu.evaluation.experiments.probes.gradients.SIDE", 64)
+    monkeypatch.setattr("openwu.evaluation.experiments.probes.gradients.REQUESTS", 1)
     small = ["--quick", "--seeds", "0", *EDITS]  # It looks at no test photograph.
     assert run("lab", "gradients", "--model", str(model_folder), "--output", str(tmp_path), *small) == 0
     assert "contradictory pairs" in capsys.readouterr().out

@@ -17,9 +17,15 @@ from openwu.data.suite import BASE_EDITS
 from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
 from openwu.errors import OpenwuError
-from openwu.evaluation.experiments import conflict as conflict_module
 from openwu.evaluation.experiments import methods as module
-from openwu.evaluation.experiments.conflict import MOST_FACTORS, ConflictResults, Outcome, conflict, searched
+from openwu.evaluation.experiments.comparisons import conflict as conflict_module
+from openwu.evaluation.experiments.comparisons.conflict import (
+    MOST_FACTORS,
+    ConflictResults,
+    Outcome,
+    conflict,
+    searched,
+)
 from openwu.evaluation.experiments.methods import (
     METHODS,
     AdapterBank,

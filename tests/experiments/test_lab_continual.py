@@ -13,9 +13,15 @@ from torch import Tensor
 
 from openwu.data.suite.batches import PairSampler
 from openwu.data.suite.photographs import Photograph, load_folder
-from openwu.evaluation.experiments import continual as module
 from openwu.evaluation.experiments import methods
-from openwu.evaluation.experiments.continual import STRATEGIES, ContinualResults, Memory, TaskScore, continual
+from openwu.evaluation.experiments.comparisons import continual as module
+from openwu.evaluation.experiments.comparisons.continual import (
+    STRATEGIES,
+    ContinualResults,
+    Memory,
+    TaskScore,
+    continual,
+)
 from openwu.evaluation.experiments.geometry import update_distances
 from openwu.evaluation.experiments.methods import Budget, new_method, sampler
 from openwu.training.embedded.model import EmbeddedModel

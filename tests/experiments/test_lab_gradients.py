@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from openwu.cli import main
 from openwu.data.suite.photographs import load_folder
-from openwu.evaluation.experiments import gradients
-from openwu.evaluation.experiments.gradients import (
+from openwu.evaluation.experiments.pictures import draw_gradient_curves
+from openwu.evaluation.experiments.probes import gradients
+from openwu.evaluation.experiments.probes.gradients import (
     GradientConflict,
     generator_conflict,
     gradient,
     shared_conflicts,
     task_cosines,
 )
-from openwu.evaluation.experiments.pictures import draw_gradient_curves
 from openwu.training.embedded.model import EmbeddedModel
 
 TASKS, OPPOSITES = ("warm", "cool", "fog"), (("warm", "cool"),)

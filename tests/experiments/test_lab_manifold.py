@@ -10,8 +10,8 @@ import torch
 from lab_cases import Case, subject
 from sklearn.metrics import silhouette_score
 
-from openwu.evaluation.experiments.audit import Subject
-from openwu.evaluation.experiments.manifold import manifold, silhouettes
+from openwu.evaluation.experiments.probes.audit import Subject
+from openwu.evaluation.experiments.probes.manifold import manifold, silhouettes
 
 GROUPS = [f"group {i // 3}" for i in range(12)]
 """Every group has every one of three tasks once."""

@@ -10,8 +10,8 @@ import torch
 
 from openwu.cli import main
 from openwu.data.suite.photographs import load_folder
+from openwu.evaluation.experiments.comparisons.operators import BASE, KINDS, Kind, OperatorResults, Point, with_kind
 from openwu.evaluation.experiments.methods import Budget
-from openwu.evaluation.experiments.operators import BASE, KINDS, Kind, OperatorResults, Point, with_kind
 from openwu.training.embedded.model import EmbeddedModel
 
 SOME = (Kind("lora", 4), Kind("basis_diagonal", 4), Kind("lora+offset", 4))

@@ -11,7 +11,7 @@ import pytest
 from openwu.backbones.embedded.config import read_config
 from openwu.cli import main
 from openwu.data.suite.photographs import Photograph, load_folder
-from openwu.evaluation.experiments.own_pairs import (
+from openwu.evaluation.experiments.comparisons.own_pairs import (
     TASK,
     WAYS,
     WORDINGS,
@@ -54,8 +54,8 @@ def test_every_way_is_trained_and_scored(
 ) -> None:
     two: list[Photograph] = load_folder(Path("photos"), validation=True)
     monkeypatch.setattr("openwu.evaluation.experiments.runs.load_folder", lambda *_, **__: two)
-    monkeypatch.setattr("openwu.evaluation.experiments.own_pairs.PAIRS", 1)
-    monkeypatch.setattr("openwu.evaluation.experiments.own_pairs.HELD_BACK", 1)
+    monkeypatch.setattr("openwu.evaluation.experiments.comparisons.own_pairs.PAIRS", 1)
+    monkeypatch.setattr("openwu.evaluation.experiments.comparisons.own_pairs.HELD_BACK", 1)
     monkeypatch.setattr("openwu.training.embedded.own_words.STEPS", 20)
     monkeypatch.setattr("openwu.training.embedded.own_words.SENTENCES", 40)
     arguments = ["--model", str(model_folder), "--output", str(tmp_path), "--quick", "--side", "48", "--seeds", "0"]

@@ -10,8 +10,8 @@ import torch
 
 from openwu.data.suite.photographs import load_folder
 from openwu.evaluation.experiments import methods
+from openwu.evaluation.experiments.comparisons.scaling import Point, Scaling, scaling, with_base_width
 from openwu.evaluation.experiments.methods import Budget
-from openwu.evaluation.experiments.scaling import Point, Scaling, scaling, with_base_width
 from openwu.training.embedded.model import EmbeddedModel
 
 TASKS = ("darken", "fade")

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from openwu.editor.editor import Editor
-from openwu.evaluation.experiments.video import EACH, NOISE, ONE, SOURCE, TARGET, make_clips, video
+from openwu.evaluation.experiments.probes.video import EACH, NOISE, ONE, SOURCE, TARGET, make_clips, video
 
 
 def test_every_method_is_measured_on_every_clip(editor: Editor, scene: Callable[..., NDArray[np.uint8]]) -> None:

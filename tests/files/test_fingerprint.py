@@ -90,10 +90,13 @@ def test_fingerprints_differ_with_settings_weights_and_code() -> None:
 
 
 def test_an_experiment_depends_on_the_sentences_the_model_and_the_loop_but_on_no_other_experiment() -> None:
-    files = code_files("openwu.evaluation.experiments.conflict")
+    files = code_files("openwu.evaluation.experiments.comparisons.conflict")
     assert json.loads(files["openwu.data.suite.phrases/phrases.json"].read_text(encoding="utf-8"))
     assert {"openwu.training.loop", "openwu.backbones.embedded.network", "openwu.generator.model"} <= files.keys()
-    assert not {"openwu.evaluation.experiments.continual", "openwu.cli.lab", "openwu.editor.editor"} & files.keys()
+    assert (
+        not {"openwu.evaluation.experiments.comparisons.continual", "openwu.cli.lab", "openwu.editor.editor"}
+        & files.keys()
+    )
 
 
 def test_the_module_that_reads_declarations_declares_none() -> None:

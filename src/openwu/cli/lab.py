@@ -8,10 +8,10 @@ from pathlib import Path
 
 from openwu.cli.console import Parser, UsageError
 from openwu.cli.evaluate.report import note_reports
-from openwu.evaluation.experiments.conflict import CLOCKS
+from openwu.evaluation.experiments.comparisons.conflict import CLOCKS
+from openwu.evaluation.experiments.comparisons.scaling import AXES
 from openwu.evaluation.experiments.runs import EXPERIMENTS, LabSettings, stored_table
 from openwu.evaluation.experiments.runs import run_audit as audit
-from openwu.evaluation.experiments.scaling import AXES
 
 SIDE = 256
 """Default of --side."""

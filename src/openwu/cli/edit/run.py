@@ -79,7 +79,8 @@ def _run(
     if arguments.ray is not None and not arguments.dry_run:
         from openwu.cli.edit.cluster import edit_on_cluster
 
-        return edit_on_cluster(ready, arguments, words, progress, report, stop)
+        photos_alone = ((job, header) for job, header in ready if not isinstance(header, Clip))  # checked above
+        return edit_on_cluster(photos_alone, arguments, words, progress, report, stop)
     first = next(ready, None)
     if first is not None:
         progress.stage("loading the model")

@@ -9,15 +9,15 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from openwu.evaluation.experiments.audit import Ladder
-from openwu.evaluation.experiments.conflict import ConflictResults
-from openwu.evaluation.experiments.continual import ContinualResults
-from openwu.evaluation.experiments.examples import ExampleResults
+from openwu.evaluation.experiments.comparisons.conflict import ConflictResults
+from openwu.evaluation.experiments.comparisons.continual import ContinualResults
+from openwu.evaluation.experiments.comparisons.operators import BASE, OperatorResults
+from openwu.evaluation.experiments.comparisons.scaling import Scaling
 from openwu.evaluation.experiments.geometry import Mean
-from openwu.evaluation.experiments.gradients import GradientConflict
-from openwu.evaluation.experiments.manifold import Manifold
-from openwu.evaluation.experiments.operators import BASE, OperatorResults
-from openwu.evaluation.experiments.scaling import Scaling
+from openwu.evaluation.experiments.probes.audit import Ladder
+from openwu.evaluation.experiments.probes.examples import ExampleResults
+from openwu.evaluation.experiments.probes.gradients import GradientConflict
+from openwu.evaluation.experiments.probes.manifold import Manifold
 from openwu.evaluation.pictures import grid
 
 

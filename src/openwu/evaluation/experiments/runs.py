@@ -20,16 +20,13 @@ from openwu.data.suite.photographs import Photograph, folder_hashes, load_folder
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case, draw_cases, first_phrase, generate, score
-from openwu.evaluation.experiments.audit import Subject, audit
-from openwu.evaluation.experiments.conflict import ConflictResults, conflict
-from openwu.evaluation.experiments.continual import ContinualResults, continual
-from openwu.evaluation.experiments.examples import draw_trials, example_edits
-from openwu.evaluation.experiments.gradients import conflicts_table, generator_conflict, shared_conflicts
-from openwu.evaluation.experiments.manifold import manifold
+from openwu.evaluation.experiments.comparisons.conflict import ConflictResults, conflict
+from openwu.evaluation.experiments.comparisons.continual import ContinualResults, continual
+from openwu.evaluation.experiments.comparisons.operators import KINDS as OPERATOR_KINDS
+from openwu.evaluation.experiments.comparisons.operators import OperatorResults, operators
+from openwu.evaluation.experiments.comparisons.own_pairs import OwnPairsResults, own_pairs
+from openwu.evaluation.experiments.comparisons.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
 from openwu.evaluation.experiments.methods import Budget
-from openwu.evaluation.experiments.operators import KINDS as OPERATOR_KINDS
-from openwu.evaluation.experiments.operators import OperatorResults, operators
-from openwu.evaluation.experiments.own_pairs import OwnPairsResults, own_pairs
 from openwu.evaluation.experiments.pictures import (
     draw_cells,
     draw_conflict,
@@ -42,9 +39,12 @@ from openwu.evaluation.experiments.pictures import (
     draw_operators,
     draw_scaling,
 )
+from openwu.evaluation.experiments.probes.audit import Subject, audit
+from openwu.evaluation.experiments.probes.examples import draw_trials, example_edits
+from openwu.evaluation.experiments.probes.gradients import conflicts_table, generator_conflict, shared_conflicts
+from openwu.evaluation.experiments.probes.manifold import manifold
+from openwu.evaluation.experiments.probes.video import CHOSEN, make_clips, video
 from openwu.evaluation.experiments.results import ResultCache, write_findings
-from openwu.evaluation.experiments.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
-from openwu.evaluation.experiments.video import CHOSEN, make_clips, video
 from openwu.evaluation.pictures import middle
 from openwu.files.fingerprint import fingerprint
 from openwu.training.embedded.model import EmbeddedModel

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openwu.adapters.updates import inner_products
-from openwu.evaluation.experiments.audit import CaseT, Subject, generate
 from openwu.evaluation.experiments.geometry import Mean, coordinates, mean_over, nearest_same_task
+from openwu.evaluation.experiments.probes.audit import CaseT, Subject, generate
 from openwu.evaluation.experiments.results import columns
 from openwu.types import Adapter
 

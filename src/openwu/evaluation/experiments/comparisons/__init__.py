@@ -1,0 +1,1 @@
+"""Experiments that train several methods alike and compare what became of them."""
