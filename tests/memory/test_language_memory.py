@@ -244,7 +244,7 @@ def test_generators_are_saved_and_gradients_reach_every_parameter(base: CausalLM
 
 def test_keys_of_ordinary_answers_are_left_alone(base: CausalLM) -> None:
     """A note's own keys still answer, those of other dialogues far less than before."""
-    generator = written_for(base, background_rank=8)
+    generator = written_for(base, background_rank=4)
     memory = LanguageMemory(base, generator)
     reader = memory.reader
     own, other = memory.condition([ANNA]), reader.dialogues(["carla drinks", "ben visits"], ["tea .", "rome ."])
