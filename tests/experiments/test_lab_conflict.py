@@ -127,9 +127,9 @@ def test_learning_rates_are_searched_and_recorded(
     for cost in found.costs:
         best = min(cost["search"], key=lambda each: each["validation_loss"])
         method = new_method(embedded_model, cost["method"], TASKS, budget, 0)
-        optimisers = {"AdamW"} if method.adamw_rates is None else {"AdamW", "Muon"}
+        optimisers = {"AdamW", "Muon"}
         assert {each["optimiser"] for each in cost["search"]} == optimisers
-        plain = method.adamw_rates if best["optimiser"] == "AdamW" and method.adamw_rates else method.rates
+        plain = method.choices[best["optimiser"]]
         assert cost["rates"] == {key: value * best["factor"] for key, value in plain.items()} == best["rates"]
         assert cost["optimiser"] == best["optimiser"]
         for optimiser in optimisers:
