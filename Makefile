@@ -54,7 +54,7 @@ test-slow: venv
 test-service: venv
 	$(BIN)/pytest -v -s tests/serving
 
-# Everything that needs a GPU, in about ten minutes; runs/device has the results (docs/performance.md).
+# Everything that needs a GPU, in ten to fifteen minutes; runs/device has the results (docs/performance.md).
 test-gpu: venv
 	benchmarks/device.sh
 

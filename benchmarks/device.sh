@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure everything that needs a GPU: one command, about ten minutes, no network.
+# Measure everything that needs a GPU: one command, ten to fifteen minutes, no network.
 #
 #   benchmarks/device.sh [FOLDER]              default: runs/device
 #   benchmarks/device.sh --rehearse [FOLDER]   the CPU in the device's place, tiny sizes: shows that it runs
