@@ -20,6 +20,7 @@ from openwu.serving.access import LOCAL
 from openwu.serving.engines import Task
 from openwu.serving.errors import ServiceError
 from openwu.serving.mcp.calls import Calls, preview
+from openwu.serving.mcp.notes import NoteTools
 from openwu.serving.requests.schema import cost_of, edit_spec
 from openwu.serving.routes.adapters import FORMATS
 from openwu.serving.routes.edits import make_tasks
@@ -33,11 +34,11 @@ INSTRUCTIONS = (
 )
 
 
-def make_server(service: Service, folders: Sequence[Path]) -> MCPServer:
+def make_server(service: Service, folders: Sequence[Path], notes: NoteTools | None = None) -> MCPServer:
     """Make the server over a service, which starts and stops with it.
 
-    `folders`: where files may be read and written; nothing outside, symbolic links resolved. Raises OpenwuError for a
-    folder that is none.
+    `folders`: where files may be read and written; nothing outside, symbolic links resolved. `notes`: the tools of a
+    language model's memory, if there is one. Raises OpenwuError for a folder that is none.
     """
     allowed = Folders(folders)
 
@@ -53,6 +54,9 @@ def make_server(service: Service, folders: Sequence[Path]) -> MCPServer:
     tools = FileTools(service, allowed)
     for tool in (tools.edit_photo, tools.list_edits, tools.understand, tools.make_adapter):
         server.tool()(tool)
+    if notes is not None:
+        for note_tool in (notes.remember, notes.ask, notes.list_notes, notes.forget):
+            server.tool()(note_tool)
     return server
 
 
