@@ -52,7 +52,7 @@ class Condition:
     """[b, L] bool, True where a token is real; None when every token is."""
     more: Mapping[str, Segment] = field(default_factory=dict)
     """Further segments, by the names that the generator's config gives them (`more_inputs`); read after `tokens`."""
-    branch: str = ""
+    branch: str = field(default="", metadata={"whole": True})
     """The branch of the generator that reads it, see `GeneratorConfig.branches`; "": the generator itself."""
 
     @property

@@ -121,7 +121,7 @@ def test_continual(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("openwu.evaluation.experiments.runs.QUICK_GROUP_BUDGET", Budget(steps=1, requests=1, crop=32))
-    for place in ("methods", "continual"):
+    for place in ("methods", "comparisons.continual"):
         monkeypatch.setattr(f"openwu.evaluation.experiments.{place}.SIDE", 96)
     assert run("lab", "continual", "--model", str(model_folder), "--output", str(tmp_path), *SMALL) == 0
     assert "forgotten, dB" in capsys.readouterr().out

@@ -225,8 +225,6 @@ REFUSED: list[tuple[dict[str, Tensor], str]] = [
         r"1 tensors are for text encoders.*bundle_emb\.cat\.clip_l.*skip_text_encoders",
     ),
     (GOOD | {"down.diff_b": A[0]}, r"down\.diff_b: a change of a bias alone does not say .*; pass model="),
-    (GOOD | {"up.diff_b": A[0]}, r"got both for up; an adapter has one operator for a module"),
-    (GOOD | {"up.lora_B.bias": A[0]}, r"got both for up"),
     (GOOD | {"up.lora_B.bias": A[0, :2]}, r"up: expected a bias \[4\], got \(2,\)"),
     (
         {"up.lora_A.cat.weight": A, "up.lora_B.cat.weight": B, "up.lora_A.dog.weight": A},
@@ -264,6 +262,18 @@ REFUSED: list[tuple[dict[str, Tensor], str]] = [
     ({"up.lora_down.weight": A.int(), "up.lora_up.weight": B.int()}, r"up: expected floating-point numbers"),
     ({}, r"expected the LoRA of at least one module, got no tensors"),
 ]
+
+
+@pytest.mark.parametrize("name", ["up.diff_b", "up.lora_B.bias"])
+def test_low_rank_and_a_change_of_the_bias_are_one_operator_of_a_module(tmp_path: Path, name: str) -> None:
+    model, x = named().float(), torch.randn(3, 4)
+    plain = Adapter.from_pretrained(written(tmp_path / "plain.safetensors", GOOD))
+    adapter = Adapter.from_pretrained(written(tmp_path / "x.safetensors", GOOD | {name: A[0]}))
+    assert [target.operator for target in adapter.targets] == ["lora+offset"]
+    with attach(model, plain.targets) as handle, handle.applied(plain):
+        expected = model.up(x) + A[0]
+    with attach(model, adapter.targets) as handle, handle.applied(adapter):
+        torch.testing.assert_close(model.up(x), expected)
 
 
 @pytest.mark.parametrize(("tensors", "message"), REFUSED)

@@ -67,7 +67,7 @@ def run_lab(arguments: list[str]) -> int:
     settings = _settings(options)
     Path(settings.output).mkdir(parents=True, exist_ok=True)
     sys.stdout.write(run(settings))
-    note_reports(Path(settings.output) / f"{what}.json")
+    note_reports(Path(settings.output) / f"{what.replace('-', '_')}.json")
     return 0
 
 

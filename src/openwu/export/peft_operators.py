@@ -55,7 +55,8 @@ def on_norms(adapter: Adapter, model: nn.Module | None) -> bool:
     """Return whether all targets are norms of the model; OpenwuError where some are and some are not."""
     if model is None:
         return False
-    norms = [target.name for target in adapter.targets if is_norm(model.get_submodule(target.name))]
+    modules = dict(model.named_modules())  # experts' names are those of parameters or of lists
+    norms = [each.name for each in adapter.targets if each.name in modules and is_norm(modules[each.name])]
     if norms and len(norms) < len(adapter.targets):
         raise OpenwuError(
             f"peft: norms ({', '.join(norms)}) and other modules cannot be in one folder of PEFT; save with "

@@ -64,14 +64,16 @@ class StepBatchCache(Generic[Batch]):
 def take_rows(batch: Any, rows: slice) -> Any:
     """Select rows of a batch: of a tensor or sequence, or of every entry of a mapping, dataclass or tuple of tensors.
 
-    Raises OpenwuError for anything else; None stays None.
+    Fields of a dataclass whose metadata say `whole` are of the batch, not of its rows, and stay. Raises OpenwuError for
+    anything else; None stays None.
     """
     if batch is None:
         return None
     if isinstance(batch, Mapping):
         return {key: take_rows(value, rows) for key, value in batch.items()}
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        parts = {each.name: take_rows(getattr(batch, each.name), rows) for each in dataclasses.fields(batch)}
+        cut = [each.name for each in dataclasses.fields(batch) if not each.metadata.get("whole")]
+        parts = {name: take_rows(getattr(batch, name), rows) for name in cut}
         return dataclasses.replace(batch, **parts)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(take_rows(each, rows) for each in batch))

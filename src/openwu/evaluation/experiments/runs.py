@@ -152,7 +152,7 @@ class LabSettings:
         ignored = ("seeds", "output", "axis", "along")
         relevant = {key: value for key, value in self.to_json(**more).items() if key not in ignored}
         relevant["photos"] = folder_hashes(Path(self.photos))
-        code = f"openwu.evaluation.experiments.{name}"
+        code = f"openwu.evaluation.experiments.comparisons.{name}"
         digits = fingerprint(relevant, model.instruction, model.backbone, code=code)
         return ResultCache(Path(self.output) / "trials" / f"{name}-{digits}")
 

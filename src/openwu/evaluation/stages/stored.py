@@ -249,6 +249,39 @@ def _examples(file: File) -> list[Results]:
     return [replace(found, macro=False)]
 
 
+def _operators(file: File) -> list[Results]:
+    rows: Iterator[Row] = (
+        (plain_case(task, task, cluster=task), each["kind"], {"PSNR": value}, each["seed"])
+        for each in file["points"]
+        for task, value in each["scores"].items()
+    )
+    return [_results("operators", {"PSNR": DECIBELS}, rows)]
+
+
+def _own_pairs(file: File) -> list[Results]:
+    """The known edits and the new one after every way of teaching it."""
+    rows: list[Row] = []
+    for each in file["scores"]:
+        known = [(name, "known edits", value) for name, value in each["known"].items()]
+        new = [(name, "the new edit", each[name]) for name in ("trained", "paraphrase")]
+        for name, task, value in (*known, *new):
+            rows.append((plain_case(name, task, cluster=name), each["way"], {"PSNR": value}, each["seed"]))
+    return [_results("own pairs", {"PSNR": DECIBELS}, rows, reference="start")]
+
+
+def _video(file: File) -> list[Results]:
+    """Flicker and warping of every clip in levels of 255, the less the better, and PSNR where there is a target."""
+    scales: dict[str, Scale] = {"PSNR": DECIBELS, "flicker": (255.0, 0.0), "warping": (255.0, 0.0)}
+    rows: list[Row] = []
+    for edit, methods in file["scores"].items():
+        for method, clips in methods.items():
+            for i, each in enumerate(clips):
+                values = {"PSNR": each["psnr"], "flicker": each["flicker"], "warping": each["warping"]}
+                found = {name: value for name, value in values.items() if value is not None}
+                rows.append((plain_case(f"{edit}/{i}", edit, cluster=edit), method, found, 0))
+    return [_results("video", scales, rows, reference="one adapter")]
+
+
 READERS: tuple[tuple[frozenset[str], Callable[[File], list[Results]]], ...] = (
     (frozenset({"scores", "wording", "strength", "composition"}), _suite),
     (frozenset({"shares", "own"}), _sentences),
@@ -256,6 +289,9 @@ READERS: tuple[tuple[frozenset[str], Callable[[File], list[Results]]], ...] = (
     (frozenset({"outcomes", "costs"}), _conflict),
     (frozenset({"seen", "ways"}), _continual),
     (frozenset({"points", "sizes"}), _scaling),
+    (frozenset({"points", "kinds"}), _operators),
+    (frozenset({"scores", "copied"}), _own_pairs),
+    (frozenset({"scores", "frames_per_second"}), _video),
     (frozenset({"found", "tasks", "opposites"}), _gradients),
     (frozenset({"cases", "arithmetic_scores"}), _manifold),
     (frozenset({"trials", "means"}), _examples),
