@@ -65,6 +65,10 @@ class EditGraph(nn.Module):
     def forward(
         self, picture: Tensor, planes: Tensor, tokens: Tensor, strength: Tensor, factors: list[Tensor]
     ) -> Tensor:
+        # A multiple by its form: of a free side that is only known to be one, torch's terms grow from block to block.
+        cell = self.network.config.cell
+        height, width = (side // cell * cell for side in picture.shape[-2:])
+        picture, planes = (each.narrow(2, 0, height).narrow(3, 0, width) for each in (picture, planes))
         left = iter(factors)
         scaled = {
             target.name: target.rules.scaled({each.name: next(left) for each in target.factors(self.rank)}, strength)
