@@ -139,7 +139,9 @@ def test_edits_are_the_editors(page: Any, editor: Editor, photo: Path, instructi
     assert difference.max() <= 8
 
 
-@pytest.mark.parametrize(("instruction", "strength"), [("black and white", 0.4), ("make it warmer", 1.5)])
+@pytest.mark.parametrize(
+    ("instruction", "strength"), [("black and white", 0.4), ("make it look like an old photograph", 1.5)]
+)
 def test_the_slider_is_the_strength(page: Any, editor: Editor, photo: Path, instruction: str, strength: float) -> None:
     _, found = edited(page, photo, instruction, strength=strength)
     expected = np.asarray(editor.edit(photo, instruction, strength=strength, seed=0).image.convert("RGB"))
