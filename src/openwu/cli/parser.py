@@ -136,7 +136,8 @@ def _add_wish(wish: argparse._ArgumentGroup) -> None:
         type=_finite,
         default=1.0,
         metavar="S",
-        help="1 as asked (default), 0 the photo as it is (large bases: no adapter), below 0 reversed, above 1 more",
+        help="1 as asked (default), 0 the photo as it is (large bases: no adapter), "
+        "below 0 reversed and above 1 more, as far as the adapter makes the edit (docs/editing.md)",
     )
     wish.add_argument(
         "--allow-out-of-scope", action="store_true", help="try instructions that the model does not know, too"

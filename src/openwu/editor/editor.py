@@ -133,7 +133,8 @@ class Editor:
 
         `strength`: factor on the adapter: 1 as asked, above 1 exaggerated, below 0 reversed; 0 is the base without an
         adapter. With the embedded base, which makes some edits by itself, 0 gives back the pixels as they are, and
-        between 0 and 1 it is the share of the full edit's change. `seed`: of everything random
+        between 0 and 1 it is the share of the full edit's change, and above 1 and below 0 what the base makes by itself
+        stays as it is: only the adapter is scaled. `seed`: of everything random
         (None: the base's default, which the result tells).
         `reasoning`: what a base that reasons first shall have thought (None: it writes that itself, "": nothing).
 

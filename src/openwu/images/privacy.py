@@ -1,4 +1,4 @@
-"""Leave out of a photo what says where it was taken, or all of its metadata."""
+"""Remove the location, or all metadata, from a photo."""
 
 from __future__ import annotations
 
