@@ -4,8 +4,8 @@ It also reads three planes `[b, 3, h, w]` (noise, the only source of randomness,
 picture) and the instruction's tokens `[b, K, text_dim]`.
 
 A stack of identical blocks on 8 x 8 pixel patches reads the scene and the instruction; a shallow convolutional path at
-full resolution keeps the pixels and ends in an affine map of every pixel's colour. Almost all of the work is dense
-products, which is what two CPU cores do well.
+full resolution keeps the pixels and ends in an affine map of every pixel's colour; what the patches leave as a grid in
+smooth areas is taken out (`pattern.py`). Almost all of the work is dense products, which is what two CPU cores do well.
 
 Shapes: b pictures, n patches, d width, K instruction tokens, w windows, s patches in a window, c pixel channels.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openwu.backbones.embedded.pattern import without_pattern
 from openwu.kernels.norm import RMSNorm
 
 ROWS_AT_ONCE = 128
@@ -111,8 +112,9 @@ class TinyEditor(nn.Module):
         x = pad_mirrored(self.inputs(picture, planes), -height % cell, -width % cell)
         x = x.contiguous(memory_format=torch.channels_last)
         tokens, grid = self.read_scene(x, text.to(x.dtype))
-        affine: Tensor = self.pixels(x, tokens, grid)[:, :, :height, :width]
-        return recolour(picture, affine)
+        whole = pad_mirrored(picture, -height % cell, -width % cell)
+        edited = recolour(whole, self.pixels(x, tokens, grid))
+        return without_pattern(edited, whole, self.config.patch)[:, :, :height, :width]
 
     def inputs(self, picture: Tensor, planes: Tensor) -> Tensor:
         """Picture and planes, `[b, 3, h, w]` each -> the network's channels `[b, 8, h, w]` in its dtype."""

@@ -2,7 +2,7 @@
 
 Inside a block of the network no window depends on another one, so the tokens of the whole picture are changed in place,
 block after block and some windows at a time. Only the convolutions of the full-resolution path reach across: its pieces
-are computed with a few pixels around them. How a picture is cut depends on its size alone, and every piece is computed
+are computed with a few pixels around them; so does what takes the patches' pattern out, in a stage of its own. How a picture is cut depends on its size alone, and every piece is computed
 by one thread, so that the same bytes come out on any number of threads.
 
 Shapes: b photos of equal size, h and w the sides of a piece, H and W the sides of the grid of patches, d width, s
@@ -33,6 +33,7 @@ from openwu.backbones.embedded.network import (
     surrounded_patches,
     to_windows,
 )
+from openwu.backbones.embedded.pattern import REACH, without_pattern
 from openwu.errors import OpenwuError
 from openwu.images import Photo
 from openwu.images.colour import Pixels
@@ -121,7 +122,7 @@ def number_of_pieces(config: TinyEditorConfig, width: int, height: int) -> int:
     if is_whole(width, height):
         return 1
     strips, rectangles = cut(config, width, height)
-    return (1 + config.num_layers) * len(strips) + len(rectangles)
+    return (1 + config.num_layers) * len(strips) + 2 * len(rectangles)
 
 
 def cut(config: TinyEditorConfig, width: int, height: int) -> tuple[list[Rectangle], list[Rectangle]]:
@@ -164,6 +165,9 @@ class PiecewiseEdit:
         self.text = network.text_norm(text.to(dtype))
         grid = self.padded_height // self.patch, self.padded_width // self.patch
         self.tokens = torch.empty(len(photos), *grid, network.config.d_model, dtype=dtype)
+        # What the network changes, before the grid of its patches is taken out: a byte needs no more than float16.
+        exact = torch.float16 if photos[0].pixels.dtype == np.uint8 else torch.float32
+        self.changes = torch.empty(len(photos), 3, self.padded_height, self.padded_width, dtype=exact)
         self.outputs = [np.empty_like(photo.pixels) for photo in photos]
 
     def stages(self) -> list[list[Task]]:
@@ -173,7 +177,10 @@ class PiecewiseEdit:
         blocks: list[list[Task]] = [
             [partial(self._through, block, *strip) for strip in strips] for block in self.network.blocks
         ]
-        return [first, *blocks, [partial(self._paint, *rectangle) for rectangle in rectangles]]
+        last: list[list[Task]] = [
+            [partial(step, *rectangle) for rectangle in rectangles] for step in (self._paint, self._finish)
+        ]
+        return [first, *blocks, *last]
 
     def edited(self) -> list[Photo]:
         """The photos with their new pixels, in the depth in which they were read; after all stages."""
@@ -215,33 +222,50 @@ class PiecewiseEdit:
             self.tokens[:, y, x] = changed[:, part_y, part_x]
 
     def _paint(self, rows: Span, columns: Span) -> None:
-        """Write the edited pixels of a rectangle; what the convolutions see around it is computed and dropped."""
+        """Change the pixels of a rectangle; what the convolutions see around it is computed and dropped."""
         reach = self.network.pixels.reach
         down, right = rows.grown(reach, reach, self.padded_height), columns.grown(reach, reach, self.padded_width)
         patches = down.patches(self.patch), right.patches(self.patch)
         tokens = self.network.norm(self.tokens[:, *patches])
         shown = down.inside(patches[0].start * self.patch), right.inside(patches[1].start * self.patch)
         affine = self.network.pixels(self._inputs(down, right), tokens.flatten(1, 2), tokens.shape[1:3], shown)
+        picture = self._picture(rows, columns)
+        edited = recolour(picture, affine[:, :, rows.inside(down.start), columns.inside(right.start)])
+        self.changes[:, :, rows.pixels, columns.pixels] = (edited - picture).to(self.changes.dtype)
+
+    def _finish(self, rows: Span, columns: Span) -> None:
+        """Write the edited pixels of a rectangle, without the pattern of patches around it."""
+        reach = REACH * self.patch
+        down, right = rows.grown(reach, reach, self.padded_height), columns.grown(reach, reach, self.padded_width)
+        picture = self._picture(down, right)
+        edited = without_pattern(picture + self.changes[:, :, down.pixels, right.pixels], picture, self.patch)
         rows, columns = (
             Span(rows.start, min(rows.stop, self.height)),
             Span(columns.start, min(columns.stop, self.width)),
         )
-        affine = affine[:, :, rows.inside(down.start), columns.inside(right.start)]
-        picture = torch.stack([as_unit(photo.pixels[rows.pixels, columns.pixels]) for photo in self.photos])
-        for output, edited in zip(self.outputs, recolour(picture, affine), strict=True):
-            output[rows.pixels, columns.pixels] = as_pixels(edited, output)
+        edited = edited[:, :, rows.inside(down.start), columns.inside(right.start)]
+        for output, each in zip(self.outputs, edited, strict=True):
+            output[rows.pixels, columns.pixels] = as_pixels(each, output)
 
     def _inputs(self, rows: Span, columns: Span) -> Tensor:
         """The network's channels `[b, 8, h, w]` of a rectangle of the padded picture, channels last."""
+        picture, window = self._picture(rows, columns), self._window(rows, columns)
         y, x = self.rows[rows.pixels], self.columns[columns.pixels]
-        window: tuple[slice, slice] | tuple[Pixels, Pixels] = y.numpy()[:, None], x.numpy()[None]
-        if rows.stop <= self.height and columns.stop <= self.width:  # Nothing is mirrored: a view costs nothing.
-            window = rows.pixels, columns.pixels
-        picture = torch.stack([as_unit(photo.pixels[window]) for photo in self.photos])
         size = picture.shape[-2:]
         place = torch.stack([self.y[y][:, None].expand(size), self.x[x][None].expand(size)])
         planes = torch.stack([torch.cat([noise[:, *window].float(), place]) for noise in self.noises])
         return self.network.inputs(picture, planes).contiguous(memory_format=torch.channels_last)
+
+    def _picture(self, rows: Span, columns: Span) -> Tensor:
+        """A rectangle of the padded picture: `[b, 3, h, w]` in 0..1."""
+        window = self._window(rows, columns)
+        return torch.stack([as_unit(photo.pixels[window]) for photo in self.photos])
+
+    def _window(self, rows: Span, columns: Span) -> tuple[slice, slice] | tuple[Pixels, Pixels]:
+        """Where the pixels of a rectangle of the padded picture are in the picture."""
+        if rows.stop <= self.height and columns.stop <= self.width:  # Nothing is mirrored: a view costs nothing.
+            return rows.pixels, columns.pixels
+        return self.rows[rows.pixels].numpy()[:, None], self.columns[columns.pixels].numpy()[None]
 
 
 def _column(side: int) -> Tensor:

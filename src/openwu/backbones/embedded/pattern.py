@@ -1,0 +1,78 @@
+"""Take out the pattern of patches: what repeats from patch to patch of an edit where the picture itself is smooth.
+
+A linear layer draws all pixels of a patch at once, and where a picture is smooth, as in a sky, what it draws amiss is
+alike from patch to patch: a grid of a few grey levels. It is measured there, in each neighbourhood, and taken back. What
+an edit draws on purpose stays: grain differs from patch to patch, and a halftone's dots are far stronger.
+
+Shapes: b pictures, h and w their sides in pixels, p the side of a patch, m = p * p its pixels, H and W the sides of the
+grid of patches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+REACH = 4
+"""A neighbourhood is a square of patches, with so many to each side of its own."""
+
+SMOOTH = 4 / 255
+"""Standard deviation about a plane, in 0..1, from which on a patch of the picture is not smooth; below 0.7 of it, it is."""
+
+MEANT = 5 / 255
+"""Root mean square of a pattern beyond which it begins to be meant; from twice as much on, nothing is taken out."""
+
+TINY = 1e-12
+"""Keeps the division and the root of a pattern of nothing, and their gradients, finite."""
+
+
+def without_pattern(edited: Tensor, picture: Tensor, patch: int) -> Tensor:
+    """Return edited pictures without their pattern of patches: edited and picture `[b, 3, h, w]` in 0..1, in float32.
+
+    h and w: multiples of `patch`. What is further than `REACH` patches from a patch does not change it.
+    """
+    slopeless = _about_plane(patch).to(edited)
+    residual = slopeless @ _to_patches(edited - picture, patch)  # [b, 3, m, H * W]
+    rough = (slopeless @ _to_patches(picture, patch)).square().mean(2).amax(1, keepdim=True)  # [b, 1, H * W]
+    grid = edited.shape[-2] // patch, edited.shape[-1] // patch
+    smooth = (2 - 2 * rough / SMOOTH**2).clamp(0, 1).unflatten(-1, grid)  # [b, 1, H, W]
+    residual = residual.unflatten(-1, grid)
+
+    count = _around(smooth)[:, :, None]  # [b, 1, 1, H, W]: how many smooth patches a neighbourhood has
+    pattern = _around(residual * smooth[:, :, None]) / (count + 1)
+    power = pattern.square().mean(2, keepdim=True)  # [b, 3, 1, H, W]
+    spread = _around((residual.square() * smooth[:, :, None]).mean(2, keepdim=True)) / (count + 1) - power
+    # What chance would leave of patches that have nothing in common, such as grain, is no pattern.
+    common = 1 - spread / (count + 1) / (power + TINY)
+    taken = common.clamp(0, 1) * (2 - (power + TINY).sqrt() / MEANT).clamp(0, 1) * smooth[:, :, None]
+    return edited - _from_patches(pattern * taken, patch)
+
+
+def _about_plane(patch: int) -> Tensor:
+    """The projection that takes the best plane away from the pixels of a patch: `[m, m]`."""
+    place = torch.arange(patch) - (patch - 1) / 2
+    flat, down = torch.ones(patch, patch), place[:, None].expand(patch, patch)
+    planes = torch.stack([flat, down, down.T]).flatten(1)  # Orthogonal to one another.
+    planes = planes / planes.norm(dim=1, keepdim=True).clamp(min=TINY)
+    return torch.eye(patch**2) - planes.T @ planes
+
+
+def _around(x: Tensor) -> Tensor:
+    """Sum of every neighbourhood, nothing outside the picture: `[..., H, W]` -> the same."""
+    side = 2 * REACH + 1
+    flat = x.flatten(0, -3)[None]
+    for kernel, padding in (((side, 1), (REACH, 0)), ((1, side), (0, REACH))):
+        flat = F.avg_pool2d(flat, kernel, 1, padding) * side
+    return flat.view_as(x)
+
+
+def _to_patches(x: Tensor, patch: int) -> Tensor:
+    """`[b, c, h, w]` -> `[b, c, m, H * W]`"""
+    cells = x.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [b, c, H, p, W, p]
+    return cells.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _from_patches(x: Tensor, patch: int) -> Tensor:
+    """`[b, c, m, H, W]` -> `[b, c, h, w]`"""
+    return x.unflatten(2, (patch, patch)).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
