@@ -1,8 +1,8 @@
 """Take out the pattern of patches: what repeats from patch to patch of an edit where the picture itself is smooth.
 
 A linear layer draws all pixels of a patch at once, and where a picture is smooth, as in a sky, what it draws amiss is
-alike from patch to patch: a grid of a few grey levels. It is measured there, in each neighbourhood, and taken back. What
-an edit draws on purpose stays: grain differs from patch to patch, and a halftone's dots are far stronger.
+alike from patch to patch: a grid of a few grey levels. It is measured there, in each neighbourhood, and taken back.
+What an edit draws on purpose stays: grain differs from patch to patch, and a halftone's dots are far stronger.
 
 Shapes: b pictures, h and w their sides in pixels, p the side of a patch, m = p * p its pixels, H and W the sides of the
 grid of patches.
@@ -18,7 +18,7 @@ REACH = 4
 """A neighbourhood is a square of patches, with so many to each side of its own."""
 
 SMOOTH = 4 / 255
-"""Standard deviation about a plane, in 0..1, from which on a patch of the picture is not smooth; below 0.7 of it, it is."""
+"""Standard deviation about a plane, in 0..1, from which on a patch of the picture is not smooth at all."""
 
 MEANT = 5 / 255
 """Root mean square of a pattern beyond which it begins to be meant; from twice as much on, nothing is taken out."""

@@ -2,8 +2,9 @@
 
 Inside a block of the network no window depends on another one, so the tokens of the whole picture are changed in place,
 block after block and some windows at a time. Only the convolutions of the full-resolution path reach across: its pieces
-are computed with a few pixels around them; so does what takes the patches' pattern out, in a stage of its own. How a picture is cut depends on its size alone, and every piece is computed
-by one thread, so that the same bytes come out on any number of threads.
+are computed with a few pixels around them. What takes out the pattern of patches sees further, and is a stage of its
+own. How a picture is cut depends on its size alone, and every piece is computed by one thread, so that the same bytes
+come out on any number of threads.
 
 Shapes: b photos of equal size, h and w the sides of a piece, H and W the sides of the grid of patches, d width, s
 patches in a window, K instruction tokens.
