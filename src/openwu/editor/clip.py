@@ -107,11 +107,16 @@ def edit_clip(
         raise TargetError(f"adapter: expected one sample, got {options.adapter.batch}; pick one with select([i])")
     target = Path(output)
     check_clip_output(target, overwrite=options.overwrite)
-    request = checked_request(replace(request, images=tuple(listed(request.images))), editor.backbone.default_seed)
+    images = tuple(listed(request.images))
+    (request,) = editor._checked([replace(request, images=images)], options.allow_out_of_scope, None)
     if options.adapter is None and not request.example and not options.allow_out_of_scope:
         # A word that is not understood is said before minutes of decoding.
         editor.understand(
-            request.instruction, edit=request.edit, then=request.then, references=len(listed(request.images))
+            request.instruction,
+            edit=request.edit,
+            then=request.then,
+            references=len(listed(request.images)),
+            strength=request.strength,
         )
     return _ClipEdit(editor, probe(clip), target, request, options).run(progress)
 

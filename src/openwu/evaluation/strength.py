@@ -3,7 +3,7 @@
 For every strength: PSNR against the edit of that strength, and the change of the input against the change wanted.
 
 The frozen base reads the instruction too: at scale 0 of the adapter it still makes the edits that it knows by itself.
-So the editor fades between 0 and 1 (see `Editor.edit`), and scales the adapter above.
+So a strength is a share of the full edit's change, and the adapter is never scaled (see `Editor.edit`).
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def evaluate_strength(model: EmbeddedModel, photographs: dict[str, Tensor], edit
 def at_strengths(
     model: EmbeddedModel, cases: Sequence[Case], adapter: Adapter, strengths: Sequence[float]
 ) -> list[Tensor]:
-    """Edit as the editor does at each strength: faded between 0 and 1, with a scaled adapter above."""
-    outputs = edit_cases(model, cases, adapter.scaled([max(1.0, each) for each in strengths]))
+    """Edit as the editor does at each strength: that share of the full edit's change."""
+    outputs = edit_cases(model, cases, adapter)
     return [
-        case.picture + min(1.0, strength) * (output.float().clamp(0, 1) - case.picture)
+        (case.picture + strength * (output.float().clamp(0, 1) - case.picture)).clamp(0, 1)
         for case, output, strength in zip(cases, outputs, strengths, strict=True)
     ]
 
