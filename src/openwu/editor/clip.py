@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from openwu.editor.examples import read_examples
-from openwu.editor.requests import EditRequest, Progress, check_options, checked_request, listed
+from openwu.editor.requests import EditRequest, Progress, check_options, listed
 from openwu.editor.series import Series, make_series
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import add_tensor, of_bytes, of_json

@@ -136,7 +136,8 @@ class Editor:
         refused for edits without one. Edits that cannot be more than complete (repairs, black and white, sepia) stay at
         1 above it. With other bases it is the factor on the adapter, and 0 the base without one.
 
-        `seed`: of everything random (None: the base's default, which the result tells). `reasoning`: what a base that reasons first shall have thought (None: it writes that itself, "": nothing).
+        `seed`: of everything random (None: the base's default, which the result tells). `reasoning`: what a base that
+        reasons first shall have thought (None: it writes that itself, "": nothing).
 
         `adapter` (b = 1) reuses an adapter instead of generating one; without an instruction the base then reads the
         one that the adapter was generated for. `allow_out_of_scope` takes the instruction as it is, and tries what the

@@ -26,7 +26,7 @@ _COMPLETE = word_set(
     "remove_rain pencil charcoal oil watercolour cartoon poster halftone pixel_art stained_glass cross_stitch emboss "
     "neon blueprint take_palette take_tone take_grain take_style take_light take_sharpness take_cast"
 )
-"""Edits of which there is no more than all: beyond it they would draw the negative of what they removed or drew over."""
+"""Edits of which there is no more than all: beyond it comes the negative of what they removed or drew over."""
 _REVERSIBLE = word_set(
     "brighten darken contrast_up contrast_down warm cool saturate desaturate black_and_white vignette remove_vignette "
     "sharpen soften fog dehaze"
