@@ -16,7 +16,7 @@ from openwu.evaluation.tables import strength_table
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
-ASKED = ("brighten", "denoise", "invert", "take_tone")
+ASKED = ("contrast_down", "denoise", "invert", "take_tone")
 
 
 def test_every_strength_is_asked_for_by_number_and_by_words(
@@ -27,16 +27,16 @@ def test_every_strength_is_asked_for_by_number_and_by_words(
     seen: dict[str, tuple[list[Case], Adapter]] = {}
 
     def obey(_: EmbeddedModel, cases: list[Case], adapter: Adapter) -> list[torch.Tensor]:
-        """Give the full edit whose share of the change is the target of each strength."""
+        """Give the target of the plain sentence, and of words at the strength that they stand for."""
         seen[cases[0].task] = cases, adapter
-        shares = [scale or 1.0 for scale in SCALES if scale <= EDITS[cases[0].task].limit]
-        shares += [1.0] * (len(cases) - len(shares))
-        return [c.picture + (c.target - c.picture) / share for c, share in zip(cases, shares, strict=True)]
+        task = EDITS[cases[0].task]
+        shares = [1.0, *(min(DEGREES[degree], task.limit) for degree in load_strength_words())]
+        return [c.picture + (c.target - c.picture) * share for c, share in zip(cases, shares, strict=True)]
 
     monkeypatch.setattr(strength_module, "edit_cases", obey)
     found = evaluate_strength(embedded_model, photographs, ASKED)
-    assert {each.edit for each in found} == {"brighten", "denoise"}
-    for edit in ("brighten", "denoise"):
+    assert {each.edit for each in found} == {"contrast_down", "denoise"}
+    for edit in ("contrast_down", "denoise"):  # linear in the strength
         own = [each for each in found if each.edit == edit]
         limit = EDITS[edit].limit
         scales = [scale for scale in SCALES if scale <= limit]

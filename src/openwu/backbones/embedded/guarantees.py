@@ -28,10 +28,11 @@ _COMPLETE = word_set(
 )
 """Edits of which there is no more than all: beyond it comes the negative of what they removed or drew over."""
 _REVERSIBLE = word_set(
-    "brighten darken contrast_up contrast_down warm cool saturate desaturate black_and_white vignette remove_vignette "
-    "sharpen soften fog dehaze"
+    "brighten darken contrast_up contrast_down vignette remove_vignette warm cool saturate desaturate black_and_white "
+    "sharpen soften fade unfade fog dehaze night day"
 )
-"""Edits whose change turned round is an edit, too: on average nearer to the opposite's target than the input is."""
+"""Edits whose change turned round is an edit, too: more than 2 dB nearer to their opposite's target than the input is
+(one photograph each); "black and white" turned round is more colour."""
 SEPIA_TONE, SEPIA_FLOOR = (1.08, 0.86, 0.64), 0.02
 """Red, green and blue of sepia for a luma of 1, and what is added to all three: the tone that training shows."""
 
