@@ -1,7 +1,8 @@
 """Instructions of every sub-task by language and split, from phrases.json, and their random variations.
 
-Training sentences are varied (politeness, reasons, capitals, end marks, typing errors, other words for the picture, words of
-strength); held-out sentences are used exactly as written, and no variation of a training sentence ever equals one.
+Training sentences are varied (politeness, reasons, capitals, end marks, typing errors, other words for the picture,
+words of strength); held-out sentences are used exactly as written, and no variation of a training sentence ever equals
+one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ _AFTER = {
 }
 _REASONS = {
     "en": (
-        ("it's for my mum: ", "for a school project: ", "took this on holiday, ", "my boss asked: ", "for the poster, "),
+        (
+            "it's for my mum: ",
+            "for a school project: ",
+            "took this on holiday, ",
+            "my boss asked: ",
+            "for the poster, ",
+        ),
         (", it's for my blog", ", my sister wants that", ", it's a present", ", for the album", ", the client asked"),
     ),
     "zh": (
