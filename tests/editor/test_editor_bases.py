@@ -418,7 +418,8 @@ def test_the_embedded_base_serves_what_knows_it_only_as_a_base(model_folder: Pat
     job = base.read((read_picture(photo),), ("brighter",), 4)
     assert torch.equal(base.condition([request]).tokens, base.condition_of([job]).tokens)
     (picture,) = base.generate([request], SamplingOptions(), base_cases.nothing)
-    plain = editor.edit(photo, "brighter", strength=-1e-30, seed=4)  # 0 would give back the picture as it is
+    silent = editor.adapt(photo, "brighter").scaled(0.0)
+    plain = editor.edit(photo, "brighter", adapter=silent, seed=4)
     assert torch.equal((picture * 255).round().permute(1, 2, 0).int(), torch.from_numpy(pixels(plain)))
     with pytest.raises(OpenwuError, match="training: expected a base with a loss of its own, got EmbeddedBase"):
         base.latent_batch([request], [torch.zeros(3, 8, 8)])

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openwu.backbones.embedded.guarantees import _COMPLETE
+from openwu.data.suite import BASE_EDITS
 from openwu.editor.editor import Editor
+from openwu.errors import InstructionError
 from openwu.images import Photo, read_picture
 
 DTYPES = (np.uint8, np.uint16)
@@ -50,6 +53,7 @@ def test_a_grey_file_stays_grey_at_its_depth(shipped: Editor, tmp_path: Path, dt
 def test_black_and_white_is_neutral_in_full_and_not_by_halves(shipped: Editor, dtype: Any) -> None:
     picture = scene(dtype)
     assert is_neutral(shipped.edit(picture, "make it black and white").photo)
+    assert is_neutral(shipped.edit(picture, "make it black and white", strength=1.5).photo)
     assert not is_neutral(shipped.edit(picture, "make it black and white", strength=0.5).photo)
     assert not is_neutral(shipped.edit(picture, "blur it").photo)
 
@@ -67,6 +71,53 @@ def test_strength_zero_gives_back_every_bit(shipped: Editor, tmp_path: Path) -> 
     picture = scene(np.uint16)
     for instruction in ("make it sepia", "blur it", "make it black and white"):
         assert np.array_equal(shipped.edit(picture, instruction, strength=0).photo.pixels, picture)
+
+
+@pytest.mark.parametrize("edit", BASE_EDITS)
+def test_a_strength_above_one_is_more_of_the_edit_unless_it_is_complete(shipped: Editor, edit: str) -> None:
+    """Also of edits that the base makes without its adapter, which no scale of the adapter would change."""
+    picture = scene(np.uint16)
+    results = [shipped.edit(picture, edit=edit, strength=strength) for strength in (0.5, 1, 1.3, 1.8)]
+    moved = [np.abs(result.photo.floats() - Photo(picture).floats()).mean() for result in results]
+    assert 0 < moved[0] < moved[1]
+    if edit in _COMPLETE:
+        assert all(np.array_equal(result.photo.pixels, results[1].photo.pixels) for result in results[2:])
+        assert not results[1].photo.notes
+        assert "is complete at strength 1" in results[2].photo.notes[-1]
+    else:
+        assert moved[1] < moved[2] < moved[3]
+        assert not results[3].photo.notes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("edit", "opposite"),
+    [("brighten", "darken"), ("warm", "cool"), ("saturate", "desaturate"), ("contrast_up", "contrast_down")],
+)
+def test_below_zero_an_edit_is_turned_round(shipped: Editor, dtype: Any, edit: str, opposite: str) -> None:
+    picture = scene(dtype)
+    for one, other in ((edit, opposite), (opposite, edit)):
+        wanted = shipped.edit(picture, edit=other).photo.floats()
+        turned = shipped.edit(picture, edit=one, strength=-1).photo
+        assert turned.pixels.dtype == dtype
+        before = np.square(wanted - Photo(picture).floats()).mean()
+        assert np.square(wanted - turned.floats()).mean() < before / 2
+    grey = Photo(np.repeat(picture[:, :, :1], 3, axis=2), grey=True)
+    assert is_neutral(shipped.edit(grey, edit="brighten", strength=-1).photo)
+
+
+def test_an_edit_without_another_direction_is_refused_below_zero(shipped: Editor) -> None:
+    refused = "strength: expected 0 or more for pencil, got -0.5: .* no other direction"
+    picture = scene(np.uint8)
+    adapter = shipped.adapt(picture, "pencil drawing")
+    for asked in (
+        lambda: shipped.understand("pencil drawing", strength=-0.5),
+        lambda: shipped.edit(picture, "pencil drawing", strength=-0.5),
+        lambda: shipped.edit(picture, adapter=adapter, strength=-0.5),
+        lambda: shipped.edit(picture, "brighten it", then="pencil drawing", strength=-0.5),
+    ):
+        with pytest.raises(InstructionError, match=refused):
+            asked()
 
 
 @pytest.mark.parametrize("complaint", ["underexposed", "too dark", "太暗了", "曝光不足"])

@@ -16,7 +16,7 @@ from openwu.evaluation.tables import strength_table
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
-ASKED = ("brighten", "denoise", "invert", "take_tone")
+ASKED = ("contrast_down", "denoise", "invert", "take_tone")
 
 
 def test_every_strength_is_asked_for_by_number_and_by_words(
@@ -27,16 +27,16 @@ def test_every_strength_is_asked_for_by_number_and_by_words(
     seen: dict[str, tuple[list[Case], Adapter]] = {}
 
     def obey(_: EmbeddedModel, cases: list[Case], adapter: Adapter) -> list[torch.Tensor]:
-        """Give what fades to the target of each strength."""
+        """Give the target of the plain sentence, and of words at the strength that they stand for."""
         seen[cases[0].task] = cases, adapter
-        fades = [min(1.0, scale) or 1.0 for scale in SCALES if scale <= EDITS[cases[0].task].limit]
-        fades += [1.0] * (len(cases) - len(fades))
-        return [c.picture + (c.target - c.picture) / fade for c, fade in zip(cases, fades, strict=True)]
+        task = EDITS[cases[0].task]
+        shares = [1.0, *(min(DEGREES[degree], task.limit) for degree in load_strength_words())]
+        return [c.picture + (c.target - c.picture) * share for c, share in zip(cases, shares, strict=True)]
 
     monkeypatch.setattr(strength_module, "edit_cases", obey)
     found = evaluate_strength(embedded_model, photographs, ASKED)
-    assert {each.edit for each in found} == {"brighten", "denoise"}
-    for edit in ("brighten", "denoise"):
+    assert {each.edit for each in found} == {"contrast_down", "denoise"}
+    for edit in ("contrast_down", "denoise"):  # linear in the strength
         own = [each for each in found if each.edit == edit]
         limit = EDITS[edit].limit
         scales = [scale for scale in SCALES if scale <= limit]
@@ -53,9 +53,8 @@ def test_every_strength_is_asked_for_by_number_and_by_words(
         assert all(torch.equal(case.picture, cases[0].picture) for case in cases)  # one damage for all strengths
         with torch.inference_mode():
             plain = generate(embedded_model, cases)
-        factors = torch.tensor([*(max(1.0, scale) for scale in scales), *[1.0] * len(words)])
         for name, (_, b) in adapter.pairs.items():
-            torch.testing.assert_close(b, plain.pairs[name][1] * factors[:, None, None])
+            torch.testing.assert_close(b, plain.pairs[name][1])  # the strength is no scale of the adapter
         instructions = [case.instruction for case in cases]
         first = [load_phrases()[edit][language]["train"][0].rstrip(".。") for language in LANGUAGES]
         assert any(all(plain in asked for asked in instructions) for plain in first)

@@ -9,6 +9,7 @@ Shapes: b requests; h and w the sides of a picture.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -140,8 +141,10 @@ class Backbone(ConditionEncoder):
     refuses_out_of_scope: ClassVar[bool] = False
     """Whether `understand` refuses instructions that the base does not know."""
     identity_at_zero: ClassVar[bool] = False
-    """Whether strength 0 means the picture as it is, and `finish` makes that share of the change which a strength below
-    1 asks for; otherwise the adapter is scaled, down to the base without one."""
+    """Whether strength is the share of the edit's change, which `finish` makes of an edit in full, so that 0 is the
+    picture as it is; otherwise it is the factor on the adapter, and 0 the base without one."""
+    strengths: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    """The smallest and the largest strength that the base serves."""
     default_seed: ClassVar[int] = 0
     """Seed of requests that name none."""
     own_sizes: ClassVar[bool] = False
@@ -268,6 +271,10 @@ class Backbone(ConditionEncoder):
     def name_edit(self, edit: str) -> str:
         """Return the sentence that asks for an edit of `edits`."""
         return self.edits()[edit].examples["en"]
+
+    def check_strength(self, understood: Sequence[Understood], strength: float) -> None:
+        """Raise InstructionError for edits that make no sense at a strength, such as reversed ones."""
+        del understood, strength
 
     def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
         """Return an edited photo with what the base guarantees by construction, such as exact neutrality."""

@@ -136,8 +136,8 @@ def _add_wish(wish: argparse._ArgumentGroup) -> None:
         type=_finite,
         default=1.0,
         metavar="S",
-        help="1 as asked (default), 0 the photo as it is (large bases: no adapter), "
-        "below 0 reversed and above 1 more, as far as the adapter makes the edit (docs/editing.md)",
+        help="share of the edit's change, -1 to 2: 0 none, 1 as asked (default), above 1 more, below 0 the other way; "
+        "large bases: factor on the adapter (docs/editing.md)",
     )
     wish.add_argument(
         "--allow-out-of-scope", action="store_true", help="try instructions that the model does not know, too"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from openwu.editor.examples import read_examples
-from openwu.editor.requests import EditRequest, Progress, check_options, checked_request, listed
+from openwu.editor.requests import EditRequest, Progress, check_options, listed
 from openwu.editor.series import Series, make_series
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import add_tensor, of_bytes, of_json
@@ -107,11 +107,16 @@ def edit_clip(
         raise TargetError(f"adapter: expected one sample, got {options.adapter.batch}; pick one with select([i])")
     target = Path(output)
     check_clip_output(target, overwrite=options.overwrite)
-    request = checked_request(replace(request, images=tuple(listed(request.images))), editor.backbone.default_seed)
+    images = tuple(listed(request.images))
+    (request,) = editor._checked([replace(request, images=images)], options.allow_out_of_scope, None)
     if options.adapter is None and not request.example and not options.allow_out_of_scope:
         # A word that is not understood is said before minutes of decoding.
         editor.understand(
-            request.instruction, edit=request.edit, then=request.then, references=len(listed(request.images))
+            request.instruction,
+            edit=request.edit,
+            then=request.then,
+            references=len(listed(request.images)),
+            strength=request.strength,
         )
     return _ClipEdit(editor, probe(clip), target, request, options).run(progress)
 

@@ -131,12 +131,13 @@ class Editor:
         result's adapter is the last one's. A base that tells edits apart runs an instruction that itself asks for two
         edits ("brighter and add grain") that way, too.
 
-        `strength`: factor on the adapter: 1 as asked, above 1 exaggerated, below 0 reversed; 0 is the base without an
-        adapter. With the embedded base, which makes some edits by itself, 0 gives back the pixels as they are, and
-        between 0 and 1 it is the share of the full edit's change, and above 1 and below 0 what the base makes by itself
-        stays as it is: only the adapter is scaled. `seed`: of everything random
-        (None: the base's default, which the result tells).
-        `reasoning`: what a base that reasons first shall have thought (None: it writes that itself, "": nothing).
+        `strength`: with the embedded base, the share of the edit's change, from -1 to 2: 0 gives back the pixels as
+        they are, 0.5 is half of it, 1 as asked, 1.5 half as much again, -1 the same in the other direction, which is
+        refused for edits without one. Edits that cannot be more than complete (repairs, black and white, sepia) stay at
+        1 above it. With other bases it is the factor on the adapter, and 0 the base without one.
+
+        `seed`: of everything random (None: the base's default, which the result tells). `reasoning`: what a base that
+        reasons first shall have thought (None: it writes that itself, "": nothing).
 
         `adapter` (b = 1) reuses an adapter instead of generating one; without an instruction the base then reads the
         one that the adapter was generated for. `allow_out_of_scope` takes the instruction as it is, and tries what the
@@ -258,13 +259,20 @@ class Editor:
 
     @torch.no_grad()
     def understand(
-        self, instruction: str = "", *, edit: str | None = None, then: str | Sequence[str] = (), references: int = 0
+        self,
+        instruction: str = "",
+        *,
+        edit: str | None = None,
+        then: str | Sequence[str] = (),
+        references: int = 0,
+        strength: float = 1.0,
     ) -> Understood | None:
         """Return what an instruction would be taken for, without any picture; None where the base cannot tell.
 
-        `references`: how many reference pictures would come with it. Raises InstructionError for what `edit` refuses.
+        `references`: how many reference pictures would come with it. Raises what `edit` does for words and strength.
         """
-        request = checked_request(EditRequest([_BLANK] * (1 + references), instruction, then=then, edit=edit), 0)
+        photos = [_BLANK] * (1 + references)
+        (request,) = self._checked([EditRequest(photos, instruction, strength, then=then, edit=edit)], False, None)
         return self._task(request, read_photos(request, self.backbone, self.name), None, True).summary
 
     def adapter_key(self, job: EditJob, *, allow_out_of_scope: bool = False) -> str:
@@ -442,8 +450,8 @@ class Editor:
         return [edited[i] for i in range(len(tasks))]
 
     def _scale(self, strength: float) -> float:
-        """The factor on the adapter: a base that fades makes the share of a strength below 1 itself."""
-        return 1.0 if self.backbone.identity_at_zero and 0 < strength < 1 else strength
+        """The factor on the adapter: where strength is a share of the change, the base makes it of the full edit."""
+        return 1.0 if self.backbone.identity_at_zero else strength
 
 
 _BLANK = Photo(np.zeros((1, 1, 3), np.uint8))

@@ -161,6 +161,8 @@ def check_served(
     sampling: SamplingOptions | None,
 ) -> None:
     """Raise OpenwuError that names what a base cannot serve. `name`: the base's, for messages."""
+    for each in requests:
+        check_strength_range(each.strength, base, name)
     if any(each.reasoning is not None for each in requests) and not base.reasons:
         raise InstructionError(f"reasoning: expected none for {name}, which does not reason; leave it out")
     if allow_out_of_scope and not base.refuses_out_of_scope:
@@ -180,6 +182,16 @@ def check_served(
         )
     if sampling is not None:
         base.check_sampling(sampling)
+
+
+def check_strength_range(strength: float, base: Backbone, name: str) -> None:
+    """Raise OpenwuError for a strength that the base does not serve. `name`: the base's, for messages."""
+    least, most = base.strengths
+    if not least <= strength <= most:
+        raise OpenwuError(
+            f"strength: expected {least:g} to {most:g} for {name}, where it is the share of the edit's change "
+            f"(1: as asked), got {strength:g}"
+        )
 
 
 def job_of(base: Backbone, request: EditRequest, photos: tuple[Photo, ...], texts: tuple[str, ...]) -> EditJob:

@@ -55,6 +55,8 @@ def make_task(
         understood = base.understand(job, checked=checked)
     if understood is None:
         return Task(request, job, None)
+    if checked or given is not None:
+        base.check_strength(understood, request.strength)
     if request.edit is not None and understood[0].edit != request.edit:
         raise InstructionError(
             f"edit: {request.edit} is not understood by this model: its sentence {first!r} reads as "

@@ -3,13 +3,13 @@
 For every strength: PSNR against the edit of that strength, and the change of the input against the change wanted.
 
 The frozen base reads the instruction too: at scale 0 of the adapter it still makes the edits that it knows by itself.
-So the editor fades between 0 and 1 (see `Editor.edit`), and scales the adapter above.
+So a strength is a share of the full edit's change, and the adapter is never scaled (see `Editor.edit`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ from tqdm import tqdm
 
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import DEGREES, LANGUAGES, frame, load_strength_words
-from openwu.evaluation.cases import Case, first_phrase, generate, make_case, seeded_scene
 from openwu.evaluation.cases import edit as edit_cases
+from openwu.evaluation.cases import first_phrase, generate, make_case, seeded_scene
 from openwu.evaluation.metrics import psnr
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.types import Adapter
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -52,30 +51,25 @@ def evaluate_strength(model: EmbeddedModel, photographs: dict[str, Tensor], edit
         language = LANGUAGES[i % 2]
         plain = first_phrase(edit, language)
         asked = [("strength", scale, plain) for scale in SCALES if scale <= EDITS[edit].limit]
+        full = {plain: make_case(edit, plain, seeded_scene(source, f"strength/{edit}"))}
         for degree, frames in load_strength_words().items():
             words = frames[language]["held_out"]
-            asked.append(("words", min(DEGREES[degree], EDITS[edit].limit), frame(words[i % len(words)], plain)))
-        cases = [
-            make_case(edit, sentence, seeded_scene(source, f"strength/{edit}", strength))
-            for _, strength, sentence in asked
-        ]
-        strengths = [strength if by == "strength" else 1.0 for by, strength, _ in asked]
-        outputs = at_strengths(model, cases, generate(model, cases), strengths)
-        for case, edited, (by, strength, _) in zip(cases, outputs, asked, strict=True):
-            moved, wanted = (float((each - case.picture).abs().mean()) for each in (edited, case.target))
-            found.append(Graded(edit, by, strength, float(psnr(edited, case.target)), moved, wanted))
+            sentence = frame(words[i % len(words)], plain)
+            asked.append(("words", min(DEGREES[degree], EDITS[edit].limit), sentence))
+            full[sentence] = replace(full[plain], instruction=sentence)
+        cases = list(full.values())
+        outputs = dict(zip(full, edit_cases(model, cases, generate(model, cases)), strict=True))
+        for by, strength, sentence in asked:
+            case = make_case(edit, sentence, seeded_scene(source, f"strength/{edit}", strength))
+            output = at_strength(case.picture, outputs[sentence], strength if by == "strength" else 1.0)
+            moved, wanted = (float((each - case.picture).abs().mean()) for each in (output, case.target))
+            found.append(Graded(edit, by, strength, float(psnr(output, case.target)), moved, wanted))
     return found
 
 
-def at_strengths(
-    model: EmbeddedModel, cases: Sequence[Case], adapter: Adapter, strengths: Sequence[float]
-) -> list[Tensor]:
-    """Edit as the editor does at each strength: faded between 0 and 1, with a scaled adapter above."""
-    outputs = edit_cases(model, cases, adapter.scaled([max(1.0, each) for each in strengths]))
-    return [
-        case.picture + min(1.0, strength) * (output.float().clamp(0, 1) - case.picture)
-        for case, output, strength in zip(cases, outputs, strengths, strict=True)
-    ]
+def at_strength(picture: Tensor, edited: Tensor, strength: float) -> Tensor:
+    """Return the share of the full edit's change that the editor makes at a strength: `[3, h, w]`."""
+    return (picture + strength * (edited.float().clamp(0, 1) - picture)).clamp(0, 1)
 
 
 SHOWN = ("darken", "warm", "tint_red", "blur", "fade", "fog")
@@ -84,12 +78,12 @@ SHOWN = ("darken", "warm", "tint_red", "blur", "fade", "fog")
 
 @torch.inference_mode()
 def strength_cells(model: EmbeddedModel, source: Tensor, edits: Sequence[str]) -> dict[str, list[Tensor]]:
-    """Edit one request with its adapter at each of SCALES: edit -> pictures `[3, h, w]`."""
+    """Edit one request at each of SCALES: edit -> pictures `[3, h, w]`."""
     cells = {}
     for edit in (name for name in SHOWN if name in edits):
         case = make_case(edit, first_phrase(edit), seeded_scene(source, f"strength/{edit}"))
-        adapter = generate(model, [case])
-        cells[edit] = [at_strengths(model, [case], adapter, [strength])[0] for strength in SCALES]
+        (edited,) = edit_cases(model, [case], generate(model, [case]))
+        cells[edit] = [at_strength(case.picture, edited, strength) for strength in SCALES]
     return cells
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from openwu.backbones.embedded.catalogue import known_edits, phrase
 from openwu.backbones.embedded.condition import SHOWN, EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
-from openwu.backbones.embedded.guarantees import blended, guaranteed
+from openwu.backbones.embedded.guarantees import blended, check_reversible, guaranteed, share_of
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor
 from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
@@ -61,6 +62,7 @@ class EmbeddedBase(Backbone):
     identity_at_zero: ClassVar[bool] = True
     concurrent: ClassVar[bool] = True
     max_pictures: ClassVar[int | None] = 2
+    strengths: ClassVar[tuple[float, float]] = (-1.0, 2.0)
 
     def __init__(self, config: EmbeddedBaseConfig) -> None:
         """New weights, from torch's global random state."""
@@ -180,14 +182,20 @@ class EmbeddedBase(Backbone):
         labels = [label for label in self.config.instruction.labels if label != OUT_OF_SCOPE]
         return {name: known[name] if name in known else KnownEdit(name, {"en": phrase(name)}) for name in labels}
 
+    def check_strength(self, understood: Sequence[Understood], strength: float) -> None:
+        """Raise InstructionError for a strength below 0 of an edit that has no other direction."""
+        check_reversible(understood, strength)
+
     def finish(self, photo: Photo, job: EditJob, understood: Sequence[Understood], strength: float) -> Photo:
-        """Return the photo exactly neutral for "black and white" in full and for a grey input that stays grey, and
-        exactly toned for sepia; of an edit with a number, or of a strength below 1, the share that this asks for.
+        """Return the share of the change that a strength, and a number in the sentence, ask for.
+
+        In full it is exactly neutral for "black and white" and for a grey input that stays grey, and exactly toned for
+        sepia.
         """
-        fades = 0 < strength < 1
-        whole = guaranteed(photo, understood, 1.0 if fades else strength, job.photos[0].grey)
-        share = (understood[0].strength if len(understood) == 1 else 1.0) * (strength if fades else 1.0)
-        return blended(job.photos[0], whole, share)
+        share, complete = share_of(understood, strength)
+        whole = guaranteed(photo, understood, job.photos[0].grey)
+        edited = blended(job.photos[0], whole, share)
+        return replace(edited, notes=(*edited.notes, complete)) if complete else edited
 
     def check_sampling(self, options: SamplingOptions) -> None:
         for name in ("steps", "guidance", "image_guidance", "true_guidance", "pixels"):

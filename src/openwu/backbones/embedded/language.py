@@ -1,4 +1,4 @@
-"""Tell English and Chinese from other languages, by scripts and function words."""
+"""Tell English and Chinese from other languages by scripts and function words, and requests from questions by form."""
 
 from __future__ import annotations
 
@@ -33,6 +33,33 @@ _ENGLISH = word_set(
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
+_NO_REQUEST = (
+    re.compile(
+        r"^(?:please )?(?:(?:teach|explain|define|recommend|quiz|remind)\b|tell me\b|write (?:me )?an? (?:essay|"
+        r"poem|story|letter|e?mail)\b)",
+        re.I,
+    ),
+    re.compile(
+        r"^(?:do|does) (?:you|i|they|he|she|people)\b|^will (?:it|there|he|she|they|i|we)\b|^should (?:i|we)\b|"
+        r"^how (?:much|many|old|long|far|often)\b|^what (?:does|do) .{1,30} (?:mean|cost)\b|"
+        r"^(?:what is|what's) the (?:history|meaning|price|capital|weather)\b",
+        re.I,
+    ),
+    re.compile(r"\bi (?:want|need|would like|['’]?d like) to (?:buy|learn|sell)\b", re.I),
+    re.compile(
+        r"^is (?:this|the|that|my) .{1,30}\b(?:enough|too \w+|good|bad|safe)\b.{0,4}\b(?:to|for)\b|"
+        r"^which (?:of|one|photo|picture|camera|lens|film)\b|"
+        r"^why (?:are|is|do|does) (?:all )?(?:my|his|her|our|your) .{1,40}\b(?:always|never|so often|every time)\b",
+        re.I,
+    ),
+    re.compile(
+        r"^(?:请|麻烦)?(?:教我|推荐|介绍一?下|解释|翻译|写一?[篇首封])|(?:我想|我要|想要|哪里能?)(?:买|学|卖)|"
+        r"多少钱|是什么意思|怎么[学念]|用英语怎么说|多不多|下不下[雨雪]|有没有[雨雪雾]|(?:哪个|什么)牌子|"
+        r"^(?:明天|后天|今晚|周末).*[吗？?]$|^哪[张个些].*(?:最|吗|？)"
+    ),
+)
+"""Questions and other matters than the picture, whatever edit their words remind of."""
+
 
 def check_language(instruction: str) -> None:
     """Raise InstructionError for a sentence that is neither English nor Chinese."""
@@ -54,3 +81,12 @@ def _foreign(instruction: str) -> str | None:
         if found > most:
             best, most = language, found
     return best if most >= 2 else None
+
+
+def check_request(instruction: str) -> None:
+    """Raise InstructionError for a sentence that asks for no edit by its form."""
+    if any(pattern.search(instruction.strip()) for pattern in _NO_REQUEST):
+        raise InstructionError(
+            f"instruction: {instruction!r} reads as a question or another matter, not as an edit of this picture; say "
+            'what shall become of it, for example "make it brighter"'
+        )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.amounts import LIGHT, MEASURED, find_amount, strength_of
-from openwu.backbones.embedded.language import check_language, word_set
+from openwu.backbones.embedded.language import check_language, check_request, word_set
 from openwu.errors import InstructionError
 
 OUT_OF_SCOPE = "out_of_scope"
@@ -66,6 +66,7 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     whether that suffices is the caller's to judge. Raises InstructionError where part of the sentence would be ignored.
     """
     check_language(instruction)
+    check_request(instruction)
     whole = read([instruction])[0]
     if whole.sentence:
         return (_wish(instruction, whole),)
@@ -187,7 +188,11 @@ _REGION = (
     r"(?:sky|clouds?|faces?|person|people|man|woman|men|women|boy|girl|child|kids?|baby|bride|groom|dog|cat|horse|bird|"
     r"background|foreground|subject|cars?|house|building|houses|buildings|trees?|flowers?|grass|water|sea|lake|river|"
     r"mountains?|hair|eyes?|skin|lips|teeth|hands?|dress|shirt|jacket|hat|left|right|top|bottom|upper|lower|wall|floor|"
-    r"window|door|text|sign|logo|table|chair|food|road|street|beach|sand|object|part|area|side|half)"
+    r"window|door|text|sign|logo|table|chair|food|road|street|beach|sand|ground|object|part|area|side|half)"
+)
+_REGION_ZH = (
+    r"(?:天空?|地面|脸|人|背景|前景|主体|头发|眼睛|皮肤|衣服|裙子?|衬衫|车|房子?|花|草地?|水面?|树|山|海|湖|墙|鞋|"
+    r"门|窗|路|狗|猫|杯子?|T恤|嘴唇|月亮)"
 )
 _COLOURS = word_set(
     "warm cool sepia black_and_white colourise invert hue_shift tint_red tint_green tint_blue tint_purple "
@@ -214,6 +219,9 @@ _PARTS = (
     ),
     re.compile(rf"(?<!not )\b(?:only|just)\b(?: on| in| at| to)? {_THE} (?:\w+ )?{_REGION}\b", re.I),
     re.compile(rf"(?<!not )\b(?:only|just)\b(?: the)? {_REGION}\b", re.I),
+    re.compile(rf"\bbut not(?: {_THE})* (?:\w+ )?{_REGION}\b|\b{_THE} (?:\w+ )?{_REGION} (?:alone|only)\b", re.I),
+    re.compile(rf"{_REGION_ZH}.*(?:别的|其[他它余]|剩下).{{0,3}}(?:别动|不动|不变|别碰|不要[动变])"),
+    re.compile(rf"{_REGION_ZH}(?:不要动|别动|不动|保持不变|不要变)"),
     re.compile(r"除了.{1,8}(?:以外|之外|外|都|其[他它余])|.{1,4}以外"),
     re.compile(
         r"(?<!不)只(?!剩)(?:把|让|给|对|将|改|动|在)?.{0,3}(?:天空?|脸|人物?|背景|前景|主体|左|右|"
@@ -291,6 +299,8 @@ _SPLIT = re.compile(
 _FIRST = re.compile(r"^\s*(?:first(?:ly)?,?\s+|首先|先)|\s*(?:first)\s*$", re.IGNORECASE)
 _FIXED = re.compile(r"black (?:and|&) white|salt (?:and|&) pepper|b\s*&\s*w", re.IGNORECASE)
 MOST_WISHES = 4
+_SAME_WISH = 0.1
+"""From which probability of the whole sentence's edit a part of it says the same in other words."""
 
 
 def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> tuple[Wish, ...] | None:
@@ -314,6 +324,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
         for each in found
         if _is_command(each.text)
         and not _COMPARATIVE.match(each.text)
+        and dict(each.reading.ranked).get(whole.edit, 0.0) < _SAME_WISH
         and (
             (each.reading.edit == OUT_OF_SCOPE and each.reading.probability >= CERTAIN)
             or (explicit and not each.reading.is_wish(accepted))

@@ -1,7 +1,8 @@
 """Instructions of every sub-task by language and split, from phrases.json, and their random variations.
 
-Training sentences are varied (politeness, capitals, end marks, typing errors, other words for the picture, words of
-strength); held-out sentences are used exactly as written, and no variation of a training sentence ever equals one.
+Training sentences are varied (politeness, reasons, capitals, end marks, typing errors, other words for the picture,
+words of strength); held-out sentences are used exactly as written, and no variation of a training sentence ever equals
+one.
 """
 
 from __future__ import annotations
@@ -44,6 +45,23 @@ _AFTER = {
     "en": (" please", ", thanks", " for me", "!", ".", "?", " pls", ", thank you", " ok?", "...", " if you can"),
     "zh": ("，谢谢", "吧", "！", "。", "？", "好吗", "可以吗", "行吗", "谢谢啦", "～", "，拜托"),
 }
+_REASONS = {
+    "en": (
+        (
+            "it's for my mum: ",
+            "for a school project: ",
+            "took this on holiday, ",
+            "my boss asked: ",
+            "for the poster, ",
+        ),
+        (", it's for my blog", ", my sister wants that", ", it's a present", ", for the album", ", the client asked"),
+    ),
+    "zh": (
+        ("给我妈的，", "学校作业，", "旅游拍的，", "老板要的，", "做海报用，", "昨天刚拍的，"),
+        ("，发朋友圈用", "，要送人的", "，放相册里", "，客户要的", "，做头像", "，朋友托我的"),
+    ),
+}
+"""What people say before and after their wish: of no edit in particular, and of what is out of scope as well."""
 _NOUNS = {
     "en": ("photo", "picture", "image", "pic", "shot", "photograph", "snapshot"),
     "zh": ("照片", "图片", "画面", "相片", "图像", "影像"),
@@ -122,7 +140,7 @@ def _held_out() -> frozenset[str]:
 
 
 def vary(sentence: str, language: str, generator: torch.Generator) -> str:
-    """Vary a sentence at random: another word for the picture, politeness, capitals, typing errors."""
+    """Vary a sentence at random: another word for the picture, politeness, a reason, capitals, typing errors."""
     if _draw(generator, 3) == 0:
         nouns = _NOUNS[language]
         sentence = _NOUN[language].sub(nouns[_draw(generator, len(nouns))], sentence)
@@ -132,6 +150,11 @@ def vary(sentence: str, language: str, generator: torch.Generator) -> str:
     if _draw(generator, 3) == 0:
         after = _AFTER[language]
         sentence = sentence.rstrip(".!?。！？") + after[_draw(generator, len(after))]
+    if _draw(generator, 8) == 0:
+        where = _draw(generator, 2)
+        reasons = _REASONS[language][where]
+        reason = reasons[_draw(generator, len(reasons))]
+        sentence = sentence.rstrip(".!?。！？") + reason if where else reason + sentence
     if language == "en" and _draw(generator, 4) == 0:
         sentence = mistype(sentence, generator)
     if _draw(generator, 4) == 0:

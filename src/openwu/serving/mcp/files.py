@@ -121,8 +121,8 @@ class FileTools:
         """Edit a photograph as an instruction says (English or Chinese), write a new file, and return a small preview.
 
         photo: path of the picture. output: path of the result, .png, .jpg or .webp (default: PHOTO.edited.png beside
-        it). strength: 1 as asked, 0 no edit, below 0 reversed, above 1 exaggerated; -4 to 4. reference: path of a
-        second picture, for edits that need one. try_anyway: also instructions that the model does not know.
+        it). strength: share of the change: 1 as asked, 0 no edit, up to 2 more, down to -1 the other way. reference:
+        path of a second picture, for edits that need one. try_anyway: also instructions that the model does not know.
         """
         sources = [photo] if reference is None else [photo, reference]
         source = self._folders.existing(photo, self._service.settings.body.bytes)

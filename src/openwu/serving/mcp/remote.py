@@ -81,9 +81,9 @@ class RemoteTools:
     ) -> CallToolResult:
         """Edit a photograph as an instruction says (English or Chinese); return a small preview and a link to the file.
 
-        image: id of an upload, or a data URL. strength: 1 as asked, 0 no edit, below 0 reversed, above 1 exaggerated;
-        -4 to 4. reference: a second picture, for edits that need one. output_format: png, jpeg or webp. try_anyway:
-        also instructions that the model does not know.
+        image: id of an upload, or a data URL. strength: share of the change: 1 as asked, 0 no edit, up to 2 more, down
+        to -1 the other way. reference: a second picture, for edits that need one. output_format: png, jpeg or webp.
+        try_anyway: also instructions that the model does not know.
         """
         images = [image] if reference is None else [image, reference]
         values: dict[str, list[object]] = {

@@ -63,7 +63,7 @@ export class Editor {
 
   // image, reference: {width, height, data: RGBA}; -> {image, understood}
   async edit(image, instruction, { strength = 1, seed = 0, reference = null, progress = () => {} } = {}) {
-    if (!Number.isFinite(strength)) throw new Refusal(`Expected a finite strength, got ${strength}.`);
+    if (!(strength >= 0 && strength <= 2)) throw new Refusal(`Expected a strength from 0 to 2, got ${strength}.`);
     for (const each of [image, reference]) {
       if (each && Math.min(each.width, each.height) < SMALLEST) {
         throw new Refusal(`Expected pictures of at least ${SMALLEST} pixels a side, got ${each.width} x ${each.height}.`);
@@ -74,9 +74,8 @@ export class Editor {
     let edited = image;
     for (const [index, wish] of understood.entries()) {
       const report = (share) => progress((index + share) / understood.length);
-      // Between 0 and 1 the finished picture fades; the adapter itself is the full one.
-      const scale = strength > 0 && strength < 1 ? 1 : strength;
-      const after = await this.pass(edited, wish.text, { strength: scale, seed, reference, report });
+      // The strength is the share of the finished picture's change; the adapter itself is the full one.
+      const after = await this.pass(edited, wish.text, { seed, reference, report });
       edited = finished(edited, after, wish, strength, this.tables.guarantees);
     }
     return { image: edited, understood };
@@ -95,7 +94,7 @@ export class Editor {
     });
   }
 
-  async pass(image, sentence, { strength, seed, reference, report }) {
+  async pass(image, sentence, { seed, reference, report }) {
     const { tokens } = await this.tokens(sentence);
     const factors = await this.adapter(image, tokens, reference);
     const { cell, margin } = this.model.tiles;
@@ -105,7 +104,7 @@ export class Editor {
     for (const [index, tile] of grid.entries()) {
       const { picture, planes, dims } = tileInputs(image, noise, tile, cell);
       const inputs = { picture: this.tensor(picture, dims), planes: this.tensor(planes, dims), tokens, ...factors };
-      const { edited } = await this.sessions.edit.run({ ...inputs, strength: this.tensor(Float32Array.of(strength), [1]) });
+      const { edited } = await this.sessions.edit.run({ ...inputs, strength: this.tensor(Float32Array.of(1), [1]) });
       canvas.add(tile, edited.data, dims);
       edited.dispose();
       report((index + 1) / grid.length);

@@ -206,17 +206,18 @@ export function isGrey(image) {
 
 // An edited picture with exact colours, and of the change what a number in the sentence and the strength ask for.
 export function finished(before, after, wish, strength, tables) {
-  const fades = strength > 0 && strength < 1;
-  const whole = guaranteed(after, wish.reading, fades ? 1 : strength, isGrey(before), tables);
-  return blended(before, whole, wish.strength * (fades ? strength : 1));
+  const share = strength * wish.strength;
+  const complete = tables._COMPLETE.includes(wish.reading.edit);
+  const whole = guaranteed(after, wish.reading, isGrey(before), tables);
+  return blended(before, whole, complete ? Math.min(share, 1) : share);
 }
 
 // What an edited picture has by construction: grey stays grey, black and white is neutral, sepia has one tone.
-function guaranteed(image, reading, strength, grey, tables) {
+function guaranteed(image, reading, grey, tables) {
   const full = reading.degree !== "little";
-  if (reading.edit === "sepia") return full && strength === 1 ? toned(image, tables) : image;
+  if (reading.edit === "sepia") return full ? toned(image, tables) : image;
   if (tables._COLOURING.includes(reading.edit)) return image;
-  const neutral = grey || (reading.edit === "black_and_white" && full && strength >= 1);
+  const neutral = grey || (reading.edit === "black_and_white" && full);
   return neutral && !isGrey(image) ? mapped(image, (r, g, b) => Array(3).fill(luma(r, g, b, tables.LUMA))) : image;
 }
 

@@ -80,6 +80,7 @@ export class Rules {
 
   async wishesOf(instruction) {
     this.checkLanguage(instruction);
+    this.checkRequest(instruction);
     let [whole] = await this.read([instruction]);
     if (whole.sentence) return [asWish(instruction, whole)];
     let text = await this.withoutNegations(instruction, whole);
@@ -93,6 +94,12 @@ export class Rules {
   checkLanguage(instruction) {
     const language = this.language._SCRIPTS.test(instruction) ? "a language with another script" : this.foreign(instruction);
     if (language) throw new Refusal(`Expected English or Chinese, got ${language}.`);
+  }
+
+  checkRequest(instruction) {
+    if (this.language._NO_REQUEST.some((pattern) => pattern.test(instruction.trim()))) {
+      throw new Refusal("This reads as a question or another matter, not as an edit of this picture; say what shall become of it.");
+    }
   }
 
   foreign(instruction) {
@@ -270,6 +277,7 @@ export class Rules {
       ({ text, reading }) =>
         this.isCommand(text) &&
         !match(w._COMPARATIVE, text) &&
+        (reading.ranked.find(([label]) => label === whole.edit)?.[1] ?? 0) < w._SAME_WISH &&
         ((reading.edit === this.outOfScope && reading.probability >= this.certain) ||
           (explicit && !this.isWish(reading, this.accepted))),
     );
