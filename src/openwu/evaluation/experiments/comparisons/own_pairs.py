@@ -29,7 +29,7 @@ from openwu.data.pairs import Pair, Pairs
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.cases import Case, generate, score
 from openwu.evaluation.experiments.geometry import mean_over
-from openwu.evaluation.experiments.methods import SIDE
+from openwu.evaluation.experiments.methods import NATIVE_BF16, SIDE
 from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
 from openwu.evaluation.metrics import psnr
 from openwu.evaluation.pictures import to_image
@@ -39,7 +39,6 @@ from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.own_pairs import PairsTraining
 from openwu.training.embedded.rehearsal import known_measure, photographs_of
 from openwu.training.loop import train_stage
-from openwu.training.optimizers import multiplies_bfloat16
 
 TASK = "shop"
 WORDINGS = (
@@ -198,7 +197,7 @@ def _trial(
             matrix_learning_rate=MATRIX_LEARNING_RATE,
             warmup=steps // 10,
         ),
-        bf16=multiplies_bfloat16(torch.device("cpu")),
+        bf16=NATIVE_BF16,
         **WAYS[way],
     )
     began = time.process_time()
@@ -231,5 +230,5 @@ def _scored(
         return sum(values) / len(values)
 
     pictures = photographs_of([(each * 255).round().byte() for each in test.values()], SIDE)
-    known = known_measure(model, pictures, SIDE, CROP, 70 + seed, multiplies_bfloat16(torch.device("cpu")))()
+    known = known_measure(model, pictures, SIDE, CROP, 70 + seed, NATIVE_BF16)()
     return OwnPairsScore(way, seed, known, asked(WORDINGS[:1]), asked(PARAPHRASES), steps, seconds, kept)
