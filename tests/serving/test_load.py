@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -44,6 +45,8 @@ class Keyed:
 
     server: Served
     keys: dict[str, str]
+    metrics: str
+    """URL of the figures on a port of their own."""
 
     def post(self, name: str, data: bytes, prompt: str = PROMPT, **fields: str) -> httpx.Response:
         return post(self.server.url, data, prompt, self.keys[name], **fields)
@@ -54,9 +57,11 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     folder = tmp_path_factory.mktemp("keyed")
     keys = {name: new_key(folder / "keys", name, admin=name == "h") for name in NAMES}
     limits = ("--queue-seconds", "9999", "--key-seconds", "9999", "--request-seconds", "900")
-    options = ("--keys", str(folder / "keys"), "--batch", "1", "--threads", "1")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--keys", str(folder / "keys"), "--batch", "1", "--threads", "1", "--metrics-port", str(port))
     with Served(*options, *limits, log=folder / "log") as server:
-        yield Keyed(server, keys)
+        yield Keyed(server, keys, f"http://127.0.0.1:{port}/metrics")
 
 
 def test_every_key_gets_its_own_pictures_and_no_others_adapters(keyed: Keyed, editor: Editor) -> None:
@@ -94,6 +99,7 @@ def test_openai_for_python_gets_the_errors_of_keys(keyed: Keyed) -> None:
         with pytest.raises(openai.PermissionDeniedError):
             known.with_options(default_headers=origin).models.list()
         assert known.models.list().data
+    assert "openwu_requests_total" in httpx.get(keyed.metrics, timeout=300).text
 
 
 def test_a_flood_of_one_key_delays_another_by_two_turns(keyed: Keyed) -> None:
