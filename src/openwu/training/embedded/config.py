@@ -112,6 +112,8 @@ class PairsRecipe(Recipe):
     allowed: float = field(default=0.5, metadata=LATER)
     """dB that the known edits may lose on average; where more are lost, the trained weights are drawn back towards the
     start until no more is. `inf`: never."""
+    allowed_each: float = field(default=1.0, metadata=LATER)
+    """The same for every known edit by itself."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     evaluate_every: int = 100
@@ -125,8 +127,9 @@ class PairsRecipe(Recipe):
             check_share(name, getattr(self, name))
         if self.trained not in ("all", "words") or (self.trained == "words" and not self.own_labels):
             raise ValueError(f'trained: expected "all", or "words" with own_labels=true, got {self.trained!r}')
-        if not self.allowed > 0:
-            raise ValueError(f"allowed: expected a number of dB above 0, or inf, got {self.allowed}")
+        for name in ("allowed", "allowed_each"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number of dB above 0, or inf, got {getattr(self, name)}")
 
     @property
     def rehearsed_requests(self) -> int:
