@@ -65,6 +65,11 @@ class EmbeddedRecipe(Recipe):
             raise ValueError("examples: expected a model whose condition.examples is True, or no such stage")
 
     @property
+    def bfloat16_on_cpu(self) -> bool:
+        """Whether it computes in bfloat16: the embedded model is trained on the CPU."""
+        return self.bf16
+
+    @property
     def known(self) -> tuple[str, ...]:
         """The stages that this recipe has, in order."""
         return tuple(name for name in STAGES if name != "examples" or self.examples is not None)
@@ -130,6 +135,11 @@ class PairsRecipe(Recipe):
         for name in ("allowed", "allowed_each"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number of dB above 0, or inf, got {getattr(self, name)}")
+
+    @property
+    def bfloat16_on_cpu(self) -> bool:
+        """Whether it computes in bfloat16: the embedded model is trained on the CPU."""
+        return self.bf16
 
     @property
     def rehearsed_requests(self) -> int:
