@@ -102,11 +102,16 @@ class Served:
         pids = [self.process.pid, *self.workers()]
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids)
 
-    def handles(self) -> int:
-        """Open files and threads of the service and its workers."""
-        folders = [
-            Path(f"/proc/{pid}/{kind}") for pid in (self.process.pid, *self.workers()) for kind in ("fd", "task")
-        ]
+    def files(self) -> int:
+        """Open files and sockets of the service and its workers."""
+        return self._entries("fd")
+
+    def threads(self) -> int:
+        """Threads of the service and its workers."""
+        return self._entries("task")
+
+    def _entries(self, kind: str) -> int:
+        folders = [Path(f"/proc/{pid}/{kind}") for pid in (self.process.pid, *self.workers())]
         return sum(len(list(folder.iterdir())) for folder in folders)
 
     def figure(self, name: str, key: str = "none") -> float:

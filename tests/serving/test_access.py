@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from serving_clients import PROMPT, SleepingEngine, png, png_url
 from starlette.testclient import TestClient
@@ -17,8 +19,8 @@ from openwu.serving.app import create_app
 from openwu.serving.errors import ServiceError
 from openwu.serving.middleware import BodyLimits
 from openwu.serving.routes import streams
-from openwu.serving.server import Address, serve
-from openwu.serving.state import Settings
+from openwu.serving.server import Address, measured, serve
+from openwu.serving.state import Service, Settings
 from openwu.serving.stores import AdapterShelf, PictureStore, StoredAdapter, UploadStore
 
 
@@ -164,6 +166,26 @@ def test_a_client_that_leaves_as_its_stream_opens_stops_the_work(monkeypatch: py
 def test_without_keys_only_this_machine_is_served() -> None:
     with pytest.raises(OpenwuError, match="--keys"):
         serve(SleepingEngine(), Settings(), Address("0.0.0.0"))
+
+
+def test_a_port_of_its_own_serves_figures_without_a_key_and_nothing_else(tmp_path: Path, keys: dict[str, str]) -> None:
+    assert keys
+    service = Service(SleepingEngine(), Settings(keys=tmp_path / "keys"))
+
+    async def ask() -> list[httpx.Response]:
+        async with measured(service, listener), httpx.AsyncClient(base_url=url, timeout=30) as client:
+            return [await client.get(path) for path in ("/metrics", "/v1/models", "/health/ready", "/")]
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        with pytest.raises(OpenwuError, match=rf"127.0.0.1:{port}: cannot listen: .*another --metrics-port"):
+            serve(SleepingEngine(), Settings(), Address(port=0), metrics=Address(port=port))
+        answers = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [200, 404, 404, 404]
+    assert "openwu_queue_length 0.0" in answers[0].text
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
 
 
 def stored(name: str, tenant: str, size: int = 10) -> StoredAdapter:

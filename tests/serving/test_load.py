@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -26,6 +27,12 @@ from openwu.serving.access import new_key
 pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("OPENWU_SOAK_SECONDS", "60"))
 """How long overload and soak last; docs/serving.md says for how long its figures were measured."""
+PAUSE = float(os.environ.get("OPENWU_SOAK_PAUSE", "0"))
+"""Seconds that each client of the soak waits between its requests, to leave the machine to others."""
+WARM = 120.0
+"""Most seconds of the soak's requests before memory is first looked at."""
+ENOUGH = 2000
+"""Requests from which the slope of memory is more than noise."""
 REQUESTS = int(os.environ.get("OPENWU_MIXED_REQUESTS", "96"))
 """How many requests the keys send together."""
 PROMPTS = (PROMPT, "turn it black and white", "blur the photo")
@@ -38,6 +45,8 @@ class Keyed:
 
     server: Served
     keys: dict[str, str]
+    metrics: str
+    """URL of the figures on a port of their own."""
 
     def post(self, name: str, data: bytes, prompt: str = PROMPT, **fields: str) -> httpx.Response:
         return post(self.server.url, data, prompt, self.keys[name], **fields)
@@ -48,9 +57,11 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     folder = tmp_path_factory.mktemp("keyed")
     keys = {name: new_key(folder / "keys", name, admin=name == "h") for name in NAMES}
     limits = ("--queue-seconds", "9999", "--key-seconds", "9999", "--request-seconds", "900")
-    options = ("--keys", str(folder / "keys"), "--batch", "1", "--threads", "1")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--keys", str(folder / "keys"), "--batch", "1", "--threads", "1", "--metrics-port", str(port))
     with Served(*options, *limits, log=folder / "log") as server:
-        yield Keyed(server, keys)
+        yield Keyed(server, keys, f"http://127.0.0.1:{port}/metrics")
 
 
 def test_every_key_gets_its_own_pictures_and_no_others_adapters(keyed: Keyed, editor: Editor) -> None:
@@ -88,6 +99,7 @@ def test_openai_for_python_gets_the_errors_of_keys(keyed: Keyed) -> None:
         with pytest.raises(openai.PermissionDeniedError):
             known.with_options(default_headers=origin).models.list()
         assert known.models.list().data
+    assert "openwu_requests_total" in httpx.get(keyed.metrics, timeout=300).text
 
 
 def test_a_flood_of_one_key_delays_another_by_two_turns(keyed: Keyed) -> None:
@@ -115,26 +127,44 @@ def test_a_flood_of_one_key_delays_another_by_two_turns(keyed: Keyed) -> None:
 
 
 def test_a_soak_leaves_memory_files_and_threads_as_they_were(keyed: Keyed) -> None:
-    server = keyed.server
+    server, done = keyed.server, [0] * 4
 
-    def client(number: int, end: float) -> int:
-        count = 0
+    def client(number: int, end: float) -> None:
         while time.monotonic() < end:
+            count = done[number]
             size = (64 + 16 * (count % 5), 48 + 16 * (count % 3))
             prompt, seed = PROMPTS[count % 3], number * 7 + count % 9
             assert keyed.post(NAMES[number], png(*size, seed=seed), prompt).status_code == 200
-            count += 1
-        return count
+            done[number] += 1
+            time.sleep(PAUSE)
 
     with ThreadPoolExecutor(4) as clients:
-        list(clients.map(client, range(4), [time.monotonic() + SECONDS / 4] * 4))
-        memory, handles = server.memory(), server.handles()
-        count = sum(clients.map(client, range(4), [time.monotonic() + SECONDS] * 4))
+        list(clients.map(client, range(4), [time.monotonic() + min(WARM, SECONDS / 4)] * 4))
+        before, files, threads = sum(done), server.files(), server.threads()
+        end = time.monotonic() + SECONDS
+        running = [clients.submit(client, number, end) for number in range(4)]
+        counts, memory = [before], [server.memory()]
+        while time.monotonic() < end:
+            time.sleep(min(SECONDS / 60, max(0.0, end - time.monotonic())))
+            counts.append(sum(done))
+            memory.append(server.memory())
+        for each in running:
+            each.result()
     time.sleep(20)  # kept-alive connections end
-    grown = (server.memory() - memory) / 1e6
-    say(f"soak of {SECONDS:g} s: {count} requests, memory {grown:+.1f} MB, handles {server.handles() - handles:+d}")
+    count, grown = sum(done) - before, (server.memory() - memory[0]) / 1e6
+    slope = float(np.polyfit(counts, memory, 1)[0]) * 1000 / 1e6
+    half = len(counts) // 2
+    later = float(np.polyfit(counts[half:], memory[half:], 1)[0]) * 1000 / 1e6
+    say(
+        f"soak of {SECONDS:g} s: {count} requests; memory {memory[0] / 1e6:.0f} MB, {grown:+.1f} MB at the end, "
+        f"{slope:+.2f} MB for 1,000 requests (second half {later:+.2f}); "
+        f"files {server.files() - files:+d}, threads {server.threads() - threads:+d}"
+    )
     assert grown < 60 + count / 1000
-    assert server.handles() <= handles + 8
+    if count >= ENOUGH:
+        assert later < 1
+    assert server.files() <= files + 4
+    assert server.threads() <= threads + 4
 
 
 def test_overload_is_only_200_and_429_and_memory_stays(tmp_path: Path) -> None:

@@ -260,9 +260,12 @@ def test_the_baseline_starts_as_no_change(recipe: EmbeddedRecipe) -> None:
     assert all(not b.any() and a.std() > 0 for a, b in adapter.pairs.values())
 
 
-def test_the_command_line_trains(recipe: EmbeddedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_trains(
+    recipe: EmbeddedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("openwu.training.run.load_recipe", lambda *_: replace(recipe, seed=2))
+    monkeypatch.setattr("openwu.training.run.load_recipe", lambda *_: replace(recipe, seed=2, bf16=True))
+    monkeypatch.setattr("openwu.training.run.multiplies_bfloat16", lambda _: False)
     assert run("recipe.py", [], stages=["instruction"]) == Path("runs/tiny")
     assert set(states(Path("runs/tiny"))) == {"instruction"}
     with pytest.raises(OpenwuError, match=r"stages: expected some of .*, got \['bass'\]"):

@@ -121,17 +121,37 @@ def test_weights_are_drawn_back_until_no_more_is_lost_than_allowed() -> None:
     with torch.no_grad():
         weight.fill_(1.0)
     share = known.draw_back({"w": weight}, begun)
-    assert known.lost() == pytest.approx(8 * share**2)
-    assert 0.4 < known.lost() <= 0.5
+    assert known.lost()["known"] == pytest.approx(8 * share**2)
+    assert 0.4 < known.lost()["known"] <= 0.5
     assert torch.equal(weight.detach(), torch.full((4,), share))
     assert known.draw_back({"w": weight}, begun) == 1.0  # enough is kept: nothing is moved
     free = Retention(lambda: {"known": -float(weight.sum())}, math.inf, "dB", "rest")
     assert free.draw_back({"w": weight}, begun) == 1.0
 
 
+def test_one_task_that_loses_more_than_each_may_draws_weights_back_too() -> None:
+    weight = nn.Parameter(torch.zeros(4))
+    steep = {"blur": 4.0, **dict.fromkeys(("warm", "cool", "fog", "rain", "snow", "night", "day", "sepia"), 0.0)}
+    known = Retention(
+        lambda: {name: 30 - each * float(weight.square().mean()) for name, each in steep.items()},
+        *(0.5, "dB", "rest", 1.0),
+    )
+    begun = {"w": weight.detach().clone()}
+    with torch.no_grad():
+        weight.fill_(1.0)
+    with pytest.warns(RetentionWarning, match=r"0\.44 dB are lost .*most on 'blur': 4\.00"):
+        assert known.scalars()["known/worst"] == pytest.approx(4.0)
+    share = known.draw_back({"w": weight}, begun)
+    assert 0.4 < share < 0.5
+    assert 0.8 < known.lost()["blur"] <= 1.0
+
+
 def test_what_is_lost_however_near_the_start_warns() -> None:
     weight = nn.Parameter(torch.zeros(1))
     scores = iter([30.0])
     known = Retention(lambda: {"known": next(scores, 20.0)}, 0.5, "dB", "rest")
-    with pytest.warns(RetentionWarning, match=r"10\.00 dB are lost .* although the weights were drawn back to 0%"):
+    with pytest.warns(
+        RetentionWarning,
+        match=r"10\.00 dB are lost .*most on 'known': 10\.00.* although the weights were drawn back to 0%",
+    ):
         known.draw_back({"w": weight}, {"w": torch.zeros(1)})

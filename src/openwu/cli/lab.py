@@ -9,24 +9,28 @@ from pathlib import Path
 from openwu.cli.console import Parser, UsageError
 from openwu.cli.evaluate.report import note_reports
 from openwu.evaluation.experiments.comparisons.conflict import CLOCKS
+from openwu.evaluation.experiments.comparisons.own_pairs import LOOKS, WAYS
 from openwu.evaluation.experiments.comparisons.scaling import AXES
 from openwu.evaluation.experiments.runs import EXPERIMENTS, LabSettings, stored_table
 from openwu.evaluation.experiments.runs import run_audit as audit
 
 SIDE = 256
 """Default of --side."""
-IGNORED: dict[str, tuple[str, ...]] = {
-    "conflict": ("axis", "along"),
-    "continual": ("axis", "clock", "along"),
-    "examples": ("steps", "axis", "photos", "clock", "edits", "along"),
-    "gradients": ("steps", "axis", "side", "clock"),
-    "operators": ("axis", "clock", "along"),
-    "own-pairs": ("axis", "clock", "edits", "along"),
-    "manifold": ("steps", "axis", "photos", "clock", "along"),
-    "scaling": ("clock", "along"),
-    "video": ("steps", "axis", "photos", "clock", "along"),
+READ: dict[str, tuple[str, ...]] = {
+    "conflict": ("steps", "photos", "clock", "edits", "side", "batch", "search"),
+    "continual": ("steps", "photos", "edits", "side", "batch"),
+    "examples": ("side",),
+    "gradients": ("photos", "along", "edits"),
+    "operators": ("steps", "photos", "edits", "side", "batch"),
+    "own-pairs": ("steps", "photos", "side", "ways", "looks"),
+    "manifold": ("edits", "side"),
+    "scaling": ("steps", "photos", "axis", "edits", "side", "batch"),
+    "video": ("edits", "side"),
 }
-"""Experiment -> options that it would ignore, and therefore refuses."""
+"""Experiment -> the options of SOME that it reads; the others it would ignore, and therefore refuses."""
+SOME = ("steps", "axis", "photos", "clock", "edits", "along", "side", "batch", "search", "ways", "looks")
+OPTIONS = {"edits": "edit", "ways": "way", "looks": "look"}
+"""Field of LabSettings -> its option, where that has another name."""
 
 
 def run_audit(arguments: list[str]) -> int:
@@ -52,6 +56,14 @@ def run_lab(arguments: list[str]) -> int:
         "--clock", choices=CLOCKS, help="conflict: what is equal for all methods, their steps (default) or their time"
     )
     parser.add_argument(
+        "--batch", type=int, nargs=2, metavar=("N", "CROP"), help="requests of every training step, and their side"
+    )
+    parser.add_argument(
+        "--search", type=int, metavar="N", help="conflict: search learning rates by trainings of so many steps"
+    )
+    parser.add_argument("--way", action="append", dest="ways", choices=WAYS, help="own-pairs: only this; repeatable")
+    parser.add_argument("--look", action="append", dest="looks", choices=LOOKS, help="own-pairs: only this; repeatable")
+    parser.add_argument(
         "--from", dest="stored", metavar="FILE", help="print the table of this result file, run nothing"
     )
     options = parser.parse_args(arguments)
@@ -59,7 +71,8 @@ def run_lab(arguments: list[str]) -> int:
         sys.stdout.write(stored_table(options.what, Path(options.stored)))
         return 0
     del options.stored
-    ignored = [name for name in IGNORED[options.what] if getattr(options, name) is not None]
+    given = [name for name in SOME if getattr(options, name) is not None]
+    ignored = [OPTIONS.get(name, name) for name in given if name not in READ[options.what]]
     if ignored:
         raise UsageError(f"openwu lab {options.what}: it does not read --{', --'.join(ignored)}; leave that out")
     what, run = options.what, EXPERIMENTS[options.what]
@@ -74,7 +87,7 @@ def run_lab(arguments: list[str]) -> int:
 def _settings(options: argparse.Namespace) -> LabSettings:
     """Check the numbers before photographs and models are looked for, or a folder is made."""
     given = vars(options)
-    for name in ("steps", "side"):
+    for name in ("steps", "side", "search"):
         value = given.get(name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}: expected a number above 0, got {value}")
@@ -83,7 +96,10 @@ def _settings(options: argparse.Namespace) -> LabSettings:
     given["side"] = SIDE if given["side"] is None else given["side"]
     given["seeds"] = tuple(given["seeds"])
     given["along"] = tuple(given["along"]) if given.get("along") else None
-    given["edits"] = tuple(given["edits"]) if given["edits"] else None
+    for name in ("edits", "ways", "looks", "batch"):
+        given[name] = tuple(given[name]) if given.get(name) else None
+    if given["batch"] is not None and min(given["batch"]) < 1:
+        raise UsageError(f"--batch: expected two numbers above 0, got {' '.join(map(str, given['batch']))}")
     return LabSettings(**given)
 
 

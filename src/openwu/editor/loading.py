@@ -15,6 +15,7 @@ from openwu.errors import CheckpointError, OpenwuError
 from openwu.files.weights import fill
 from openwu.generator.checkpoint import generator_bytes
 from openwu.generator.model import ParameterGenerator
+from openwu.kernels.modules import without_weights
 from openwu.registry import BASES, DEFAULT_BASE
 from openwu.types import LoadingOptions
 
@@ -68,7 +69,7 @@ def _located(model: str | Path | None, base: str | Path | None) -> tuple[str, st
 def load_bundled(bundled: BundledGenerator, dtype: torch.dtype) -> ParameterGenerator:
     """Load the generator that came with a base. Raises CheckpointError with everything that does not fit."""
     config = GeneratorConfig.from_dict(bundled.config)
-    with torch.device("meta"):
+    with without_weights():
         generator = ParameterGenerator(config)
     if problems := fill(generator, bundled.weights, dtype):
         raise CheckpointError.listing(f"{bundled.weights.parent} does not hold a whole generator:", problems)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from openwu.errors import CheckpointError
 from openwu.files.weights import fill
 from openwu.files.writing import atomic_set, write_json
+from openwu.kernels.modules import without_weights
 from openwu.types import LORA, LORA_A, LORA_B, Adapter, Condition, Target
 
 MODEL_TYPE = "openwu-associative"
@@ -160,7 +161,7 @@ class AssociativeGenerator(nn.Module):
                 f"{path}: expected model_type {MODEL_TYPE!r} and the fields {sorted(known)}; this is another model's"
             )
         config = AssociativeConfig(**{**data, "targets": tuple(data["targets"])})
-        with torch.device("meta"):
+        with without_weights():
             generator = cls(config)
         if problems := fill(generator, Path(folder) / WEIGHTS_FILE, torch.float32):
             raise CheckpointError.listing(f"{folder}: the weights do not fit {CONFIG_FILE}:", problems)

@@ -20,6 +20,7 @@ from openwu.config import RELEASED_GROUP, ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError
 from openwu.files.writing import atomic_set
 from openwu.generator.layout import GeneratorLayout
+from openwu.kernels.modules import without_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -105,7 +106,7 @@ def _planned(
     stored = _read_headers(folder, problems)
     if config is None:
         raise _error(folder, problems)
-    with torch.device("meta"):
+    with without_weights():
         module = build(config)
     own_names = {written_name(name, config): name for name in module.state_dict()}
     expected = {written: tuple(module.get_parameter(name).shape) for written, name in own_names.items()}

@@ -1,4 +1,4 @@
-"""Run a base's modules: on which device they compute, up to which one, and on rows padded to one length.
+"""Make and run modules: without weights yet, on which device, up to which module, on rows padded to one length.
 
 Offloaded weights are on the meta device between forward passes; accelerate's hooks know where they are moved to.
 
@@ -15,9 +15,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+_UNNEEDED = (
+    *(Tensor.normal_, Tensor.uniform_, Tensor.mul),
+    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.trunc_normal_),
+)
+"""What draws weights at random, and scales them."""
 HOOK = "_hf_hook"
 """Attribute of a module under which accelerate stores its hook."""
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Make modules on the meta device, for weights that are filled in from a file.
+
+    Nothing is drawn at random or scaled: on the meta device that would import PyTorch's compiler, which takes longer
+    than all else that loads a small model.
+    """
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leave weights as they are allocated."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func in _UNNEEDED:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def hook_device(module: nn.Module) -> torch.device | None:

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
@@ -143,8 +144,21 @@ def _routes(app: FastAPI, service: Service) -> None:
     async def metrics(caller: Known) -> Response:
         if not caller.admin:
             raise refused(403, "admin_only", "expected an admin key")
-        service.metrics.restarts.set(service.engine.health().restarts)
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return _figures(service)
+
+
+def metrics_app(service: Service) -> Starlette:
+    """Create the ASGI app of a port for operators: `/metrics` alone, without a key."""
+
+    async def metrics(_: Request) -> Response:
+        return _figures(service)
+
+    return Starlette(routes=[Route("/metrics", metrics)])
+
+
+def _figures(service: Service) -> Response:
+    service.metrics.restarts.set(service.engine.health().restarts)
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _page(app: FastAPI) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import signal
 import socket
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from openwu.errors import OpenwuError
 from openwu.extras import library
 from openwu.serving.access import LOCAL_HOSTS
-from openwu.serving.app import create_app
+from openwu.serving.app import create_app, metrics_app
 from openwu.serving.engines import Engine
 from openwu.serving.state import Service, Settings
 
@@ -40,9 +42,17 @@ class Address:
     key: Path | None = None
 
 
-def serve(engine: Engine, settings: Settings, address: Address, *, drain_seconds: float = 60.0) -> None:
+def serve(
+    engine: Engine,
+    settings: Settings,
+    address: Address,
+    *,
+    metrics: Address | None = None,
+    drain_seconds: float = 60.0,
+) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new work, finish what was admitted, and return.
 
+    `metrics`: where `/metrics` is served as well, without a key and without TLS; whoever reaches that address reads it.
     Raises OpenwuError for a service without keys on an address that others reach, for a port that is taken, and where
     the model cannot be loaded.
     """
@@ -51,24 +61,27 @@ def serve(engine: Engine, settings: Settings, address: Address, *, drain_seconds
             f"host: expected one of {', '.join(LOCAL_HOSTS)} for a service without keys, got {address.host}; "
             "add --keys FILE (`openwu serve --keys FILE --new-key NAME` makes one)"
         )
-    library("multipart", "serve")
-    listener = _listener(address)
-    with listener:
-        asyncio.run(_serve(create_app(engine, settings), listener, address, drain_seconds))
+    library("python_multipart", "serve")
+    with _listener(address) as listener, nullcontext() if metrics is None else _listener(metrics, "metrics-") as other:
+        asyncio.run(_serve(create_app(engine, settings), listener, other, address, drain_seconds))
 
 
-def _listener(address: Address) -> socket.socket:
-    """Take the port before anything is loaded."""
+def _listener(address: Address, prefix: str = "") -> socket.socket:
+    """Take the port before anything is loaded. `prefix`: of the option that an error names."""
     try:
         return socket.create_server(
             (address.host, address.port), family=socket.AF_INET6 if ":" in address.host else socket.AF_INET, backlog=512
         )
     except OSError as error:
         words = error.strerror or error
-        raise OpenwuError(f"{address.host}:{address.port}: cannot listen: {words}; choose another --port") from error
+        raise OpenwuError(
+            f"{address.host}:{address.port}: cannot listen: {words}; choose another --{prefix}port"
+        ) from error
 
 
-async def _serve(app: FastAPI, listener: socket.socket, address: Address, drain_seconds: float) -> None:
+async def _serve(
+    app: FastAPI, listener: socket.socket, metrics: socket.socket | None, address: Address, drain_seconds: float
+) -> None:
     service: Service = app.state.service
     await service.start()
     config = uvicorn.Config(
@@ -84,7 +97,38 @@ async def _serve(app: FastAPI, listener: socket.socket, address: Address, drain_
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
     )
-    await _Server(config, service, drain_seconds).serve(sockets=[listener])
+    async with nullcontext() if metrics is None else measured(service, metrics):
+        await _Server(config, service, drain_seconds).serve(sockets=[listener])
+
+
+@asynccontextmanager
+async def measured(service: Service, listener: socket.socket) -> AsyncIterator[None]:
+    """Serve the figures on a port of their own, while the service starts, runs and drains."""
+    config = uvicorn.Config(
+        metrics_app(service),
+        http=ImpatientProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+    )
+    server = _Unsignalled(config)
+    running = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        yield
+    finally:
+        server.should_exit = server.force_exit = True
+        await running
+
+
+class _Unsignalled(uvicorn.Server):
+    """A server that ends with another one, which alone hears signals."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class _Server(uvicorn.Server):

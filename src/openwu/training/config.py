@@ -110,6 +110,11 @@ class Recipe:
     export: str | None = None
     """Where the finished model is written besides the run's folder."""
 
+    @property
+    def bfloat16_on_cpu(self) -> bool:
+        """Whether it computes in bfloat16 on the CPU, whatever other devices there are."""
+        return False
+
 
 def check_share(name: str, value: float) -> None:
     """Raise ValueError unless a share of the data that is held back is from 0 to below 1."""

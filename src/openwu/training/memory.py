@@ -19,6 +19,7 @@ from openwu.config import GeneratorConfig
 from openwu.generator.layout import GeneratorLayout
 from openwu.generator.model import ParameterGenerator
 from openwu.kernels.memory import MemoryPlan, gigabytes
+from openwu.kernels.modules import without_weights
 from openwu.training.config import PipelineRun
 from openwu.types import Condition, Segment
 
@@ -71,7 +72,7 @@ def training_plan(
     on_cpu = device.type == "cpu"
     stay = not recipe.cache or recipe.encoders == "keep" or (on_cpu and recipe.encoders == "cpu")
     probed = any(chosen["name"] == "denoiser-states" for chosen in recipe.condition)
-    with torch.device("meta"):
+    with without_weights():
         own = FLOAT * ParameterGenerator(config).num_parameters
     reading = {"encoders": encoders} | ({"condition encoder": reader} if reader else {})
     phases = {}
@@ -145,7 +146,7 @@ class GeneratorCost:
 
 def generator_cost(config: GeneratorConfig, batch: int, tokens: int = TOKENS) -> GeneratorCost:
     """Count what an update of a generator with this config costs, for `batch` adapters and so many condition tokens."""
-    with torch.device("meta"):
+    with without_weights():
         generator = ParameterGenerator(config)
         more = {name: Segment(torch.empty(batch, tokens, width)) for name, width in config.more_inputs.items()}
         condition = Condition(torch.empty(batch, tokens, config.input_dim), more=more)

@@ -92,9 +92,21 @@ def warn_of_large_updates(norm: float) -> None:
 class Retention:
     """Scores of known tasks before a training and now."""
 
-    def __init__(self, measure: Callable[[], Mapping[str, float]], allowed: float, unit: str, advice: str) -> None:
-        """Measure the start. `allowed`: mean loss from which a warning is given; `advice`: what to do then."""
-        self._measure, self.allowed, self.unit, self.advice = measure, allowed, unit, advice
+    def __init__(
+        self,
+        measure: Callable[[], Mapping[str, float]],
+        allowed: float,
+        unit: str,
+        advice: str,
+        allowed_each: float = math.inf,
+    ) -> None:
+        """Measure the start.
+
+        `allowed`, `allowed_each`: mean loss, and loss of one task, from which a warning is given; `advice`: what to do
+        then.
+        """
+        self._measure, self.unit, self.advice = measure, unit, advice
+        self.allowed, self.allowed_each = allowed, allowed_each
         self.before = dict(self._scores())
         """Task -> score of the starting model."""
 
@@ -107,53 +119,55 @@ class Retention:
         """The starting model's mean score."""
         return sum(self.before.values()) / len(self.before)
 
-    def lost(self) -> float:
-        """Return how much of the starting model's mean score is lost now."""
+    def lost(self) -> dict[str, float]:
+        """Return how much of every known task's score is lost now."""
         now = self._scores()
-        return self.mean - sum(now[name] for name in self.before) / len(self.before)
+        return {name: score - now[name] for name, score in self.before.items()}
 
     def draw_back(self, trained: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
-        """Move weights towards where they started until no more than `allowed` is lost; return the share that stays.
+        """Move weights towards where they started until no more than is allowed is lost; return the share that stays.
 
         trained, start: parameters by name, changed in place, and what they were. What is lost grows with the square of
         the distance from the start, what was learned in proportion to it: a small step back keeps most of a new task
         (Wortsman et al. 2022). Each trial costs one measurement; after DRAWN_BACK of them the last share stands, and a
         warning is given where it still loses too much.
         """
-        if math.isinf(self.allowed):
+        if math.isinf(self.allowed) and math.isinf(self.allowed_each):
             return 1.0
         end = {name: value.detach().clone() for name, value in trained.items()}
         share, lost = 1.0, self.lost()
         for _ in range(DRAWN_BACK):
-            if lost <= self.allowed or not end:
+            excess = self._excess(lost)
+            if excess <= 1 or not end:
                 break
-            share *= min(0.9, DRAWN_BACK_MARGIN * (self.allowed / lost) ** 0.5)
+            share *= min(0.9, DRAWN_BACK_MARGIN * excess**-0.5)
             with torch.no_grad():
                 for name, value in trained.items():
                     value.copy_(torch.lerp(start[name], end[name], share))
             lost = self.lost()
-        if lost > self.allowed and is_main():
-            warnings.warn(
-                f"{lost:.2f} {self.unit} are lost on average over {len(self.before)} known tasks, although the weights "
-                f"were drawn back to {share:.0%} of their way; {self.advice}",
-                RetentionWarning,
-                stacklevel=2,
-            )
+        self._warn(lost, f", although the weights were drawn back to {share:.0%} of their way")
         return share
 
     def scalars(self) -> dict[str, float]:
         """Score the model as it is now: `known/mean`, `known/lost` and `known/worst`; warn where too much is lost."""
-        now = self._scores()
-        lost = {name: score - now[name] for name, score in self.before.items()}
-        mean, worst = sum(lost.values()) / len(lost), max(lost, key=lambda name: lost[name])
-        if mean > self.allowed and is_main():
+        lost = self.lost()
+        self._warn(lost)
+        mean = _mean(lost)
+        return {"known/mean": self.mean - mean, "known/lost": mean, "known/worst": max(lost.values())}
+
+    def _excess(self, lost: Mapping[str, float]) -> float:
+        """How many times too much is lost, on average or of one task."""
+        return max(_mean(lost) / self.allowed, max(lost.values()) / self.allowed_each)
+
+    def _warn(self, lost: Mapping[str, float], how: str = "") -> None:
+        if self._excess(lost) > 1 and is_main():
+            worst = max(lost, key=lambda name: lost[name])
             warnings.warn(
-                f"{mean:.2f} {self.unit} are lost on average over {len(lost)} known tasks (most on {worst!r}: "
-                f"{lost[worst]:.2f}); {self.advice}",
+                f"{_mean(lost):.2f} {self.unit} are lost on average over {len(lost)} known tasks (most on {worst!r}: "
+                f"{lost[worst]:.2f}){how}; {self.advice}",
                 RetentionWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return {"known/mean": sum(now.values()) / len(now), "known/lost": mean, "known/worst": lost[worst]}
 
     def record(self) -> dict[str, object]:
         """Return the scores before and now of every known task for a provenance."""
@@ -168,6 +182,10 @@ class Retention:
         if not found:
             raise OpenwuError("retention: expected scores of at least one known task, got none")
         return found
+
+
+def _mean(lost: Mapping[str, float]) -> float:
+    return sum(lost.values()) / len(lost)
 
 
 class WatchedStage:

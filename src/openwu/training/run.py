@@ -5,24 +5,36 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from openwu.errors import OpenwuError
 from openwu.registry import resolve
 from openwu.training.config import Recipe
 from openwu.training.distributed import process_group_scope
+from openwu.training.optimizers import multiplies_bfloat16
 
 
 def run_recipe(
-    path: Path, overrides: list[str], *, output: Path | None = None, stages: list[str] | None = None
+    path: Path,
+    overrides: list[str],
+    *,
+    output: Path | None = None,
+    stages: list[str] | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train a recipe's stages in order; return the run's folder. Finished stages are skipped, interrupted ones resume.
 
     overrides: `key=value`, dots for nesting. output: the run's folder; None: `runs/` and the recipe's name. stages:
-    None for those of the recipe. Raises OpenwuError for a stage that the recipe does not have.
+    None for those of the recipe. note: is told which setting makes the training slow on this machine. Raises
+    OpenwuError for a stage that the recipe does not have.
     """
     recipe = load_recipe(path, overrides)
+    if recipe.bfloat16_on_cpu and not multiplies_bfloat16(torch.device("cpu")):
+        note("this processor multiplies bfloat16 many times more slowly than float32; add bf16=false")
     folder = output or Path("runs") / recipe.name
     known = recipe.known_stages
     unknown = sorted(set(stages or ()) - set(known))

@@ -43,6 +43,7 @@ from openwu.files.weights import fill
 from openwu.images import Photo, read_picture
 from openwu.images.colour import Pixels
 from openwu.images.instruction import check_instruction
+from openwu.kernels.modules import without_weights
 from openwu.types import BaseRequest, Condition, SamplingOptions, Understood
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -91,7 +92,7 @@ class EmbeddedBase(Backbone):
             raise OpenwuError(f"revision: expected none for the embedded model, which is a folder, got {revision!r}")
         folder = Path(folder)
         config = EmbeddedBaseConfig.from_dict(read_config(folder))
-        with torch.device("meta"):
+        with without_weights():
             base = cls(config)
         problems: list[str] = []
         for name, module in base.modules().items():

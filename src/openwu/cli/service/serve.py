@@ -43,10 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     certificate, key = (Path(path) if path else None for path in (arguments.tls_certificate, arguments.tls_key))
     address = Address(arguments.host, arguments.port, certificate, key)
+    metrics = None if arguments.metrics_port is None else Address(arguments.metrics_host, arguments.metrics_port)
     engine = _engine(arguments)
     if not arguments.quiet:
         note(f"loading the model; then http://{arguments.host}:{arguments.port}/ is the page, /v1 the API")
-    serve(engine, settings, address, drain_seconds=arguments.drain_seconds)
+    serve(engine, settings, address, metrics=metrics, drain_seconds=arguments.drain_seconds)
     return 0
 
 
@@ -118,6 +119,10 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--drain-seconds", type=amount, default=60.0, help="to finish work at shutdown (default: 60)")
     serve.add_argument("--max-megapixels", type=amount, default=50.0, help="of one picture (default: 50)")
     serve.add_argument("--max-body-mb", type=amount, default=64.0, help="of one request (default: 64)")
+    serve.add_argument(
+        "--metrics-port", type=_port, metavar="PORT", help="serve /metrics on this port, too, without a key"
+    )
+    serve.add_argument("--metrics-host", default="127.0.0.1", help="address of that port (default: this machine alone)")
     serve.add_argument("--tls-certificate", metavar="FILE", help="serve HTTPS with this certificate")
     serve.add_argument("--tls-key", metavar="FILE", help="its key (default: in the same file)")
     serve.add_argument("--quiet", action="store_true", help="log nothing but faults")

@@ -23,6 +23,7 @@ from openwu.training.config import StageConfig
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.picture_stages import Adapt, Batches, PictureStage
 from openwu.training.loop import train_stage
+from openwu.training.optimizers import multiplies_bfloat16
 from openwu.training.stage import TrainableLora
 from openwu.types import Adapter, Target
 
@@ -30,8 +31,15 @@ SIDE = 192
 """Side in pixels of the picture that the condition encoder sees in training."""
 MUON_FIELDS = ("matrix_learning_rate", "stack_learning_rate")
 """Fields of StageConfig that let Muon train."""
+NATIVE_BF16 = multiplies_bfloat16(torch.device("cpu"))
+"""Whether the lab computes in bfloat16: where the processor has no units for it, that is many times slower."""
 FIRST_FLOOR = 3e-2
 """Where the floor of the loss starts; see `openwu.training.embedded.picture_stages.annealed_floor`."""
+
+
+def precision() -> torch.autocast:
+    """Return the scope in which the lab edits: bfloat16 where the processor has units for it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=NATIVE_BF16)
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,10 @@ def method_stage(
 ) -> PictureStage:
     """Make the stage that trains a method, with whole sentences."""
     return PictureStage(
-        label, config, method.model, method.trained, method.adapt, batches, dropped=0.0, penalty=penalty
+        *(label, config, method.model, method.trained, method.adapt, batches),
+        bf16=NATIVE_BF16,
+        dropped=0.0,
+        penalty=penalty,
     )
 
 

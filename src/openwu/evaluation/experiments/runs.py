@@ -24,9 +24,9 @@ from openwu.evaluation.experiments.comparisons.conflict import ConflictResults, 
 from openwu.evaluation.experiments.comparisons.continual import ContinualResults, continual
 from openwu.evaluation.experiments.comparisons.operators import KINDS as OPERATOR_KINDS
 from openwu.evaluation.experiments.comparisons.operators import OperatorResults, operators
-from openwu.evaluation.experiments.comparisons.own_pairs import OwnPairsResults, own_pairs
+from openwu.evaluation.experiments.comparisons.own_pairs import LOOKS, WAYS, OwnPairsResults, own_pairs
 from openwu.evaluation.experiments.comparisons.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
-from openwu.evaluation.experiments.methods import Budget
+from openwu.evaluation.experiments.methods import NATIVE_BF16, Budget
 from openwu.evaluation.experiments.pictures import (
     draw_cells,
     draw_conflict,
@@ -98,8 +98,20 @@ class LabSettings:
     """Gradients: numbers of steps after which they are compared, for a curve; None: the first and the last."""
     clock: str = "steps"
     """Conflict: what is equal for all methods, see `Budget.clock`."""
+    batch: tuple[int, int] | None = None
+    """Requests of every training step, and the side of their crops; None: the budget's."""
+    search: int | None = None
+    """Conflict: search learning rates by trainings of so many steps; None: as the budget says."""
+    ways: tuple[str, ...] | None = None
+    """Own pairs: only these ways of teaching."""
+    looks: tuple[str, ...] | None = None
+    """Own pairs: only these looks."""
 
     def __post_init__(self) -> None:
+        for name, known in (("way", WAYS), ("look", LOOKS)):
+            other = sorted(set(getattr(self, f"{name}s") or ()) - set(known))
+            if other:
+                raise OpenwuError(f"--{name}: expected some of {list(known)}, got {other}")
         unknown = sorted(set(self.edits or ()) - set(EDITS))
         if unknown:
             raise OpenwuError(f"--edit: expected some of {list(EDITS)}, got {unknown}")
@@ -130,11 +142,15 @@ class LabSettings:
         return load_folder(Path(self.photos))
 
     def shortened(self, budget: Budget) -> Budget:
-        """Return the budget with trainings of `steps`, if they are given."""
-        if self.steps is None:
-            return budget
-        search_steps = min(budget.search_steps, max(1, self.steps // 5))
-        return dataclasses.replace(budget, steps=self.steps, search_steps=search_steps)
+        """Return the budget with the given `steps`, `batch` and `search`."""
+        if self.steps is not None:
+            search_steps = min(budget.search_steps, max(1, self.steps // 5))
+            budget = dataclasses.replace(budget, steps=self.steps, search_steps=search_steps)
+        if self.batch is not None:
+            budget = dataclasses.replace(budget, requests=self.batch[0], crop=self.batch[1])
+        if self.search is not None:
+            budget = dataclasses.replace(budget, factors=BUDGET.factors, search_steps=self.search)
+        return budget
 
     def to_json(self, **more: object) -> dict[str, object]:
         """Return the settings as they are written with results."""
@@ -149,8 +165,10 @@ class LabSettings:
     def cache(self, name: str, model: EmbeddedModel, **more: object) -> ResultCache:
         """Return the cache of an experiment's trials; its name depends on everything that they do but their seed."""
         # "quick" counts: it chooses the test photographs, also where --edit and --steps determine all else.
-        ignored = ("seeds", "output", "axis", "along")
+        ignored = ("seeds", "output", "axis", "along", "ways", "looks")
+
         relevant = {key: value for key, value in self.to_json(**more).items() if key not in ignored}
+        relevant["bf16"] = NATIVE_BF16
         relevant["photos"] = folder_hashes(Path(self.photos))
         code = f"openwu.evaluation.experiments.comparisons.{name}"
         digits = fingerprint(relevant, model.instruction, model.backbone, code=code)
@@ -281,8 +299,9 @@ def run_own_pairs(settings: LabSettings) -> str:
     steps = settings.steps or (QUICK_PAIRS_STEPS if settings.quick else PAIRS_STEPS)
     model, photographs = settings.load_model(), settings.training_photographs()
     cache, test = settings.cache("own_pairs", model, steps=steps), settings.test_photographs()
-    found = own_pairs(model, photographs, test, steps, settings.seeds, cache)
-    settings.write("own_pairs", found.to_json(), steps=steps)
+    ways, looks = settings.ways or tuple(WAYS), settings.looks or tuple(LOOKS)
+    found = own_pairs(model, photographs, test, steps, settings.seeds, ways, looks, cache)
+    settings.write("own_pairs", found.to_json(), steps=steps, ways=ways, looks=looks)
     return found.table()
 
 

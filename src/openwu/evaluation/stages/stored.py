@@ -265,7 +265,8 @@ def _own_pairs(file: File) -> list[Results]:
         known = [(name, "known edits", value) for name, value in each["known"].items()]
         new = [(name, "the new edit", each[name]) for name in ("trained", "paraphrase")]
         for name, task, value in (*known, *new):
-            rows.append((plain_case(name, task, cluster=name), each["way"], {"PSNR": value}, each["seed"]))
+            case = plain_case(f"{each['look']}/{name}", task, cluster=name)
+            rows.append((case, each["way"], {"PSNR": value}, each["seed"]))
     return [_results("own pairs", {"PSNR": DECIBELS}, rows, reference="start")]
 
 

@@ -65,6 +65,11 @@ class EmbeddedRecipe(Recipe):
             raise ValueError("examples: expected a model whose condition.examples is True, or no such stage")
 
     @property
+    def bfloat16_on_cpu(self) -> bool:
+        """Whether it computes in bfloat16: the embedded model is trained on the CPU."""
+        return self.bf16
+
+    @property
     def known(self) -> tuple[str, ...]:
         """The stages that this recipe has, in order."""
         return tuple(name for name in STAGES if name != "examples" or self.examples is not None)
@@ -112,6 +117,8 @@ class PairsRecipe(Recipe):
     allowed: float = field(default=0.5, metadata=LATER)
     """dB that the known edits may lose on average; where more are lost, the trained weights are drawn back towards the
     start until no more is. `inf`: never."""
+    allowed_each: float = field(default=1.0, metadata=LATER)
+    """The same for every known edit by itself."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
     evaluate_every: int = 100
@@ -125,8 +132,14 @@ class PairsRecipe(Recipe):
             check_share(name, getattr(self, name))
         if self.trained not in ("all", "words") or (self.trained == "words" and not self.own_labels):
             raise ValueError(f'trained: expected "all", or "words" with own_labels=true, got {self.trained!r}')
-        if not self.allowed > 0:
-            raise ValueError(f"allowed: expected a number of dB above 0, or inf, got {self.allowed}")
+        for name in ("allowed", "allowed_each"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number of dB above 0, or inf, got {getattr(self, name)}")
+
+    @property
+    def bfloat16_on_cpu(self) -> bool:
+        """Whether it computes in bfloat16: the embedded model is trained on the CPU."""
+        return self.bf16
 
     @property
     def rehearsed_requests(self) -> int:

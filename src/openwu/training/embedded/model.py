@@ -31,6 +31,7 @@ from openwu.errors import CheckpointError, TargetError
 from openwu.files.weights import fill
 from openwu.files.writing import atomic_set
 from openwu.generator.model import ParameterGenerator
+from openwu.kernels.modules import without_weights
 from openwu.types import Adapter
 
 SHARED = "shared"
@@ -194,7 +195,7 @@ class EmbeddedModel(nn.Module):
         folder = Path(folder)
         config = EmbeddedConfig.from_dict(read_config(folder))
         try:
-            with torch.device("meta"):
+            with without_weights():
                 model = cls(config)
         except TargetError as error:
             first, *rest = error.lines or (str(error),)

@@ -162,7 +162,7 @@ def rehearsal_photographs(recipe: PairsRecipe, pairs: Pairs) -> list[Photograph]
 
 def pairs_retention(recipe: PairsRecipe, model: EmbeddedModel, pairs: Pairs) -> Retention:
     """Measure what a training on pairs loses of the start's known edits, on the pictures of these pairs."""
-    return Retention(pairs_measure(recipe, model, pairs), recipe.allowed, "dB", ADVICE)
+    return Retention(pairs_measure(recipe, model, pairs), recipe.allowed, "dB", ADVICE, recipe.allowed_each)
 
 
 def pairs_measure(recipe: PairsRecipe, model: EmbeddedModel, pairs: Pairs) -> Callable[[], dict[str, float]]:

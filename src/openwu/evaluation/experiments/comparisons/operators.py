@@ -20,7 +20,7 @@ from torch import Tensor
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.cases import draw_cases, score
 from openwu.evaluation.experiments.geometry import Mean, mean_over
-from openwu.evaluation.experiments.methods import Budget, fit, generated_on, sampler
+from openwu.evaluation.experiments.methods import Budget, fit, generated_on, precision, sampler
 from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
 from openwu.training.embedded.model import EmbeddedModel
 
@@ -145,7 +145,7 @@ def operators(
     found = OperatorResults([])
 
     def alone(seed: int) -> TrialResult:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), precision():
             cases = draw_cases(test, tasks, seed)
             values = score(model, cases, None)
         return TrialResult(vars(Point(BASE, seed, 0, 0, _by_task(tasks, [c.task for c in cases], values))))
@@ -155,7 +155,7 @@ def operators(
         method, cases = generated_on(changed, seed), draw_cases(test, tasks, seed)
         batches = sampler(photographs, tasks, budget, seed)
         fit(method, batches, budget, budget.steps, method.rates, f"{kind.name}, seed {seed}")
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), precision():
             values = score(changed, cases, method.serve(cases))
         shared = sum(p.numel() for name, p in changed.generator.named_parameters() if ".shared." in name)
         numbers = changed.generator.layout.adapter_size

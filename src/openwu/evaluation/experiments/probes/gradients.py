@@ -19,7 +19,7 @@ from tqdm import tqdm
 from openwu.data.suite.batches import PairBatch, PairSampler
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.experiments.geometry import Mean, mean_over
-from openwu.evaluation.experiments.methods import SIDE
+from openwu.evaluation.experiments.methods import NATIVE_BF16, SIDE
 from openwu.evaluation.experiments.results import columns
 from openwu.training.config import StageConfig
 from openwu.training.embedded.model import EmbeddedModel
@@ -160,6 +160,7 @@ def shared_conflicts(
         batches = PairSampler(photographs, tuple(tasks), config.shapes, SIDE, seed)
         stage = PictureStage(
             *(f"shared LoRA, seed {seed}", config, model, shared, lambda *_, own=shared: own(), batches),
+            bf16=NATIVE_BF16,
             dropped=0.0,
             floor=FLOOR,
             base_reads_instruction=base_reads_instruction,
@@ -195,7 +196,7 @@ def generator_conflict(
 
     config = StageConfig(steps=1, shapes=((REQUESTS, CROP),), learning_rate=LEARNING_RATE)
     batches = PairSampler(photographs, tuple(tasks), config.shapes, SIDE)
-    stage = PictureStage("generator", config, model, trained, adapt, batches, dropped=0.0)
+    stage = PictureStage("generator", config, model, trained, adapt, batches, bf16=NATIVE_BF16, dropped=0.0)
     try:
         each = [_cosines(f"generator, seed {seed}", stage, photographs, tasks, seed) for seed in seeds]
     finally:
