@@ -16,15 +16,15 @@ from openwu.evaluation.experiments.runs import run_audit as audit
 SIDE = 256
 """Default of --side."""
 IGNORED: dict[str, tuple[str, ...]] = {
-    "conflict": ("axis", "along"),
-    "continual": ("axis", "clock", "along"),
-    "examples": ("steps", "axis", "photos", "clock", "edits", "along"),
-    "gradients": ("steps", "axis", "side", "clock"),
+    "conflict": ("axis", "along", "operators"),
+    "continual": ("axis", "clock", "along", "operators"),
+    "examples": ("steps", "axis", "photos", "clock", "edits", "along", "operators"),
+    "gradients": ("steps", "axis", "side", "clock", "operators"),
     "operators": ("axis", "clock", "along"),
-    "own-pairs": ("axis", "clock", "edits", "along"),
-    "manifold": ("steps", "axis", "photos", "clock", "along"),
-    "scaling": ("clock", "along"),
-    "video": ("steps", "axis", "photos", "clock", "along"),
+    "own-pairs": ("axis", "clock", "edits", "along", "operators"),
+    "manifold": ("steps", "axis", "photos", "clock", "along", "operators"),
+    "scaling": ("clock", "along", "operators"),
+    "video": ("steps", "axis", "photos", "clock", "along", "operators"),
 }
 """Experiment -> options that it would ignore, and therefore refuses."""
 
@@ -50,6 +50,13 @@ def run_lab(arguments: list[str]) -> int:
     parser.add_argument("--axis", choices=AXES, help="scaling: vary only this (default: both)")
     parser.add_argument(
         "--clock", choices=CLOCKS, help="conflict: what is equal for all methods, their steps (default) or their time"
+    )
+    parser.add_argument(
+        "--operator",
+        action="append",
+        dest="operators",
+        metavar="NAME[:RANK]",
+        help="operators: train only this, such as offset or lora:1; repeatable (default: eleven)",
     )
     parser.add_argument(
         "--from", dest="stored", metavar="FILE", help="print the table of this result file, run nothing"
@@ -83,6 +90,7 @@ def _settings(options: argparse.Namespace) -> LabSettings:
     given["side"] = SIDE if given["side"] is None else given["side"]
     given["seeds"] = tuple(given["seeds"])
     given["along"] = tuple(given["along"]) if given.get("along") else None
+    given["operators"] = tuple(given["operators"]) if given.get("operators") else None
     given["edits"] = tuple(given["edits"]) if given["edits"] else None
     return LabSettings(**given)
 

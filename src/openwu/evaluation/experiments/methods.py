@@ -23,6 +23,7 @@ from openwu.training.config import StageConfig
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.picture_stages import Adapt, Batches, PictureStage
 from openwu.training.loop import train_stage
+from openwu.training.optimizers import multiplies_bfloat16
 from openwu.training.stage import TrainableLora
 from openwu.types import Adapter, Target
 
@@ -167,8 +168,24 @@ def method_stage(
 ) -> PictureStage:
     """Make the stage that trains a method, with whole sentences."""
     return PictureStage(
-        label, config, method.model, method.trained, method.adapt, batches, dropped=0.0, penalty=penalty
+        label,
+        config,
+        method.model,
+        method.trained,
+        method.adapt,
+        batches,
+        bf16=multiplies_bfloat16(torch.device("cpu")),
+        dropped=0.0,
+        penalty=penalty,
     )
+
+
+def precision() -> torch.autocast:
+    """Compute in bfloat16 inside, as trainings do, where the processor multiplies matrices in it; float32 elsewhere.
+
+    A processor without such units emulates bfloat16 several times more slowly than it computes in float32.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(torch.device("cpu")))
 
 
 def sampler(photographs: list[Photograph], tasks: Sequence[str], budget: Budget, seed: int) -> PairSampler:

@@ -40,6 +40,7 @@ from openwu.evaluation.experiments.methods import (
     fit,
     method_loss,
     new_method,
+    precision,
     retrieved,
     sampler,
 )
@@ -347,7 +348,7 @@ def _measure(
             assert served is not None
             under["random"] = random_like(served, torch.Generator().manual_seed(seed))
         for name, adapter in under.items():
-            with torch.autocast("cpu", torch.bfloat16):
+            with precision():
                 edited = edit(method.model, some, adapter)
             for case, output in zip(some, edited, strict=True):
                 outcomes.append(_outcome(name, seed, case, old, output))

@@ -32,6 +32,7 @@ from openwu.evaluation.experiments.methods import (
     Method,
     fit,
     new_method,
+    precision,
     retrieved,
     sampler,
 )
@@ -250,7 +251,7 @@ def _drift(method: Method, memory: Memory, step: int) -> Tensor:
     chosen = torch.randint(len(memory.sentences), (DISTILLED_AT_ONCE,), generator=generator).tolist()
     with torch.no_grad():
         text = method.model.instruction([memory.sentences[i] for i in chosen])
-    with torch.autocast("cpu", torch.bfloat16):
+    with precision():
         generated = method.model.adapt(memory.pictures[chosen].float() / 255, text)
     return (update_distances(generated, memory.adapter.select(chosen)) + DRIFT_FLOOR).log().mean()
 
@@ -282,7 +283,7 @@ def _measure(
     else:
         # Before the first group, an untrained generator is no more than noise: the base is where all ways begin.
         adapter = method.serve(cases) if number else None
-    with torch.autocast("cpu", torch.bfloat16):
+    with precision():
         scores = score(method.model, cases, adapter)
     seen = []
     for at, group in enumerate(groups, start=1):

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openwu.adapters.operators import operator_of
 from openwu.data.suite.photographs import Photograph
+from openwu.errors import OpenwuError
 from openwu.evaluation.cases import draw_cases, score
 from openwu.evaluation.experiments.geometry import Mean, mean_over
-from openwu.evaluation.experiments.methods import Budget, fit, generated_on, sampler
+from openwu.evaluation.experiments.methods import Budget, fit, generated_on, precision, sampler
 from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
 from openwu.training.embedded.model import EmbeddedModel
 
@@ -57,6 +59,18 @@ KINDS = (
     Kind("basis_mixture", 8),
 )
 """What is compared; the order is that of the trials."""
+
+
+def kinds_of(names: Sequence[str]) -> tuple[Kind, ...]:
+    """Read kinds out of "OPERATOR" or "OPERATOR:RANK" (rank 8 where none is given); OpenwuError for unknown ones."""
+    found = []
+    for name in names:
+        operator, colon, rank = name.partition(":")
+        if colon and not (rank.isascii() and rank.isdigit() and int(rank) > 0):
+            raise OpenwuError(f"--operator: expected OPERATOR or OPERATOR:RANK, such as lora:8, got {name!r}")
+        operator_of(operator)
+        found.append(Kind(operator, int(rank) if colon else 8))
+    return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,7 @@ def operators(
     found = OperatorResults([])
 
     def alone(seed: int) -> TrialResult:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), precision():
             cases = draw_cases(test, tasks, seed)
             values = score(model, cases, None)
         return TrialResult(vars(Point(BASE, seed, 0, 0, _by_task(tasks, [c.task for c in cases], values))))
@@ -155,7 +169,7 @@ def operators(
         method, cases = generated_on(changed, seed), draw_cases(test, tasks, seed)
         batches = sampler(photographs, tasks, budget, seed)
         fit(method, batches, budget, budget.steps, method.rates, f"{kind.name}, seed {seed}")
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), precision():
             values = score(changed, cases, method.serve(cases))
         shared = sum(p.numel() for name, p in changed.generator.named_parameters() if ".shared." in name)
         numbers = changed.generator.layout.adapter_size

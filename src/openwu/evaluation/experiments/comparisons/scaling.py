@@ -20,7 +20,7 @@ from openwu.backbones.embedded.config import tiny_layer_groups
 from openwu.data.suite.photographs import Photograph
 from openwu.evaluation.cases import draw_cases, score
 from openwu.evaluation.experiments.geometry import Mean, mean_over
-from openwu.evaluation.experiments.methods import Budget, Method, fit, generated_on, sampler
+from openwu.evaluation.experiments.methods import Budget, Method, fit, generated_on, precision, sampler
 from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
 from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 
@@ -155,7 +155,7 @@ def scaling(
         method = generated_on(resized, seed)
         batches = sampler(photographs, tasks, budget, seed)
         fit(method, batches, budget, budget.steps, method.rates, f"{size}, seed {seed}")
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), precision():
             values = score(resized, cases, method.serve(cases))
         scores = {
             task: float(np.mean([v for case, v in zip(cases, values, strict=True) if case.task == task]))
