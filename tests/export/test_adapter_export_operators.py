@@ -191,6 +191,12 @@ REFUSED = [
     ("peft", ("scale_offset", "scale_offset", "scale_offset"), "PEFT cannot hold these in one folder: save with"),
     ("peft", ("scale", "lora", "scale"), "got lora, scale; PEFT cannot hold these"),
     ("peft", ("scale", "offset", "scale"), "got offset, scale; PEFT cannot hold these"),
+    (
+        "peft",
+        ("prefix", "lora", "lora"),
+        r"peft: expected operators that change weights, got proj \(prefix\); save with",
+    ),
+    ("comfyui", ("prefix", "lora", "lora"), "comfyui: expected operators that change weights"),
     ("diffusers", ("lora", "scale", "lora"), r"diffusers: the format holds LoRA alone, got proj \(scale\); save with"),
     ("comfyui", ("offset", "lora", "lora"), r"comfyui: the format holds LoRA alone, got conv \(offset\); save with"),
 ]

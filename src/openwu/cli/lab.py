@@ -56,7 +56,7 @@ def run_lab(arguments: list[str]) -> int:
         action="append",
         dest="operators",
         metavar="NAME[:RANK]",
-        help="operators: train only this, such as offset or lora:1; repeatable (default: eleven)",
+        help="operators: train only this, such as offset or lora:1; repeatable (default: all)",
     )
     parser.add_argument(
         "--from", dest="stored", metavar="FILE", help="print the table of this result file, run nothing"

@@ -1,10 +1,10 @@
 """Prefix: keys and values that a module's input attends to beside its own output, as a prefix of an attention layer.
 
-`y + s sum_h sum_i v_hi exp(k_hi x + b_hi) / (1 + sum_j exp(k_hj x + b_hj))`: r heads h, each with `SLOTS` generated keys,
-values and thresholds, and with a softmax of its own. The 1 is a slot whose key and value are zero: with no key near,
-nothing is added. Prefix tuning in the view of He et al. 2022 (arXiv 2110.04366): an update in parallel to a module,
-whose bottleneck has a softmax. Their division by sqrt(in) is part of the keys, which a generator writes with elements
-of variance about 1 / in, so that scores of inputs of unit variance start with unit variance.
+`y + s sum_h sum_i v_hi exp(k_hi x + b_hi) / (1 + sum_j exp(k_hj x + b_hj))`: r heads h, each with `SLOTS` generated
+keys, values and thresholds, and with a softmax of its own. The 1 is a slot whose key and value are zero: with no key
+near, nothing is added. Prefix tuning in the view of He et al. 2022 (arXiv 2110.04366): an update in parallel to a
+module, whose bottleneck has a softmax. Their division by sqrt(in) is part of the keys, which a generator writes with
+elements of variance about 1 / in, so that scores of inputs of unit variance start with unit variance.
 
 Zeros in the values are the base bit for bit, whatever the keys are. In a sum of adapters the heads stand side by side.
 An update through a softmax is no change of a weight: it cannot be merged, and no other tool's format holds it.
@@ -34,8 +34,8 @@ SLOTS = 4
 
 
 class Prefix(Operator):
-    """`y + s softmax_with_an_empty_slot(K x + b) V`: `prefix_keys` `[b, SLOTS, r, in]`, `prefix_values` `[b, SLOTS, out,
-    r]`, `prefix_thresholds` `[b, SLOTS, r]`.
+    """Attention to generated slots: `prefix_keys` `[b, SLOTS, r, in]`, `prefix_values` `[b, SLOTS, out, r]`, and
+    `prefix_thresholds` `[b, SLOTS, r]`.
     """
 
     linear = (VALUES,)
@@ -98,7 +98,7 @@ class PrefixSite(PlainSite):
         ]
         return y + torch.cat(runs).reshape(y.shape)
 
-    def deltas(self, active: Active) -> tuple[Tensor, ...]:
+    def deltas(self, _: Active) -> tuple[Tensor, ...]:
         raise TargetError(f"{self.path}: {NOT_MERGED}")
 
     def _read(self, x: Tensor, keys: Tensor, values: Tensor, thresholds: Tensor, dtype: torch.dtype) -> Tensor:

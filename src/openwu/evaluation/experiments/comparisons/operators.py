@@ -43,7 +43,7 @@ class Kind(NamedTuple):
         return f"{self.operator}, rank {self.rank}" if self.operator.startswith(_RANKED) else self.operator
 
 
-_RANKED = ("lora", "dora", "basis")
+_RANKED = ("lora", "dora", "basis", "prefix")
 
 KINDS = (
     Kind("lora", 8),
@@ -57,6 +57,7 @@ KINDS = (
     Kind("basis_diagonal", 8),
     Kind("basis_matrix", 8),
     Kind("basis_mixture", 8),
+    Kind("prefix", 2),
 )
 """What is compared; the order is that of the trials."""
 
