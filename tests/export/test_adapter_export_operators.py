@@ -194,7 +194,7 @@ REFUSED = [
     (
         "peft",
         ("prefix", "lora", "lora"),
-        r"peft: expected operators that change weights, got proj \(prefix\); save with",
+        r"peft: expected operators that change weights, got conv \(prefix\); save",
     ),
     ("comfyui", ("prefix", "lora", "lora"), "comfyui: expected operators that change weights"),
     ("diffusers", ("lora", "scale", "lora"), r"diffusers: the format holds LoRA alone, got proj \(scale\); save with"),
