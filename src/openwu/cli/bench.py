@@ -64,13 +64,14 @@ def _rows(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="openwu bench",
-        description="Measure what an edit costs on this machine, in about a minute: seconds, memory, what limits it and "
-        "what would help. With rows: measure openwu against other implementations and against its goals.",
+        description="Measure what an edit costs on this machine, in about a minute: seconds, memory, what limits it "
+        "and what would help. With rows: measure openwu against other implementations and against its goals.",
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help=f"also write the page to this .html, .md or .json file; of rows, the folder of result files (default: {ROWS})",
+        help="also write the page to this .html, .md or .json file; of rows, the folder of result files (default: "
+        f"{ROWS})",
     )
     parser.add_argument("--json", action="store_true", help="print the page as JSON on standard output")
     rows = parser.add_argument_group("rows, for developers", "they need a checkout of the source")

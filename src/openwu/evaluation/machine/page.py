@@ -13,7 +13,7 @@ from openwu.evaluation.experiments.results import columns
 from openwu.evaluation.machine.hardware import described
 from openwu.evaluation.machine.measure import MachineCost
 from openwu.evaluation.stages.page import html_page, html_table
-from openwu.files.markdown import table
+from openwu.files.markdown import escaped, table, unescaped
 from openwu.files.writing import write_text
 
 BUSY_LOAD, BUSY_SHARE = 0.25, 0.9
@@ -50,7 +50,7 @@ def findings(cost: MachineCost) -> list[Finding]:
         found.append(
             Finding(
                 "cores that are not free",
-                f"{threads} threads are {cost.speedup:.2f} times as fast as one; 1.8 of two is usual on a quiet machine",
+                f"{threads} threads are {cost.speedup:.2f} times as fast as one; on a quiet machine two are 1.8 times",
                 "a second core that nothing else uses; cores of a virtual machine may be halves of one",
             )
         )
@@ -121,12 +121,12 @@ def cost_rows(cost: MachineCost) -> list[tuple[str, str]]:
 
 
 def machine_rows(cost: MachineCost) -> list[tuple[str, str]]:
-    """The machine, as (what, how much)."""
+    """The machine, as (what, value); marks of Markdown in names are escaped."""
     units = ", ".join(cost.units) or "none that torch knows"
-    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s ({name})" for name, rate in cost.product_rates.items())
+    rates = [f"{rate / 1e9:.0f} GFLOP/s in {name.replace(', ', ' on ')}" for name, rate in cost.product_rates.items()]
     load = cost.machine["load"]
     return [
-        ("processor", described(cost.machine)),
+        ("processor", escaped(described(cost.machine))),
         ("matrix units", f"{units}; edits are computed in {cost.dtype}"),
         (
             "matrix products",
@@ -157,7 +157,7 @@ def as_text(cost: MachineCost) -> str:
     limits = [f"{i}. {each.limit}: {each.why}.\n   Helps: {each.helps}." for i, each in enumerate(findings(cost), 1)]
     parts.append("What limits it\n" + "\n".join(limits) + "\n")
     parts.append(columns(HEAD_HELP, ADVICE))
-    parts.append(columns(("machine", ""), machine_rows(cost)))
+    parts.append(columns(("machine", ""), [(what, unescaped(value)) for what, value in machine_rows(cost)]))
     return "\n".join(parts)
 
 
