@@ -108,7 +108,7 @@ def test_the_command_measures_and_prints_json_alone(
     monkeypatch.setattr(measure, "PRODUCT", 64)
     monkeypatch.setattr(measure, "ROUNDS", 1)
     monkeypatch.setattr(
-        measure, "first_edit", lambda side: {"import": 1.0, "load": 1.0, "first": 1.0, "peak": measure.peak_memory()}
+        measure, "first_edit", lambda _: {"import": 1.0, "load": 1.0, "first": 1.0, "peak": measure.peak_memory()}
     )
     threads = torch.get_num_threads()
     monkeypatch.setattr("openwu.evaluation.machine.measure.measure_machine", lambda note: measure_machine(note, 64))
@@ -118,7 +118,7 @@ def test_the_command_measures_and_prints_json_alone(
     assert torch.get_num_threads() == threads
     assert [each["threads"] for each in found["edits"]] == sorted({1, threads})
     assert all(second > 0 for each in found["edits"] for second in each["seconds"])
-    assert 0 < found["share_of_limit"]
+    assert found["share_of_limit"] > 0
     assert 1e8 < found["edit_operations"] < 1e11
     assert "matrix products" in captured.err
     assert (tmp_path / "page.md").read_text(encoding="utf-8").startswith("# What an edit costs on this machine")
