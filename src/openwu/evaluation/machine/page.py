@@ -123,15 +123,15 @@ def cost_rows(cost: MachineCost) -> list[tuple[str, str]]:
 def machine_rows(cost: MachineCost) -> list[tuple[str, str]]:
     """The machine, as (what, value); marks of Markdown in names are escaped."""
     units = ", ".join(cost.units) or "none that torch knows"
-    rates = [f"{rate / 1e9:.0f} GFLOP/s in {name.replace(', ', ' on ')}" for name, rate in cost.product_rates.items()]
+    rates = [
+        f"{rate / 1e9:.0f} GFLOP/s in {name.replace(', ', ' on ')} thread{'' if name.endswith(', 1') else 's'}"
+        for name, rate in cost.product_rates.items()
+    ]
     load = cost.machine["load"]
     return [
         ("processor", escaped(described(cost.machine))),
         ("matrix units", f"{units}; edits are computed in {cost.dtype}"),
-        (
-            "matrix products",
-            rates.replace(", 1)", " on 1 thread)").replace(f", {cost.threads})", f" on {cost.threads})"),
-        ),
+        ("matrix products", ", ".join(rates)),
         ("threads", str(cost.threads)),
         ("load before", "unknown" if load is None else str(load)),
         ("software", f"openwu {cost.origin['openwu']}, torch {cost.origin['torch']}, {cost.machine['system']}"),
