@@ -30,6 +30,8 @@ from openwu.kernels.memory import free_memory
 INSTRUCTION = "make it look like an old photograph"
 SIDE, SMALL = 1024, 256
 """Of the picture that is timed (one megapixel), and of the one whose operations are counted."""
+SIZES = (12, 24)
+"""Megapixels of the photographs whose time is estimated."""
 ROUNDS, BUDGET = 3, 40.0
 """Rounds of timed edits at most; no round begins after so many seconds of them."""
 PRODUCT, REPEATS, PATIENCE = 1024, 7, 2.0
@@ -66,6 +68,10 @@ class Edits:
         return statistics.median(self.seconds)
 
     @property
+    def processor_median(self) -> float:
+        return statistics.median(self.processor_seconds)
+
+    @property
     def share_of_cores(self) -> float:
         """The share of its threads' cores that the process got, the waiting for one another included; 1 is all."""
         return sum(self.processor_seconds) / (self.threads * sum(self.seconds))
@@ -96,7 +102,7 @@ class MachineCost:
     free_memory: int | None
     """Before the measurement."""
     product_rates: dict[str, float]
-    """"float32, 1", "bfloat16, 1" (on one thread), and on all threads: operations a second of square products."""
+    """"float32, 1", "bfloat16, 1", and the same on all threads: see `product_rates`."""
     edit_operations: float
     """Of the matrix products, convolutions and attention of one edit."""
 
@@ -119,8 +125,8 @@ class MachineCost:
 
     @property
     def share_of_limit(self) -> float:
-        """The rate of an edit on one thread / that of large matrix products on one thread, at the same dtype."""
-        return self.edit_operations / self.one_thread.median / self.product_rates[f"{self.dtype}, 1"]
+        """Rate of an edit on one thread / that of large matrix products of the same dtype, both by processor time."""
+        return self.edit_operations / self.one_thread.processor_median / self.product_rates[f"{self.dtype}, 1"]
 
     @property
     def seconds_per_megapixel(self) -> float:
@@ -131,13 +137,20 @@ class MachineCost:
         """Estimate the seconds of many photographs in one process: time grows with the pixels, loading comes once."""
         return self.import_seconds + self.load_seconds + count * megapixels * self.seconds_per_megapixel
 
+    def photographs_on_a_free_core(self, count: int, megapixels: float) -> float:
+        """Estimate the same from the processor time on one thread, which other programs hardly change."""
+        return count * megapixels * self.one_thread.processor_median / self.megapixels
+
     def to_json(self) -> dict[str, Any]:
         """Return all numbers as plain values, those that follow from others too."""
         derived = {
             "speedup": self.speedup,
             "share_of_limit": self.share_of_limit,
             "seconds_per_megapixel": self.seconds_per_megapixel,
-            "seconds_for_100_photographs": {f"{m} MP": self.photographs(100, m) for m in (12, 24)},
+            "seconds_for_100_photographs": {f"{m} MP": self.photographs(100, m) for m in SIZES},
+            "processor_seconds_for_100_photographs": {
+                f"{m} MP": self.photographs_on_a_free_core(100, m) for m in SIZES
+            },
         }
         return {**asdict(self), **derived}
 
@@ -188,7 +201,10 @@ def first_edit(side: int) -> dict[str, Any]:
 
 
 def product_rates(threads: int) -> dict[str, float]:
-    """Operations a second of square products, the best of several: "DTYPE, THREADS" -> rate."""
+    """Operations a second of square products, the best of several: "DTYPE, THREADS" -> rate.
+
+    By processor time on one thread, and on more by the time that passes.
+    """
     found = {}
     for count in sorted({1, threads}):
         with torch_threads(count):
@@ -196,7 +212,7 @@ def product_rates(threads: int) -> dict[str, float]:
                 # A processor without units for 16 bits takes a hundred times as long, at every size.
                 side = PRODUCT if dtype in (torch.float32, native_dtype()) else PRODUCT // 8
                 a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-                best = _best(lambda a=a, b=b: a @ b)
+                best = _best(lambda a=a, b=b: a @ b, time.process_time if count == 1 else time.perf_counter)
                 found[f"{str(dtype).removeprefix('torch.')}, {count}"] = 2 * side**3 / best
     return found
 
@@ -274,16 +290,16 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _best(run: Callable[[], object]) -> float:
+def _best(run: Callable[[], object], clock: Callable[[], float]) -> float:
     """Seconds of the fastest of several runs, after one that is not counted."""
     run()
-    taken, began = [_seconds(run)], time.perf_counter()
+    taken, began = [_seconds(run, clock)], time.perf_counter()
     while len(taken) < REPEATS and time.perf_counter() - began < PATIENCE:
-        taken.append(_seconds(run))
+        taken.append(_seconds(run, clock))
     return min(taken)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
