@@ -48,7 +48,7 @@ def busy() -> MachineCost:
 
 def test_what_follows_from_the_numbers() -> None:
     assert QUIET.speedup == pytest.approx(2.0 / 1.1)
-    assert QUIET.share_of_limit == pytest.approx(1.4e11 / 2.0 / 1e11)
+    assert QUIET.share_of_limit == pytest.approx(1.4e11 / 1.96 / 1e11)
     assert QUIET.photographs(100, 12) == pytest.approx(3 + 100 * 12 * 1.1)
     assert QUIET.all_threads.share_of_cores == pytest.approx(1.0)
 
@@ -82,7 +82,7 @@ def test_the_text_begins_with_the_warning_and_fits_a_screen() -> None:
     first, _, second, *_ = text.splitlines()
     assert first == "What an edit costs on this machine"
     assert second.startswith("WARNING: Measured on a busy machine: one thread got 50 % of a core; the load was 3.2")
-    assert re.search(r"100 photos of 12 megapixels \(estimated\) +1\.3 h\n", text)
+    assert re.search(r"100 photos of 12 megapixels \(estimated\) +76 min as measured; 40 min on one free core\n", text)
     assert re.search(r"one photo of 1 megapixel, 2 threads +3\.8 s\n", text)
     assert len(text.splitlines()) < 50
     assert "WARNING" not in page.as_text(QUIET)

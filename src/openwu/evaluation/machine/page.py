@@ -11,7 +11,7 @@ from typing import NamedTuple
 from openwu.errors import OpenwuError
 from openwu.evaluation.experiments.results import columns
 from openwu.evaluation.machine.hardware import described
-from openwu.evaluation.machine.measure import MachineCost
+from openwu.evaluation.machine.measure import SIZES, MachineCost
 from openwu.evaluation.stages.page import html_page, html_table
 from openwu.files.markdown import escaped, table, unescaped
 from openwu.files.writing import write_text
@@ -113,7 +113,12 @@ def cost_rows(cost: MachineCost) -> list[tuple[str, str]]:
     start = cost.import_seconds + cost.load_seconds
     rows.append(("starting: importing and loading", f"{_time(start)}, once for all photos of a command"))
     rows.append(("the first edit of a new process", _time(cost.first_seconds)))
-    rows += [(f"100 photos of {size} megapixels (estimated)", _time(cost.photographs(100, size))) for size in (12, 24)]
+    free = _time(cost.one_thread.processor_median)
+    rows.append(("processor time of one photo", f"{free}: about what it takes on a free core"))
+    for size in SIZES:
+        free = _time(cost.photographs_on_a_free_core(100, size))
+        took = f"{_time(cost.photographs(100, size))} as measured; {free} on one free core"
+        rows.append((f"100 photos of {size} megapixels (estimated)", took))
     if cost.peak_memory is not None:
         free = "" if cost.free_memory is None else f", of {_size(cost.free_memory)} free"
         rows.append(("memory at its peak", _size(cost.peak_memory) + free))
