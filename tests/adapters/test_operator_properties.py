@@ -20,7 +20,7 @@ from openwu.adapters.operators import operator_of
 from openwu.adapters.operators.basis import multiplied_out
 from openwu.adapters.updates import inner_products, relative_std
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
-from openwu.editor.cache import PackedAdapter
+from openwu.editor.cache import AdapterCache, PackedAdapter
 from openwu.errors import OpenwuError, TargetError
 from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
@@ -353,6 +353,34 @@ def test_a_prefix_is_attention_with_an_empty_slot(kind: str) -> None:
     change = came - base
     torch.testing.assert_close(change if kind == "linear" else change.flatten(2).mT, 0.5 * total)
     assert came.isfinite().all()
+
+
+def test_a_cache_holds_a_basis_once() -> None:
+    """However many adapters of one generator it holds; copies are nobody else's, and another generator's basis stays."""
+    torch.manual_seed(0)
+    made = setting(Case("basis_matrix+offset", "linear"))
+    adapters = [drawn(made.target, 1, 2) for _ in range(4)]
+    names = operator_of("basis_matrix+offset").shared
+    for each in adapters[1:3]:
+        each.factors["0"].update({name: adapters[0].factors["0"][name] for name in names})  # type: ignore[attr-defined]
+    own = sum(part.nbytes for name, part in adapters[0].factors["0"].items() if name not in names)
+    basis = sum(adapters[0].factors["0"][name].nbytes for name in names)
+    cache = AdapterCache(memory_bytes=3 * own + 2 * basis)
+    keys = [f"{number:064x}" for number in range(4)]
+    for key, each in zip(keys[:3], adapters, strict=False):
+        cache.put(key, each)
+    cache.put(keys[0], adapters[0])
+    assert cache.statistics.memory_bytes == 3 * own + basis
+    for key, each in zip(keys[:3], adapters, strict=False):
+        came = cache.get(key)
+        assert came is not None
+        assert all(torch.equal(came.factors["0"][name], part) for name, part in each.factors["0"].items())
+        came.factors["0"][names[0]].zero_()
+    cache.put(keys[3], adapters[3])  # makes room by dropping one
+    assert (cache.statistics.memory_bytes, cache.statistics.evictions) == (3 * own + 2 * basis, 1)
+    for number in range(4, 7):
+        cache.put(f"{number:064x}", adapters[3])
+    assert cache.statistics.memory_bytes == 3 * own + basis + (basis if cache.get(keys[2]) else 0)
 
 
 def test_an_offset_on_the_modulation_map_offsets_shift_scale_and_gate() -> None:
