@@ -1,6 +1,7 @@
 """Fit an adapter of every operator to one edit, without a generator: how many numbers can hold it?
 
     python examples/fit_operators.py FOLDER [--edits cool blur] [--steps 30] [--seeds 0] [--kinds 0 1 ...] [--part]
+    python examples/fit_operators.py FOLDER --edits program:0 program:1      # edits on no list, as pairs show them
 
 The numbers themselves are trained, on crops of training photographs through the frozen embedded base, for equal steps
 at the better of two learning rates (by the loss of the last ten steps). Bases are random and stay. Scored on test
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from openwu.adapters.inject import attach
 from openwu.backbones.embedded.base import WEIGHTS
+from openwu.data.programs import draw_program
 from openwu.data.suite.photographs import load_test_photographs
 from openwu.evaluation.cases import Case, draw_cases, encode, image_tensor, score
 from openwu.evaluation.experiments.comparisons.operators import BASE, KINDS, Kind, OperatorResults, Point
@@ -52,6 +54,21 @@ def neutral(model: EmbeddedModel, kind: Kind, draws: torch.Generator) -> tuple[A
                 trained.append(value.requires_grad_())
             factors[target.name][factor.name] = value
     return Adapter(tuple(targets), factors, config.scale), trained
+
+
+def cases_of(edit: str, photographs: dict[str, Tensor], seed: int) -> list[Case]:
+    """Return an edit's cases; `program:N` is the random program of this number, which no instruction names."""
+    name, _, number = edit.partition(":")
+    if name != "program":
+        return draw_cases(photographs, [edit], seed)
+    program = draw_program(torch.Generator().manual_seed(int(number)))
+    draws = torch.Generator().manual_seed(seed)
+    cases = []
+    for photograph, picture in photographs.items():
+        noise = torch.randn(1, *picture.shape[1:], generator=draws)
+        answer = program(picture, noise)
+        cases.append(Case(edit, "", (picture,), answer=answer, drawn_noise=noise, photograph=photograph))
+    return cases
 
 
 def crops(cases: list[Case], draws: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[Case]]:
@@ -108,9 +125,9 @@ def main() -> None:
     def run(kind: Kind | None, seed: int) -> TrialResult:
         scores, numbers, shared, rates = {}, 0, 0, {}
         for edit in options.edits:
-            asked, adapter = draw_cases(test, [edit], seed), None
+            asked, adapter = cases_of(edit, test, seed), None
             if kind is not None:
-                cases = draw_cases(training, [edit], seed)
+                cases = cases_of(edit, training, seed)
                 found = {rate: fitted(model, cases, kind, options.steps, seed, rate) for rate in RATES}
                 rates[edit] = min(found, key=lambda rate: found[rate][1])
                 adapter = found[rates[edit]][0]

@@ -20,7 +20,7 @@ from openwu.editor.cache import PackedAdapter
 from openwu.types import Target
 
 OPERATORS = ("lora", "dora", "lora+offset", "scale_offset", "scale", "offset", "rotation")
-OPERATORS += ("basis_diagonal", "basis_matrix", "basis_mixture")
+OPERATORS += ("basis_diagonal", "basis_matrix", "basis_mixture", "prefix")
 WIDTH, RANK, MAPS = 4096, 16, 5493
 """5493 maps of 4096 x 4096 at rank 16: 0.72 billion numbers."""
 SMALL, LAYERS, REQUESTS, TOKENS, REPEATS = 256, 6, 8, 64, 7

@@ -1,4 +1,4 @@
-"""`openwu bench`: measure rows and curves, print a table, and write result files with every timing.
+"""`openwu bench ROW ...`: measure rows and curves, print a table, and write result files with every timing.
 
 With `--report` nothing is measured: docs/performance.md and its figures are made again from result files.
 """
@@ -16,22 +16,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from openwu.cli.console import Parser, UsageError, complain, note
+from openwu.cli.console import UsageError, complain, note
 from openwu.errors import OpenwuError
 from openwu.evaluation.experiments.results import columns
+from openwu.evaluation.machine.hardware import hardware
 from openwu.registry import resolve
 from openwu_bench import CURVES, ROWS, needs_gpu
 from openwu_bench.measurement import Curve, Row, rehearsal, rehearsed
 from openwu_bench.report import write_report
-from openwu_bench.result import Result, hardware, number, seconds, verdict, versions
+from openwu_bench.result import Result, number, seconds, verdict, versions
 
 CURVES_THEME = "growth"
-PAGE = "docs/performance.md"
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run `openwu bench` and return its exit code: 1 where something could not be measured."""
-    options = _parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Run `openwu bench` with rows and return its exit code: 1 where something could not be measured.
+
+    options: those of `openwu.cli.bench`.
+    """
     if unknown := [name for name in options.names if name not in (*ROWS, *CURVES)]:
         raise UsageError(
             f"ROW: expected some of {', '.join((*ROWS, *CURVES))}, got {', '.join(unknown)}; "
@@ -136,26 +138,3 @@ def _scaling(curve: Curve) -> str:
         f"{seconds(last.measured.median)} at {number(last.x)} {curve.unit}, grows as size ^ {curve.exponent:.2f}, "
         f"at most {number((curve.max_deviation - 1) * 100)} % off its law"
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="openwu bench",
-        description="Measure speed and memory. Every row checks that both sides agree, then times them in turn.",
-    )
-    parser.add_argument("names", nargs="*", metavar="ROW", help="rows and curves (default: all; see --list)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: a smoke test, no evidence")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="run GPU rows on the CPU at tiny sizes: shows that they run"
-    )
-    parser.add_argument("--list", action="store_true", help="show every row and curve, and measure nothing")
-    parser.add_argument(
-        "--output", default="runs/bench", metavar="FOLDER", help="where result files go (default: runs/bench)"
-    )
-    parser.add_argument(
-        "--report",
-        metavar="FOLDER",
-        help="measure nothing; fill the page and draw its figures from this folder's results",
-    )
-    parser.add_argument("--page", default=PAGE, metavar="FILE", help=f"page that --report fills (default: {PAGE})")
-    return parser

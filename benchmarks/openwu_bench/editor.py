@@ -9,7 +9,6 @@ Shapes: h, w the sides of a picture.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.piecewise.pieces import number_of_pieces
@@ -32,6 +30,7 @@ from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest
 from openwu.errors import OpenwuError
+from openwu.evaluation.machine.measure import operations, peak_memory, sample_picture
 from openwu.export.fit import with_kernels
 from openwu.files.hashing import fastest
 from openwu.images import read_picture, write_picture
@@ -78,7 +77,7 @@ def measure_share(quick: bool) -> Row:
             "seconds by stage": split,
             "share without reading and writing, %": shares[-1] / (1 - (split["read"] + split["write"]) / whole),
             "overhead over the base alone, %": 100 * split["adapter overhead"] / split["base"],
-            "peak memory of the process so far, bytes": _peak_memory(),
+            "peak memory of the process so far, bytes": peak_memory(),
         }
     title = f"generating and applying an adapter in an edit of {next(iter(QUICK_SIZES if quick else SIZES))}"
     return Row("C7", title, shares[0], "%", SHARE_GOAL, at_least=False, sides=sides, error=max(errors), details=details)
@@ -95,11 +94,11 @@ def measure_size(quick: bool) -> Curve:
     runs = {str(size): partial(editor.edit, sample_picture(*size), INSTRUCTION) for size in sizes}
     found = interleaved(runs, QUICK_REPETITIONS if quick else REPETITIONS)
     small = sample_picture(*sizes[0])
-    once = _flops(lambda: editor.adapt(small, INSTRUCTION))
+    once = operations(lambda: editor.adapt(small, INSTRUCTION))
     base = base_of(editor)
     inputs = [torch.zeros(1, 3, small.height, small.width)] * 2
     text = base.instruction([INSTRUCTION])
-    per_pixel = _flops(lambda: base.network(*inputs, text)) / _padded(base, small.width, small.height)
+    per_pixel = operations(lambda: base.network(*inputs, text)) / _padded(base, small.width, small.height)
     points = tuple(Point(w * h / 1e6, found[str((w, h))], once + per_pixel * _padded(base, w, h)) for w, h in sizes)
     what = "an edit with the embedded model; the law counts operations"
     return Curve(what, "megapixels", points)
@@ -117,15 +116,6 @@ def measure_batch(quick: bool) -> Curve:
     points = tuple(Point(float(count), found[str(count)], float(count)) for count in counts)
     what = f"a batch of edits of {side} x {side} pixels, each its own adapter; the law is linear"
     return Curve(what, "requests", points)
-
-
-def sample_picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Return a picture of smooth colours with grain, drawn from a seed."""
-    generator = np.random.default_rng(seed)
-    small = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-    grain = generator.integers(-12, 13, smooth.shape[:2], dtype=np.int16)[..., None]
-    return Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
 
 
 def base_passes(editor: Editor, picture: Image.Image, adapter: Adapter | None) -> Callable[[], Pixels]:
@@ -173,13 +163,6 @@ def _padded(base: EmbeddedBase, width: int, height: int) -> int:
     return (width + -width % cell) * (height + -height % cell)
 
 
-def _flops(run: Callable[[], object]) -> float:
-    """Count the FLOPs of the matrix products, convolutions and attention of one run."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
-
-
 def _time_edit(editor: Editor, picture: Image.Image, repetitions: int) -> dict[str, Timing]:
     """Time whole edits with their stages, the base with the adapter and the base alone, alternately."""
     adapter = editor.adapt(picture, INSTRUCTION)
@@ -199,16 +182,6 @@ def _time_edit(editor: Editor, picture: Image.Image, repetitions: int) -> dict[s
         found = interleaved(sides, repetitions)
     measured = stages[-repetitions:]
     return found | {stage: Timing(tuple(each[stage] for each in measured)) for stage in measured[0]}
-
-
-def _peak_memory() -> int | None:
-    """Return the peak memory of the process in bytes; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _split(fastest: Mapping[str, float]) -> dict[str, float]:

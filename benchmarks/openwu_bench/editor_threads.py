@@ -19,7 +19,8 @@ from PIL import Image
 
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
-from openwu_bench.editor import INSTRUCTION, base_passes, sample_picture
+from openwu.evaluation.machine.measure import sample_picture
+from openwu_bench.editor import INSTRUCTION, base_passes
 from openwu_bench.measurement import Row, Timing, interleaved
 
 THREADS_GOAL, BUSY_GOAL, SIZE_GOAL, FIRST_GOAL = 1.8, 0.95, 1.1, 1.3
@@ -32,7 +33,7 @@ LATER = 4
 FIRST = f"""
 import json, sys, time
 from openwu.editor.editor import Editor
-from openwu_bench.editor import sample_picture
+from openwu.evaluation.machine.measure import sample_picture
 picture = sample_picture(int(sys.argv[1]), int(sys.argv[2]))
 editor = Editor.from_pretrained()
 seconds = []

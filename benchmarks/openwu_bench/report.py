@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from openwu.errors import OpenwuError
+from openwu.evaluation.machine.hardware import described
 from openwu.files.markdown import filled, table
 from openwu.files.writing import write_text
 from openwu_bench import ROWS
-from openwu_bench.result import Result, curve_table, described, number, read_result, verdict
+from openwu_bench.result import Result, curve_table, number, read_result, verdict
 
 ROWS_FIGURE = Path("results/performance-rows.png")
 CURVES_FIGURE = Path("results/performance-growth.png")

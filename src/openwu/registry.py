@@ -46,6 +46,7 @@ OPERATORS: dict[str, str] = {
     "basis_diagonal": "openwu.adapters.operators.basis:BasisDiagonal",
     "basis_matrix": "openwu.adapters.operators.basis:BasisMatrix",
     "basis_mixture": "openwu.adapters.operators.basis:BasisMixture",
+    "prefix": "openwu.adapters.operators.prefix:Prefix",
 }
 """Operators, as a `Target` and a generator's config name them: classes that inherit from
 `openwu.adapters.operators.Operator`; docs/adding-an-operator.md says how."""

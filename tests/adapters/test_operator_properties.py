@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from openwu.adapters.inject import attach
-from openwu.adapters.merge import merged, merged_copy
+from openwu.adapters.merge import merged, merged_copy, merged_weights, merging_pays
 from openwu.adapters.operators import operator_of
 from openwu.adapters.operators.basis import multiplied_out
 from openwu.adapters.updates import inner_products, relative_std
 from openwu.config import GeneratorConfig, LayerGroup, PlainTarget
-from openwu.editor.cache import PackedAdapter
+from openwu.editor.cache import AdapterCache, PackedAdapter
 from openwu.errors import OpenwuError, TargetError
 from openwu.generator.inference.fast import FastGenerator, FastOptions
 from openwu.generator.model import ParameterGenerator
@@ -33,6 +35,8 @@ class Case(NamedTuple):
     kind: str
     sums: bool = True
     """Whether adapters can be summed."""
+    folds: bool = True
+    """Whether weights can hold them."""
 
 
 CASES = [
@@ -60,6 +64,9 @@ CASES = [
     Case("lora+rotation", "linear"),
     Case("dora+scale", "linear", sums=False),
     Case("basis_diagonal+scale", "linear"),
+    Case("prefix", "linear", folds=False),
+    Case("prefix", "conv", folds=False),
+    Case("prefix+offset", "linear", folds=False),
 ]
 LINEAR = [case for case in CASES if case.kind == "linear"]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator}-{case.kind}")
@@ -205,6 +212,13 @@ def test_folded_is_live(case: Case, width: int, pairs: int, rank: int, bias: boo
     torch.manual_seed(seed)
     made = setting(case, width, pairs, bias)
     adapter, x = drawn(made.target, 1, rank), made.inputs(2)
+    if not case.folds:
+        with pytest.raises(TargetError, match=f"0: no weight can hold the operator '{re.escape(case.operator)}'"):
+            merged_copy(made.model, adapter)
+        with pytest.raises(TargetError, match="adds through a softmax, which no weight can hold"):
+            merged_weights(made.model, adapter)
+        assert not merging_pays(made.model, adapter.targets, rank, 1 << 40)
+        return
     base, live = made.model(x), applied(made.model, adapter, x)
     torch.testing.assert_close(merged_copy(made.model, adapter)(x), live)
     with merged(made.model, adapter):
@@ -320,6 +334,53 @@ def test_multiplied_out_a_basis_is_a_lora() -> None:
         torch.testing.assert_close(applied(made.model, plain, x), applied(made.model, adapter, x))
     with pytest.raises(TargetError, match="expected the same shared numbers in every adapter"):
         Adapter.stack([adapter, drawn(made.target, 1, 2)])
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_prefix_is_attention_with_an_empty_slot(kind: str) -> None:
+    """Against torch's softmax over one more slot, whose score is 0 and whose value is 0; large scores stay finite."""
+    torch.manual_seed(0)
+    made = setting(Case("prefix", kind))
+    adapter, x = drawn(made.target, 1, 3), 40 * made.inputs(2)
+    keys, values, thresholds = (part[0] for part in adapter.factors["0"].values())
+    rows = x if kind == "linear" else F.unfold(x, 3, padding=1, stride=2).mT  # [n, m, in]
+    total = torch.zeros(())
+    for head in range(3):
+        scores = rows @ keys[:, head].T + thresholds[:, head]
+        shares = torch.cat([torch.zeros_like(scores[..., :1]), scores], -1).softmax(-1)[..., 1:]
+        total = total + shares @ values[:, :, head]
+    came, base = applied(made.model, adapter, x), made.model(x)
+    change = came - base
+    torch.testing.assert_close(change if kind == "linear" else change.flatten(2).mT, 0.5 * total)
+    assert came.isfinite().all()
+
+
+def test_a_cache_holds_a_basis_once() -> None:
+    """However many adapters of one generator it holds; copies are nobody else's, and its bytes go with the last one."""
+    torch.manual_seed(0)
+    made = setting(Case("basis_matrix+offset", "linear"))
+    adapters = [drawn(made.target, 1, 2) for _ in range(4)]
+    names = operator_of("basis_matrix+offset").shared
+    for each in adapters[1:3]:
+        each.factors["0"].update({name: adapters[0].factors["0"][name] for name in names})  # type: ignore[attr-defined]
+    own = sum(part.nbytes for name, part in adapters[0].factors["0"].items() if name not in names)
+    basis = sum(adapters[0].factors["0"][name].nbytes for name in names)
+    cache = AdapterCache(memory_bytes=3 * own + 2 * basis)
+    keys = [f"{number:064x}" for number in range(4)]
+    for key, each in zip(keys[:3], adapters, strict=False):
+        cache.put(key, each)
+    cache.put(keys[0], adapters[0])
+    assert cache.statistics.memory_bytes == 3 * own + basis
+    for key, each in zip(keys[:3], adapters, strict=False):
+        came = cache.get(key)
+        assert came is not None
+        assert all(torch.equal(came.factors["0"][name], part) for name, part in each.factors["0"].items())
+        came.factors["0"][names[0]].zero_()
+    cache.put(keys[3], adapters[3])  # makes room by dropping one
+    assert (cache.statistics.memory_bytes, cache.statistics.evictions) == (3 * own + 2 * basis, 1)
+    for number in range(4, 7):
+        cache.put(f"{number:064x}", adapters[3])
+    assert cache.statistics.memory_bytes == 4 * own + basis  # the first basis went with the last entry that held it
 
 
 def test_an_offset_on_the_modulation_map_offsets_shift_scale_and_gate() -> None:

@@ -132,7 +132,7 @@ def test_without_names_everything_that_can_be_measured_is(
     files = {file.name.split("_")[0] for file in tmp_path.iterdir()}
     assert files == {"quick-generator", "quick-growth"}
     rows["G1"] = planned("G1", "c1")
-    assert bench(tmp_path) == 0
+    assert bench(tmp_path, "--all") == 0
     assert "G1: skipped, it needs a GPU, and no CUDA device is here" in capsys.readouterr().err
     assert bench(tmp_path, "G1") == 1  # asked for by name
 

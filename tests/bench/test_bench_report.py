@@ -10,12 +10,13 @@ from PIL import Image
 
 from openwu import cli
 from openwu.errors import OpenwuError
+from openwu.evaluation.machine.hardware import described, hardware, short_name
 from openwu.files.markdown import filled
 from openwu_bench import ROWS
 from openwu_bench.figures import round_numbers, share
 from openwu_bench.measurement import Curve, Row, Timing
 from openwu_bench.report import CURVES_FIGURE, ROWS_FIGURE, read_results, sections
-from openwu_bench.result import Result, described, hardware, number, read_result, seconds, short_name
+from openwu_bench.result import Result, number, read_result, seconds
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {

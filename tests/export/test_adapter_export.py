@@ -228,7 +228,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "openwu",
         edited(format="other"),
-        r"expected format 'openwu-adapter' or peft_type 'LORA' or 'IA3', got \{'format': 'other'",
+        r"expected format 'openwu-adapter' or peft_type 'LORA', 'IA3', 'ROAD' or 'LN_TUNING', got \{'format': 'other'",
     ),
     ("openwu", edited(format=None), r"got neither key"),
     ("openwu", edited(version=2), r"expected version 1 of openwu-adapter, got 2; update openwu"),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from openwu.adapters.merge import merged_copy
 from openwu.errors import CheckpointError, ExportError, OpenwuError
 from openwu.export.files import CONFIG, WEIGHTS, read_tensors
 from openwu.export.proof import Base, export
@@ -171,6 +172,30 @@ def test_what_another_tool_holds_is_written_and_agrees(
     assert "2 modules and the whole model answer as with live injection" in outcome.told
 
 
+@pytest.mark.parametrize(("operator", "names"), [("rotation", ("first", "last")), ("scale_offset", ("norm", "group"))])
+def test_rotations_and_norms_are_read_back(tmp_path: Path, operator: str, names: tuple[str, ...]) -> None:
+    widths = {"first": (4, 6), "last": (6, 4), "norm": (6, 6), "group": (6, 6)}
+    targets = tuple(Target(name, *widths[name], operator=operator) for name in names)
+    factors = {t.name: {name: torch.randn(shape) for name, shape in t.shapes(1, 2).items()} for t in targets}
+    adapter, model, x = Adapter(targets, factors, 0.5), others(), torch.randn(2, 3, 4)
+    adapter.save_pretrained(tmp_path / "a", "peft", model=model)
+    found = Adapter.from_pretrained(tmp_path / "a", model=model)
+    assert [(each.name, each.operator) for each in found.targets] == [(name, operator) for name in names]
+    torch.testing.assert_close(merged_copy(model, found)(x), merged_copy(model, adapter)(x), rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    if operator == "rotation":
+        assert Adapter.from_pretrained(tmp_path / "a").targets == found.targets  # our metadata has the widths
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "group_size": 64}))
+        with pytest.raises(CheckpointError, match=r"variant 'road_1' and group_size 2, got \('road_1', 64\)"):
+            Adapter.from_pretrained(tmp_path / "a", model=model)
+        return
+    with pytest.raises(CheckpointError, match="holds weights, not changes of them; pass model="):
+        Adapter.from_pretrained(tmp_path / "a")
+    nn.init.zeros_(model.norm.weight)
+    with pytest.raises(CheckpointError, match="norm: the model's weight has zeros, which no gain can change"):
+        Adapter.from_pretrained(tmp_path / "a", model=model)
+
+
 def test_what_peft_needs_the_base_for_is_refused_without_it(tmp_path: Path) -> None:
     with pytest.raises(OpenwuError, match=r"DoRA's magnitudes are absolute.* pass model="):
         adapter_of("dora", "dora", "dora").save_pretrained(tmp_path / "a", "peft")
@@ -191,6 +216,12 @@ REFUSED = [
     ("peft", ("scale_offset", "scale_offset", "scale_offset"), "PEFT cannot hold these in one folder: save with"),
     ("peft", ("scale", "lora", "scale"), "got lora, scale; PEFT cannot hold these"),
     ("peft", ("scale", "offset", "scale"), "got offset, scale; PEFT cannot hold these"),
+    (
+        "peft",
+        ("prefix", "lora", "lora"),
+        r"peft: expected operators that change weights, got conv \(prefix\); save",
+    ),
+    ("comfyui", ("prefix", "lora", "lora"), "comfyui: expected operators that change weights"),
     ("diffusers", ("lora", "scale", "lora"), r"diffusers: the format holds LoRA alone, got proj \(scale\); save with"),
     ("comfyui", ("offset", "lora", "lora"), r"comfyui: the format holds LoRA alone, got conv \(offset\); save with"),
 ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from openwu.adapters.active import Active
 from openwu.adapters.inject import AdapterHandle, attach, resolve
+from openwu.adapters.operators import operator_of
 from openwu.adapters.site import DENSE, Site, Slot, check_device
 from openwu.errors import TargetError
 from openwu.types import Adapter, Target
@@ -193,6 +194,9 @@ def _problems(model: nn.Module, sites: Sequence[Site]) -> list[str]:
     shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     problems = []
     for site in sites:
+        if through := [each.operator for each in site.targets if not operator_of(each.operator).folds]:
+            problems.append(f"{site.path}: no weight can hold the operator {through[0]!r}")
+            continue
         if site.slots[0].parameter is None:
             problems.append(f"{site.path}: it has no parameter `weight` (quantised, or computed from others)")
             continue

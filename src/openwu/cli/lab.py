@@ -21,15 +21,15 @@ READ: dict[str, tuple[str, ...]] = {
     "continual": ("steps", "photos", "edits", "side", "batch"),
     "examples": ("side",),
     "gradients": ("photos", "along", "edits"),
-    "operators": ("steps", "photos", "edits", "side", "batch"),
+    "operators": ("steps", "photos", "edits", "side", "batch", "operators"),
     "own-pairs": ("steps", "photos", "side", "ways", "looks"),
     "manifold": ("edits", "side"),
     "scaling": ("steps", "photos", "axis", "edits", "side", "batch"),
     "video": ("edits", "side"),
 }
 """Experiment -> the options of SOME that it reads; the others it would ignore, and therefore refuses."""
-SOME = ("steps", "axis", "photos", "clock", "edits", "along", "side", "batch", "search", "ways", "looks")
-OPTIONS = {"edits": "edit", "ways": "way", "looks": "look"}
+SOME = ("steps", "axis", "photos", "clock", "edits", "along", "side", "batch", "search", "ways", "looks", "operators")
+OPTIONS = {"edits": "edit", "ways": "way", "looks": "look", "operators": "operator"}
 """Field of LabSettings -> its option, where that has another name."""
 
 
@@ -64,6 +64,13 @@ def run_lab(arguments: list[str]) -> int:
     parser.add_argument("--way", action="append", dest="ways", choices=WAYS, help="own-pairs: only this; repeatable")
     parser.add_argument("--look", action="append", dest="looks", choices=LOOKS, help="own-pairs: only this; repeatable")
     parser.add_argument(
+        "--operator",
+        action="append",
+        dest="operators",
+        metavar="NAME[:RANK]",
+        help="operators: train only this, such as offset or lora:1; repeatable (default: all)",
+    )
+    parser.add_argument(
         "--from", dest="stored", metavar="FILE", help="print the table of this result file, run nothing"
     )
     options = parser.parse_args(arguments)
@@ -96,7 +103,7 @@ def _settings(options: argparse.Namespace) -> LabSettings:
     given["side"] = SIDE if given["side"] is None else given["side"]
     given["seeds"] = tuple(given["seeds"])
     given["along"] = tuple(given["along"]) if given.get("along") else None
-    for name in ("edits", "ways", "looks", "batch"):
+    for name in ("edits", "ways", "looks", "operators", "batch"):
         given[name] = tuple(given[name]) if given.get(name) else None
     if given["batch"] is not None and min(given["batch"]) < 1:
         raise UsageError(f"--batch: expected two numbers above 0, got {' '.join(map(str, given['batch']))}")

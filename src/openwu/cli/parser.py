@@ -58,7 +58,9 @@ def build_parser() -> Parser:
     _add_handed_on(verbs, "eval", "evaluate editors on benchmarks, or measure a model", "openwu.cli.evaluate.run:run")
     _add_handed_on(verbs, "arena", "compare editors by blind votes", "openwu.cli.arena:run")
     _add_handed_on(verbs, "audit", "test whether the condition matters", "openwu.cli.lab:run_audit")
-    _add_handed_on(verbs, "bench", "measure speed and memory against the alternatives", "openwu.cli.bench:run")
+    _add_handed_on(
+        verbs, "bench", "measure what an edit costs on this machine, and what limits it", "openwu.cli.bench:run"
+    )
     _add_handed_on(verbs, "lab", "test a claim of functional memory", "openwu.cli.lab:run_lab")
     return parser
 

@@ -37,14 +37,35 @@ from openwu.types import Adapter, Target
 from openwu.version import __version__
 
 
+@dataclass(frozen=True, eq=False)
+class SharedFactors:
+    """Factors that all requests of a generator share, such as a basis; entries of a cache hold the same object."""
+
+    tensors: tuple[Tensor, ...]
+    """On the CPU."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.tensors)
+
+    def holds(self, parts: Sequence[Tensor]) -> bool:
+        """Whether these are the same numbers."""
+        return len(parts) == len(self.tensors) and all(
+            mine.dtype == part.dtype and torch.equal(mine, part) for mine, part in zip(self.tensors, parts, strict=True)
+        )
+
+
 @dataclass(frozen=True)
 class PackedAdapter:
     """What `of` took from an adapter; it shares no memory with it."""
 
     kinds: tuple[Tensor, ...]
-    """One tensor `[m * b, ...]` on the CPU for each dtype and shape `[b, ...]`"""
+    """One tensor `[m * b, ...]` on the CPU for each dtype and shape `[b, ...]`, of the factors that are generated."""
     places: tuple[tuple[int, ...], ...]
     """For each of `kinds`: which m tensors of the adapter lie in it, counted factor by factor, target by target"""
+    shared: SharedFactors | None
+    """The other factors; None where all are generated."""
+    shared_places: tuple[int, ...]
     names: tuple[tuple[str, tuple[str, ...]], ...]
     """Name of every target, and of its factors"""
     targets: tuple[Target, ...]
@@ -53,24 +74,47 @@ class PackedAdapter:
     batch: int
 
     @classmethod
-    def of(cls, adapter: Adapter) -> PackedAdapter:
-        """Whatever device, layout in memory and gradients the adapter has."""
+    def of(cls, adapter: Adapter, known: Iterable[SharedFactors] = ()) -> PackedAdapter:
+        """Whatever device, layout in memory and gradients the adapter has.
+
+        known: shared factors of other packed adapters; where the adapter's are equal to one of them, it is taken.
+        """
         places: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+        rules = {target.name: target.rules.shared for target in adapter.targets}
+        common = [part in rules[name] for name, factors in adapter.factors.items() for part in factors]
+        shared_places = tuple(place for place, is_shared in enumerate(common) if is_shared)
         # Not as inference tensors, wherever this is called: those who get a copy may train on it.
         with torch.inference_mode(False), torch.no_grad():
             parts = [part for factors in adapter.factors.values() for part in factors.values()]
             for place, part in enumerate(parts):
-                places.setdefault((part.dtype, part.shape), []).append(place)
+                if not common[place]:
+                    places.setdefault((part.dtype, part.shape), []).append(place)
             kinds = tuple(
                 torch.cat([parts[place].detach().cpu() for place in own]).contiguous() for own in places.values()
             )
+            shared = _shared([parts[place].detach().cpu() for place in shared_places], known)
         own_places = tuple(tuple(own) for own in places.values())
         names = tuple((name, tuple(factors)) for name, factors in adapter.factors.items())
-        return cls(kinds, own_places, names, adapter.targets, adapter.scale, adapter.instructions, adapter.batch)
+        return cls(
+            kinds,
+            own_places,
+            shared,
+            shared_places,
+            names,
+            adapter.targets,
+            adapter.scale,
+            adapter.instructions,
+            adapter.batch,
+        )
+
+    @property
+    def own_nbytes(self) -> int:
+        """Without what other entries may hold, too."""
+        return sum(each.nbytes for each in self.kinds)
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in self.kinds)
+        return self.own_nbytes + (0 if self.shared is None else self.shared.nbytes)
 
     def adapter(self) -> Adapter:
         """A copy on the CPU, without gradients, that may be changed in place and trained on."""
@@ -79,6 +123,8 @@ class PackedAdapter:
             for kind, places in zip(self.kinds, self.places, strict=True):
                 # "unsafe": to autograd each part is a tensor of its own, and may change in place without the others.
                 found.update(zip(places, torch.unsafe_split(kind.clone(), len(kind) // len(places)), strict=True))
+            if self.shared is not None:
+                found.update(zip(self.shared_places, (each.clone() for each in self.shared.tensors), strict=True))
         ordered = iter([found[place] for place in range(len(found))])
         factors = {name: {part: next(ordered) for part in parts} for name, parts in self.names}
         # Without its checks: they were made of what was packed, and would take as long as the copy.
@@ -86,6 +132,14 @@ class PackedAdapter:
         known = {"targets": self.targets, "factors": factors, "scale": self.scale, "instructions": self.instructions}
         vars(adapter).update(known)
         return adapter
+
+
+def _shared(parts: Sequence[Tensor], known: Iterable[SharedFactors]) -> SharedFactors | None:
+    """Find the parts among the known ones, or copy them; None where there are none."""
+    if not parts:
+        return None
+    found = next((each for each in known if each.holds(parts)), None)
+    return SharedFactors(tuple(part.clone().contiguous() for part in parts)) if found is None else found
 
 
 MEMORY_BYTES = 256 * 2**20
@@ -141,6 +195,8 @@ class AdapterCache:
                 raise ValueError(f"{name}: expected a whole number of bytes, 0 or more, got {value!r}")
         self._limit = memory_bytes
         self._held: OrderedDict[str, PackedAdapter] = OrderedDict()
+        self._shared: Counter[SharedFactors] = Counter()
+        """How many entries hold each; its bytes count once."""
         self._bytes = 0
         self._store = None if folder is None else AdapterStore(folder, disk_bytes)
         self._counts: Counter[str] = Counter()
@@ -206,16 +262,29 @@ class AdapterCache:
         """Into memory, as a copy: callers may train on what they have."""
         if sum(part.nbytes for part in adapter.state_dict().values()) > self._limit:
             return
-        kept = PackedAdapter.of(adapter)
+        with self._lock:
+            known = list(self._shared)
+        kept = PackedAdapter.of(adapter, known)
         with self._lock:
             if key in self._held:
-                self._bytes -= self._held.pop(key).nbytes
+                self._forget(self._held.pop(key))
             self._held[key] = kept
-            self._bytes += kept.nbytes
+            self._bytes += kept.own_nbytes
+            if kept.shared is not None:
+                self._shared[kept.shared] += 1
+                self._bytes += kept.shared.nbytes if self._shared[kept.shared] == 1 else 0
             while self._bytes > self._limit:
-                _, dropped = self._held.popitem(last=False)
-                self._bytes -= dropped.nbytes
+                self._forget(self._held.popitem(last=False)[1])
                 self._counts["evictions"] += 1
+
+    def _forget(self, entry: PackedAdapter) -> None:
+        """Subtract an entry's bytes; those of shared factors with the last entry that holds them."""
+        self._bytes -= entry.own_nbytes
+        if entry.shared is not None:
+            self._shared[entry.shared] -= 1
+            if not self._shared[entry.shared]:
+                del self._shared[entry.shared]
+                self._bytes -= entry.shared.nbytes
 
 
 class GeneratorIdentity:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openwu.adapters.inject import resolve
+from openwu.adapters.operators import operator_of
 from openwu.adapters.operators.basis import multiplied_out
 from openwu.errors import CheckpointError, OpenwuError, TargetError
 from openwu.types import LORA, LORA_A, LORA_B, Adapter, Target
@@ -84,10 +85,18 @@ def transposed(model: nn.Module, target: Target) -> bool:
 
 
 def single(adapter: Adapter, format: str, model: nn.Module | None) -> Adapter:
-    """The adapter for a format that holds one sample; a basis LoRA is multiplied out."""
+    """The adapter for another tool's format, which holds one sample; a basis LoRA is multiplied out.
+
+    Raises OpenwuError for more samples, and for operators that neither weights nor files of other tools can hold.
+    """
     if adapter.batch != 1:
         raise OpenwuError(
             f"{format}: a folder holds one sample, got {adapter.batch}; save each adapter.select([i]) (--sample N)"
+        )
+    if kept := [f"{each.name} ({each.operator})" for each in adapter.targets if not operator_of(each.operator).folds]:
+        raise OpenwuError(
+            f"{format}: expected operators that change weights, got {', '.join(kept)}; save with format='openwu', or "
+            "train a generator of operator='lora' for this tool"
         )
     adapter = multiplied_out(adapter)
     return adapter if model is None else fitted(adapter, model)

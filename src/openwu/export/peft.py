@@ -11,8 +11,8 @@
 | `offset`, `lora+offset`, also beside `lora` | LoRA with `lora_bias`: the offset is the bias of B, maybe of zeros |
 | `dora` | LoRA with `use_dora`, see `peft_operators`; written, not read back |
 | `scale` | (IA)^3, see `peft_ia3` |
-| `rotation` on linear modules | RoAd, see `peft_operators`; written, not read back |
-| `scale`, `offset`, `scale_offset` on norms | norm tuning, see `peft_operators`; written, not read back |
+| `rotation` on linear modules | RoAd, see `peft_operators` |
+| `scale`, `offset`, `scale_offset` on norms | norm tuning, see `peft_operators`; both ways need the base |
 | others, or these beside one another | refused: PEFT has no such tuner |
 
 Shapes: r rank, E experts, kh and kw height and width of a convolution's kernel.

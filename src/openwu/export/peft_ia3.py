@@ -63,7 +63,7 @@ def read_ia3(
             f"{', '.join(inputs)}"
         )
     found = tensors_of(tensors, {stem: {GAIN: PREFIX + stem + IA3} for stem in stems})
-    held = _widths(metadata, stems, model)
+    held = input_widths(metadata, stems, model, "(IA)^3")
     targets = []
     factors: dict[str, dict[str, Tensor]] = {}
     for stem in stems:
@@ -87,10 +87,13 @@ def _scales_input(config: Mapping[str, Any], name: str) -> bool:
         raise CheckpointError(f"{CONFIG}: feedforward_modules: expected names or a pattern, got {modules!r}") from error
 
 
-def _widths(
-    metadata: Mapping[str, str], names: list[str], model: nn.Module | None
+def input_widths(
+    metadata: Mapping[str, str], names: list[str], model: nn.Module | None, kind: str
 ) -> dict[str, tuple[int, tuple[int, int] | None]]:
-    """Width of every module's input, and its kernel where it is a convolution."""
+    """Width of every module's input, and its kernel where it is a convolution.
+
+    kind: what the file holds, for the error where neither the model nor our metadata say it.
+    """
     if model is not None:
         modules = dict(model.named_modules())
         found: dict[str, tuple[int, tuple[int, int] | None]] = {}
@@ -106,7 +109,7 @@ def _widths(
         return found
     if METADATA not in metadata:
         raise CheckpointError(
-            "(IA)^3 files do not say how wide the modules' inputs are; pass model=... (--base FOLDER)"
+            f"{kind} files do not say how wide the modules' inputs are; pass model=... (--base FOLDER)"
         )
     try:
         stored = json.loads(metadata[METADATA])

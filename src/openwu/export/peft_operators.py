@@ -1,4 +1,4 @@
-"""RoAd and norm tuning in PEFT's adapter folder, and DoRA's magnitudes: write one sample's adapter.
+"""RoAd and norm tuning in PEFT's adapter folder, both ways, and DoRA's magnitudes, written alone.
 
 | targets | folder | tensors |
 |---|---|---|
@@ -11,6 +11,8 @@ PEFT's files hold no neutral zeros but values beside the base's own, hence what 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,15 @@ from torch import Tensor, nn
 
 from openwu.adapters.merge import merged_weights
 from openwu.adapters.operators.norms import is_norm
-from openwu.errors import OpenwuError
-from openwu.export.files import PREFIX, WEIGHTS, write
+from openwu.errors import CheckpointError, OpenwuError
+from openwu.export.files import CONFIG, METADATA, PREFIX, WEIGHTS, write
 from openwu.export.fit import exact
-from openwu.types import Adapter
+from openwu.export.native import tensors_of
+from openwu.export.peft_config import in_listed_order
+from openwu.export.peft_ia3 import GAIN, SCALE, input_widths
+from openwu.types import Adapter, Target
 
+OFFSET, SCALE_OFFSET = "offset", "scale_offset"
 ROTATION, TURNS = "rotation", "turns"
 DORA, MAGNITUDE = "dora", "magnitude"
 NORM_LAYERS = ".ln_tuning_layers"
@@ -48,7 +54,70 @@ def save_rotations(adapter: Adapter, folder: Path, model: nn.Module | None) -> N
         tensors[f"{PREFIX}{target.name}.road_theta"] = torch.atan2(q, 1 + p).float()
         tensors[f"{PREFIX}{target.name}.road_alpha"] = torch.hypot(1 + p, q).float()
     config = _config(adapter, "ROAD", model) | {"variant": "road_1", "group_size": 2, "init_weights": True}
-    write(folder, WEIGHTS, tensors, config)
+    inputs = {target.name: target.in_dim for target in adapter.targets}
+    write(folder, WEIGHTS, tensors, config, {METADATA: json.dumps({"in_dims": inputs, "kernels": {}})})
+
+
+def read_rotations(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: nn.Module | None
+) -> Adapter:
+    """Read what `save_rotations` or PEFT wrote, at scale 1. `model` is needed for files without our metadata.
+
+    Raises CheckpointError for RoAd of other variants or groups, whose pairs are not neighbours.
+    """
+    if (kind := (config.get("variant", "road_1"), config.get("group_size"))) != ("road_1", 2):
+        raise CheckpointError(f"{CONFIG}: expected RoAd of variant 'road_1' and group_size 2, got {kind}")
+    end = ".road_theta"
+    stems = in_listed_order(
+        [key.removeprefix(PREFIX).removesuffix(end) for key in tensors if key.endswith(end)], config
+    )
+    keys = {stem: {part: f"{PREFIX}{stem}.road_{part}" for part in ("theta", "alpha")} for stem in stems}
+    found = tensors_of(tensors, keys)
+    widths = input_widths(metadata, stems, model, "RoAd")
+    targets, factors = [], {}
+    for stem, parts in found.items():
+        theta, alpha = (parts[name].double() for name in ("theta", "alpha"))
+        if theta.ndim != 1 or theta.shape != alpha.shape:
+            raise CheckpointError(
+                f"{stem}: expected road_theta and road_alpha [out / 2], got {tuple(theta.shape)} and "
+                f"{tuple(alpha.shape)}"
+            )
+        turns = torch.stack([alpha * theta.cos() - 1, alpha * theta.sin()], dim=-1)
+        targets.append(Target(stem, widths[stem][0], 2 * len(theta), operator=ROTATION))
+        factors[stem] = {TURNS: turns.float()[None]}
+    return Adapter(tuple(targets), factors, 1.0)
+
+
+def read_norms(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module | None) -> Adapter:
+    """Read what `save_norms` or PEFT wrote, as gains and offsets of the model's own norms, at scale 1.
+
+    Raises CheckpointError without a model, and where a weight is zero, which no gain can change.
+    """
+    if model is None:
+        raise CheckpointError("norm tuning holds weights, not changes of them; pass model=... (--base FOLDER)")
+    stems = list(
+        dict.fromkeys(key.removeprefix(PREFIX).partition(NORM_LAYERS)[0] for key in tensors if NORM_LAYERS in key)
+    )
+    modules, targets, factors = dict(model.named_modules()), [], {}
+    for stem in in_listed_order(stems, config):
+        if stem not in modules or not is_norm(modules[stem]):
+            raise CheckpointError(f"{stem}: expected a norm of that name in the model, found none")
+        own = dict(modules[stem].named_parameters())
+        names = {name: f"{PREFIX}{stem}{NORM_LAYERS}.{name}" for name in own}
+        held = tensors_of(tensors, {stem: names})[stem]
+        if wrong := [name for name, part in held.items() if part.shape != own[name].shape]:
+            raise CheckpointError(f"{stem}: expected {', '.join(wrong)} of the shape that the model's has")
+        before, after = own["weight"].detach().double(), held["weight"].double()
+        if bool(((before == 0) & (after != 0)).any()):
+            raise CheckpointError(f"{stem}: the model's weight has zeros, which no gain can change")
+        gain = torch.where(before == 0, 0.0, after / before - 1)
+        parts = {GAIN: gain.float()[None]}
+        if "bias" in own:
+            parts[OFFSET] = (held["bias"].double() - own["bias"].detach().double() * (1 + gain)).float()[None]
+        operator = SCALE_OFFSET if "bias" in own else SCALE
+        targets.append(Target(stem, len(gain), len(gain), operator=operator))
+        factors[stem] = parts
+    return Adapter(tuple(targets), factors, 1.0)
 
 
 def on_norms(adapter: Adapter, model: nn.Module | None) -> bool:

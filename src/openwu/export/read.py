@@ -13,6 +13,7 @@ from openwu.export.lora_file import read_lora_file
 from openwu.export.native import FORMAT, read_native
 from openwu.export.peft import read_peft
 from openwu.export.peft_ia3 import read_ia3
+from openwu.export.peft_operators import read_norms, read_rotations
 from openwu.types import Adapter
 
 SUFFIX = ".safetensors"
@@ -72,7 +73,11 @@ def _read_folder(folder: Path, weights: str, model: nn.Module | None) -> Adapter
         return read_peft(config, tensors, metadata, model)
     if config.get("peft_type") == "IA3":
         return read_ia3(config, tensors, metadata, model)
+    if config.get("peft_type") == "ROAD":
+        return read_rotations(config, tensors, metadata, model)
+    if config.get("peft_type") == "LN_TUNING":
+        return read_norms(config, tensors, model)
     came = {key: config[key] for key in ("format", "peft_type") if key in config}
     raise CheckpointError(
-        f"{CONFIG}: expected format {FORMAT!r} or peft_type 'LORA' or 'IA3', got {came or 'neither key'}"
+        f"{CONFIG}: expected format {FORMAT!r} or peft_type 'LORA', 'IA3', 'ROAD' or 'LN_TUNING', got {came or 'neither key'}"
     )

@@ -11,6 +11,7 @@
 | `basis_diagonal` | `y + s B0 diag(m) (A0 x)` | `middle` m `[b, r]`; shared `basis_A`, `basis_B` |
 | `basis_matrix` | `y + s B0 M (A0 x)` | `middle` M `[b, r, r]`; shared `basis_A`, `basis_B` |
 | `basis_mixture` | `y + s sum_i m_i B_i (A_i x)` | `middle` m `[b, N]`; shared `basis_A`, `basis_B` |
+| `prefix` | `y + s sum_i v_i exp(k_i x + b_i) / (1 + sum_j exp(k_j x + b_j))` for each head | `prefix_keys`, ... |
 | `lora+offset`, ... | the sum of the operators' changes | those of all |
 
 s is the adapter's scale. One module has one target, so one operator (which may be several, joined by "+"); modules of
@@ -40,6 +41,9 @@ COMBINED = "openwu.adapters.operators.combined:Combined"
 
 class Operator(FactorRules):
     """One way of changing a module's output. A subclass has no state; what a scope holds is in its site."""
+
+    folds: bool = True
+    """Whether weights can hold the change, so that an adapter can be merged into them."""
 
     @abstractmethod
     def site(self, target: Target, module: nn.Module) -> PlainSite:

@@ -33,6 +33,7 @@ class Combined(Operator):
             raise OpenwuError(f"operator: expected different names joined by '+', got {'+'.join(names)!r}")
         self.linear = tuple(name for each in self._operators for name in each.linear)
         self.shared = tuple(name for each in self._operators for name in each.shared)
+        self.folds = all(each.folds for each in self._operators)
         self.rank_factor = next((each.rank_factor for each in self._operators if each.rank_factor), None)
 
     def factors(self, target: Target, rank: int, /) -> tuple[Factor, ...]:

@@ -23,7 +23,7 @@ from openwu.evaluation.cases import Case, draw_cases, first_phrase, generate, sc
 from openwu.evaluation.experiments.comparisons.conflict import ConflictResults, conflict
 from openwu.evaluation.experiments.comparisons.continual import ContinualResults, continual
 from openwu.evaluation.experiments.comparisons.operators import KINDS as OPERATOR_KINDS
-from openwu.evaluation.experiments.comparisons.operators import OperatorResults, operators
+from openwu.evaluation.experiments.comparisons.operators import OperatorResults, kinds_of, operators
 from openwu.evaluation.experiments.comparisons.own_pairs import LOOKS, WAYS, OwnPairsResults, own_pairs
 from openwu.evaluation.experiments.comparisons.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
 from openwu.evaluation.experiments.methods import NATIVE_BF16, Budget
@@ -106,6 +106,8 @@ class LabSettings:
     """Own pairs: only these ways of teaching."""
     looks: tuple[str, ...] | None = None
     """Own pairs: only these looks."""
+    operators: tuple[str, ...] | None = None
+    """Operators: only these, "OPERATOR" or "OPERATOR:RANK"; None: all that the experiment compares."""
 
     def __post_init__(self) -> None:
         for name, known in (("way", WAYS), ("look", LOOKS)):
@@ -165,8 +167,7 @@ class LabSettings:
     def cache(self, name: str, model: EmbeddedModel, **more: object) -> ResultCache:
         """Return the cache of an experiment's trials; its name depends on everything that they do but their seed."""
         # "quick" counts: it chooses the test photographs, also where --edit and --steps determine all else.
-        ignored = ("seeds", "output", "axis", "along", "ways", "looks")
-
+        ignored = ("seeds", "output", "axis", "along", "ways", "looks", "operators")
         relevant = {key: value for key, value in self.to_json(**more).items() if key not in ignored}
         relevant["bf16"] = NATIVE_BF16
         relevant["photos"] = folder_hashes(Path(self.photos))
@@ -286,10 +287,11 @@ def run_operators(settings: LabSettings) -> str:
     """Train a generator for every operator on edits that the base does not know; return the table."""
     tasks = settings.edits or tuple(name for name in PAIRED if name not in BASE_EDITS)[: 8 if settings.quick else None]
     budget = settings.shortened(QUICK_OPERATORS if settings.quick else OPERATORS)
+    kinds = OPERATOR_KINDS if settings.operators is None else kinds_of(settings.operators)
     model, photographs = settings.load_model(), settings.training_photographs()
     more = {"edits": tasks, "budget": vars(budget)}
     cache, test = settings.cache("operators", model, **more), settings.test_photographs()
-    found = operators(model, photographs, test, tasks, budget, settings.seeds, OPERATOR_KINDS, cache=cache)
+    found = operators(model, photographs, test, tasks, budget, settings.seeds, kinds, cache=cache)
     draw_operators(found, settings.write("operators", found.to_json(), **more).with_suffix(".png"))
     return found.table()
 

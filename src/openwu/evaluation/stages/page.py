@@ -173,22 +173,26 @@ def write_report(report: Report, folder: Path, source: Source) -> Path:
     write_text(folder / "report.svg", drawn)
     pictures = "" if source.record is None else _pictures(source.record, folder / "report.jpg")
     pictures += "".join(_figure(each) for each in source.figures)
-    tables = "".join(f"<h2>{html.escape(title)}</h2>{_html_table(head, rows)}" for title, head, rows in _tables(report))
+    tables = "".join(f"<h2>{html.escape(title)}</h2>{html_table(head, rows)}" for title, head, rows in _tables(report))
     said = "".join(f'<p class="scope">{html.escape(unescaped(text))}</p>' for text in _warnings(report))
     origin = ", ".join(f"{key} {value}" for key, value in report.provenance.items() if isinstance(value, str | int))
     page = folder / "report.html"
-    title = html.escape(report.benchmark)
-    write_text(
-        page,
+    body = f"{said}{drawn}{tables}<p>{html.escape(_note(report))}</p><p>{html.escape(origin)}</p>{pictures}"
+    write_text(page, html_page(report.benchmark, body))
+    return page
+
+
+def html_page(title: str, body: str) -> str:
+    """Return a page that loads nothing from elsewhere; `body` is HTML, the title plain text."""
+    title = html.escape(title)
+    return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         f"<title>{title}</title><style>{STYLE}</style>"
-        f"<body><h1>{title}</h1>{said}{drawn}{tables}<p>{html.escape(_note(report))}</p><p>{html.escape(origin)}</p>"
-        f"{pictures}</body></html>\n",
+        f"<body><h1>{title}</h1>{body}</body></html>\n"
     )
-    return page
 
 
 def _figure(file: Path) -> str:
@@ -198,7 +202,9 @@ def _figure(file: Path) -> str:
     return f'<h2>{html.escape(file.stem)}</h2><img class="figure" alt="" src="{_jpeg_url(image)}">'
 
 
-def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of HTML; marks of Markdown in the cells are escaped ones, as `escaped` leaves them."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         plain = map(unescaped, cells)
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in plain) + "</tr>"

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openwu.adapters.operators import operator_of
 from openwu.data.suite.photographs import Photograph
+from openwu.errors import OpenwuError
 from openwu.evaluation.cases import draw_cases, score
 from openwu.evaluation.experiments.geometry import Mean, mean_over
 from openwu.evaluation.experiments.methods import Budget, fit, generated_on, precision, sampler
@@ -41,7 +43,7 @@ class Kind(NamedTuple):
         return f"{self.operator}, rank {self.rank}" if self.operator.startswith(_RANKED) else self.operator
 
 
-_RANKED = ("lora", "dora", "basis")
+_RANKED = ("lora", "dora", "basis", "prefix")
 
 KINDS = (
     Kind("lora", 8),
@@ -55,8 +57,21 @@ KINDS = (
     Kind("basis_diagonal", 8),
     Kind("basis_matrix", 8),
     Kind("basis_mixture", 8),
+    Kind("prefix", 2),
 )
 """What is compared; the order is that of the trials."""
+
+
+def kinds_of(names: Sequence[str]) -> tuple[Kind, ...]:
+    """Read kinds out of "OPERATOR" or "OPERATOR:RANK" (rank 8 where none is given); OpenwuError for unknown ones."""
+    found = []
+    for name in names:
+        operator, colon, rank = name.partition(":")
+        if colon and not (rank.isascii() and rank.isdigit() and int(rank) > 0):
+            raise OpenwuError(f"--operator: expected OPERATOR or OPERATOR:RANK, such as lora:8, got {name!r}")
+        operator_of(operator)
+        found.append(Kind(operator, int(rank) if colon else 8))
+    return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
