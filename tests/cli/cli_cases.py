@@ -39,6 +39,7 @@ class FakeResult:
     adapter: FakeAdapter
     timings: dict[str, float]
     understood: Understood | None = None
+    reproduced: None = None
 
 
 @dataclass
