@@ -145,7 +145,8 @@ class Editor:
         base would refuse. `sampling`: this call's options of the base, in place of the editor's. `progress` is called
         with (parts done, parts in all).
 
-        Returns an EditResult: `photo` and `image`, `understood`, `reproduced`, `adapter`, `timings`; `save(path)` writes it.
+        Returns an EditResult: `photo` and `image`, `understood`, `reproduced`, `adapter`, `timings`; `save(path)`
+        writes it.
 
         Raises OpenwuError that names the argument for one that is wrong or that this base cannot serve:
         InstructionError for words, ExampleError for an example that is not understood, PictureError for pictures,
