@@ -34,6 +34,7 @@ from openwu.editor.requests import (
     Task,
     check_options,
     check_served,
+    checked_pairs,
     checked_request,
     part_of,
     timed,
@@ -269,13 +270,13 @@ class Editor:
 
         `instruction`: the words beside the example, if any. Raises PictureError for pairs that show nothing.
         """
-        request = EditRequest(_BLANK, instruction, example=example)
-        (request,) = self._checked([request], True, None)
+        if not checked_pairs(example):
+            raise PictureError("example: expected at least one pair of pictures, got none")
+        (request,) = self._checked([EditRequest(_BLANK, instruction, example=example)], True, None)
         task = self._task(request, (_BLANK,), None, False)
         home = adapter.to(self.generator.hidden_in.weight)
         found = self._reproduction(task, home, True, {})
-        if found is None:
-            raise PictureError("example: expected at least one pair of pictures, got none")
+        assert found is not None
         return found
 
     @torch.no_grad()
