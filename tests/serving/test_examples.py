@@ -94,7 +94,9 @@ def test_a_pair_in_parts_and_in_json_equals_the_editor(reader: TestClient, expec
         "example_after": [png_url(AFTER)],
     }
     assert np.array_equal(served(reader.post(ROUTE, json=fields)), expected)
-    other = reader.post(ROUTE, files={"image": png(), **PAIR, "example_after": brighter(BEFORE, -30)}, data={"seed": "3"})
+    other = reader.post(
+        ROUTE, files={"image": png(), **PAIR, "example_after": brighter(BEFORE, -30)}, data={"seed": "3"}
+    )
     assert not np.array_equal(served(other), expected)
 
 

@@ -18,7 +18,7 @@ SIDE = 256
 IGNORED: dict[str, tuple[str, ...]] = {
     "conflict": ("axis", "along"),
     "continual": ("axis", "clock", "along"),
-    "examples": ("steps", "axis", "photos", "clock", "edits", "along"),
+    "examples": ("steps", "axis", "clock", "edits", "along"),
     "gradients": ("steps", "axis", "side", "clock"),
     "operators": ("axis", "clock", "along"),
     "own-pairs": ("axis", "clock", "edits", "along"),

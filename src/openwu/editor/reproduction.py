@@ -12,9 +12,9 @@ from openwu.images import Photo
 
 SIDE = 224
 """Longest side in pixels at which the example's own picture is edited; larger ones skip pixels, so grain stays."""
-ACCEPTED = 0.35
+ACCEPTED = 0.3
 """Share of the change below which an example is refused; docs/editing.md has the curve that it was chosen on."""
-CLEAR = 0.65
+CLEAR = 0.6
 """Share below which a note says that the example is only partly understood."""
 VISIBLE = 1 / 255
 """Root mean square of a change, of 1, below which two pictures show none."""

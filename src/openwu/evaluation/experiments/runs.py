@@ -43,6 +43,7 @@ from openwu.evaluation.experiments.probes.audit import Subject, audit
 from openwu.evaluation.experiments.probes.examples import draw_trials, example_edits
 from openwu.evaluation.experiments.probes.gradients import conflicts_table, generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.probes.manifold import manifold
+from openwu.evaluation.experiments.probes.understood import shown_json, shown_programs, threshold_table
 from openwu.evaluation.experiments.probes.video import CHOSEN, make_clips, video
 from openwu.evaluation.experiments.results import ResultCache, write_findings
 from openwu.evaluation.pictures import middle
@@ -259,9 +260,12 @@ def run_examples(settings: LabSettings) -> str:
     count = QUICK_PROGRAMS if settings.quick else PROGRAMS
     trials = [trial for seed in settings.seeds for trial in draw_trials(list(photographs), count, settings.side, seed)]
     found = example_edits(model, photographs, trials)
-    path = settings.write("examples", found.to_json(), programs=count)
+    kept_back = load_folder(Path(settings.photos), validation=True)
+    shown = shown_programs(model, kept_back, 3 * count, settings.side)
+    path = settings.write("examples", {**found.to_json(), "validation": shown_json(shown)}, programs=count)
     draw_examples(found, path.with_suffix(".jpg"))
-    return found.table()
+    head = "Programs on photographs kept back, by the share that the check finds:"
+    return f"{found.table()}\n\n{head}\n{threshold_table(shown)}"
 
 
 def run_operators(settings: LabSettings) -> str:

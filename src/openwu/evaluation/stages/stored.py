@@ -240,7 +240,7 @@ def _manifold(file: File) -> list[Results]:
 
 
 def _examples(file: File) -> list[Results]:
-    known = {"program", "shown", "edited"}
+    known = {"program", "shown", "edited", "share"}
     rows: list[Row] = []
     for i, each in enumerate(file["trials"]):
         case = plain_case(f"{i}", " + ".join(each["program"]), cluster=each["edited"])

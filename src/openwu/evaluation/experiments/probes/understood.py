@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from openwu.backbones.embedded.network import place_planes
 from openwu.data.programs import FAMILIES, draw_program
 from openwu.data.suite.photographs import Photograph, random_crop
-from openwu.editor.reproduction import ACCEPTED, CLEAR, Reproduction
+from openwu.editor.reproduction import ACCEPTED, CLEAR
+from openwu.evaluation.experiments.probes.examples import share_of
 from openwu.evaluation.experiments.results import columns
 from openwu.evaluation.metrics import psnr
 from openwu.training.embedded.model import EmbeddedModel
 
-LEVELS = (0.0, 0.2, 0.3, ACCEPTED, 0.4, 0.5, 0.6, CLEAR, 0.7, 0.8)
+LEVELS = (0.0, 0.1, 0.2, ACCEPTED, 0.4, 0.5, CLEAR, 0.7, 0.8, 0.9)
 """Thresholds of the curve."""
 HELPS, CLOSE = 2.0, 0.5
 """dB by which another photograph must come closer to be helped, and the share of its change that counts as close."""
@@ -68,17 +68,12 @@ def shown_programs(
             Shown(
                 program.families,
                 program.colour_only,
-                _share(before, after, edited[0]),
-                _share(photo, target, edited[1]),
+                share_of(before, after, edited[0]),
+                share_of(photo, target, edited[1]),
                 float((psnr(edited[1], target) - psnr(photo, target)).clamp(-30, 30)),
             )
         )
     return tuple(found)
-
-
-def _share(before: Tensor, after: Tensor, edited: Tensor) -> float:
-    change, error = (float((each - after).square().mean().sqrt()) for each in (before, edited))
-    return Reproduction((change,), (error,)).share
 
 
 def threshold_table(found: Sequence[Shown]) -> str:
@@ -118,7 +113,7 @@ def threshold_table(found: Sequence[Shown]) -> str:
     return columns(head, rows)
 
 
-def as_json(found: Sequence[Shown]) -> list[dict[str, Any]]:
+def shown_json(found: Sequence[Shown]) -> list[dict[str, Any]]:
     """Return every program's numbers, rounded."""
     return [
         {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(each).items()}
