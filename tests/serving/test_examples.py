@@ -6,6 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,17 +52,22 @@ def lenient() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def shown(embedded_config: EmbeddedConfig, tmp_path_factory: pytest.TempPathFactory) -> Editor:
-    """An editor of a tiny model with random weights that reads examples."""
-    folder = tmp_path_factory.mktemp("model") / "examples"
+def tiny(config: EmbeddedConfig, folder: Path) -> Editor:
+    """An editor of a tiny model with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = EmbeddedModel(embedded_config.with_examples(d_model=32, head_dim=16, dim_accumulation=2, blocks=1))
+        model = EmbeddedModel(config)
         model.generator.init_weights(0.3)
         torch.nn.init.normal_(model.backbone.pixels.out.weight, std=0.02)
     model.save_pretrained(folder, torch.float32)
     return Editor.from_pretrained(folder, loading=LoadingOptions(dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def shown(embedded_config: EmbeddedConfig, tmp_path_factory: pytest.TempPathFactory) -> Editor:
+    """One that reads examples."""
+    config = embedded_config.with_examples(d_model=32, head_dim=16, dim_accumulation=2, blocks=1)
+    return tiny(config, tmp_path_factory.mktemp("model") / "examples")
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +114,14 @@ def test_the_adapter_of_a_series_serves_every_photo(reader: TestClient, expected
     assert np.array_equal(served(again), expected)
 
 
-def test_models_say_whether_they_read_examples(reader: TestClient, client: TestClient) -> None:
-    assert [each.get("/v1/models").json()["data"][0]["reads_examples"] for each in (reader, client)] == [True, False]
-    answer = client.post(ROUTE, files={"image": png(), **PAIR}, data={"prompt": PROMPT})
+def test_models_say_whether_they_read_examples(
+    reader: TestClient, embedded_config: EmbeddedConfig, tmp_path: Path
+) -> None:
+    editor = tiny(embedded_config, tmp_path / "words")
+    with TestClient(create_app(LocalEngine(lambda: editor)), base_url="http://localhost") as client:
+        told = [each.get("/v1/models").json()["data"][0]["reads_examples"] for each in (reader, client)]
+        assert told == [True, False]
+        answer = client.post(ROUTE, files={"image": png(), **PAIR}, data={"prompt": PROMPT})
     assert answer.status_code == 400
     assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("unsupported_value", "example_before")
 
