@@ -18,12 +18,13 @@ SIDE = 256
 IGNORED: dict[str, tuple[str, ...]] = {
     "conflict": ("axis", "along"),
     "continual": ("axis", "clock", "along"),
-    "examples": ("steps", "axis", "clock", "edits", "along"),
+    "examples": ("steps", "axis", "photos", "clock", "edits", "along"),
     "gradients": ("steps", "axis", "side", "clock"),
     "operators": ("axis", "clock", "along"),
     "own-pairs": ("axis", "clock", "edits", "along"),
     "manifold": ("steps", "axis", "photos", "clock", "along"),
     "scaling": ("clock", "along"),
+    "understood": ("steps", "axis", "clock", "edits", "along"),
     "video": ("steps", "axis", "photos", "clock", "along"),
 }
 """Experiment -> options that it would ignore, and therefore refuses."""

@@ -260,12 +260,19 @@ def run_examples(settings: LabSettings) -> str:
     count = QUICK_PROGRAMS if settings.quick else PROGRAMS
     trials = [trial for seed in settings.seeds for trial in draw_trials(list(photographs), count, settings.side, seed)]
     found = example_edits(model, photographs, trials)
-    kept_back = load_folder(Path(settings.photos), validation=True)
-    shown = shown_programs(model, kept_back, 3 * count, settings.side)
-    path = settings.write("examples", {**found.to_json(), "validation": shown_json(shown)}, programs=count)
+    path = settings.write("examples", found.to_json(), programs=count)
     draw_examples(found, path.with_suffix(".jpg"))
-    head = "Programs on photographs kept back, by the share that the check finds:"
-    return f"{found.table()}\n\n{head}\n{threshold_table(shown)}"
+    return found.table()
+
+
+def run_understood(settings: LabSettings) -> str:
+    """Measure what the editor's check of examples accepts, on photographs kept back; return the table."""
+    model = settings.load_model(dtype=native_dtype())
+    photographs = load_folder(Path(settings.photos), validation=True)
+    count = QUICK_PROGRAMS if settings.quick else 3 * PROGRAMS
+    shown = [each for seed in settings.seeds for each in shown_programs(model, photographs, count, settings.side, seed)]
+    settings.write("understood", {"understood": shown_json(shown)}, programs=count)
+    return threshold_table(shown)
 
 
 def run_operators(settings: LabSettings) -> str:
@@ -307,6 +314,7 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "conflict": run_conflict,
     "continual": run_continual,
     "examples": run_examples,
+    "understood": run_understood,
     "gradients": run_gradients,
     "manifold": run_manifold,
     "operators": run_operators,
