@@ -57,7 +57,7 @@ def _matched(before: Photo, after: Photo, name: str) -> tuple[Photo, Photo]:
     best_match = float(matches.max())
     elsewhere = best_match > here + SHIFTED and bool(row or column)
     if elsewhere and best_match >= SURE:
-        right, down = round(-column * width / SIDE), round(-row * height / SIDE)
+        right, down = round(column * width / SIDE), round(row * height / SIDE)
         raise PictureError(
             f"{name}: the picture after is shifted against the one before by about {right} pixels to the right and "
             f"{down} down; align them first"
