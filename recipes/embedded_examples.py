@@ -32,6 +32,6 @@ def recipe() -> EmbeddedRecipe:
         examples=examples,
         plain_examples=120,
         bf16=False,
-        export=None,
+        evaluate_every=100,
         seed=6,
     )

@@ -13,21 +13,23 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from openwu.backbones.embedded.base import WEIGHTS, native_dtype
 from openwu.backbones.embedded.condition import EmbeddedConditionConfig
 from openwu.backbones.embedded.instruction import InstructionConfig
 from openwu.backbones.embedded.piecewise import pieces
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
-from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_test_photographs
+from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_folder, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.editor.editor import Editor
+from openwu.editor.reproduction import ACCEPTED
 from openwu.editor.requests import EditRequest
-from openwu.errors import InstructionError
+from openwu.errors import ExampleError, InstructionError
 from openwu.evaluation.cases import draw_cases, generate
 from openwu.evaluation.cases import edit as edit_cases
 from openwu.evaluation.composition import COMBINATIONS, Composed, mean_gap
+from openwu.evaluation.experiments.probes.understood import shown_programs
 from openwu.evaluation.metrics import psnr
 from openwu.evaluation.model_card import Findings, as_markdown
 from openwu.evaluation.strength import Graded
@@ -237,13 +239,61 @@ def test_two_passes_follow_two_instructions_and_one_pass_falls_behind_as_the_car
     assert mean_gap(findings.composed) < 0
 
 
+# Edits that are shown
+
+
+def graded(image: Image.Image) -> Image.Image:
+    """A look on no list: warm lights, blue shadows, a lifted middle, less colour."""
+    x = floats(image) / 255
+    grey = (x @ np.array([0.3, 0.6, 0.1]))[..., None]
+    x = (grey + 0.85 * (x - grey)) ** 0.85 * np.array([1.1, 1.0, 0.84]) + (1 - grey) ** 2 * np.array([0, 0.06, 0.14])
+    return Image.fromarray((x.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def away(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(np.square(first - second))))
+
+
+@pytest.mark.parametrize("name", ["chelsea", "astronaut"])
+def test_a_look_that_one_pair_shows_is_done_to_another_photograph(
+    editor: Editor, photograph: Image.Image, name: str
+) -> None:
+    photo = photographed(name, QUICK_SIDE)
+    result = editor.edit(photo, example=[(photograph, graded(photograph))])
+    assert result.reproduced is not None
+    assert result.reproduced.share > 0.7
+    made, wanted, before = floats(result.image), floats(graded(photo)), floats(photo)
+    assert away(made, wanted) < 0.4 * away(before, wanted)
+    # As much in the outermost pixels as inside.
+    for side in (np.s_[:1], np.s_[-1:], np.s_[:, :1], np.s_[:, -1:]):
+        assert away(made[side], wanted[side]) < 0.5 * away(before[side], wanted[side])
+
+
+def test_examples_of_what_is_no_look_of_tone_and_colour_are_refused(editor: Editor, photograph: Image.Image) -> None:
+    grain = np.random.default_rng(0).normal(0, 14, (photograph.height, photograph.width, 1))
+    noisy = Image.fromarray((floats(photograph) + grain).round().clip(0, 255).astype(np.uint8))
+    for after in (photograph.filter(ImageFilter.GaussianBlur(2)), noisy, photograph):
+        with pytest.raises(ExampleError, match="allow_out_of_scope"):
+            editor.adapt(example=[(photograph, after)])
+
+
+@pytest.mark.slow
+def test_the_check_of_examples_tells_what_another_photograph_gains() -> None:
+    model = EmbeddedModel.from_pretrained(dtype=native_dtype())
+    found = shown_programs(model, load_folder(ROOT / "photos", validation=True), 40, QUICK_SIDE, seed=1)
+    taken, refused = ([each.gain for each in found if (each.share >= ACCEPTED) is wanted] for wanted in (True, False))
+    assert np.mean(taken) > 8
+    assert np.mean(refused) < 2
+    assert np.mean([gain > 0 for gain in taken]) > 0.9
+
+
 # The files
 
 
 def test_test_photographs_were_not_trained_on() -> None:
     provenance = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))
     trainings = [provenance, *(each for each in provenance["then"] if "photographs" in each)]
-    assert [len(each["photographs"]) for each in trainings] == [16, 96]
+    assert [len(each["photographs"]) for each in trainings] == [16, 96, 96]
     for each in trainings:
         names = {file.removesuffix(".jpg").partition("_by_")[0] for file in each["photographs"]}
         assert not names & set(TEST_PHOTOGRAPHS)
@@ -262,9 +312,9 @@ def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
     recipe = describe(load_recipe(ROOT / "recipes" / "embedded.py", []))
     stored = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]
     assert recipe == moved(stored)
-    going_on = describe(load_recipe(ROOT / "recipes" / "embedded_on.py", []))
     then = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["then"]
-    assert going_on in [moved(each["recipe"]) for each in then]
+    for name in ("embedded_on", "embedded_examples"):
+        assert describe(load_recipe(ROOT / "recipes" / f"{name}.py", [])) in [moved(each["recipe"]) for each in then]
 
 
 def best_of_three(work: Callable[[], object]) -> float:

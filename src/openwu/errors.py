@@ -32,6 +32,10 @@ class InstructionError(OpenwuError):
     """An instruction that is empty, too long, or not text."""
 
 
+class ExampleError(InstructionError):
+    """An example of an edit that shows no change, or one that its adapter does not reproduce."""
+
+
 class CheckpointError(OpenwuError):
     """A folder of weights whose files, keys, shapes or config fields are not as specified."""
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from openwu import cli
 from openwu.editor.cache import AdapterCache
-from openwu.errors import CheckpointError, InstructionError
+from openwu.editor.reproduction import Reproduction
+from openwu.errors import CheckpointError, ExampleError, InstructionError
 from openwu.images import Photo, read_picture
 from openwu.types import Understood
 
@@ -39,6 +42,7 @@ class FakeResult:
     adapter: FakeAdapter
     timings: dict[str, float]
     understood: Understood | None = None
+    reproduced: None = None
 
 
 @dataclass
@@ -51,6 +55,7 @@ class FakeEditor:
     fails: dict[str, BaseException] = field(default_factory=dict)
     understood: Understood | None = None
     loaded: int = 0
+    reproduced: Reproduction = field(default_factory=lambda: Reproduction((0.2,), (0.02,)))
 
     def from_pretrained(self, model: str | None = None, *, cache: str | None = None, **options: Any) -> FakeEditor:
         self.model, self.options = model, options
@@ -96,6 +101,26 @@ class FakeEditor:
             {"read": 0.1, "condition": 0.2, "generate": 0.3, "edit": 0.4},
             self.understood,
         )
+
+    def adapt(
+        self,
+        *,
+        instruction: str,
+        example: tuple[tuple[Photo, Photo], ...],
+        seed: int | None,
+        allow_out_of_scope: bool,
+    ) -> FakeAdapter:
+        """Refuse pairs of equal pictures, unless that is allowed."""
+        self.shown = (instruction, len(example), seed)
+        if not allow_out_of_scope and any(np.array_equal(*(each.pixels for each in pair)) for pair in example):
+            raise ExampleError("example: not understood; try --allow-out-of-scope")
+        return FakeAdapter()
+
+    def reproduction(
+        self, adapter: FakeAdapter, example: tuple[tuple[Photo, Photo], ...], instruction: str
+    ) -> Reproduction:
+        del adapter, example, instruction
+        return self.reproduced
 
     def understand(
         self,

@@ -34,6 +34,13 @@ pytestmark = [
 PHOTO = {"name": "photo.png", "mimeType": "image/png", "buffer": png(96, 80)}
 
 
+def darker(data: bytes) -> bytes:
+    """The picture at 60% of its light."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").point([value * 6 // 10 for value in range(256)] * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 class HeldEngine(LocalEngine):
     """An engine that begins nothing while `free` is cleared, and remembers what it was told to stop."""
 
@@ -229,22 +236,33 @@ def test_an_unknown_instruction_offers_what_was_meant_and_a_missing_photo_takes_
 
 
 def test_an_example_is_offered_only_where_the_model_reads_examples(tab: Tab) -> None:
-    playwright.expect(tab.page.locator("#example")).to_be_hidden()
-    model = {"id": "m", "object": "model", "created": 0, "owned_by": "openwu", "reads_examples": True}
-    answer = json.dumps({"object": "list", "data": [model]})
-    tab.page.route("**/v1/models", lambda route: route.fulfill(body=answer, content_type="application/json"))
-    tab.page.reload()
     playwright.expect(tab.page.locator("#example")).to_be_visible()
     tab.page.set_input_files("#photo", PHOTO)
     tab.page.set_input_files("#example-before", PHOTO)
     tab.page.click("#run")
     playwright.expect(tab.page.get_by_role("alert")).to_contain_text("both pictures")
-    tab.page.set_input_files("#example-after", PHOTO)
+    tab.page.set_input_files("#example-after", {**PHOTO, "buffer": darker(PHOTO["buffer"])})
     with tab.page.expect_request("**/v1/images/edits") as sent:
         tab.page.click("#run")
     body = sent.value.post_data_buffer
     assert b'name="example_before"' in body
     assert b'name="example_after"' in body
+    playwright.expect(tab.cards(1).first.locator(".note")).to_contain_text("% of the example's change is reproduced.")
+    model = {"id": "m", "object": "model", "created": 0, "owned_by": "openwu", "reads_examples": False}
+    answer = json.dumps({"object": "list", "data": [model]})
+    tab.page.route("**/v1/models", lambda route: route.fulfill(body=answer, content_type="application/json"))
+    tab.page.reload()
+    playwright.expect(tab.page.locator("#example")).to_be_hidden()
+
+
+def test_an_example_that_is_not_understood_is_said_and_can_be_tried(tab: Tab) -> None:
+    tab.page.set_input_files("#photo", PHOTO)
+    tab.page.set_input_files("#example-before", PHOTO)
+    tab.page.set_input_files("#example-after", PHOTO)  # shows no change
+    tab.page.click("#run")
+    playwright.expect(tab.page.get_by_role("alert")).to_contain_text("teach looks of tone and colour")
+    tab.page.locator("#error-actions button").click()
+    tab.cards(1)
 
 
 def test_chinese_phone_width_and_names_for_every_control(site: Site, browser: Any) -> None:

@@ -25,6 +25,7 @@ READ: dict[str, tuple[str, ...]] = {
     "own-pairs": ("steps", "photos", "side", "ways", "looks"),
     "manifold": ("edits", "side"),
     "scaling": ("steps", "photos", "axis", "edits", "side", "batch"),
+    "understood": ("photos", "side"),
     "video": ("edits", "side"),
 }
 """Experiment -> the options of SOME that it reads; the others it would ignore, and therefore refuses."""

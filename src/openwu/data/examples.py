@@ -76,6 +76,8 @@ class ExampleSampler:
     plain: int = 0
     """So many batches at first show programs of one operation on colours alone. Of all programs from the start, a
     generator learned next to nothing for hundreds of steps."""
+    colours: float = 0.0
+    """Share of the programs that are drawn of colour families alone; the others of all families."""
     series: bool = True
     """False: all batches are of single requests that show programs."""
 
@@ -131,7 +133,8 @@ class ExampleSampler:
         return name, sentence, (examples, picture[window], planes[window], target[window], picture)
 
     def _program(self, generator: torch.Generator, plain: bool = False) -> Program:
-        families = [each for each in self.families if each in COLOUR_FAMILIES] if plain else self.families
+        colours = plain or (self.colours > 0 and float(torch.rand((), generator=generator)) < self.colours)
+        families = [each for each in self.families if each in COLOUR_FAMILIES] if colours else self.families
         return draw_program(generator, families, longest=1 if plain else 3)
 
     def _shown(self, make: Make, pairs: int, generator: torch.Generator) -> Tensor:

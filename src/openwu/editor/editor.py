@@ -25,6 +25,7 @@ from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.clip import ClipOptions, ClipResult, edit_clip
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
 from openwu.editor.loading import load_pair
+from openwu.editor.reproduction import Reproduction, reproduction
 from openwu.editor.requests import (
     EditRequest,
     EditResult,
@@ -33,13 +34,14 @@ from openwu.editor.requests import (
     Task,
     check_options,
     check_served,
+    checked_pairs,
     checked_request,
     part_of,
     timed,
     with_instruction,
 )
 from openwu.editor.tasks import condition_kind, make_task, pass_of, read_photos
-from openwu.errors import InstructionError, OpenwuError, TargetError
+from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.export.fit import with_kernels
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
@@ -125,7 +127,8 @@ class Editor:
 
         `example`: pairs of pictures before and after an edit that is shown rather than said, with or without an
         instruction. The base sees the picture alone; what the example shows reaches it through the adapter. It is the
-        same for every picture of a series, unless with `per_photo`.
+        same for every picture of a series, unless with `per_photo`. It is tried on the example's own picture before:
+        `reproduced` of the result says how much of the change it makes, and too little is refused.
 
         `then`: one more instruction or several. Each has a pass of its own, on the result of the one before, and the
         result's adapter is the last one's. A base that tells edits apart runs an instruction that itself asks for two
@@ -144,10 +147,12 @@ class Editor:
         base would refuse. `sampling`: this call's options of the base, in place of the editor's. `progress` is called
         with (parts done, parts in all).
 
-        Returns an EditResult: `photo` and `image`, `understood`, `adapter`, `timings`; `save(path)` writes it.
+        Returns an EditResult: `photo` and `image`, `understood`, `reproduced`, `adapter`, `timings`; `save(path)`
+        writes it.
 
         Raises OpenwuError that names the argument for one that is wrong or that this base cannot serve:
-        InstructionError for words, PictureError for pictures, TargetError for adapters.
+        InstructionError for words, ExampleError for an example that is not understood, PictureError for pictures,
+        TargetError for adapters.
         """
         check_options(adapter, sampling, progress, allow_out_of_scope=allow_out_of_scope)
         if adapter is not None and adapter.batch != 1:
@@ -255,7 +260,25 @@ class Editor:
                 "adapt to one at a time"
             )
         (adapter,) = self._adapters([task.job], allow_out_of_scope, 1, {})
+        self._reproduction(task, adapter, allow_out_of_scope, {})
         return adapter
+
+    @torch.no_grad()
+    def reproduction(
+        self, adapter: Adapter, example: Sequence[tuple[Picture, Picture]], instruction: str = ""
+    ) -> Reproduction:
+        """Measure how much of the change that pairs show an adapter (b = 1) makes of their pictures before.
+
+        `instruction`: the words beside the example, if any. Raises PictureError for pairs that show nothing.
+        """
+        if not checked_pairs(example):
+            raise PictureError("example: expected at least one pair of pictures, got none")
+        (request,) = self._checked([EditRequest(_BLANK, instruction, example=example)], True, None)
+        task = self._task(request, (_BLANK,), None, False)
+        home = adapter.to(self.generator.hidden_in.weight)
+        found = self._reproduction(task, home, True, {})
+        assert found is not None
+        return found
 
     @torch.no_grad()
     def understand(
@@ -354,12 +377,34 @@ class Editor:
         else:
             timings |= {"condition": 0.0, "generate": 0.0}
             adapters = [given.to(self.generator.hidden_in.weight)]
+        found = [
+            self._reproduction(task, adapter, allow_out_of_scope, timings)
+            for task, adapter in zip(tasks, adapters, strict=True)
+        ]
         with timed(timings, "edit"):
             edited = self._apply(tasks, adapters, sampling, progress)
         return [
-            EditResult(photo, adapter, timings, task.job.seed, task.summary)
-            for photo, adapter, task in zip(edited, adapters, tasks, strict=True)
+            EditResult(photo, adapter, timings, task.job.seed, task.summary, reproduced)
+            for photo, adapter, task, reproduced in zip(edited, adapters, tasks, found, strict=True)
         ]
+
+    def _reproduction(
+        self, task: Task, adapter: Adapter, allow_out_of_scope: bool, timings: dict[str, float]
+    ) -> Reproduction | None:
+        """Compare an example with what its adapter makes of it. Raises ExampleError unless `allow_out_of_scope`."""
+        if not task.job.examples:
+            return None
+
+        def edit(photos: list[Photo]) -> list[Photo]:
+            request = replace(task.request, strength=1.0)
+            jobs = [replace(task.job, photos=(photo,), examples=()) for photo in photos]
+            return self._apply([Task(request, job, None) for job in jobs], [adapter] * len(jobs), self.sampling, None)
+
+        with timed(timings, "example"):
+            found = reproduction(task.job.examples, edit)
+        if not allow_out_of_scope:
+            found.check()
+        return found
 
     def _task(self, request: EditRequest, photos: tuple[Photo, ...], given: Adapter | None, checked: bool) -> Task:
         return make_task(request, photos, given, self.backbone, self.name, checked=checked, turn=self._turn())

@@ -26,7 +26,9 @@ REACH = 8
 ALIKE = 0.12
 """Correlation of outlines below which two pictures show different scenes."""
 SHIFTED = 0.15
-"""How much better the outlines must match at another place for the pair to count as shifted."""
+"""How much better the outlines must match at another place for the pair not to lie on one another."""
+SURE = 0.4
+"""Correlation there from which the pair counts as shifted, and not as two scenes."""
 
 
 def read_examples(example: Sequence[tuple[Picture, Picture]]) -> tuple[tuple[Photo, Photo], ...]:
@@ -52,13 +54,15 @@ def _matched(before: Photo, after: Photo, name: str) -> tuple[Photo, Photo]:
     here = float(matches[REACH, REACH])
     best = int(matches.argmax())
     row, column = best // (2 * REACH + 1) - REACH, best % (2 * REACH + 1) - REACH
-    if float(matches.max()) > here + SHIFTED and (row or column):
-        right, down = round(-column * width / SIDE), round(-row * height / SIDE)
+    best_match = float(matches.max())
+    elsewhere = best_match > here + SHIFTED and bool(row or column)
+    if elsewhere and best_match >= SURE:
+        right, down = round(column * width / SIDE), round(row * height / SIDE)
         raise PictureError(
             f"{name}: the picture after is shifted against the one before by about {right} pixels to the right and "
             f"{down} down; align them first"
         )
-    if here < ALIKE and bool(matches.isfinite().all()):
+    if elsewhere or (here < ALIKE and bool(matches.isfinite().all())):
         raise PictureError(
             f"{name}: the two pictures do not show the same scene; pass the same photograph before and after the edit"
         )

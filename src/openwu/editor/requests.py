@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from openwu.backbones.protocol import Backbone, EditJob, check_image_size
+from openwu.editor.reproduction import Reproduction
 from openwu.errors import InstructionError, OpenwuError, PictureError
 from openwu.images import Photo, Readable, encode_picture, write_picture
 from openwu.types import Adapter, SamplingOptions, Understood
@@ -77,6 +78,8 @@ class EditResult:
     """The seed that was used, the base's default included."""
     understood: Understood | None = None
     """What the instruction was taken for, and with which probability; None for bases that do not tell edits apart."""
+    reproduced: Reproduction | None = None
+    """How much of an example's own change the adapter makes; None without an example."""
 
     @cached_property
     def image(self) -> Image.Image:

@@ -126,6 +126,7 @@ def make_series(
             part = pass_of(task, number, photo, editor.backbone)
         if number == len(adapters):
             adapters += editor._adapters([part.job], allow_out_of_scope, 1, {})
+            editor._reproduction(part, adapters[-1], allow_out_of_scope, {})
         adapter = adapters[number].to(editor.generator.hidden_in.weight)
         scaled = adapter.scaled(editor._scale(request.strength))
         scope = SharedScope(editor.backbone, editor.handle, scaled, editor._turns)

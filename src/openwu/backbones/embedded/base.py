@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -247,7 +248,9 @@ class EmbeddedBase(Backbone):
         called with (pieces done, pieces in all) in the caller's thread.
         """
         own = [self._own(job) for job in jobs]
-        return run_passes(passes_of(self.network, own, scope, self.rows, options.batch), progress)
+        framed = [self._framed(job) for job in own]
+        edited = run_passes(passes_of(self.network, framed, scope, self.rows, options.batch), progress)
+        return [_unframed(photo, job) for photo, job in zip(edited, own, strict=True)]
 
     def rows(self, pixels: int) -> dict[str, int]:
         """Input rows of every module that can carry an adapter, for so many pixels: their patches, or the pixels."""
@@ -263,8 +266,30 @@ class EmbeddedBase(Backbone):
         photos = tuple(read_picture(picture) for picture in request.pictures)
         return self.read(photos, (request.instruction,), request.seed)
 
+    def _framed(self, job: EmbeddedJob) -> EmbeddedJob:
+        """A job without words with its photo continued, mirrored, by a patch on every side.
+
+        Edits that are shown learned inside of pictures alone: beside the zeros that convolutions see around a picture,
+        their outermost pixels would get less of the change.
+        """
+        if not self.reads_examples or any(job.instructions):
+            return job
+        patch, photo = self.config.backbone.patch, job.photos[0]
+        pixels = np.pad(photo.pixels, ((patch, patch), (patch, patch), (0, 0)), mode="symmetric")
+        return replace(job, photos=(Photo(pixels, grey=photo.grey), *job.photos[1:]))
+
     def _own(self, job: EditJob) -> EmbeddedJob:
         return job if isinstance(job, EmbeddedJob) else self.read(job.photos, job.instructions, job.seed)
+
+
+def _unframed(edited: Photo, job: EditJob) -> Photo:
+    """The edited photo at the size of the job's own, without the frame that it may have had."""
+    photo = job.photos[0]
+    if edited.size == photo.size:
+        return edited
+    (high, wide), (height, width) = edited.pixels.shape[:2], photo.pixels.shape[:2]
+    top, left = (high - height) // 2, (wide - width) // 2
+    return photo.with_pixels(np.ascontiguousarray(edited.pixels[top : top + height, left : left + width]))
 
 
 def native_dtype() -> torch.dtype:

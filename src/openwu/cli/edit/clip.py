@@ -39,4 +39,4 @@ def edit_clip(photos: PhotoEditor, job: Job, progress: Callable[[int, int], None
         make_folder(job.adapter_folder.parent)
         result.adapters[0].save_pretrained(job.adapter_folder)
     resumed = (f"{result.resumed} of {result.frames} frames were done already",) if result.resumed else ()
-    return Done(result.timings, result.understood, (*resumed, *result.notes), ())
+    return Done(result.timings, result.understood, (*resumed, *result.notes), (), photos.reproduced)

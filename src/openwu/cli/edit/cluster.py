@@ -71,9 +71,12 @@ def edit_on_cluster(
     if not jobs:
         return report.finish()
     if arguments.base is None:  # a large base would be loaded here only to be asked
-        understood = PhotoEditor.load(arguments, words).understand()
+        photos = PhotoEditor.load(arguments, words)
+        understood = photos.understand()
         if understood is not None:
             report.line(str(understood))
+        if (reproduced := photos.for_series().reproduced) is not None:
+            report.shown(reproduced)
     options = ClusterOptions(address=arguments.ray, replicas=arguments.workers or 1, gpus=arguments.worker_gpus)
     worker = partial(ClusterWorker, _absolute(arguments), words)
     progress.stage("starting the workers")
@@ -83,7 +86,7 @@ def edit_on_cluster(
             job = jobs[index][0]
             progress.photo(sum(report.counts.values()) + 1, report.total, job.photo.path.name)
             if isinstance(found, Done):
-                report.done(job, found.seconds, found.understood, found.told(job))
+                report.done(job, found.seconds, found.understood, found.told(job), found.reproduced)
                 continue
             lost = Failed("its worker died every time; it may need more memory than a machine has")
             failed = lost if found is None else found

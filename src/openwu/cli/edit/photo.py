@@ -17,6 +17,7 @@ from openwu.images.write import SUFFIXES
 
 if TYPE_CHECKING:
     from openwu.editor.editor import Editor
+    from openwu.editor.reproduction import Reproduction
     from openwu.editor.requests import EditResult
     from openwu.types import Adapter, Understood
 
@@ -38,6 +39,8 @@ class Done:
     """About the photo."""
     lost: tuple[str, ...]
     """About what the output's format could not keep."""
+    reproduced: Reproduction | None = None
+    """How much of the example's own change its adapter makes, if an example showed what to do."""
 
     def told(self, job: Job) -> list[tuple[str, str]]:
         """Return all notes as (what each is about, its text)."""
@@ -53,6 +56,8 @@ class PhotoEditor:
     words: tuple[str, ...]
     """The checked instruction and what comes after it."""
     arguments: argparse.Namespace
+    reproduced: Reproduction | None = None
+    """How much of the example's own change the adapter of a series makes."""
 
     @classmethod
     def load(cls, arguments: argparse.Namespace, words: tuple[str, ...]) -> PhotoEditor:
@@ -61,12 +66,19 @@ class PhotoEditor:
         return cls(editor, adapter, words, arguments)
 
     def for_series(self) -> PhotoEditor:
-        """Return the edit with one adapter for all photos, where an example shows what to do and none was given."""
+        """Return the edit with one adapter for all photos, where an example shows what to do and none was given.
+
+        Raises ExampleError for an example that is not understood.
+        """
         arguments = self.arguments
         if not arguments.example or arguments.per_photo:
             return self
-        adapter = self.editor.adapt(instruction=self.words[0], example=arguments.example, seed=arguments.seed)
-        return replace(self, adapter=adapter)
+        from openwu.editor.examples import read_examples
+
+        pairs, words = read_examples(arguments.example), self.words[0]
+        allowed = arguments.allow_out_of_scope
+        adapter = self.editor.adapt(instruction=words, example=pairs, seed=arguments.seed, allow_out_of_scope=allowed)
+        return replace(self, adapter=adapter, reproduced=self.editor.reproduction(adapter, pairs, words))
 
     def understand(self) -> Understood | None:
         """Return what the words are taken for.
@@ -83,8 +95,9 @@ class PhotoEditor:
             result = replace(result, photo=change(result.photo))
         lost = _write(job, result, header)
         seconds = {**result.timings, "write": time.perf_counter() - start}
-        read = dict.fromkeys((*header.notes, *result.photo.notes))  # each once, in order
-        return Done(seconds, result.understood, tuple(read), lost)
+        own = result.reproduced.note if result.reproduced is not None else None
+        notes = dict.fromkeys((*([own] if own else []), *header.notes, *result.photo.notes))  # each once, in order
+        return Done(seconds, result.understood, tuple(notes), lost, result.reproduced or self.reproduced)
 
     def _result(self, job: Job, progress: Callable[[int, int], None]) -> EditResult:
         return self.editor.edit(

@@ -18,6 +18,7 @@ from openwu.cli.edit.progress import Progress
 from openwu.errors import OpenwuError
 
 if TYPE_CHECKING:
+    from openwu.editor.reproduction import Reproduction
     from openwu.types import Understood
 
 DISK_FULL = "the disk is full; free some space"
@@ -65,8 +66,19 @@ class Report:
         """Say how many photos there are, and whether a picture goes to standard output, which then holds no lines."""
         self.total, self.batch, self.to_stdout = total, batch, to_stdout
 
+    def shown(self, reproduced: Reproduction) -> None:
+        """Say how far the example of a whole command is understood."""
+        self._line(str(reproduced))
+        if reproduced.note is not None:
+            self.note(reproduced.note)
+
     def done(
-        self, job: Job, seconds: Mapping[str, float], understood: Understood | None, notes: Iterable[tuple[str, str]]
+        self,
+        job: Job,
+        seconds: Mapping[str, float],
+        understood: Understood | None,
+        notes: Iterable[tuple[str, str]],
+        reproduced: Reproduction | None = None,
     ) -> None:
         """Record an edited photo. `seconds`: stage -> seconds. `notes`: (what each is about, its text)."""
         notes = list(notes)
@@ -80,6 +92,8 @@ class Report:
         if self.verbose and understood is not None:
             others = ", ".join(f"{name.replace('_', ' ')} ({chance:.0%})" for name, chance in understood.runners_up)
             self._line(f"{job.name}: {understood}" + (f"; next: {others}" if others else ""))
+        if self.verbose and reproduced is not None:
+            self._line(f"{job.name}: {reproduced}")
         self._record(
             "done",
             job.name,
@@ -87,6 +101,7 @@ class Report:
             comparison=_text(job.comparison),
             adapter=_text(job.adapter_folder),
             understood=None if understood is None else asdict(understood),
+            reproduced=None if reproduced is None else round(reproduced.share, 3),
             seconds={stage: round(each, 3) for stage, each in seconds.items()},
             notes=[f"{about}: {text}" for about, text in notes],
         )

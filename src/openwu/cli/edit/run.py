@@ -89,6 +89,8 @@ def _run(
         photos = photos.for_series()
         if understood is not None:
             report.line(str(understood))
+        if photos.reproduced is not None:
+            report.shown(photos.reproduced)
         for job, header in chain([first], ready):
             stop.check()
             if arguments.dry_run:
@@ -185,7 +187,7 @@ def _edited(photos: PhotoEditor, job: Job, header: PictureHeader | Clip, progres
                 report.note(line)
         report.failed(job.name, error)
         return not disk_is_full(error)
-    report.done(job, done.seconds, done.understood, done.told(job))
+    report.done(job, done.seconds, done.understood, done.told(job), done.reproduced)
     return True
 
 

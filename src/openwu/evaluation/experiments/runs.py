@@ -43,6 +43,7 @@ from openwu.evaluation.experiments.probes.audit import Subject, audit
 from openwu.evaluation.experiments.probes.examples import draw_trials, example_edits
 from openwu.evaluation.experiments.probes.gradients import conflicts_table, generator_conflict, shared_conflicts
 from openwu.evaluation.experiments.probes.manifold import manifold
+from openwu.evaluation.experiments.probes.understood import shown_json, shown_programs, threshold_table
 from openwu.evaluation.experiments.probes.video import CHOSEN, make_clips, video
 from openwu.evaluation.experiments.results import ResultCache, write_findings
 from openwu.evaluation.pictures import middle
@@ -283,6 +284,16 @@ def run_examples(settings: LabSettings) -> str:
     return found.table()
 
 
+def run_understood(settings: LabSettings) -> str:
+    """Measure what the editor's check of examples accepts, on photographs kept back; return the table."""
+    model = settings.load_model(dtype=native_dtype())
+    photographs = load_folder(Path(settings.photos), validation=True)
+    count = QUICK_PROGRAMS if settings.quick else 3 * PROGRAMS
+    shown = [each for seed in settings.seeds for each in shown_programs(model, photographs, count, settings.side, seed)]
+    settings.write("understood", {"understood": shown_json(shown)}, programs=count)
+    return threshold_table(shown)
+
+
 def run_operators(settings: LabSettings) -> str:
     """Train a generator for every operator on edits that the base does not know; return the table."""
     tasks = settings.edits or tuple(name for name in PAIRED if name not in BASE_EDITS)[: 8 if settings.quick else None]
@@ -324,6 +335,7 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
     "conflict": run_conflict,
     "continual": run_continual,
     "examples": run_examples,
+    "understood": run_understood,
     "gradients": run_gradients,
     "manifold": run_manifold,
     "operators": run_operators,

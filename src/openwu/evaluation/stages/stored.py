@@ -28,6 +28,8 @@ from openwu.evaluation.stages.record import StoredCase
 SHARE: Scale = (0.0, 1.0)
 COSINE: Scale = (-1.0, 1.0)
 TASKS = "sub-tasks"
+SHOWN_ON = {"the example": "share", "another photograph": "elsewhere"}
+"""Where the share of a shown edit's change is measured, and the field of it."""
 File = Mapping[str, Any]
 Row = tuple[StoredCase, str, Mapping[str, float], int]
 
@@ -240,13 +242,22 @@ def _manifold(file: File) -> list[Results]:
 
 
 def _examples(file: File) -> list[Results]:
-    known = {"program", "shown", "edited"}
+    known = {"program", "shown", "edited", "share"}
     rows: list[Row] = []
     for i, each in enumerate(file["trials"]):
         case = plain_case(f"{i}", " + ".join(each["program"]), cluster=each["edited"])
         rows += [(case, method, {"PSNR": value}, 0) for method, value in each.items() if method not in known]
     found = _results("examples", {"PSNR": DECIBELS}, rows, clusters="photographs", reference="generated, one pair")
     return [replace(found, macro=False)]
+
+
+def _understood(file: File) -> list[Results]:
+    """Shares of the change that are reproduced, on the example and on another photograph."""
+    rows: list[Row] = []
+    for i, each in enumerate(file["understood"]):
+        case = plain_case(f"{i}", " + ".join(each["program"]), cluster=f"{i}")
+        rows += [(case, how, {"share": each[name]}, 0) for how, name in SHOWN_ON.items()]
+    return [replace(_results("understood", {"share": UNBOUNDED}, rows, clusters="programs"), macro=False)]
 
 
 def _operators(file: File) -> list[Results]:
@@ -296,6 +307,7 @@ READERS: tuple[tuple[frozenset[str], Callable[[File], list[Results]]], ...] = (
     (frozenset({"found", "tasks", "opposites"}), _gradients),
     (frozenset({"cases", "arithmetic_scores"}), _manifold),
     (frozenset({"trials", "means"}), _examples),
+    (frozenset({"understood"}), _understood),
 )
 """Fields that a file of this form has, and its reader. One line adds an experiment."""
 

@@ -97,6 +97,9 @@ class Outcome:
     """Names of the edits that the instruction was taken for, by a base that tells edits apart."""
     words: str | None = None
     """What the adapter was generated for."""
+    example: Mapping[str, float | bool] | None = None
+    """Of an edit that was shown: `reproduced`, the share of the example's own change that the adapter makes, and
+    whether it is only `partly` understood."""
     timings: Mapping[str, float] = field(default_factory=dict)
     cache: str = "miss"
     notes: tuple[str, ...] = ()

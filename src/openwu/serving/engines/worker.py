@@ -23,9 +23,18 @@ from PIL import Image
 from openwu.editor.cache import AdapterCache
 from openwu.editor.editor import Editor
 from openwu.editor.examples import read_examples
+from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import EditRequest, EditResult, Progress
 from openwu.editor.store import decode, encode
-from openwu.errors import CheckpointError, ExportError, InstructionError, OpenwuError, PictureError, TargetError
+from openwu.errors import (
+    CheckpointError,
+    ExampleError,
+    ExportError,
+    InstructionError,
+    OpenwuError,
+    PictureError,
+    TargetError,
+)
 from openwu.images import Photo, encode_picture, read_picture
 from openwu.images.privacy import without_location, without_metadata
 from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
@@ -185,7 +194,18 @@ class EditWorker:
                 allow_out_of_scope=task.allow_out_of_scope,
             )
             used = _cache_use(cache, before)
-            return Outcome(encode(made, task.id), edit=self._edit_of(task), words=_words(made), cache=used)
+            tried = None
+            if prepared.examples:
+                tried = self.editor.reproduction(made, prepared.examples, task.instruction)
+            shown, notes = _shown(tried)
+            return Outcome(
+                encode(made, task.id),
+                edit=self._edit_of(task),
+                words=_words(made),
+                cache=used,
+                example=shown,
+                notes=notes,
+            )
         result = self.editor.edit(
             photos,
             task.instruction,
@@ -227,6 +247,8 @@ def failure_of(error: BaseException, cost: float = math.inf) -> Failure:
     words = str(error)
     if isinstance(error, PictureError):
         return Failure(400, "invalid_image", words, "image")
+    if isinstance(error, ExampleError):
+        return Failure(400, "unknown_example", words, EXAMPLES[1])
     if isinstance(error, InstructionError):
         return Failure(400, "unknown_instruction", words, "prompt")
     if isinstance(error, TargetError | CheckpointError):
@@ -267,6 +289,14 @@ def _edits(understood: Understood | None) -> str | None:
 
 def _words(adapter: Adapter) -> str | None:
     return ", then ".join(adapter.instructions[0]) if adapter.instructions else None
+
+
+def _shown(found: Reproduction | None) -> tuple[dict[str, float | bool] | None, tuple[str, ...]]:
+    """What an outcome says about its example, and notes."""
+    if found is None:
+        return None, ()
+    partly = found.note is not None
+    return {"reproduced": round(found.share, 3), "partly": partly}, (found.note,) if found.note is not None else ()
 
 
 def _cache_use(cache: AdapterCache, misses: int) -> str:
@@ -310,6 +340,7 @@ class Prepared:
             raise refused(400, "unsupported_value", message, "output_format")
         suffix = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}[task.output_format]
         data, notes = encode_picture(photo, suffix, quality=task.compression)
+        shown, about = _shown(result.reproduced)
         return Outcome(
             data,
             photo.size,
@@ -317,7 +348,8 @@ class Prepared:
             edit=_edits(result.understood),
             words=_words(result.adapter),
             timings=dict(result.timings),
-            notes=(*photo.notes, *notes),
+            example=shown,
+            notes=(*about, *photo.notes, *notes),
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from mcp.server.mcpserver import Context
@@ -80,6 +81,8 @@ class Calls:
         if near:
             ways = f"Nearest known edits: {', '.join(near)}. Ask in the words of one (list_edits has examples)"
             return ToolError(f"{failure.message}. {ways}, or pass try_anyway=true.")
+        if failure.code == "unknown_example":
+            return ToolError(f"{failure.message}; here: pass try_anyway=true.")
         if failure.retryable:
             return ToolError(f"{failure.message}. Call again in {max(1, round(failure.retry_after or 5))} seconds.")
         return ToolError(failure.message)
@@ -101,6 +104,23 @@ class Calls:
             found = with_suggestions(self.service, error, instruction).failure
             return {"known": False, "edit": None, "reason": found.message, "nearest": found.further["suggestions"]}
         return {"known": True, "edit": outcome.edit, "reason": "", "nearest": []}
+
+
+def pair_of(before: str | None, after: str | None, read: Callable[[str], bytes]) -> list[tuple[bytes, bytes]]:
+    """Return the pair of an example, or none. Raises ToolError where one of the two is missing."""
+    if before is None and after is None:
+        return []
+    if before is None or after is None:
+        name = "example_before" if before is None else "example_after"
+        raise ToolError(f"{name}: expected both pictures of an example, before and after; add it")
+    return [(read(before), read(after))]
+
+
+def taken_for(outcome: Outcome, instruction: str) -> str:
+    """Say what a request was understood as."""
+    if outcome.example is None:
+        return outcome.edit or instruction
+    return f"the example shows ({max(0.0, outcome.example['reproduced']):.0%} of its change reproduced)"
 
 
 async def preview(data: bytes) -> ImageContent:

@@ -19,7 +19,7 @@ from openwu.files.writing import atomic_file
 from openwu.serving.access import LOCAL
 from openwu.serving.engines import Task
 from openwu.serving.errors import ServiceError
-from openwu.serving.mcp.calls import Calls, preview
+from openwu.serving.mcp.calls import Calls, pair_of, preview, taken_for
 from openwu.serving.mcp.notes import NoteTools
 from openwu.serving.requests.schema import cost_of, edit_spec
 from openwu.serving.routes.adapters import FORMATS
@@ -115,6 +115,8 @@ class FileTools:
         strength: float = 1.0,
         seed: int | None = None,
         reference: str | None = None,
+        example_before: str | None = None,
+        example_after: str | None = None,
         try_anyway: bool = False,
         overwrite: bool = False,
     ) -> CallToolResult:
@@ -122,7 +124,9 @@ class FileTools:
 
         photo: path of the picture. output: path of the result, .png, .jpg or .webp (default: PHOTO.edited.png beside
         it). strength: share of the change: 1 as asked, 0 no edit, up to 2 more, down to -1 the other way. reference:
-        path of a second picture, for edits that need one. try_anyway: also instructions that the model does not know.
+        path of a second picture, for edits that need one. example_before and example_after: paths of one picture
+        before and after a look of tone and colour that the photograph shall get; instruction may then be "".
+        try_anyway: also instructions that the model does not know, and examples that it does not understand.
         """
         sources = [photo] if reference is None else [photo, reference]
         source = self._folders.existing(photo, self._service.settings.body.bytes)
@@ -138,7 +142,8 @@ class FileTools:
             "output_format": [OUTPUTS[target.suffix.lower()]],
         }
         try:
-            spec = edit_spec(values, [self._read(each) for each in sources])
+            pairs = pair_of(example_before, example_after, self._read)
+            spec = edit_spec(values, [self._read(each) for each in sources], None, pairs)
             (task,) = await make_tasks(self._service, LOCAL, spec)
             outcome = await self._calls.run(task, context)
         except ServiceError as error:
@@ -149,9 +154,10 @@ class FileTools:
             "width": outcome.size[0],
             "height": outcome.size[1],
             "edit": outcome.edit,
+            "example": None if outcome.example is None else dict(outcome.example),
             "notes": list(outcome.notes),
         }
-        text = f"Wrote {target}; understood as: {outcome.edit or instruction}."
+        text = f"Wrote {target}; understood as: {taken_for(outcome, instruction)}."
         return CallToolResult(content=[TextContent(text=text), await preview(outcome.data)], structured_content=about)
 
     async def list_edits(self, query: str = "", limit: int = 10) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from openwu.serving.access import Caller
 from openwu.serving.engines import Outcome
 from openwu.serving.errors import ServiceError
-from openwu.serving.mcp.calls import Calls, preview
+from openwu.serving.mcp.calls import Calls, pair_of, preview, taken_for
 from openwu.serving.requests.forms import picture_of
 from openwu.serving.requests.schema import MEDIA_TYPES, edit_spec
 from openwu.serving.routes.edits import make_tasks
@@ -76,14 +76,18 @@ class RemoteTools:
         strength: float = 1.0,
         seed: int | None = None,
         reference: str | None = None,
+        example_before: str | None = None,
+        example_after: str | None = None,
         output_format: str = "png",
         try_anyway: bool = False,
     ) -> CallToolResult:
         """Edit a photograph as an instruction says (English or Chinese); return a small preview and a link to the file.
 
         image: id of an upload, or a data URL. strength: share of the change: 1 as asked, 0 no edit, up to 2 more, down
-        to -1 the other way. reference: a second picture, for edits that need one. output_format: png, jpeg or webp.
-        try_anyway: also instructions that the model does not know.
+        to -1 the other way. reference: a second picture, for edits that need one. example_before and example_after:
+        one picture before and after a look of tone and colour that the image shall get; instruction may then be "".
+        output_format: png, jpeg or webp. try_anyway: also instructions that the model does not know, and examples
+        that it does not understand.
         """
         images = [image] if reference is None else [image, reference]
         values: dict[str, list[object]] = {
@@ -93,7 +97,7 @@ class RemoteTools:
             "output_format": [output_format],
             "allow_out_of_scope": [try_anyway],
         }
-        content, about = await self._edited(images, values, context)
+        content, about = await self._edited(images, values, context, (example_before, example_after))
         return CallToolResult(content=content, structured_content=about)
 
     async def compare(
@@ -116,19 +120,24 @@ class RemoteTools:
         return await self._calls.understand(_caller(context), instruction, context)
 
     async def _edited(
-        self, images: list[str], values: dict[str, list[object]], context: Context[None, Any]
+        self,
+        images: list[str],
+        values: dict[str, list[object]],
+        context: Context[None, Any],
+        example: tuple[str | None, str | None] = (None, None),
     ) -> tuple[list[ContentBlock], dict[str, Any]]:
         """Edit, and return a tool's content and what it says in a structured way. Raises ToolError."""
         instruction, caller = str(values["prompt"][0]), _caller(context)
         try:
-            spec = edit_spec(values, [self._picture(each, caller) for each in images])
+            pairs = pair_of(*example, lambda each: self._picture(each, caller))
+            spec = edit_spec(values, [self._picture(each, caller) for each in images], None, pairs)
             (task,) = await make_tasks(self._service, caller, spec)
             outcome = await self._calls.run(task, context)
         except ServiceError as error:
             raise self._calls.explained(error, instruction) from error
         kind = MEDIA_TYPES[spec.output_format]
         link = _base(context) + self._service.pictures.put(outcome.data, kind)
-        words = f"Understood as: {outcome.edit or instruction}. The whole picture, for an hour: {link}"
+        words = f"Understood as: {taken_for(outcome, instruction)}. The whole picture, for an hour: {link}"
         name = f"{secrets.token_hex(4)}.{spec.output_format}"
         content: list[ContentBlock] = [
             TextContent(text=words),
@@ -145,7 +154,8 @@ class RemoteTools:
 def _about(outcome: Outcome, link: str, seed: int) -> dict[str, Any]:
     width, height = outcome.size
     notes = list(outcome.notes)
-    return {"url": link, "width": width, "height": height, "edit": outcome.edit, "seed": seed, "notes": notes}
+    about = {"url": link, "width": width, "height": height, "edit": outcome.edit, "seed": seed, "notes": notes}
+    return about | {"example": None if outcome.example is None else dict(outcome.example)}
 
 
 def _request(context: Context[None, Any]) -> Request:

@@ -107,6 +107,7 @@ async function explain(error, field) {
   }
   if (error.status === 429) return complain(text("busy", error.retryAfter ?? 5));
   if (error.code === "lost") return complain(text("lost"));
+  if (error.code === "unknown_example") return complain(text("notShown"), [[text("anyway"), () => start(true)]]);
   if (error.code !== "unknown_instruction") return complain(error.message);
   const edits = await knownEdits("").catch(() => []);
   const meant = error.suggestions.flatMap((id) => edits.filter((each) => each.id === id));
@@ -264,7 +265,10 @@ function card(result) {
   slider.setAttribute("aria-label", `${text("slider")}: ${words}`);
   slider.addEventListener("input", moved);
   moved();
-  find(".note").textContent = text("understood", result.about.edit?.replaceAll("_", " ") ?? words, result.about.strength, result.about.seed);
+  find(".note").textContent = [
+    text("understood", result.about.edit?.replaceAll("_", " ") ?? words, result.about.strength, result.about.seed),
+    ...shownBy(result.about),
+  ].join(" ");
   const hold = find(".hold");
   hold.textContent = text("hold");
   for (const name of ["pointerdown", "keydown"]) {
@@ -280,6 +284,13 @@ function card(result) {
   find(".use").textContent = text("use");
   find(".use").addEventListener("click", () => use(result));
   return made;
+}
+
+/** Say how far the example of a result is understood, if it has one. */
+function shownBy({ example }) {
+  if (!example) return [];
+  const share = text("reproduced", Math.round(100 * Math.max(0, example.reproduced)));
+  return example.partly ? [share, text("partly")] : [share];
 }
 
 function fileName(result) {

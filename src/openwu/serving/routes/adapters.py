@@ -42,7 +42,9 @@ def adapter_routes(service: Service) -> APIRouter:
             task.id, caller.tenant, outcome.data, task.id, service.engine.info.name, words, int(time.time())
         )
         service.adapters.put(made)
-        return made.described
+        if outcome.example is None:
+            return made.described
+        return {**made.described, "example": outcome.example, "notes": list(outcome.notes)}
 
     @routes.get("/v1/adapters", summary="List the adapters of your key")
     async def listed(caller: Known) -> dict[str, object]:

@@ -155,6 +155,7 @@ def ours(
         "seed": jobs[0].task.seed,
         "seeds": [job.task.seed for job in jobs],
         "edit": first.edit,
+        "example": first.example,
         "adapter_id": ids[0],
         "adapter_ids": ids,
         "timings": {"queue": round(waited, 4), **{name: round(value, 4) for name, value in first.timings.items()}},

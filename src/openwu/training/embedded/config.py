@@ -50,6 +50,8 @@ class EmbeddedRecipe(Recipe):
     """Photographs on which each program of a batch of examples is learned."""
     plain_examples: int = field(default=0, metadata=LATER)
     """So many batches of examples at first show one operation on colours alone, see `ExampleSampler.plain`."""
+    colour_examples: float = field(default=0.0, metadata=LATER)
+    """Share of the programs of examples that change colours alone, see `ExampleSampler.colours`."""
     smooth: float = field(default=0.0, metadata=LATER)
     """Share of the photographs that are smoothed, see `PairSampler.smooth`."""
     start: str | None = field(default=None, metadata=LATER)

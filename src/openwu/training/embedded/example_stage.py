@@ -55,7 +55,13 @@ def example_stage(recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: Pho
         learn_wordless(model, photographs[0], recipe.seed)
     config = recipe.examples
     drawn = ExampleSampler(
-        photographs[0], config.shapes, recipe.side, recipe.seed, recipe.photographs_each, plain=recipe.plain_examples
+        photographs[0],
+        config.shapes,
+        recipe.side,
+        recipe.seed,
+        recipe.photographs_each,
+        plain=recipe.plain_examples,
+        colours=recipe.colour_examples,
     )
     judged = ExampleSampler(photographs[1], ((VALIDATED, recipe.side),), recipe.side, recipe.seed + 9, series=False)
     return ExampleStage(config, model, trained, drawn, judged, recipe.bf16)

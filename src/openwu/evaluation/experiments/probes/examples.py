@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from openwu.backbones.embedded.example import fit, predicted, reduced
@@ -23,6 +24,7 @@ from openwu.backbones.embedded.network import place_planes
 from openwu.data.programs import HELD_OUT_FAMILIES, TRAINED_FAMILIES, Program, draw_program
 from openwu.data.suite import EDITS
 from openwu.data.suite.operators import jpeg
+from openwu.editor.reproduction import ACCEPTED, Reproduction
 from openwu.evaluation.cases import first_phrase
 from openwu.evaluation.experiments.geometry import Mean, mean_over
 from openwu.evaluation.experiments.results import columns
@@ -31,6 +33,8 @@ from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
 
 GENERATED = "generated, one pair"
+UNDERSTOOD = "understood"
+"""Group of the trials whose example the editor would take."""
 GROUPS: Mapping[str, Callable[[Program], bool]] = {
     "all": lambda program: not program_is_new(program),
     "colour alone": lambda program: not program_is_new(program) and program.colour_only,
@@ -64,26 +68,31 @@ class ExampleResults:
     trials: tuple[Trial, ...]
     scores: dict[str, list[float]]
     """Method -> dB of every trial."""
+    shares: list[float]
+    """Of every trial, the share of its example's own change that the adapter reproduces."""
     pictures: dict[str, list[Tensor]]
     """Row -> cells of the contact sheet."""
 
     def mean(self, method: str, group: str) -> Mean | None:
         """Return the mean of a method over a group of programs, bootstrapped over edited photographs and programs."""
-        own = [i for i, trial in enumerate(self.trials) if GROUPS[group](trial.program)]
+        if group == UNDERSTOOD:
+            own = [i for i, share in enumerate(self.shares) if share >= ACCEPTED]
+        else:
+            own = [i for i, trial in enumerate(self.trials) if GROUPS[group](trial.program)]
         if not own:
             return None
         return mean_over([self.scores[method][i] for i in own], [self.trials[i].edited for i in own])
 
     def table(self) -> str:
         """Return the means as plain text."""
-        used = [name for name in GROUPS if self.mean(GENERATED, name)]
+        used = [name for name in (*GROUPS, UNDERSTOOD) if self.mean(GENERATED, name)]
         rows = [(method, *(str(self.mean(method, name)) for name in used)) for method in self.scores]
         return columns(("dB [95% interval]", *used), rows)
 
     def to_json(self) -> dict[str, Any]:
         """Return all numbers as JSON."""
         means = {
-            method: {name: mean.to_json() for name in GROUPS if (mean := self.mean(method, name))}
+            method: {name: mean.to_json() for name in (*GROUPS, UNDERSTOOD) if (mean := self.mean(method, name))}
             for method in self.scores
         }
         trials = [
@@ -91,6 +100,7 @@ class ExampleResults:
                 "program": trial.program.families,
                 "shown": trial.shown,
                 "edited": trial.edited,
+                "share": round(self.shares[i], 3),
                 **{method: round(values[i], 3) for method, values in self.scores.items()},
             }
             for i, trial in enumerate(self.trials)
@@ -122,6 +132,7 @@ def example_edits(model: EmbeddedModel, photographs: Mapping[str, Tensor], trial
     mean = _mean(adapters)
     scores: dict[str, list[float]] = {}
     sheet: dict[str, list[Tensor]] = {}
+    shares = []
     for number, trial in enumerate(tqdm(trials, desc="examples", unit="program")):
         picture = photographs[trial.edited]
         target = trial.program(picture, trial.noise)
@@ -137,13 +148,17 @@ def example_edits(model: EmbeddedModel, photographs: Mapping[str, Tensor], trial
             "generated, another pair of the program": bench.edit(trial, bench.adapter(bench.pair(trial, 1))),
             "generated, with the photograph": bench.edit(trial, bench.adapter(first, photo=picture)),
             "generated, three pairs": bench.edit(trial, bench.adapter(*(bench.pair(trial, i) for i in range(3)))),
-            "generated, a pair from JPEG files": bench.edit(trial, bench.adapter(_worn(first))),
+            "generated, a pair from JPEG files": bench.edit(trial, bench.adapter(_worn(first, 75))),
+            "generated, a pair of JPEG quality 30": bench.edit(trial, bench.adapter(_worn(first, 30))),
+            "generated, a pair at half the size": bench.edit(trial, bench.adapter(_smaller(first))),
         }
+        own = bench.apply(first[0, 0], bench.noise(trial, 0), adapters[number], "")
+        shares.append(share_of(first[0, 0], first[0, 1], own))
         for method, output in outputs.items():
             scores.setdefault(method, []).append(float(psnr(output[None], target[None])))
         cells = [first[0, 0], first[0, 1], picture, outputs[GENERATED].clamp(0, 1), target]
         sheet[" + ".join(trial.program.families)] = cells
-    return ExampleResults(tuple(trials), scores, sheet)
+    return ExampleResults(tuple(trials), scores, shares, sheet)
 
 
 @dataclass(frozen=True)
@@ -158,9 +173,12 @@ class _Bench:
     def pair(self, trial: Trial, number: int) -> Tensor:
         """The trial's program on one of the photographs that show it: `[1, 2, 3, s, s]`."""
         before = self.photographs[trial.shown[number]]
+        return torch.stack([before, trial.program(before, self.noise(trial, number))])[None]
+
+    def noise(self, trial: Trial, number: int) -> Tensor:
+        """The noise `[1, s, s]` of that pair."""
         generator = torch.Generator().manual_seed(trial.seed * 31 + number)
-        noise = torch.randn(trial.noise.shape, generator=generator)
-        return torch.stack([before, trial.program(before, noise)])[None]
+        return torch.randn(trial.noise.shape, generator=generator)
 
     def adapter(self, *pairs: Tensor, photo: Tensor | None = None) -> Adapter:
         """Generate the adapter of an edit that pairs show."""
@@ -207,9 +225,20 @@ def _mean(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter.sum([adapter.scaled(1 / len(adapters)) for adapter in adapters])
 
 
-def _worn(pair: Tensor) -> Tensor:
-    """A pair `[1, 2, 3, s, s]` out of JPEG files of quality 75."""
-    return torch.stack([jpeg(picture, 75) for picture in pair[0]])[None]
+def _worn(pair: Tensor, quality: int) -> Tensor:
+    """A pair `[1, 2, 3, s, s]` out of JPEG files."""
+    return torch.stack([jpeg(picture, quality) for picture in pair[0]])[None]
+
+
+def _smaller(pair: Tensor) -> Tensor:
+    """A pair `[1, 2, 3, s, s]` scaled to half its sides."""
+    return F.interpolate(pair[0], scale_factor=0.5, mode="bilinear", antialias=True)[None]
+
+
+def share_of(before: Tensor, after: Tensor, edited: Tensor) -> float:
+    """The share of the change that an edited picture has, as the editor's check of examples measures it."""
+    change, error = (float((each.clamp(0, 1) - after).square().mean().sqrt()) for each in (before, edited))
+    return Reproduction((change,), (error,)).share
 
 
 NAMED = {name: first_phrase(name) for name, edit in EDITS.items() if not edit.needs_reference}

@@ -1,0 +1,99 @@
+"""How much of an example's own change its adapter makes: the check that says when an example is not understood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from openwu.errors import ExampleError
+from openwu.images import Photo
+
+SIDE = 224
+"""Longest side in pixels at which the example's own picture is edited; larger ones skip pixels, so grain stays."""
+ACCEPTED = 0.3
+"""Share of the change below which an example is refused; docs/editing.md has the curve that it was chosen on."""
+CLEAR = 0.6
+"""Share below which a note says that the example is only partly understood."""
+VISIBLE = 1 / 255
+"""Root mean square of a change, of 1, below which two pictures show none."""
+TEACHABLE = (
+    "examples teach looks of tone and colour, the same everywhere in the picture: not blur, grain, vignettes, local "
+    "changes or retouching"
+)
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The edited picture before against the picture after, over all pairs of an example."""
+
+    changes: tuple[float, ...]
+    """Root mean square of the change that each pair shows, of 1."""
+    errors: tuple[float, ...]
+    """Root mean square of what the edited picture before is away from the picture after."""
+
+    @property
+    def share(self) -> float:
+        """Share of the change that is reproduced: 1 all of it, 0 or below none."""
+        change, error = (float(np.sqrt(np.mean(np.square(each)))) for each in (self.changes, self.errors))
+        return 1 - error / max(change, VISIBLE)
+
+    @property
+    def psnr(self) -> float:
+        """dB of the edited pictures before against the pictures after."""
+        return float(-10 * np.log10(max(np.mean(np.square(self.errors)), 1e-10)))
+
+    @property
+    def note(self) -> str | None:
+        """What to say about an example that is only partly understood; None for one that is."""
+        if self.share >= CLEAR:
+            return None
+        return f"the example is only partly understood ({self._percent}% of its change); {TEACHABLE}"
+
+    def __str__(self) -> str:
+        """Return this for people: "example: 86% of its change reproduced (31.2 dB)"."""
+        return f"example: {self._percent}% of its change reproduced ({self.psnr:.1f} dB)"
+
+    @property
+    def _percent(self) -> int:
+        return round(100 * max(0.0, self.share))
+
+    def check(self) -> None:
+        """Raise ExampleError for an example that shows no change, or one of which too little is reproduced."""
+        anyway = "try anyway with --allow-out-of-scope (allow_out_of_scope=True)"
+        if max(self.changes) < VISIBLE:
+            raise ExampleError(
+                "example: expected a picture before an edit and one after it, got two that look alike; choose others, "
+                f"or {anyway}"
+            )
+        if self.share >= ACCEPTED:
+            return
+        shares = [1 - error / max(change, VISIBLE) for error, change in zip(self.errors, self.changes, strict=True)]
+        each = ", ".join(f"pair {i}: {max(0.0, share):.0%}" for i, share in enumerate(shares, 1))
+        several = f" ({each}; all must show the same edit)" if len(shares) > 1 else ""
+        raise ExampleError(
+            f"example: not understood, {self._percent}% of its change can be reproduced{several}; {TEACHABLE}. Show "
+            f"another pair, say the edit in words, or {anyway}"
+        )
+
+
+def reproduction(pairs: Sequence[tuple[Photo, Photo]], edit: Callable[[list[Photo]], Sequence[Photo]]) -> Reproduction:
+    """Edit the small pictures before as `edit` does and compare them with the pictures after."""
+    small = [(_reduced(before), _reduced(after)) for before, after in pairs]
+    edited = edit([before for before, _ in small])
+    return Reproduction(
+        tuple(_distance(before, after) for before, after in small),
+        tuple(_distance(photo, after) for photo, (_, after) in zip(edited, small, strict=True)),
+    )
+
+
+def _reduced(photo: Photo) -> Photo:
+    """The photo with every n-th pixel and nothing else."""
+    step = -(-max(photo.pixels.shape[:2]) // SIDE)
+    return Photo(np.ascontiguousarray(photo.pixels[::step, ::step]), grey=photo.grey)
+
+
+def _distance(first: Photo, second: Photo) -> float:
+    """Root mean square difference, of 1."""
+    return float(np.sqrt(np.mean(np.square(first.floats() - second.floats()))))

@@ -1,0 +1,49 @@
+"""`openwu edit --example`: one adapter for all photos, how far the example is understood, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_cases import FakeEditor, edit, names
+
+from openwu.editor.reproduction import Reproduction
+
+PAIR = ("--example", "a.png", "b.png")
+
+
+def test_an_example_is_measured_once_and_said(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edit("a.png", "c.jpg", *PAIR, "--output", "out/", instruction=None) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0] == "example: 90% of its change reproduced (34.0 dB)"
+    assert "partly" not in captured.err
+    assert editor.shown == ("", 1, None)
+    assert all("example" not in each for each in editor.asked)  # the adapter says it all
+    assert edit("a.png", *PAIR, *PAIR, "--output", "new/", "--json", instruction="warmer") == 0
+    assert json.loads(capsys.readouterr().out)["reproduced"] == 0.9
+    assert editor.shown == ("warmer", 2, None)
+
+
+def test_an_example_that_is_partly_understood_is_noted_once(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor.reproduced = Reproduction((0.2,), (0.1,))
+    assert edit("a.png", "c.jpg", *PAIR, "--output", "out/", instruction=None) == 0
+    captured = capsys.readouterr()
+    assert "example: 50%" in captured.out
+    assert captured.err.count("only partly understood (50% of its change)") == 1
+
+
+def test_an_example_that_is_not_understood_edits_nothing(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(here)
+    same = ("--example", "a.png", "a.png")
+    assert edit("a.png", "c.jpg", *same, "--output", "out/", instruction=None) == 2
+    assert "example: not understood" in capsys.readouterr().err
+    assert names(here) == before
+    assert edit("a.png", *same, "--dry-run", instruction=None) == 2
+    assert edit("a.png", *same, "--output", "out/", "--allow-out-of-scope", instruction=None) == 0
