@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,8 +50,14 @@ class NoteFormat:
 class NoteReader:
     """Reads notes with a base, for a generator of certain targets."""
 
-    def __init__(self, base: CausalLM, config: AssociativeConfig) -> None:
-        self.base, self.format = base, NoteFormat.of(config)
+    def __init__(
+        self,
+        base: CausalLM,
+        config: AssociativeConfig,
+        scope: Callable[[], AbstractContextManager[None] | None] = lambda: None,
+    ) -> None:
+        """`scope`: entered whenever the base reads; applies the generator's reader LoRA where it has one."""
+        self.base, self.format, self._scope = base, NoteFormat.of(config), scope
         self._encoder = NoteStates(base.model, self.format.states, config.targets, base.output_rows, NEXT)
         self._prompt = self._ids(self.format.note_prompt) or [base.end]
 
@@ -98,7 +105,7 @@ class NoteReader:
         following = torch.tensor(
             [[*row[1:], self.base.end, *blank] for row, blank in zip(rows, empty, strict=True)], device=device
         )
-        return self._encoder(ids, mask, following, skip=skip)
+        return self._encoder(ids, mask, following, skip=skip, scope=self._scope())
 
     def question(self, question: str) -> str:
         """Return the prompt of a question; OpenwuError for one that is empty."""
