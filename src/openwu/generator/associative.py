@@ -135,7 +135,8 @@ class AssociativeLayer(nn.Module):
         """Return a note's keys `[b, L, m]` of unit length under the metric."""
         # Unit length, so that a token with huge activations does not drown the others' keys.
         size = inputs.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        return F.normalize(self.measured(inputs / size + self.key_up(F.gelu(self.key_down(_with_next(states))))), dim=-1)
+        corrected = inputs / size + self.key_up(F.gelu(self.key_down(_with_next(states))))
+        return F.normalize(self.measured(corrected), dim=-1)
 
     def queries(self, inputs: Tensor) -> Tensor:
         """Return what inputs `[..., m]` of the layer ask for, of unit length: comparable with `keys`."""

@@ -87,6 +87,13 @@ class NoteReader:
         # The prompt's last token stays: its successor is the note's first.
         return self._read([[*self._prompt, *chunk] for chunk in chunks], len(self._prompt) - 1)
 
+    def following(self, notes: Sequence[str]) -> torch.Tensor:
+        """Return the token after each token of the condition of notes of one chunk `[b, L]`."""
+        chunks = [self.chunks(note)[0] for note in notes]
+        longest = max(map(len, chunks))
+        rows = [[*chunk, *[self.base.end] * (longest + 1 - len(chunk))] for chunk in chunks]
+        return torch.tensor(rows, device=self.base.device)
+
     def dialogues(self, questions: Sequence[str], answers: Sequence[str]) -> Condition:
         """Read questions and their answers as the base sees them when it answers, one sample of the condition each.
 
