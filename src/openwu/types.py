@@ -334,10 +334,8 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The LoRA rank r of targets without one of their own; 0 where there are none."""
-        for target in self.targets:
-            if (name := target.rules.rank_factor) is not None and target.rank is None:
-                return self.factors[target.name][name].shape[-2]
-        return 0
+        named = ((t.name, t.rules.rank_factor) for t in self.targets if t.rank is None)
+        return next((self.factors[target][name].shape[-2] for target, name in named if name is not None), 0)
 
     @property
     def parameters_per_sample(self) -> int:
@@ -411,8 +409,7 @@ class Adapter:
         for other in adapters[1:]:
             if (other.targets, other.rank, other.scale) != (first.targets, first.rank, first.scale):
                 raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
-        held = [adapter.factors for adapter in adapters]
-        joined = {target.name: target.rules.stacked([each[target.name] for each in held]) for target in first.targets}
+        joined = {t.name: t.rules.stacked([each.factors[t.name] for each in adapters]) for t in first.targets}
         known = all(adapter.instructions for adapter in adapters)
         instructions = tuple(texts for adapter in adapters for texts in adapter.instructions) if known else ()
         return replace(first, factors=joined, instructions=instructions)
@@ -439,7 +436,7 @@ class Adapter:
         texts = [adapter.instructions for adapter in adapters]
         instructions = tuple(sum(sample, ()) for sample in zip(*texts, strict=True)) if all(texts) else ()
         targets = tuple(replace(t, rank=t.rank and t.rank * len(adapters)) for t in first.targets)
-        return replace(first, targets=targets, factors=summed, instructions=instructions)
+        return Adapter(targets, summed, first.scale, instructions)
 
     def _each(self, change: Callable[[Tensor], Tensor], shared: bool = True) -> dict[str, dict[str, Tensor]]:
         kept = {target.name: () if shared else target.rules.shared for target in self.targets}
