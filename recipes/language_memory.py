@@ -11,9 +11,9 @@ def recipe() -> LanguageMemoryRun:
     return LanguageMemoryRun(
         name="language_memory",
         generator=StageConfig(
-            steps=900,
+            steps=300,
             shapes=((4, 0),),
-            learning_rate=1.5e-3,
+            learning_rate=2e-3,
             warmup=20,
             decay=0.35,
             weight_decay=0.0,

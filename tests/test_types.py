@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,3 +133,32 @@ def test_strength_scales_every_part_of_a_sum(strength: float) -> None:
     after = updates(Adapter.sum(parts).scaled(strength))
     for name, update in before.items():
         torch.testing.assert_close(update, after[name])
+
+
+def test_a_target_may_have_a_rank_of_its_own(tmp_path: Path) -> None:
+    targets = (Target("0", 5, 7, rank=3), Target("1", 7, 7))
+    given = Adapter.from_pairs(
+        targets,
+        {
+            t.name: (torch.randn(2, rank, t.in_dim), torch.randn(2, t.out_dim, rank))
+            for t, rank in zip(targets, (3, 4), strict=True)
+        },
+        1.0,
+    )
+    assert given.rank == 4
+    added = Adapter.sum([given, given])
+    assert [added.factors[name]["lora_A"].shape[1] for name in "01"] == [6, 8]
+    given.save_pretrained(tmp_path)
+    read = Adapter.from_pretrained(tmp_path)
+    assert [target.rank for target in read.targets] == [3, None]
+    for name, part in given.state_dict().items():
+        assert torch.equal(part, read.state_dict()[name])
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 7))
+    x = torch.randn(2, 5)
+    with torch.no_grad():
+        own = model[0](x) + torch.einsum("boi,bi->bo", updates(given)["0"], x)
+        expected = model[1](own) + torch.einsum("boi,bi->bo", updates(given)["1"], own)
+        with attach(model, targets).applied(given):
+            torch.testing.assert_close(model(x), expected)
+    with pytest.raises(TargetError, match="expected factors of shapes"):
+        Adapter.from_pairs((Target("0", 5, 7, rank=2), targets[1]), given.pairs, 1.0)

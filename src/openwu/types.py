@@ -246,6 +246,8 @@ class Target:
     """Kernel height and width, for file formats that store them; None: unknown, or not a convolution."""
     operator: str = LORA
     """A key of `openwu.registry.OPERATORS`."""
+    rank: int | None = field(default=None, compare=False)
+    """LoRA rank of this target alone, where it is not the adapter's; None: the adapter's."""
 
     def __post_init__(self) -> None:
         if self.experts is not None and not self.rules.takes_experts:
@@ -261,7 +263,7 @@ class Target:
 
     def factors(self, rank: int) -> tuple[Factor, ...]:
         """The tensors that the operator needs for this target at a LoRA rank."""
-        return self.rules.factors(self, rank)
+        return self.rules.factors(self, rank if self.rank is None else self.rank)
 
     def shapes(self, batch: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Factor name -> shape. LoRA: `lora_A` `[b, (E,) r, A_dim]`, `lora_B` `[b, (E,) B_dim, r]`, in this order."""
@@ -331,11 +333,9 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The LoRA rank r; 0 where no target is a LoRA."""
-        for target in self.targets:
-            if (name := target.rules.rank_factor) is not None:
-                return self.factors[target.name][name].shape[-2]
-        return 0
+        """The LoRA rank r of targets without one of their own; 0 where there are none."""
+        named = ((t.name, t.rules.rank_factor) for t in self.targets if t.rank is None)
+        return next((self.factors[target][name].shape[-2] for target, name in named if name is not None), 0)
 
     @property
     def parameters_per_sample(self) -> int:
@@ -409,8 +409,7 @@ class Adapter:
         for other in adapters[1:]:
             if (other.targets, other.rank, other.scale) != (first.targets, first.rank, first.scale):
                 raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
-        held = [adapter.factors for adapter in adapters]
-        joined = {target.name: target.rules.stacked([each[target.name] for each in held]) for target in first.targets}
+        joined = {t.name: t.rules.stacked([each.factors[t.name] for each in adapters]) for t in first.targets}
         known = all(adapter.instructions for adapter in adapters)
         instructions = tuple(texts for adapter in adapters for texts in adapter.instructions) if known else ()
         return replace(first, factors=joined, instructions=instructions)
@@ -436,7 +435,8 @@ class Adapter:
         }
         texts = [adapter.instructions for adapter in adapters]
         instructions = tuple(sum(sample, ()) for sample in zip(*texts, strict=True)) if all(texts) else ()
-        return replace(first, factors=summed, instructions=instructions)
+        targets = tuple(replace(t, rank=t.rank and t.rank * len(adapters)) for t in first.targets)
+        return Adapter(targets, summed, first.scale, instructions)
 
     def _each(self, change: Callable[[Tensor], Tensor], shared: bool = True) -> dict[str, dict[str, Tensor]]:
         kept = {target.name: () if shared else target.rules.shared for target in self.targets}

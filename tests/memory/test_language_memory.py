@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from language_cases import SIZES, language_model
-from memory_cases import TARGETS, written_for
+from memory_cases import READER, TARGETS, written_for
 from openwu.backbones.causal_lm.base import CausalLM
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.evaluation.experiments.recall import leak
@@ -237,9 +237,47 @@ def test_generators_are_saved_and_gradients_reach_every_parameter(base: CausalLM
     assert not without
     alone = LanguageMemory(language_model(), generator).adapt([ANNA]).state_dict()
     for name, part in adapter.select([0]).state_dict().items():  # padding changes nothing
+        if name.startswith(tuple(READER)):
+            assert torch.equal(part, alone[name])
+            continue
         own = part[:, :5] if name.endswith("lora_A") else part[..., :5]
         alone_own = alone[name][:, :5] if name.endswith("lora_A") else alone[name][..., :5]
         torch.testing.assert_close(own, alone_own, rtol=1e-4, atol=1e-5)
+
+
+def test_notes_are_read_and_questions_answered_under_the_reader_lora(base: CausalLM) -> None:
+    memory = LanguageMemory(base, written_for(base))
+    assert isinstance(memory.generator, AssociativeGenerator)
+    assert memory.generator.layers[0].shared_a.shape[0] == 2
+    read = memory.condition([ANNA]).more[TARGETS[1]].tokens
+    note = memory.remember(ANNA)
+    assert note.adapter.rank == 5 + 2
+    for path in READER:
+        assert note.adapter.factors[path]["lora_A"].shape[1] == 3
+    joined = memory.combine([note, note], strength=[0.5, 0.25])
+    assert joined is not None
+    for path in READER:  # once, and whole: keys fit only where it is
+        assert torch.equal(joined.factors[path]["lora_B"], note.adapter.factors[path]["lora_B"])
+    alone = logits(memory, "visits anna")
+    for part in memory.generator.reader_b:
+        torch.nn.init.zeros_(part)
+    assert not torch.allclose(memory.condition([ANNA]).more[TARGETS[1]].tokens, read)
+    assert torch.equal(logits(memory, "visits anna"), alone)
+
+
+def test_generators_written_before_the_reader_lora_load(base: CausalLM, tmp_path: Path) -> None:
+    config = AssociativeConfig(TARGETS, 24, 16, 4, 4, 4, 2, {"states": "model.layers.0"}, 0)
+    AssociativeGenerator(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    data = json.loads(path.read_text())
+    for name in ("reader", "reader_rank"):
+        del data[name]
+    path.write_text(json.dumps(data))
+    loaded = AssociativeGenerator.from_pretrained(tmp_path)
+    assert [target.name for target in loaded.targets] == list(TARGETS)
+    assert loaded.reading() is None
+    with pytest.raises(CheckpointError, match="other layers than targets"):
+        AssociativeConfig(TARGETS, 24, 16, reader={TARGETS[0]: (24, 16)})
 
 
 def test_keys_of_ordinary_answers_are_left_alone(base: CausalLM) -> None:
@@ -271,6 +309,8 @@ def test_leaks_are_measured_against_the_model_itself(memory: LanguageMemory) -> 
     for layer in memory.generator.layers:
         torch.nn.init.zeros_(layer.shared_b)  # type: ignore[arg-type]
         layer.strength.data.fill_(-50.0)  # type: ignore[operator, union-attr]
+    for part in memory.generator.reader_b:
+        torch.nn.init.zeros_(part)
     off = leak(memory, ["anna"], ["visits anna", "drinks ben"])
     assert (off.same.value, round(off.divergence.value, 6)) == (1.0, 0.0)
     assert none.divergence.value > 0.01

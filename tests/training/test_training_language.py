@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from language_cases import language_model
-from openwu.backbones.causal_lm.base import CausalLM
+from openwu.backbones.causal_lm.base import IGNORED, CausalLM
 from openwu.errors import CheckpointError, DatasetError
+from openwu.evaluation.experiments.recall import leak
 from openwu.generator.associative import AssociativeGenerator
 from openwu.memory.facts import TRAINED, UNSEEN, FactSource
 from openwu.memory.language import LanguageMemory
@@ -22,6 +23,7 @@ from openwu.training.bases.language import (
     new_generator,
     train_language_memory,
 )
+from openwu.training.bases.recall_loss import SHARPNESS, RecallLoss, copy_losses
 from openwu.training.config import StageConfig
 from openwu.training.loop import train_stage
 from openwu.training.run import load_recipe
@@ -50,8 +52,10 @@ def recipe(base: Path, tmp_path: Path) -> LanguageMemoryRun:
         base=str(base),
         data=str(data),
         generator=StageConfig(steps=4, shapes=((2, 0),), learning_rate=1e-2, warmup=1),
-        layers=(0, 1),
-        strengths=(1.0, 1.0),
+        layers=(1,),
+        strengths=(1.0,),
+        reader_layers=(0,),
+        reader_rank=2,
         states=0,
         note_prompt="",
         question_prompt="{question} ",
@@ -77,6 +81,65 @@ def test_a_recipe_trains_resumes_and_writes_a_memory(recipe: LanguageMemoryRun, 
         LanguageMemory(language_model(seed=3), whole)
     with pytest.raises(Exception, match="metric_rank"):
         train_language_memory(replace(recipe, metric_rank=5), tmp_path / "whole")
+
+
+def test_the_copy_loss_asks_for_any_token_whose_successor_is_the_label() -> None:
+    cosines = torch.tensor([[[1.0, 0.5, 0.0, -torch.inf], [0.0, 0.0, 0.0, -torch.inf]]])
+    following, labels = torch.tensor([[7, 8, 7, 7]]), torch.tensor([[7, 9]])
+    losses, known = copy_losses(cosines, following, labels)
+    shares = (SHARPNESS * cosines[0, 0, :3]).softmax(0)
+    torch.testing.assert_close(losses[0, 0], -(shares[0] + shares[2]).log())
+    assert known.tolist() == [[True, False]]
+    cosines = torch.zeros(1, 2, 4, requires_grad=True)
+    losses, known = copy_losses(cosines.masked_fill(torch.tensor([0, 0, 0, 1]).bool(), -torch.inf), following, labels)
+    (losses * known).sum().backward()
+    assert cosines.grad is not None
+    assert cosines.grad.isfinite().all()
+    assert cosines.grad[0, 0, 1] > 0 > cosines.grad[0, 0, 0]
+    assert not cosines.grad[0, 1].any()
+
+
+def test_new_words_weigh_more_and_padding_nothing(recipe: LanguageMemoryRun, base: Path) -> None:
+    model = CausalLM.from_pretrained(base)
+    memory = LanguageMemory(model, new_generator(recipe, model))
+    texts = model.tokenize_dialogues([[("visits anna ?", "anna paris .")], [("drinks ben ?", "tea")]])
+    losses = RecallLoss(memory, copy=0.0, new_tokens=4.0)
+    following = texts.labels[:, 1:]
+    labels = following[:, (following != IGNORED).any(0)]
+    assert losses._weights(texts, labels).tolist() == [[1.0, 4.0, 4.0], [4.0, 0.0, 0.0]]
+
+
+def test_the_copy_loss_alone_teaches_keys_and_reader(recipe: LanguageMemoryRun, base: Path) -> None:
+    recipe = replace(recipe, retention=0.0, held_back=0)
+    model = CausalLM.from_pretrained(base)
+    memory = LanguageMemory(model, new_generator(recipe, model))
+    for part in memory.generator.reader_b:  # type: ignore[union-attr]
+        torch.nn.init.normal_(part, std=0.1)  # type: ignore[arg-type]
+    assert recipe.data is not None
+    stage = memory_stage(recipe, memory, NoteFile(recipe.data))
+    losses = RecallLoss(memory, copy=1.0, new_tokens=1.0)
+    batch = stage.batches(0)
+    with memory.handle.applied(losses.adapt(batch)):
+        with_copy = losses.predict(batch, None)
+        without = RecallLoss(memory, copy=0.0, new_tokens=1.0).predict(batch, None)
+        (with_copy - without).sum().backward()
+    assert (with_copy > without).any()
+    assert memory.generator.reader_a[0].grad.any()  # type: ignore[union-attr]
+    assert memory.generator.layers[0].scale.grad.any()  # type: ignore[union-attr]
+
+
+def test_ordinary_answers_are_kept_under_notes(recipe: LanguageMemoryRun, base: Path) -> None:
+    kept = {}
+    for weight in (0.0, 30.0):
+        model = CausalLM.from_pretrained(base)
+        trial = replace(recipe, retention=weight, held_back=0, generator=replace(recipe.generator, steps=25))
+        memory = LanguageMemory(model, new_generator(trial, model))
+        assert trial.data is not None
+        stage = memory_stage(trial, memory, NoteFile(trial.data))
+        assert (stage.retention is None) == (weight == 0.0)
+        train_stage(stage, trial.generator)
+        kept[weight] = leak(memory, ["anna visits paris ."], ["visits ben ?", "drinks anna ?"]).divergence.value
+    assert kept[30.0] < 0.8 * kept[0.0]
 
 
 def test_the_loss_of_a_note_falls(recipe: LanguageMemoryRun, base: Path) -> None:

@@ -9,7 +9,7 @@ Shapes: b notes, n tokens of the longest one with its prompt, L tokens without t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +36,27 @@ class NoteStates:
         self.network, self.states, self.inputs = network, states, tuple(inputs)
         self.output_rows, self.successor = output_rows, successor
 
-    @torch.no_grad()
-    def __call__(self, ids: Tensor, mask: Tensor, following: Tensor, *, skip: int) -> Condition:
+    def __call__(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        following: Tensor,
+        *,
+        skip: int,
+        scope: AbstractContextManager[None] | None = None,
+    ) -> Condition:
         """Read token ids `[b, n]`, padded on the right, under their mask `[b, n]`.
 
         `following` `[b, n]`: the id after each token. The first `skip` tokens, those of the prompt before a note, are
-        read by the network and left out of the condition.
+        read by the network and left out of the condition. `scope`: entered around the network's forward pass, which it
+        may change; gradients reach what it adds.
         """
-        with ExitStack() as stack:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and scope is not None), ExitStack() as stack:
             states = stack.enter_context(capture_outputs(self.network.get_submodule(self.states), stop=False))
             *earlier, last = (self.network.get_submodule(path) for path in self.inputs)
             captured = [stack.enter_context(capture_inputs(module, stop=False)) for module in earlier]
             captured.append(stack.enter_context(capture_inputs(last, stop=True)))
+            stack.enter_context(scope or nullcontext())  # innermost: what stops the network passes it as an error
             self.network(input_ids=ids, attention_mask=mask, use_cache=False)
         if not states or not all(captured):
             raise OpenwuError(

@@ -39,6 +39,7 @@ def native_config(adapter: Adapter) -> dict[str, Any]:
     targets = [
         {"name": t.name, "in_dim": t.in_dim, "out_dim": t.out_dim, "experts": t.experts, "kernel": t.kernel}
         | ({} if t.operator == LORA else {"operator": t.operator})
+        | ({} if t.rank is None else {"rank": t.rank})
         for t in adapter.targets
     ]
     sizes = {"batch": adapter.batch, "rank": adapter.rank, "scale": adapter.scale}
@@ -90,4 +91,5 @@ def _target(entry: Mapping[str, Any]) -> Target:
         experts=None if entry["experts"] is None else int(entry["experts"]),
         kernel=None if kernel is None else (int(kernel[0]), int(kernel[1])),
         operator=str(entry.get("operator", LORA)),
+        rank=None if entry.get("rank") is None else int(entry["rank"]),
     )

@@ -11,6 +11,9 @@ in MEMIT (Meng et al. 2023), and directions that they share with the note are us
 ranks may be added that are the same for every note (how to answer). Learned are M = (I + P Q^T) diag(a), the strength
 of every token, small corrections of keys and values, and those ranks.
 
+Keys of a late layer hardly say any more whose fact it is. The reader LoRA carries that to them: ranks on attention
+layers below the memory's, the same for every note, under which notes are read and questions are answered.
+
 Shapes: b notes, L tokens, d width of the model, m width of a layer's input.
 """
 
@@ -62,9 +65,13 @@ class AssociativeConfig:
     """How the notes were read that it was trained on, and by which base; a memory refuses another base."""
     background_rank: int = 0
     """Directions of ordinary keys that are suppressed in a note's; 0: none."""
+    reader: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Paths of linear layers with the reader LoRA, and their widths in and out; the base runs them before `targets`."""
+    reader_rank: int = 8
+    """Rank of the reader LoRA."""
 
     def __post_init__(self) -> None:
-        sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width")
+        sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width", "reader_rank")
         wrong = [
             f"{name}: expected a whole number above 0, got {getattr(self, name)!r}"
             for name in sizes
@@ -77,6 +84,8 @@ class AssociativeConfig:
         ]
         if not self.targets or len(set(self.targets)) != len(self.targets):
             wrong.append(f"targets: expected paths of different layers, got {self.targets!r}")
+        if both := sorted(set(self.targets) & set(self.reader)):
+            wrong.append(f"reader: expected other layers than targets, got {both} in both")
         if wrong:
             raise CheckpointError("; ".join(wrong))
 
@@ -108,14 +117,10 @@ class AssociativeLayer(nn.Module):
 
     def forward(self, inputs: Tensor, states: Tensor, following: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return A `[b, L + s, m]` and B `[b, d, L + s]` of inputs `[b, L, m]` and states, following `[b, L, d]`."""
-        later = torch.cat([states[:, 1:], states[:, -1:]], dim=1)
-        here = torch.cat([states, later], dim=-1)
-        whole = torch.cat([here, following], dim=-1)
+        whole = torch.cat([_with_next(states), following], dim=-1)
         held = mask[..., None].to(inputs.dtype)
         size = inputs.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        keys = inputs / size + self.key_up(F.gelu(self.key_down(here)))
-        # Unit length under the metric, so that a token with huge activations does not drown the others' keys.
-        keys = F.normalize(self.measured(keys), dim=-1) * held
+        keys = self.keys(inputs, states) * held
         own = keys - (keys @ self.background) @ self.background.T
         gram = keys @ own.transpose(1, 2) + torch.diag_embed(self.ridge.exp() + (~mask).to(keys.dtype))
         a = self._returned(torch.linalg.solve(gram, own)) / size
@@ -126,6 +131,17 @@ class AssociativeLayer(nn.Module):
         a = torch.cat([a, self.shared_a.expand(many, -1, -1)], dim=1)
         b = torch.cat([values.transpose(1, 2), self.shared_b.expand(many, -1, -1)], dim=2)
         return a, b
+
+    def keys(self, inputs: Tensor, states: Tensor) -> Tensor:
+        """Return a note's keys `[b, L, m]` of unit length under the metric."""
+        # Unit length, so that a token with huge activations does not drown the others' keys.
+        size = inputs.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        corrected = inputs / size + self.key_up(F.gelu(self.key_down(_with_next(states))))
+        return F.normalize(self.measured(corrected), dim=-1)
+
+    def queries(self, inputs: Tensor) -> Tensor:
+        """Return what inputs `[..., m]` of the layer ask for, of unit length: comparable with `keys`."""
+        return F.normalize(self.measured(F.normalize(inputs, dim=-1)), dim=-1)
 
     def measured(self, keys: Tensor) -> Tensor:
         """Return M of every key."""
@@ -146,6 +162,9 @@ class AssociativeGenerator(nn.Module):
         self.layers = nn.ModuleList(
             AssociativeLayer(config, strength) for strength in strengths or [100.0] * len(config.targets)
         )
+        rank = config.reader_rank
+        self.reader_a = nn.ParameterList(torch.randn(rank, width) * width**-0.5 for width, _ in config.reader.values())
+        self.reader_b = nn.ParameterList(torch.zeros(width, rank) for _, width in config.reader.values())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> AssociativeGenerator:
@@ -156,10 +175,13 @@ class AssociativeGenerator(nn.Module):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: expected the config of an associative generator: {error}") from error
         known = {each.name for each in fields(AssociativeConfig)}
-        if not isinstance(data, dict) or data.pop("model_type", None) != MODEL_TYPE or set(data) != known:
+        reader = {"reader", "reader_rank"}  # unknown to generators that were written before it
+        fits = isinstance(data, dict) and data.pop("model_type", None) == MODEL_TYPE
+        if not fits or not known - reader <= set(data) <= known:
             raise CheckpointError(
                 f"{path}: expected model_type {MODEL_TYPE!r} and the fields {sorted(known)}; this is another model's"
             )
+        data["reader"] = {name: tuple(widths) for name, widths in data.get("reader", {}).items()}
         config = AssociativeConfig(**{**data, "targets": tuple(data["targets"])})
         with without_weights():
             generator = cls(config)
@@ -203,6 +225,17 @@ class AssociativeGenerator(nn.Module):
             axes, variances = _leading(keys.T @ keys / len(keys), rank)
             layer.background.copy_(axes * (1 - 1 / (1 + weight * variances)).sqrt())
 
+    def match(self, condition: Condition, number: int, inputs: Tensor) -> Tensor:
+        """Return the cosines of a layer's inputs with the keys of notes `[b, n, L]`; -inf where a token is padding.
+
+        `number`: of the layer among `config.targets`; `inputs` `[b, n, m]`: what enters it, row i for note i.
+        """
+        layer, name = self.layers[number], self.config.targets[number]
+        assert isinstance(layer, AssociativeLayer)
+        keys = layer.keys(condition.more[name].tokens, _states(condition))
+        cosines = layer.queries(inputs) @ keys.transpose(1, 2)
+        return cosines.masked_fill(~_mask(condition)[:, None], -torch.inf)
+
     @property
     def shared_rank(self) -> int:
         """How many of an adapter's last ranks are the same for every note."""
@@ -210,20 +243,57 @@ class AssociativeGenerator(nn.Module):
 
     @property
     def targets(self) -> tuple[Target, ...]:
+        return (*self._reader_targets, *self._memory_targets)
+
+    @property
+    def _memory_targets(self) -> tuple[Target, ...]:
         return tuple(Target(name, self.config.in_dim, self.config.width, operator=LORA) for name in self.config.targets)
+
+    @property
+    def _reader_targets(self) -> tuple[Target, ...]:
+        rank = self.config.reader_rank
+        return tuple(Target(name, *widths, operator=LORA, rank=rank) for name, widths in self.config.reader.items())
+
+    def reading(self) -> Adapter | None:
+        """Return the reader LoRA alone, under which notes are read: one sample; None for a generator without one."""
+        if not self.config.reader:
+            return None
+        like = self.reader_a[0]
+        empty = {
+            target.name: {name: like.new_zeros(shape) for name, shape in target.shapes(1, 1).items()}
+            for target in self._memory_targets
+        }
+        return Adapter(self.targets, {**self._reader_factors(1), **empty}, 1.0)
+
+    def _reader_factors(self, batch: int) -> dict[str, dict[str, Tensor]]:
+        pairs = zip(self.config.reader, self.reader_a, self.reader_b, strict=True)
+        return {name: {LORA_A: a.expand(batch, -1, -1), LORA_B: b.expand(batch, -1, -1)} for name, a, b in pairs}
 
     def forward(self, condition: Condition) -> Adapter:
         """Generate one adapter per note; its rank is the number of tokens and the shared ranks."""
-        mask = condition.mask
-        if mask is None:
-            mask = torch.ones(condition.tokens.shape[:2], dtype=torch.bool, device=condition.tokens.device)
-        states = F.layer_norm(condition.tokens, condition.tokens.shape[-1:])
+        mask, states = _mask(condition), _states(condition)
         following = condition.more[NEXT].tokens
-        factors = {}
+        factors = self._reader_factors(condition.batch)
         for name, layer in zip(self.config.targets, self.layers, strict=True):
             a, b = layer(condition.more[name].tokens, states, following, mask)
             factors[name] = {LORA_A: a, LORA_B: b}
         return Adapter(self.targets, factors, 1.0)
+
+
+def _states(condition: Condition) -> Tensor:
+    return F.layer_norm(condition.tokens, condition.tokens.shape[-1:])
+
+
+def _mask(condition: Condition) -> Tensor:
+    """Return which tokens are real `[b, L]`."""
+    if condition.mask is not None:
+        return condition.mask
+    return torch.ones(condition.tokens.shape[:2], dtype=torch.bool, device=condition.tokens.device)
+
+
+def _with_next(states: Tensor) -> Tensor:
+    """Return every token's state beside the next one's `[b, L, 2 d]`; the last one stands beside itself."""
+    return torch.cat([states, torch.cat([states[:, 1:], states[:, -1:]], dim=1)], dim=-1)
 
 
 def _real(condition: Condition, name: str) -> Tensor:

@@ -42,6 +42,8 @@ FILLERS: list[str] = _DATA["fillers"]
 """Sentences without a fact."""
 ORDINARY: list[str] = _DATA["ordinary"]
 """Questions that no note answers; the base's answers to them shall stay as they are."""
+ORDINARY_KINDS: list[str] = _DATA["ordinary_kinds"]
+"""Wordings of ordinary questions about any word {w}."""
 ORDINARY_TEST: list[str] = _DATA["ordinary_test"]
 """More of them, which no generator was fitted to."""
 ONSETS: list[str] = _DATA["onsets"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ class LanguageMemory:
         self._reader: NoteReader | None = None
         if isinstance(generator, AssociativeGenerator):
             width = generator.config.width
-            self._reader = NoteReader(base, generator.config)
+            self._reader = NoteReader(base, generator.config, self._reading)
             trained_on = self._reader.format.base
             if trained_on and trained_on != base.digest:
                 raise CheckpointError(
@@ -264,6 +265,12 @@ class LanguageMemory:
     def close(self) -> None:
         """Detach from the model, so that another generator can be attached."""
         self.handle.detach()
+
+    def _reading(self) -> AbstractContextManager[None] | None:
+        """Return the scope under which notes are read: that of the generator's reader LoRA, where it has one."""
+        assert isinstance(self.generator, AssociativeGenerator)
+        adapter = self.generator.reading()
+        return None if adapter is None else self.handle.applied(adapter)
 
     @property
     def _shared_rank(self) -> int:

@@ -1,6 +1,7 @@
 """A remembered note: one adapter, and where it comes from; the text itself is not kept.
 
 Shapes: b samples, r ranks, s shared ranks (the last ones of every factor, the same for all notes of a generator).
+Targets with a rank of their own are those of the generator's reader LoRA: all of it is the same for all notes.
 """
 
 from __future__ import annotations
@@ -84,13 +85,17 @@ class MemoryNote:
 def joined(notes: Sequence[Adapter], strengths: Sequence[float], shared_rank: int) -> Adapter:
     """Join several notes into one adapter: their own ranks side by side, each at its strength; the shared ones once.
 
-    Every adapter has one sample; the shared ranks are at the largest strength, at most 1.
+    Every adapter has one sample; the shared ranks are at the largest strength, at most 1. The reader LoRA stays whole:
+    keys fit only where it is.
     """
     first, own = notes[0], [adapter.rank - shared_rank for adapter in notes]
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     shared = min(1.0, max(strengths))
     for target in first.targets:
         factors = [adapter.factors[target.name] for adapter in notes]
+        if target.rank is not None:
+            pairs[target.name] = factors[0][LORA_A], factors[0][LORA_B]
+            continue
         a = [each[LORA_A][:, :rank] for each, rank in zip(factors, own, strict=True)]
         b = [each[LORA_B][..., :rank] * s for each, rank, s in zip(factors, own, strengths, strict=True)]
         a.append(factors[0][LORA_A][:, own[0] :])
@@ -104,11 +109,11 @@ def padded(adapters: Sequence[Adapter]) -> Adapter:
     rank = max(adapter.rank for adapter in adapters)
     filled = []
     for adapter in adapters:
-        missing = rank - adapter.rank
-        pairs = {
-            name: (nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing)))
-            for name, (a, b) in adapter.pairs.items()
-        }
+        pairs = {}
+        for target in adapter.targets:
+            a, b = adapter.pairs[target.name]
+            missing = rank - adapter.rank if target.rank is None else 0
+            pairs[target.name] = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
         filled.append(Adapter.from_pairs(adapter.targets, pairs, adapter.scale))
     return Adapter.stack(filled)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,8 +50,14 @@ class NoteFormat:
 class NoteReader:
     """Reads notes with a base, for a generator of certain targets."""
 
-    def __init__(self, base: CausalLM, config: AssociativeConfig) -> None:
-        self.base, self.format = base, NoteFormat.of(config)
+    def __init__(
+        self,
+        base: CausalLM,
+        config: AssociativeConfig,
+        scope: Callable[[], AbstractContextManager[None] | None] = lambda: None,
+    ) -> None:
+        """`scope`: entered whenever the base reads; applies the generator's reader LoRA where it has one."""
+        self.base, self.format, self._scope = base, NoteFormat.of(config), scope
         self._encoder = NoteStates(base.model, self.format.states, config.targets, base.output_rows, NEXT)
         self._prompt = self._ids(self.format.note_prompt) or [base.end]
 
@@ -80,6 +87,13 @@ class NoteReader:
         # The prompt's last token stays: its successor is the note's first.
         return self._read([[*self._prompt, *chunk] for chunk in chunks], len(self._prompt) - 1)
 
+    def following(self, notes: Sequence[str]) -> torch.Tensor:
+        """Return the token after each token of the condition of notes of one chunk `[b, L]`."""
+        chunks = [self.chunks(note)[0] for note in notes]
+        longest = max(map(len, chunks))
+        rows = [[*chunk, *[self.base.end] * (longest + 1 - len(chunk))] for chunk in chunks]
+        return torch.tensor(rows, device=self.base.device)
+
     def dialogues(self, questions: Sequence[str], answers: Sequence[str]) -> Condition:
         """Read questions and their answers as the base sees them when it answers, one sample of the condition each.
 
@@ -98,7 +112,7 @@ class NoteReader:
         following = torch.tensor(
             [[*row[1:], self.base.end, *blank] for row, blank in zip(rows, empty, strict=True)], device=device
         )
-        return self._encoder(ids, mask, following, skip=skip)
+        return self._encoder(ids, mask, following, skip=skip, scope=self._scope())
 
     def question(self, question: str) -> str:
         """Return the prompt of a question; OpenwuError for one that is empty."""

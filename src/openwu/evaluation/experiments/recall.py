@@ -161,7 +161,8 @@ def shuffled(note: MemoryNote, seed: int = 0) -> MemoryNote:
     """Return a note whose keys belong to random values: the same numbers, the columns of B in another order."""
     draws = torch.Generator().manual_seed(seed)
     order = torch.randperm(note.adapter.rank, generator=draws)
-    pairs = {name: (a, b[..., order]) for name, (a, b) in note.adapter.pairs.items()}
+    own = {target.name for target in note.adapter.targets if target.rank is None}
+    pairs = {name: (a, b[..., order] if name in own else b) for name, (a, b) in note.adapter.pairs.items()}
     adapter = Adapter.from_pairs(note.adapter.targets, pairs, note.adapter.scale)
     return MemoryNote(adapter, note.tokens, note.source, note.base, note.generator, note.name)
 

@@ -15,27 +15,26 @@ from random import Random
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
 from openwu.errors import DatasetError, OpenwuError
 from openwu.files.hashing import of_files
 from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
-from openwu.memory.facts import ORDINARY, FactSource, vocabulary_words
+from openwu.memory.facts import ORDINARY, ORDINARY_KINDS, FactSource, vocabulary_words
 from openwu.memory.language import LanguageMemory
 from openwu.memory.reading import NoteFormat
+from openwu.training.bases.recall_loss import NoteBatch, OwnAnswers, PredictedLosses, RecallLoss
 from openwu.training.checkpoint import check_recipe
 from openwu.training.config import LATER, Recipe, StageConfig
 from openwu.training.loop import LoopConfig, train_stage
-from openwu.training.objectives import NextToken
 from openwu.training.record import dependencies, export_folders, provenance, write_provenance
+from openwu.training.retention import RetentionObjective
 from openwu.training.stage import GeneratorStage
-from openwu.types import Adapter
 
 STAGE = "generator"
 WHITENED = 10
 """Batches of notes from which the first metric is computed."""
-ANSWERED = 20
+ANSWERED = 16
 """Tokens of each ordinary answer that a generator is fitted to."""
 
 
@@ -54,14 +53,25 @@ class LanguageMemoryRun(Recipe):
     """JSONL file of notes with questions; None: invented facts."""
     start: str | None = field(default=None, metadata=LATER)
     """Folder of a generator to go on from; None: a new one."""
-    layers: tuple[int, ...] = (7, 11, 13, 25)
+    layers: tuple[int, ...] = (25,)
     """Decoder layers whose last linear layer is adapted."""
-    strengths: tuple[float, ...] = (60.0, 60.0, 80.0, 300.0)
-    """Length of a value before training, for each of them: about half that of the residual stream."""
+    strengths: tuple[float, ...] = (500.0,)
+    """Length of a value before training, for each of them: about that of the residual stream."""
     states: int = 15
     """Decoder layer whose states decide strengths and corrections; not above the last adapted one."""
     note_prompt: str = "<|im_start|>assistant\n"
     question_prompt: str = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    reader_layers: tuple[int, ...] = (19, 20, 21, 22, 23, 24)
+    """Decoder layers whose attention gets the reader LoRA, all below `layers`; (): none."""
+    reader_rank: int = 8
+    copy_weight: float = 0.5
+    """Weight of the copy loss: keys of a note shall match where its words are to be said."""
+    new_tokens: float = 4.0
+    """Weight of answer tokens that are not in the question; the others' is 1."""
+    retention: float = 1.0
+    """Weight of the base's own answers to ordinary questions, kept under notes; 0: none."""
+    retained: int = 160
+    """Ordinary questions that are answered for it, with answers of `ANSWERED` tokens."""
     metric_rank: int = 128
     correction_rank: int = 64
     shared_rank: int = 8
@@ -71,7 +81,7 @@ class LanguageMemoryRun(Recipe):
     """How much ordinary answers count against a note's own keys."""
     facts: int = 4
     """Invented facts of a note at most; fewer at first."""
-    questions: int = 3
+    questions: int = 2
     """Questions of a note in one update."""
     held_back: int = 16
     """Notes at the end of a file, or invented ones of the test's part, whose loss is logged."""
@@ -81,22 +91,14 @@ class LanguageMemoryRun(Recipe):
             raise ValueError(f"generator.shapes: expected one ((notes, 0),), got {self.generator.shapes}")
         if len(self.layers) != len(self.strengths) or not self.layers:
             raise ValueError(f"strengths: expected one for each of {self.layers}, got {self.strengths}")
+        if self.reader_layers and not max(self.reader_layers) < min(self.layers):
+            raise ValueError(f"reader_layers: expected layers below {min(self.layers)}, got {self.reader_layers}")
         if not self.states < max(self.layers):
             raise ValueError(f"states: expected a layer below {max(self.layers)}, got {self.states}")
         if not self.background > 0:
             raise ValueError(f"background: expected a number above 0, got {self.background}; background_rank=0: none")
         if "{question}" not in self.question_prompt:
             raise ValueError(f"question_prompt: expected {{question}} in it, got {self.question_prompt!r}")
-
-
-@dataclass(frozen=True)
-class NoteBatch:
-    """Questions with answers, and the note that each belongs to."""
-
-    notes: tuple[str, ...]
-    """One for each row."""
-    texts: TokenBatch
-    """Prompts and answers `[b, n]`; only answers are labels."""
 
 
 Asked = tuple[str, list[tuple[str, str]]]
@@ -196,6 +198,8 @@ def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGener
         shared_rank=recipe.shared_rank,
         condition_encoder=reading,
         background_rank=recipe.background_rank,
+        reader=_attention(base, recipe.reader_layers),
+        reader_rank=recipe.reader_rank,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -218,27 +222,22 @@ def memory_stage(
         dialogues = [[(rows.question(question), answer + end)] for _, (question, answer) in chosen]
         return NoteBatch(tuple(note for note, _ in chosen), memory.base.tokenize_dialogues(dialogues))
 
-    def adapt(drawn: NoteBatch) -> Adapter:
-        different = list(dict.fromkeys(drawn.notes))
-        return memory.adapt(different).select([different.index(note) for note in drawn.notes])
-
     def at(step: int) -> NoteBatch:
         random = Random(f"{recipe.seed} {step}")
         return batch([draw(random, step, False) for _ in range(count)], random)
 
-    def predict(drawn: NoteBatch, _sample: object) -> Tensor:
-        return memory.base.logits(drawn.texts)
-
     validation = [draw(Random(f"held back {number}"), number, True) for number in range(recipe.held_back)]
+    losses = RecallLoss(memory, copy=recipe.copy_weight, new_tokens=recipe.new_tokens)
     return GeneratorStage(
         STAGE,
         memory.generator,
         memory.handle,
         at,
-        adapt=adapt,
+        adapt=losses.adapt,
         target=lambda drawn: drawn.texts.labels,
-        predict=predict,
-        objective=NextToken(),
+        predict=losses.predict,
+        objective=PredictedLosses(),
+        retention=_retention(recipe, memory, lambda step: len(at(step).notes)),
         seed=recipe.seed,
         validation=batch(validation, Random(0)) if validation else None,
     )
@@ -249,6 +248,31 @@ def _fit_metric(recipe: LanguageMemoryRun, memory: LanguageMemory, stage: Genera
     assert isinstance(memory.generator, AssociativeGenerator)
     steps = range(0, recipe.generator.steps, max(1, recipe.generator.steps // WHITENED))
     memory.generator.fit_metric(memory.condition(list(dict.fromkeys(stage.batches(step).notes))) for step in steps)
+
+
+def _attention(base: CausalLM, layers: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Return the linear layers of attention in decoder layers, with their widths in and out."""
+    modules = {f"{base.layers[layer]}.self_attn": base.model.get_submodule(base.layers[layer]) for layer in layers}
+    return {
+        f"{path}.{name}": (module.in_features, module.out_features)
+        for path, layer in modules.items()
+        for name, module in layer.get_submodule("self_attn").named_children()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def _retention(
+    recipe: LanguageMemoryRun, memory: LanguageMemory, rows: Callable[[int], int]
+) -> RetentionObjective[TokenBatch] | None:
+    """Make the objective that keeps answers to ordinary questions; `rows`: how many a step's batch has."""
+    if not recipe.retention:
+        return None
+    words = FactSource(vocabulary_words(memory.base.tokenizer.get_vocab()), recipe.seed, test=False)
+    asked = [*ORDINARY]
+    while len(asked) < recipe.retained and words.words:
+        asked.append(words.random.choice(ORDINARY_KINDS).format(w=words.random.choice(words.words)))
+    own = OwnAnswers(memory, asked[: recipe.retained], tokens=ANSWERED)
+    return own.retention(rows, recipe.retention, recipe.seed)
 
 
 def fit_background(memory: LanguageMemory, weight: float) -> None:
@@ -284,7 +308,7 @@ def _invented(recipe: LanguageMemoryRun, base: CausalLM) -> Draw:
     def draw(random: Random, number: int, held_back: bool) -> Asked:
         source = sources[held_back]
         source.random = random
-        most = recipe.facts if held_back else min(recipe.facts, 1 + 6 * number // recipe.generator.steps)
+        most = recipe.facts if held_back else min(recipe.facts, 1 + 12 * number // recipe.generator.steps)
         note = source.note(random.randint(1, max(1, most)))
         return note.text, [(fact.question(random.randrange(1 if held_back else 2)), fact.answer) for fact in note.facts]
 
