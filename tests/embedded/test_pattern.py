@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import openwu
-from openwu.backbones.embedded.pattern import MEANT, _about_plane, without_pattern
+from openwu.backbones.embedded.pattern import MEANT, _about_plane, _to_patches, without_pattern
 from openwu.data.suite import EDITS
 from openwu.data.suite.photographs import load_test_photographs
 
@@ -79,9 +79,8 @@ def test_a_pattern_is_that_of_its_neighbourhood() -> None:
 def test_gradients_are_finite(like: str) -> None:
     picture = _sky() if like == "smooth" else torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     edited = picture.clone().requires_grad_()
-    without_pattern(edited, picture, PATCH).square().sum().backward()
-    assert edited.grad is not None
-    assert bool(edited.grad.isfinite().all())
+    (gradient,) = torch.autograd.grad(without_pattern(edited, picture, PATCH).square().sum(), edited)
+    assert bool(gradient.isfinite().all())
 
 
 # The shipped model, on a photograph with a sky
@@ -89,19 +88,19 @@ def test_gradients_are_finite(like: str) -> None:
 
 def _pattern(picture: Tensor, where: Tensor) -> float:
     """From trough to peak of what patches `where` [patches] have in common, about their planes, in levels of 255."""
-    cells = picture[0].unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH)).permute(1, 3, 0, 2, 4).flatten(3)
-    common = (cells.flatten(0, 1)[where] @ _about_plane(PATCH)).mean(0) * 255
+    common = (_about_plane(PATCH) @ _to_patches(picture, PATCH)[0, :, :, where]).mean(-1) * 255  # [3, m]
     return float((common.amax(-1) - common.amin(-1)).max())
 
 
 def _smooth(picture: Tensor) -> Tensor:
     """Which patches differ from a plane by less than two levels: `[patches]`."""
-    cells = picture[0].unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH)).permute(1, 3, 0, 2, 4).flatten(3)
-    return (cells.flatten(0, 1) @ _about_plane(PATCH)).std(-1).amax(-1) < 2 / 255
+    return (_about_plane(PATCH) @ _to_patches(picture, PATCH)[0]).std(1).amax(0) < 2 / 255
 
 
-DRAWN = {"halftone", "pixel_art", "cross_stitch", "stained_glass", "add_jpeg"}
-"""Edits whose answers have a grid of their own."""
+DRAWN = {"halftone", "pixel_art", "cross_stitch", "stained_glass", "add_jpeg", "pencil", "blueprint"}
+"""Edits whose answers have a grid or strokes of their own."""
+GRAINY = {"add_noise", "salt_pepper", "age", "take_grain"}
+"""Edits that leave grain in the sky, of which the mean of some hundred patches is not zero."""
 
 STEEP = {"unfade", "invert"}
 """Edits that leave up to one level: most of the sky lands beyond black or white, where the pattern is cut in half."""
@@ -112,12 +111,12 @@ STEEP = {"unfade", "invert"}
     [
         "darken",
         "tint_green",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in EDITS if name not in DRAWN),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in EDITS if name not in DRAWN | GRAINY),
     ],
 )
 def test_an_edit_leaves_no_grid_in_the_sky(edit: str, shipped: openwu.Editor) -> None:
     photographs = load_test_photographs(384)
-    picture = photographs["rocket"][:, : 384 // PATCH * PATCH, : 256 // PATCH * PATCH]
+    picture = photographs["rocket"][:, :256, :256]
     smooth = _smooth(picture[None])
     assert int(smooth.sum()) > 300
     images = [picture, photographs["coffee"]] if EDITS[edit].needs_reference else picture

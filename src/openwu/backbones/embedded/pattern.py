@@ -36,8 +36,8 @@ def without_pattern(edited: Tensor, picture: Tensor, patch: int) -> Tensor:
     residual = slopeless @ _to_patches(edited - picture, patch)  # [b, 3, m, H * W]
     rough = (slopeless @ _to_patches(picture, patch)).square().mean(2).amax(1, keepdim=True)  # [b, 1, H * W]
     grid = edited.shape[-2] // patch, edited.shape[-1] // patch
-    smooth = (2 - 2 * rough / SMOOTH**2).clamp(0, 1).unflatten(-1, grid)  # [b, 1, H, W]
-    residual = residual.unflatten(-1, grid)
+    smooth = (2 - 2 * rough / SMOOTH**2).clamp(0, 1).view(len(rough), 1, *grid)  # [b, 1, H, W]
+    residual = residual.view(*residual.shape[:3], *grid)
 
     count = _around(smooth)[:, :, None]  # [b, 1, 1, H, W]: how many smooth patches a neighbourhood has
     pattern = _around(residual * smooth[:, :, None]) / (count + 1)
@@ -54,8 +54,9 @@ def _about_plane(patch: int) -> Tensor:
     place = torch.arange(patch) - (patch - 1) / 2
     flat, down = torch.ones(patch, patch), place[:, None].expand(patch, patch)
     planes = torch.stack([flat, down, down.T]).flatten(1)  # Orthogonal to one another.
-    planes = planes / planes.norm(dim=1, keepdim=True).clamp(min=TINY)
-    return torch.eye(patch**2) - planes.T @ planes
+    planes = planes / torch.linalg.vector_norm(planes, dim=1, keepdim=True).clamp(min=TINY)
+    projection: Tensor = torch.eye(patch**2) - planes.T @ planes
+    return projection
 
 
 def _around(x: Tensor) -> Tensor:
@@ -69,10 +70,13 @@ def _around(x: Tensor) -> Tensor:
 
 def _to_patches(x: Tensor, patch: int) -> Tensor:
     """`[b, c, h, w]` -> `[b, c, m, H * W]`"""
-    cells = x.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [b, c, H, p, W, p]
-    return cells.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
+    b, c, h, w = x.shape
+    cells = x.reshape(b, c, h // patch, patch, w // patch, patch)
+    return cells.permute(0, 1, 3, 5, 2, 4).reshape(b, c, patch * patch, -1)
 
 
 def _from_patches(x: Tensor, patch: int) -> Tensor:
     """`[b, c, m, H, W]` -> `[b, c, h, w]`"""
-    return x.unflatten(2, (patch, patch)).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+    b, c, _, high, wide = x.shape
+    cells = x.reshape(b, c, patch, patch, high, wide)
+    return cells.permute(0, 1, 4, 2, 5, 3).reshape(b, c, high * patch, wide * patch)
