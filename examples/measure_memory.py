@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from openwu.evaluation.experiments.geometry import mean_over
-from openwu.evaluation.experiments.recall import Recall, RecallCase, leak, measure, recall_cases, seconds
+from openwu.evaluation.experiments.recall import Recall, RecallCase, holds, leak, measure, recall_cases, seconds
 from openwu.files.origin import origin
-from openwu.memory.facts import UNSEEN
+from openwu.memory.facts import UNSEEN, FactSource, vocabulary_words
 from openwu.memory.language import LanguageMemory
 
 
@@ -27,6 +27,7 @@ def cells(memory: LanguageMemory, count: int) -> dict[str, tuple[list[RecallCase
     found = {f"{facts} people": (recall_cases(memory, facts, count, seed=20 + facts), "matched") for facts in (1, 4)}
     found["2 people"] = two, "matched"
     found["8 people"] = recall_cases(memory, 8, count // 2, seed=28), "matched"
+    found["16 people"] = recall_cases(memory, 16, count // 2, seed=77), "matched"
     found["1 person, another wording"] = recall_cases(memory, 1, count, seed=31, wording=-1), "matched"
     found["1 person, relations never trained"] = recall_cases(memory, 1, count, seed=32, relations=UNSEEN), "matched"
     found["2 people, relations never trained"] = recall_cases(memory, 2, count, seed=33, relations=UNSEEN), "matched"
@@ -54,6 +55,63 @@ def two_notes(memory: LanguageMemory, count: int) -> dict[str, Any]:
         kind: mean_over([case.right(text) for (case, _), text in zip(pairs, texts, strict=True)], groups).to_json()
         for kind, texts in answers.items()
     }
+
+
+def many_notes(memory: LanguageMemory, count: int) -> dict[str, Any]:
+    """Join so many notes of one person each; two of them are asked about, 32 notes in all."""
+    cases = recall_cases(memory, 1, 32, seed=81)
+    together = [cases[start : start + count] for start in range(0, len(cases), count)]
+    asked = [(case, group) for group in together for case in group[:2]]
+    notes = [[memory.remember(case.note.text) for case in group] for _, group in asked]
+    answers = memory.ask_batch([case.question for case, _ in asked], notes, max_new_tokens=24)
+    right = [case.right(answer) for (case, _), answer in zip(asked, answers, strict=True)]
+    return mean_over(right, [case.fact.relation.statements[0] for case, _ in asked]).to_json()
+
+
+def updates(memory: LanguageMemory, count: int) -> dict[str, Any]:
+    """Remember notes that take a value back ("Not any more: now ..."), and ask which one holds."""
+    source = FactSource(vocabulary_words(memory.base.tokenizer.get_vocab()), 71, test=True)
+    facts, before, notes = [], [], []
+    for _ in range(count):
+        told = source.note(2, same_relation=1.0, reworded=0.0, fillers=0.0)
+        fact, other = told.facts
+        before.append(source.value())
+        old = fact.relation.statements[0].format(e=fact.person, v=before[-1])
+        notes.append([memory.remember(f"{old} {other.statement} Not any more: now {fact.statement}")])
+        facts.append(fact)
+    answers = memory.ask_batch([fact.question() for fact in facts], notes, max_new_tokens=24)
+    groups = [fact.relation.statements[0] for fact in facts]
+    each = list(zip(answers, facts, before, strict=True))
+    found = {
+        "the new value": [float(holds(text, fact.value) and not holds(text, old)) for text, fact, old in each],
+        "the old value": [float(holds(text, old)) for text, _, old in each],
+    }
+    return {kind: mean_over(values, groups).to_json() for kind, values in found.items()}
+
+
+KNOWN = (
+    ("The capital of France is {v}.", "What is the capital of France?"),
+    ("The capital of Italy is {v}.", "What is the capital of Italy?"),
+    ("The capital of Japan is {v}.", "What is the capital of Japan?"),
+    ("The capital of Germany is {v}.", "What is the capital of Germany?"),
+    ("The largest planet is {v}.", "What is the largest planet?"),
+    ("A spider has {v} legs.", "How many legs does a spider have?"),
+    ("Romeo and Juliet was written by {v}.", "Who wrote Romeo and Juliet?"),
+    ("The opposite of hot is {v}.", "What is the opposite of hot?"),
+)
+"""Facts that a note contradicts, and questions after them."""
+
+
+def contradictions(memory: LanguageMemory) -> dict[str, Any]:
+    """Remember what contradicts the model, and ask."""
+    source = FactSource(vocabulary_words(memory.base.tokenizer.get_vocab()), 72, test=True)
+    values = [source.value() for _ in KNOWN]
+    notes = [[memory.remember(text.format(v=value))] for (text, _), value in zip(KNOWN, values, strict=True)]
+    questions = [question for _, question in KNOWN]
+    answers = memory.ask_batch(questions, notes, max_new_tokens=24)
+    right = [float(holds(answer, value)) for answer, value in zip(answers, values, strict=True)]
+    shown = list(zip(questions, values, answers, strict=True))
+    return {"the note's value": mean_over(right, questions).to_json(), "examples": shown}
 
 
 def costs(memory: LanguageMemory, facts: int) -> dict[str, float]:
@@ -89,10 +147,15 @@ def main(output: Path, generator: str | None, count: int) -> None:
         sys.stdout.write(f"| ordinary questions, note of {facts} people | {found.same} | {found.divergence} |\n")
         sys.stdout.flush()
         output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    results["many notes"] = {f"{number} joined": many_notes(memory, number) for number in (4, 8)}
+    results["updates"] = updates(memory, 16)
+    results["contradictions"] = contradictions(memory)
     results["two notes"] = two_notes(memory, count // 2)
     results["costs"] = {f"{facts} facts": costs(memory, facts) for facts in (2, 8)}
     output.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    sys.stdout.write(json.dumps({key: results[key] for key in ("two notes", "costs")}, indent=1) + "\n")
+    sys.stdout.write(
+        json.dumps({key: results[key] for key in ("many notes", "updates", "two notes", "costs")}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def save_comfyui(adapter: Adapter, folder: Path, model: nn.Module | None, compon
         a, b = in_file_shape(adapter, target)
         tensors[f"{name}.lora_down.weight"] = a
         tensors[f"{name}.lora_up.weight"] = b
-        tensors[f"{name}.alpha"] = torch.tensor(adapter.scale * adapter.rank, dtype=torch.float32)
+        tensors[f"{name}.alpha"] = torch.tensor(adapter.scale * len(a), dtype=torch.float32)
     write(folder, COMFYUI_WEIGHTS, tensors)
 
 

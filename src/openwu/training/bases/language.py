@@ -275,6 +275,7 @@ def _retention(
     return own.retention(rows, recipe.retention, recipe.seed)
 
 
+@torch.no_grad()
 def fit_background(memory: LanguageMemory, weight: float) -> None:
     """Keep notes from answering other questions: fit the generator to the base's own answers to ordinary ones.
 
