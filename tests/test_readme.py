@@ -38,7 +38,7 @@ def commands(page: str, *verbs: str) -> list[str]:
 
 def expanded(word: str) -> list[str]:
     """As a shell expands it."""
-    return sorted(path.name for path in Path().glob(word)) if "*" in word else [word]
+    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
 
 
 @pytest.fixture
@@ -50,6 +50,11 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "photos").mkdir()
     small.save(tmp_path / "photos" / "one.jpg")
     small.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.jpg")
+    (tmp_path / "shoot").mkdir()
+    small.save(tmp_path / "shoot" / "two.jpg")
+    small.save(tmp_path / "before.jpg", quality=95)
+    warmer = [min(255, value * part // 10) for part in (12, 10, 7) for value in range(256)]
+    small.convert("RGB").point(warmer).save(tmp_path / "after.jpg", quality=95)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -71,6 +76,9 @@ def test_the_commands_work_in_their_order(photos: Path, capsys: pytest.CaptureFi
         "also-foggy.png",
         "film.png",
         "recoloured.png",
+        "edited/two.jpg",
+        "like-it.jpg",
+        "look/adapter_model.safetensors",
     ):
         assert (photos / name).exists(), name
 

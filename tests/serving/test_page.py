@@ -242,6 +242,7 @@ def test_an_example_is_offered_only_where_the_model_reads_examples(tab: Tab) -> 
     tab.page.click("#run")
     playwright.expect(tab.page.get_by_role("alert")).to_contain_text("both pictures")
     tab.page.set_input_files("#example-after", {**PHOTO, "buffer": darker(PHOTO["buffer"])})
+    tab.page.route("**/v1/images/edits", lambda route: route.continue_())  # else the browser keeps the files to itself
     with tab.page.expect_request("**/v1/images/edits") as sent:
         tab.page.click("#run")
     body = sent.value.post_data_buffer
@@ -260,7 +261,7 @@ def test_an_example_that_is_not_understood_is_said_and_can_be_tried(tab: Tab) ->
     tab.page.set_input_files("#example-before", PHOTO)
     tab.page.set_input_files("#example-after", PHOTO)  # shows no change
     tab.page.click("#run")
-    playwright.expect(tab.page.get_by_role("alert")).to_contain_text("teach looks of tone and colour")
+    playwright.expect(tab.page.get_by_role("alert")).to_contain_text("teach looks of tone and colour", timeout=30_000)
     tab.page.locator("#error-actions button").click()
     tab.cards(1)
 

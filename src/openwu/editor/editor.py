@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,10 @@ from openwu.backbones.protocol import Backbone, EditJob, RequestScope
 from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.clip import ClipOptions, ClipResult, edit_clip
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
+from openwu.editor.examples import try_example
+from openwu.editor.generate import generate_adapters
 from openwu.editor.loading import load_pair
-from openwu.editor.reproduction import Reproduction, reproduction
+from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import (
     EditRequest,
     EditResult,
@@ -38,16 +39,14 @@ from openwu.editor.requests import (
     checked_request,
     part_of,
     timed,
-    with_instruction,
 )
-from openwu.editor.tasks import condition_kind, make_task, pass_of, read_photos
+from openwu.editor.tasks import make_task, pass_of, read_photos
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
-from openwu.export.fit import with_kernels
 from openwu.generator.inference.fast import FastGenerator
 from openwu.generator.model import ParameterGenerator
 from openwu.images import Photo
 from openwu.registry import OPERATORS, module_of
-from openwu.types import Adapter, Condition, LoadingOptions, SamplingOptions, Understood
+from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
 from openwu.video.write import Metadata
 
 
@@ -259,8 +258,8 @@ class Editor:
                 f"instruction: {instruction!r} asks for several edits ({task.summary}), which have an adapter each; "
                 "adapt to one at a time"
             )
-        (adapter,) = self._adapters([task.job], allow_out_of_scope, 1, {})
-        self._reproduction(task, adapter, allow_out_of_scope, {})
+        (adapter,) = generate_adapters(self, [task.job], allow_out_of_scope, 1, {})
+        try_example(self, task, adapter, allow_out_of_scope, {})
         return adapter
 
     @torch.no_grad()
@@ -276,7 +275,7 @@ class Editor:
         (request,) = self._checked([EditRequest(_BLANK, instruction, example=example)], True, None)
         task = self._task(request, (_BLANK,), None, False)
         home = adapter.to(self.generator.hidden_in.weight)
-        found = self._reproduction(task, home, True, {})
+        found = try_example(self, task, home, True, {})
         assert found is not None
         return found
 
@@ -373,12 +372,14 @@ class Editor:
     ) -> list[EditResult]:
         """Edit in one pass each, sharing calls of generator and base. Adds to `timings`."""
         if given is None:
-            adapters = self._adapters([task.job for task in tasks], allow_out_of_scope, sampling.batch, timings)
+            adapters = generate_adapters(
+                self, [task.job for task in tasks], allow_out_of_scope, sampling.batch, timings
+            )
         else:
             timings |= {"condition": 0.0, "generate": 0.0}
             adapters = [given.to(self.generator.hidden_in.weight)]
         found = [
-            self._reproduction(task, adapter, allow_out_of_scope, timings)
+            try_example(self, task, adapter, allow_out_of_scope, timings)
             for task, adapter in zip(tasks, adapters, strict=True)
         ]
         with timed(timings, "edit"):
@@ -387,24 +388,6 @@ class Editor:
             EditResult(photo, adapter, timings, task.job.seed, task.summary, reproduced)
             for photo, adapter, task, reproduced in zip(edited, adapters, tasks, found, strict=True)
         ]
-
-    def _reproduction(
-        self, task: Task, adapter: Adapter, allow_out_of_scope: bool, timings: dict[str, float]
-    ) -> Reproduction | None:
-        """Compare an example with what its adapter makes of it. Raises ExampleError unless `allow_out_of_scope`."""
-        if not task.job.examples:
-            return None
-
-        def edit(photos: list[Photo]) -> list[Photo]:
-            request = replace(task.request, strength=1.0)
-            jobs = [replace(task.job, photos=(photo,), examples=()) for photo in photos]
-            return self._apply([Task(request, job, None) for job in jobs], [adapter] * len(jobs), self.sampling, None)
-
-        with timed(timings, "example"):
-            found = reproduction(task.job.examples, edit)
-        if not allow_out_of_scope:
-            found.check()
-        return found
 
     def _task(self, request: EditRequest, photos: tuple[Photo, ...], given: Adapter | None, checked: bool) -> Task:
         return make_task(request, photos, given, self.backbone, self.name, checked=checked, turn=self._turn())
@@ -421,55 +404,6 @@ class Editor:
         """Threads wait for one another where the base, or a condition that runs the base's denoiser, asks for it."""
         alone = not self.backbone.concurrent or self.encoder.asks_denoiser
         return self._turns if alone else nullcontext()
-
-    def _adapters(
-        self, jobs: Sequence[EditJob], allow_out_of_scope: bool, batch: int, timings: dict[str, float]
-    ) -> list[Adapter]:
-        """One adapter (b = 1) per job of one instruction, from the cache where it has them."""
-        with timed(timings, "condition"), self._turn():
-            keys = [str(place) for place in range(len(jobs))]
-            found: dict[str, Adapter] = {}
-            missing = keys
-            if self.cache is not None:
-                keys = [self.adapter_key(job, allow_out_of_scope=allow_out_of_scope) for job in jobs]
-                found, missing = self.cache.lookup(keys)
-            # Conditions of one call have the same tokens: those of examples have others than those of words.
-            missing = sorted(missing, key=lambda key: condition_kind(jobs[keys.index(key)]))
-            new = [jobs[keys.index(key)] for key in missing]
-            size = min(batch, self.backbone.max_batch or batch)
-            parts = [
-                alike[start : start + size]
-                for alike in (list(each) for _, each in groupby(new, condition_kind))
-                for start in range(0, len(alike), size)
-            ]
-            conditions = [self._condition(part) for part in parts]
-        with timed(timings, "generate"):
-            home = self.generator.hidden_in.weight.device
-            found = {key: adapter.to(home) for key, adapter in found.items()}
-            generated = (
-                adapter
-                for part, condition in zip(parts, conditions, strict=True)
-                for adapter in self._generate(condition, [job.instructions[0] for job in part])
-            )
-            for key, adapter in zip(missing, generated, strict=True):
-                found[key] = adapter
-                if self.cache is not None:
-                    self.cache.put(key, adapter)
-        # Another spelling may have been the first: a result names the one that was asked for.
-        return [with_instruction(found[key], job.instructions[0]) for key, job in zip(keys, jobs, strict=True)]
-
-    def _condition(self, jobs: Sequence[EditJob]) -> Condition:
-        if self.encoder is self.backbone:
-            return self.backbone.condition_of(jobs)
-        return self.encoder.condition([job.request for job in jobs])
-
-    def _generate(self, condition: Condition, instructions: Sequence[str]) -> list[Adapter]:
-        """One adapter (b = 1) per sample of a condition."""
-        adapter = self.fast(condition.to(self.generator.hidden_in.weight))
-        adapter = replace(
-            with_kernels(adapter, self.backbone.denoiser), instructions=tuple((text,) for text in instructions)
-        )
-        return [adapter] if adapter.batch == 1 else [adapter.select([i]) for i in range(adapter.batch)]
 
     def _apply(
         self,

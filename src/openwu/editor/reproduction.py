@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from openwu.errors import ExampleError
 from openwu.images import Photo
+from openwu.images.colour import Pixels
 
 SIDE = 224
 """Longest side in pixels at which the example's own picture is edited; larger ones skip pixels, so grain stays."""
@@ -36,13 +39,12 @@ class Reproduction:
     @property
     def share(self) -> float:
         """Share of the change that is reproduced: 1 all of it, 0 or below none."""
-        change, error = (float(np.sqrt(np.mean(np.square(each)))) for each in (self.changes, self.errors))
-        return 1 - error / max(change, VISIBLE)
+        return 1 - _pooled(self.errors) / max(_pooled(self.changes), VISIBLE)
 
     @property
     def psnr(self) -> float:
         """dB of the edited pictures before against the pictures after."""
-        return float(-10 * np.log10(max(np.mean(np.square(self.errors)), 1e-10)))
+        return -20 * math.log10(max(_pooled(self.errors), 1e-5))
 
     @property
     def note(self) -> str | None:
@@ -91,7 +93,12 @@ def reproduction(pairs: Sequence[tuple[Photo, Photo]], edit: Callable[[list[Phot
 def _reduced(photo: Photo) -> Photo:
     """The photo with every n-th pixel and nothing else."""
     step = -(-max(photo.pixels.shape[:2]) // SIDE)
-    return Photo(np.ascontiguousarray(photo.pixels[::step, ::step]), grey=photo.grey)
+    return Photo(cast(Pixels, np.ascontiguousarray(photo.pixels[::step, ::step])), grey=photo.grey)
+
+
+def _pooled(each: Sequence[float]) -> float:
+    """Root of the mean square."""
+    return math.sqrt(sum(value * value for value in each) / len(each))
 
 
 def _distance(first: Photo, second: Photo) -> float:

@@ -15,6 +15,8 @@ from openwu.adapters.inject import AdapterHandle
 from openwu.adapters.merge import merged_copy, merging_pays
 from openwu.backbones.protocol import Backbone
 from openwu.editor.compatibility import AdapterScope
+from openwu.editor.examples import try_example
+from openwu.editor.generate import generate_adapters
 from openwu.editor.requests import EditRequest, Task, job_of
 from openwu.editor.tasks import pass_of, read_photos
 from openwu.images import Photo
@@ -125,8 +127,8 @@ def make_series(
                 (photo,) = passes[-1].edit([photo], [task.job.seed])
             part = pass_of(task, number, photo, editor.backbone)
         if number == len(adapters):
-            adapters += editor._adapters([part.job], allow_out_of_scope, 1, {})
-            editor._reproduction(part, adapters[-1], allow_out_of_scope, {})
+            adapters += generate_adapters(editor, [part.job], allow_out_of_scope, 1, {})
+            try_example(editor, part, adapters[-1], allow_out_of_scope, {})
         adapter = adapters[number].to(editor.generator.hidden_in.weight)
         scaled = adapter.scaled(editor._scale(request.strength))
         scope = SharedScope(editor.backbone, editor.handle, scaled, editor._turns)

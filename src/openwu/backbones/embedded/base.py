@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -276,7 +276,7 @@ class EmbeddedBase(Backbone):
             return job
         patch, photo = self.config.backbone.patch, job.photos[0]
         pixels = np.pad(photo.pixels, ((patch, patch), (patch, patch), (0, 0)), mode="symmetric")
-        return replace(job, photos=(Photo(pixels, grey=photo.grey), *job.photos[1:]))
+        return replace(job, photos=(Photo(cast(Pixels, pixels), grey=photo.grey), *job.photos[1:]))
 
     def _own(self, job: EditJob) -> EmbeddedJob:
         return job if isinstance(job, EmbeddedJob) else self.read(job.photos, job.instructions, job.seed)
@@ -289,7 +289,8 @@ def _unframed(edited: Photo, job: EditJob) -> Photo:
         return edited
     (high, wide), (height, width) = edited.pixels.shape[:2], photo.pixels.shape[:2]
     top, left = (high - height) // 2, (wide - width) // 2
-    return photo.with_pixels(np.ascontiguousarray(edited.pixels[top : top + height, left : left + width]))
+    inside = edited.pixels[top : top + height, left : left + width]
+    return photo.with_pixels(cast(Pixels, np.ascontiguousarray(inside)))
 
 
 def native_dtype() -> torch.dtype:
