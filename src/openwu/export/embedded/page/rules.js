@@ -301,7 +301,8 @@ export class Rules {
     const whole = [];
     for (let piece of pieces) {
       const found = match(this.wishes._VERB_OF, piece);
-      if (verb && !this.isCommand(piece) && spaced(piece).split(" ").length <= 4) {
+      const shares = verb.toLowerCase() !== "make" || match(this.wishes._MADE, piece);
+      if (verb && !this.isCommand(piece) && spaced(piece).split(" ").length <= this.wishes._SHORT && shares) {
         const [reading] = await this.read([`${verb} ${piece}`]);
         if (this.isWish(reading, Math.max(this.certain, this.accepted))) piece = `${verb} ${piece}`;
       }
@@ -322,7 +323,7 @@ export class Rules {
       if (piece) {
         found.push([verb + piece, word]);
         verb = each.groups.adding ? "add " : "";
-        word = each.groups.then ? "then" : strip(each[0], " ,.;，。；、") ? "and" : ",";
+        word = each.groups.then ? "then" : strip(each[0], " ,，、") ? "and" : ",";
       }
       start = each.index + each[0].length;
     }
