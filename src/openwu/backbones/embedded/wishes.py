@@ -326,7 +326,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
         for each in found
         if _is_command(each.text)
         and not _COMPARATIVE.match(each.text)
-        and dict(each.reading.ranked).get(whole.edit, 0.0) < _SAME_WISH
+        and (whole.edit == OUT_OF_SCOPE or dict(each.reading.ranked).get(whole.edit, 0.0) < _SAME_WISH)
         and (
             (each.reading.edit == OUT_OF_SCOPE and each.reading.probability >= CERTAIN)
             or (explicit and not each.reading.is_wish(accepted))

@@ -277,7 +277,8 @@ export class Rules {
       ({ text, reading }) =>
         this.isCommand(text) &&
         !match(w._COMPARATIVE, text) &&
-        (reading.ranked.find(([label]) => label === whole.edit)?.[1] ?? 0) < w._SAME_WISH &&
+        (whole.edit === this.outOfScope ||
+          (reading.ranked.find(([label]) => label === whole.edit)?.[1] ?? 0) < w._SAME_WISH) &&
         ((reading.edit === this.outOfScope && reading.probability >= this.certain) ||
           (explicit && !this.isWish(reading, this.accepted))),
     );
