@@ -29,7 +29,7 @@ _FUNCTION_WORDS = {
 }
 _ENGLISH = word_set(
     "the it this that is a an of in on with for and to make more less my as like look "
-    "i you please add remove not no up down at from by all so but give turn put take every into"
+    "i you please add remove not no up down at from by all so but give turn put take every into than looks"
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 

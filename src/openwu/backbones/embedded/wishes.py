@@ -86,8 +86,8 @@ def _wish(text: str, reading: Reading, strength: float = 1.0, number: str = "") 
 # Commands
 
 _VERB_EN = (
-    r"(?:make|add|put|give|turn|convert|apply|increase|decrease|raise|lower|lift|boost|reduce|remove|get rid of|take|"
-    r"brighten|lighten|darken|dim|blur|sharpen|soften|warm|cool|saturate|desaturate|mute|colou?r\w*|invert|tint|shift|"
+    r"(?:make|add|put|give|bring|turn|convert|apply|increase|decrease|raise|lower|lift|boost|reduce|remove|get rid of|"
+    r"take|brighten|lighten|darken|dim|blur|sharpen|soften|warm|cool|saturate|desaturate|mute|colou?r\w*|invert|tint|shift|"
     r"fix|correct|restore|denoise|dehaze|deblur|clean|fade|age|emboss|pixelate|posteri[sz]e|cartooni[sz]e|enhance|"
     r"improve|smooth|crop|rotate|flip|change|replace|swap|delete|erase|draw|write|paint|sketch|vignette)"
 )
@@ -290,7 +290,7 @@ def _refuse_part(instruction: str, whole: Reading, found: str) -> None:
 _THEN = r"(?:and then|then|followed by|afterwards|and also|and after that)"
 _SPLIT = re.compile(
     rf"(?P<then>\s*[,;.]?\s*\b{_THEN}\s+|[，。；,;]?\s*(?:然后|接着|随后|之后)再?|[，。；,;]\s*再)"
-    r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+"
+    r"|\s*[,;]?\s+(?:and|&|plus|as well as)\s+|(?<=[a-z]{3})\s*/\s*(?=[a-z]{3})"
     r"|\s+(?P<adding>with )(?:(?:some|added|film|fine|heavy|a|a bit of|a little) )*"
     r"(?=(?:grain|noise|vignette|fog|snow|rain)\b)|"
     r"[，。；、,;.]\s*(?:并且|并|同时|而且|还要|也|另外)?\s*|并且|同时|(?<!合)并(?![不没非排])|再",
@@ -299,6 +299,8 @@ _SPLIT = re.compile(
 _FIRST = re.compile(r"^\s*(?:first(?:ly)?,?\s+|首先|先)|\s*(?:first)\s*$", re.IGNORECASE)
 _FIXED = re.compile(r"black (?:and|&) white|salt (?:and|&) pepper|b\s*&\s*w", re.IGNORECASE)
 MOST_WISHES = 4
+_SHORT = 6
+"""Words of a part that may share the verb of the part before it."""
 _SAME_WISH = 0.1
 """From which probability of the whole sentence's edit a part of it says the same in other words."""
 
@@ -324,7 +326,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
         for each in found
         if _is_command(each.text)
         and not _COMPARATIVE.match(each.text)
-        and dict(each.reading.ranked).get(whole.edit, 0.0) < _SAME_WISH
+        and (whole.edit == OUT_OF_SCOPE or dict(each.reading.ranked).get(whole.edit, 0.0) < _SAME_WISH)
         and (
             (each.reading.edit == OUT_OF_SCOPE and each.reading.probability >= CERTAIN)
             or (explicit and not each.reading.is_wish(accepted))
@@ -345,7 +347,13 @@ def _stands_alone(wish: Wish) -> bool:
     return bool(_is_command(wish.text) or wish.reading.sentence or wish.text.lower() == _plain(wish.reading.edit))
 
 
-_VERB_OF = re.compile(r"^(?:.*\b)?(?P<verb>add|put on|remove|reduce|increase|apply)\s", re.IGNORECASE)
+_VERB_OF = re.compile(
+    r"^(?:.*\b)?(?P<verb>add|put on|remove|reduce|increase|decrease|raise|lower|boost|enhance|turn up|turn down|cut|"
+    r"make|apply)\s",
+    re.IGNORECASE,
+)
+_MADE = re.compile(r"(?:the|colou?rs?)\b", re.IGNORECASE)
+"""Parts that share a "make": "the colours pop" of "make it brighter and the colours pop", and no adjective alone."""
 
 
 def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]:
@@ -357,7 +365,8 @@ def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]
         if (
             verb
             and not _is_command(piece)
-            and len(piece.split()) <= 4
+            and len(piece.split()) <= _SHORT
+            and (verb.lower() != "make" or _MADE.match(piece))
             and read([longer])[0].is_wish(max(CERTAIN, accepted))
         ):
             piece = longer
@@ -376,7 +385,7 @@ def _split_pieces(instruction: str) -> Iterator[tuple[str, str]]:
         if piece := _trimmed(instruction[start : match.start()]):
             yield verb + piece, word
             verb = "add " if match["adding"] else ""
-            word = "then" if match["then"] else "," if not match[0].strip(" ,.;，。；、") else "and"
+            word = "then" if match["then"] else "," if not match[0].strip(" ,，、") else "and"
         start = match.end()
     if piece := _trimmed(instruction[start:]):
         yield verb + piece, word

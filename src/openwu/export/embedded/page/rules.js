@@ -277,7 +277,8 @@ export class Rules {
       ({ text, reading }) =>
         this.isCommand(text) &&
         !match(w._COMPARATIVE, text) &&
-        (reading.ranked.find(([label]) => label === whole.edit)?.[1] ?? 0) < w._SAME_WISH &&
+        (whole.edit === this.outOfScope ||
+          (reading.ranked.find(([label]) => label === whole.edit)?.[1] ?? 0) < w._SAME_WISH) &&
         ((reading.edit === this.outOfScope && reading.probability >= this.certain) ||
           (explicit && !this.isWish(reading, this.accepted))),
     );
@@ -301,7 +302,8 @@ export class Rules {
     const whole = [];
     for (let piece of pieces) {
       const found = match(this.wishes._VERB_OF, piece);
-      if (verb && !this.isCommand(piece) && spaced(piece).split(" ").length <= 4) {
+      const shares = verb.toLowerCase() !== "make" || match(this.wishes._MADE, piece);
+      if (verb && !this.isCommand(piece) && spaced(piece).split(" ").length <= this.wishes._SHORT && shares) {
         const [reading] = await this.read([`${verb} ${piece}`]);
         if (this.isWish(reading, Math.max(this.certain, this.accepted))) piece = `${verb} ${piece}`;
       }
@@ -322,7 +324,7 @@ export class Rules {
       if (piece) {
         found.push([verb + piece, word]);
         verb = each.groups.adding ? "add " : "";
-        word = each.groups.then ? "then" : strip(each[0], " ,.;，。；、") ? "and" : ",";
+        word = each.groups.then ? "then" : strip(each[0], " ,，、") ? "and" : ",";
       }
       start = each.index + each[0].length;
     }
