@@ -68,14 +68,21 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
     return adapter
 
 
-def tensors_of(tensors: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Tensor]]:
-    """Look up tensors by `keys`, target name -> factor name -> key; CheckpointError unless `tensors` has just these."""
+def tensors_of(
+    tensors: Mapping[str, Tensor], keys: Mapping[str, Mapping[str, str]], *, dims: int = 2
+) -> dict[str, dict[str, Tensor]]:
+    """Look up tensors by `keys`, target name -> factor name -> key; CheckpointError unless `tensors` has just these.
+
+    dims: how many axes each has at least.
+    """
     expected = {key for parts in keys.values() for key in parts.values()}
     missing, unexpected = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     if missing or unexpected or not keys:
         raise CheckpointError(f"{WEIGHTS}: tensors do not fit {CONFIG}; missing {missing}, unexpected {unexpected}")
-    if scalars := [key for key in expected if tensors[key].ndim < 2]:
-        raise CheckpointError(f"{WEIGHTS}: expected matrices, got other shapes for {sorted(scalars)}")
+    if scalars := [key for key in expected if tensors[key].ndim < dims]:
+        raise CheckpointError(
+            f"{WEIGHTS}: expected {'matrices' if dims == 2 else 'vectors'}, got other shapes for {sorted(scalars)}"
+        )
     if wrong := [key for key in expected if not tensors[key].is_floating_point()]:
         dtype = tensors[wrong[0]].dtype
         raise CheckpointError(f"{WEIGHTS}: expected floating-point numbers, got {dtype} in {wrong[0]}")

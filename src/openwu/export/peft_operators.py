@@ -68,13 +68,13 @@ def read_rotations(
     if (kind := (config.get("variant", "road_1"), config.get("group_size"))) != ("road_1", 2):
         raise CheckpointError(f"{CONFIG}: expected RoAd of variant 'road_1' and group_size 2, got {kind}")
     end = ".road_theta"
-    stems = in_listed_order(
-        [key.removeprefix(PREFIX).removesuffix(end) for key in tensors if key.endswith(end)], config
-    )
+    stems = [key.removeprefix(PREFIX).removesuffix(end) for key in tensors if key.endswith(end)]
+    stems = in_listed_order(stems, config)
     keys = {stem: {part: f"{PREFIX}{stem}.road_{part}" for part in ("theta", "alpha")} for stem in stems}
-    found = tensors_of(tensors, keys)
+    found = tensors_of(tensors, keys, dims=1)
     widths = input_widths(metadata, stems, model, "RoAd")
-    targets, factors = [], {}
+    targets: list[Target] = []
+    factors: dict[str, dict[str, Tensor]] = {}
     for stem, parts in found.items():
         theta, alpha = (parts[name].double() for name in ("theta", "alpha"))
         if theta.ndim != 1 or theta.shape != alpha.shape:
@@ -98,13 +98,16 @@ def read_norms(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: 
     stems = list(
         dict.fromkeys(key.removeprefix(PREFIX).partition(NORM_LAYERS)[0] for key in tensors if NORM_LAYERS in key)
     )
-    modules, targets, factors = dict(model.named_modules()), [], {}
-    for stem in in_listed_order(stems, config):
-        if stem not in modules or not is_norm(modules[stem]):
-            raise CheckpointError(f"{stem}: expected a norm of that name in the model, found none")
-        own = dict(modules[stem].named_parameters())
-        names = {name: f"{PREFIX}{stem}{NORM_LAYERS}.{name}" for name in own}
-        held = tensors_of(tensors, {stem: names})[stem]
+    stems = in_listed_order(stems, config)
+    modules = dict(model.named_modules())
+    targets: list[Target] = []
+    factors: dict[str, dict[str, Tensor]] = {}
+    if missing := [stem for stem in stems if stem not in modules or not is_norm(modules[stem])]:
+        raise CheckpointError(f"{', '.join(missing)}: expected norms of these names in the model, found none")
+    parameters = {stem: dict(modules[stem].named_parameters()) for stem in stems}
+    keys = {stem: {name: f"{PREFIX}{stem}{NORM_LAYERS}.{name}" for name in own} for stem, own in parameters.items()}
+    for stem, held in tensors_of(tensors, keys, dims=1).items():
+        own = parameters[stem]
         if wrong := [name for name, part in held.items() if part.shape != own[name].shape]:
             raise CheckpointError(f"{stem}: expected {', '.join(wrong)} of the shape that the model's has")
         before, after = own["weight"].detach().double(), held["weight"].double()

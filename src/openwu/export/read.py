@@ -79,5 +79,6 @@ def _read_folder(folder: Path, weights: str, model: nn.Module | None) -> Adapter
         return read_norms(config, tensors, model)
     came = {key: config[key] for key in ("format", "peft_type") if key in config}
     raise CheckpointError(
-        f"{CONFIG}: expected format {FORMAT!r} or peft_type 'LORA', 'IA3', 'ROAD' or 'LN_TUNING', got {came or 'neither key'}"
+        f"{CONFIG}: expected format {FORMAT!r} or peft_type 'LORA', 'IA3', 'ROAD' or 'LN_TUNING', got "
+        f"{came or 'neither key'}"
     )

@@ -64,7 +64,7 @@ class Prefix(Operator):
     def inner_products(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
         """To first order around scores of zero, where every slot has 1 / (SLOTS + 1), for inputs of unit variance."""
         means, changes = zip(*(_first_order(each) for each in (one, other)), strict=True)
-        total = means[0] @ means[1].T + changes[0].flatten(1) @ changes[1].flatten(1).T
+        total: Tensor = means[0] @ means[1].T + changes[0].flatten(1) @ changes[1].flatten(1).T
         return total / (SLOTS + 1) ** 2
 
 
@@ -87,24 +87,24 @@ class PrefixSite(PlainSite):
         factors = self.factors(y, x)
         rows = len(factors[0])
         if self._run_t is None:
-            return y + self._read(x.reshape(rows, -1, x.shape[-1]), *factors, y.dtype).reshape(y.shape)
+            return y + self._read(x.reshape(rows, -1, x.shape[-1]), y.dtype, *factors).reshape(y.shape)
         tokens = x.reshape(-1, x.shape[-1])
         self.check_runs(len(tokens), x)
         if rows == 1:
-            return y + self._read(tokens[None], *factors, y.dtype).reshape(y.shape)
+            return y + self._read(tokens[None], y.dtype, *factors).reshape(y.shape)
         runs = [
-            self._read(run[None], *(part[i : i + 1] for part in factors), y.dtype)[0]
-            for i, run in enumerate(tokens.split(self._lengths))
+            self._read(run[None], y.dtype, *(part[i : i + 1] for part in factors))[0]
+            for i, run in enumerate(torch.split_with_sizes(tokens, self._lengths))
         ]
         return y + torch.cat(runs).reshape(y.shape)
 
     def deltas(self, _: Active) -> tuple[Tensor, ...]:
         raise TargetError(f"{self.path}: {NOT_MERGED}")
 
-    def _read(self, x: Tensor, keys: Tensor, values: Tensor, thresholds: Tensor, dtype: torch.dtype) -> Tensor:
+    def _read(self, x: Tensor, dtype: torch.dtype, keys: Tensor, values: Tensor, thresholds: Tensor) -> Tensor:
         """x `[n, m, in]` -> what is added to the output, `[n, m, out]`."""
         scores = x @ keys.flatten(1, 2).to(x.dtype).mT
-        shares = attended(scores.unflatten(-1, thresholds.shape[1:]), thresholds[:, None], dim=-2)
+        shares = attended(torch.unflatten(scores, -1, thresholds.shape[1:]), thresholds[:, None], dim=-2)
         flat = values.transpose(1, 2).flatten(2)  # [n, out, k]
         return shares.flatten(-2).to(dtype) @ (self.scale * flat).to(dtype).mT
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def product_rates(threads: int) -> dict[str, float]:
                 # A processor without units for 16 bits takes a hundred times as long, at every size.
                 side = PRODUCT if dtype in (torch.float32, native_dtype()) else PRODUCT // 8
                 a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-                best = _best(lambda a=a, b=b: a @ b, time.process_time if count == 1 else time.perf_counter)
+                best = _best(partial(torch.matmul, a, b), time.process_time if count == 1 else time.perf_counter)
                 found[f"{str(dtype).removeprefix('torch.')}, {count}"] = 2 * side**3 / best
     return found
 
