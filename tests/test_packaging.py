@@ -108,7 +108,7 @@ def test_every_extra_brings_the_library_that_asks_for_it() -> None:
     # These come with that library, or by another name.
     dependencies = {
         "huggingface_hub": "diffusers",
-        "multipart": "python-multipart",
+        "python_multipart": "python-multipart",
         "prometheus_client": "prometheus-client",
         "pywt": "pywavelets",
     }

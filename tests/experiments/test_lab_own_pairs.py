@@ -46,7 +46,7 @@ def test_what_is_lost_is_counted_from_the_start_of_the_same_seed() -> None:
     assert "  1.75 [" in row
     assert "3.00 (blur)" in row
     assert "20.00" in row
-    assert "2 known edits, 2 seeds; copying the picture has: shop 18.60 dB, album 17.00 dB" in table
+    assert "2 known edits, seeds: 2; copying the picture has: shop 18.60 dB, album 17.00 dB" in table
     other = next(line for line in table.splitlines() if line.startswith("as read, alone  album"))
     assert other.split()[4:10] == ["0.00", "[0.00,", "0.00]", "0.00", "25.00", "12.00"]
     assert OwnPairsResults.from_json(json.loads(json.dumps(found.to_json()))).table() == table

@@ -201,7 +201,7 @@ class OwnPairsResults:
         )
         seeds, count = len({each.seed for each in self.scores}), len(self.scores[0].known)
         copies = ", ".join(f"{name} {value:.2f} dB" for name, value in self.copied.items())
-        return columns(head, rows) + f"\n{count} known edits, {seeds} seeds; copying the picture has: {copies}\n"
+        return columns(head, rows) + f"\n{count} known edits, seeds: {seeds}; copying the picture has: {copies}\n"
 
     def _start(self, score: OwnPairsScore) -> OwnPairsScore:
         """The start's score that one is compared with: its known edits are the same with every look."""
