@@ -28,10 +28,12 @@ TINY = 1e-12
 
 
 def without_pattern(edited: Tensor, picture: Tensor, patch: int) -> Tensor:
-    """Return edited pictures without their pattern of patches: edited and picture `[b, 3, h, w]` in 0..1, in float32.
+    """Return edited pictures within 0..1 and without their pattern of patches: edited and picture `[b, 3, h, w]`.
 
-    h and w: multiples of `patch`. What is further than `REACH` patches from a patch does not change it.
+    In float32; h and w are multiples of `patch`. What is further than `REACH` patches from a patch does not change it.
+    What leaves black and white is cut first, since that is what shows; its gradient is that of the uncut picture.
     """
+    edited = edited + (edited.clamp(0, 1) - edited).detach()
     slopeless = _about_plane(patch).to(edited)
     residual = slopeless @ _to_patches(edited - picture, patch)  # [b, 3, m, H * W]
     rough = (slopeless @ _to_patches(picture, patch)).square().mean(2).amax(1, keepdim=True)  # [b, 1, H * W]
