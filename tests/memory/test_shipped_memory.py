@@ -34,6 +34,11 @@ def test_one_fact_is_remembered_exported_and_forgotten(tmp_path: Path) -> None:
     assert "Quixomo" in memory.ask(question, ["trip"])
     assert memory.ask(question, [note], strength=0.0) == before
     assert "Paris" in memory.ask("What is the capital of France?", [note])
+    people = {"Tamsin": "Quixomo", "Bertil": "copper", "Oranda": "4718", "Grumlis": "lantern"}
+    several = memory.remember(" ".join(f"{name} works in {place}." for name, place in people.items()))
+    answers = memory.ask_batch([f"Where does {name} work?" for name in people], [[several]] * 4, max_new_tokens=16)
+    right = [place in answer for place, answer in zip(people.values(), answers, strict=True)]
+    assert sum(right) >= 3, answers  # 0.95 of four people in docs/memory.md
     note.save_pretrained(tmp_path / "peft", model=memory.base.model)
     memory.forget("trip")
     assert memory.ask(question) == before
