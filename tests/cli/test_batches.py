@@ -383,7 +383,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import openwu.files.writing, os
 from openwu.images import read_picture
 class Result:
-    adapter = understood = None
+    adapter = understood = reproduced = None
     timings = {}
     def __init__(self, photo): self.photo = photo
 class Editor:

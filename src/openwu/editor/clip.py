@@ -149,7 +149,8 @@ class _ClipEdit:
             self.timings["write"] += time.perf_counter() - writing
         odd = found.width % 2 or found.height % 2
         sides = ("its last row or column is repeated, since common H.264 has even sides only",) if odd else ()
-        notes = (*self.clip.notes, *found.notes, *sides, *lost)
+        told = () if series.reproduced is None or series.reproduced.note is None else (series.reproduced.note,)
+        notes = (*told, *self.clip.notes, *found.notes, *sides, *lost)
         return ClipResult(
             self.output,
             series.adapters,

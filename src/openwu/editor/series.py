@@ -17,6 +17,7 @@ from openwu.backbones.protocol import Backbone
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.examples import try_example
 from openwu.editor.generate import generate_adapters
+from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import EditRequest, Task, job_of
 from openwu.editor.tasks import pass_of, read_photos
 from openwu.images import Photo
@@ -84,6 +85,8 @@ class Series:
     passes: tuple[SeriesPass, ...]
     understood: Understood | None
     seed: int
+    reproduced: Reproduction | None = None
+    """How much of an example's own change the adapter makes; None without an example, or with a stored adapter."""
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -119,7 +122,7 @@ def make_series(
     count = 1 if given is not None else len(task.job.instructions)
     adapters = list(stored) if given is None else [given]
     passes: list[SeriesPass] = []
-    photo = task.job.photos[0]
+    photo, reproduced = task.job.photos[0], None
     for number in range(count):
         part = task
         if count > 1:
@@ -128,9 +131,9 @@ def make_series(
             part = pass_of(task, number, photo, editor.backbone)
         if number == len(adapters):
             adapters += generate_adapters(editor, [part.job], allow_out_of_scope, 1, {})
-            try_example(editor, part, adapters[-1], allow_out_of_scope, {})
+            reproduced = try_example(editor, part, adapters[-1], allow_out_of_scope, {})
         adapter = adapters[number].to(editor.generator.hidden_in.weight)
         scaled = adapter.scaled(editor._scale(request.strength))
         scope = SharedScope(editor.backbone, editor.handle, scaled, editor._turns)
         passes.append(SeriesPass(editor, part, adapter, scope))
-    return Series(tuple(passes), task.summary, task.job.seed)
+    return Series(tuple(passes), task.summary, task.job.seed, reproduced)
