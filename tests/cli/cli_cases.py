@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 from openwu import cli
 from openwu.editor.cache import AdapterCache
@@ -44,6 +46,9 @@ class FakeResult:
 @dataclass
 class FakeEditor:
     """Inverts pictures, remembers what it was asked, and fails for the names it is told."""
+
+    name: ClassVar[str] = "fake"
+    backbone: ClassVar[Any] = SimpleNamespace(strengths=(-math.inf, math.inf))
 
     model: str | None = None
     cache: AdapterCache | None = None
@@ -104,6 +109,7 @@ class FakeEditor:
         edit: str | None = None,
         then: tuple[str, ...] = (),
         references: int = 0,
+        strength: float = 1.0,
     ) -> Understood | None:
         if any("dragon" in text for text in (instruction, *then)):
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
