@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 from openwu import cli
 from openwu.editor.cache import AdapterCache
@@ -46,9 +44,6 @@ class FakeResult:
 @dataclass
 class FakeEditor:
     """Inverts pictures, remembers what it was asked, and fails for the names it is told."""
-
-    name: ClassVar[str] = "fake"
-    backbone: ClassVar[Any] = SimpleNamespace(strengths=(-math.inf, math.inf))
 
     model: str | None = None
     cache: AdapterCache | None = None
@@ -113,7 +108,7 @@ class FakeEditor:
     ) -> Understood | None:
         if any("dragon" in text for text in (instruction, *then)):
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
-        self.read = (instruction, edit, then, references)
+        self.read, self.strength = (instruction, edit, then, references), strength
         return self.understood
 
 
