@@ -129,10 +129,11 @@ class FakeEditor:
         edit: str | None = None,
         then: tuple[str, ...] = (),
         references: int = 0,
+        strength: float = 1.0,
     ) -> Understood | None:
         if any("dragon" in text for text in (instruction, *then)):
             raise InstructionError("instruction: the model does not know how to; try --allow-out-of-scope")
-        self.read = (instruction, edit, then, references)
+        self.read, self.strength = (instruction, edit, then, references), strength
         return self.understood
 
 

@@ -143,9 +143,6 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
 
 def _understand(editor: Editor, words: tuple[str, ...], arguments: argparse.Namespace) -> Understood | None:
     """What the words are taken for; raises InstructionError once, before any photo, for what the model refuses."""
-    from openwu.editor.requests import check_strength_range
-
-    check_strength_range(arguments.strength, editor.backbone, editor.name)
     if arguments.allow_out_of_scope or arguments.adapter or arguments.example:
         return None
     references = len(arguments.reference)
