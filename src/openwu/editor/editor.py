@@ -123,17 +123,21 @@ class Editor:
         `images`: the picture to edit: a path, the bytes of a file, a file object, a PIL image, an array `[h, w]` or
         `[h, w, 3]`, a tensor `[3, h, w]`, or a `Photo`; in a list, further ones are references of instructions such as
         "take its colours". `instruction`: what to do. `edit`: in its place, the name of a known edit ("brighten").
+
         `example`: pairs of pictures before and after an edit that is shown rather than said, with or without an
         instruction. The base sees the picture alone; what the example shows reaches it through the adapter. It is the
         same for every picture of a series, unless with `per_photo`. It is tried on the example's own picture before:
         `reproduced` of the result says how much of the change it makes, and too little is refused.
+
         `then`: one more instruction or several. Each has a pass of its own, on the result of the one before, and the
         result's adapter is the last one's. A base that tells edits apart runs an instruction that itself asks for two
         edits ("brighter and add grain") that way, too.
+
         `strength`: with the embedded base the share of the edit's change, -1 to 2 (0: the pixels as they are, -1: the
         same the other way; docs/editing.md), with others the factor on the adapter. `seed`: of everything random (None:
         the base's default, which the result tells). `reasoning`: what a base that reasons first shall have thought
         (None: it writes that itself, "": nothing).
+
         `adapter` (b = 1) reuses an adapter instead of generating one; without an instruction the base then reads the
         one that the adapter was generated for. `allow_out_of_scope` takes the instruction as it is, and tries what the
         base would refuse. `sampling`: this call's options of the base, in place of the editor's. `progress` is called
@@ -141,6 +145,7 @@ class Editor:
 
         Returns an EditResult: `photo` and `image`, `understood`, `reproduced`, `adapter`, `timings`; `save(path)`
         writes it.
+
         Raises OpenwuError that names the argument for one that is wrong or that this base cannot serve:
         InstructionError for words, ExampleError for an example that is not understood, PictureError for pictures,
         TargetError for adapters.
