@@ -33,8 +33,8 @@ WARM = 120.0
 """Most seconds of the soak's requests before memory is first looked at."""
 ENOUGH = 2000
 """Requests from which the slope of memory is more than noise."""
-STORES = 300
-"""MB that the adapters of four keys take at most: 64 of each on the shelf, and their caches of 32 MiB."""
+STORES = 210
+"""MB that the adapters of four keys take at most: 64 of each on the shelf, 0.29 MB each, and their caches of 32 MiB."""
 REQUESTS = int(os.environ.get("OPENWU_MIXED_REQUESTS", "96"))
 """How many requests the keys send together."""
 PROMPTS = (PROMPT, "turn it black and white", "blur the photo")
