@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.joined import joined
 from openwu.backbones.embedded.language import check_language, check_request, word_set
 from openwu.errors import InstructionError
 
@@ -321,6 +322,9 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
         if whole.edit in edits or not whole.is_wish(accepted):
             return tuple(found)
         return None
+    parts = joined(found, [*map(_stands_alone, found)], any(word == "then" for _, word in pieces))
+    if parts and (any(each.reading.edit == whole.edit for each in parts) or not whole.is_wish(accepted)):
+        return parts
     lost = [
         each
         for each in found

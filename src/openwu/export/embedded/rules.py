@@ -11,9 +11,18 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from openwu.backbones.embedded import amounts, catalogue, complaints, guarantees, instruction, language, wishes
+from openwu.backbones.embedded import amounts, catalogue, complaints, guarantees, instruction, joined, language, wishes
 
-MODULES: tuple[ModuleType, ...] = (instruction, language, amounts, wishes, complaints, catalogue, guarantees)
+MODULES: tuple[ModuleType, ...] = (
+    instruction,
+    language,
+    amounts,
+    joined,
+    wishes,
+    complaints,
+    catalogue,
+    guarantees,
+)
 
 _LETTERS = r"\p{L}\p{N}_"
 _BOUNDARY = rf"(?:(?<=[{_LETTERS}])(?![{_LETTERS}])|(?<![{_LETTERS}])(?=[{_LETTERS}]))"

@@ -1,4 +1,4 @@
-// What a sentence asks for: the same rules as openwu/backbones/embedded/{language,amounts,complaints,wishes,catalogue}.py.
+// What a sentence asks for: the same rules as openwu/backbones/embedded/{language,amounts,complaints,joined,wishes,catalogue}.py.
 // Their patterns and tables come from rules.json, which the export writes; only the order of the steps is here.
 
 export class Refusal extends Error {}
@@ -273,6 +273,8 @@ export class Rules {
     if (edits.size === found.length && found.length <= w.MOST_WISHES && found.every((each) => this.standsAlone(each))) {
       return edits.has(whole.edit) || !sure ? found : null;
     }
+    const parts = this.joinedParts(found, later.some(([, word]) => word === "then"));
+    if (parts && (!sure || parts.some((each) => each.reading.edit === whole.edit))) return parts;
     const lost = found.filter(
       ({ text, reading }) =>
         this.isCommand(text) &&
@@ -290,6 +292,31 @@ export class Rules {
       );
     }
     return null;
+  }
+
+  // Parts that name edits without commanding them; null for fewer than two.
+  joinedParts(found, ordered) {
+    const j = this.joined;
+    const chance = (part, edit) => part.reading.ranked.find(([label]) => label === edit)?.[1] ?? 0;
+    const same = (one, other) =>
+      one.reading.edit === other.reading.edit ||
+      chance(one, other.reading.edit) >= j._SAME ||
+      chance(other, one.reading.edit) >= j._SAME;
+    const wishes = [];
+    for (const part of found) {
+      const counts = this.isWish(part.reading, j.SURE) && (ordered || this.counts(part));
+      if (counts && !wishes.some((each) => same(part, each))) wishes.push(part);
+    }
+    const edits = wishes.map((each) => each.reading.edit);
+    const near = !ordered && j._NEAR.some((together) => edits.filter((edit) => together.includes(edit)).length > 1);
+    return wishes.length >= 2 && wishes.length <= j._MOST && !near ? wishes : null;
+  }
+
+  counts(part) {
+    const j = this.joined;
+    const word = isAscii(part.text) && spaced(part.text).split(" ").length < 2;
+    if (fullmatch(j._POINTS_BACK, part.text) || (word && (part.reading.sentence || !this.standsAlone(part)))) return false;
+    return Boolean(part.reading.sentence) || !(j._DESCRIBES.test(part.text) || j._DENIES.test(part.text));
   }
 
   standsAlone(wish) {
