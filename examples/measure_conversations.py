@@ -194,11 +194,11 @@ def two_hops(memory: LanguageMemory) -> dict[str, Any]:
     steps = ask("the first hop alone", both, asked, [places[0] for _, places, _ in rows])
     ask("the second hop alone", both, [f"What does {places[0]}'s office sell?" for _, places, _ in rows], first)
     found = [re.search(r"works in (\w+)", answer) for answer in steps]
-    places = [match.group(1) if match else "" for match in found]
+    recalled = [match.group(1) if match else "" for match in found]
     ask(
         "asked in two steps, the first answer in the second question",
         both,
-        [f"What does {place}'s office sell?" for place in places],
+        [f"What does {place}'s office sell?" for place in recalled],
         first,
     )
     return results

@@ -15,10 +15,11 @@ from openwu.errors import CheckpointError, DatasetError
 from openwu.evaluation.experiments.recall import leak
 from openwu.generator.associative import AssociativeGenerator
 from openwu.memory.facts import TRAINED, UNSEEN, FactSource
-from openwu.memory.language import LanguageMemory
+from openwu.memory.language import BUNDLED, LanguageMemory
 from openwu.training.bases.language import (
     LanguageMemoryRun,
     NoteFile,
+    fitted_to,
     memory_stage,
     new_generator,
     train_language_memory,
@@ -81,6 +82,26 @@ def test_a_recipe_trains_resumes_and_writes_a_memory(recipe: LanguageMemoryRun, 
         LanguageMemory(language_model(seed=3), whole)
     with pytest.raises(Exception, match="metric_rank"):
         train_language_memory(replace(recipe, metric_rank=5), tmp_path / "whole")
+
+
+def test_a_recipe_without_layers_is_fitted_to_the_base(recipe: LanguageMemoryRun, base: Path) -> None:
+    recipe = replace(recipe, layers=(), strengths=(), states=None, reader_layers=None)
+    model = CausalLM.from_pretrained(base)
+    fitted = fitted_to(recipe, model)
+    assert (fitted.layers, fitted.states, fitted.reader_layers) == ((1,), 0, (0,))
+    model.model.model.layers[0].register_forward_hook(lambda *args: args[2] * 3)
+    [length] = fitted_to(recipe, model).strengths
+    assert length == pytest.approx(3 * fitted.strengths[0], rel=1e-5)
+    assert new_generator(replace(recipe, start=""), model).config.targets == ("model.layers.1.mlp.down_proj",)
+
+
+def test_own_notes_go_on_from_the_generator_of_the_package(base: Path) -> None:
+    made = load_recipe(Path(__file__).parents[2] / "recipes" / "own_notes.py", ["data=notes.jsonl"])
+    assert isinstance(made, LanguageMemoryRun)
+    model = CausalLM.from_pretrained(base)
+    assert new_generator(made, model).config.targets == AssociativeGenerator.from_pretrained(BUNDLED).config.targets
+    with pytest.raises(CheckpointError, match="trained on"):
+        LanguageMemory(model, new_generator(made, model))
 
 
 def test_the_copy_loss_asks_for_any_token_whose_successor_is_the_label() -> None:
