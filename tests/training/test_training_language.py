@@ -15,13 +15,14 @@ from openwu.errors import CheckpointError, DatasetError
 from openwu.evaluation.experiments.recall import leak
 from openwu.generator.associative import AssociativeGenerator
 from openwu.memory.facts import TRAINED, UNSEEN, FactSource
-from openwu.memory.language import BUNDLED, LanguageMemory
+from openwu.memory.language import LanguageMemory
 from openwu.training.bases.language import (
     LanguageMemoryRun,
     NoteFile,
     fitted_to,
     memory_stage,
     new_generator,
+    residual_lengths,
     train_language_memory,
 )
 from openwu.training.bases.recall_loss import SHARPNESS, RecallLoss, copy_losses
@@ -89,19 +90,20 @@ def test_a_recipe_without_layers_is_fitted_to_the_base(recipe: LanguageMemoryRun
     model = CausalLM.from_pretrained(base)
     fitted = fitted_to(recipe, model)
     assert (fitted.layers, fitted.states, fitted.reader_layers) == ((1,), 0, (0,))
-    model.model.model.layers[0].register_forward_hook(lambda *args: args[2] * 3)
-    [length] = fitted_to(recipe, model).strengths
-    assert length == pytest.approx(3 * fitted.strengths[0], rel=1e-5)
+    assert fitted.strengths == tuple(residual_lengths(model, "", (1,)))
+    [before] = residual_lengths(model, "", (0,))
+    model.model.get_input_embeddings().weight.data *= 3  # type: ignore[operator, union-attr]
+    assert residual_lengths(model, "", (0,)) == [pytest.approx(3 * before, rel=1e-5)]
     assert new_generator(replace(recipe, start=""), model).config.targets == ("model.layers.1.mlp.down_proj",)
 
 
-def test_own_notes_go_on_from_the_generator_of_the_package(base: Path) -> None:
+def test_own_notes_refuse_the_generator_of_another_model(base: Path) -> None:
     made = load_recipe(Path(__file__).parents[2] / "recipes" / "own_notes.py", ["data=notes.jsonl"])
     assert isinstance(made, LanguageMemoryRun)
     model = CausalLM.from_pretrained(base)
-    assert new_generator(made, model).config.targets == AssociativeGenerator.from_pretrained(BUNDLED).config.targets
-    with pytest.raises(CheckpointError, match="trained on"):
-        LanguageMemory(model, new_generator(made, model))
+    with pytest.raises(CheckpointError, match="start="):
+        new_generator(made, model)
+    assert new_generator(replace(made, start=""), model).config.targets == ("model.layers.1.mlp.down_proj",)
 
 
 def test_the_copy_loss_asks_for_any_token_whose_successor_is_the_label() -> None:

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
-from openwu.errors import DatasetError, OpenwuError
+from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.files.hashing import of_files
 from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
 from openwu.memory.facts import FILLERS, ORDINARY, ORDINARY_KINDS, FactSource, vocabulary_words
@@ -185,7 +185,10 @@ def train_language_memory(
 def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGenerator:
     """Make a generator with weights from the recipe's seed, or load the one to start from."""
     if recipe.start:
-        return AssociativeGenerator.from_pretrained(BUNDLED if recipe.start == PACKAGED else recipe.start)
+        found = AssociativeGenerator.from_pretrained(BUNDLED if recipe.start == PACKAGED else recipe.start)
+        if NoteFormat.of(found.config).base not in ("", base.digest):
+            raise CheckpointError(f"start: {recipe.start} was trained on another model; train a new generator: start=")
+        return found
     recipe = fitted_to(recipe, base)
     assert recipe.states is not None
     assert recipe.reader_layers is not None
@@ -202,11 +205,11 @@ def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGener
         targets,
         linear.in_features,
         base.width,
-        recipe.metric_rank,
+        min(recipe.metric_rank, linear.in_features),
         recipe.correction_rank,
         shared_rank=recipe.shared_rank,
         condition_encoder=reading,
-        background_rank=recipe.background_rank,
+        background_rank=min(recipe.background_rank, linear.in_features),
         reader=_attention(base, recipe.reader_layers),
         reader_rank=recipe.reader_rank,
     )
