@@ -1,14 +1,18 @@
 """Measure what a language memory recalls, and what it costs; the numbers of docs/memory.md.
 
-    python examples/measure_memory.py results.json [generator [cases]]
+    python examples/measure_memory.py results.json [--generator FOLDER] [--seeds FOLDER ...] [--cases 24]
 
-Without a generator's folder the one of the package is measured.
+Without a generator's folder the one of the package is measured. `--seeds`: generators of further trainings, of which
+the main lines are measured and averaged with the first one's. Lines that stand in results.json already are kept, so an
+interrupted measurement goes on; remove the file to measure everything anew.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,33 +136,84 @@ def costs(memory: LanguageMemory, facts: int) -> dict[str, float]:
     }
 
 
-def main(output: Path, generator: str | None, count: int) -> None:
-    memory = LanguageMemory.from_pretrained(generator)
-    results: dict[str, Any] = {**origin(), "cases": count}
+MAIN = ("1 people", "2 people", "4 people", "8 people", "2 people, relations never trained")
+"""Recall lines that are measured for every seed."""
+LEAKS = {facts: f"ordinary questions, note of {facts} people" for facts in (1, 4)}
+Results = dict[str, Any]
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def lines(
+    memory: LanguageMemory, count: int, results: Results, save: Callable[[], None], titles: Sequence[str] = ()
+) -> None:
+    """Measure the lines that `results` lacks; `titles`: of these recall lines alone."""
     for title, (cases, rung) in cells(memory, count).items():
-        recall: Recall = measure(memory, cases, rung)
-        results[title] = recall.to_json()
-        sys.stdout.write(f"| {title} | {recall.right} | {recall.mistaken} |\n")
-        sys.stdout.flush()
-        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    for facts in (1, 4):
-        found = leak(memory, [case.note.text for case in recall_cases(memory, facts, 16, seed=60 + facts)])
-        results[f"ordinary questions, note of {facts} people"] = found.to_json()
-        sys.stdout.write(f"| ordinary questions, note of {facts} people | {found.same} | {found.divergence} |\n")
-        sys.stdout.flush()
-        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    results["many notes"] = {f"{number} joined": many_notes(memory, number) for number in (4, 8)}
-    results["updates"] = updates(memory, 16)
-    results["contradictions"] = contradictions(memory)
-    results["two notes"] = two_notes(memory, count // 2)
-    results["costs"] = {f"{facts} facts": costs(memory, facts) for facts in (2, 8)}
-    output.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    sys.stdout.write(
-        json.dumps({key: results[key] for key in ("many notes", "updates", "two notes", "costs")}, indent=1) + "\n"
+        if title not in results and (not titles or title in titles):
+            recall: Recall = measure(memory, cases, rung)
+            results[title] = recall.to_json()
+            say(f"| {title} | {recall.right} | {recall.mistaken} |")
+            save()
+    for facts, title in LEAKS.items():
+        if title not in results:
+            found = leak(memory, [case.note.text for case in recall_cases(memory, facts, 16, seed=60 + facts)])
+            results[title] = found.to_json()
+            say(f"| {title} | {found.same} | {found.divergence} |")
+            save()
+
+
+def over_seeds(seeds: Sequence[Mapping[str, Any]]) -> Results:
+    """Return the mean, the smallest and the largest value of every main line over several generators' results."""
+    values = {title: [each[title]["right"]["value"] for each in seeds] for title in MAIN}
+    values |= {title: [each[title]["divergence"]["value"] for each in seeds] for title in LEAKS.values()}
+    return {
+        title: {"mean": sum(each) / len(each), "smallest": min(each), "largest": max(each), "seeds": len(each)}
+        for title, each in values.items()
+    }
+
+
+def main(output: Path, generator: str | None, seeds: Sequence[str], count: int) -> None:
+    results: Results = (
+        json.loads(output.read_text(encoding="utf-8")) if output.exists() else {**origin(), "cases": count}
     )
+    if results["cases"] != count:
+        raise SystemExit(f"{output}: has results of {results['cases']} cases; remove it, or give --cases that number")
+
+    def save() -> None:
+        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+    memory = LanguageMemory.from_pretrained(generator)
+    lines(memory, count, results, save)
+    further: dict[str, Callable[[], Results]] = {
+        "many notes": lambda: {f"{number} joined": many_notes(memory, number) for number in (4, 8)},
+        "updates": lambda: updates(memory, 16),
+        "contradictions": lambda: contradictions(memory),
+        "two notes": lambda: two_notes(memory, count // 2),
+        "costs": lambda: {f"{facts} facts": costs(memory, facts) for facts in (2, 8)},
+    }
+    for title, find in further.items():
+        if title not in results:
+            results[title] = find()
+            say(f"{title}: {json.dumps(results[title])}")
+            save()
+    memory.close()
+    others = results.setdefault("other seeds", {}) if seeds else {}
+    for number, folder in enumerate(seeds, start=1):
+        say(f"seed {number}: {folder}")
+        lines(LanguageMemory.from_pretrained(folder), count, others.setdefault(str(number), {}), save, MAIN)
+        results["over seeds"] = over_seeds([results, *others.values()])
+        save()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    arguments = sys.argv[1:]
-    main(Path(arguments[0]), arguments[1] if arguments[1:] else None, int(arguments[2]) if arguments[2:] else 32)
+    parser = argparse.ArgumentParser(description="Measure what a language memory recalls, and what it costs.")
+    parser.add_argument("output", type=Path, help="JSON file of the results")
+    parser.add_argument("--generator", metavar="FOLDER", help="generator to measure (default: the package's)")
+    parser.add_argument("--seeds", metavar="FOLDER", nargs="*", default=[], help="generators of further trainings")
+    parser.add_argument("--cases", type=int, default=24, help="notes a line (default: 24)")
+    asked = parser.parse_args()
+    main(asked.output, asked.generator, asked.seeds, asked.cases)

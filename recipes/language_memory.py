@@ -18,4 +18,8 @@ def recipe() -> LanguageMemoryRun:
             decay=0.35,
             weight_decay=0.0,
         ),
+        layers=(25,),
+        strengths=(500.0,),
+        states=15,
+        reader_layers=(19, 20, 21, 22, 23, 24),
     )

@@ -19,8 +19,10 @@ from openwu.memory.language import LanguageMemory
 from openwu.training.bases.language import (
     LanguageMemoryRun,
     NoteFile,
+    fitted_to,
     memory_stage,
     new_generator,
+    residual_lengths,
     train_language_memory,
 )
 from openwu.training.bases.recall_loss import SHARPNESS, RecallLoss, copy_losses
@@ -81,6 +83,27 @@ def test_a_recipe_trains_resumes_and_writes_a_memory(recipe: LanguageMemoryRun, 
         LanguageMemory(language_model(seed=3), whole)
     with pytest.raises(Exception, match="metric_rank"):
         train_language_memory(replace(recipe, metric_rank=5), tmp_path / "whole")
+
+
+def test_a_recipe_without_layers_is_fitted_to_the_base(recipe: LanguageMemoryRun, base: Path) -> None:
+    recipe = replace(recipe, layers=(), strengths=(), states=None, reader_layers=None)
+    model = CausalLM.from_pretrained(base)
+    fitted = fitted_to(recipe, model)
+    assert (fitted.layers, fitted.states, fitted.reader_layers) == ((1,), 0, (0,))
+    assert fitted.strengths == tuple(residual_lengths(model, "", (1,)))
+    [before] = residual_lengths(model, "", (0,))
+    model.model.get_input_embeddings().weight.data *= 3  # type: ignore[operator, union-attr]
+    assert residual_lengths(model, "", (0,)) == [pytest.approx(3 * before, rel=1e-5)]
+    assert new_generator(replace(recipe, start=""), model).config.targets == ("model.layers.1.mlp.down_proj",)
+
+
+def test_own_notes_refuse_the_generator_of_another_model(base: Path) -> None:
+    made = load_recipe(Path(__file__).parents[2] / "recipes" / "own_notes.py", ["data=notes.jsonl"])
+    assert isinstance(made, LanguageMemoryRun)
+    model = CausalLM.from_pretrained(base)
+    with pytest.raises(CheckpointError, match="start="):
+        new_generator(made, model)
+    assert new_generator(replace(made, start=""), model).config.targets == ("model.layers.1.mlp.down_proj",)
 
 
 def test_the_copy_loss_asks_for_any_token_whose_successor_is_the_label() -> None:

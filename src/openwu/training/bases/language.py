@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 
 from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
-from openwu.errors import DatasetError, OpenwuError
+from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.files.hashing import of_files
 from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
-from openwu.memory.facts import ORDINARY, ORDINARY_KINDS, FactSource, vocabulary_words
-from openwu.memory.language import LanguageMemory
+from openwu.memory.facts import FILLERS, ORDINARY, ORDINARY_KINDS, FactSource, vocabulary_words
+from openwu.memory.language import BUNDLED, LanguageMemory
 from openwu.memory.reading import NoteFormat
 from openwu.training.bases.recall_loss import NoteBatch, OwnAnswers, PredictedLosses, RecallLoss
 from openwu.training.checkpoint import check_recipe
@@ -32,6 +32,11 @@ from openwu.training.retention import RetentionObjective
 from openwu.training.stage import GeneratorStage
 
 STAGE = "generator"
+PACKAGED = "packaged"
+"""Value of `start` for the generator inside the package."""
+LEAST_DEPTH = 2
+READER_DEPTH = 6
+"""Layers of the reader LoRA, where a recipe names none."""
 WHITENED = 10
 """Batches of notes from which the first metric is computed."""
 ANSWERED = 16
@@ -52,17 +57,17 @@ class LanguageMemoryRun(Recipe):
     data: str | None = None
     """JSONL file of notes with questions; None: invented facts."""
     start: str | None = field(default=None, metadata=LATER)
-    """Folder of a generator to go on from; None: a new one."""
-    layers: tuple[int, ...] = (25,)
-    """Decoder layers whose last linear layer is adapted."""
-    strengths: tuple[float, ...] = (500.0,)
-    """Length of a value before training, for each of them: about that of the residual stream."""
-    states: int = 15
-    """Decoder layer whose states decide strengths and corrections; not above the last adapted one."""
+    """Folder of a generator to go on from, or "packaged" for that of the package; None or empty: a new one."""
+    layers: tuple[int, ...] = ()
+    """Decoder layers whose last linear layer is adapted; (): the one at five sixths of the depth."""
+    strengths: tuple[float, ...] = ()
+    """Length of a value before training, for each of them; (): that of the residual stream which enters them."""
+    states: int | None = None
+    """Decoder layer whose states decide strengths and corrections, below the last adapted one; None: half the depth."""
     note_prompt: str = "<|im_start|>assistant\n"
     question_prompt: str = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    reader_layers: tuple[int, ...] = (19, 20, 21, 22, 23, 24)
-    """Decoder layers whose attention gets the reader LoRA, all below `layers`; (): none."""
+    reader_layers: tuple[int, ...] | None = None
+    """Decoder layers whose attention gets the reader LoRA, all below `layers`; (): none; None: the six below them."""
     reader_rank: int = 8
     copy_weight: float = 0.5
     """Weight of the copy loss: keys of a note shall match where its words are to be said."""
@@ -89,11 +94,11 @@ class LanguageMemoryRun(Recipe):
     def __post_init__(self) -> None:
         if len(self.generator.shapes) != 1 or self.generator.shapes[0][1] != 0:
             raise ValueError(f"generator.shapes: expected one ((notes, 0),), got {self.generator.shapes}")
-        if len(self.layers) != len(self.strengths) or not self.layers:
+        if self.layers and self.strengths and len(self.layers) != len(self.strengths):
             raise ValueError(f"strengths: expected one for each of {self.layers}, got {self.strengths}")
-        if self.reader_layers and not max(self.reader_layers) < min(self.layers):
+        if self.layers and self.reader_layers and not max(self.reader_layers) < min(self.layers):
             raise ValueError(f"reader_layers: expected layers below {min(self.layers)}, got {self.reader_layers}")
-        if not self.states < max(self.layers):
+        if self.layers and self.states is not None and not self.states < max(self.layers):
             raise ValueError(f"states: expected a layer below {max(self.layers)}, got {self.states}")
         if not self.background > 0:
             raise ValueError(f"background: expected a number above 0, got {self.background}; background_rank=0: none")
@@ -152,7 +157,8 @@ def train_language_memory(
     notes = None if recipe.data is None else NoteFile(recipe.data)
     if notes is not None and len(notes) <= recipe.held_back:
         raise DatasetError(
-            f"{recipe.data}: expected more than the {recipe.held_back} notes held back, got {len(notes)}"
+            f"{recipe.data}: expected more than the {recipe.held_back} notes held back, got {len(notes)}; "
+            "hold back fewer: held_back=2"
         )
     base = CausalLM.packaged() if recipe.base is None else CausalLM.from_pretrained(recipe.base, dtype=torch.float32)
     hashes = "" if recipe.data is None else of_files([Path(recipe.data)]).hexdigest()
@@ -162,7 +168,7 @@ def train_language_memory(
     memory = LanguageMemory(base, new_generator(recipe, base))
     try:
         stage = memory_stage(recipe, memory, notes)
-        if recipe.start is None:
+        if not recipe.start:
             _fit_metric(recipe, memory, stage)
         done = train_stage(stage, recipe.generator, loop, folder / STAGE)
         if done:
@@ -178,9 +184,15 @@ def train_language_memory(
 
 def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGenerator:
     """Make a generator with weights from the recipe's seed, or load the one to start from."""
-    if recipe.start is not None:
-        return AssociativeGenerator.from_pretrained(recipe.start)
-    if recipe.layers[-1] >= len(base.layers):
+    if recipe.start:
+        found = AssociativeGenerator.from_pretrained(BUNDLED if recipe.start == PACKAGED else recipe.start)
+        if NoteFormat.of(found.config).base not in ("", base.digest):
+            raise CheckpointError(f"start: {recipe.start} was trained on another model; train a new generator: start=")
+        return found
+    recipe = fitted_to(recipe, base)
+    assert recipe.states is not None
+    assert recipe.reader_layers is not None
+    if max(recipe.layers) >= len(base.layers):
         raise OpenwuError(f"layers: expected numbers below {len(base.layers)}, got {recipe.layers}")
     targets = tuple(f"{base.layers[layer]}.mlp.down_proj" for layer in recipe.layers)
     linear = base.model.get_submodule(targets[0])
@@ -193,17 +205,43 @@ def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGener
         targets,
         linear.in_features,
         base.width,
-        recipe.metric_rank,
+        min(recipe.metric_rank, linear.in_features),
         recipe.correction_rank,
         shared_rank=recipe.shared_rank,
         condition_encoder=reading,
-        background_rank=recipe.background_rank,
+        background_rank=min(recipe.background_rank, linear.in_features),
         reader=_attention(base, recipe.reader_layers),
         reader_rank=recipe.reader_rank,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return AssociativeGenerator(config, recipe.strengths)
+
+
+def fitted_to(recipe: LanguageMemoryRun, base: CausalLM) -> LanguageMemoryRun:
+    """Fill in the layers and strengths that the recipe leaves to the base; OpenwuError for a base of one layer."""
+    depth = len(base.layers)
+    if depth < LEAST_DEPTH:
+        raise OpenwuError(f"base: expected a model of {LEAST_DEPTH} decoder layers or more, got {depth}")
+    layers = recipe.layers or (depth * 5 // 6,)
+    reader, states = recipe.reader_layers, recipe.states
+    return replace(
+        recipe,
+        layers=layers,
+        strengths=recipe.strengths or tuple(residual_lengths(base, recipe.note_prompt, layers)),
+        reader_layers=tuple(range(max(0, min(layers) - READER_DEPTH), min(layers))) if reader is None else reader,
+        states=min(depth // 2, max(layers) - 1) if states is None else states,
+    )
+
+
+@torch.no_grad()
+def residual_lengths(base: CausalLM, prompt: str, layers: Sequence[int]) -> list[float]:
+    """Return the median length of the residual stream that enters each of these layers, over ordinary sentences."""
+    texts = base.tokenize([prompt + sentence for sentence in FILLERS])
+    found = base.model(
+        input_ids=texts.ids, attention_mask=texts.mask, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return [float(found[layer].norm(dim=-1)[texts.mask.bool()].median()) for layer in layers]
 
 
 def memory_stage(
