@@ -17,7 +17,7 @@ from torch import nn
 from openwu.backbones.embedded.condition import condition_view
 from openwu.backbones.embedded.network import INPUT_CHANNELS, noise_plane, place_planes
 from openwu.backbones.embedded.piecewise import pieces
-from openwu.backbones.embedded.wishes import Wish
+from openwu.backbones.embedded.words.wishes import Wish
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest

@@ -7,8 +7,8 @@ import pytest
 
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import known_edits, nearest, refusal, search, shown
-from openwu.backbones.embedded.wishes import OUT_OF_SCOPE as LABEL
-from openwu.backbones.embedded.wishes import Reading
+from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE as LABEL
+from openwu.backbones.embedded.words.wishes import Reading
 from openwu.backbones.protocol import KnownEdit
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases

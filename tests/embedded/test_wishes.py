@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from openwu.backbones.embedded.amounts import MAX_STRENGTH, Amount, find_amount, strength_of
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import instead
-from openwu.backbones.embedded.complaints import cures
-from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
+from openwu.backbones.embedded.words.amounts import MAX_STRENGTH, Amount, find_amount, strength_of
+from openwu.backbones.embedded.words.complaints import cures
+from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.data.suite.phrases import load_phrases
 from openwu.errors import InstructionError
 

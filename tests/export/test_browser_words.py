@@ -13,7 +13,7 @@ from node import node
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import known_edits
 from openwu.backbones.embedded.instruction import hash_phrases, hash_words
-from openwu.backbones.embedded.wishes import Reading, wishes
+from openwu.backbones.embedded.words.wishes import Reading, wishes
 from openwu.data.suite.phrases import load_phrases
 from openwu.errors import InstructionError
 from openwu.export.embedded.onnx import description

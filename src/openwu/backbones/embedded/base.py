@@ -27,7 +27,7 @@ from openwu.backbones.embedded.network import TinyEditor
 from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
 from openwu.backbones.embedded.piecewise.pieces import as_unit
 from openwu.backbones.embedded.understanding import read_sentences, understood
-from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading
+from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (
     Backbone,
     BaseFacts,

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from openwu.backbones.embedded.complaints import cures, single_word
-from openwu.backbones.embedded.language import is_chinese, word_set
-from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading
+from openwu.backbones.embedded.words.complaints import cures, single_word
+from openwu.backbones.embedded.words.language import is_chinese, word_set
+from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import KnownEdit
 from openwu.errors import InstructionError
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from openwu.backbones.embedded.language import word_set
+from openwu.backbones.embedded.words.language import word_set
 from openwu.errors import InstructionError
 from openwu.images import Photo
 from openwu.images.photo import LUMA, ROWS_AT_ONCE

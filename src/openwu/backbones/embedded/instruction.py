@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.backbones.embedded.wishes import Reading
+from openwu.backbones.embedded.words.wishes import Reading
 from openwu.kernels.norm import RMSNorm
 
 _WORD = re.compile(r"[a-z0-9]+|[一-鿿]|[^\sa-z0-9一-鿿]")

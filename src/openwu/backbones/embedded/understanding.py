@@ -8,7 +8,7 @@ from functools import partial
 
 from openwu.backbones.embedded.catalogue import instead, known_edits, refusal
 from openwu.backbones.embedded.instruction import InstructionEncoder
-from openwu.backbones.embedded.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
+from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.errors import InstructionError
 from openwu.types import Understood
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from openwu.backbones.embedded import amounts, catalogue, complaints, guarantees, instruction, joined, language, wishes
+from openwu.backbones.embedded import catalogue, guarantees, instruction
+from openwu.backbones.embedded.words import amounts, complaints, joined, language, wishes
 
 MODULES: tuple[ModuleType, ...] = (
     instruction,

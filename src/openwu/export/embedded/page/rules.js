@@ -1,4 +1,4 @@
-// What a sentence asks for: the same rules as openwu/backbones/embedded/{language,amounts,complaints,joined,wishes,catalogue}.py.
+// What a sentence asks for: the same rules as openwu/backbones/embedded/words/*.py and ../catalogue.py.
 // Their patterns and tables come from rules.json, which the export writes; only the order of the steps is here.
 
 export class Refusal extends Error {}

@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from openwu.backbones.embedded.language import word_set
+from openwu.backbones.embedded.words.language import word_set
 
 if TYPE_CHECKING:
-    from openwu.backbones.embedded.wishes import Wish
+    from openwu.backbones.embedded.words.wishes import Wish
 
 SURE = 0.98
 """Probability from which a part of a sentence counts as a wish beside another one."""

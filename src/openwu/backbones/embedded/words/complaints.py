@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from openwu.backbones.embedded.language import word_set
+from openwu.backbones.embedded.words.language import word_set
 
 Cure = tuple[str, ...]
 

@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from openwu.backbones.embedded.amounts import LIGHT, MEASURED, find_amount, strength_of
-from openwu.backbones.embedded.joined import joined
-from openwu.backbones.embedded.language import check_language, check_request, word_set
+from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.words.joined import joined
+from openwu.backbones.embedded.words.language import check_language, check_request, word_set
 from openwu.errors import InstructionError
 
 OUT_OF_SCOPE = "out_of_scope"
