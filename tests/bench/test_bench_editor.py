@@ -46,7 +46,7 @@ def test_c7_splits_an_edit_into_stages_that_add_up(editors: list[Editor]) -> Non
     check_row(row, "C7")
     assert (row.unit, row.goal, row.at_least) == ("%", 25.0, False)
     assert row.error <= 1 / 255
-    for name, runs, number in (("small", 3, 1), ("wide", 2, 58)):
+    for name, runs, number in (("small", 3, 1), ("wide", 2, 62)):
         timings = {side.removesuffix(f", {name}"): each for side, each in row.sides.items() if side.endswith(name)}
         stages = {"read", "condition", "generate", "edit", "write"}
         assert set(timings) == stages | {"whole edit", "base with adapter", "base alone"}

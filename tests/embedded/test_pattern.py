@@ -102,8 +102,8 @@ DRAWN = {"halftone", "pixel_art", "cross_stitch", "stained_glass", "add_jpeg", "
 GRAINY = {"add_noise", "salt_pepper", "age", "take_grain"}
 """Edits that leave grain in the sky, of which the mean of some hundred patches is not zero."""
 
-STEEP = {"unfade", "invert"}
-"""Edits that leave up to one level: most of the sky lands beyond black or white, where the pattern is cut in half."""
+STEEP = {"unfade", "invert", "restore"}
+"""Edits that leave up to one level: most of the sky lands beyond black or white, or they draw there."""
 
 
 @pytest.mark.parametrize(

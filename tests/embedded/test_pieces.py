@@ -100,9 +100,9 @@ def test_a_large_patch_and_an_odd_one(embedded_model: EmbeddedModel) -> None:
 
 def test_pieces_are_counted(base: TinyEditor, monkeypatch: pytest.MonkeyPatch) -> None:
     job = PiecewiseEdit(base, photos(70, 33), [0], text())
-    # 3 rows of 5 windows in pieces of 2, once for patches and once per block; rectangles of 32 x 48 in 48 x 80.
-    assert [len(stage) for stage in job.stages()] == [9, 9, 9, 4]
-    assert number_of_pieces(base.config, 70, 33) == 31
+    # 3 rows of 5 windows in pieces of 2, once for patches and once per block; rectangles of 32 x 48 in 48 x 80, twice.
+    assert [len(stage) for stage in job.stages()] == [9, 9, 9, 4, 4]
+    assert number_of_pieces(base.config, 70, 33) == 35
     monkeypatch.setattr(pieces, "WHOLE", 70 * 33)
     assert is_whole(70, 33)
     assert not is_whole(70, 34)

@@ -149,7 +149,8 @@ def test_the_stage_applies_what_the_model_applies(stage: ExampleStage) -> None:
         asked = [(row, at) for row in range(len(batch.names)) for at in neighbours(row, count, len(batch.names))]
         for place, (row, at) in enumerate(asked):
             alone = model.edit(
-                batch.picture[at : at + 1], batch.planes[at : at + 1], text[at : at + 1], adapter.select([row])
+                *(batch.picture[at : at + 1], batch.planes[at : at + 1], text[at : at + 1], adapter.select([row])),
+                raw=True,
             )
             torch.testing.assert_close(edited[place], alone[0], atol=1e-4, rtol=1e-4)
 

@@ -122,7 +122,7 @@ def test_openwu_train_learns_pairs_and_the_model_edits(
 
 
 def test_the_loss_falls(recipe: PairsRecipe, tmp_path: Path) -> None:
-    recipe = replace(recipe, generator=replace(recipe.generator, steps=30, learning_rate=5e-3, schedule="constant"))
+    recipe = replace(recipe, generator=replace(recipe.generator, steps=30, learning_rate=4e-3, schedule="constant"))
     model = EmbeddedModel.from_pretrained(recipe.start or "")
     training, held_back = split_pairs(read_pairs(recipe.data or ""), recipe.held_back)
     stage = PairsStage(recipe, model, training, held_back)

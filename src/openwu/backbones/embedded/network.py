@@ -106,7 +106,11 @@ class TinyEditor(nn.Module):
         self.norm = RMSNorm(d)
         self.pixels = PixelPath(config)
 
-    def forward(self, picture: Tensor, planes: Tensor, text: Tensor) -> Tensor:
+    def forward(self, picture: Tensor, planes: Tensor, text: Tensor, raw: bool = False) -> Tensor:
+        """Picture and planes `[b, 3, h, w]`, text `[b, K, text_dim]` -> the edited picture `[b, 3, h, w]` in 0..1.
+
+        `raw`: as trainings compare it, neither cut to 0..1 nor rid of the patches' pattern.
+        """
         height, width = picture.shape[-2:]
         cell = self.config.cell
         x = pad_mirrored(self.inputs(picture, planes), -height % cell, -width % cell)
@@ -114,7 +118,9 @@ class TinyEditor(nn.Module):
         tokens, grid = self.read_scene(x, text.to(x.dtype))
         whole = pad_mirrored(picture, -height % cell, -width % cell)
         edited = recolour(whole, self.pixels(x, tokens, grid))
-        return without_pattern(edited, whole, self.config.patch)[:, :, :height, :width]
+        if not raw:
+            edited = without_pattern(edited, whole, self.config.patch)
+        return edited[:, :, :height, :width]
 
     def inputs(self, picture: Tensor, planes: Tensor) -> Tensor:
         """Picture and planes, `[b, 3, h, w]` each -> the network's channels `[b, 8, h, w]` in its dtype."""

@@ -31,9 +31,9 @@ def without_pattern(edited: Tensor, picture: Tensor, patch: int) -> Tensor:
     """Return edited pictures within 0..1 and without their pattern of patches: edited and picture `[b, 3, h, w]`.
 
     In float32; h and w are multiples of `patch`. What is further than `REACH` patches from a patch does not change it.
-    What leaves black and white is cut first, since that is what shows; its gradient is that of the uncut picture.
+    What leaves black and white is cut first, since that is what shows.
     """
-    edited = edited + (edited.clamp(0, 1) - edited).detach()
+    edited = edited.clamp(0, 1)
     slopeless = _about_plane(patch).to(edited)
     residual = slopeless @ _to_patches(edited - picture, patch)  # [b, 3, m, H * W]
     rough = (slopeless @ _to_patches(picture, patch)).square().mean(2).amax(1, keepdim=True)  # [b, 1, H * W]

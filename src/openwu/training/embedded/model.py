@@ -142,15 +142,17 @@ class EmbeddedModel(nn.Module):
         adapter: Adapter = self.generator(self.condition(pictures, text, references, present))
         return adapter
 
-    def edit(self, picture: Tensor, planes: Tensor, text: Tensor, adapter: Adapter | None) -> Tensor:
-        """The base's answer `[b, 3, h, w]`, with one adapter per row, one for all rows, or none.
+    def edit(
+        self, picture: Tensor, planes: Tensor, text: Tensor, adapter: Adapter | None, *, raw: bool = False
+    ) -> Tensor:
+        """The base's answer `[b, 3, h, w]`, with one adapter per row, one for all rows, or none; `raw`: for trainings.
 
         `planes` `[b, 3, h, w]`: noise, y and x of every pixel, see `openwu.backbones.embedded.network`.
 
         Threads wait for one another, with or without an adapter: hooks apply what one thread asked for.
         """
         with self._hooked, nullcontext() if adapter is None else self.handle.applied(adapter):
-            edited: Tensor = self.backbone(picture, planes, text)
+            edited: Tensor = self.backbone(picture, planes, text, raw)
         return edited
 
     def adapted(self, adapter: Adapter, pixels: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

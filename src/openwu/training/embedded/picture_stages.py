@@ -129,7 +129,7 @@ class PictureStage:
             with torch.no_grad():
                 read = self.model.instruction([""]).expand_as(text)
         with self._precision():
-            return self.model.edit(batch.picture, batch.planes, read, self.adapt(batch, text))
+            return self.model.edit(batch.picture, batch.planes, read, self.adapt(batch, text), raw=True)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:

@@ -56,7 +56,7 @@ class PastSelf:
         batch, model = self._requests.batch(step), self._model
         text = model.instruction(batch.sentences)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            edited = model.edit(batch.picture, batch.planes, text, self._adapt(batch, text))
+            edited = model.edit(batch.picture, batch.planes, text, self._adapt(batch, text), raw=True)
         return replace(batch, target=edited.float())
 
     def size(self, step: int) -> int:
@@ -136,7 +136,7 @@ def known_measure(
             batch = requests.batch(step)
             text = model.instruction(batch.sentences)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                edited = model.edit(batch.picture, batch.planes, text, adapt(batch, text))
+                edited = model.edit(batch.picture, batch.planes, text, adapt(batch, text), raw=True)
             for name, value in zip(batch.names, psnr(edited, batch.target).tolist(), strict=True):
                 scores.setdefault(name, []).append(value)
         return {name: sum(values) / len(values) for name, values in scores.items()}

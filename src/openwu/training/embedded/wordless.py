@@ -43,7 +43,7 @@ def learn_wordless(model: EmbeddedModel, photographs: list[Photograph], seed: in
     found = []
     for _ in range(STEPS if steps is None else steps):
         picture, planes = _drawn(photographs, draws)
-        edited = model.edit(picture, planes, instruction.wordless.expand(REQUESTS, -1, -1), None)
+        edited = model.edit(picture, planes, instruction.wordless.expand(REQUESTS, -1, -1), None, raw=True)
         loss = picture_losses(edited, picture, FLOOR).mean()
         optimizer.zero_grad()
         torch.autograd.backward(loss)

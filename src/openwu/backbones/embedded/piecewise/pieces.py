@@ -166,7 +166,7 @@ class PiecewiseEdit:
         self.text = network.text_norm(text.to(dtype))
         grid = self.padded_height // self.patch, self.padded_width // self.patch
         self.tokens = torch.empty(len(photos), *grid, network.config.d_model, dtype=dtype)
-        # What the network changes, before the grid of its patches is taken out: a byte needs no more than float16.
+        # What the network changes, within -1..1, with the patches' pattern: float16 is enough for bytes.
         exact = torch.float16 if photos[0].pixels.dtype == np.uint8 else torch.float32
         self.changes = torch.empty(len(photos), 3, self.padded_height, self.padded_width, dtype=exact)
         self.outputs = [np.empty_like(photo.pixels) for photo in photos]
@@ -232,7 +232,7 @@ class PiecewiseEdit:
         affine = self.network.pixels(self._inputs(down, right), tokens.flatten(1, 2), tokens.shape[1:3], shown)
         picture = self._picture(rows, columns)
         edited = recolour(picture, affine[:, :, rows.inside(down.start), columns.inside(right.start)])
-        self.changes[:, :, rows.pixels, columns.pixels] = (edited - picture).to(self.changes.dtype)
+        self.changes[:, :, rows.pixels, columns.pixels] = (edited.clamp(0, 1) - picture).to(self.changes.dtype)
 
     def _finish(self, rows: Span, columns: Span) -> None:
         """Write the edited pixels of a rectangle, without the pattern of patches around it."""
