@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import openwu
-from openwu.backbones.embedded.pattern import MEANT, _about_plane, _to_patches, without_pattern
+from openwu.backbones.embedded.pattern import MEANT, _about_neighbours, _about_plane, _to_patches, without_pattern
 from openwu.data.suite import EDITS
 from openwu.data.suite.photographs import load_test_photographs
 
@@ -72,7 +72,7 @@ def test_a_pattern_is_that_of_its_neighbourhood() -> None:
     whole = without_pattern(edited, picture, PATCH)
     rows, columns = slice(24, 160), slice(48, 192)
     part = without_pattern(edited[..., rows, columns], picture[..., rows, columns], PATCH)
-    torch.testing.assert_close(part[..., 32:, 32:], whole[..., 56:160, 80:192])
+    torch.testing.assert_close(part[..., 40:, 40:], whole[..., 64:160, 88:192])
 
 
 @pytest.mark.parametrize("like", ["smooth", "textured"])
@@ -87,8 +87,8 @@ def test_gradients_are_finite(like: str) -> None:
 
 
 def _pattern(picture: Tensor, where: Tensor) -> float:
-    """From trough to peak of what patches `where` [patches] have in common, about their planes, in levels of 255."""
-    common = (_about_plane(PATCH) @ _to_patches(picture, PATCH)[0, :, :, where]).mean(-1) * 255  # [3, m]
+    """From trough to peak of what patches `where` [patches] share, steps between them included, in levels of 255."""
+    common = _about_neighbours(picture, PATCH).flatten(-2)[0, :, :, where].mean(-1) * 255  # [3, m]
     return float((common.amax(-1) - common.amin(-1)).max())
 
 

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 REACH = 4
 """A neighbourhood is a square of patches, with so many to each side of its own."""
 
+SEEN = REACH + 1
+"""So many patches to each side count for one: those of its neighbourhood, and the means beside these."""
+
 SMOOTH = 4 / 255
 """Standard deviation about a plane, in 0..1, from which on a patch of the picture is not smooth at all."""
 
@@ -30,16 +33,16 @@ TINY = 1e-12
 def without_pattern(edited: Tensor, picture: Tensor, patch: int) -> Tensor:
     """Return edited pictures within 0..1 and without their pattern of patches: edited and picture `[b, 3, h, w]`.
 
-    In float32; h and w are multiples of `patch`. What is further than `REACH` patches from a patch does not change it.
+    In float32; h and w are multiples of `patch`, two patches at least. What is further than `SEEN` patches from a patch
+    does not change it.
     What leaves black and white is cut first, since that is what shows.
     """
     edited = edited.clamp(0, 1)
     slopeless = _about_plane(patch).to(edited)
-    residual = slopeless @ _to_patches(edited - picture, patch)  # [b, 3, m, H * W]
-    rough = (slopeless @ _to_patches(picture, patch)).square().mean(2).amax(1, keepdim=True)  # [b, 1, H * W]
     grid = edited.shape[-2] // patch, edited.shape[-1] // patch
+    residual = _about_neighbours(edited - picture, patch)  # [b, 3, m, H, W]
+    rough = (slopeless @ _to_patches(picture, patch)).square().mean(2).amax(1, keepdim=True)  # [b, 1, H * W]
     smooth = (2 - 2 * rough / SMOOTH**2).clamp(0, 1).view(len(rough), 1, *grid)  # [b, 1, H, W]
-    residual = residual.view(*residual.shape[:3], *grid)
 
     count = _around(smooth)[:, :, None]  # [b, 1, 1, H, W]: how many smooth patches a neighbourhood has
     pattern = _around(residual * smooth[:, :, None]) / (count + 1)
@@ -49,6 +52,23 @@ def without_pattern(edited: Tensor, picture: Tensor, patch: int) -> Tensor:
     common = 1 - spread / (count + 1) / (power + TINY)
     taken = common.clamp(0, 1) * (2 - (power + TINY).sqrt() / MEANT).clamp(0, 1) * smooth[:, :, None]
     return edited - _from_patches(pattern * taken, patch)
+
+
+def _about_neighbours(change: Tensor, patch: int) -> Tensor:
+    """What patches of a change `[b, c, h, w]` have beside their mean and the slope of the means around them.
+
+    `[b, c, m, H, W]`. A slope of a patch's own, against that of the means, shows as steps between patches.
+    """
+    b, c, h, w = change.shape
+    high, wide = h // patch, w // patch
+    cells = _to_patches(change, patch).view(b, c, -1, high, wide)
+    mean = cells.mean(2)  # [b, c, H, W]
+    below = F.pad(mean[:, :, 1:] - mean[:, :, :-1], (0, 0, 1, 1), mode="replicate")
+    beside = F.pad(mean[..., 1:] - mean[..., :-1], (1, 1, 0, 0), mode="replicate")
+    down, right = (below[:, :, 1:] + below[:, :, :-1]) / (2 * patch), (beside[..., 1:] + beside[..., :-1]) / (2 * patch)
+    place = (torch.arange(patch) - (patch - 1) / 2).to(change)
+    y, x = place.repeat_interleave(patch)[:, None, None], place.repeat(patch)[:, None, None]
+    return cells - mean[:, :, None] - down[:, :, None] * y - right[:, :, None] * x
 
 
 def _about_plane(patch: int) -> Tensor:

@@ -34,7 +34,7 @@ from openwu.backbones.embedded.network import (
     surrounded_patches,
     to_windows,
 )
-from openwu.backbones.embedded.pattern import REACH, without_pattern
+from openwu.backbones.embedded.pattern import SEEN, without_pattern
 from openwu.errors import OpenwuError
 from openwu.images import Photo
 from openwu.images.colour import Pixels
@@ -236,7 +236,7 @@ class PiecewiseEdit:
 
     def _finish(self, rows: Span, columns: Span) -> None:
         """Write the edited pixels of a rectangle, without the pattern of patches around it."""
-        reach = REACH * self.patch
+        reach = SEEN * self.patch
         down, right = rows.grown(reach, reach, self.padded_height), columns.grown(reach, reach, self.padded_width)
         picture = self._picture(down, right)
         edited = without_pattern(picture + self.changes[:, :, down.pixels, right.pixels], picture, self.patch)
