@@ -203,7 +203,7 @@ def test_dials_and_references_reach_the_loss(recipe: EmbeddedRecipe, monkeypatch
         text = model.instruction(batch.sentences, left_out)
         condition = model.condition(batch.whole, text, batch.reference, batch.present)
         adapter = model.generator(condition).scaled(batch.dial)
-        predicted = model.edit(batch.picture, batch.planes, text, adapter)
+        predicted = model.edit(batch.picture, batch.planes, text, adapter, raw=True)
         floor = annealed_floor(recipe.generator.first_floor, step / recipe.generator.steps)
         expected = float(picture_losses(predicted, batch.target, floor).mean())
     with stage.loss(step) as loss:
@@ -234,7 +234,8 @@ def test_the_shared_adapter_is_the_same_for_every_request(recipe: EmbeddedRecipe
     assert adapter.batch == 1
     for i in range(len(batch.names)):
         row = slice(i, i + 1)
-        alone = model.edit(batch.picture[row], batch.planes[row], model.instruction(batch.sentences[row]), adapter)
+        words = model.instruction(batch.sentences[row])
+        alone = model.edit(batch.picture[row], batch.planes[row], words, adapter, raw=True)
         torch.testing.assert_close(predicted[row], alone, atol=1e-4, rtol=1e-4)
 
 
