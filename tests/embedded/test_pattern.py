@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import openwu
 from openwu.backbones.embedded.pattern import MEANT, _about_neighbours, _about_plane, _to_patches, without_pattern
@@ -128,3 +130,21 @@ def test_an_edit_leaves_no_grid_in_the_sky(edit: str, shipped: openwu.Editor) ->
 @pytest.fixture(scope="module")
 def shipped() -> openwu.Editor:
     return openwu.Editor.from_pretrained()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_pattern_of_nothing_is_finite_in_onnx(tmp_path: Path) -> None:
+    """The exporter drops a tiny summand, and a flat picture then divides nothing by nothing."""
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Without(nn.Module):
+        def forward(self, edited: Tensor, picture: Tensor) -> Tensor:
+            return without_pattern(edited, picture, PATCH)
+
+    picture = torch.full((1, 3, 32, 32), 0.5)
+    program = torch.onnx.export(Without().eval(), (picture, picture), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(str(tmp_path / "pattern.onnx"))
+    session = runtime.InferenceSession(str(tmp_path / "pattern.onnx"))
+    (found,) = session.run(None, {each.name: picture.numpy() for each in session.get_inputs()})
+    assert np.array_equal(found, picture.numpy())

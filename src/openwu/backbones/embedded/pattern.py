@@ -27,7 +27,7 @@ MEANT = 5 / 255
 """Root mean square of a pattern beyond which it begins to be meant; from twice as much on, nothing is taken out."""
 
 TINY = 1e-12
-"""Keeps the division and the root of a pattern of nothing, and their gradients, finite."""
+"""Keeps division and root of a pattern of nothing finite; a limit, since torch's ONNX exporter drops such a summand."""
 
 
 def without_pattern(edited: Tensor, picture: Tensor, patch: int) -> Tensor:
@@ -49,8 +49,8 @@ def without_pattern(edited: Tensor, picture: Tensor, patch: int) -> Tensor:
     power = pattern.square().mean(2, keepdim=True)  # [b, 3, 1, H, W]
     spread = _around((residual.square() * smooth[:, :, None]).mean(2, keepdim=True)) / (count + 1) - power
     # What chance would leave of patches that have nothing in common, such as grain, is no pattern.
-    common = 1 - spread / (count + 1) / (power + TINY)
-    taken = common.clamp(0, 1) * (2 - (power + TINY).sqrt() / MEANT).clamp(0, 1) * smooth[:, :, None]
+    common = 1 - spread / (count + 1) / power.clamp(min=TINY)
+    taken = common.clamp(0, 1) * (2 - power.clamp(min=TINY).sqrt() / MEANT).clamp(0, 1) * smooth[:, :, None]
     return edited - _from_patches(pattern * taken, patch)
 
 

@@ -55,8 +55,7 @@ class AdapterGraph(nn.Module):
 class EditGraph(nn.Module):
     """Picture and planes `[1, 3, h, w]`, tokens, strength `[1]` and an adapter's factors -> edited `[1, 3, h, w]`.
 
-    Both sides must be multiples of `TinyEditorConfig.cell`. The adapter is merged into the weights. The answer is the
-    network's raw one, with the patches' pattern in smooth areas.
+    Both sides must be multiples of `TinyEditorConfig.cell`. The adapter is merged into the weights.
     """
 
     def __init__(self, network: TinyEditor, targets: tuple[Target, ...], rank: int, scale: float) -> None:
@@ -76,7 +75,7 @@ class EditGraph(nn.Module):
             for target in self.targets
         }
         weights = merged_weights(self.network, Adapter(self.targets, scaled, self.scale))
-        edited: Tensor = functional_call(self.network, weights, (picture, planes, tokens, True), strict=False)
+        edited: Tensor = functional_call(self.network, weights, (picture, planes, tokens), strict=False)
         return edited
 
 
