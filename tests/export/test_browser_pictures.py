@@ -13,6 +13,7 @@ from PIL import Image
 
 from openwu import Editor
 from openwu.adapters.merge import merged_copy
+from openwu.backbones.embedded import scale
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.condition import CONDITION_SIDE, condition_pixels
 from openwu.backbones.embedded.network import noise_plane, pad_mirrored, place_planes
@@ -103,6 +104,25 @@ def test_the_condition_reads_the_same_pixels(height: int, width: int, tmp_path: 
     expected = as_unit(condition_pixels(source))[None]
     assert found["dims"] == list(expected.shape)
     assert torch.allclose(torch.tensor(found["values"]).view(expected.shape), expected)
+
+
+@pytest.mark.parametrize(("height", "width", "by"), [(40, 60, 2), (41, 61, 2), (50, 31, 3), (1400, 17, 7)])
+def test_effects_follow_the_size_alike(height: int, width: int, by: int, tmp_path: Path) -> None:
+    code = """
+    import { enlarged, factorOf, reduced } from "./picture.js";
+    const small = reduced(given.image, given.by);
+    const factors = given.sizes.map(([width, height]) => factorOf("oil", { width, height }, given.tables));
+    const large = [...enlarged(small, given.image, given.by).data];
+    console.log(JSON.stringify({ small: [...small.data], large, factors }));
+    """
+    source, sizes = photo(height, width), [(512, 10), (767, 768), (768, 10), (1280, 10), (10, 1281), (6000, 4000)]
+    given = {"image": rgba(source), "by": by, "sizes": sizes, "tables": rules()["scale"]}
+    found = node(tmp_path, code, given)
+    small = scale.reduced(source, by)
+    assert (rgb(found["small"], small) == small.pixels).all()
+    large = scale.enlarged(small, source, by).pixels
+    assert np.abs(rgb(found["large"], source).astype(int) - large.astype(int)).max() <= 1
+    assert found["factors"] == [scale.factor("oil", size) for size in sizes] == [1, 2, 2, 2, 3, 12]
 
 
 def test_tiles_are_blended_into_the_same_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

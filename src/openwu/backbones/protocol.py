@@ -69,6 +69,8 @@ class KnownEdit:
     """Language code -> a sentence that asks for it."""
     reference: bool = False
     """Whether it needs a second picture."""
+    withdrawn: bool = False
+    """Whether it is refused, since the base does it too badly to offer it; asked for all the same, it is tried."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from openwu.backbones.embedded.catalogue import known_edits
+from openwu.backbones.embedded.catalogue import package_edits
 from openwu.cli.console import Parser
 from openwu.cli.parser import build_parser
 from openwu.registry import BASES
@@ -48,7 +48,7 @@ def _verbs() -> list[Verb]:
 
 
 def _verb(name: str, help: str, parser: Parser) -> Verb:
-    known = {"--edit": tuple(known_edits()), "--model": tuple(BASES)}
+    known = {"--edit": tuple(package_edits()), "--model": tuple(BASES)}
     options = tuple(
         Option(
             each.option_strings[-1],

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from openwu.backbones import backbone_class
-from openwu.backbones.embedded.catalogue import known_edits
+from openwu.backbones.embedded.catalogue import package_edits
 from openwu.cli.console import say
 from openwu.files.headers import read_header
 from openwu.registry import BASES, DEFAULT_BASE
@@ -61,7 +61,7 @@ def _facts(weights: Path, files: list[Path]) -> dict[str, str]:
     counts = {file.stem: sum(math.prod(shape) for _, shape in read_header(file).values()) for file in files}
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     size = sum(file.stat().st_size for file in files) / 1e6
-    edits = known_edits().values()
+    edits = package_edits().values()
     languages = [language for language in LANGUAGE_NAMES if all(language in edit.examples for edit in edits)]
     return {
         "parameters": f"{sum(counts.values()):,} ({parts})",

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from openwu.backbones.embedded.catalogue import known_edits, phrase
 from openwu.backbones.embedded.condition import SHOWN, EmbeddedConditionEncoder, condition_pixels, condition_view
-from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, tiny_layer_groups
+from openwu.backbones.embedded.config import PIXELS, WEIGHTS, EmbeddedBaseConfig, read_config, tiny_layer_groups
 from openwu.backbones.embedded.guarantees import blended, check_reversible, guaranteed, share_of
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor
 from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
 from openwu.backbones.embedded.piecewise.pieces import as_unit
+from openwu.backbones.embedded.scale import enlarged, factor, reduced
 from openwu.backbones.embedded.understanding import read_sentences, understood
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (
@@ -46,9 +47,6 @@ from openwu.images.colour import Pixels
 from openwu.images.instruction import check_instruction
 from openwu.kernels.modules import without_weights
 from openwu.types import BaseRequest, Condition, SamplingOptions, Understood
-
-WEIGHTS = Path(__file__).parent / "weights"
-"""The embedded model that comes with the package."""
 
 
 class EmbeddedBase(Backbone):
@@ -153,8 +151,10 @@ class EmbeddedBase(Backbone):
 
     @property
     def identity(self) -> str:
-        """Sizes; all weights that count are in `weights`."""
-        return json.dumps(self.config.to_dict(), sort_keys=True)
+        """Sizes; all weights that count are in `weights`, and what is offered changes no adapter."""
+        config = self.config.to_dict()
+        del config["instruction"]["withdrawn"]
+        return json.dumps(config, sort_keys=True)
 
     def read(
         self, photos: tuple[Photo, ...], instructions: tuple[str, ...], seed: int = 0, reasoning: str | None = None
@@ -180,9 +180,13 @@ class EmbeddedBase(Backbone):
         return read_sentences(self.instruction, sentences)
 
     def edits(self) -> Mapping[str, KnownEdit]:
-        known = known_edits()
-        labels = [label for label in self.config.instruction.labels if label != OUT_OF_SCOPE]
-        return {name: known[name] if name in known else KnownEdit(name, {"en": phrase(name)}) for name in labels}
+        known, words = known_edits(), self.config.instruction
+        found = {name: known.get(name) or KnownEdit(name, {"en": phrase(name)}) for name in words.labels}
+        return {
+            name: replace(edit, withdrawn=name in words.withdrawn)
+            for name, edit in found.items()
+            if name != OUT_OF_SCOPE
+        }
 
     def check_strength(self, understood: Sequence[Understood], strength: float) -> None:
         """Raise InstructionError for a strength below 0 of an edit that has no other direction."""
@@ -244,13 +248,22 @@ class EmbeddedBase(Backbone):
     ) -> list[Photo]:
         """Edit photos in pieces, on as many threads as torch has; the pieces depend on the photos' sizes alone.
 
-        Small photos of equal size share passes of the network where that is cheaper than a copy for each. `progress` is
+        Photos are reduced for effects that follow their size (`scale`). Small photos of equal size share passes of the network where that is cheaper than a copy for each. `progress` is
         called with (pieces done, pieces in all) in the caller's thread.
         """
-        own = [self._own(job) for job in jobs]
+        whole = [self._own(job) for job in jobs]
+        factors = [self._factor(job) for job in whole]
+        own = [
+            job if by == 1 else replace(job, photos=(reduced(job.photos[0], by), *job.photos[1:]))
+            for job, by in zip(whole, factors, strict=True)
+        ]
         framed = [self._framed(job) for job in own]
         edited = run_passes(passes_of(self.network, framed, scope, self.rows, options.batch), progress)
-        return [_unframed(photo, job) for photo, job in zip(edited, own, strict=True)]
+        found = [_unframed(photo, job) for photo, job in zip(edited, own, strict=True)]
+        return [
+            photo if by == 1 else enlarged(photo, job.photos[0], by)
+            for photo, job, by in zip(found, whole, factors, strict=True)
+        ]
 
     def rows(self, pixels: int) -> dict[str, int]:
         """Input rows of every module that can carry an adapter, for so many pixels: their patches, or the pixels."""
@@ -277,6 +290,13 @@ class EmbeddedBase(Backbone):
         patch, photo = self.config.backbone.patch, job.photos[0]
         pixels = np.pad(photo.pixels, ((patch, patch), (patch, patch), (0, 0)), mode="symmetric")
         return replace(job, photos=(Photo(cast(Pixels, pixels), grey=photo.grey), *job.photos[1:]))
+
+    def _factor(self, job: EmbeddedJob) -> int:
+        """By how much the job's photo is reduced, so that its effect is as large as on a small one."""
+        if len(job.instructions) != 1 or not job.instructions[0]:
+            return 1
+        reading = job.reading
+        return factor(reading.edit, job.photos[0].size) if reading.is_wish(self.instruction.config.accepted) else 1
 
     def _own(self, job: EditJob) -> EmbeddedJob:
         return job if isinstance(job, EmbeddedJob) else self.read(job.photos, job.instructions, job.seed)

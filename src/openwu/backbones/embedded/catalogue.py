@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from openwu.backbones.embedded.config import WEIGHTS, read_config
 from openwu.backbones.embedded.words.complaints import cures, single_word
 from openwu.backbones.embedded.words.language import is_chinese, word_set
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading
@@ -23,6 +24,13 @@ _KNOWN_EDITS = Path(__file__).with_name(DATA_FILES[0])
 
 
 @cache
+def package_edits() -> dict[str, KnownEdit]:
+    """Return the edits that the model inside the package offers: the known ones but for those that are withdrawn."""
+    withdrawn = read_config(WEIGHTS)["instruction"].get("withdrawn", ())
+    return {name: edit for name, edit in known_edits().items() if name not in withdrawn}
+
+
+@cache
 def known_edits() -> dict[str, KnownEdit]:
     """Return every sub-task of the suite by name, in the suite's order."""
     stored = json.loads(_KNOWN_EDITS.read_text(encoding="utf-8"))
@@ -33,13 +41,14 @@ def known_edits() -> dict[str, KnownEdit]:
 
 
 def search(query: str) -> list[KnownEdit]:
-    """Return known edits whose name or examples resemble the query's words, the most alike first; all for no words."""
+    """Return the package's edits whose name or examples resemble the query's words, the most alike first; all for none."""
+    edits = package_edits()
     if not query.strip():
-        return list(known_edits().values())
-    ranked = _alike(query, list(known_edits()))
+        return list(edits.values())
+    ranked = _alike(query, list(edits))
     if edit := single_word(query):
         ranked.sort(key=lambda entry: entry[0] != edit)
-    return [known_edits()[name] for name, score in ranked if score >= _ALIKE or name == edit]
+    return [edits[name] for name, score in ranked if score >= _ALIKE or name == edit]
 
 
 def named(instruction: str, labels: Sequence[str]) -> str | None:
@@ -76,19 +85,39 @@ def shown(name: str, instruction: str) -> str:
     return f"{plain} ({known_edits()[name].examples[language]!r})" if name in known_edits() else plain
 
 
-def nearest(instruction: str, reading: Reading) -> list[str]:
-    """Return the known edits that a refused instruction may mean: by the encoder's probabilities, and by words."""
-    labels = [label for label, _ in reading.ranked if label != OUT_OF_SCOPE]
-    likely = [label for label, probability in reading.ranked if probability >= _LIKELY and label != OUT_OF_SCOPE]
+def nearest(instruction: str, reading: Reading, withdrawn: Sequence[str] = ()) -> list[str]:
+    """Return the known edits that a refused instruction may mean: by the encoder's probabilities, and by words.
+
+    `withdrawn`: what is not to be named.
+    """
+    offered = [each for each in reading.ranked if each[0] not in (OUT_OF_SCOPE, *withdrawn)]
+    labels = [label for label, _ in offered]
+    likely = [label for label, probability in offered if probability >= _LIKELY]
     alike = [name for name, score in _alike(instruction, labels) if score >= _ALIKE]
     return list(dict.fromkeys([*likely[:2], *alike, *likely]))[:NEAREST]
 
 
-def refusal(instruction: str, reading: Reading, accepted: float) -> InstructionError | None:
-    """Return the error for an instruction that no sub-task serves, or none with a probability of `accepted`."""
+_INSTEAD = (
+    "try anyway with --allow-out-of-scope (allow_out_of_scope=True), or pass a larger model with --model FOLDER "
+    "(Editor.from_pretrained(folder))"
+)
+
+
+def refusal(
+    instruction: str, reading: Reading, accepted: float, withdrawn: Sequence[str] = ()
+) -> InstructionError | None:
+    """Return the error for an instruction that no sub-task serves, or none with a probability of `accepted`.
+
+    `withdrawn`: edits that are read and not offered.
+    """
     if reading.is_wish(accepted):
-        return None
-    near = nearest(instruction, reading)
+        if reading.edit not in withdrawn:
+            return None
+        return InstructionError(
+            f"instruction: {instruction!r} asks for {reading.edit.replace('_', ' ')}, which this model does too badly to "
+            f"offer it (docs/model-card.md, withdrawn edits). Choose one of `openwu edits`, {_INSTEAD}"
+        )
+    near = nearest(instruction, reading, withdrawn)
     if reading.edit == OUT_OF_SCOPE:
         head = f"the embedded model does not know how to {instruction!r}"
     else:
@@ -96,9 +125,7 @@ def refusal(instruction: str, reading: Reading, accepted: float) -> InstructionE
         head = f"{instruction!r} was not understood ({guess}, expected {accepted:.0%})"
     edits = f"; the nearest edits it knows are: {', '.join(shown(name, instruction) for name in near)}" if near else ""
     return InstructionError(
-        f"instruction: {head}{edits}. Say it in other words, choose one of `openwu edits`, try anyway with "
-        "--allow-out-of-scope (allow_out_of_scope=True), or pass a larger model with --model FOLDER "
-        "(Editor.from_pretrained(folder))"
+        f"instruction: {head}{edits}. Say it in other words, choose one of `openwu edits`, {_INSTEAD}"
     )
 
 

@@ -16,6 +16,8 @@ from openwu.config import LayerGroup, PlainTarget
 from openwu.errors import CheckpointError
 
 MODEL_TYPE = "openwu-embedded"
+WEIGHTS = Path(__file__).parent / "weights"
+"""The folder of the embedded model that comes with the package."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def read_parts(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _field_problems(part: str, kind: type[Any], values: Any) -> list[str]:
-    """What is wrong with one part's fields: all are positive whole numbers, except for the labels."""
+    """What is wrong with one part's fields: all are positive whole numbers, except for names and switches."""
     if not isinstance(values, dict):
         return [f"{part}: expected an object with fields, got {values!r}"]
     known = {each.name: each for each in dataclasses.fields(kind)}
@@ -139,7 +141,7 @@ def _field_problems(part: str, kind: type[Any], values: Any) -> list[str]:
     ]
     for key in [key for key in values if key in known]:
         value = values[key]
-        if key == "labels":
+        if key in ("labels", "withdrawn"):
             if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
                 problems.append(f"{part}.{key}: expected a list of names, got {value!r}")
         elif known[key].type in (bool, "bool"):

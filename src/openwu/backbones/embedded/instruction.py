@@ -72,6 +72,8 @@ class InstructionConfig:
     wordless: bool = False
     """Whether no words at all have learned tokens, under which the base changes nothing: what an edit that is shown by
     example starts from."""
+    withdrawn: tuple[str, ...] = ()
+    """Labels that are read, and refused by name: edits that the trained model does too badly to offer them."""
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
@@ -80,6 +82,8 @@ class InstructionConfig:
             raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
         if not 0 < self.accepted_percent <= 100:
             raise ValueError(f"accepted_percent: expected 1 to 100, got {self.accepted_percent}")
+        if unknown := sorted(set(self.withdrawn) - set(self.labels)):
+            raise ValueError(f"withdrawn: expected some of the labels, got {unknown}")
 
     @property
     def accepted(self) -> float:

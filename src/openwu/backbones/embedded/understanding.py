@@ -22,7 +22,7 @@ def understood(
     """Return what each wish of some instructions was taken for; unless `checked`, one for each instruction.
 
     `reference`: whether a second picture came. Raises InstructionError, if `checked`, for what no sub-task serves in
-    full, for a probability below `InstructionConfig.accepted`, and for a missing reference picture.
+    full or well enough, for a probability below `InstructionConfig.accepted`, and for a missing reference picture.
     """
     if not checked:
         return tuple(
@@ -31,7 +31,7 @@ def understood(
     accepted = encoder.config.accepted
     found = [wish for text in instructions for wish in wishes(text, partial(read_sentences, encoder), accepted)]
     for wish in found:
-        if error := refusal(wish.text, wish.reading, accepted):
+        if error := refusal(wish.text, wish.reading, accepted, encoder.config.withdrawn):
             raise error
         edit = known_edits().get(wish.reading.edit)
         if edit is not None and edit.reference and not reference:

@@ -234,7 +234,7 @@ def description(base: EmbeddedBase) -> dict[str, object]:
     """Return what the page must know of a model beside its graphs: sizes, labels, threshold and known edits."""
     words = base.config.instruction
     edits = {
-        name: dict(each.examples) | {"reference": each.reference}
+        name: dict(each.examples) | {"reference": each.reference, "withdrawn": name in words.withdrawn}
         for name, each in known_edits().items()
         if name in words.labels
     }

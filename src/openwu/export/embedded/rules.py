@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from openwu.backbones.embedded import catalogue, guarantees, instruction
+from openwu.backbones.embedded import catalogue, guarantees, instruction, scale
 from openwu.backbones.embedded.words import amounts, complaints, joined, language, wishes
 
 MODULES: tuple[ModuleType, ...] = (
@@ -23,6 +23,7 @@ MODULES: tuple[ModuleType, ...] = (
     complaints,
     catalogue,
     guarantees,
+    scale,
 )
 
 _LETTERS = r"\p{L}\p{N}_"

@@ -75,11 +75,11 @@ def load(source: ModelSource) -> Editor:
 
 def describe(editor: Editor, seconds_per_unit: float, batch: int | None = None) -> ModelInfo:
     """Return what the service has to know. `batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU."""
-    known = editor.backbone.edits()
+    offered = [edit for edit in editor.backbone.edits().values() if not edit.withdrawn]
     most = batch or (1 if editor.generator.hidden_in.weight.device.type == "cpu" else 8)
     return ModelInfo(
         name=editor.name,
-        edits=tuple({"id": e.name, "examples": dict(e.examples), "reference": e.reference} for e in known.values()),
+        edits=tuple({"id": e.name, "examples": dict(e.examples), "reference": e.reference} for e in offered),
         max_pictures=editor.backbone.max_pictures,
         refuses_out_of_scope=editor.backbone.refuses_out_of_scope,
         reads_examples=editor.backbone.reads_examples,

@@ -21,6 +21,7 @@ from openwu.backbones.embedded.piecewise.pieces import (
     number_of_pieces,
     pictures_per_pass,
 )
+from openwu.backbones.embedded.words.wishes import Reading
 from openwu.backbones.protocol import EditJob, Progress, RequestScope, RowScope
 from openwu.images import Photo
 from openwu.kernels.threads import in_parallel
@@ -37,6 +38,11 @@ class EmbeddedJob(EditJob):
         """Instruction tokens `[instructions, K, text_dim]`."""
         tokens: Tensor = self.encoder(self.instructions)
         return tokens
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What the encoder takes the first instruction for."""
+        return self.encoder.readings(self.instructions[:1])[0]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 // The embedded model in a browser: words -> tokens -> adapter -> edited picture, by onnxruntime-web.
 
-import { Canvas, conditionView, finished, noisePlane, tileInputs, tilesOf } from "./picture.js";
+import { Canvas, conditionView, enlarged, factorOf, finished, noisePlane, reduced, tileInputs, tilesOf } from "./picture.js";
 import { Refusal, Rules } from "./rules.js";
 import { Words } from "./words.js";
 
@@ -75,7 +75,7 @@ export class Editor {
     for (const [index, wish] of understood.entries()) {
       const report = (share) => progress((index + share) / understood.length);
       // The strength is the share of the finished picture's change; the adapter itself is the full one.
-      const after = await this.pass(edited, wish.text, { seed, reference, report });
+      const after = await this.pass(edited, wish, { seed, reference, report });
       edited = finished(edited, after, wish, strength, this.tables.guarantees);
     }
     return { image: edited, understood };
@@ -94,9 +94,11 @@ export class Editor {
     });
   }
 
-  async pass(image, sentence, { seed, reference, report }) {
-    const { tokens } = await this.tokens(sentence);
-    const factors = await this.adapter(image, tokens, reference);
+  async pass(photo, wish, { seed, reference, report }) {
+    const { tokens } = await this.tokens(wish.text);
+    const factors = await this.adapter(photo, tokens, reference);
+    const by = factorOf(wish.reading.edit, photo, this.tables.scale);
+    const image = by === 1 ? photo : reduced(photo, by);
     const { cell, margin } = this.model.tiles;
     const grid = tilesOf(image.width, image.height, this.model.tiles);
     const noise = noisePlane(image.width, image.height, seed);
@@ -109,7 +111,7 @@ export class Editor {
       edited.dispose();
       report((index + 1) / grid.length);
     }
-    return canvas.pixels();
+    return by === 1 ? canvas.pixels() : enlarged(canvas.pixels(), photo, by);
   }
 }
 

@@ -1,4 +1,4 @@
-// Pixels, noise and tiles; the same as openwu/backbones/embedded/{network,condition,guarantees,base}.py and
+// Pixels, noise and tiles; the same as openwu/backbones/embedded/{network,condition,guarantees,scale,base}.py and
 // openwu/export/embedded/tiles.py.
 
 const ROWS_AT_ONCE = 128;
@@ -94,6 +94,75 @@ export function conditionView(image, side) {
     }
   }
   return { values, dims: [1, 3, height, width] };
+}
+
+// By how much a picture is reduced for an edit whose effect follows its size; 1 for none.
+export function factorOf(edit, image, tables) {
+  const side = tables.SIDES[edit];
+  return side ? Math.max(1, halfEven(Math.max(image.width, image.height) / side)) : 1;
+}
+
+// Means of by x by pixels; at the far edges means of fewer.
+export function reduced(image, by) {
+  const [width, height] = [Math.ceil(image.width / by), Math.ceil(image.height / by)];
+  const data = new Uint8ClampedArray(4 * width * height);
+  for (let y = 0, at = 0; y < height; y++) {
+    const bottom = Math.min((y + 1) * by, image.height);
+    for (let x = 0; x < width; x++) {
+      const right = Math.min((x + 1) * by, image.width);
+      const count = (bottom - y * by) * (right - x * by);
+      for (let c = 0; c < 4; c++, at++) {
+        let sum = 0;
+        for (let row = y * by; row < bottom; row++) {
+          for (let column = x * by; column < right; column++) sum += image.data[4 * (row * image.width + column) + c];
+        }
+        data[at] = Math.floor((sum + Math.floor(count / 2)) / count);
+      }
+    }
+  }
+  return { width, height, data };
+}
+
+// The edit of a reduced picture at the size of the picture, by a cubic; transparency is the picture's.
+export function enlarged(edited, image, by) {
+  const columns = cubics(image.width, edited.width, by);
+  const rows = cubics(image.height, edited.height, by);
+  const wide = new Float32Array(3 * edited.height * image.width);
+  for (let y = 0, at = 0; y < edited.height; y++) {
+    for (const taps of columns) {
+      for (let c = 0; c < 3; c++, at++) {
+        for (const [x, weight] of taps) wide[at] += weight * edited.data[4 * (y * edited.width + x) + c];
+      }
+    }
+  }
+  const data = new Uint8ClampedArray(image.data);
+  for (let y = 0, at = 0; y < image.height; y++) {
+    for (let x = 0; x < image.width; x++, at += 4) {
+      for (let c = 0; c < 3; c++) {
+        let value = 0;
+        for (const [row, weight] of rows[y]) value += weight * wide[3 * (row * image.width + x) + c];
+        data[at + c] = halfEven(Math.min(255, Math.max(0, value)));
+      }
+    }
+  }
+  return { width: image.width, height: image.height, data };
+}
+
+// For each of `length` pixels the [place, weight] of those of `small` that it is made of, `by` times larger.
+function cubics(length, small, by) {
+  return Array.from({ length }, (_, i) => {
+    const centre = (i + 0.5) / by;
+    const [first, last] = [Math.max(0, Math.trunc(centre - 1.5)), Math.min(small, Math.trunc(centre + 2.5))];
+    const taps = Array.from({ length: last - first }, (_, k) => [first + k, cubic(first + k + 0.5 - centre)]);
+    const sum = taps.reduce((total, [, weight]) => total + weight, 0);
+    return taps.map(([at, weight]) => [at, weight / sum]);
+  });
+}
+
+function cubic(x) {
+  const d = Math.abs(x);
+  if (d < 1) return (1.5 * d - 2.5) * d * d + 1;
+  return d < 2 ? ((-0.5 * d + 2.5) * d - 4) * d + 2 : 0;
 }
 
 // Rectangles [top, left, height, width]: the whole picture, or overlapping tiles row by row.

@@ -59,6 +59,10 @@ export class Rules {
     const found = await this.wishesOf(text);
     for (const wish of found) {
       if (!this.isWish(wish.reading, this.accepted)) throw this.refusal(wish.text, wish.reading);
+      if (this.examples[wish.reading.edit]?.withdrawn) {
+        const edit = plain(wish.reading.edit);
+        throw new Refusal(`“${wish.text}” asks for ${edit}, which this model does too badly to offer it.`);
+      }
       if (!hasReference && this.examples[wish.reading.edit]?.reference) {
         throw new Refusal(`“${wish.text}” asks for the look of a second picture; add one.`);
       }
@@ -431,10 +435,9 @@ export class Rules {
   // Refusals that name known edits
 
   refusal(instruction, reading) {
-    const likely = reading.ranked
-      .filter(([label, probability]) => label !== this.outOfScope && probability >= this.catalogue._LIKELY)
-      .map(([label]) => label);
-    const labels = reading.ranked.map(([label]) => label).filter((label) => label !== this.outOfScope);
+    const offered = reading.ranked.filter(([label]) => label !== this.outOfScope && !this.examples[label]?.withdrawn);
+    const labels = offered.map(([label]) => label);
+    const likely = offered.filter(([, probability]) => probability >= this.catalogue._LIKELY).map(([label]) => label);
     const alike = this.alike(instruction, labels).filter(([, score]) => score >= this.catalogue._ALIKE);
     const near = [...new Set([...likely.slice(0, 2), ...alike.map(([name]) => name), ...likely])];
     const percent = (share) => `${Math.round(100 * share)}%`;
