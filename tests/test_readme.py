@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from openwu import cli
+from openwu.backbones.embedded.catalogue import package_edits
 from openwu.cli.evaluate.run import _parser
-from openwu.data.suite import EDITS
 from openwu.editor.requests import EditResult
 from openwu.evaluation.experiments.runs import EXPERIMENTS
 from openwu.training.embedded.config import EmbeddedRecipe
@@ -145,7 +145,7 @@ def test_the_experiments_are_those_that_exist() -> None:
 def test_the_number_of_edits_is_right() -> None:
     found = re.findall(r"(\d+) edits", README)
     assert found
-    assert set(found) == {str(len(EDITS))}
+    assert set(found) == {str(len(package_edits()))}
 
 
 def test_every_file_that_the_readme_names_exists() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from openwu.backbones.embedded.base import EmbeddedBase
-from openwu.backbones.embedded.catalogue import known_edits, nearest, refusal, search, shown
+from openwu.backbones.embedded.catalogue import known_edits, nearest, package_edits, refusal, search, shown
+from openwu.backbones.embedded.instruction import InstructionConfig
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE as LABEL
 from openwu.backbones.embedded.words.wishes import Reading
 from openwu.backbones.protocol import KnownEdit
@@ -70,7 +71,7 @@ def test_words_suggest_edits_that_the_encoder_does_not() -> None:
 def test_known_edits_are_found_by_their_words(query: str, first: str) -> None:
     assert first in [edit.name for edit in search(query)][:3]
     assert search("xqzj") == []
-    assert [edit.name for edit in search(" ")] == list(known_edits())
+    assert [edit.name for edit in search(" ")] == list(package_edits())
 
 
 def test_a_label_without_phrases_is_shown_by_its_name() -> None:
@@ -107,3 +108,31 @@ def test_the_known_edits_are_those_of_the_suite() -> None:
         )
         for name, edit in EDITS.items()
     }
+
+
+def test_a_withdrawn_edit_is_refused_by_its_name_and_suggested_to_nobody() -> None:
+    withdrawn = ("rain", "snow")
+    message = str(refusal("make it rain", reading(rain=0.99), ACCEPTED, withdrawn))
+    assert "'make it rain' asks for rain, which this model does too badly to offer it" in message
+    assert "--allow-out-of-scope" in message
+    doubtful = reading(rain=0.5, fog=0.4, snow=0.1)
+    assert "rain" in nearest("more water", doubtful)
+    assert nearest("more water", doubtful, withdrawn) == ["fog"]
+
+
+def test_the_shipped_model_withdraws_what_it_cannot_draw(base: EmbeddedBase) -> None:
+    withdrawn = base.config.instruction.withdrawn
+    offered = {name for name, edit in base.edits().items() if not edit.withdrawn}
+    assert len(offered) == 62
+    assert offered == {edit.name for edit in search("")}
+    for text in ("make it rain", "blur it, then add snow", "posterize the image"):
+        with pytest.raises(InstructionError, match="does too badly to offer it"):
+            taken_for(base, text)
+    job = base.read((Photo(np.zeros((8, 8, 3), np.uint8)),), ("make it rain",))
+    assert base.understand(job, checked=False)[0].edit == "rain"
+    assert not {edit.name for edit in search("rain")} & set(withdrawn)
+
+
+def test_only_labels_can_be_withdrawn() -> None:
+    with pytest.raises(ValueError, match=r"withdrawn: expected some of the labels, got \['sun'\]"):
+        InstructionConfig(("rain", "out_of_scope"), withdrawn=("sun",))

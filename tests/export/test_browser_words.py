@@ -168,7 +168,8 @@ def outcome(base: EmbeddedBase, sentence: str) -> list[list[object]] | None:
         found = wishes(check_instruction(sentence), base.read_sentences, accepted)
     except InstructionError:
         return None
-    if not all(wish.reading.is_wish(accepted) for wish in found):
+    withdrawn = base.config.instruction.withdrawn
+    if not all(wish.reading.is_wish(accepted) and wish.reading.edit not in withdrawn for wish in found):
         return None
     return [[wish.reading.edit, wish.text, round(wish.strength, 9)] for wish in found]
 

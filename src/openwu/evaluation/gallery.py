@@ -28,7 +28,8 @@ Made by `openwu eval gallery --output docs/edits`. In the pictures: what the mod
 the definition in `src/openwu/data/suite/` says should have come out (the model never sees it), and for reference edits
 the second picture, which the frozen base never sees. No training saw these photographs.
 
-Edits marked with * come in degrees: "a little" and "strongly", and `--strength`.
+Edits marked with * come in degrees: "a little" and "strongly", and `--strength`. Edits that the model was taught and
+does too badly are not shown; it refuses them by name.
 
 """
 
@@ -43,9 +44,10 @@ def write_gallery(model: EmbeddedModel, photographs: dict[str, Tensor], folder: 
         raise OpenwuError(
             f"gallery: expected photographs of at least {SIDE} x {SIDE} pixels, got none; ask for a larger --side"
         )
-    known = set(model.config.instruction.labels)
+    words = model.config.instruction
+    offered = set(words.labels) - set(words.withdrawn)
     for family, members in tqdm(FAMILIES.items(), desc="gallery", unit="family"):
-        shown = [edit for edit in members if edit.name in known]
+        shown = [edit for edit in members if edit.name in offered]
         if not shown:
             continue
         titles = ["input", "openwu", "definition", *(["reference"] if shown[0].needs_reference else [])]

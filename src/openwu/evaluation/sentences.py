@@ -1,7 +1,7 @@
 """What an editor does with sentences that no training saw: right, silently wrong, refused; by writer and threshold.
 
 Rules included: a sentence counts as right only if the whole answer of `Editor.understand` is the one edit that was
-asked for.
+asked for. Sentences that ask for withdrawn edits do not count.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def measure_sentences(editor: Editor, threshold: int | None = None) -> list[Shar
 
 def _measured(editor: Editor, writer: str, language: str, threshold: int) -> Shares:
     counts = dict.fromkeys(("asked", "right", "wrong", "outside", "accepted"), 0)
+    edits = editor.backbone.edits()
     for wanted, sentence in _sentences(writer, language):
+        if wanted in edits and edits[wanted].withdrawn:
+            continue
         try:
             understood = editor.understand(sentence, references=1)
         except InstructionError:

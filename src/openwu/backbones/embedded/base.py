@@ -248,8 +248,9 @@ class EmbeddedBase(Backbone):
     ) -> list[Photo]:
         """Edit photos in pieces, on as many threads as torch has; the pieces depend on the photos' sizes alone.
 
-        Photos are reduced for effects that follow their size (`scale`). Small photos of equal size share passes of the network where that is cheaper than a copy for each. `progress` is
-        called with (pieces done, pieces in all) in the caller's thread.
+        Photos are reduced for effects that follow their size (`scale`). Small photos of equal size share passes of the
+        network where that is cheaper than a copy for each. `progress` is called with (pieces done, pieces in all) in
+        the caller's thread.
         """
         whole = [self._own(job) for job in jobs]
         factors = [self._factor(job) for job in whole]

@@ -41,7 +41,7 @@ def known_edits() -> dict[str, KnownEdit]:
 
 
 def search(query: str) -> list[KnownEdit]:
-    """Return the package's edits whose name or examples resemble the query's words, the most alike first; all for none."""
+    """Return the package's edits whose name or examples resemble a query, the most alike first; all for no words."""
     edits = package_edits()
     if not query.strip():
         return list(edits.values())
@@ -113,9 +113,10 @@ def refusal(
     if reading.is_wish(accepted):
         if reading.edit not in withdrawn:
             return None
+        asked = reading.edit.replace("_", " ")
         return InstructionError(
-            f"instruction: {instruction!r} asks for {reading.edit.replace('_', ' ')}, which this model does too badly to "
-            f"offer it (docs/model-card.md, withdrawn edits). Choose one of `openwu edits`, {_INSTEAD}"
+            f"instruction: {instruction!r} asks for {asked}, which this model does too badly to offer it "
+            f"(docs/model-card.md, withdrawn edits). Choose one of `openwu edits`, {_INSTEAD}"
         )
     near = nearest(instruction, reading, withdrawn)
     if reading.edit == OUT_OF_SCOPE:

@@ -1,4 +1,4 @@
-"""Effects that follow the size of a photo: strokes, dots and blur as large on a photo of 24 megapixels as on a small one.
+"""Effects that follow the size of a photo: strokes, dots and blur as large on 24 megapixels as on a small photo.
 
 The network draws them so many pixels large, and on a large photo nobody would see them. Edits that leave nothing of a
 photo's fine detail are made on a photo reduced by a whole number, and the result is enlarged. All other edits see every
@@ -48,10 +48,8 @@ def reduced(photo: Photo, by: int) -> Photo:
 def enlarged(edited: Photo, photo: Photo, by: int) -> Photo:
     """Return `photo` with the pixels of an edit of its reduced copy, enlarged by f with a cubic."""
     width, height = photo.size
-    high, wide = edited.pixels.shape[:2]
     # The part of the reduced picture that the photo covers; its last pixels may be means of fewer than f x f.
     box, limit = (0.0, 0.0, width / by, height / by), np.iinfo(edited.pixels.dtype).max
-    assert box[2] <= wide and box[3] <= high
     pixels = np.empty((height, width, 3), edited.pixels.dtype)
     for channel in range(3):
         plane = Image.fromarray(edited.pixels[:, :, channel].astype(np.float32))
