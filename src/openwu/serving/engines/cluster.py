@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from openwu.errors import OpenwuError
 from openwu.extras import library
-from openwu.serving.engines import Engine, Health, ModelInfo, ModelSource, Outcome, Report, Task
+from openwu.serving.engines import CACHE_BYTES, Engine, Health, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.engines.processes import REPORT_SECONDS, limit_memory
 from openwu.serving.errors import STOPPED, Failure, WorkerLostError
 
@@ -49,6 +49,8 @@ class ClusterOptions:
     batch: int | None = None
     memory_bytes: int | None = 4 * 2**30
     """What a replica on a CPU may take beyond its loaded model; None: no limit."""
+    cache_bytes: int = CACHE_BYTES
+    """Of each key's adapter cache in each replica."""
 
 
 class EditReplica:
@@ -61,7 +63,7 @@ class EditReplica:
         from openwu.serving.engines.worker import EditWorker, load
 
         torch.set_num_threads(options.threads)
-        self._worker = EditWorker(load(source), options.batch)
+        self._worker = EditWorker(load(source), options.batch, options.cache_bytes)
         self._info = self._worker.warm()
         self._thread = ThreadPoolExecutor(1, "openwu-edit")
         if options.memory_bytes is not None and self._worker.on_cpu:

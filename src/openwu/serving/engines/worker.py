@@ -37,7 +37,7 @@ from openwu.errors import (
 )
 from openwu.images import Photo, encode_picture, read_picture
 from openwu.images.privacy import without_location, without_metadata
-from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
+from openwu.serving.engines import CACHE_BYTES, Metadata, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import STOPPED, Failure, ServiceError, refused
 from openwu.serving.requests.schema import EXAMPLES, cost_of
 from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
@@ -47,8 +47,8 @@ log = logging.getLogger("openwu.serving")
 _SHORT_OF_MEMORY = ("not enough memory", "out of memory", "allocate memory", "bad_alloc", "could not create a memory")
 """How PyTorch and what it calls say that there is no memory."""
 WARM_SIDE = 256
-TENANT_BYTES, TENANTS = 32 * 2**20, 16
-"""Size and number of the adapter caches, one for each of the API keys that were seen last."""
+TENANTS = 16
+"""Number of adapter caches, one for each of the API keys that were seen last."""
 
 
 class StoppedError(Exception):
@@ -92,9 +92,9 @@ def describe(editor: Editor, seconds_per_unit: float, batch: int | None = None) 
 class EditWorker:
     """An Editor, and the adapter caches of the keys that use it, kept apart."""
 
-    def __init__(self, editor: Editor, batch: int | None = None) -> None:
-        """`batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU."""
-        self.editor, self._batch = editor, batch
+    def __init__(self, editor: Editor, batch: int | None = None, cache_bytes: int = CACHE_BYTES) -> None:
+        """`batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU. `cache_bytes`: of each key's cache."""
+        self.editor, self._batch, self._cache_bytes = editor, batch, cache_bytes
         self._caches: OrderedDict[str, AdapterCache] = OrderedDict()
 
     def run(self, tasks: Sequence[Task], report: Report, stopped: Callable[[str], bool]) -> list[Outcome | Failure]:
@@ -228,7 +228,7 @@ class EditWorker:
 
     def _cache(self, tenant: str) -> AdapterCache:
         """The cache of one key: what another key generated is never found in it."""
-        cache = self._caches.pop(tenant, None) or AdapterCache(memory_bytes=TENANT_BYTES)
+        cache = self._caches.pop(tenant, None) or AdapterCache(memory_bytes=self._cache_bytes)
         self._caches[tenant] = cache
         while len(self._caches) > TENANTS:
             self._caches.popitem(last=False)
