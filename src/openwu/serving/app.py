@@ -83,6 +83,7 @@ def _agents(service: Service) -> AgentEndpoint | None:
 def _uploads(app: FastAPI, service: Service) -> None:
     @app.put("/v1/uploads/{id}", summary="Send a picture ahead, to a link of the tool upload_link", status_code=201)
     async def upload(request: Request, id: str) -> dict[str, Any]:
+        service.uploads.check(id)  # before anything is read
         data = await request.body()
         await asyncio.to_thread(check_headers, [data], service.max_pixels)
         service.uploads.put(id, data)

@@ -73,14 +73,17 @@ class _Guarded:
     """One request with its limits."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
-        self.guard, self.scope = guard, scope
+        self.guard = guard
+        self._head = scope["method"] == "HEAD" and scope["path"] != "/mcp"
+        # The routes know GET; of its answer, HEAD gets the headers.
+        self.scope = {**scope, "method": "GET"} if self._head else scope
         self._receive, self._send = receive, send
         self.id = secrets.token_hex(12)
         self.received, self.status, self.complete = 0, 0, False
         self.ending = False
         """Whether the connection ends with the answer, before its body was read."""
         self.began = time.monotonic()
-        scope.setdefault("state", {})["request_id"] = self.id
+        self.scope.setdefault("state", {})["request_id"] = self.id
 
     async def run(self) -> None:
         headers = Headers(scope=self.scope)
@@ -139,6 +142,8 @@ class _Guarded:
             if not self.complete and self.status in (408, 413, 429):
                 headers["connection"] = "close"  # nobody needs the rest of the body
                 self.ending = True
+        elif self._head:
+            message = {**message, "body": b""}
         if self.ending and message["type"] == "http.response.body" and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._linger()

@@ -156,11 +156,16 @@ class UploadStore:
         self._make_room()
         return name
 
-    def put(self, id: str, data: bytes) -> None:
-        """Keep a picture. Raises ServiceError (404) for an id that was not given out, or that has a picture already."""
+    def check(self, id: str) -> None:
+        """Raise ServiceError (404) for an id that was not given out, or that has a picture already."""
         found = self._held.get(id)
         if found is None or found.data or found.expires < time.time():
             raise refused(404, "upload_not_found", "upload: expected the id of a fresh link, call upload_link again")
+
+    def put(self, id: str, data: bytes) -> None:
+        """Keep a picture. Raises ServiceError as `check` does."""
+        self.check(id)
+        found = self._held[id]
         found.data, found.expires = data, time.time() + PICTURE_SECONDS
         self._make_room()
 

@@ -51,6 +51,10 @@ TENANTS = 16
 """Number of adapter caches, one for each of the API keys that were seen last."""
 
 
+METADATA_BYTES = 16 * 2**20
+"""Most metadata of a picture. In a file it may be compressed to a thousandth; every answer has it."""
+
+
 class StoppedError(Exception):
     """Raised inside the editor's progress report: nobody waits for the result any more."""
 
@@ -355,9 +359,15 @@ class Prepared:
 
 def _read(data: bytes, name: str, param: str) -> Photo:
     try:
-        return read_picture(data)
+        photo = read_picture(data)
     except PictureError as error:
         raise refused(400, "invalid_image", f"{name}: {error}", param) from error
+    held = sum(len(each or b"") for each in (photo.icc, photo.exif, photo.xmp, photo.iptc))
+    held += sum(len(text) for _, text in photo.texts)
+    if held > METADATA_BYTES:
+        limit = f"at most {METADATA_BYTES / 2**20:g} MiB of profile, EXIF, XMP and texts"
+        raise refused(400, "invalid_image", f"{name}: expected {limit}, got {held / 2**20:.1f}; strip them", param)
+    return photo
 
 
 def _examples(task: Task) -> tuple[tuple[Photo, Photo], ...]:
@@ -397,15 +407,21 @@ def covering(photo: Photo, size: tuple[int, int]) -> Photo:
     width, height = size
     scale = max(width / photo.size[0], height / photo.size[1])
     wide, high = max(width, round(photo.size[0] * scale)), max(height, round(photo.size[1] * scale))
-    channels = [
-        np.asarray(Image.fromarray(plane).resize((wide, high), Image.Resampling.LANCZOS))
-        for plane in np.moveaxis(photo.floats(), 2, 0)
-    ]
-    scaled = photo.resized(np.stack(channels, axis=2))
     left, top = (wide - width) // 2, (high - height) // 2
-    window = slice(top, top + height), slice(left, left + width)
-    alpha = None if scaled.alpha is None else scaled.alpha[window].copy()
-    return replace(scaled, pixels=scaled.pixels[window].copy(), alpha=alpha)
+    # Only the part that stays is scaled: of a narrow picture, the whole would be as large as one likes.
+    x, y = photo.size[0] / wide, photo.size[1] / high
+    part = (left * x, top * y, (left + width) * x, (top + height) * y)
+
+    def scaled(plane: NDArray[np.float32], filter: Image.Resampling) -> NDArray[np.float32]:
+        return np.asarray(Image.fromarray(plane).resize(size, filter, box=part))
+
+    channels = [scaled(plane, Image.Resampling.LANCZOS) for plane in np.moveaxis(photo.floats(), 2, 0)]
+    alpha = photo.alpha
+    if alpha is not None:
+        limit = np.iinfo(alpha.dtype).max
+        found = scaled(alpha.astype(np.float32), Image.Resampling.BICUBIC)
+        alpha = np.rint(found.clip(0, limit)).astype(alpha.dtype)
+    return replace(replace(photo, alpha=None).resized(np.stack(channels, axis=2)), alpha=alpha)
 
 
 def on_white(photo: Photo) -> Photo:
