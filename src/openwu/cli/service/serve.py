@@ -64,6 +64,7 @@ def _engine(arguments: argparse.Namespace) -> Engine:
             address=arguments.ray,
             replicas=max(1, arguments.workers),
             max_replicas=arguments.max_workers,
+            idle_seconds=arguments.idle_seconds,
             threads=arguments.threads or 1,
             gpus=arguments.worker_gpus,
             batch=arguments.batch,
@@ -110,6 +111,12 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
         help="run the workers on a Ray cluster (default address: the cluster of this machine, or a new one)",
     )
     serve.add_argument("--max-workers", type=positive_count, help="with --ray: start up to so many under load")
+    serve.add_argument(
+        "--idle-seconds",
+        type=amount,
+        default=600.0,
+        help="with --max-workers: seconds until a worker that is not needed is taken back (default: 600)",
+    )
     serve.add_argument("--worker-gpus", type=amount, default=0.0, help="with --ray: GPUs of a worker, such as 1 or 0.5")
     serve.add_argument("--threads", type=positive_count, help="threads of a worker (default: its share of the cores)")
     serve.add_argument("--batch", type=positive_count, help="requests that share a pass (default: 8; 1 on a CPU)")

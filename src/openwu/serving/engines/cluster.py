@@ -42,6 +42,8 @@ class ClusterOptions:
     replicas: int = 1
     max_replicas: int | None = None
     """Under load, Ray starts up to so many; None: always `replicas`."""
+    idle_seconds: float = 600.0
+    """How long fewer replicas must have been enough before Ray takes one back."""
     threads: int = 1
     """CPUs of a replica."""
     gpus: float = 0.0
@@ -105,7 +107,12 @@ def deployment(source: ModelSource, options: ClusterOptions) -> Any:
     most = options.max_replicas or options.replicas
     if most < options.replicas:
         raise OpenwuError(f"max_replicas: expected at least the {options.replicas} replicas, got {most}")
-    scaling = {"min_replicas": options.replicas, "max_replicas": most, "target_ongoing_requests": 1}
+    scaling = {
+        "min_replicas": options.replicas,
+        "max_replicas": most,
+        "target_ongoing_requests": 1,
+        "downscale_delay_s": options.idle_seconds,
+    }
     made = serve.deployment(EditReplica).options(
         name=DEPLOYMENT,
         max_ongoing_requests=1,
