@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -28,6 +29,8 @@ WINDOW = 2
 replicas are needed. All others wait in the fair queue."""
 LOOK_SECONDS = 1.0
 """Time between two looks at how many replicas run."""
+REACH_SECONDS = 10.0
+"""How long the address of a cluster has to answer."""
 ROUTE_SECONDS = 60.0
 """How long a batch that no replica has begun is offered again while replicas and nodes die."""
 log = logging.getLogger("openwu.serving")
@@ -290,6 +293,7 @@ def cluster_engine(source: ModelSource, options: ClusterOptions, app: str = "ope
 def join_cluster(address: str | None) -> None:
     """Join a Ray cluster as `ClusterOptions.address` says. Raises OpenwuError where none answers."""
     ray = library("ray", "ray")
+    _check_reached(address)
     # In the main thread, Ray takes SIGTERM for itself.
     ours = signal.getsignal(signal.SIGTERM)
     try:
@@ -306,3 +310,15 @@ def join_cluster(address: str | None) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)
+
+
+def _check_reached(address: str | None) -> None:
+    """Raise OpenwuError where nothing listens at HOST:PORT; Ray would go on trying for many minutes, without a word."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        hint = "check the address and the firewall, or start a cluster there with `ray start --head`"
+        raise OpenwuError(f"--ray: expected a Ray cluster at {address}: {error}; {hint}") from error
