@@ -293,6 +293,8 @@ def cluster_engine(source: ModelSource, options: ClusterOptions, app: str = "ope
 def join_cluster(address: str | None) -> None:
     """Join a Ray cluster as `ClusterOptions.address` says. Raises OpenwuError where none answers."""
     ray = library("ray", "ray")
+    from ray.exceptions import RayError
+
     _check_reached(address)
     # In the main thread, Ray takes SIGTERM for itself.
     ours = signal.getsignal(signal.SIGTERM)
@@ -304,8 +306,11 @@ def join_cluster(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "start one with `ray start --head`, or leave the address out"
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        hint = (
+            "start one with `ray start --head`, or leave the address out; one with a token needs RAY_AUTH_MODE=token "
+            "and the token here too (docs/serving.md)"
+        )
         raise OpenwuError(f"--ray: expected a Ray cluster at {address or 'this machine'}: {error}; {hint}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
