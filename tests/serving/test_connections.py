@@ -27,7 +27,7 @@ def url() -> Iterator[str]:
     settings = Settings(body=BodyLimits(bytes=200_000, seconds=0.5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "SILENT_SECONDS", 1.0)
-        patch.setattr(server, "LOOK_SECONDS", 0.1)
+        patch.setattr(server, "LOOK_SECONDS", 0.3)
         with listening(create_app(SleepingEngine(), settings)) as url:
             yield url
 
@@ -68,7 +68,7 @@ def test_whoever_owes_a_head_is_told_to_send_it_again(url: str, sent: bytes) -> 
 
 def test_a_connection_that_is_used_is_kept_and_one_that_idles_is_closed_without_words(url: str) -> None:
     with connected(url) as connection:
-        for _ in range(7):  # longer than silence may last, though each request is done before anything looks
+        for _ in range(10):  # longer than silence may last, though each request is done before anything looks
             connection.sendall(HEAD + b"\r\n")
             answer = b""
             while not answer.endswith(b'{"status":"live"}'):
@@ -85,7 +85,7 @@ def test_a_late_server_does_not_count_its_own_lateness(url: str, monkeypatch: py
         connection.sendall(HEAD)
         time.sleep(0.2)
         monkeypatch.setattr(server.time, "monotonic", lambda: now() + 3600)  # an hour in which nothing ran
-        time.sleep(0.25)
+        time.sleep(0.5)
         connection.sendall(b"\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
 
