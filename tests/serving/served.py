@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -96,10 +96,10 @@ class Served:
                     found.append(int(folder.name))
         return found
 
-    def memory(self) -> int:
+    def memory(self, of: Literal["app", "workers", "all"] = "all") -> int:
         """Resident bytes of the service and its workers."""
         page = os.sysconf("SC_PAGE_SIZE")
-        pids = [self.process.pid, *self.workers()]
+        pids = {"app": [self.process.pid], "workers": self.workers(), "all": [self.process.pid, *self.workers()]}[of]
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids)
 
     def files(self) -> int:

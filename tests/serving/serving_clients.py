@@ -18,6 +18,7 @@ from PIL import Image
 
 from openwu.serving.engines import Engine, Health, ModelInfo, Outcome, Report, Task
 from openwu.serving.errors import Failure, WorkerLostError
+from openwu.serving.server import configured
 
 PROMPT = "make it brighter"
 
@@ -50,7 +51,7 @@ def mask_png(width: int = 48, height: int = 40) -> bytes:
 def listening(app: FastAPI) -> Iterator[str]:
     """Serve an app from a thread; yield its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+        server = uvicorn.Server(configured(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -21,7 +21,7 @@ from openwu.serving.middleware import BodyLimits
 from openwu.serving.routes import streams
 from openwu.serving.server import Address, measured, serve
 from openwu.serving.state import Service, Settings
-from openwu.serving.stores import AdapterShelf, PictureStore, StoredAdapter, UploadStore
+from openwu.serving.stores import AdapterShelf, PictureStore, StoredAdapter, StoreLimits, UploadStore
 
 
 @pytest.fixture
@@ -233,3 +233,13 @@ def test_pictures_behind_links_are_bounded_and_expire() -> None:
     assert [fetched(link) for link in links] == [404, 404, 30, 30, 30]
     old = PictureStore(seconds=-1)
     assert fetched(old.put(b"x", "image/png"), old) == 404
+
+
+def test_an_operator_bounds_what_is_kept() -> None:
+    service = Service(SleepingEngine(), Settings(stores=StoreLimits(adapters_per_key=2, store_bytes=100)))
+    for number in range(5):
+        service.adapters.put(stored(f"a{number}", "a"))
+        service.pictures.put(bytes(60), "image/png")
+    assert [each.id for each in service.adapters.of("a")] == ["a3", "a4"]
+    service.adapters.put(stored("large", "a", 95))
+    assert [each.id for each in service.adapters.of("a")] == ["large"]

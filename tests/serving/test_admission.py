@@ -93,3 +93,9 @@ def test_what_is_only_read_costs_a_tenth(client: TestClient, engine: SleepingEng
     ((task,),) = engine.batches
     assert task.cost == pytest.approx(cost_of(10_000, 1, 10_000 + 10_000 + 20_000))
     assert task.cost == pytest.approx(0.05 + 0.01 + 0.004)
+
+
+def test_a_narrow_picture_costs_what_models_pad_it_to(client: TestClient, engine: SleepingEngine) -> None:
+    answer = client.post("/v1/images/edits", files={"image": header_only(1, 10_000)}, data={"prompt": PROMPT})
+    assert answer.status_code == 200, answer.text
+    assert engine.batches[0][0].cost == cost_of(64 * 10_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from openwu.errors import OpenwuError
 from openwu.serving.engines import ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.engines import cluster as engine_module
-from openwu.serving.engines.cluster import ClusterOptions, EditReplica, RayEngine, deployment
+from openwu.serving.engines.cluster import ClusterOptions, EditReplica, RayEngine, deployment, join_cluster
 from openwu.serving.errors import STOPPED, Failure, WorkerLostError
 
 pytest.importorskip("ray")
@@ -226,3 +227,11 @@ def test_the_deployment_files_are_accepted(name: str) -> None:
     (app,) = served["applications"]
     assert app["import_path"] == f"{application.__module__}:{application.__name__}"
     assert application(app["args"])._bound_deployment.name == "front"
+
+
+def test_an_address_at_which_no_cluster_listens_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", "no-such-host.invalid:6379", "127.0.0.1:99999"):
+        with pytest.raises(OpenwuError, match="expected a Ray cluster at"):
+            join_cluster(address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 from typing import Any
@@ -209,3 +210,38 @@ def test_other_routes_answer_as_clients_expect(client: TestClient) -> None:
     assert "openwu_requests_total" in client.get("/metrics").text
     assert "/v1/images/edits" in client.get("/openapi.json").json()["paths"]
     assert "default-src 'self'" in client.get("/").headers["content-security-policy"]
+
+
+def test_head_has_the_headers_of_get_alone(client: TestClient) -> None:
+    for route in ("/health/live", "/health/ready", "/v1/models", "/v1/edits", "/", "/openapi.json", "/v1/nothing"):
+        whole, head = client.get(route), client.head(route)
+        assert (head.status_code, head.content) == (whole.status_code, b"")
+        assert head.headers["content-type"] == whole.headers["content-type"]
+        assert head.headers["content-length"] == whole.headers["content-length"] == str(len(whole.content))
+    assert client.head("/v1/images/edits").status_code == 405
+
+
+def form(*parts: tuple[str, bytes]) -> bytes:
+    """A multipart body without its closing boundary."""
+    head = "--XX\r\nContent-Disposition: form-data; {}\r\n\r\n"
+    return b"".join(head.format(name).encode() + data + b"\r\n" for name, data in parts)
+
+
+def test_a_form_that_is_cut_off_is_refused_whatever_is_missing(client: TestClient) -> None:
+    """What was lost might have been the mask."""
+    whole = form(('name="image"; filename="a"', png()), ('name="prompt"', PROMPT.encode())) + b"--XX"
+    kind = {"content-type": "multipart/form-data; boundary=XX"}
+    for cut in (b"", b'\r\nContent-Disposition: form-data; name="mask"; filename="m"\r\n\r\n' + mask_png()[:50]):
+        answer = client.post("/v1/images/edits", content=whole + cut, headers=kind)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_body")
+        assert "cut off" in answer.json()["error"]["message"]
+    assert client.post("/v1/images/edits", content=whole + b"--\r\n", headers=kind).status_code == 200
+
+
+def test_a_body_that_says_one_thing_twice_or_is_packed_is_refused(client: TestClient) -> None:
+    kind = {"content-type": "application/json"}
+    twice = b'{"prompt": "make it brighter", "prompt": "blur the photo"}'
+    answer = client.post("/v1/images/edits", content=twice, headers=kind)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    packed = client.post("/v1/images/edits", content=gzip.compress(b"{}"), headers={**kind, "content-encoding": "gzip"})
+    assert (packed.status_code, packed.json()["error"]["code"]) == (415, "unsupported_media_type")

@@ -120,3 +120,32 @@ def test_an_agent_asks_what_is_known_and_takes_an_adapter_away(editor: Editor, t
 
     with_client(editor, tmp_path, work)
     assert any(name.endswith("adapter_model.safetensors") for name in zipfile.ZipFile(target).namelist())
+
+
+def test_an_example_gives_an_adapter_for_a_whole_series(editor: Editor, tmp_path: Path) -> None:
+    before = Image.open(io.BytesIO(png(128, 96)))
+    before.save(tmp_path / "before.png")
+    before.point([min(255, value + 40) for value in range(256)] * 3).save(tmp_path / "after.png")
+    pair = {f"example_{name}": str(tmp_path / f"{name}.png") for name in ("before", "after")}
+
+    async def work(client: Any) -> None:
+        async def make(name: str, **arguments: Any) -> Any:
+            return await client.call_tool("make_adapter", {"output": str(tmp_path / f"{name}.zip"), **arguments})
+
+        found = (await make("series", **pair)).structured_content
+        assert found["example"]["reproduced"] > 0.5
+        assert (await make("one", photo=pair["example_before"], **pair)).structured_content["edit"] is None
+        nonsense = {**pair, "example_after": pair["example_before"]}
+        for refused, words in (
+            (await make("none", instruction=PROMPT), "image"),
+            (await make("half", example_before=pair["example_before"]), "example_after"),
+            (await make("format", format="zip", **pair), "comfyui"),
+            (await make("same", **nonsense), "example"),
+        ):
+            assert refused.is_error
+            assert words in refused.content[0].text
+
+    with_client(editor, tmp_path, work)
+    archives = sorted(path.name for path in tmp_path.glob("*.zip"))
+    assert archives == ["one.zip", "series.zip"]
+    assert zipfile.ZipFile(tmp_path / "series.zip").namelist()

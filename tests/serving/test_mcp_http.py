@@ -64,6 +64,7 @@ def test_an_agent_uploads_edits_and_downloads(site: str, keys: tuple[Path, dict[
         link = (await client.call_tool("upload_link", {})).structured_content
         assert httpx.put(link["url"], content=photo, timeout=300).status_code == 201
         assert httpx.put(link["url"], content=photo, timeout=300).status_code == 404  # once only
+        assert httpx.put(link["url"], content=b"no picture", timeout=300).status_code == 404  # the id comes first
         arguments = {"image": link["image"], "instruction": PROMPT, "seed": 3}
         answer = await client.call_tool("edit_image", arguments, progress_callback=progress)
         assert not answer.is_error, answer.content

@@ -183,6 +183,36 @@ def test_many_photographs_are_edited_once_each_whatever_is_killed(
     say(f"{PHOTOS} photographs, a worker and the command killed after {before}: each was edited once")
 
 
+def test_a_second_replica_comes_under_load_and_goes_when_it_is_idle(editor: Editor, tmp_path: Path) -> None:
+    expected = {seed: offline(editor, png(256, 256, seed=seed)) for seed in range(4)}
+    over, wrong = threading.Event(), []
+
+    def client(number: int) -> None:
+        while not over.is_set():
+            answer = post(server.url, png(256, 256, seed=number))
+            if answer.status_code != 200:
+                wrong.append(answer.text)
+            elif not np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), expected[number]):
+                wrong.append(number)
+
+    with nodes([1, 1]) as (made, _):
+        scaling = ("--workers", "1", "--max-workers", "2", "--idle-seconds", "15")
+        with Served("--ray", made.address, *scaling, *LIMITS, log=tmp_path / "log") as server:
+            assert workers(server) == 1
+            with ThreadPoolExecutor(4) as clients:
+                running = [clients.submit(client, number) for number in range(4)]
+                try:
+                    more = until(lambda: workers(server) == 2)
+                finally:
+                    over.set()
+                for each in running:
+                    each.result()
+            fewer = until(lambda: workers(server) == 1)
+            assert post(server.url, png(256, 256)).status_code == 200
+            say(f"a second replica ran {more:.1f} s after the load began, and was gone {fewer:.1f} s after it ended")
+    assert wrong == []
+
+
 INSIDE = """
 import sys, ray
 from ray import serve

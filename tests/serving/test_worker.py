@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from serving_clients import PROMPT, png
 
 from openwu.editor.editor import Editor
 from openwu.images import read_picture
 from openwu.serving.engines import Outcome, Task
-from openwu.serving.engines.worker import WARM_SIDE, EditWorker, failure_of
+from openwu.serving.engines.worker import METADATA_BYTES, WARM_SIDE, EditWorker, covering, failure_of
 from openwu.serving.errors import Failure
 from openwu.serving.requests.schema import cost_of
 
@@ -102,3 +107,37 @@ def test_an_answer_names_the_edits_that_were_understood(worker: EditWorker) -> N
         "brighten",
         "brighten, then blur",
     ]
+
+
+def test_a_narrow_picture_is_scaled_to_a_size_without_a_huge_one_in_between() -> None:
+    ramp = np.linspace(0, 255, 20_000).astype(np.uint8)
+    pixels = np.broadcast_to(ramp[None, :, None], (2, 20_000, 3)).copy()
+    thin = read_picture(pixels)
+    tracemalloc.start()
+    found = covering(replace(thin, alpha=pixels[:, :, 0]), (16, 2048))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.size == (16, 2048)
+    assert found.alpha is not None
+    assert found.alpha.shape == (2048, 16)
+    assert held < 50e6  # the whole at that height would have 20 million by 2,048 pixels
+    assert np.abs(found.pixels.astype(int) - 127).max() <= 1  # the middle of the ramp
+    assert np.abs(found.alpha.astype(int) - 127).max() <= 1
+
+
+def test_covering_is_the_middle_of_the_whole_scaled() -> None:
+    photo = read_picture(png(60, 40))
+    whole = Image.fromarray(photo.pixels).resize((96, 64), Image.Resampling.LANCZOS)
+    expected = np.asarray(whole)[:, 16:80].astype(int)
+    assert np.abs(covering(photo, (64, 64)).pixels.astype(int) - expected).max() <= 1
+
+
+def test_metadata_that_unpacks_to_more_than_a_picture_may_have_is_refused(worker: EditWorker) -> None:
+    texts = PngInfo()
+    texts.add_text("Comment", "a" * (METADATA_BYTES + 1), zip=True)
+    bomb = png(pnginfo=texts)
+    assert len(bomb) < 50_000
+    (found,) = worker.run([Task("t", "ann", images=(bomb,), instruction=PROMPT)], quiet, nobody)
+    assert isinstance(found, Failure)
+    assert (found.status, found.code) == (400, "invalid_image")
+    assert "16 MiB of profile, EXIF, XMP and texts" in found.message

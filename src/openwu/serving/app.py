@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from openwu.extras import library
@@ -24,7 +25,7 @@ from openwu.serving.middleware import Guard, log
 from openwu.serving.requests.openapi import EDIT_OPERATION, ERRORS
 from openwu.serving.routes.adapters import adapter_routes
 from openwu.serving.routes.edits import check_headers, serve_edit
-from openwu.serving.routes.results import nearest_edits
+from openwu.serving.routes.results import CANCELLED, nearest_edits
 from openwu.serving.state import Known, Service, Settings
 from openwu.version import __version__
 
@@ -83,6 +84,7 @@ def _agents(service: Service) -> AgentEndpoint | None:
 def _uploads(app: FastAPI, service: Service) -> None:
     @app.put("/v1/uploads/{id}", summary="Send a picture ahead, to a link of the tool upload_link", status_code=201)
     async def upload(request: Request, id: str) -> dict[str, Any]:
+        service.uploads.check(id)  # before anything is read
         data = await request.body()
         await asyncio.to_thread(check_headers, [data], service.max_pixels)
         service.uploads.put(id, data)
@@ -197,6 +199,10 @@ def _errors(app: FastAPI) -> None:
     async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
         code = _CODES.get(error.status_code, "invalid_request")
         return answered(Failure(error.status_code, code, str(error.detail)), dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_leave(_: Request, __: ClientDisconnect) -> JSONResponse:
+        return answered(Failure(CANCELLED, "cancelled", "the client left"))
 
     @app.exception_handler(Exception)
     async def on_fault(request: Request, error: Exception) -> JSONResponse:

@@ -18,6 +18,7 @@ from openwu.serving.engines import ModelSource
 from openwu.serving.engines.cluster import ClusterOptions, RayEngine, deployment
 from openwu.serving.queue import Limits
 from openwu.serving.state import Settings
+from openwu.serving.stores import StoreLimits
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -31,12 +32,12 @@ FRONT = ("keys", "hosts", "aliases", "max_pixels", "agents")
 def application(arguments: Mapping[str, Any]) -> Any:
     """Return the application of Ray Serve, from the `args` of a configuration file.
 
-    They are fields of `ModelSource`, `ClusterOptions`, `Limits` and `Settings`. Raises OpenwuError for others, and
-    without `keys`, a file of API keys that is there on every node: Ray's proxies listen to everybody.
+    They are fields of `ModelSource`, `ClusterOptions`, `Limits`, `StoreLimits` and `Settings`. Raises OpenwuError for
+    others, and without `keys`, a file of API keys that is there on every node: Ray's proxies listen to everybody.
     """
     serve = library("ray.serve", "ray")
     cluster = {each.name for each in fields(ClusterOptions)} - {"address"}
-    known = {*FRONT, *cluster, *(each.name for kind in (ModelSource, Limits) for each in fields(kind))}
+    known = {*FRONT, *cluster, *(each.name for kind in (ModelSource, Limits, StoreLimits) for each in fields(kind))}
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise OpenwuError(f"args: expected some of {', '.join(sorted(known))}; got {', '.join(unknown)}")
@@ -51,6 +52,7 @@ def application(arguments: Mapping[str, Any]) -> Any:
         max_pixels=int(arguments.get("max_pixels", Settings.max_pixels)),
         agents=bool(arguments.get("agents", False)),
         limits=_of(Limits, arguments),
+        stores=_of(StoreLimits, arguments),
     )
     editors = deployment(_of(ModelSource, arguments), _of(ClusterOptions, arguments))
     # One replica: it holds the fair queue, the adapters and the pictures behind links.

@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,11 @@ from openwu.serving.metrics import Metrics
 
 log = logging.getLogger("openwu.serving")
 POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+
+
+LINGER_SECONDS = 2.0
+"""How long a connection is read from after a refusal that ends it: closed at once on what was not read, it would be
+reset, and its client could lose the answer."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,17 @@ class _Guarded:
     """One request with its limits."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
-        self.guard, self.scope = guard, scope
+        self.guard = guard
+        self._head = scope["method"] == "HEAD" and scope["path"] != "/mcp"
+        # The routes know GET; of its answer, HEAD gets the headers.
+        self.scope = {**scope, "method": "GET"} if self._head else scope
         self._receive, self._send = receive, send
         self.id = secrets.token_hex(12)
         self.received, self.status, self.complete = 0, 0, False
+        self.ending = False
+        """Whether the connection ends with the answer, before its body was read."""
         self.began = time.monotonic()
-        scope.setdefault("state", {})["request_id"] = self.id
+        self.scope.setdefault("state", {})["request_id"] = self.id
 
     async def run(self) -> None:
         headers = Headers(scope=self.scope)
@@ -129,8 +140,22 @@ class _Guarded:
             headers["content-security-policy"] = POLICY
             headers.setdefault("cache-control", "no-store")
             if not self.complete and self.status in (408, 413, 429):
-                headers["connection"] = "close"  # nobody reads the rest of the body
+                headers["connection"] = "close"  # nobody needs the rest of the body
+                self.ending = True
+        elif self._head:
+            message = {**message, "body": b""}
+        if self.ending and message["type"] == "http.response.body" and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b""}
         await self._send(message)
+
+    async def _linger(self) -> None:
+        """Read and drop what a client goes on to send, until it has seen that it is refused."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while (await self._receive()).get("more_body", False):
+                    pass
 
     def _log(self) -> None:
         route = self.scope.get("route")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import secrets
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from openwu.errors import OpenwuError
@@ -21,14 +28,17 @@ from openwu.extras import library
 from openwu.serving.access import LOCAL_HOSTS
 from openwu.serving.app import create_app, metrics_app
 from openwu.serving.engines import Engine
+from openwu.serving.errors import Failure
+from openwu.serving.middleware import LINGER_SECONDS
 from openwu.serving.state import Service, Settings
 
 SILENT_SECONDS = 8.0
-"""A connection on which no whole request head arrives for so long is closed. Slow bodies: `BodyLimits`."""
+"""A connection on which no whole request head arrives for so long gets 408 and is closed. Slow bodies: `BodyLimits`."""
 UNREAD_SECONDS = 30.0
 """A connection whose client reads nothing of an answer for so long is closed."""
 LOOK_SECONDS = 2.0
 CONNECTIONS = 1000
+"""At once; further ones are answered with 503."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,14 @@ async def _serve(
 ) -> None:
     service: Service = app.state.service
     await service.start()
-    config = uvicorn.Config(
+    config = configured(app, ssl_certfile=address.certificate, ssl_keyfile=address.key)
+    async with nullcontext() if metrics is None else measured(service, metrics):
+        await _Server(config, service, drain_seconds).serve(sockets=[listener])
+
+
+def configured(app: ASGIApp, **more: Any) -> uvicorn.Config:
+    """Return uvicorn's configuration of an app. `more`: further arguments of `uvicorn.Config`."""
+    return uvicorn.Config(
         app,
         http=ImpatientProtocol,
         ws="none",
@@ -93,28 +110,14 @@ async def _serve(
         server_header=False,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=5,
-        limit_concurrency=CONNECTIONS,
-        ssl_certfile=address.certificate,
-        ssl_keyfile=address.key,
+        **more,
     )
-    async with nullcontext() if metrics is None else measured(service, metrics):
-        await _Server(config, service, drain_seconds).serve(sockets=[listener])
 
 
 @asynccontextmanager
 async def measured(service: Service, listener: socket.socket) -> AsyncIterator[None]:
     """Serve the figures on a port of their own, while the service starts, runs and drains."""
-    config = uvicorn.Config(
-        metrics_app(service),
-        http=ImpatientProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-    )
-    server = _Unsignalled(config)
+    server = _Unsignalled(configured(metrics_app(service), lifespan="off"))
     running = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         yield
@@ -167,15 +170,26 @@ async def drain(service: Service, seconds: float) -> None:
 
 
 class ImpatientProtocol(H11Protocol):
-    """A connection that is closed when its client is silent: before and between requests, or while it should read."""
+    """A connection that ends when its client is silent: before and between requests, or while it should read.
+
+    Whoever still owes the head of a request gets an answer before the end; so does one that sends no HTTP, and one that
+    comes while there are too many others. All of them are error objects.
+    """
 
     _look: asyncio.TimerHandle | None = None
-    _waiting_since: float | None = None
+    _looked = 0.0
+    _silent = 0.0
+    """Seconds of silence, counted in looks. What a look comes late by does not count: neither this process nor,
+    probably, its clients had the processor then."""
     _unread: tuple[int, float] = (0, 0.0)
+    """Bytes of an answer that wait to be read, and for how many seconds they have been as many."""
+    _over = False
+    """Whether the last answer was given; what still comes is dropped."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._waiting_since = time.monotonic()
+        self.app = self._unless_crowded(self.app)
+        self._looked = time.monotonic()
         self._look = self.loop.call_later(LOOK_SECONDS, self._look_at)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -183,20 +197,69 @@ class ImpatientProtocol(H11Protocol):
             self._look.cancel()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        if not self._over:
+            super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        self._silent = 0.0
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._end(Failure(400, "invalid_request", f"expected a request of HTTP/1.1; {msg}"))
+
     def _look_at(self) -> None:
         now = time.monotonic()
+        passed, self._looked = min(now - self._looked, LOOK_SECONDS), now
         busy = self.cycle is not None and not self.cycle.response_complete
         if busy:
-            self._waiting_since = None
+            self._silent = 0.0
             size = self.transport.get_write_buffer_size()
-            if size == 0 or size != self._unread[0]:
-                self._unread = size, now
-            elif now - self._unread[1] > UNREAD_SECONDS:
+            self._unread = size, self._unread[1] + passed if 0 < size == self._unread[0] else 0.0
+            if self._unread[1] >= UNREAD_SECONDS:
                 self.transport.abort()
                 return
-        elif self._waiting_since is None:
-            self._waiting_since = now
-        elif now - self._waiting_since > SILENT_SECONDS:
+        else:
+            self._silent += passed
+            if self._silent >= SILENT_SECONDS:
+                self._end_silence()
+                return
+        self._look = self.loop.call_later(LOOK_SECONDS, self._look_at)
+
+    def _end_silence(self) -> None:
+        """Answer a client that owes the head of its first request, or the rest of one; close an idle connection."""
+        begun = bool(self.conn.trailing_data[0])
+        if self.cycle is None or begun:
+            seconds = f"{SILENT_SECONDS:g} s"
+            self._end(Failure(408, "timeout", f"expected the whole head of a request within {seconds}; send it again"))
+        else:
+            self.transport.abort()
+
+    def _end(self, failure: Failure) -> None:
+        """Send an error object as the last answer, and leave its client a moment to read it."""
+        if self._over or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        self._look = self.loop.call_later(LOOK_SECONDS, self._look_at)
+        self._over = True
+        body = json.dumps(failure.body).encode()
+        own = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers = [*own.items(), ("x-request-id", secrets.token_hex(12)), *failure.headers.items()]
+        response = h11.Response(status_code=failure.status, headers=headers, reason=HTTPStatus(failure.status).phrase)
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _unless_crowded(self, app: ASGIApp) -> ASGIApp:
+        """Return an app that refuses requests while there are more than `CONNECTIONS` connections."""
+
+        async def answered(scope: Scope, receive: Receive, send: Send) -> None:
+            if len(self.connections) <= CONNECTIONS:
+                await app(scope, receive, send)
+                return
+            failure = Failure(503, "not_ready", "too many connections; try again later", retry_after=5)
+            headers = {**failure.headers, "connection": "close"}
+            await JSONResponse(failure.body, failure.status, headers)(scope, receive, send)
+
+        return answered

@@ -15,7 +15,7 @@ from openwu.serving.errors import refused
 from openwu.serving.metrics import Metrics
 from openwu.serving.middleware import BodyLimits
 from openwu.serving.queue import Limits, Scheduler
-from openwu.serving.stores import AdapterShelf, PictureStore, UploadStore
+from openwu.serving.stores import AdapterShelf, PictureStore, StoreLimits, UploadStore
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Settings:
     """Whether `/mcp` offers tools to agents."""
     limits: Limits = field(default_factory=Limits)
     body: BodyLimits = field(default_factory=BodyLimits)
+    stores: StoreLimits = field(default_factory=StoreLimits)
 
 
 class Service:
@@ -44,9 +45,9 @@ class Service:
         self.metrics = Metrics()
         self.keys = Keys(settings.keys)
         self.scheduler = Scheduler(engine, settings.limits, self.metrics)
-        self.adapters = AdapterShelf()
-        self.pictures = PictureStore()
-        self.uploads = UploadStore()
+        self.adapters = AdapterShelf(settings.stores.store_bytes, settings.stores.adapters_per_key)
+        self.pictures = PictureStore(settings.stores.store_bytes)
+        self.uploads = UploadStore(settings.stores.store_bytes)
         self._started = False
 
     async def start(self) -> None:

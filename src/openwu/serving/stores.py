@@ -10,9 +10,18 @@ from dataclasses import dataclass, field
 
 from openwu.serving.errors import refused
 
-ADAPTER_BYTES, TENANT_ADAPTERS = 256 * 2**20, 64
-PICTURE_BYTES, PICTURE_SECONDS = 256 * 2**20, 3600.0
+STORE_BYTES, PICTURE_SECONDS = 256 * 2**20, 3600.0
 UPLOAD_SECONDS, UPLOAD_BYTES = 600.0, 256 * 2**10
+
+
+@dataclass(frozen=True)
+class StoreLimits:
+    """How much is kept between requests; what was used longest ago makes room."""
+
+    adapters_per_key: int = 64
+    """Generated adapters of one API key."""
+    store_bytes: int = STORE_BYTES
+    """Of the adapters of all keys, of the pictures behind links, and of uploads: each of the three."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class StoredAdapter:
 class AdapterShelf:
     """Adapters by id, each bound to the key that generated it; the oldest make room."""
 
-    def __init__(self, limit: int = ADAPTER_BYTES, per_tenant: int = TENANT_ADAPTERS) -> None:
+    def __init__(self, limit: int = STORE_BYTES, per_tenant: int = StoreLimits.adapters_per_key) -> None:
         self._limit, self._per_tenant = limit, per_tenant
         self._held: OrderedDict[str, StoredAdapter] = OrderedDict()
         self._bytes = 0
@@ -91,7 +100,7 @@ class AdapterShelf:
 class PictureStore:
     """Results behind signed links that expire; the oldest make room."""
 
-    def __init__(self, limit: int = PICTURE_BYTES, seconds: float = PICTURE_SECONDS) -> None:
+    def __init__(self, limit: int = STORE_BYTES, seconds: float = PICTURE_SECONDS) -> None:
         self._limit, self._seconds = limit, seconds
         self._secret = secrets.token_bytes(32)
         self._held: OrderedDict[str, tuple[float, bytes, str]] = OrderedDict()
@@ -136,7 +145,7 @@ class _Upload:
 class UploadStore:
     """Pictures that agents send ahead, each to an id that was given out before; the oldest of one key make room."""
 
-    def __init__(self, limit: int = PICTURE_BYTES) -> None:
+    def __init__(self, limit: int = STORE_BYTES) -> None:
         self._limit = limit
         self._held: OrderedDict[str, _Upload] = OrderedDict()
 
@@ -147,11 +156,16 @@ class UploadStore:
         self._make_room()
         return name
 
-    def put(self, id: str, data: bytes) -> None:
-        """Keep a picture. Raises ServiceError (404) for an id that was not given out, or that has a picture already."""
+    def check(self, id: str) -> None:
+        """Raise ServiceError (404) for an id that was not given out, or that has a picture already."""
         found = self._held.get(id)
         if found is None or found.data or found.expires < time.time():
             raise refused(404, "upload_not_found", "upload: expected the id of a fresh link, call upload_link again")
+
+    def put(self, id: str, data: bytes) -> None:
+        """Keep a picture. Raises ServiceError as `check` does."""
+        self.check(id)
+        found = self._held[id]
         found.data, found.expires = data, time.time() + PICTURE_SECONDS
         self._make_room()
 

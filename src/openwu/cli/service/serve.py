@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     from openwu.serving.queue import Limits
     from openwu.serving.server import Address, serve
     from openwu.serving.state import Settings
+    from openwu.serving.stores import StoreLimits
 
     keys = Path(arguments.keys) if arguments.keys else None
     if arguments.new_key:
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_pixels=round(arguments.max_megapixels * 1e6),
         limits=Limits(arguments.queue_seconds, arguments.key_seconds, request_seconds=arguments.request_seconds),
         body=BodyLimits(round(arguments.max_body_mb * 2**20)),
+        stores=StoreLimits(arguments.adapters_per_key, round(arguments.store_mb * 2**20)),
     )
     certificate, key = (Path(path) if path else None for path in (arguments.tls_certificate, arguments.tls_key))
     address = Address(arguments.host, arguments.port, certificate, key)
@@ -54,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _engine(arguments: argparse.Namespace) -> Engine:
     source = model_source(arguments)
     memory = round(arguments.memory_gb * 2**30) if arguments.memory_gb else None
+    cache = round(arguments.cache_mb * 2**20)
     if arguments.ray is not None:
         from openwu.serving.engines.cluster import ClusterOptions, cluster_engine
 
@@ -61,10 +64,12 @@ def _engine(arguments: argparse.Namespace) -> Engine:
             address=arguments.ray,
             replicas=max(1, arguments.workers),
             max_replicas=arguments.max_workers,
+            idle_seconds=arguments.idle_seconds,
             threads=arguments.threads or 1,
             gpus=arguments.worker_gpus,
             batch=arguments.batch,
             memory_bytes=memory,
+            cache_bytes=cache,
         )
         return cluster_engine(source, options)
     if arguments.max_workers is not None or arguments.worker_gpus:
@@ -72,11 +77,16 @@ def _engine(arguments: argparse.Namespace) -> Engine:
     if arguments.workers == 0:
         from openwu.serving.engines.local import LocalEngine
 
-        return LocalEngine(source, batch=arguments.batch)
+        return LocalEngine(source, batch=arguments.batch, cache_bytes=cache)
     from openwu.serving.engines.processes import ProcessEngine
 
     return ProcessEngine(
-        source, workers=arguments.workers, batch=arguments.batch, memory_bytes=memory, threads=arguments.threads
+        source,
+        workers=arguments.workers,
+        batch=arguments.batch,
+        memory_bytes=memory,
+        threads=arguments.threads,
+        cache_bytes=cache,
     )
 
 
@@ -101,6 +111,12 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
         help="run the workers on a Ray cluster (default address: the cluster of this machine, or a new one)",
     )
     serve.add_argument("--max-workers", type=positive_count, help="with --ray: start up to so many under load")
+    serve.add_argument(
+        "--idle-seconds",
+        type=amount,
+        default=600.0,
+        help="with --max-workers: seconds until a worker that is not needed is taken back (default: 600)",
+    )
     serve.add_argument("--worker-gpus", type=amount, default=0.0, help="with --ray: GPUs of a worker, such as 1 or 0.5")
     serve.add_argument("--threads", type=positive_count, help="threads of a worker (default: its share of the cores)")
     serve.add_argument("--batch", type=positive_count, help="requests that share a pass (default: 8; 1 on a CPU)")
@@ -113,12 +129,6 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="serve under this name, too")
     serve.add_argument("--alias", action="append", default=[], metavar="NAME", help="another name of the model")
     serve.add_argument("--mcp", action="store_true", help="offer tools to agents at /mcp, too")
-    serve.add_argument("--queue-seconds", type=amount, default=60.0, help="work that may wait in all (default: 60)")
-    serve.add_argument("--key-seconds", type=amount, default=30.0, help="work of one key that may wait (default: 30)")
-    serve.add_argument("--request-seconds", type=amount, default=300.0, help="longest time to answer (default: 300)")
-    serve.add_argument("--drain-seconds", type=amount, default=60.0, help="to finish work at shutdown (default: 60)")
-    serve.add_argument("--max-megapixels", type=amount, default=50.0, help="of one picture (default: 50)")
-    serve.add_argument("--max-body-mb", type=amount, default=64.0, help="of one request (default: 64)")
     serve.add_argument(
         "--metrics-port", type=_port, metavar="PORT", help="serve /metrics on this port, too, without a key"
     )
@@ -126,7 +136,34 @@ def add_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--tls-certificate", metavar="FILE", help="serve HTTPS with this certificate")
     serve.add_argument("--tls-key", metavar="FILE", help="its key (default: in the same file)")
     serve.add_argument("--quiet", action="store_true", help="log nothing but faults")
+    _add_limits(serve)
     serve.set_defaults(run="openwu.cli.service.serve:run")
+
+
+def _add_limits(serve: argparse.ArgumentParser) -> None:
+    """Add the limits of time, size and memory."""
+    serve.add_argument("--queue-seconds", type=amount, default=60.0, help="work that may wait in all (default: 60)")
+    serve.add_argument("--key-seconds", type=amount, default=30.0, help="work of one key that may wait (default: 30)")
+    serve.add_argument("--request-seconds", type=amount, default=300.0, help="longest time to answer (default: 300)")
+    serve.add_argument("--drain-seconds", type=amount, default=60.0, help="to finish work at shutdown (default: 60)")
+    serve.add_argument("--max-megapixels", type=amount, default=50.0, help="of one picture (default: 50)")
+    serve.add_argument("--max-body-mb", type=amount, default=64.0, help="of one request (default: 64)")
+    serve.add_argument(
+        "--adapters-per-key",
+        type=positive_count,
+        default=64,
+        metavar="N",
+        help="adapters that are kept by id (default: 64)",
+    )
+    serve.add_argument(
+        "--store-mb",
+        type=amount,
+        default=256.0,
+        help="for the adapters of all keys, the pictures behind links, the uploads: each (default: 256)",
+    )
+    serve.add_argument(
+        "--cache-mb", type=amount, default=32.0, help="for each key's adapter cache in each worker (default: 32)"
+    )
 
 
 def _port(text: str) -> int:

@@ -14,6 +14,9 @@ from openwu.serving.errors import Failure
 Report = Callable[[str, int, int], None]
 """Called with (task id, parts done, parts in all)."""
 
+CACHE_BYTES = 32 * 2**20
+"""Default size of the adapter cache that each API key has in each worker; the 16 keys that were seen last have one."""
+
 Metadata = Literal["keep", "no_location", "strip"]
 """What of a photograph's metadata the answer keeps."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from openwu.errors import OpenwuError
 from openwu.extras import library
-from openwu.serving.engines import Engine, Health, ModelInfo, ModelSource, Outcome, Report, Task
+from openwu.serving.engines import CACHE_BYTES, Engine, Health, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.engines.processes import REPORT_SECONDS, limit_memory
 from openwu.serving.errors import STOPPED, Failure, WorkerLostError
 
@@ -28,6 +29,8 @@ WINDOW = 2
 replicas are needed. All others wait in the fair queue."""
 LOOK_SECONDS = 1.0
 """Time between two looks at how many replicas run."""
+REACH_SECONDS = 10.0
+"""How long the address of a cluster has to answer."""
 ROUTE_SECONDS = 60.0
 """How long a batch that no replica has begun is offered again while replicas and nodes die."""
 log = logging.getLogger("openwu.serving")
@@ -42,6 +45,8 @@ class ClusterOptions:
     replicas: int = 1
     max_replicas: int | None = None
     """Under load, Ray starts up to so many; None: always `replicas`."""
+    idle_seconds: float = 600.0
+    """How long fewer replicas must have been enough before Ray takes one back."""
     threads: int = 1
     """CPUs of a replica."""
     gpus: float = 0.0
@@ -49,6 +54,8 @@ class ClusterOptions:
     batch: int | None = None
     memory_bytes: int | None = 4 * 2**30
     """What a replica on a CPU may take beyond its loaded model; None: no limit."""
+    cache_bytes: int = CACHE_BYTES
+    """Of each key's adapter cache in each replica."""
 
 
 class EditReplica:
@@ -61,7 +68,7 @@ class EditReplica:
         from openwu.serving.engines.worker import EditWorker, load
 
         torch.set_num_threads(options.threads)
-        self._worker = EditWorker(load(source), options.batch)
+        self._worker = EditWorker(load(source), options.batch, options.cache_bytes)
         self._info = self._worker.warm()
         self._thread = ThreadPoolExecutor(1, "openwu-edit")
         if options.memory_bytes is not None and self._worker.on_cpu:
@@ -103,7 +110,12 @@ def deployment(source: ModelSource, options: ClusterOptions) -> Any:
     most = options.max_replicas or options.replicas
     if most < options.replicas:
         raise OpenwuError(f"max_replicas: expected at least the {options.replicas} replicas, got {most}")
-    scaling = {"min_replicas": options.replicas, "max_replicas": most, "target_ongoing_requests": 1}
+    scaling = {
+        "min_replicas": options.replicas,
+        "max_replicas": most,
+        "target_ongoing_requests": 1,
+        "downscale_delay_s": options.idle_seconds,
+    }
     made = serve.deployment(EditReplica).options(
         name=DEPLOYMENT,
         max_ongoing_requests=1,
@@ -281,6 +293,9 @@ def cluster_engine(source: ModelSource, options: ClusterOptions, app: str = "ope
 def join_cluster(address: str | None) -> None:
     """Join a Ray cluster as `ClusterOptions.address` says. Raises OpenwuError where none answers."""
     ray = library("ray", "ray")
+    from ray.exceptions import RayError
+
+    _check_reached(address)
     # In the main thread, Ray takes SIGTERM for itself.
     ours = signal.getsignal(signal.SIGTERM)
     try:
@@ -291,9 +306,24 @@ def join_cluster(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "start one with `ray start --head`, or leave the address out"
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        hint = (
+            "start one with `ray start --head`, or leave the address out; one with a token needs RAY_AUTH_MODE=token "
+            "and the token here too (docs/serving.md)"
+        )
         raise OpenwuError(f"--ray: expected a Ray cluster at {address or 'this machine'}: {error}; {hint}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)
+
+
+def _check_reached(address: str | None) -> None:
+    """Raise OpenwuError where nothing listens at HOST:PORT; Ray would go on trying for many minutes, without a word."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        hint = "check the address and the firewall, or start a cluster there with `ray start --head`"
+        raise OpenwuError(f"--ray: expected a Ray cluster at {address}: {error}; {hint}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from openwu.serving.engines import Engine, Health, ModelInfo, ModelSource, Outcome, Report, Task
+from openwu.serving.engines import CACHE_BYTES, Engine, Health, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import Failure
 
 if TYPE_CHECKING:
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 class LocalEngine(Engine):
     """One thread with an Editor; nothing limits its memory."""
 
-    def __init__(self, source: ModelSource | Callable[[], Editor], *, batch: int | None = None) -> None:
-        """`source`: what to load, or a function that returns the editor. `batch`: requests of one pass, at most."""
-        self._source, self._batch = source, batch
+    def __init__(
+        self, source: ModelSource | Callable[[], Editor], *, batch: int | None = None, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        """`source`: what to load, or a function that returns the editor. `batch`: requests of one pass, at most.
+
+        `cache_bytes`: of each key's adapter cache.
+        """
+        self._source, self._batch, self._cache_bytes = source, batch, cache_bytes
         self._thread = ThreadPoolExecutor(1, "openwu-edit")
         self._stopped: set[str] = set()
         self._lock = threading.Lock()
@@ -42,7 +47,7 @@ class LocalEngine(Engine):
         from openwu.serving.engines.worker import EditWorker, load
 
         editor = load(self._source) if isinstance(self._source, ModelSource) else self._source()
-        self._worker = EditWorker(editor, self._batch)
+        self._worker = EditWorker(editor, self._batch, self._cache_bytes)
         self._info = self._worker.warm()
 
     async def submit(self, tasks: Sequence[Task], report: Report) -> list[Outcome | Failure]:

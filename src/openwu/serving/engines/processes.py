@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from openwu.errors import OpenwuError
-from openwu.serving.engines import Engine, Health, ModelInfo, ModelSource, Outcome, Report, Task
+from openwu.serving.engines import CACHE_BYTES, Engine, Health, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import Failure, WorkerLostError
 
 REPORT_SECONDS = 0.1
@@ -40,13 +40,16 @@ class ProcessEngine(Engine):
         batch: int | None = None,
         memory_bytes: int | None = 4 * 2**30,
         threads: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """`memory_bytes`: what a worker on a CPU may take beyond its loaded model; None: no limit.
 
-        `threads`: of each worker; None: the machine's cores shared between them.
+        `threads`: of each worker; None: the machine's cores shared between them. `cache_bytes`: of each key's adapter
+        cache in each worker.
         """
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        self._start_arguments = (source, batch, memory_bytes, threads or max(1, cores // workers))
+        threads = threads or max(1, cores // workers)
+        self._start_arguments = (source, batch, memory_bytes, threads, cache_bytes)
         self._count = workers
         self._workers: list[_Worker] = []
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
@@ -241,7 +244,12 @@ class _Worker:
 
 
 def work(
-    connection: Connection, source: ModelSource, batch: int | None, memory_bytes: int | None, threads: int
+    connection: Connection,
+    source: ModelSource,
+    batch: int | None,
+    memory_bytes: int | None,
+    threads: int,
+    cache_bytes: int,
 ) -> None:
     """Be a worker process: load, warm up, then run batch after batch until the pipe ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the service decides when its workers end
@@ -252,7 +260,7 @@ def work(
 
     torch.set_num_threads(threads)
     try:
-        worker = EditWorker(load(source), batch)
+        worker = EditWorker(load(source), batch, cache_bytes)
         info = worker.warm()
     except Exception as error:
         connection.send(

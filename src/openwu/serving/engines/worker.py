@@ -37,7 +37,7 @@ from openwu.errors import (
 )
 from openwu.images import Photo, encode_picture, read_picture
 from openwu.images.privacy import without_location, without_metadata
-from openwu.serving.engines import Metadata, ModelInfo, ModelSource, Outcome, Report, Task
+from openwu.serving.engines import CACHE_BYTES, Metadata, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import STOPPED, Failure, ServiceError, refused
 from openwu.serving.requests.schema import EXAMPLES, cost_of
 from openwu.types import Adapter, LoadingOptions, SamplingOptions, Understood
@@ -47,8 +47,12 @@ log = logging.getLogger("openwu.serving")
 _SHORT_OF_MEMORY = ("not enough memory", "out of memory", "allocate memory", "bad_alloc", "could not create a memory")
 """How PyTorch and what it calls say that there is no memory."""
 WARM_SIDE = 256
-TENANT_BYTES, TENANTS = 32 * 2**20, 16
-"""Size and number of the adapter caches, one for each of the API keys that were seen last."""
+TENANTS = 16
+"""Number of adapter caches, one for each of the API keys that were seen last."""
+
+
+METADATA_BYTES = 16 * 2**20
+"""Most metadata of a picture. In a file it may be compressed to a thousandth; every answer has it."""
 
 
 class StoppedError(Exception):
@@ -92,9 +96,9 @@ def describe(editor: Editor, seconds_per_unit: float, batch: int | None = None) 
 class EditWorker:
     """An Editor, and the adapter caches of the keys that use it, kept apart."""
 
-    def __init__(self, editor: Editor, batch: int | None = None) -> None:
-        """`batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU."""
-        self.editor, self._batch = editor, batch
+    def __init__(self, editor: Editor, batch: int | None = None, cache_bytes: int = CACHE_BYTES) -> None:
+        """`batch`: requests of one pass; None: 8 on an accelerator, 1 on a CPU. `cache_bytes`: of each key's cache."""
+        self.editor, self._batch, self._cache_bytes = editor, batch, cache_bytes
         self._caches: OrderedDict[str, AdapterCache] = OrderedDict()
 
     def run(self, tasks: Sequence[Task], report: Report, stopped: Callable[[str], bool]) -> list[Outcome | Failure]:
@@ -228,7 +232,7 @@ class EditWorker:
 
     def _cache(self, tenant: str) -> AdapterCache:
         """The cache of one key: what another key generated is never found in it."""
-        cache = self._caches.pop(tenant, None) or AdapterCache(memory_bytes=TENANT_BYTES)
+        cache = self._caches.pop(tenant, None) or AdapterCache(memory_bytes=self._cache_bytes)
         self._caches[tenant] = cache
         while len(self._caches) > TENANTS:
             self._caches.popitem(last=False)
@@ -355,9 +359,15 @@ class Prepared:
 
 def _read(data: bytes, name: str, param: str) -> Photo:
     try:
-        return read_picture(data)
+        photo = read_picture(data)
     except PictureError as error:
         raise refused(400, "invalid_image", f"{name}: {error}", param) from error
+    held = sum(len(each or b"") for each in (photo.icc, photo.exif, photo.xmp, photo.iptc))
+    held += sum(len(text) for _, text in photo.texts)
+    if held > METADATA_BYTES:
+        limit = f"at most {METADATA_BYTES / 2**20:g} MiB of profile, EXIF, XMP and texts"
+        raise refused(400, "invalid_image", f"{name}: expected {limit}, got {held / 2**20:.1f}; strip them", param)
+    return photo
 
 
 def _examples(task: Task) -> tuple[tuple[Photo, Photo], ...]:
@@ -397,15 +407,21 @@ def covering(photo: Photo, size: tuple[int, int]) -> Photo:
     width, height = size
     scale = max(width / photo.size[0], height / photo.size[1])
     wide, high = max(width, round(photo.size[0] * scale)), max(height, round(photo.size[1] * scale))
-    channels = [
-        np.asarray(Image.fromarray(plane).resize((wide, high), Image.Resampling.LANCZOS))
-        for plane in np.moveaxis(photo.floats(), 2, 0)
-    ]
-    scaled = photo.resized(np.stack(channels, axis=2))
     left, top = (wide - width) // 2, (high - height) // 2
-    window = slice(top, top + height), slice(left, left + width)
-    alpha = None if scaled.alpha is None else scaled.alpha[window].copy()
-    return replace(scaled, pixels=scaled.pixels[window].copy(), alpha=alpha)
+    # Only the part that stays is scaled: of a narrow picture, the whole would be as large as one likes.
+    x, y = photo.size[0] / wide, photo.size[1] / high
+    part = (left * x, top * y, (left + width) * x, (top + height) * y)
+
+    def scaled(plane: NDArray[np.float32], filter: Image.Resampling) -> NDArray[np.float32]:
+        return np.asarray(Image.fromarray(plane).resize(size, filter, box=part))
+
+    channels = [scaled(plane, Image.Resampling.LANCZOS) for plane in np.moveaxis(photo.floats(), 2, 0)]
+    alpha = photo.alpha
+    if alpha is not None:
+        limit = np.iinfo(alpha.dtype).max
+        found = scaled(alpha.astype(np.float32), Image.Resampling.BICUBIC)
+        alpha = np.rint(found.clip(0, limit)).astype(alpha.dtype)
+    return replace(replace(photo, alpha=None).resized(np.stack(channels, axis=2)), alpha=alpha)
 
 
 def on_white(photo: Photo) -> Photo:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from mcp_types import CallToolResult, TextContent
 from openwu.errors import OpenwuError
 from openwu.files.writing import atomic_file
 from openwu.serving.access import LOCAL
-from openwu.serving.engines import Task
 from openwu.serving.errors import ServiceError
 from openwu.serving.mcp.calls import Calls, pair_of, preview, taken_for
 from openwu.serving.mcp.notes import NoteTools
-from openwu.serving.requests.schema import cost_of, edit_spec
-from openwu.serving.routes.adapters import FORMATS
+from openwu.serving.requests.schema import Values, edit_spec
+from openwu.serving.routes.adapters import adapter_task, export_task
 from openwu.serving.routes.edits import make_tasks
 from openwu.serving.state import Service
 from openwu.version import __version__
@@ -170,39 +169,44 @@ class FileTools:
 
     async def make_adapter(
         self,
-        photo: str,
-        instruction: str,
         output: str,
         context: Context[None, Any],
+        photo: str | None = None,
+        instruction: str = "",
+        example_before: str | None = None,
+        example_after: str | None = None,
         format: str = "openwu",
         seed: int | None = None,
+        try_anyway: bool = False,
         overwrite: bool = False,
     ) -> dict[str, Any]:
-        """Generate the LoRA adapter of a photograph and an instruction, and write it as a zip archive.
+        """Generate the LoRA adapter of a photograph and an instruction, or of an example, and write a zip archive.
 
-        output: path of the archive, .zip. format: openwu, peft, diffusers or comfyui.
+        output: path of the archive, .zip. photo: path of the picture; may be left out with an example, whose adapter
+        then serves a whole series of pictures. example_before and example_after: paths of one picture before and after
+        a look of tone and colour; instruction may then be "". format: openwu, peft, diffusers or comfyui. try_anyway:
+        also instructions that the model does not know, and examples that it does not understand.
         """
-        if format not in FORMATS:
-            raise ToolError(f"format: expected one of {', '.join(FORMATS)}, got {format[:40]!r}")
         target = self._folders.new(output, (".zip",), overwrite)
+        values: Values = {"prompt": [instruction], "seed": [seed], "allow_out_of_scope": [try_anyway]}
         try:
-            spec = edit_spec({"prompt": [instruction], "seed": [seed]}, [self._read(photo)])
-            (checked,) = await make_tasks(self._service, LOCAL, spec)
-            task = self._calls.adapt(LOCAL, checked.images[0], instruction, seed)
+            pairs = pair_of(example_before, example_after, self._read)
+            images = [] if photo is None else [self._read(photo)]
+            task = await adapter_task(self._service, LOCAL, values, images, pairs)
+            export = export_task(LOCAL, (task.id, b""), format)  # an unknown format is refused before any work
             made = await self._calls.run(task, context)
-            archive = Task(
-                secrets.token_hex(16),
-                LOCAL.tenant,
-                "export",
-                adapter=(task.id, made.data),
-                export_format=format,
-                cost=cost_of(0),
-            )
-            outcome = await self._calls.run(archive, context)
+            outcome = await self._calls.run(replace(export, adapter=(task.id, made.data)), context)
         except ServiceError as error:
             raise self._calls.explained(error, instruction) from error
         await asyncio.to_thread(_write, target, outcome.data)
-        return {"output": str(target), "format": format, "bytes": len(outcome.data), "edit": made.edit}
+        return {
+            "output": str(target),
+            "format": format,
+            "bytes": len(outcome.data),
+            "edit": made.edit,
+            "example": None if made.example is None else dict(made.example),
+            "notes": list(made.notes),
+        }
 
     def _read(self, path: str) -> bytes:
         try:

@@ -6,11 +6,14 @@ import base64
 import binascii
 import json
 import re
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from openwu.serving.errors import refused, unsupported
@@ -48,6 +51,9 @@ class Body:
 
 async def read_body(request: Request) -> Body:
     """Read a body by its declared type. Raises ServiceError: 400 for what cannot be parsed, 415 for another type."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise refused(415, "unsupported_media_type", f"expected a body as it is, got {coding[:60]!r}; send it without")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _multipart(request)
@@ -56,15 +62,38 @@ async def read_body(request: Request) -> Body:
     raise refused(415, "unsupported_media_type", f"expected multipart/form-data or application/json, got {kind[:60]!r}")
 
 
+class _Form(MultiPartParser):
+    """Starlette's parser, which takes a body that was cut off for a whole one: what is missing may be the mask."""
+
+    _ended = False
+
+    def on_end(self) -> None:
+        self._ended = True
+
+    async def parse(self) -> FormData:
+        async with aclosing(self._whole(self.stream)) as self.stream:
+            return await super().parse()
+
+    async def _whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+        if not self._ended:
+            raise MultiPartException("expected the closing boundary, got a body that was cut off; send it again")
+
+
 async def _multipart(request: Request) -> Body:
     body = Body()
     try:
-        form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
-    except HTTPException as error:
-        if "Too many files" in str(error.detail):
+        async with aclosing(request.stream()) as stream:
+            parser = _Form(
+                request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+            )
+            form = await parser.parse()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
             message = f"image: expected at most {MAX_FILES} files, got more"
             raise refused(400, "too_many_images", message, "image") from error
-        raise refused(400, "invalid_body", f"body: {error.detail}") from error
+        raise refused(400, "invalid_body", f"body: {error.message}") from error
     except (ValueError, KeyError, LookupError) as error:
         raise refused(400, "invalid_body", "body: expected multipart/form-data; it could not be parsed") from error
     try:
@@ -86,7 +115,7 @@ async def _multipart(request: Request) -> Body:
 def _from_json(data: bytes) -> Body:
     body = Body()
     try:
-        fields = json.loads(data)
+        fields = json.loads(data, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise refused(400, "invalid_body", "body: expected a JSON object; it could not be parsed") from error
     if not isinstance(fields, dict):
@@ -107,6 +136,15 @@ def _from_json(data: bytes) -> Body:
     if len(body.values) > MAX_FIELDS:
         raise refused(400, "invalid_body", f"body: expected at most {MAX_FIELDS} fields, got {len(body.values)}")
     return body
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of its members. Raises ServiceError for a name that comes twice: one of them would be ignored."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise refused(400, "invalid_value", f"{name[:40]}: expected one value, got {times}", name[:40])
+    return found
 
 
 def picture_of(entry: object, name: str) -> bytes:

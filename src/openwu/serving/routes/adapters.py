@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from openwu.serving.engines import Outcome, Task
 from openwu.serving.errors import unsupported
 from openwu.serving.requests.forms import Body, example_pairs, read_body
 from openwu.serving.requests.openapi import ADAPTER_OPERATION
-from openwu.serving.requests.schema import ADAPTER_FIELDS, cost_of, edit_spec
+from openwu.serving.requests.schema import ADAPTER_FIELDS, Values, cost_of, edit_spec
 from openwu.serving.routes.edits import make_tasks
 from openwu.serving.routes.results import all_results, unless_gone
 from openwu.serving.state import Known, Service
@@ -55,17 +56,7 @@ def adapter_routes(service: Service) -> APIRouter:
         found = service.adapters.get(id, caller.tenant)
         if not format:
             return found.described
-        if format not in FORMATS:
-            raise unsupported("format", f"format: expected one of {', '.join(FORMATS)}, got {format[:40]!r}")
-        task = Task(
-            secrets.token_hex(16),
-            caller.tenant,
-            "export",
-            adapter=(found.key, found.data),
-            export_format=format,
-            cost=cost_of(0),
-        )
-        outcome = await _run(service, request, task)
+        outcome = await _run(service, request, export_task(caller, (found.key, found.data), format))
         name = {"content-disposition": f'attachment; filename="{found.id}.{format}.zip"'}
         return Response(outcome.data, media_type="application/zip", headers=name)
 
@@ -81,11 +72,31 @@ async def _task(service: Service, caller: Caller, body: Body) -> Task:
     for name in (*body.values, *body.files):
         if name not in ADAPTER_FIELDS:
             raise unsupported(name[:64], f"{name[:64]}: expected one of {', '.join(ADAPTER_FIELDS)}; leave it out")
-    own, pairs = body.files.get("image", []), example_pairs(body)
-    spec = edit_spec(body.values, own or [before for before, _ in pairs[:1]], None, pairs)
+    return await adapter_task(service, caller, body.values, body.files.get("image", []), example_pairs(body))
+
+
+async def adapter_task(
+    service: Service,
+    caller: Caller,
+    values: Values,
+    images: Sequence[bytes],
+    examples: Sequence[tuple[bytes, bytes]] = (),
+) -> Task:
+    """Make the task of generating an adapter, as `edit_spec` takes what it depends on. Raises ServiceError.
+
+    `images`: none for the adapter that an example gives a whole series.
+    """
+    # Without a picture, the example's own stands in for the checks.
+    spec = edit_spec(values, images or [before for before, _ in examples[:1]], None, examples)
     (task,) = await make_tasks(service, caller, spec)
-    # Of an example alone, the adapter serves a whole series; the picture before stood in for the checks.
-    return replace(task, kind="adapt", images=tuple(own), batch_key=None)
+    return replace(task, kind="adapt", images=tuple(images), batch_key=None)
+
+
+def export_task(caller: Caller, adapter: tuple[str, bytes], format: str) -> Task:
+    """Make the task of packing an adapter as an archive. `adapter`: as `Task.adapter`. Raises ServiceError."""
+    if format not in FORMATS:
+        raise unsupported("format", f"format: expected one of {', '.join(FORMATS)}, got {format[:40]!r}")
+    return Task(secrets.token_hex(16), caller.tenant, "export", adapter=adapter, export_format=format, cost=cost_of(0))
 
 
 async def _run(service: Service, request: Request, task: Task) -> Outcome:

@@ -22,6 +22,8 @@ from openwu.serving.state import Service
 
 REQUEST_PICTURES = 2
 """All pictures of a request, and its answer, may have as many pixels as so many of the largest ones."""
+LEAST_SIDE = 64
+"""Side of the smallest picture that takes less time than larger ones."""
 
 
 async def serve_edit(service: Service, caller: Caller, request: Request) -> Response:
@@ -52,8 +54,8 @@ async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[T
         stored = service.adapters.get(spec.adapter, caller.tenant)
         adapter = (stored.key, stored.data)
     sizes = await asyncio.to_thread(check_sizes, spec, service.max_pixels)
-    own_pixels, *further = (width * height for width, height in sizes)
-    cost = cost_of(own_pixels, 1 + len(spec.then), sum(further))
+    further = sum(width * height for width, height in sizes[1:])
+    cost = cost_of(padded_pixels(sizes[0]), 1 + len(spec.then), further)
     own = adapter is not None or bool(spec.then)
     key = None if own else (sizes[0], len(spec.images), len(spec.examples), spec.allow_out_of_scope)
     seed = info.default_seed if spec.seed is None else spec.seed
@@ -80,6 +82,11 @@ async def make_tasks(service: Service, caller: Caller, spec: EditSpec) -> list[T
         )
         for number in range(spec.n)
     ]
+
+
+def padded_pixels(size: tuple[int, int]) -> int:
+    """Return how many pixels of a picture are worked on: models pad one that is narrower than their windows."""
+    return max(size[0], LEAST_SIDE) * max(size[1], LEAST_SIDE)
 
 
 def check_able(info: ModelInfo, spec: EditSpec) -> None:
