@@ -32,14 +32,17 @@ class Telling:
             raise ValueError(f"telling: expected shares from 0 to 1 with a sum of at most 1, got {shares}")
 
     def note(self, source: FactSource, facts: int) -> Note:
-        """Draw a note of that many facts; one fact more where two of a person are linked."""
+        """Draw a note of that many facts, one more where two of a person are linked.
+
+        A harder note lists two facts alone, which are asked about: the harder one and any other.
+        """
         kind = source.random.random() if self != Telling() else 1.0
         if kind < self.updates:
-            return dialogue(updated(source, facts), source.random, DIALOGUES / 3)
+            return _asked(dialogue(updated(source, facts), source.random, DIALOGUES / 3), source.random)
         if kind < self.updates + self.first_person:
-            return dialogue(spoken(source, facts), source.random, DIALOGUES)
+            return _asked(dialogue(spoken(source, facts), source.random, DIALOGUES), source.random)
         if kind < self.updates + self.first_person + self.prose:
-            return prose(source, facts)
+            return _asked(prose(source, facts), source.random)
         return source.note(facts)
 
 
@@ -100,3 +103,7 @@ def dialogue(note: Note, random: Random, share: float) -> Note:
         return note
     turns = [f"User: {turn}.\nAssistant: {random.choice(CONFIRMATIONS)}" for turn in note.text.rstrip(".").split(". ")]
     return Note("\n".join(turns), note.facts)
+
+
+def _asked(note: Note, random: Random) -> Note:
+    return Note(note.text, (note.facts[0], *random.sample(note.facts[1:], min(1, len(note.facts) - 1))))

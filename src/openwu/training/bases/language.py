@@ -23,6 +23,7 @@ from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
 from openwu.memory.facts import FILLERS, ORDINARY, ORDINARY_KINDS, FactSource, vocabulary_words
 from openwu.memory.language import BUNDLED, LanguageMemory
 from openwu.memory.reading import NoteFormat
+from openwu.memory.telling import Telling
 from openwu.training.bases.recall_loss import NoteBatch, OwnAnswers, PredictedLosses, RecallLoss
 from openwu.training.checkpoint import check_recipe
 from openwu.training.config import LATER, Recipe, StageConfig
@@ -84,8 +85,16 @@ class LanguageMemoryRun(Recipe):
     """Directions of ordinary answers that notes shall not use, fitted after the training; 0: none."""
     background: float = 300.0
     """How much ordinary answers count against a note's own keys."""
+    later: bool = False
+    """A token's strength heeds later tokens with a key like its own; added to a generator of `start` without it."""
     facts: int = 4
     """Invented facts of a note at most; fewer at first."""
+    updates: float = 0.0
+    """Share of the invented notes in which a value is taken back, see `openwu.memory.telling`."""
+    first_person: float = 0.0
+    """Share of them with a fact of the speaker's own."""
+    prose: float = 0.0
+    """Share of them with two facts of a person that a pronoun links."""
     questions: int = 2
     """Questions of a note in one update."""
     held_back: int = 16
@@ -102,6 +111,7 @@ class LanguageMemoryRun(Recipe):
             raise ValueError(f"states: expected a layer below {max(self.layers)}, got {self.states}")
         if not self.background > 0:
             raise ValueError(f"background: expected a number above 0, got {self.background}; background_rank=0: none")
+        Telling(self.updates, self.first_person, self.prose)  # raises ValueError
         if "{question}" not in self.question_prompt:
             raise ValueError(f"question_prompt: expected {{question}} in it, got {self.question_prompt!r}")
 
@@ -188,7 +198,7 @@ def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGener
         found = AssociativeGenerator.from_pretrained(BUNDLED if recipe.start == PACKAGED else recipe.start)
         if NoteFormat.of(found.config).base not in ("", base.digest):
             raise CheckpointError(f"start: {recipe.start} was trained on another model; train a new generator: start=")
-        return found
+        return found.looking_later() if recipe.later else found
     recipe = fitted_to(recipe, base)
     assert recipe.states is not None
     assert recipe.reader_layers is not None
@@ -212,6 +222,7 @@ def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGener
         background_rank=min(recipe.background_rank, linear.in_features),
         reader=_attention(base, recipe.reader_layers),
         reader_rank=recipe.reader_rank,
+        later=recipe.later,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -343,12 +354,13 @@ def _from_file(recipe: LanguageMemoryRun, notes: NoteFile) -> Draw:
 def _invented(recipe: LanguageMemoryRun, base: CausalLM) -> Draw:
     words = vocabulary_words(base.tokenizer.get_vocab())
     sources = {part: FactSource(words, 0, test=part) for part in (False, True)}
+    telling = Telling(recipe.updates, recipe.first_person, recipe.prose)
 
     def draw(random: Random, number: int, held_back: bool) -> Asked:
         source = sources[held_back]
         source.random = random
         most = recipe.facts if held_back else min(recipe.facts, 1 + 12 * number // recipe.generator.steps)
-        note = source.note(random.randint(1, max(1, most)))
+        note = telling.note(source, random.randint(1, max(1, most)))
         return note.text, [(fact.question(random.randrange(1 if held_back else 2)), fact.answer) for fact in note.facts]
 
     return draw
