@@ -11,6 +11,7 @@ import torch
 
 from language_cases import language_model
 from openwu.backbones.causal_lm.base import IGNORED, CausalLM
+from openwu.data.notes import open_notes
 from openwu.errors import CheckpointError, DatasetError
 from openwu.evaluation.experiments.recall import leak
 from openwu.generator.associative import AssociativeGenerator
@@ -18,7 +19,6 @@ from openwu.memory.facts import TRAINED, UNSEEN, FactSource
 from openwu.memory.language import LanguageMemory
 from openwu.training.bases.language import (
     LanguageMemoryRun,
-    NoteFile,
     fitted_to,
     memory_stage,
     new_generator,
@@ -139,7 +139,7 @@ def test_the_copy_loss_alone_teaches_keys_and_reader(recipe: LanguageMemoryRun, 
     for part in memory.generator.reader_b:  # type: ignore[union-attr]
         torch.nn.init.normal_(part, std=0.1)  # type: ignore[arg-type]
     assert recipe.data is not None
-    stage = memory_stage(recipe, memory, NoteFile(recipe.data))
+    stage = memory_stage(recipe, memory, open_notes(recipe.data, recipe.held_back))
     losses = RecallLoss(memory, copy=1.0, new_tokens=1.0)
     batch = stage.batches(0)
     with memory.handle.applied(losses.adapt(batch)):
@@ -158,7 +158,7 @@ def test_ordinary_answers_are_kept_under_notes(recipe: LanguageMemoryRun, base: 
         trial = replace(recipe, retention=weight, held_back=0, generator=replace(recipe.generator, steps=25))
         memory = LanguageMemory(model, new_generator(trial, model))
         assert trial.data is not None
-        stage = memory_stage(trial, memory, NoteFile(trial.data))
+        stage = memory_stage(trial, memory, open_notes(trial.data, trial.held_back))
         assert (stage.retention is None) == (weight == 0.0)
         train_stage(stage, trial.generator)
         kept[weight] = leak(memory, ["anna visits paris ."], ["visits ben ?", "drinks anna ?"]).divergence.value
@@ -170,7 +170,7 @@ def test_the_loss_of_a_note_falls(recipe: LanguageMemoryRun, base: Path) -> None
     model = CausalLM.from_pretrained(base)
     memory = LanguageMemory(model, new_generator(recipe, model))
     assert recipe.data is not None
-    stage = memory_stage(recipe, memory, NoteFile(recipe.data))
+    stage = memory_stage(recipe, memory, open_notes(recipe.data, recipe.held_back))
 
     def loss() -> float:
         with torch.no_grad():
