@@ -17,6 +17,7 @@ from openwu.evaluation.experiments.recall import leak
 from openwu.generator.associative import AssociativeGenerator
 from openwu.memory.facts import TRAINED, UNSEEN, FactSource
 from openwu.memory.language import LanguageMemory
+from openwu.memory.telling import Telling
 from openwu.training.bases.language import (
     LanguageMemoryRun,
     fitted_to,
@@ -221,3 +222,42 @@ def test_the_shipped_recipe_loads() -> None:
     made = load_recipe(Path(__file__).parent.parent.parent / "recipes" / "language_memory.py", ["facts=2"])
     assert isinstance(made, LanguageMemoryRun)
     assert made.facts == 2
+
+
+def test_answers_to_notes_held_back_are_shown_while_training(recipe: LanguageMemoryRun, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_language_memory(replace(recipe, evaluate_every=2, log_every=1), tmp_path / "run")
+    curves = EventAccumulator(str(tmp_path / "run" / "generator"))
+    curves.Reload()
+    assert {"loss", "validation", "control/none", "answers"} <= set(curves.Tags()["scalars"])
+    assert [event.step for event in curves.Scalars("answers")] == [2, 4]
+    [text] = curves.Tensors("samples/text_summary")[-1].tensor_proto.string_val
+    assert "| carla drinks milk . | drinks carla ? | milk . |" in text.decode()
+
+
+def test_harder_notes_hold_their_facts_and_ask_for_the_harder_one() -> None:
+    words = [f"{a}{b}{c}" for a in "Bdk" for b in "aeio" for c in ("lmo", "nta", "rru", "ssi")]
+    words += [word.lower() for word in words]
+    source = FactSource(words, 1, test=False)
+    for kind in ("updates", "first_person", "prose"):
+        telling = Telling(**{kind: 1.0})
+        notes = [telling.note(source, 1 + number % 3) for number in range(60)]
+        assert any(note.text.startswith("User: ") for note in notes) == (kind != "prose")
+        for note in notes:
+            first, *others = note.facts
+            assert len(others) <= 1
+            assert all(fact.value in note.text for fact in note.facts)
+            if kind == "updates":
+                assert note.text.count(first.person) >= 2
+                assert note.text.rindex(first.value) > note.text.index(first.person)
+            elif kind == "first_person":
+                assert first.answer.startswith(("You", "Your"))
+                assert " I" in first.question() or " my " in first.question()
+            else:
+                assert len(others) == 1
+                assert {"she", "he", "her", "his"} & set(note.text.lower().replace(".", "").split())
+    with pytest.raises(ValueError, match="at most 1"):
+        Telling(0.5, 0.4, 0.3)
+    with pytest.raises(ValueError, match="at most 1"):
+        load_recipe(Path(__file__).parents[2] / "recipes" / "language_memory.py", ["updates=2.0"])
