@@ -12,7 +12,7 @@ import torch
 from language_cases import language_model
 from openwu.backbones.causal_lm.base import IGNORED, CausalLM
 from openwu.data.notes import open_notes
-from openwu.errors import CheckpointError, DatasetError
+from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.evaluation.experiments.recall import leak
 from openwu.generator.associative import AssociativeGenerator
 from openwu.memory.facts import TRAINED, UNSEEN, FactSource
@@ -259,5 +259,5 @@ def test_harder_notes_hold_their_facts_and_ask_for_the_harder_one() -> None:
                 assert {"she", "he", "her", "his"} & set(note.text.lower().replace(".", "").split())
     with pytest.raises(ValueError, match="at most 1"):
         Telling(0.5, 0.4, 0.3)
-    with pytest.raises(ValueError, match="at most 1"):
+    with pytest.raises(OpenwuError, match="at most 1"):
         load_recipe(Path(__file__).parents[2] / "recipes" / "language_memory.py", ["updates=2.0"])
