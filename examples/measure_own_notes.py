@@ -3,7 +3,7 @@
     python examples/measure_own_notes.py notes.jsonl [--generator FOLDER] [--held-back 8]
 
 Each note is remembered alone. An answer is right when it holds all words of the expected one that are not in the
-question. Without a folder the generator of the package is measured: compare with it what `recipes/own_notes.py` trained.
+question. Without a folder the generator of the package is measured, with which `recipes/own_notes.py` begins.
 """
 
 from __future__ import annotations

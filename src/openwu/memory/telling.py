@@ -5,6 +5,7 @@ What a note says last holds: an update's fact has the new value, and the old one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -46,7 +47,7 @@ class Telling:
         return source.note(facts)
 
 
-def updated(source: FactSource, facts: int, wordings: list[str] = UPDATES) -> Note:
+def updated(source: FactSource, facts: int) -> Note:
     """Draw a note in which one fact's value is taken back; that fact is the first of its `facts`."""
     random, told = source.random, source.note(facts, fillers=0.0)
     number = random.randrange(facts)
@@ -54,7 +55,7 @@ def updated(source: FactSource, facts: int, wordings: list[str] = UPDATES) -> No
     old = source.value()
     while old in {fact.value for fact in told.facts}:
         old = source.value()
-    new = random.choice(wordings).format(s=changed.relation.statements[0]).format(e=changed.person, v=changed.value)
+    new = random.choice(UPDATES).format(s=changed.relation.statements[0]).format(e=changed.person, v=changed.value)
     sentences = [fact.statement for fact in told.facts]
     sentences[number] = random.choice(changed.relation.statements).format(e=changed.person, v=old)
     sentences.insert(random.randint(number + 1, facts), new)
@@ -74,8 +75,8 @@ def spoken(source: FactSource, facts: int) -> Note:
     return Note(" ".join(sentences), (mine, *(fact for place, fact in enumerate(told.facts) if place != number)))
 
 
-def prose(source: FactSource, facts: int) -> Note:
-    """Draw a note whose first person has a second fact, linked to the first by a pronoun."""
+def prose(source: FactSource, facts: int, wordings: Sequence[str] = LINKED) -> Note:
+    """Draw a note in which a person has two facts, the second by a pronoun; these are the first of its `facts`."""
     random, told = source.random, source.note(facts, reworded=0.0, fillers=0.0)
     first, others = told.facts[0], told.facts[1:]
     relation = random.choice([each for each in TRAINED if each != first.relation])
@@ -88,7 +89,7 @@ def prose(source: FactSource, facts: int) -> Note:
     for person, pronoun in words.items():
         again = again.replace(person, pronoun)
     again = again.format(v=value)
-    pair = random.choice(LINKED).format(
+    pair = random.choice(wordings).format(
         a=first.statement.removesuffix("."), again=again, Again=again[0].upper() + again[1:]
     )
     second = Fact(first.person, value, relation, pair)
