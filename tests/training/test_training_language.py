@@ -261,3 +261,41 @@ def test_harder_notes_hold_their_facts_and_ask_for_the_harder_one() -> None:
         Telling(0.5, 0.4, 0.3)
     with pytest.raises(OpenwuError, match="at most 1"):
         load_recipe(Path(__file__).parents[2] / "recipes" / "language_memory.py", ["updates=2.0"])
+
+
+def test_questions_packed_into_one_row_have_the_losses_and_gradients_of_padded_ones(
+    recipe: LanguageMemoryRun, base: Path
+) -> None:
+    model = CausalLM.from_pretrained(base)
+    memory = LanguageMemory(model, new_generator(recipe, model))
+    notes = ["anna visits paris .", "ben drinks tea . anna visits rome ."]
+    texts = model.tokenize_dialogues([[("visits anna ? ", "paris .")], [("drinks ben ? ", "ben drinks tea .")]])
+    lengths = texts.mask.sum(1).tolist()
+    assert lengths[0] != lengths[1]
+    part = torch.arange(2).repeat_interleave(torch.tensor(lengths))
+    seen = (part[:, None] == part) & torch.ones(len(part), len(part)).tril().bool()
+    labels = torch.cat([row[1:length] for row, length in zip(texts.labels, lengths, strict=True)])
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    found = []
+    for packed in (False, True):
+        memory.generator.zero_grad()
+        adapter = memory.adapt(notes)
+        with memory.handle.applied(adapter, [0, 1] if packed else None, segments=lengths if packed else None):
+            if packed:
+                logits = model.model(
+                    input_ids=texts.ids[texts.mask.bool()][None],
+                    position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+                    attention_mask=torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
+                ).logits[0]
+                inner = torch.ones(len(logits), dtype=torch.bool)
+                inner[ends] = False
+                loss = torch.nn.functional.cross_entropy(logits[inner], labels, ignore_index=IGNORED)
+            else:
+                logits, wanted = model.answer_logits(texts)
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+            loss.backward()
+        gradients = [p.grad.flatten() for p in memory.generator.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.cat(gradients)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+    assert found[0][1].abs().max() > 1e-3
