@@ -23,6 +23,7 @@ from openwu.evaluation.experiments.recall import Recall, RecallCase, holds, leak
 from openwu.files.origin import origin
 from openwu.memory.facts import UNSEEN, FactSource, vocabulary_words
 from openwu.memory.language import LanguageMemory
+from openwu.memory.telling import prose
 
 
 def cells(memory: LanguageMemory, count: int) -> dict[str, tuple[list[RecallCase], str]]:
@@ -91,6 +92,25 @@ def updates(memory: LanguageMemory, count: int) -> dict[str, Any]:
         "the old value": [float(holds(text, old)) for text, _, old in each],
     }
     return {kind: mean_over(values, groups).to_json() for kind, values in found.items()}
+
+
+def linked(memory: LanguageMemory, count: int) -> dict[str, Any]:
+    """Remember notes in which a second fact of a person follows by a pronoun, and ask for it and for the first."""
+    source = FactSource(vocabulary_words(memory.base.tokenizer.get_vocab()), 73, test=True)
+    notes = [prose(source, 2, wordings=["{a}. That is not all: {again}."]) for _ in range(count)]
+    written = [[memory.remember(note.text)] for note in notes]
+    found: dict[str, Any] = {}
+    for title, place in (("the pronoun's fact", 0), ("the fact with the name", 1)):
+        facts = [note.facts[place] for note in notes]
+        answers = memory.ask_batch([fact.question() for fact in facts], written, max_new_tokens=24)
+        others = [{each.value for each in note.facts} - {fact.value} for note, fact in zip(notes, facts, strict=True)]
+        each = zip(answers, facts, others, strict=True)
+        right = [float(holds(text, fact.value) and not any(holds(text, o) for o in more)) for text, fact, more in each]
+        found[title] = mean_over(right, [fact.relation.statements[0] for fact in facts]).to_json()
+        found[f"{title}, examples"] = [
+            (n.text, f.question(), a) for n, f, a in zip(notes[:4], facts[:4], answers[:4], strict=True)
+        ]
+    return found
 
 
 KNOWN = (
@@ -190,6 +210,7 @@ def main(output: Path, generator: str | None, seeds: Sequence[str], count: int) 
     further: dict[str, Callable[[], Results]] = {
         "many notes": lambda: {f"{number} joined": many_notes(memory, number) for number in (4, 8)},
         "updates": lambda: updates(memory, 16),
+        "pronouns": lambda: linked(memory, 16),
         "contradictions": lambda: contradictions(memory),
         "two notes": lambda: two_notes(memory, count // 2),
         "costs": lambda: {f"{facts} facts": costs(memory, facts) for facts in (2, 8)},

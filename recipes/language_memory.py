@@ -1,6 +1,8 @@
 """Train the generator that writes notes into SmolLM2-135M-Instruct, from invented facts.
 
 openwu train recipes/language_memory.py
+
+The generator of the package was made in two parts: docs/memory.md has both commands.
 """
 
 from openwu.training.bases.language import LanguageMemoryRun
@@ -11,7 +13,7 @@ def recipe() -> LanguageMemoryRun:
     return LanguageMemoryRun(
         name="language_memory",
         generator=StageConfig(
-            steps=300,
+            steps=440,
             shapes=((4, 0),),
             learning_rate=2e-3,
             warmup=20,
@@ -22,4 +24,8 @@ def recipe() -> LanguageMemoryRun:
         strengths=(500.0,),
         states=15,
         reader_layers=(19, 20, 21, 22, 23, 24),
+        later=True,
+        updates=0.3,
+        first_person=0.25,
+        prose=0.15,
     )

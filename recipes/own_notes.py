@@ -14,7 +14,7 @@ def recipe() -> LanguageMemoryRun:
         start=PACKAGED,
         held_back=2,
         generator=StageConfig(
-            steps=100,
+            steps=60,
             shapes=((4, 0),),
             learning_rate=1e-3,
             warmup=10,

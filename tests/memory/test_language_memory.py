@@ -15,12 +15,12 @@ from memory_cases import READER, TARGETS, written_for
 from openwu.backbones.causal_lm.base import CausalLM
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.evaluation.experiments.recall import leak
-from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
+from openwu.generator.associative import NEXT, AssociativeConfig, AssociativeGenerator
 from openwu.memory.language import LanguageMemory
 from openwu.memory.note import MemoryNote
 from openwu.memory.reading import MAX_NOTE
 from openwu.memory.store import MemoryStore
-from openwu.types import Adapter
+from openwu.types import Adapter, Condition, Segment
 
 ANNA, BEN = "anna visits paris .", "ben drinks tea . carla visits rome ."
 
@@ -330,3 +330,25 @@ def test_other_families_read_and_answer(kind: str) -> None:
     with memory.handle.applied(adapter):
         base.logits(base.tokenize(["visits anna"])).square().sum().backward()
     assert all(parameter.grad is not None for parameter in memory.generator.parameters())
+
+
+def test_strengths_heed_later_tokens_with_the_same_key() -> None:
+    config = AssociativeConfig(("layer",), 6, 4, metric_rank=2, correction_rank=2, gate_width=3, shared_rank=1)
+    torch.manual_seed(0)
+    generator = AssociativeGenerator(config)
+    keys = torch.eye(6)[None, [0, 1, 0, 2]] + 0.05 * torch.randn(1, 4, 6)
+    condition = Condition(torch.randn(1, 4, 4), None, {NEXT: Segment(torch.randn(1, 4, 4)), "layer": Segment(keys)})
+    grown = generator.looking_later()
+    before, after = generator(condition), grown(condition)
+    for (a, b), (c, d) in zip(before.pairs.values(), after.pairs.values(), strict=True):
+        torch.testing.assert_close(a, c)
+        torch.testing.assert_close(b, d)
+    layer = grown.layers[0]
+    torch.nn.init.normal_(layer.later.weight, std=0.5)
+    torch.nn.init.normal_(layer.gate[-1].weight, std=0.5)
+    heeded = grown(condition).pairs["layer"][1][0, :, :4].norm(dim=0)
+    torch.nn.init.zeros_(layer.later.weight)
+    alone = grown(condition).pairs["layer"][1][0, :, :4].norm(dim=0)
+    change = (heeded / alone).log().abs()
+    assert change[0] > 10 * change[1:].max()
+    assert grown.looking_later() is grown

@@ -11,14 +11,15 @@ import torch
 
 from language_cases import language_model
 from openwu.backbones.causal_lm.base import IGNORED, CausalLM
-from openwu.errors import CheckpointError, DatasetError
+from openwu.data.notes import open_notes
+from openwu.errors import CheckpointError, DatasetError, OpenwuError
 from openwu.evaluation.experiments.recall import leak
 from openwu.generator.associative import AssociativeGenerator
 from openwu.memory.facts import TRAINED, UNSEEN, FactSource
 from openwu.memory.language import LanguageMemory
+from openwu.memory.telling import Telling
 from openwu.training.bases.language import (
     LanguageMemoryRun,
-    NoteFile,
     fitted_to,
     memory_stage,
     new_generator,
@@ -139,7 +140,7 @@ def test_the_copy_loss_alone_teaches_keys_and_reader(recipe: LanguageMemoryRun, 
     for part in memory.generator.reader_b:  # type: ignore[union-attr]
         torch.nn.init.normal_(part, std=0.1)  # type: ignore[arg-type]
     assert recipe.data is not None
-    stage = memory_stage(recipe, memory, NoteFile(recipe.data))
+    stage = memory_stage(recipe, memory, open_notes(recipe.data, recipe.held_back))
     losses = RecallLoss(memory, copy=1.0, new_tokens=1.0)
     batch = stage.batches(0)
     with memory.handle.applied(losses.adapt(batch)):
@@ -158,7 +159,7 @@ def test_ordinary_answers_are_kept_under_notes(recipe: LanguageMemoryRun, base: 
         trial = replace(recipe, retention=weight, held_back=0, generator=replace(recipe.generator, steps=25))
         memory = LanguageMemory(model, new_generator(trial, model))
         assert trial.data is not None
-        stage = memory_stage(trial, memory, NoteFile(trial.data))
+        stage = memory_stage(trial, memory, open_notes(trial.data, trial.held_back))
         assert (stage.retention is None) == (weight == 0.0)
         train_stage(stage, trial.generator)
         kept[weight] = leak(memory, ["anna visits paris ."], ["visits ben ?", "drinks anna ?"]).divergence.value
@@ -170,7 +171,7 @@ def test_the_loss_of_a_note_falls(recipe: LanguageMemoryRun, base: Path) -> None
     model = CausalLM.from_pretrained(base)
     memory = LanguageMemory(model, new_generator(recipe, model))
     assert recipe.data is not None
-    stage = memory_stage(recipe, memory, NoteFile(recipe.data))
+    stage = memory_stage(recipe, memory, open_notes(recipe.data, recipe.held_back))
 
     def loss() -> float:
         with torch.no_grad():
@@ -221,3 +222,80 @@ def test_the_shipped_recipe_loads() -> None:
     made = load_recipe(Path(__file__).parent.parent.parent / "recipes" / "language_memory.py", ["facts=2"])
     assert isinstance(made, LanguageMemoryRun)
     assert made.facts == 2
+
+
+def test_answers_to_notes_held_back_are_shown_while_training(recipe: LanguageMemoryRun, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_language_memory(replace(recipe, evaluate_every=2, log_every=1), tmp_path / "run")
+    curves = EventAccumulator(str(tmp_path / "run" / "generator"))
+    curves.Reload()
+    assert {"loss", "validation", "control/none", "answers"} <= set(curves.Tags()["scalars"])
+    assert [event.step for event in curves.Scalars("answers")] == [2, 4]
+    [text] = curves.Tensors("samples/text_summary")[-1].tensor_proto.string_val
+    assert "| carla drinks milk . | drinks carla ? | milk . |" in text.decode()
+
+
+def test_harder_notes_hold_their_facts_and_ask_for_the_harder_one() -> None:
+    words = [f"{a}{b}{c}" for a in "Bdk" for b in "aeio" for c in ("lmo", "nta", "rru", "ssi")]
+    words += [word.lower() for word in words]
+    source = FactSource(words, 1, test=False)
+    for kind in ("updates", "first_person", "prose"):
+        telling = Telling(**{kind: 1.0})
+        notes = [telling.note(source, 1 + number % 3) for number in range(60)]
+        assert any(note.text.startswith("User: ") for note in notes) == (kind != "prose")
+        for note in notes:
+            first, *others = note.facts
+            assert len(others) <= 1
+            assert all(fact.value in note.text for fact in note.facts)
+            if kind == "updates":
+                assert note.text.count(first.person) >= 2
+                assert note.text.rindex(first.value) > note.text.index(first.person)
+            elif kind == "first_person":
+                assert first.answer.startswith(("You", "Your"))
+                assert " I" in first.question() or " my " in first.question()
+            else:
+                assert len(others) == 1
+                assert {"she", "he", "her", "his"} & set(note.text.lower().replace(".", "").split())
+    with pytest.raises(ValueError, match="at most 1"):
+        Telling(0.5, 0.4, 0.3)
+    with pytest.raises(OpenwuError, match="at most 1"):
+        load_recipe(Path(__file__).parents[2] / "recipes" / "language_memory.py", ["updates=2.0"])
+
+
+def test_questions_packed_into_one_row_have_the_losses_and_gradients_of_padded_ones(
+    recipe: LanguageMemoryRun, base: Path
+) -> None:
+    model = CausalLM.from_pretrained(base)
+    memory = LanguageMemory(model, new_generator(recipe, model))
+    notes = ["anna visits paris .", "ben drinks tea . anna visits rome ."]
+    texts = model.tokenize_dialogues([[("visits anna ? ", "paris .")], [("drinks ben ? ", "ben drinks tea .")]])
+    lengths = texts.mask.sum(1).tolist()
+    assert lengths[0] != lengths[1]
+    part = torch.arange(2).repeat_interleave(torch.tensor(lengths))
+    seen = (part[:, None] == part) & torch.ones(len(part), len(part)).tril().bool()
+    labels = torch.cat([row[1:length] for row, length in zip(texts.labels, lengths, strict=True)])
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    found = []
+    for packed in (False, True):
+        memory.generator.zero_grad()
+        adapter = memory.adapt(notes)
+        with memory.handle.applied(adapter, [0, 1] if packed else None, segments=lengths if packed else None):
+            if packed:
+                logits = model.model(
+                    input_ids=texts.ids[texts.mask.bool()][None],
+                    position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+                    attention_mask=torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
+                ).logits[0]
+                inner = torch.ones(len(logits), dtype=torch.bool)
+                inner[ends] = False
+                loss = torch.nn.functional.cross_entropy(logits[inner], labels, ignore_index=IGNORED)
+            else:
+                logits, wanted = model.answer_logits(texts)
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+            loss.backward()
+        gradients = [p.grad.flatten() for p in memory.generator.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.cat(gradients)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+    assert found[0][1].abs().max() > 1e-3

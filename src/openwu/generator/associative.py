@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ from openwu.types import LORA, LORA_A, LORA_B, Adapter, Condition, Target
 
 MODEL_TYPE = "openwu-associative"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+LATER_SHARPNESS, LATER_THRESHOLD = 16.0, 0.7
+"""Factor on the cosines of a token's key with later ones, and the cosine from which those count, before training."""
+LATER_SHARE = 4.0
+"""Factor on the shares of later tokens, so that their weights are learned as fast as those of states."""
 
 NEXT = "next"
 """Segment of a condition: rows of the output embedding of each token's successor `[b, L, d]`."""
@@ -69,6 +74,8 @@ class AssociativeConfig:
     """Paths of linear layers with the reader LoRA, and their widths in and out; the base runs them before `targets`."""
     reader_rank: int = 8
     """Rank of the reader LoRA."""
+    later: bool = False
+    """A token's strength depends on later tokens with a key like its own, so that an update can turn it down."""
 
     def __post_init__(self) -> None:
         sizes = ("in_dim", "width", "metric_rank", "correction_rank", "gate_width", "reader_rank")
@@ -95,6 +102,7 @@ class AssociativeLayer(nn.Module):
 
     def __init__(self, config: AssociativeConfig, strength: float) -> None:
         super().__init__()
+        self.looks_later = config.later
         d, m, c = config.width, config.in_dim, config.correction_rank
         self.scale = nn.Parameter(torch.ones(m))
         self.metric_in = nn.Parameter(torch.randn(m, config.metric_rank) * m**-0.5)
@@ -103,6 +111,11 @@ class AssociativeLayer(nn.Module):
         self.value_scale = nn.Parameter(torch.ones(d))
         self.value_down, self.value_up = nn.Linear(3 * d, c), nn.Linear(c, d, bias=False)
         self.gate = nn.Sequential(nn.Linear(3 * d, config.gate_width), nn.GELU(), nn.Linear(config.gate_width, 1))
+        if config.later:
+            self.later = nn.Linear(d + 2, config.gate_width, bias=False)
+            self.later_sharpness = nn.Parameter(torch.tensor(LATER_SHARPNESS))
+            self.later_threshold = nn.Parameter(torch.tensor(LATER_THRESHOLD))
+            nn.init.zeros_(self.later.weight)
         self.strength = nn.Parameter(torch.tensor(float(strength)).log())
         self.ridge = nn.Parameter(torch.tensor(-3.0))
         self.shared_a = nn.Parameter(torch.randn(config.shared_rank, m) * m**-0.5)
@@ -126,11 +139,28 @@ class AssociativeLayer(nn.Module):
         a = self._returned(torch.linalg.solve(gram, own)) / size
         direction = F.normalize(following * self.value_scale, dim=-1)
         direction = direction + self.value_up(F.gelu(self.value_down(whole)))
-        values = direction * (self.strength + self.gate(whole)).exp() * held
+        values = direction * (self.strength + self._gated(whole, keys, states, following, mask)).exp() * held
         many = len(inputs)
         a = torch.cat([a, self.shared_a.expand(many, -1, -1)], dim=1)
         b = torch.cat([values.transpose(1, 2), self.shared_b.expand(many, -1, -1)], dim=2)
         return a, b
+
+    def _gated(self, whole: Tensor, keys: Tensor, states: Tensor, following: Tensor, mask: Tensor) -> Tensor:
+        """Return the logarithm of every token's strength `[b, L, 1]`, beside the layer's own."""
+        first, activation, last = self.gate
+        hidden: Tensor = first(whole)
+        if self.looks_later:
+            places = torch.arange(mask.shape[1], device=mask.device)
+            after = (places > places[:, None]) & mask[:, None]
+            alike = self.later_sharpness * (keys @ keys.transpose(1, 2) - self.later_threshold)
+            # The sum of all later tokens' exponentials stands beside 1, that of none.
+            alike = F.pad(alike.masked_fill(~after, -torch.inf), (1, 0)).softmax(dim=-1)[..., 1:]
+            said = F.normalize(following, dim=-1)
+            other = alike * (1 - said @ said.transpose(1, 2))
+            shares = LATER_SHARE * torch.stack([alike.sum(-1), other.sum(-1)], dim=-1)
+            hidden = hidden + self.later(torch.cat([alike @ states, shares], dim=-1))
+        gated: Tensor = last(activation(hidden))
+        return gated
 
     def keys(self, inputs: Tensor, states: Tensor) -> Tensor:
         """Return a note's keys `[b, L, m]` of unit length under the metric."""
@@ -175,9 +205,9 @@ class AssociativeGenerator(nn.Module):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: expected the config of an associative generator: {error}") from error
         known = {each.name for each in fields(AssociativeConfig)}
-        reader = {"reader", "reader_rank"}  # unknown to generators that were written before it
+        younger = {"reader", "reader_rank", "later"}  # unknown to generators that were written before them
         fits = isinstance(data, dict) and data.pop("model_type", None) == MODEL_TYPE
-        if not fits or not known - reader <= set(data) <= known:
+        if not fits or not known - younger <= set(data) <= known:
             raise CheckpointError(
                 f"{path}: expected model_type {MODEL_TYPE!r} and the fields {sorted(known)}; this is another model's"
             )
@@ -195,6 +225,14 @@ class AssociativeGenerator(nn.Module):
             weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in self.state_dict().items()}
             save_file(weights, draft / WEIGHTS_FILE)
             write_json(draft / CONFIG_FILE, {"model_type": MODEL_TYPE, **asdict(self.config)})
+
+    def looking_later(self) -> AssociativeGenerator:
+        """Return a generator that writes the same adapters, and whose strengths can be trained to heed later tokens."""
+        if self.config.later:
+            return self
+        grown = AssociativeGenerator(replace(self.config, later=True))
+        grown.load_state_dict(self.state_dict(), strict=False)
+        return grown
 
     @torch.no_grad()
     def fit_metric(self, conditions: Iterable[Condition]) -> None:

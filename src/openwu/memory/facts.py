@@ -29,10 +29,15 @@ class Relation:
     statements: tuple[str, ...]
     """The first one is also the answer."""
     questions: tuple[str, ...]
+    spoken: tuple[str, ...] = ()
+    """As the speaker tells it of himself, his question, and the answer; (): never in a training."""
 
 
 def _relations(kind: str) -> tuple[Relation, ...]:
-    return tuple(Relation(tuple(each["statements"]), tuple(each["questions"])) for each in _DATA[kind])
+    return tuple(
+        Relation(tuple(each["statements"]), tuple(each["questions"]), tuple(each.get("spoken", ())))
+        for each in _DATA[kind]
+    )
 
 
 _DATA: dict[str, list[Any]] = json.loads((Path(__file__).parent / "relations.json").read_text(encoding="utf-8"))
@@ -49,6 +54,14 @@ ORDINARY_TEST: list[str] = _DATA["ordinary_test"]
 ONSETS: list[str] = _DATA["onsets"]
 RHYMES: list[str] = _DATA["rhymes"]
 """A built word is a row of an onset and a rhyme."""
+UPDATES: list[str] = _DATA["updates"]
+"""Sentences with which a statement {s} takes an earlier one back."""
+OPENERS: list[str] = _DATA["openers"]
+"""Words in front of a statement {s}."""
+LINKED: list[str] = _DATA["linked"]
+"""A statement {a} and a second one of the same person, by a pronoun: {again}, or {Again} at a sentence's beginning."""
+CONFIRMATIONS: list[str] = _DATA["confirmations"]
+"""What an assistant answers to a fact."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +73,16 @@ class Fact:
     relation: Relation
     statement: str
     """As the note says it."""
+    spoken: bool = False
+    """The speaker tells it of himself."""
 
     def question(self, wording: int = 0) -> str:
-        return self.relation.questions[wording].format(e=self.person)
+        return self.relation.spoken[1] if self.spoken else self.relation.questions[wording].format(e=self.person)
 
     @property
     def answer(self) -> str:
+        if self.spoken:
+            return self.relation.spoken[2].format(v=self.value)
         return self.relation.statements[0].format(e=self.person, v=self.value)
 
 

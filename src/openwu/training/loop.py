@@ -41,6 +41,8 @@ class Evaluation:
     scalars: Mapping[str, float]
     picture: Tensor | None = field(default=None, repr=False)
     """A contact sheet `[3, h, w]` in 0..1."""
+    text: str = ""
+    """Samples in words, in Markdown."""
 
 
 class Stage(Protocol):
@@ -200,6 +202,8 @@ class Trainer:
             curves.add_scalar(name, value, self.step)
         if evaluation.picture is not None:
             curves.add_image("validation", evaluation.picture, self.step)
+        if evaluation.text:
+            curves.add_text("samples", evaluation.text, self.step)
 
     def _save(self, folder: Path, began: float) -> None:
         """Write a checkpoint, and the seconds since `began` as a line of the stage's record."""

