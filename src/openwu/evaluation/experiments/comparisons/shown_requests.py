@@ -1,0 +1,201 @@
+"""Requests for edits on no list, each shown by a pair of pictures, and what needs no training before they come.
+
+Everything edits through `FrozenBase`, whose adapters write to the full-resolution path alone.
+
+Shapes: b requests, s side of a square picture, k side of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openwu.adapters.inject import attach
+from openwu.backbones.embedded.condition import SHOWN
+from openwu.backbones.embedded.example import fit, predicted, reduced
+from openwu.backbones.embedded.network import TinyEditor, place_planes
+from openwu.data.examples import EXAMPLE, ExampleBatch
+from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, draw_program
+from openwu.data.suite.batches import CORNERS
+from openwu.errors import OpenwuError
+from openwu.evaluation.cases import Case
+from openwu.evaluation.experiments.methods import NATIVE_BF16
+from openwu.evaluation.metrics import psnr
+from openwu.training.config import StageConfig
+from openwu.training.embedded.example_stage import ExampleStage
+from openwu.training.embedded.model import EmbeddedModel
+from openwu.training.loop import train_stage
+from openwu.training.stage import TrainableLora
+from openwu.types import Adapter
+
+FIRST_FLOOR = 1e-2
+"""Where the floor of the loss starts; see `openwu.training.embedded.picture_stages.annealed_floor`."""
+LORA_RATES = {"learning_rate": 1e-2}
+"""The learning rate of LoRA factors."""
+CROP, CROPS = 64, 6
+"""Side of the example's crops, and how many a step of a training on the example itself has."""
+COLOURS = tuple(name for name in TRAINED_FAMILIES if name in COLOUR_FAMILIES)
+
+Edit = Callable[[Case], Tensor]
+"""A request -> its picture `[3, s, s]`."""
+
+
+@dataclass(frozen=True)
+class ShownTask:
+    """One program, the pair that shows it, and requests for it."""
+
+    name: str
+    example: Tensor
+    """Before and after `[2, 3, s, s]`."""
+    noise: Tensor
+    """What the base sees beside the example `[1, s, s]`."""
+    cases: tuple[Case, ...]
+
+
+def draw_tasks(photographs: Mapping[str, Tensor], count: int, seed: int) -> tuple[ShownTask, ...]:
+    """Draw programs of colour, each shown by one photograph `[3, s, s]` and asked for on all others."""
+    if len(photographs) < 2:
+        raise OpenwuError(f"photographs: expected two or more, one of them for the example, got {len(photographs)}")
+    names, tasks = sorted(photographs), []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        program = draw_program(generator, COLOURS)
+        name, first = f"{number}: {' + '.join(program.families)}", names[number % len(names)]
+        noise = {each: torch.randn(1, *photographs[each].shape[1:], generator=generator) for each in names}
+        before = photographs[first]
+        cases = tuple(
+            Case(name, "", (photographs[each],), program(photographs[each], noise[each]), noise[each], each)
+            for each in names
+            if each != first
+        )
+        tasks.append(ShownTask(name, torch.stack([before, program(before, noise[first])]), noise[first], cases))
+    return tuple(tasks)
+
+
+class FrozenBase:
+    """A copy of the model's base with adapters of the full-resolution path alone."""
+
+    def __init__(self, model: EmbeddedModel) -> None:
+        self.model = model
+        self.network = TinyEditor(model.config.backbone)
+        self.network.load_state_dict(model.backbone.state_dict())
+        self.network.requires_grad_(False)
+        self.targets = model.generator.branch(SHOWN).targets
+        self.handle = attach(self.network, self.targets)
+        self.text: Tensor = model.instruction([""]).detach()
+
+    @torch.no_grad()
+    def edit(self, picture: Tensor, noise: Tensor, adapter: Adapter | None) -> Tensor:
+        """Edit a picture `[3, s, s]` under one adapter, or none."""
+        planes = torch.cat([noise, place_planes(*picture.shape[-2:])])
+        with nullcontext() if adapter is None else self.handle.applied(adapter):
+            edited: Tensor = self.network(picture[None], planes[None], self.text)
+        return edited[0]
+
+    def under(self, adapter: Adapter | None) -> Edit:
+        """Return the edit of requests under an adapter."""
+        return lambda case: self.edit(case.picture, case.noise, adapter)
+
+    def new_lora(self, seed: int, count: int = 1) -> TrainableLora:
+        """Make untrained adapters of the generator's rank and targets."""
+        rank = self.model.config.generator.rank
+        return TrainableLora(self.targets, rank, torch.Generator().manual_seed(seed), count=count)
+
+    @torch.no_grad()
+    def generated(self, task: ShownTask) -> Adapter:
+        """Write the adapter of a task's example by the model's branch."""
+        condition = self.model.condition.shown([task.example[None]], self.text)
+        adapter: Adapter = self.model.generator.branch(SHOWN)(condition.tokens)
+        return adapter
+
+
+@dataclass(frozen=True)
+class OneExample:
+    """Batches of crops of one example: the training set of a request by itself."""
+
+    task: ShownTask
+    crop: int
+    seed: int = 0
+
+    def size(self, _step: int) -> int:
+        """Return the number of crops of a step."""
+        return CROPS
+
+    def batch(self, step: int) -> ExampleBatch:
+        """Draw the batch of a step."""
+        generator = torch.Generator().manual_seed(self.seed * 7_000_003 + step)
+        example, noise = self.task.example, self.task.noise
+        whole = torch.cat([example.flatten(0, 1), noise, place_planes(*noise.shape[-2:])])
+        room = (whole.shape[-1] - self.crop) // CORNERS + 1
+        corners = (torch.randint(room, (CROPS, 2), generator=generator) * CORNERS).tolist()
+        cut = torch.stack([whole[:, y : y + self.crop, x : x + self.crop] for y, x in corners])
+        shown = example.expand(CROPS, 1, *example.shape)
+        return ExampleBatch((EXAMPLE,) * CROPS, ("",) * CROPS, shown, cut[:, :3], cut[:, 6:], cut[:, None, 3:6])
+
+
+def stage_config(steps: int, requests: int, crop: int, rates: Mapping[str, float]) -> StageConfig:
+    """Return the optimisation that all methods share, with rates of their own."""
+    shared: dict[str, Any] = {"warmup": min(20, steps // 5), "first_floor": FIRST_FLOOR, **rates}
+    return StageConfig(steps=steps, shapes=((requests, crop),), **shared)
+
+
+def optimised(base: FrozenBase, task: ShownTask, steps: int, start: Adapter | None = None) -> Adapter:
+    """Train a LoRA on a task's example alone, from nothing or from an adapter (b = 1) of the same targets and rank."""
+    lora = base.new_lora(0)
+    if start is not None:
+        lora.scale = start.scale
+        with torch.no_grad():
+            for i, target in enumerate(lora.targets):
+                for part, value in zip((lora.a[i], lora.b[i]), start.pairs[target.name], strict=True):
+                    part.copy_(value)
+    crop = min(CROP, task.example.shape[-1])
+    config = stage_config(steps, CROPS, crop, LORA_RATES)
+    batches = OneExample(task, crop)
+    stage = ExampleStage(config, base.model, lora, lambda *_: lora([0] * CROPS), batches, None, NATIVE_BF16)
+    train_stage(stage, config)
+    return lora().detach()
+
+
+def nearest(base: FrozenBase, bank: TrainableLora, picture: Tensor, noise: Tensor, target: Tensor) -> Adapter:
+    """Choose the bank's adapter under which a picture `[3, s, s]` comes closest to its target."""
+    found = [float(psnr(base.edit(picture, noise, bank([i]).detach()), target)) for i in range(len(bank.a[0]))]
+    return bank([found.index(max(found))]).detach()
+
+
+def fitted(task: ShownTask) -> Edit:
+    """Fit a cubic polynomial to the colours of the example."""
+    before, after = (reduced(each[None, None]) for each in task.example)
+    weights = fit(before, after)
+    return lambda case: predicted(case.picture[None, None], weights)[0, 0]
+
+
+FIRST_TRY = 30
+"""Steps of the shorter training on the example itself."""
+LONG_TRY = 120
+"""Steps of the longer one."""
+
+
+def serve_untrained(base: FrozenBase) -> dict[str, Callable[[ShownTask], Edit]]:
+    """Return the methods that need no training before the request, or whose training is finished, by name."""
+    packaged = base.generated
+    found: dict[str, Callable[[ShownTask], Edit]] = {
+        "input": lambda _: lambda case: case.picture,
+        "base": lambda _: base.under(None),
+        "cubic fit": fitted,
+        "generated, packaged": lambda task: base.under(packaged(task)),
+    }
+    return found | {
+        f"optimised, {FIRST_TRY} steps": lambda task: base.under(optimised(base, task, FIRST_TRY)),
+        f"optimised, {LONG_TRY} steps": lambda task: base.under(optimised(base, task, LONG_TRY)),
+        f"packaged, then {FIRST_TRY} steps": lambda task: base.under(optimised(base, task, FIRST_TRY, packaged(task))),
+    }
+
+
+def names(tasks: Sequence[ShownTask]) -> list[str]:
+    """Return the names of tasks."""
+    return [task.name for task in tasks]
