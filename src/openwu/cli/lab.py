@@ -11,13 +11,13 @@ from openwu.cli.evaluate.report import note_reports
 from openwu.evaluation.experiments.comparisons.conflict import CLOCKS
 from openwu.evaluation.experiments.comparisons.own_pairs import LOOKS, WAYS
 from openwu.evaluation.experiments.comparisons.scaling import AXES
-from openwu.evaluation.experiments.runs import EXPERIMENTS, LabSettings, stored_table
+from openwu.evaluation.experiments.runs import EXPERIMENTS, TASKS, LabSettings, stored_table
 from openwu.evaluation.experiments.runs import run_audit as audit
 
 SIDE = 256
 """Default of --side."""
 READ: dict[str, tuple[str, ...]] = {
-    "conflict": ("steps", "photos", "clock", "edits", "side", "batch", "search"),
+    "conflict": ("steps", "photos", "tasks", "clock", "edits", "side", "batch", "search"),
     "continual": ("steps", "photos", "edits", "side", "batch"),
     "examples": ("side",),
     "gradients": ("photos", "along", "edits"),
@@ -29,7 +29,10 @@ READ: dict[str, tuple[str, ...]] = {
     "video": ("edits", "side"),
 }
 """Experiment -> the options of SOME that it reads; the others it would ignore, and therefore refuses."""
-SOME = ("steps", "axis", "photos", "clock", "edits", "along", "side", "batch", "search", "ways", "looks", "operators")
+SOME = (
+    *("steps", "axis", "photos", "tasks", "clock", "edits", "along", "side", "batch", "search", "ways", "looks"),
+    "operators",
+)
 OPTIONS = {"edits": "edit", "ways": "way", "looks": "look", "operators": "operator"}
 """Field of LabSettings -> its option, where that has another name."""
 
@@ -55,6 +58,9 @@ def run_lab(arguments: list[str]) -> int:
     parser.add_argument("--axis", choices=AXES, help="scaling: vary only this (default: both)")
     parser.add_argument(
         "--clock", choices=CLOCKS, help="conflict: what is equal for all methods, their steps (default) or their time"
+    )
+    parser.add_argument(
+        "--tasks", choices=TASKS, help="conflict: edits with names (default), or programs shown by pairs of pictures"
     )
     parser.add_argument(
         "--batch", type=int, nargs=2, metavar=("N", "CROP"), help="requests of every training step, and their side"
@@ -100,6 +106,7 @@ def _settings(options: argparse.Namespace) -> LabSettings:
         if value is not None and value < 1:
             raise UsageError(f"--{name}: expected a number above 0, got {value}")
     given["clock"] = given.get("clock") or CLOCKS[0]
+    given["tasks"] = given.get("tasks") or TASKS[0]
     given["photos"] = given.get("photos") or "photos"
     given["side"] = SIDE if given["side"] is None else given["side"]
     given["seeds"] = tuple(given["seeds"])

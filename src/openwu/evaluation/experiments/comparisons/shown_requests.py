@@ -7,7 +7,7 @@ Shapes: b requests, s side of a square picture, k side of a crop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +37,10 @@ FIRST_FLOOR = 1e-2
 """Where the floor of the loss starts; see `openwu.training.embedded.picture_stages.annealed_floor`."""
 LORA_RATES = {"learning_rate": 1e-2}
 """The learning rate of LoRA factors."""
-CROP, CROPS = 64, 6
+CROP, CROPS = 64, 4
 """Side of the example's crops, and how many a step of a training on the example itself has."""
+FIRST_TRY, LONG_TRY = 30, 100
+"""Steps of a shorter and a longer training on the example itself."""
 COLOURS = tuple(name for name in TRAINED_FAMILIES if name in COLOUR_FAMILIES)
 
 Edit = Callable[[Case], Tensor]
@@ -174,12 +176,6 @@ def fitted(task: ShownTask) -> Edit:
     return lambda case: predicted(case.picture[None, None], weights)[0, 0]
 
 
-FIRST_TRY = 30
-"""Steps of the shorter training on the example itself."""
-LONG_TRY = 120
-"""Steps of the longer one."""
-
-
 def serve_untrained(base: FrozenBase) -> dict[str, Callable[[ShownTask], Edit]]:
     """Return the methods that need no training before the request, or whose training is finished, by name."""
     packaged = base.generated
@@ -194,8 +190,3 @@ def serve_untrained(base: FrozenBase) -> dict[str, Callable[[ShownTask], Edit]]:
         f"optimised, {LONG_TRY} steps": lambda task: base.under(optimised(base, task, LONG_TRY)),
         f"packaged, then {FIRST_TRY} steps": lambda task: base.under(optimised(base, task, FIRST_TRY, packaged(task))),
     }
-
-
-def names(tasks: Sequence[ShownTask]) -> list[str]:
-    """Return the names of tasks."""
-    return [task.name for task in tasks]
