@@ -51,6 +51,7 @@ from openwu.evaluation.experiments.probes.video import CHOSEN, make_clips, video
 from openwu.evaluation.experiments.results import ResultCache, write_findings
 from openwu.evaluation.pictures import middle
 from openwu.files.fingerprint import fingerprint
+from openwu.training.embedded.example_stage import shown_parts
 from openwu.training.embedded.model import EmbeddedModel
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
@@ -71,8 +72,8 @@ QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for s
 SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
 OPERATORS, QUICK_OPERATORS = Budget(steps=300), Budget(steps=40, requests=8)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
-SHOWN, QUICK_SHOWN = Budget(steps=600, requests=16), Budget(steps=100, requests=8)
-UNSEEN, QUICK_UNSEEN = 40, 9
+SHOWN, QUICK_SHOWN = Budget(steps=600, requests=16), Budget(steps=80, requests=6)
+UNSEEN, QUICK_UNSEEN = 40, 6
 """Programs per seed that the conflict on edits by example is measured on."""
 PROGRAMS, QUICK_PROGRAMS = 40, 8
 """Programs per seed that are shown by example."""
@@ -254,7 +255,9 @@ def _run_shown_conflict(settings: LabSettings) -> str:
     if settings.edits or settings.search or settings.clock != "steps":
         raise OpenwuError("--tasks examples: it does not read --edit, --search and --clock; leave them out")
     budget = settings.shortened(QUICK_SHOWN if settings.quick else SHOWN)
-    model, photographs = settings.load_model(), settings.squares()
+    model = settings.load_model()
+    shown_parts(model)  # A model without examples is refused before the long reading of photographs.
+    photographs = settings.squares()
     if settings.quick:
         photographs = {name: photographs[name] for name in QUICK_PHOTOGRAPHS}
     more = {"edits": None, "programs": QUICK_UNSEEN if settings.quick else UNSEEN, "budget": vars(budget)}

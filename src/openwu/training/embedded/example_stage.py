@@ -62,13 +62,18 @@ def generate_shown(model: EmbeddedModel) -> Adapt:
     return adapt
 
 
+def ensure_wordless(recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: Photographs) -> None:
+    """Learn the tokens of no words where there are none yet: the same ones for the same base, seed and photographs."""
+    assert model.instruction.wordless is not None  # the config's check
+    if not bool(model.instruction.wordless.any()):
+        learn_wordless(model, photographs[0], recipe.seed)
+
+
 def example_stage(recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: Photographs) -> ExampleStage:
     """Build the stage; where no words have no tokens yet, they are learned first."""
     assert recipe.examples is not None
     trained = shown_parts(model)
-    assert model.instruction.wordless is not None  # the config's check
-    if not bool(model.instruction.wordless.any()):
-        learn_wordless(model, photographs[0], recipe.seed)
+    ensure_wordless(recipe, model, photographs)
     config = recipe.examples
     drawn = ExampleSampler(
         photographs[0],

@@ -123,27 +123,26 @@ def shown_conflict(
         for name, serve in serve_untrained(base).items():
             run = partial(_measure, {name: serve}, own, seed)
             found.add(cache.get(f"{name}, seed {seed}", run))
-        generator_seconds = 0.0
+        train = partial(_train_and_measure, model, photographs, own, budget, seed)
+        seconds = {}
         for name in RATES:
-            train = partial(_train_and_measure, model, name, photographs, own, budget, seed)
-            trial = cache.get(f"{name}, seed {seed}", partial(train, name, budget.steps))
+            trial = cache.get(f"{name}, seed {seed}", partial(train, name, name, budget.steps))
             found.add(trial)
-            seconds = trial.values["costs"][0]["processor_seconds"] / budget.steps
-            generator_seconds = generator_seconds or seconds
-            if seconds >= generator_seconds:
-                continue
-            label, steps = f"{name}, equal time", max(1, round(budget.steps * generator_seconds / seconds))
-            found.add(cache.get(f"{label}, seed {seed}", partial(train, label, steps)))
+            seconds[name] = trial.values["costs"][0]["processor_seconds"]
+        for name in RATES:
+            if seconds[name] < seconds["generated"]:
+                label, steps = f"{name}, equal time", round(budget.steps * seconds["generated"] / seconds[name])
+                found.add(cache.get(f"{label}, seed {seed}", partial(train, name, label, steps)))
     return found
 
 
 def _train_and_measure(
     model: EmbeddedModel,
-    name: str,
     photographs: list[Photograph],
     tasks: Sequence[ShownTask],
     budget: Budget,
     seed: int,
+    name: str,
     label: str,
     steps: int,
 ) -> TrialResult:

@@ -187,6 +187,6 @@ def serve_untrained(base: FrozenBase) -> dict[str, Callable[[ShownTask], Edit]]:
     }
     return found | {
         f"optimised, {FIRST_TRY} steps": lambda task: base.under(optimised(base, task, FIRST_TRY)),
-        f"optimised, {LONG_TRY} steps": lambda task: base.under(optimised(base, task, LONG_TRY)),
         f"packaged, then {FIRST_TRY} steps": lambda task: base.under(optimised(base, task, FIRST_TRY, packaged(task))),
+        f"optimised, {LONG_TRY} steps": lambda task: base.under(optimised(base, task, LONG_TRY)),
     }
