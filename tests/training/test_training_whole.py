@@ -98,7 +98,7 @@ def test_one_training_makes_the_whole_model(whole: EmbeddedRecipe, tmp_path: Pat
     pairs = [(photo, Image.eval(photo, lambda value: value // 2))]
     shown = editor.edit(photo, example=pairs, allow_out_of_scope=True)
     assert shown.image.size == photo.size
-    assert shown.reproduction is not None
+    assert shown.reproduced is not None
 
 
 def test_the_baseline_by_itself_leaves_the_model_as_it_was(whole: EmbeddedRecipe, tmp_path: Path) -> None:
