@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from openwu.evaluation.experiments.comparisons.shown_requests import (
     FrozenBase,
     OneExample,
     ShownTask,
+    bank_programs,
     draw_tasks,
     nearest,
     optimised,
+    retrieved_program,
     serve_untrained,
     stage_config,
 )
@@ -40,7 +43,7 @@ BUDGET = Budget(steps=1, requests=2, crop=16)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SIDE", 32), ("BANK", 2), ("CELL", 8)):
         monkeypatch.setattr(shown, name, value)
-    for name, value in (("FIRST_TRY", 1), ("LONG_TRY", 2), ("CROP", 16)):
+    for name, value in (("FIRST_TRY", 1), ("LONG_TRY", 2), ("CROP", 16), ("PERFECT", (2, 6))):
         monkeypatch.setattr(shown_requests, name, value)
 
 
@@ -154,6 +157,15 @@ def test_a_bank_answers_with_its_best(model: EmbeddedModel, task: ShownTask) -> 
     edited = [base.edit(task.example[0], task.noise, bank([i]).detach()) for i in range(3)]
     best = max(range(3), key=lambda i: float(psnr(edited[i], task.example[1])))
     assert torch.equal(found(task.cases[0]), base.under(bank([best]).detach())(task.cases[0]))
+
+
+def test_a_perfect_bank_does_what_it_knows(task: ShownTask, squares: dict[str, Tensor]) -> None:
+    programs = bank_programs(8, 0)
+    assert [each.families for each in bank_programs(3, 0)] == [each.families for each in programs[:3]]
+    before, noise = task.example[0], task.noise
+    for program in programs[:3]:
+        own = replace(task, example=torch.stack([before, program(before, noise)]))
+        assert float(psnr(retrieved_program(programs, own)(task.cases[0]), program(squares["b"], noise))) > 30
 
 
 @pytest.mark.parametrize("name", RATES)

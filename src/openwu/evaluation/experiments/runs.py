@@ -73,7 +73,7 @@ SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
 OPERATORS, QUICK_OPERATORS = Budget(steps=300), Budget(steps=40, requests=8)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
 SHOWN, QUICK_SHOWN = Budget(steps=600, requests=16), Budget(steps=80, requests=6)
-UNSEEN, QUICK_UNSEEN = 40, 6
+UNSEEN, QUICK_UNSEEN = 40, 9
 """Programs per seed that the conflict on edits by example is measured on."""
 PROGRAMS, QUICK_PROGRAMS = 40, 8
 """Programs per seed that are shown by example."""
@@ -260,12 +260,11 @@ def _run_shown_conflict(settings: LabSettings) -> str:
     photographs = settings.squares()
     if settings.quick:
         photographs = {name: photographs[name] for name in QUICK_PHOTOGRAPHS}
-    more = {"edits": None, "programs": QUICK_UNSEEN if settings.quick else UNSEEN, "budget": vars(budget)}
+    count = QUICK_UNSEEN if settings.quick else UNSEEN
+    more: dict[str, Any] = {"edits": None, "programs": count, "budget": vars(budget)}
+    cache, training = settings.cache("shown", model, **more), settings.training_photographs()
     found = shown_conflict(
-        model,
-        settings.training_photographs(),
-        lambda seed: draw_tasks(photographs, more["programs"], seed),
-        *(budget, settings.seeds, settings.cache("shown", model, **more)),
+        model, training, lambda seed: draw_tasks(photographs, count, seed), budget, settings.seeds, cache
     )
     path = settings.write("conflict_examples", found.to_json(), **more)
     draw_methods(found, path.with_suffix(".png"))

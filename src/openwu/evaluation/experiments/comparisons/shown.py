@@ -5,6 +5,7 @@ No method has seen the test's programs. All are trained on the same frozen base 
 - `input`: the photograph as it is; `base`: the base alone, with the tokens of no words.
 - `shared`: one LoRA trained over programs. `bank`: one LoRA for each of BANK training programs; the one that does the
   example best is taken. `best of the bank`: the one that does the request best, which nobody can know.
+- `perfect bank`: the random program that does the example best, itself: no bank that knows so many can be better.
 - `told`: all of the base's weights, with the example's summary added to its instruction tokens.
 - `generated`: example encoder and branch, from nothing; `generated, packaged`: as the given model has them.
 - `optimised`: a LoRA trained on the example itself when the request comes (test-time training); `packaged, then`: the
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from openwu.backbones.embedded.example import ExampleEncoder
 from openwu.backbones.embedded.network import TinyEditor
 from openwu.data.examples import ExampleBatch, ExampleSampler, neighbours
-from openwu.data.programs import draw_program
 from openwu.data.suite.photographs import Photograph
+from openwu.evaluation.cases import Case
 from openwu.evaluation.experiments.comparisons.conflict import CELL, ConflictResults, outcome
 from openwu.evaluation.experiments.comparisons.shown_requests import (
     COLOURS,
@@ -37,6 +38,7 @@ from openwu.evaluation.experiments.comparisons.shown_requests import (
     Edit,
     FrozenBase,
     ShownTask,
+    bank_programs,
     nearest,
     serve_untrained,
     stage_config,
@@ -167,7 +169,8 @@ def _measure(
     training: Mapping[str, Any] | None = None,
 ) -> TrialResult:
     """Measure methods (label -> what serves it) of one training, or of none, on all requests."""
-    outcomes, costs, cells = [], [], {}
+    outcomes, costs = [], []
+    cells: dict[str, Tensor] = {}
     for label, serve in methods.items():
         seconds = 0.0
         for task in tasks:
@@ -192,10 +195,7 @@ def trainable(
 
     The latter by what is added to the method's name: the bank has two ways.
     """
-    programs = ()
-    if name == "bank":
-        draws = torch.Generator().manual_seed(seed + 77)
-        programs = tuple(draw_program(draws, COLOURS) for _ in range(BANK))
+    programs = bank_programs(BANK, seed) if name == "bank" else ()
     plain = round(PLAIN_SHARE * config.steps)
     batches = ExampleSampler(
         *(photographs, config.shapes, SIDE, seed), families=COLOURS, plain=plain, single_every=0, fixed=programs
@@ -265,10 +265,10 @@ class ToldBase(nn.Module):
         """Read a task's example."""
         text = self([task.example[None]])
 
-        def edit(case: Any) -> Tensor:
+        def edit(case: Case) -> Tensor:
             with torch.no_grad():
-                edited: Tensor = self.network(case.picture[None], case.planes[None], text)
-            return edited[0]
+                edited: Tensor = self.network(case.picture[None], case.planes[None], text)[0]
+            return edited
 
         return edit
 

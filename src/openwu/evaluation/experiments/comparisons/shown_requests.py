@@ -7,20 +7,22 @@ Shapes: b requests, s side of a square picture, k side of a crop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from openwu.adapters.inject import attach
 from openwu.backbones.embedded.condition import SHOWN
 from openwu.backbones.embedded.example import fit, predicted, reduced
 from openwu.backbones.embedded.network import TinyEditor, place_planes
 from openwu.data.examples import EXAMPLE, ExampleBatch
-from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, draw_program
+from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, Program, draw_program
 from openwu.data.suite.batches import CORNERS
 from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case
@@ -41,6 +43,10 @@ CROP, CROPS = 64, 4
 """Side of the example's crops, and how many a step of a training on the example itself has."""
 FIRST_TRY, LONG_TRY = 30, 100
 """Steps of a shorter and a longer training on the example itself."""
+RETRIEVAL_SIDE = 48
+"""Side of the reduced example by which a program is chosen."""
+PERFECT = (24, 240, 2400)
+"""Sizes of perfect banks."""
 COLOURS = tuple(name for name in TRAINED_FAMILIES if name in COLOUR_FAMILIES)
 
 Edit = Callable[[Case], Tensor]
@@ -160,13 +166,30 @@ def optimised(base: FrozenBase, task: ShownTask, steps: int, start: Adapter | No
     batches = OneExample(task, crop)
     stage = ExampleStage(config, base.model, lora, lambda *_: lora([0] * CROPS), batches, None, NATIVE_BF16)
     train_stage(stage, config)
-    return lora().detach()
+    adapter: Adapter = lora().detach()
+    return adapter
 
 
 def nearest(base: FrozenBase, bank: TrainableLora, picture: Tensor, noise: Tensor, target: Tensor) -> Adapter:
     """Choose the bank's adapter under which a picture `[3, s, s]` comes closest to its target."""
     found = [float(psnr(base.edit(picture, noise, bank([i]).detach()), target)) for i in range(len(bank.a[0]))]
-    return bank([found.index(max(found))]).detach()
+    adapter: Adapter = bank([found.index(max(found))]).detach()
+    return adapter
+
+
+def bank_programs(count: int, seed: int) -> tuple[Program, ...]:
+    """Draw the programs that a bank knows; a larger bank has those of a smaller one, too."""
+    draws = torch.Generator().manual_seed(seed + 77)
+    return tuple(draw_program(draws, COLOURS) for _ in range(count))
+
+
+def retrieved_program(programs: Sequence[Program], task: ShownTask) -> Edit:
+    """Choose the program that does the example best: no bank that knows these programs is better than they are."""
+    before, after = F.interpolate(task.example, (RETRIEVAL_SIDE,) * 2, mode="area")
+    noise = torch.zeros(1, RETRIEVAL_SIDE, RETRIEVAL_SIDE)
+    errors = [float((program(before, noise) - after).square().mean()) for program in programs]
+    best = programs[errors.index(min(errors))]
+    return lambda case: best(case.picture, case.noise)
 
 
 def fitted(task: ShownTask) -> Edit:
@@ -178,12 +201,13 @@ def fitted(task: ShownTask) -> Edit:
 
 def serve_untrained(base: FrozenBase) -> dict[str, Callable[[ShownTask], Edit]]:
     """Return the methods that need no training before the request, or whose training is finished, by name."""
-    packaged = base.generated
+    packaged, programs = base.generated, bank_programs(max(PERFECT), 0)
     found: dict[str, Callable[[ShownTask], Edit]] = {
         "input": lambda _: lambda case: case.picture,
         "base": lambda _: base.under(None),
         "cubic fit": fitted,
         "generated, packaged": lambda task: base.under(packaged(task)),
+        **{f"perfect bank of {size}": partial(retrieved_program, programs[:size]) for size in PERFECT},
     }
     return found | {
         f"optimised, {FIRST_TRY} steps": lambda task: base.under(optimised(base, task, FIRST_TRY)),
