@@ -267,8 +267,8 @@ class ToldBase(nn.Module):
 
         def edit(case: Case) -> Tensor:
             with torch.no_grad():
-                edited: Tensor = self.network(case.picture[None], case.planes[None], text)[0]
-            return edited
+                edited: Tensor = self.network(case.picture[None], case.planes[None], text)
+            return edited.squeeze(0)
 
         return edit
 
