@@ -106,6 +106,10 @@ def test_all_methods_meet_the_same_requests_and_leave_the_model_alone(
     file.write_text(json.dumps(stored))
     assert stored_table("conflict", file) == found.table()
     assert run().table() == found.table()  # of finished trials
+    some = shown_conflict(model, training, lambda _: draw_tasks(squares, 1, 0), BUDGET, (0,), methods=["input", "base"])
+    assert some.methods == ["input", "base"]
+    with pytest.raises(OpenwuError, match="--method: expected some of"):
+        shown_conflict(model, training, lambda _: (), BUDGET, (0,), methods=["magic"])
 
 
 def test_the_example_and_the_requests_have_one_program(squares: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from openwu.evaluation.experiments.runs import run_audit as audit
 SIDE = 256
 """Default of --side."""
 READ: dict[str, tuple[str, ...]] = {
-    "conflict": ("steps", "photos", "tasks", "clock", "edits", "side", "batch", "search"),
+    "conflict": ("steps", "photos", "tasks", "clock", "edits", "side", "batch", "search", "methods"),
     "continual": ("steps", "photos", "edits", "side", "batch"),
     "examples": ("side",),
     "gradients": ("photos", "along", "edits"),
@@ -31,9 +31,9 @@ READ: dict[str, tuple[str, ...]] = {
 """Experiment -> the options of SOME that it reads; the others it would ignore, and therefore refuses."""
 SOME = (
     *("steps", "axis", "photos", "tasks", "clock", "edits", "along", "side", "batch", "search", "ways", "looks"),
-    "operators",
+    *("operators", "methods"),
 )
-OPTIONS = {"edits": "edit", "ways": "way", "looks": "look", "operators": "operator"}
+OPTIONS = {"edits": "edit", "ways": "way", "looks": "look", "operators": "operator", "methods": "method"}
 """Field of LabSettings -> its option, where that has another name."""
 
 
@@ -67,6 +67,9 @@ def run_lab(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--search", type=int, metavar="N", help="conflict: search learning rates by trainings of so many steps"
+    )
+    parser.add_argument(
+        "--method", action="append", dest="methods", metavar="NAME", help="conflict of examples: only this; repeatable"
     )
     parser.add_argument("--way", action="append", dest="ways", choices=WAYS, help="own-pairs: only this; repeatable")
     parser.add_argument("--look", action="append", dest="looks", choices=LOOKS, help="own-pairs: only this; repeatable")
@@ -111,7 +114,7 @@ def _settings(options: argparse.Namespace) -> LabSettings:
     given["side"] = SIDE if given["side"] is None else given["side"]
     given["seeds"] = tuple(given["seeds"])
     given["along"] = tuple(given["along"]) if given.get("along") else None
-    for name in ("edits", "ways", "looks", "operators", "batch"):
+    for name in ("edits", "ways", "looks", "operators", "methods", "batch"):
         given[name] = tuple(given[name]) if given.get(name) else None
     if given["batch"] is not None and min(given["batch"]) < 1:
         raise UsageError(f"--batch: expected two numbers above 0, got {' '.join(map(str, given['batch']))}")

@@ -7,6 +7,7 @@ import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ class LabSettings:
     """Requests of every training step, and the side of their crops; None: the budget's."""
     search: int | None = None
     """Conflict: search learning rates by trainings of so many steps; None: as the budget says."""
+    methods: tuple[str, ...] | None = None
+    """Conflict of examples: only these methods."""
     ways: tuple[str, ...] | None = None
     """Own pairs: only these ways of teaching."""
     looks: tuple[str, ...] | None = None
@@ -184,7 +187,7 @@ class LabSettings:
     def cache(self, name: str, model: EmbeddedModel, **more: object) -> ResultCache:
         """Return the cache of an experiment's trials; its name depends on everything that they do but their seed."""
         # "quick" counts: it chooses the test photographs, also where --edit and --steps determine all else.
-        ignored = ("seeds", "output", "axis", "along", "ways", "looks", "operators")
+        ignored = ("seeds", "output", "axis", "along", "methods", "ways", "looks", "operators")
         relevant = {key: value for key, value in self.to_json(**more).items() if key not in ignored}
         relevant["bf16"] = NATIVE_BF16
         relevant["photos"] = folder_hashes(Path(self.photos))
@@ -235,6 +238,8 @@ def run_conflict(settings: LabSettings) -> str:
     """Train and compare all methods on contradictory tasks, or on edits that are on no list; return the table."""
     if settings.tasks == "examples":
         return _run_shown_conflict(settings)
+    if settings.methods:
+        raise OpenwuError("--method: it is read with --tasks examples alone; leave it out")
     tasks = settings.paired_edits
     old = [name for name in BASE_EDITS if name not in PAIRED and name not in tasks]
     old = old[:QUICK_OLD] if settings.quick else old
@@ -263,9 +268,8 @@ def _run_shown_conflict(settings: LabSettings) -> str:
     count = QUICK_UNSEEN if settings.quick else UNSEEN
     more: dict[str, Any] = {"edits": None, "programs": count, "budget": vars(budget)}
     cache, training = settings.cache("shown", model, **more), settings.training_photographs()
-    found = shown_conflict(
-        model, training, lambda seed: draw_tasks(photographs, count, seed), budget, settings.seeds, cache
-    )
+    tasks = partial(draw_tasks, photographs, count)
+    found = shown_conflict(model, training, tasks, budget, settings.seeds, cache, settings.methods)
     path = settings.write("conflict_examples", found.to_json(), **more)
     draw_methods(found, path.with_suffix(".png"))
     draw_cells(found, path.with_suffix(".jpg"))

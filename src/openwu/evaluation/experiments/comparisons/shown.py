@@ -30,10 +30,12 @@ from openwu.backbones.embedded.example import ExampleEncoder
 from openwu.backbones.embedded.network import TinyEditor
 from openwu.data.examples import ExampleBatch, ExampleSampler, neighbours
 from openwu.data.suite.photographs import Photograph
+from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case
 from openwu.evaluation.experiments.comparisons.conflict import CELL, ConflictResults, outcome
 from openwu.evaluation.experiments.comparisons.shown_requests import (
     COLOURS,
+    GENERATED,
     LORA_RATES,
     Edit,
     FrozenBase,
@@ -76,15 +78,16 @@ class ShownConflict(ConflictResults):
     def table(self) -> str:
         """Return every method, best first, as plain text."""
         costs = {each["method"]: each for each in reversed(self.costs)}
+        own = next((name for name in (GENERATED, "generated") if name in self.methods), self.methods[0])
         rows = [
             (
                 *(method, str(self.mean(method)), str(self.mean(method, "gain"))),
-                "" if method == "generated" else str(self.lead("generated", method)),
+                "" if method == own else str(self.lead(own, method)),
                 *_cost(costs[method]),
             )
             for method in sorted(self.methods, key=lambda each: self.mean(each).value, reverse=True)
         ]
-        head = ("method", "unseen programs, dB", "over the input", "generated minus it")
+        head = ("method", "unseen programs, dB", "over the input", f"{own} minus it")
         return columns((*head, "trained", "steps", "seconds", "seconds a request"), rows)
 
     def add(self, trial: TrialResult) -> None:
@@ -112,27 +115,32 @@ def shown_conflict(
     budget: Budget,
     seeds: Sequence[int],
     cache: ResultCache = UNCACHED,
+    methods: Sequence[str] | None = None,
 ) -> ShownConflict:
     """Train and measure all methods with every seed at equal steps, the quicker ones at the generator's time as well.
 
     photographs: those of training. tasks: the test's programs of a seed. cache: where results of finished trials are
-    found again. Raises OpenwuError for a model without examples.
+    found again. methods: only these; None: all. Raises OpenwuError for a model without examples, and for unknown ones.
     """
     shown_parts(model)
+    known = (*serve_untrained(FrozenBase(model)), *RATES)
+    if unknown := sorted(set(methods or ()) - set(known)):
+        raise OpenwuError(f"--method: expected some of {list(known)}, got {unknown}")
+    chosen = known if methods is None else tuple(name for name in known if name in methods)
     found = ShownConflict()
     for seed in seeds:
         own, base = tasks(seed), FrozenBase(model)
         for name, serve in serve_untrained(base).items():
-            run = partial(_measure, {name: serve}, own, seed)
-            found.add(cache.get(f"{name}, seed {seed}", run))
+            if name in chosen:
+                found.add(cache.get(f"{name}, seed {seed}", partial(_measure, {name: serve}, own, seed)))
         train = partial(_train_and_measure, model, photographs, own, budget, seed)
         seconds = {}
-        for name in RATES:
+        for name in (name for name in RATES if name in chosen):
             trial = cache.get(f"{name}, seed {seed}", partial(train, name, name, budget.steps))
             found.add(trial)
             seconds[name] = trial.values["costs"][0]["processor_seconds"]
-        for name in RATES:
-            if seconds[name] < seconds["generated"]:
+        for name in seconds:
+            if seconds[name] < seconds.get("generated", 0):
                 label, steps = f"{name}, equal time", round(budget.steps * seconds["generated"] / seconds[name])
                 found.add(cache.get(f"{label}, seed {seed}", partial(train, name, label, steps)))
     return found

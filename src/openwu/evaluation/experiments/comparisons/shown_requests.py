@@ -39,6 +39,7 @@ FIRST_FLOOR = 1e-2
 """Where the floor of the loss starts; see `openwu.training.embedded.picture_stages.annealed_floor`."""
 LORA_RATES = {"learning_rate": 1e-2}
 """The learning rate of LoRA factors."""
+GENERATED = "generated, packaged"
 CROP, CROPS = 64, 4
 """Side of the example's crops, and how many a step of a training on the example itself has."""
 FIRST_TRY, LONG_TRY = 30, 100
@@ -206,7 +207,7 @@ def serve_untrained(base: FrozenBase) -> dict[str, Callable[[ShownTask], Edit]]:
         "input": lambda _: lambda case: case.picture,
         "base": lambda _: base.under(None),
         "cubic fit": fitted,
-        "generated, packaged": lambda task: base.under(packaged(task)),
+        GENERATED: lambda task: base.under(packaged(task)),
         **{f"perfect bank of {size}": partial(retrieved_program, programs[:size]) for size in PERFECT},
     }
     return found | {
