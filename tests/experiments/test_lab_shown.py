@@ -81,7 +81,7 @@ def test_all_methods_meet_the_same_requests_and_leave_the_model_alone(
 
     def run() -> ShownConflict:
         tasks = draw_tasks(squares, 2, 0)
-        return shown_conflict(model, training, lambda _: tasks, BUDGET, (0,), ResultCache(tmp_path))
+        return shown_conflict(model, lambda: training, lambda _: tasks, BUDGET, (0,), ResultCache(tmp_path))
 
     found = run()
     assert {*RATES, "bank, best of the bank", *serve_untrained(FrozenBase(model))} <= set(found.methods)
@@ -106,10 +106,14 @@ def test_all_methods_meet_the_same_requests_and_leave_the_model_alone(
     file.write_text(json.dumps(stored))
     assert stored_table("conflict", file) == found.table()
     assert run().table() == found.table()  # of finished trials
-    some = shown_conflict(model, training, lambda _: draw_tasks(squares, 1, 0), BUDGET, (0,), methods=["input", "base"])
+    some = shown_conflict(model, unread, lambda _: draw_tasks(squares, 1, 0), BUDGET, (0,), methods=["input", "base"])
     assert some.methods == ["input", "base"]
     with pytest.raises(OpenwuError, match="--method: expected some of"):
-        shown_conflict(model, training, lambda _: (), BUDGET, (0,), methods=["magic"])
+        shown_conflict(model, unread, lambda _: (), BUDGET, (0,), methods=["magic"])
+
+
+def unread() -> list[Photograph]:
+    raise AssertionError("photographs that nobody needs")
 
 
 def test_the_example_and_the_requests_have_one_program(squares: dict[str, Tensor]) -> None:

@@ -267,7 +267,7 @@ def _run_shown_conflict(settings: LabSettings) -> str:
         photographs = {name: photographs[name] for name in QUICK_PHOTOGRAPHS}
     count = QUICK_UNSEEN if settings.quick else UNSEEN
     more: dict[str, Any] = {"edits": None, "programs": count, "budget": vars(budget)}
-    cache, training = settings.cache("shown", model, **more), settings.training_photographs()
+    cache, training = settings.cache("shown", model, **more), settings.training_photographs
     tasks = partial(draw_tasks, photographs, count)
     found = shown_conflict(model, training, tasks, budget, settings.seeds, cache, settings.methods)
     path = settings.write("conflict_examples", found.to_json(), **more)

@@ -16,6 +16,8 @@ Shapes: b requests, p pairs of each, c photographs of each, K instruction tokens
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,7 +79,9 @@ class ShownConflict(ConflictResults):
 
     def table(self) -> str:
         """Return every method, best first, as plain text."""
-        costs = {each["method"]: each for each in reversed(self.costs)}
+        costs: dict[str, list[Mapping[str, Any]]] = {}
+        for each in self.costs:
+            costs.setdefault(each["method"], []).append(each)
         own = next((name for name in (GENERATED, "generated") if name in self.methods), self.methods[0])
         rows = [
             (
@@ -101,16 +105,21 @@ class ShownConflict(ConflictResults):
         return {"tasks": "examples", **super().to_json()}
 
 
-def _cost(cost: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    seconds = f"{cost['request_seconds']:.2f}" if "request_seconds" in cost else ""
-    if "steps" not in cost:
+def _cost(costs: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, str]:
+    """Format a method's trained parameters, steps, training seconds and seconds of a request, means over its trials."""
+
+    def mean(name: str) -> float:
+        return sum(each[name] for each in costs) / len(costs)
+
+    seconds = f"{mean('request_seconds'):.2f}" if "request_seconds" in costs[0] else ""
+    if "steps" not in costs[0]:
         return "", "", "", seconds
-    return f"{cost['parameters']:,}", str(cost["steps"]), f"{cost['processor_seconds']:.0f}", seconds
+    return f"{costs[0]['parameters']:,}", f"{mean('steps'):.0f}", f"{mean('processor_seconds'):.0f}", seconds
 
 
 def shown_conflict(
     model: EmbeddedModel,
-    photographs: list[Photograph],
+    photographs: Callable[[], list[Photograph]],
     tasks: Callable[[int], Sequence[ShownTask]],
     budget: Budget,
     seeds: Sequence[int],
@@ -119,7 +128,7 @@ def shown_conflict(
 ) -> ShownConflict:
     """Train and measure all methods with every seed at equal steps, the quicker ones at the generator's time as well.
 
-    photographs: those of training. tasks: the test's programs of a seed. cache: where results of finished trials are
+    photographs: reads those of training, if they are needed. tasks: the test's programs of a seed. cache: where results of finished trials are
     found again. methods: only these; None: all. Raises OpenwuError for a model without examples, and for unknown ones.
     """
     shown_parts(model)
@@ -127,13 +136,15 @@ def shown_conflict(
     if unknown := sorted(set(methods or ()) - set(known)):
         raise OpenwuError(f"--method: expected some of {list(known)}, got {unknown}")
     chosen = known if methods is None else tuple(name for name in known if name in methods)
-    found = ShownConflict()
+    found, read = ShownConflict(), functools.cache(photographs)
     for seed in seeds:
         own, base = tasks(seed), FrozenBase(model)
-        for name, serve in serve_untrained(base).items():
-            if name in chosen:
-                found.add(cache.get(f"{name}, seed {seed}", partial(_measure, {name: serve}, own, seed)))
-        train = partial(_train_and_measure, model, photographs, own, budget, seed)
+        serving = {name: serve for name, serve in serve_untrained(base).items() if name in chosen}
+        for (name, serve), (number, task) in itertools.product(serving.items(), enumerate(own)):
+            # Some of these train for every request: a finished request is not done again.
+            run = partial(_measure, {name: serve}, [task], seed)
+            found.add(cache.get(f"{name}, seed {seed}, program {number}", run))
+        train = partial(_train_and_measure, model, read, own, budget, seed)
         seconds = {}
         for name in (name for name in RATES if name in chosen):
             trial = cache.get(f"{name}, seed {seed}", partial(train, name, name, budget.steps))
@@ -148,7 +159,7 @@ def shown_conflict(
 
 def _train_and_measure(
     model: EmbeddedModel,
-    photographs: list[Photograph],
+    photographs: Callable[[], list[Photograph]],
     tasks: Sequence[ShownTask],
     budget: Budget,
     seed: int,
@@ -158,7 +169,7 @@ def _train_and_measure(
 ) -> TrialResult:
     """Train a method of RATES under a label and measure it."""
     config = stage_config(steps, budget.requests, budget.crop, RATES[name])
-    stage, serve = trainable(model, name, photographs, config, seed)
+    stage, serve = trainable(model, name, photographs(), config, seed)
     began = time.process_time()
     train_stage(stage, config)
     cost = {
