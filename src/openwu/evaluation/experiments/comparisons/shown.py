@@ -128,8 +128,9 @@ def shown_conflict(
 ) -> ShownConflict:
     """Train and measure all methods with every seed at equal steps, the quicker ones at the generator's time as well.
 
-    photographs: reads those of training, if they are needed. tasks: the test's programs of a seed. cache: where results of finished trials are
-    found again. methods: only these; None: all. Raises OpenwuError for a model without examples, and for unknown ones.
+    photographs: reads those of training, if they are needed. tasks: the test's programs of a seed. cache: where results
+    of finished trials are found again. methods: only these; None: all. Raises OpenwuError for a model without examples,
+    and for unknown methods.
     """
     shown_parts(model)
     known = (*serve_untrained(FrozenBase(model)), *RATES)
