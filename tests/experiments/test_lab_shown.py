@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from openwu.backbones.embedded.network import place_planes, recolour
 from openwu.cli import main
 from openwu.data.examples import ExampleSampler
 from openwu.data.programs import Program
@@ -19,7 +20,7 @@ from openwu.evaluation.experiments.comparisons import shown, shown_requests
 from openwu.evaluation.experiments.comparisons.shown import RATES, ShownConflict, shown_conflict, trainable
 from openwu.evaluation.experiments.comparisons.shown_requests import (
     FrozenBase,
-    OneExample,
+    OneExampleStage,
     ShownTask,
     bank_programs,
     draw_tasks,
@@ -43,7 +44,7 @@ BUDGET = Budget(steps=1, requests=2, crop=16)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SIDE", 32), ("BANK", 2), ("CELL", 8)):
         monkeypatch.setattr(shown, name, value)
-    for name, value in (("FIRST_TRY", 1), ("LONG_TRY", 2), ("CROP", 16), ("PERFECT", (2, 6))):
+    for name, value in (("FIRST_TRY", 1), ("LONG_TRY", 2), ("WINDOW", 24), ("PERFECT", (2, 6))):
         monkeypatch.setattr(shown_requests, name, value)
 
 
@@ -130,18 +131,19 @@ def test_the_example_and_the_requests_have_one_program(squares: dict[str, Tensor
         draw_tasks({"a": squares["a"]}, 1, 0)
 
 
-def test_crops_of_the_example_lie_on_one_another(task: ShownTask) -> None:
-    batch = OneExample(task, 16).batch(3)
-    before, after = task.example
-    places = [
-        (y, x)
-        for y in range(0, 17)
-        for x in range(0, 17)
-        if torch.equal(before[:, y : y + 16, x : x + 16], batch.picture[0])
-    ]
-    ((y, x),) = places
-    assert torch.equal(after[:, y : y + 16, x : x + 16], batch.target[0, 0])
-    assert torch.equal(task.noise[:, y : y + 16, x : x + 16], batch.planes[0, :1])
+def test_a_step_computes_what_the_base_does_in_its_window(model: EmbeddedModel, task: ShownTask) -> None:
+    base = FrozenBase(model)
+    lora, config = base.new_lora(0), stage_config(4, 1, 16, {"learning_rate": 1e-2})
+    stage = OneExampleStage(base, task, lora, config)
+    windows = {stage.window(step)[0].start for step in range(8)}
+    assert len(windows) > 2
+    whole = base.network(task.example[:1], torch.cat([task.noise, place_planes(32, 32)])[None], base.text, raw=True)
+    rows, columns = stage.window(0)
+    affine = base.network.pixels(stage.x[..., rows, columns], stage.tokens, stage.grid, (rows, columns))
+    edited = recolour(task.example[:1, :, rows, columns], affine)
+    margin = base.network.pixels.reach
+    inside = (..., slice(margin, -margin), slice(margin, -margin))
+    torch.testing.assert_close(edited[inside], whole[..., rows, columns][inside], atol=1e-5, rtol=0)
 
 
 def test_training_on_the_example_comes_closer_to_it(model: EmbeddedModel, task: ShownTask) -> None:

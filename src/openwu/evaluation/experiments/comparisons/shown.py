@@ -109,7 +109,7 @@ def _cost(costs: Sequence[Mapping[str, Any]]) -> tuple[str, str, str, str]:
     """Format a method's trained parameters, steps, training seconds and seconds of a request, means over its trials."""
 
     def mean(name: str) -> float:
-        return sum(each[name] for each in costs) / len(costs)
+        return sum(float(each[name]) for each in costs) / len(costs)
 
     seconds = f"{mean('request_seconds'):.2f}" if "request_seconds" in costs[0] else ""
     if "steps" not in costs[0]:
@@ -288,7 +288,8 @@ class ToldBase(nn.Module):
         def edit(case: Case) -> Tensor:
             with torch.no_grad():
                 edited: Tensor = self.network(case.picture[None], case.planes[None], text)
-            return edited.squeeze(0)
+            found: Tensor = edited[0]
+            return found
 
         return edit
 

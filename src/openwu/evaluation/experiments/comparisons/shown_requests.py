@@ -2,13 +2,13 @@
 
 Everything edits through `FrozenBase`, whose adapters write to the full-resolution path alone.
 
-Shapes: b requests, s side of a square picture, k side of a crop.
+Shapes: s side of a square picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,18 +20,17 @@ from torch.nn import functional as F
 from openwu.adapters.inject import attach
 from openwu.backbones.embedded.condition import SHOWN
 from openwu.backbones.embedded.example import fit, predicted, reduced
-from openwu.backbones.embedded.network import TinyEditor, place_planes
-from openwu.data.examples import EXAMPLE, ExampleBatch
+from openwu.backbones.embedded.network import TinyEditor, pad_mirrored, place_planes, recolour
 from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, Program, draw_program
-from openwu.data.suite.batches import CORNERS
 from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case
-from openwu.evaluation.experiments.methods import NATIVE_BF16
+from openwu.evaluation.experiments.methods import precision
 from openwu.evaluation.metrics import psnr
 from openwu.training.config import StageConfig
-from openwu.training.embedded.example_stage import ExampleStage
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.loop import train_stage
+from openwu.training.embedded.picture_stages import annealed_floor, picture_losses
+from openwu.training.loop import Evaluation, train_stage
+from openwu.training.micro_batch import FULL_BATCH, MicroBatch
 from openwu.training.stage import TrainableLora
 from openwu.types import Adapter
 
@@ -40,8 +39,8 @@ FIRST_FLOOR = 1e-2
 LORA_RATES = {"learning_rate": 1e-2}
 """The learning rate of LoRA factors."""
 GENERATED = "generated, packaged"
-CROP, CROPS = 64, 4
-"""Side of the example's crops, and how many a step of a training on the example itself has."""
+WINDOW = 96
+"""Side of the window that a step of a training on the example itself computes."""
 FIRST_TRY, LONG_TRY = 30, 100
 """Steps of a shorter and a longer training on the example itself."""
 RETRIEVAL_SIDE = 48
@@ -123,28 +122,53 @@ class FrozenBase:
         return adapter
 
 
-@dataclass(frozen=True)
-class OneExample:
-    """Batches of crops of one example: the training set of a request by itself."""
+class OneExampleStage:
+    """Train a LoRA on one example: what the blocks see of it is computed once, each step is a window of its pixels."""
 
-    task: ShownTask
-    crop: int
-    seed: int = 0
+    name = "one example"
 
-    def size(self, _step: int) -> int:
-        """Return the number of crops of a step."""
-        return CROPS
+    def __init__(self, base: FrozenBase, task: ShownTask, lora: TrainableLora, config: StageConfig) -> None:
+        self.base, self.trained, self.config = base, lora, config
+        network, cell = base.network, base.network.config.cell
+        self.before, self.after = task.example[:1], task.example[1:]
+        planes = torch.cat([task.noise, place_planes(*task.noise.shape[-2:])])[None]
+        with torch.no_grad(), precision():
+            x = network.inputs(self.before, planes)
+            self.x = pad_mirrored(x, -x.shape[-2] % cell, -x.shape[-1] % cell)
+            self.tokens, self.grid = network.read_scene(self.x, base.text)
 
-    def batch(self, step: int) -> ExampleBatch:
-        """Draw the batch of a step."""
-        generator = torch.Generator().manual_seed(self.seed * 7_000_003 + step)
-        example, noise = self.task.example, self.task.noise
-        whole = torch.cat([example.flatten(0, 1), noise, place_planes(*noise.shape[-2:])])
-        room = (whole.shape[-1] - self.crop) // CORNERS + 1
-        corners = (torch.randint(room, (CROPS, 2), generator=generator) * CORNERS).tolist()
-        cut = torch.stack([whole[:, y : y + self.crop, x : x + self.crop] for y, x in corners])
-        shown = example.expand(CROPS, 1, *example.shape)
-        return ExampleBatch((EXAMPLE,) * CROPS, ("",) * CROPS, shown, cut[:, :3], cut[:, 6:], cut[:, None, 3:6])
+    def window(self, step: int) -> tuple[slice, slice]:
+        """Draw the window of a step, the whole example where that is no larger."""
+        draws = torch.Generator().manual_seed(step)
+        height, width = self.before.shape[-2:]
+        sides = min(WINDOW, height), min(WINDOW, width)
+        top, left = (
+            int(torch.randint(whole - side + 1, (), generator=draws))
+            for whole, side in zip((height, width), sides, strict=True)
+        )
+        return slice(top, top + sides[0]), slice(left, left + sides[1])
+
+    @contextmanager
+    def loss(self, step: int, _micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
+        """Compute the loss of a step's window."""
+        window = self.window(step)
+        cut = (..., *window)
+        with precision(), self.base.handle.applied(self.trained()):
+            affine = self.base.network.pixels(self.x[cut], self.tokens, self.grid, window)
+        edited, after = recolour(self.before[cut], affine), self.after[cut]
+        # At a window's border convolutions see zeros where the picture has pixels.
+        margin = self.base.network.pixels.reach if edited.shape != self.before.shape else 0
+        inside = (..., *(slice(margin, side - margin) for side in edited.shape[-2:]))
+        floor = annealed_floor(self.config.first_floor, step / self.config.steps)
+        yield picture_losses(edited[inside], after[inside], floor).mean()
+
+    def not_finite(self, _step: int, _micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
+        """Name the example."""
+        return ["the example"]
+
+    def evaluate(self) -> Evaluation:
+        """Return nothing: it is measured on requests."""
+        return Evaluation({})
 
 
 def stage_config(steps: int, requests: int, crop: int, rates: Mapping[str, float]) -> StageConfig:
@@ -162,11 +186,8 @@ def optimised(base: FrozenBase, task: ShownTask, steps: int, start: Adapter | No
             for i, target in enumerate(lora.targets):
                 for part, value in zip((lora.a[i], lora.b[i]), start.pairs[target.name], strict=True):
                     part.copy_(value)
-    crop = min(CROP, task.example.shape[-1])
-    config = stage_config(steps, CROPS, crop, LORA_RATES)
-    batches = OneExample(task, crop)
-    stage = ExampleStage(config, base.model, lora, lambda *_: lora([0] * CROPS), batches, None, NATIVE_BF16)
-    train_stage(stage, config)
+    config = stage_config(steps, 1, WINDOW, LORA_RATES)
+    train_stage(OneExampleStage(base, task, lora, config), config)
     adapter: Adapter = lora().detach()
     return adapter
 
