@@ -59,6 +59,8 @@ class EmbeddedRecipe(Recipe):
     """Share of the programs of examples that change colours alone, see `ExampleSampler.colours`."""
     smooth: float = field(default=0.0, metadata=LATER)
     """Share of the photographs that are smoothed, see `PairSampler.smooth`."""
+    cameras: float = field(default=0.0, metadata=LATER)
+    """Share of the repairs whose damage is that of cameras and files, see `PairSampler.cameras`."""
     start: str | None = field(default=None, metadata=LATER)
     """Folder of a finished model of the same sizes whose weights the stages go on from; None: from nothing."""
     stages: tuple[str, ...] = field(default=STAGES, metadata=LATER)
@@ -69,6 +71,8 @@ class EmbeddedRecipe(Recipe):
         if unknown or not self.stages:
             raise ValueError(f"stages: expected some of {list(STAGES)}, got {list(self.stages)}")
         check_share("words_dropped", self.words_dropped)
+        if not 0 <= self.cameras <= 1:
+            raise ValueError(f"cameras: expected a share from 0 to 1, got {self.cameras}")
         if self.examples is not None and not self.model.condition.examples:
             raise ValueError("examples: expected a model whose condition.examples is True, or no such stage")
 
