@@ -217,3 +217,17 @@ def test_the_command_refuses_what_it_does_not_read(
     assert "it does not read --tasks" in capsys.readouterr().err
     assert main([*asked, "--model", str(model_folder)]) != 0
     assert "without" in capsys.readouterr().err
+
+
+def test_the_command_writes_table_numbers_and_pictures(
+    model: EmbeddedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    asked = ["lab", "conflict", "--tasks", "examples", "--quick", "--side", "32", "--seeds", "0"]
+    some = ["--method", "input", "--method", "cubic fit", "--method", "generated, packaged"]
+    assert main([*asked, *some, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert stored_table("conflict", tmp_path / "out/conflict_examples.json") in printed
+    for kind in ("jpg", "png"):
+        assert (tmp_path / f"out/conflict_examples.{kind}").stat().st_size > 2000
+    assert list((tmp_path / "out/report").glob("*/report.html"))

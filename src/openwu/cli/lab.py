@@ -97,7 +97,8 @@ def run_lab(arguments: list[str]) -> int:
     settings = _settings(options)
     Path(settings.output).mkdir(parents=True, exist_ok=True)
     sys.stdout.write(run(settings))
-    note_reports(Path(settings.output) / f"{what.replace('-', '_')}.json")
+    name = what.replace("-", "_") if settings.tasks == TASKS[0] else f"{what}_{settings.tasks}"
+    note_reports(Path(settings.output) / f"{name}.json")
     return 0
 
 

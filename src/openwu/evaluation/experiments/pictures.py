@@ -129,7 +129,7 @@ def draw_methods(found: ConflictResults, path: Path) -> Path:
 
 def draw_cells(found: ConflictResults, path: Path) -> Path:
     """Draw a row per new task: input, every method, target."""
-    titles = ["input", *found.methods, "target"]
+    titles = list(dict.fromkeys(["input", *found.methods, "target"]))
     rows = {task: [cells[title] for title in titles] for task, cells in found.cells.items()}
     grid(rows, titles).save(path, quality=85)
     return path
