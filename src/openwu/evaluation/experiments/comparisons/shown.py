@@ -5,7 +5,7 @@ No method has seen the test's programs. All are trained on the same frozen base 
 - `input`: the photograph as it is; `base`: the base alone, with the tokens of no words.
 - `shared`: one LoRA trained over programs. `bank`: one LoRA for each of BANK training programs; the one that does the
   example best is taken. `best of the bank`: the one that does the request best, which nobody can know.
-- `perfect bank`: the random program that does the example best, itself: no bank that knows so many can be better.
+- `perfect bank`: of so many random programs the one that does the example best, itself: no trained entry is better.
 - `told`: all of the base's weights, with the example's summary added to its instruction tokens.
 - `generated`: example encoder and branch, from nothing; `generated, packaged`: as the given model has them.
 - `optimised`: a LoRA trained on the example itself when the request comes (test-time training); `packaged, then`: the

@@ -206,7 +206,7 @@ def bank_programs(count: int, seed: int) -> tuple[Program, ...]:
 
 
 def retrieved_program(programs: Sequence[Program], task: ShownTask) -> Edit:
-    """Choose the program that does the example best: no bank that knows these programs is better than they are."""
+    """Choose the program that does the example best: a bank whose entries do their programs without error."""
     before, after = F.interpolate(task.example, (RETRIEVAL_SIDE,) * 2, mode="area")
     noise = torch.zeros(1, RETRIEVAL_SIDE, RETRIEVAL_SIDE)
     errors = [float((program(before, noise) - after).square().mean()) for program in programs]
