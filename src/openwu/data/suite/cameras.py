@@ -31,7 +31,8 @@ def sensor_noise(x: Tensor, scene: Scene, most: float = 1.0) -> Tensor:
     scale = (shot * x.clamp(0, 1) + read).sqrt()
     grey = _correlated(scene.normal_like(x[:1]), scene.uniform(0.35, 0.8))
     colours = _correlated(scene.normal_like(x), scene.uniform(0.6, 2.0))
-    return x + scale * (0.8 * grey + scene.uniform(0.2, 0.9) * (colours - colours.mean(0, keepdim=True)))
+    noisy: Tensor = x + scale * (0.8 * grey + scene.uniform(0.2, 0.9) * (colours - colours.mean(0, keepdim=True)))
+    return noisy
 
 
 def _correlated(noise: Tensor, sigma: float) -> Tensor:

@@ -278,7 +278,8 @@ class ToldBase(nn.Module):
         """Pairs before and after, `[b, 2, 3, h, w]` each -> instruction tokens `[b, K, text_dim]`."""
         _, summary = self.example(pairs)
         wordless = self.get_buffer("wordless")
-        return wordless + self.project(summary[:, 0]).view(-1, *wordless.shape[1:])
+        told: Tensor = wordless + self.project(summary[:, 0]).view(-1, *wordless.shape[1:])
+        return told
 
     @torch.no_grad()
     def serve(self, task: ShownTask) -> Edit:

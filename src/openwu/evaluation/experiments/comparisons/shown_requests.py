@@ -158,7 +158,8 @@ class OneExampleStage:
         edited, after = recolour(self.before[cut], affine), self.after[cut]
         # At a window's border convolutions see zeros where the picture has pixels.
         margin = self.base.network.pixels.reach if edited.shape != self.before.shape else 0
-        inside = (..., *(slice(margin, side - margin) for side in edited.shape[-2:]))
+        height, width = edited.shape[-2:]
+        inside = (..., slice(margin, height - margin), slice(margin, width - margin))
         floor = annealed_floor(self.config.first_floor, step / self.config.steps)
         yield picture_losses(edited[inside], after[inside], floor).mean()
 
