@@ -12,7 +12,7 @@ from openwu.training.run import load_recipe
 
 
 def recipe() -> EmbeddedRecipe:
-    begun = load_recipe(Path(__file__).with_name("embedded.py"), [])
+    begun = load_recipe(Path(__file__).with_name("embedded_first.py"), [])
     assert isinstance(begun, EmbeddedRecipe)
     examples = StageConfig(
         steps=1200,

@@ -14,7 +14,7 @@ MISSED = ("deblur", "white_balance", "scratches", "remove_motion_blur", "colouri
 
 
 def recipe() -> EmbeddedRecipe:
-    begun = load_recipe(Path(__file__).with_name("embedded.py"), [])
+    begun = load_recipe(Path(__file__).with_name("embedded_first.py"), [])
     assert isinstance(begun, EmbeddedRecipe)
     base = replace(begun.base, steps=1800, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=3e-4)
     generator = replace(

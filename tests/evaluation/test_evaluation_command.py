@@ -14,9 +14,10 @@ from openwu import cli
 from openwu.cli.evaluate import run as command
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.evaluation import model_card
-from openwu.evaluation.model_card import SECTIONS
-from openwu.evaluation.suite import METHODS, Report, Score
+from openwu.evaluation.model_card import SECTIONS, load_model, load_photographs
+from openwu.evaluation.suite import METHODS, Report, Score, evaluate_suite
 from openwu.files.markdown import filled
+from openwu.types import Adapter
 
 FEW = ("brighten", "darken", "blur")
 SMALL = ["--side", "40", "--seeds", "3", "--photograph", "coffee", "--photograph", "rocket"]
@@ -44,6 +45,7 @@ def test_the_command_writes_tables_numbers_and_pictures(
         "worst.jpg",
         "strength.jpg",
         "report",
+        "trials",
     }
     pages = {page.parent.name for page in output.glob("report/*/report.html")}
     assert pages == {"suite-suite", "suite-wording", "suite-strength"}
@@ -146,3 +148,35 @@ def test_what_cannot_be_evaluated_is_refused(model_with_baseline: Path, tmp_path
         command.run(["suite", "--model", str(tmp_path / "nowhere"), *arguments])
     with pytest.raises(CheckpointError, match="baseline"):
         command.run(["suite", "--model", str(model_with_baseline), "--shared", str(tmp_path / "baseline"), *arguments])
+
+
+def test_an_interrupted_measurement_goes_on(
+    model_with_baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["eval", "suite", "--model", str(model_with_baseline), "--output", str(tmp_path / "out"), *SMALL]
+    asked: list[str | None] = []
+
+    def suite(*given: Any, only: str | None = None) -> Report:
+        if asked == ["coffee"]:
+            asked.append("interrupted")
+            raise OpenwuError("interrupted")
+        asked.append(only)
+        return evaluate_suite(*given, only=only)
+
+    monkeypatch.setattr(model_card, "evaluate_suite", suite)
+    assert cli.main(arguments) != 0
+    assert not (tmp_path / "out" / "suite.json").exists()
+
+    def again(*_: Any) -> Any:
+        raise AssertionError("measured twice")
+
+    for name in ("evaluate_wording", "evaluate_strength", "evaluate_composition", "repair_gains"):
+        monkeypatch.setattr(model_card, name, again)
+    assert cli.main(arguments) == 0
+    assert asked == ["coffee", "interrupted", "rocket"]
+    numbers = json.loads((tmp_path / "out" / "suite.json").read_text(encoding="utf-8"))
+    assert len(numbers["scores"]) == 2 * len(FEW) * len(METHODS)
+    pictures = load_photographs(40, ["coffee", "rocket"])
+    model, folder = load_model(str(model_with_baseline))
+    at_once = evaluate_suite(model, Adapter.from_pretrained(folder / "shared"), pictures, [3], FEW)
+    assert [Score(**each) for each in numbers["scores"]] == at_once.scores

@@ -171,13 +171,21 @@ def test_wrong_numbers_are_refused_before_anything_is_looked_for(
     assert not output.exists()
 
 
-@pytest.mark.parametrize(("what", "shown"), [("conflict", "retrieval"), ("continual", "stored"), ("scaling", "+0.29")])
+@pytest.mark.parametrize(
+    ("what", "file", "shown"),
+    [
+        ("conflict", "conflict", "retrieval"),
+        ("conflict", "conflict_examples", "perfect bank of 2400"),
+        ("continual", "continual", "stored"),
+        ("scaling", "scaling", "+0.29"),
+    ],
+)
 def test_tables_are_made_again_from_the_result_files_of_the_tree(
-    what: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str, file: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The page about evidence shows them."""
     page = Path("docs/evidence.md").read_text(encoding="utf-8")
-    assert run("lab", what, "--from", f"docs/results/lab/{what}.json") == 0
+    assert run("lab", what, "--from", f"docs/results/lab/{file}.json") == 0
     printed = capsys.readouterr().out
     assert shown in printed
     for line in printed.splitlines():

@@ -11,13 +11,13 @@ from openwu.cli.evaluate.report import note_reports
 from openwu.evaluation.experiments.comparisons.conflict import CLOCKS
 from openwu.evaluation.experiments.comparisons.own_pairs import LOOKS, WAYS
 from openwu.evaluation.experiments.comparisons.scaling import AXES
-from openwu.evaluation.experiments.runs import EXPERIMENTS, LabSettings, stored_table
+from openwu.evaluation.experiments.runs import EXPERIMENTS, TASKS, LabSettings, stored_table
 from openwu.evaluation.experiments.runs import run_audit as audit
 
 SIDE = 256
 """Default of --side."""
 READ: dict[str, tuple[str, ...]] = {
-    "conflict": ("steps", "photos", "clock", "edits", "side", "batch", "search"),
+    "conflict": ("steps", "photos", "tasks", "clock", "edits", "side", "batch", "search", "methods"),
     "continual": ("steps", "photos", "edits", "side", "batch"),
     "examples": ("side",),
     "gradients": ("photos", "along", "edits"),
@@ -29,8 +29,11 @@ READ: dict[str, tuple[str, ...]] = {
     "video": ("edits", "side"),
 }
 """Experiment -> the options of SOME that it reads; the others it would ignore, and therefore refuses."""
-SOME = ("steps", "axis", "photos", "clock", "edits", "along", "side", "batch", "search", "ways", "looks", "operators")
-OPTIONS = {"edits": "edit", "ways": "way", "looks": "look", "operators": "operator"}
+SOME = (
+    *("steps", "axis", "photos", "tasks", "clock", "edits", "along", "side", "batch", "search", "ways", "looks"),
+    *("operators", "methods"),
+)
+OPTIONS = {"edits": "edit", "ways": "way", "looks": "look", "operators": "operator", "methods": "method"}
 """Field of LabSettings -> its option, where that has another name."""
 
 
@@ -57,10 +60,16 @@ def run_lab(arguments: list[str]) -> int:
         "--clock", choices=CLOCKS, help="conflict: what is equal for all methods, their steps (default) or their time"
     )
     parser.add_argument(
+        "--tasks", choices=TASKS, help="conflict: edits with names (default), or programs shown by pairs of pictures"
+    )
+    parser.add_argument(
         "--batch", type=int, nargs=2, metavar=("N", "CROP"), help="requests of every training step, and their side"
     )
     parser.add_argument(
         "--search", type=int, metavar="N", help="conflict: search learning rates by trainings of so many steps"
+    )
+    parser.add_argument(
+        "--method", action="append", dest="methods", metavar="NAME", help="conflict of examples: only this; repeatable"
     )
     parser.add_argument("--way", action="append", dest="ways", choices=WAYS, help="own-pairs: only this; repeatable")
     parser.add_argument("--look", action="append", dest="looks", choices=LOOKS, help="own-pairs: only this; repeatable")
@@ -88,7 +97,8 @@ def run_lab(arguments: list[str]) -> int:
     settings = _settings(options)
     Path(settings.output).mkdir(parents=True, exist_ok=True)
     sys.stdout.write(run(settings))
-    note_reports(Path(settings.output) / f"{what.replace('-', '_')}.json")
+    name = what.replace("-", "_") if settings.tasks == TASKS[0] else f"{what}_{settings.tasks}"
+    note_reports(Path(settings.output) / f"{name}.json")
     return 0
 
 
@@ -100,11 +110,12 @@ def _settings(options: argparse.Namespace) -> LabSettings:
         if value is not None and value < 1:
             raise UsageError(f"--{name}: expected a number above 0, got {value}")
     given["clock"] = given.get("clock") or CLOCKS[0]
+    given["tasks"] = given.get("tasks") or TASKS[0]
     given["photos"] = given.get("photos") or "photos"
     given["side"] = SIDE if given["side"] is None else given["side"]
     given["seeds"] = tuple(given["seeds"])
     given["along"] = tuple(given["along"]) if given.get("along") else None
-    for name in ("edits", "ways", "looks", "operators", "batch"):
+    for name in ("edits", "ways", "looks", "operators", "methods", "batch"):
         given[name] = tuple(given[name]) if given.get(name) else None
     if given["batch"] is not None and min(given["batch"]) < 1:
         raise UsageError(f"--batch: expected two numbers above 0, got {' '.join(map(str, given['batch']))}")

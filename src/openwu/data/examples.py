@@ -27,7 +27,7 @@ from openwu.data.suite.phrases import sample_phrase
 EXAMPLE = "example"
 """Name of programs in curves, beside those of sub-tasks."""
 SINGLE_EVERY = 4
-"""Every so many batches, one of single requests."""
+"""Every so many batches, one of single requests, unless a sampler says otherwise."""
 NAMED_SHARE = 0.25
 """Share of those requests whose example shows a sub-task of the suite; half of them say so in words, too."""
 SECOND_SHARE = 0.2
@@ -80,6 +80,11 @@ class ExampleSampler:
     """Share of the programs that are drawn of colour families alone; the others of all families."""
     series: bool = True
     """False: all batches are of single requests that show programs."""
+    single_every: int = SINGLE_EVERY
+    """Every so many batches of series, one of single requests; 0: none."""
+    fixed: tuple[Program, ...] = ()
+    """Draw series from these programs, whose names in a batch are their numbers; none: new programs for every
+    request."""
 
     def size(self, step: int) -> int:
         """Return the number of requests of a step."""
@@ -90,12 +95,13 @@ class ExampleSampler:
         generator = torch.Generator().manual_seed(self.seed * 9_000_011 + step)
         requests, crop = self.shapes[step % len(self.shapes)]
         pairs = 2 if float(torch.rand((), generator=generator)) < SECOND_SHARE else 1
-        if self.series and (step < self.plain or (step + 1) % SINGLE_EVERY):
+        single = self.single_every and (step + 1) % self.single_every == 0
+        if self.series and (step < self.plain or not single):
             return self._series(requests, crop, pairs, generator, step < self.plain)
         return self._singles(requests, crop, pairs, generator)
 
     def _series(self, requests: int, side: int, pairs: int, generator: torch.Generator, plain: bool) -> ExampleBatch:
-        programs = [self._program(generator, plain) for _ in range(requests)]
+        names, programs = self._programs(requests, generator, plain)
         examples = [self._shown(self._making(each, generator), pairs, generator) for each in programs]
         picture = torch.stack([random_crop(self.photographs, side, generator) for _ in programs])
         noise = torch.randn(requests, 1, side, side, generator=generator)
@@ -104,8 +110,14 @@ class ExampleSampler:
             for row, program in enumerate(programs)
         ]
         planes = torch.cat([noise, place_planes(side, side).expand(requests, -1, -1, -1)], dim=1)
-        names, silent = (EXAMPLE,) * requests, ("",) * requests
-        return ExampleBatch(names, silent, torch.stack(examples), picture, planes, torch.stack(target))
+        return ExampleBatch(names, ("",) * requests, torch.stack(examples), picture, planes, torch.stack(target))
+
+    def _programs(self, count: int, generator: torch.Generator, plain: bool) -> tuple[tuple[str, ...], list[Program]]:
+        """Programs of a series with their names."""
+        if not self.fixed:
+            return (EXAMPLE,) * count, [self._program(generator, plain) for _ in range(count)]
+        drawn = torch.randint(len(self.fixed), (count,), generator=generator).tolist()
+        return tuple(str(number) for number in drawn), [self.fixed[number] for number in drawn]
 
     def _singles(self, requests: int, crop: int, pairs: int, generator: torch.Generator) -> ExampleBatch:
         shown = float(torch.rand((), generator=generator)) < 0.5

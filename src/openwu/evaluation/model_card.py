@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,13 +17,16 @@ from openwu.data.suite import EDITS
 from openwu.data.suite.photographs import load_test_photographs
 from openwu.errors import OpenwuError
 from openwu.evaluation import tables
-from openwu.evaluation.cases import following
+from openwu.evaluation.cases import following, picture_digest
 from openwu.evaluation.composition import Composed, evaluate_composition
+from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult
 from openwu.evaluation.pictures import grid, middle
 from openwu.evaluation.strength import SCALES, Graded, evaluate_strength, strength_cells
-from openwu.evaluation.suite import Report, evaluate_suite
+from openwu.evaluation.suite import Report, Score, evaluate_suite
 from openwu.evaluation.tables import Goal, goals, repair_gains
 from openwu.evaluation.wording import Wording, evaluate_wording, understanding
+from openwu.files.fingerprint import fingerprint
+from openwu.files.hashing import of_files
 from openwu.files.markdown import filled
 from openwu.files.origin import origin
 from openwu.files.writing import write_json, write_text
@@ -32,6 +38,8 @@ SMALL = 256
 CELL = 192
 """Side in pixels of a cell in the pictures of compositions."""
 
+
+Record = TypeVar("Record", Wording, Graded)
 
 SECTIONS = ("goals", "families", "wording", "strength", "composition", "suite")
 """Names of the tables; a model card has marks of these names."""
@@ -56,22 +64,77 @@ class Findings:
 
 
 def measure(
-    model: EmbeddedModel, shared: Adapter | None, photographs: dict[str, Tensor], seeds: Sequence[int]
+    model: EmbeddedModel,
+    shared: Adapter | None,
+    photographs: dict[str, Tensor],
+    seeds: Sequence[int],
+    cache: ResultCache = UNCACHED,
 ) -> Findings:
     """Run every measurement.
 
-    shared: the baseline, one adapter for all requests; None leaves it out.
+    shared: the baseline, one adapter for all requests; None leaves it out. cache: where finished parts are found again;
+    of the suite every photograph is one.
     """
     edits = [label for label in model.config.instruction.labels if label in EDITS]
     small = {name: middle(picture, SMALL) for name, picture in photographs.items()}
     first = sorted(small)[0]
-    wordings = evaluate_wording(model, small[first], following(first, small), edits)
-    graded = evaluate_strength(model, small, edits)
-    composed, cells = evaluate_composition(model, small, edits)
-    gains = repair_gains(model, photographs, edits)
-    report = evaluate_suite(model, shared, photographs, seeds, edits)
+    wordings = _records(
+        cache, "wording", Wording, lambda: evaluate_wording(model, small[first], following(first, small), edits)
+    )
+    graded = _records(cache, "strength", Graded, lambda: evaluate_strength(model, small, edits))
+    composed, cells = _composition(cache, lambda: evaluate_composition(model, small, edits))
+    gains = cache.get("repairs", lambda: TrialResult(repair_gains(model, photographs, edits))).values
+    report = Report()
+    for seed, name in itertools.product(seeds, photographs):
+        own = partial(evaluate_suite, model, shared, photographs, (seed,), edits, only=name)
+        _add_photograph(report, cache, f"suite, {name}, seed {seed}", own)
     scaled = strength_cells(model, small[first], edits)
-    return Findings(report, wordings, understanding(model.instruction), gains, graded, composed, cells, scaled)
+    return Findings(report, wordings, understanding(model.instruction), dict(gains), graded, composed, cells, scaled)
+
+
+def _records(cache: ResultCache, name: str, kind: type[Record], run: Callable[[], Sequence[Record]]) -> list[Record]:
+    """Run a measurement whose results are records of plain values, or read them."""
+    found = cache.get(name, lambda: TrialResult({"found": [vars(each) for each in run()]}))
+    return [kind(**each) for each in found.values["found"]]
+
+
+def _composition(
+    cache: ResultCache, run: Callable[[], tuple[list[Composed], dict[str, list[Tensor]]]]
+) -> tuple[list[Composed], dict[str, list[Tensor]]]:
+    def trial() -> TrialResult:
+        composed, cells = run()
+        return TrialResult({"found": [vars(each) for each in composed]}, _named(cells))
+
+    found = cache.get("composition", trial)
+    return [Composed(**each) for each in found.values["found"]], _rows(found.tensors)
+
+
+def _add_photograph(report: Report, cache: ResultCache, name: str, run: Callable[[], Report]) -> None:
+    """Add a photograph's scores; of the pictures, those of the first one."""
+
+    def trial() -> TrialResult:
+        own = run()
+        return TrialResult({"found": [vars(each) for each in own.scores]}, _named(own.grid))
+
+    found = cache.get(name, trial)
+    report.scores += [Score(**each) for each in found.values["found"]]
+    report.grid = report.grid or _rows(found.tensors)
+
+
+def _named(rows: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{number:03d}/{name}/{place:03d}": cell
+        for number, (name, cells) in enumerate(rows.items())
+        for place, cell in enumerate(cells)
+    }
+
+
+def _rows(named: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The inverse of `_named`."""
+    rows: dict[str, list[Tensor]] = {}
+    for name in sorted(named):
+        rows.setdefault(name.split("/")[1], []).append(named[name])
+    return rows
 
 
 def as_markdown(found: Findings, seeds: Sequence[int], photographs: Sequence[str]) -> dict[str, str]:
@@ -152,6 +215,8 @@ def evaluate(
 ) -> str:
     """Measure a model, write everything to `output`, fill in the card's tables, and return all tables.
 
+    What an interrupted call had measured is found again in `output/trials`, unless model, pictures or code are others.
+
     shared_folder: the baseline's; None: `shared` in the model's folder, if there is one.
     """
     if card:  # A card without the marks is refused before the long work.
@@ -161,7 +226,13 @@ def evaluate(
     shared = Adapter.from_pretrained(baseline) if shared_folder or baseline.is_dir() else None
     if shared is not None:
         model.handle.check_targets(shared)
-    found = measure(model, shared, photographs, seeds)
+    depends = {
+        "photographs": {name: picture_digest(each) for name, each in photographs.items()},
+        "shared": None if shared is None else of_files(sorted(baseline.glob("*.safetensors"))).hexdigest(),
+        "dtype": str(native_dtype()),
+    }
+    digits = fingerprint(depends, model, code=__name__)
+    found = measure(model, shared, photographs, seeds, ResultCache(output / "trials" / f"suite-{digits}"))
     sections = as_markdown(found, seeds, sorted(photographs))
     write_findings(found, sections, seeds, side, output)
     if card:

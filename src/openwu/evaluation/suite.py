@@ -107,15 +107,16 @@ def evaluate_suite(
     photographs: dict[str, Tensor],
     seeds: Sequence[int],
     edits: Sequence[str],
+    only: str | None = None,
 ) -> Report:
     """Score every sub-task on every photograph, once per seed; the seed draws sentences, noise and degradations.
 
-    shared: None leaves that method out.
+    shared: None leaves that method out. only: the name of one photograph; the others serve as references.
     """
     if len(edits) < 2:
         raise OpenwuError(f"suite: expected at least two sub-tasks, to swap their adapters, got {list(edits)}")
     report = Report()
-    rounds = [(name, seed) for seed in seeds for name in photographs]
+    rounds = [(name, seed) for seed in seeds for name in (photographs if only is None else [only])]
     for name, seed in tqdm(rounds, desc="suite", unit="photograph"):
         cases = draw_cases(photographs, edits, seed, only=name)
         outputs = {"input": [case.picture for case in cases], **dict(run_methods(model, shared, cases))}

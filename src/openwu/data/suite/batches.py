@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openwu.backbones.embedded.network import place_planes
 from openwu.data.suite import EDITS, Edit, Scene
+from openwu.data.suite.cameras import REPAIRS
 from openwu.data.suite.operators import gaussian
 from openwu.data.suite.photographs import Photograph, random_crop
 from openwu.data.suite.phrases import DEGREES, sample_phrase
@@ -68,6 +69,8 @@ class PairSampler:
     """Whether some requests ask for another strength by the adapter's scale, as a user does with `strength`."""
     smooth: float = 0.0
     """Share of the photographs that are smoothed, in `SMOOTHED_FAMILIES`: skies and walls, in which a pattern shows."""
+    cameras: float = 0.0
+    """Share of the repairs whose damage is that of cameras and files, see `cameras.py`."""
 
     def batch(self, step: int) -> PairBatch:
         """Draw the batch of a step."""
@@ -105,6 +108,8 @@ class PairSampler:
         second = random_crop(self.photographs, side, generator) if edit.needs_reference or needless else None
         noise = torch.randn(1, side, side, generator=generator)
         strength = min(DEGREES[degree], edit.limit) * dial
+        if self.cameras and name in REPAIRS and float(torch.rand((), generator=generator)) < self.cameras:
+            edit = REPAIRS[name]
         pair = edit.make_pair(Scene(source, noise, generator, strength, second))
         # Corners lie where an attention window of the base may begin, and the pattern of a mosaic with it.
         top, left = (torch.randint((side - crop) // CORNERS + 1, (2,), generator=generator) * CORNERS).tolist()

@@ -7,6 +7,7 @@ import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from openwu.evaluation.experiments.comparisons.operators import KINDS as OPERATO
 from openwu.evaluation.experiments.comparisons.operators import OperatorResults, kinds_of, operators
 from openwu.evaluation.experiments.comparisons.own_pairs import LOOKS, WAYS, OwnPairsResults, own_pairs
 from openwu.evaluation.experiments.comparisons.scaling import BASE_WIDTHS, GENERATOR_SIZES, Scaling, scaling
+from openwu.evaluation.experiments.comparisons.shown import ShownConflict, shown_conflict
+from openwu.evaluation.experiments.comparisons.shown_requests import draw_tasks
 from openwu.evaluation.experiments.methods import NATIVE_BF16, Budget
 from openwu.evaluation.experiments.pictures import (
     draw_cells,
@@ -36,6 +39,7 @@ from openwu.evaluation.experiments.pictures import (
     draw_gradients,
     draw_ladder,
     draw_map,
+    draw_methods,
     draw_operators,
     draw_scaling,
 )
@@ -48,11 +52,14 @@ from openwu.evaluation.experiments.probes.video import CHOSEN, make_clips, video
 from openwu.evaluation.experiments.results import ResultCache, write_findings
 from openwu.evaluation.pictures import middle
 from openwu.files.fingerprint import fingerprint
+from openwu.training.embedded.example_stage import shown_parts
 from openwu.training.embedded.model import EmbeddedModel
 
 QUICK_PHOTOGRAPHS = ("astronaut", "coffee", "flower")
 QUICK_EDITS = tuple(name for pair in CONTRADICTORY_PAIRS[:8] for name in pair)
 PAIRED = tuple(name for pair in CONTRADICTORY_PAIRS for name in pair)
+TASKS = ("named", "examples")
+"""What the conflict's tasks are."""
 STEPS, QUICK_STEPS = (0, 100), (0, 40)
 """After how many steps of its training the shared LoRA's gradients are compared."""
 BUDGET = Budget(steps=400, wide_rank=192, factors=(0.5, 1.0, 2.0), search_steps=80)
@@ -66,6 +73,9 @@ QUICK_GROUPS = tuple(tuple(pair[side] for pair in CONTRADICTORY_PAIRS[:3]) for s
 SCALING, QUICK_SCALING = Budget(steps=300), Budget(steps=30)
 OPERATORS, QUICK_OPERATORS = Budget(steps=300), Budget(steps=40, requests=8)
 GROUP_BUDGET, QUICK_GROUP_BUDGET = Budget(steps=60), Budget(steps=25)
+SHOWN, QUICK_SHOWN = Budget(steps=600, requests=16), Budget(steps=80, requests=6)
+UNSEEN, QUICK_UNSEEN = 40, 9
+"""Programs per seed that the conflict on edits by example is measured on."""
 PROGRAMS, QUICK_PROGRAMS = 40, 8
 """Programs per seed that are shown by example."""
 PAIRS_STEPS, QUICK_PAIRS_STEPS = 120, 40
@@ -97,12 +107,16 @@ class LabSettings:
     """Scaling: vary only this; None: both."""
     along: tuple[int, ...] | None = None
     """Gradients: numbers of steps after which they are compared, for a curve; None: the first and the last."""
+    tasks: str = "named"
+    """Conflict: edits that have names, or "examples", programs that are shown by pairs."""
     clock: str = "steps"
-    """Conflict: what is equal for all methods, see `Budget.clock`."""
+    """Conflict: what is equal for all methods, see `Budget.clock`; of examples both are measured."""
     batch: tuple[int, int] | None = None
     """Requests of every training step, and the side of their crops; None: the budget's."""
     search: int | None = None
     """Conflict: search learning rates by trainings of so many steps; None: as the budget says."""
+    methods: tuple[str, ...] | None = None
+    """Conflict of examples: only these methods."""
     ways: tuple[str, ...] | None = None
     """Own pairs: only these ways of teaching."""
     looks: tuple[str, ...] | None = None
@@ -140,6 +154,11 @@ class LabSettings:
         found = load_test_photographs(self.side)
         return {name: found[name] for name in QUICK_PHOTOGRAPHS} if self.quick else found
 
+    def squares(self) -> dict[str, Tensor]:
+        """Load squares of the trainings' proportions `[3, side, side]`, out of photographs half as large again."""
+        found = load_test_photographs(self.side * 3 // 2)
+        return {name: middle(each, self.side) for name, each in found.items() if min(each.shape[1:]) >= self.side}
+
     def training_photographs(self) -> list[Photograph]:
         """Load the training photographs."""
         return load_folder(Path(self.photos))
@@ -168,7 +187,7 @@ class LabSettings:
     def cache(self, name: str, model: EmbeddedModel, **more: object) -> ResultCache:
         """Return the cache of an experiment's trials; its name depends on everything that they do but their seed."""
         # "quick" counts: it chooses the test photographs, also where --edit and --steps determine all else.
-        ignored = ("seeds", "output", "axis", "along", "ways", "looks", "operators")
+        ignored = ("seeds", "output", "axis", "along", "methods", "ways", "looks", "operators")
         relevant = {key: value for key, value in self.to_json(**more).items() if key not in ignored}
         relevant["bf16"] = NATIVE_BF16
         relevant["photos"] = folder_hashes(Path(self.photos))
@@ -216,7 +235,11 @@ def run_gradients(settings: LabSettings) -> str:
 
 
 def run_conflict(settings: LabSettings) -> str:
-    """Train and compare all methods on contradictory tasks; return the table."""
+    """Train and compare all methods on contradictory tasks, or on edits that are on no list; return the table."""
+    if settings.tasks == "examples":
+        return _run_shown_conflict(settings)
+    if settings.methods:
+        raise OpenwuError("--method: it is read with --tasks examples alone; leave it out")
     tasks = settings.paired_edits
     old = [name for name in BASE_EDITS if name not in PAIRED and name not in tasks]
     old = old[:QUICK_OLD] if settings.quick else old
@@ -229,6 +252,26 @@ def run_conflict(settings: LabSettings) -> str:
     found = conflict(model, photographs, test, tasks, old, budget, settings.seeds, cache)
     path = settings.write("conflict", found.to_json(), **more)
     draw_conflict(found, path.with_suffix(".png"))
+    draw_cells(found, path.with_suffix(".jpg"))
+    return found.table()
+
+
+def _run_shown_conflict(settings: LabSettings) -> str:
+    if settings.edits or settings.search or settings.clock != "steps":
+        raise OpenwuError("--tasks examples: it does not read --edit, --search and --clock; leave them out")
+    budget = settings.shortened(QUICK_SHOWN if settings.quick else SHOWN)
+    model = settings.load_model()
+    shown_parts(model)  # A model without examples is refused before the long reading of photographs.
+    photographs = settings.squares()
+    if settings.quick:
+        photographs = {name: photographs[name] for name in QUICK_PHOTOGRAPHS}
+    count = QUICK_UNSEEN if settings.quick else UNSEEN
+    more: dict[str, Any] = {"edits": None, "programs": count, "budget": vars(budget)}
+    cache, training = settings.cache("shown", model, **more), settings.training_photographs
+    tasks = partial(draw_tasks, photographs, count)
+    found = shown_conflict(model, training, tasks, budget, settings.seeds, cache, settings.methods)
+    path = settings.write("conflict_examples", found.to_json(), **more)
+    draw_methods(found, path.with_suffix(".png"))
     draw_cells(found, path.with_suffix(".jpg"))
     return found.table()
 
@@ -270,12 +313,7 @@ def run_scaling(settings: LabSettings) -> str:
 def run_examples(settings: LabSettings) -> str:
     """Show edits by pairs of pictures; return the table."""
     model = settings.load_model(dtype=native_dtype())
-    # Squares of the training's proportions out of photographs half as large again.
-    photographs = {
-        name: middle(photo, settings.side)
-        for name, photo in load_test_photographs(settings.side * 3 // 2).items()
-        if min(photo.shape[1:]) >= settings.side
-    }
+    photographs = settings.squares()
     count = QUICK_PROGRAMS if settings.quick else PROGRAMS
     trials = [trial for seed in settings.seeds for trial in draw_trials(list(photographs), count, settings.side, seed)]
     found = example_edits(model, photographs, trials)
@@ -347,7 +385,7 @@ EXPERIMENTS: dict[str, Callable[[LabSettings], str]] = {
 
 
 STORED: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "conflict": lambda stored: ConflictResults.from_json(stored).table(),
+    "conflict": lambda stored: (ShownConflict if "tasks" in stored else ConflictResults).from_json(stored).table(),
     "continual": lambda stored: ContinualResults.from_json(stored).table(),
     "operators": lambda stored: OperatorResults.from_json(stored).table(),
     "own-pairs": lambda stored: OwnPairsResults.from_json(stored).table(),

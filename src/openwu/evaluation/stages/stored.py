@@ -174,7 +174,8 @@ def _conflict(file: File) -> list[Results]:
         )
         for each in file["outcomes"]
     )
-    return [_results("conflict", scales, rows, reference="generated")]
+    own = "generated, packaged" if file.get("tasks") == "examples" else "generated"
+    return [_results("conflict", scales, rows, reference=own)]
 
 
 def _continual(file: File) -> list[Results]:

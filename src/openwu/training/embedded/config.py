@@ -9,9 +9,10 @@ from openwu.errors import OpenwuError
 from openwu.training.config import LATER, Recipe, StageConfig, check_share
 from openwu.training.embedded.model import EmbeddedConfig
 
-STAGES = ("instruction", "base", "generator", "examples", "shared")
-"""In the order in which they build on one another; "examples" only where a recipe has that stage. "shared" is the
-baseline of equal length, not part of the model."""
+STAGES = ("instruction", "phrases", "base", "generator", "examples", "shared")
+"""In the order in which they build on one another. "shared" is the baseline of equal length, not part of the model."""
+OPTIONAL = ("phrases", "examples")
+"""Those that a recipe may go without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class EmbeddedRecipe(Recipe):
     """Standard deviation of a generated B's elements before training: small, so that the base starts as it is."""
     bf16: bool = True
     """Compute in bfloat16 (weights and optimiser stay in float32); False on CPUs without it."""
+    words_dropped: float = field(default=0.1, metadata=LATER)
+    """Share of the n-grams that is left out of sentences while the instruction encoder learns them."""
+    phrases: StageConfig | None = field(default=None, metadata=LATER)
+    """The instruction encoder's linear reader by itself, once its tokens are learned; None: no such stage."""
     examples: StageConfig | None = field(default=None, metadata=LATER)
     """Example encoder and the generator's branch for it: edits that are shown by pairs of pictures; None: no such
     stage."""
@@ -54,6 +59,8 @@ class EmbeddedRecipe(Recipe):
     """Share of the programs of examples that change colours alone, see `ExampleSampler.colours`."""
     smooth: float = field(default=0.0, metadata=LATER)
     """Share of the photographs that are smoothed, see `PairSampler.smooth`."""
+    cameras: float = field(default=0.0, metadata=LATER)
+    """Share of the repairs whose damage is that of cameras and files, see `PairSampler.cameras`."""
     start: str | None = field(default=None, metadata=LATER)
     """Folder of a finished model of the same sizes whose weights the stages go on from; None: from nothing."""
     stages: tuple[str, ...] = field(default=STAGES, metadata=LATER)
@@ -63,6 +70,9 @@ class EmbeddedRecipe(Recipe):
         unknown = sorted(set(self.stages) - set(STAGES))
         if unknown or not self.stages:
             raise ValueError(f"stages: expected some of {list(STAGES)}, got {list(self.stages)}")
+        check_share("words_dropped", self.words_dropped)
+        if not 0 <= self.cameras <= 1:
+            raise ValueError(f"cameras: expected a share from 0 to 1, got {self.cameras}")
         if self.examples is not None and not self.model.condition.examples:
             raise ValueError("examples: expected a model whose condition.examples is True, or no such stage")
 
@@ -74,7 +84,7 @@ class EmbeddedRecipe(Recipe):
     @property
     def known(self) -> tuple[str, ...]:
         """The stages that this recipe has, in order."""
-        return tuple(name for name in STAGES if name != "examples" or self.examples is not None)
+        return tuple(name for name in STAGES if name not in OPTIONAL or getattr(self, name) is not None)
 
     def check_baseline(self) -> None:
         """Refuse an unfair baseline. Not at construction: overrides change one of the two stages at a time."""

@@ -9,8 +9,9 @@ Shapes: b requests, c photographs of each, k side of what the base edits, m side
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ WINDOW = 48
 VALIDATED = 48
 SHEET_ROWS = 8
 
+Adapt = Callable[[ExampleBatch, slice, Tensor], Adapter]
+"""The adapters of some requests of a batch, from their instruction tokens `[b, K, text_dim]`."""
+
 
 def shown_parts(model: EmbeddedModel) -> nn.Module:
     """Return what the stage trains as one module. Raises OpenwuError for a model without examples."""
@@ -46,13 +50,30 @@ def shown_parts(model: EmbeddedModel) -> nn.Module:
     return nn.ModuleDict({"example": model.condition.example, SHOWN: model.generator.branch(SHOWN)})
 
 
+def generate_shown(model: EmbeddedModel) -> Adapt:
+    """Return the function that writes a batch's adapters by the model's example encoder and branch."""
+
+    def adapt(batch: ExampleBatch, own: slice, text: Tensor) -> Adapter:
+        whole = None if batch.whole is None else batch.whole[own]
+        condition = model.condition.shown(batch.examples[own].unbind(1), text, whole)
+        adapter: Adapter = model.generator.branch(SHOWN)(condition.tokens)
+        return adapter
+
+    return adapt
+
+
+def ensure_wordless(recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: Photographs) -> None:
+    """Learn the tokens of no words where there are none yet: the same ones for the same base, seed and photographs."""
+    assert model.instruction.wordless is not None  # the config's check
+    if not bool(model.instruction.wordless.any()):
+        learn_wordless(model, photographs[0], recipe.seed)
+
+
 def example_stage(recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: Photographs) -> ExampleStage:
     """Build the stage; where no words have no tokens yet, they are learned first."""
     assert recipe.examples is not None
     trained = shown_parts(model)
-    assert model.instruction.wordless is not None  # the config's check
-    if not bool(model.instruction.wordless.any()):
-        learn_wordless(model, photographs[0], recipe.seed)
+    ensure_wordless(recipe, model, photographs)
     config = recipe.examples
     drawn = ExampleSampler(
         photographs[0],
@@ -64,11 +85,19 @@ def example_stage(recipe: EmbeddedRecipe, model: EmbeddedModel, photographs: Pho
         colours=recipe.colour_examples,
     )
     judged = ExampleSampler(photographs[1], ((VALIDATED, recipe.side),), recipe.side, recipe.seed + 9, series=False)
-    return ExampleStage(config, model, trained, drawn, judged, recipe.bf16)
+    return ExampleStage(config, model, trained, generate_shown(model), drawn, judged, recipe.bf16)
+
+
+class Batches(Protocol):
+    """Draws the batch of any step, see `ExampleSampler`."""
+
+    def batch(self, step: int) -> ExampleBatch: ...
+
+    def size(self, step: int) -> int: ...
 
 
 class ExampleStage:
-    """Train the shown parts by picture regression through the base's full-resolution path."""
+    """Train what writes adapters of the base's full-resolution path, by picture regression through that path."""
 
     name = "examples"
 
@@ -77,11 +106,13 @@ class ExampleStage:
         config: StageConfig,
         model: EmbeddedModel,
         trained: nn.Module,
-        batches: ExampleSampler,
-        validation: ExampleSampler,
+        adapt: Adapt,
+        batches: Batches,
+        validation: Batches | None,
         bf16: bool,
     ) -> None:
-        self.config, self.model, self.trained = config, model, trained
+        """`adapt` uses `trained`. Without a `validation` nothing is reported."""
+        self.config, self.model, self.trained, self.adapt = config, model, trained, adapt
         self.batches, self.validation, self.bf16 = batches, validation, bf16
         self._cache = StepBatchCache(self.batches.batch)
         model.requires_grad_(False)
@@ -126,9 +157,7 @@ class ExampleStage:
         text = self.model.instruction(batch.sentences)
         shown = slice(own.start, own.stop)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            whole = None if batch.whole is None else batch.whole[shown]
-            condition = self.model.condition.shown(batch.examples[shown].unbind(1), text[shown], whole)
-            adapter: Adapter = self.model.generator.branch(SHOWN)(condition.tokens)
+            adapter = self.adapt(batch, shown, text[shown])
             with torch.no_grad():
                 x, tokens, grid = self._scene(batch.picture[used], batch.planes[used], text[used])
             cut = (slice(None), slice(None), *(window or (slice(None), slice(None))))
@@ -142,6 +171,8 @@ class ExampleStage:
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Measure programs on photographs kept back: the input, another program's adapter, the right one."""
+        if self.validation is None:
+            return Evaluation({})
         batch = self.validation.batch(0)
         everyone = range(len(batch.names))
         edited, target = self.edited(batch, everyone)

@@ -128,6 +128,28 @@ class InstructionStage:
         return Evaluation({f"held_out/{name}": share for name, share in understanding(self.encoder).items()})
 
 
+class PhrasesStage(InstructionStage):
+    """Train the linear reader alone: what a sentence is taken for changes, the tokens of what is understood do not."""
+
+    name = "phrases"
+
+    def __init__(self, model: EmbeddedModel, seed: int, size: int) -> None:
+        super().__init__(model, seed, size)
+        model.requires_grad_(False)
+        self.encoder.phrases.requires_grad_(True)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The linear reader's table."""
+        return self.encoder.phrases
+
+    @contextmanager
+    def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
+        """Compute the micro-batch's share of the step's loss."""
+        batch, own = self.batch(step), micro_batch.rows(self.size)
+        yield self.phrase_loss(step, batch.sentences, batch.target, own) * micro_batch.share(self.size)
+
+
 class WordingStage(InstructionStage):
     """Train the encoder on new sentences while the modules that read its tokens stay frozen.
 
@@ -139,25 +161,12 @@ class WordingStage(InstructionStage):
 
     def __init__(self, recipe: WordingRecipe, model: EmbeddedModel) -> None:
         super().__init__(model, recipe.seed, recipe.wording.shapes[0][0], recipe.dropped)
-        self.hold, self.phrases_only = recipe.hold, recipe.phrases_only
+        self.hold = recipe.hold
         self.before = copy.deepcopy(self.encoder).requires_grad_(False)
         model.requires_grad_(False)
         self.encoder.requires_grad_(True)
-        if self.phrases_only:
-            self.encoder.requires_grad_(False)
-            self.encoder.phrases.requires_grad_(True)
         for mean in (self.encoder.centres, self.encoder.degree_centres):
             mean.requires_grad_(False)
-
-    @contextmanager
-    def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
-        """Compute the micro-batch's share of the step's loss."""
-        if not self.phrases_only:
-            with super().loss(step, micro_batch) as loss:
-                yield loss
-            return
-        batch, own = self.batch(step), micro_batch.rows(self.size)
-        yield self.phrase_loss(step, batch.sentences, batch.target, own) * micro_batch.share(self.size)
 
     def penalty(self, sentences: list[str], tokens: Tensor, target: Tensor, degrees: Tensor) -> Tensor:
         """Return the weighted squared distance from the tokens that frozen modules expect."""

@@ -218,7 +218,11 @@ def _stage(
     # Generator and baseline walk through the same sub-tasks.
     seed, config = recipe.seed + (0 if name == "base" else 1), getattr(recipe, name)
     dialled = name == "generator"
-    batches = PairSampler(photographs[0], tasks, config.shapes, recipe.side, seed, dialled, recipe.smooth)
+    batches = PairSampler(
+        *(photographs[0], tasks, config.shapes, recipe.side, seed, dialled),
+        smooth=recipe.smooth,
+        cameras=recipe.cameras,
+    )
     validation = PairSampler(photographs[1], tasks, ((len(tasks), recipe.side),), recipe.side, seed + 9)
     return PictureStage(name, config, model, trained, adapt, batches, validation, seed=recipe.seed, bf16=recipe.bf16)
 

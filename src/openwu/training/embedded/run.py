@@ -23,8 +23,8 @@ from openwu.files.hashing import of_files, of_json
 from openwu.training.checkpoint import load_weights
 from openwu.training.distributed import is_main
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe, PairsRecipe, WordingRecipe
-from openwu.training.embedded.example_stage import example_stage, shown_parts
-from openwu.training.embedded.instruction_stages import InstructionStage, WordingStage
+from openwu.training.embedded.example_stage import ensure_wordless, example_stage, shown_parts
+from openwu.training.embedded.instruction_stages import InstructionStage, PhrasesStage, WordingStage
 from openwu.training.embedded.model import SHARED, EmbeddedModel
 from openwu.training.embedded.own_pairs import PairsTraining
 from openwu.training.embedded.picture_stages import Photographs, base_stage, generator_of, generator_stage, shared_stage
@@ -44,8 +44,18 @@ from openwu.training.stage import TrainableLora
 UNDERSTOOD = 0.01
 """Share of held-out sentences that may be understood less well on average before a warning is given."""
 
+
+def phrases_stage(recipe: EmbeddedRecipe, model: EmbeddedModel, _: Photographs) -> PhrasesStage:
+    """Build the stage that trains the linear reader."""
+    assert recipe.phrases is not None
+    return PhrasesStage(model, recipe.seed, recipe.phrases.shapes[0][0])
+
+
 STAGE_BUILDERS: dict[str, Callable[[EmbeddedRecipe, EmbeddedModel, Photographs], Stage]] = {
-    "instruction": lambda recipe, model, _: InstructionStage(model, recipe.seed, recipe.instruction.shapes[0][0]),
+    "instruction": lambda recipe, model, _: InstructionStage(
+        model, recipe.seed, recipe.instruction.shapes[0][0], recipe.words_dropped
+    ),
+    "phrases": phrases_stage,
     "base": base_stage,
     "generator": generator_stage,
     "examples": example_stage,
@@ -60,6 +70,8 @@ def train(
 
     stages: None for those of the recipe. stop_after: leave each stage after so many updates, for tests and trials.
     """
+    if unknown := sorted(set(stages or ()) - set(recipe.known)):
+        raise OpenwuError(f"stages: expected some of this recipe's {list(recipe.known)}, got {unknown}")
     stages = recipe.stages if stages is None else stages
     recipe.check_baseline()
     photographs = Path(recipe.photographs)
@@ -85,6 +97,8 @@ def train(
                 _export_shared(recipe, stage.trained, folder, hashes)
         elif recipe.start is None or name in recipe.stages:
             load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
+            if name == "examples":  # Its tokens of no words are learned before its first step, and not in its state.
+                ensure_wordless(recipe, model, pictures)
         if name == complete:  # The model is complete; the baseline is no part of it.
             _export(recipe, model, folder, before, known, sentences=phrases_hash(), photographs=hashes)
 
@@ -131,7 +145,10 @@ def train_wording(
     start = Path(recipe.start or WEIGHTS)
     model, before = EmbeddedModel.from_pretrained(start), stored_provenance(start)
     known = Retention(partial(_understood, model), UNDERSTOOD, "of the held-out sentences", "raise hold")
-    stage = WatchedStage(WordingStage(recipe, model), known)
+    wording: Stage = WordingStage(recipe, model)
+    if recipe.phrases_only:
+        wording = PhrasesStage(model, recipe.seed, recipe.wording.shapes[0][0])
+    stage = WatchedStage(wording, known)
     found = {"start": weights_hash(start), "sentences": phrases_hash()}
     described = json.dumps(dependencies(recipe, **found), sort_keys=True)
     if train_stage(stage, recipe.wording, LoopConfig.of(recipe, described, stop_after), folder / "wording"):
@@ -175,7 +192,8 @@ def stage_dependencies(name: str, recipe: EmbeddedRecipe, photographs: dict[str,
     """
     without = {"stages", *STAGES[STAGES.index(name) + 1 :], *({"generator"} if name == "shared" else ())}
     without |= {"b_init_std"} if name != "generator" else set()
-    later_parts = {"instruction": ("backbone", "condition", "generator"), "base": ("condition", "generator")}
+    words = ("backbone", "condition", "generator")
+    later_parts = {"instruction": words, "phrases": words, "base": ("condition", "generator")}
     model = describe(recipe)["model"]
     found: dict[str, Any] = {
         "model": {key: value for key, value in model.items() if key not in later_parts.get(name, ())},
@@ -199,7 +217,7 @@ def _understood(model: EmbeddedModel) -> dict[str, float]:
 
 
 def _trained(name: str, model: EmbeddedModel) -> nn.Module:
-    parts = {"instruction": model.instruction, "base": model.backbone}
+    parts = {"instruction": model.instruction, "phrases": model.instruction.phrases, "base": model.backbone}
     if name == "examples":
         return shown_parts(model)
     return parts[name] if name in parts else generator_of(model)[0]

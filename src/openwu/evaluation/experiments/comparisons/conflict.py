@@ -351,14 +351,14 @@ def _measure(
             with precision():
                 edited = edit(method.model, some, adapter)
             for case, output in zip(some, edited, strict=True):
-                outcomes.append(_outcome(name, seed, case, old, output))
+                outcomes.append(outcome(name, seed, case, old, output))
                 shown = {} if old else {"input": case.picture, name: output.float(), "target": case.target}
                 for key, picture in shown.items():
                     cells.setdefault(f"{case.task}/{key}", middle(picture, CELL).clamp(0, 1))
     return TrialResult({"outcomes": [vars(each) for each in outcomes], "cost": cost}, cells)
 
 
-def _outcome(method: str, seed: int, case: Case, old: bool, output: Tensor) -> Outcome:
+def outcome(method: str, seed: int, case: Case, old: bool, output: Tensor) -> Outcome:
     wanted, made = (case.target - case.picture).double(), (as_8bit(output) - case.picture).double()
     progress = float((made * wanted).sum() / wanted.square().sum().clamp(min=1e-12))
     quality, before = (float(psnr(each, case.target)) for each in (output, case.picture))

@@ -1,0 +1,123 @@
+"""recipes/embedded.py at tiny sizes: one training from nothing makes a model that edits by words and by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from openwu.editor.editor import Editor
+from openwu.errors import OpenwuError
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import STAGES, EmbeddedRecipe
+from openwu.training.embedded.instruction_stages import PhrasesStage
+from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
+from openwu.training.embedded.run import new_model, train
+from openwu.training.loop import train_stage
+from openwu.training.run import load_recipe
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "embedded.py"
+
+
+def shortened(config: StageConfig | None, size: int, side: int) -> StageConfig:
+    """The stage's own settings at three steps."""
+    assert config is not None
+    return replace(config, steps=3, shapes=((size, side),), warmup=1)
+
+
+@pytest.fixture
+def whole(
+    embedded_config: EmbeddedConfig,
+    scene: Callable[..., NDArray[np.uint8]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> EmbeddedRecipe:
+    monkeypatch.setattr("openwu.training.embedded.wordless.STEPS", 2)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed, name in enumerate(("a.jpg", "b.jpg", "life_by_aitzol_berasategi.jpg")):
+        Image.fromarray(scene(96, 80, seed)).save(folder / name, quality=95)
+    found = load_recipe(RECIPE, [])
+    assert isinstance(found, EmbeddedRecipe)
+    return replace(
+        found,
+        model=embedded_config.with_examples(d_model=32, head_dim=16, dim_accumulation=2, blocks=1),
+        instruction=shortened(found.instruction, 8, 0),
+        phrases=shortened(found.phrases, 8, 0),
+        base=shortened(found.base, 2, 24),
+        generator=shortened(found.generator, 2, 24),
+        examples=shortened(found.examples, 2, 24),
+        shared=shortened(found.shared, 2, 24),
+        side=64,
+        photographs=str(folder),
+        bf16=False,
+        evaluate_every=0,
+        checkpoint_every=2,
+        export=None,
+    )
+
+
+def test_the_recipe_has_every_stage_and_all_that_later_trainings_found() -> None:
+    found = load_recipe(RECIPE, [])
+    assert isinstance(found, EmbeddedRecipe)
+    assert found.known == found.stages == STAGES
+    assert found.start is None
+    assert found.model.condition.examples
+    first = load_recipe(RECIPE.with_name("embedded_first.py"), [])
+    assert isinstance(first, EmbeddedRecipe)
+    assert found.base.steps > first.base.steps
+    assert found.generator.steps > first.generator.steps
+    assert found.instruction.ema > 0
+
+
+def test_one_training_makes_the_whole_model(whole: EmbeddedRecipe, tmp_path: Path, photo: Image.Image) -> None:
+    run = tmp_path / "run"
+    for _ in STAGES:
+        train(whole, run, stop_after=2)  # one stage after another is interrupted and goes on
+    train(whole, run)
+    at_once = tmp_path / "at_once"
+    train(whole, at_once)
+    made, same = (EmbeddedModel.from_pretrained(each / "model") for each in (run, at_once))
+    assert all(torch.equal(same.state_dict()[name], value) for name, value in made.state_dict().items())
+    assert (run / "model/shared/adapter_model.safetensors").exists()
+    begun = new_model(whole).state_dict()
+    changed = {name for name, value in made.state_dict().items() if not torch.equal(begun[name].half().float(), value)}
+    for part in ("instruction.table", "instruction.phrases", "instruction.wordless", "backbone.blocks"):
+        assert any(name.startswith(part) for name in changed), part
+    for part in ("condition.example", "condition.layers", "generator.branches.shown", "generator.blocks"):
+        assert any(name.startswith(part) for name in changed), part
+
+    editor = Editor.from_pretrained(run / "model")
+    assert editor.edit(photo, "make it brighter", allow_out_of_scope=True).image.size == photo.size
+    pairs = [(photo, Image.eval(photo, lambda value: value // 2))]
+    shown = editor.edit(photo, example=pairs, allow_out_of_scope=True)
+    assert shown.image.size == photo.size
+    assert shown.reproduced is not None
+
+
+def test_the_baseline_by_itself_leaves_the_model_as_it_was(whole: EmbeddedRecipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(whole, run, stages=tuple(name for name in STAGES if name != "shared"))
+    before = EmbeddedModel.from_pretrained(run / "model").state_dict()
+    assert bool(before["instruction.wordless"].any())
+    train(whole, run, stages=("shared",))
+    after = EmbeddedModel.from_pretrained(run / "model").state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with pytest.raises(OpenwuError, match="stages: expected some of this recipe's"):
+        train(replace(whole, phrases=None), run, stages=("phrases",))
+
+
+def test_the_linear_reader_by_itself_leaves_all_tokens(whole: EmbeddedRecipe) -> None:
+    model = new_model(whole)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert whole.phrases is not None
+    stage = PhrasesStage(model, 0, 8)
+    train_stage(stage, whole.phrases)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"instruction.phrases.weight"}
