@@ -152,6 +152,42 @@ def flux_kontext(guidance_embeds: bool = True) -> Any:
         )  # fmt: skip
 
 
+def wan_autoencoder(**more: Any) -> Any:
+    """Latents of an eighth of the sides and a quarter of the frames."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.1, 0.2, 0.0],
+        latents_std=[1.1, 0.9, 1.0, 1.2], **more,
+    )  # fmt: skip
+
+
+def wan_text_encoder() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(UMT5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+
+
+WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32}
+
+
+def lucy_edit(expand_timesteps: bool = True) -> Any:
+    from diffusers import LucyEditPipeline, UniPCMultistepScheduler, WanTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LucyEditPipeline(
+            tokenizer=t5_tokenizer(), text_encoder=wan_text_encoder(), vae=wan_autoencoder(),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+            ),
+            transformer=WanTransformer3DModel(
+                in_channels=8, out_channels=4, num_layers=2, rope_max_seq_len=64, **WAN
+            ),
+            expand_timesteps=expand_timesteps,
+        )  # fmt: skip
+
+
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
     "{{ message.content }}{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
