@@ -106,6 +106,11 @@ def edit_clip(
             f"clip: expected a base whose results have the size of the frame, got {editor.name}, which draws at sizes "
             "of its own; use another model"
         )
+    if options.noise_per_frame and editor.backbone.clip_frames is not None:
+        raise OpenwuError(
+            f"noise_per_frame: expected a base that edits frame by frame, got {editor.name}, which denoises clips; "
+            "leave it out"
+        )
     if options.adapter is not None and options.adapter.batch != 1:
         raise TargetError(f"adapter: expected one sample, got {options.adapter.batch}; pick one with select([i])")
     target = Path(output)
@@ -144,7 +149,8 @@ class _ClipEdit:
             adapting = time.perf_counter()
             series = self.series(folder, photo)
             self.timings |= {"read": adapting - start, "adapt": time.perf_counter() - adapting}
-            starts = list(range(0, len(found), _segment_length(found)))
+            # A base that denoises frames together does so within a segment, so that a stop changes nothing.
+            starts = list(range(0, len(found), self.editor.backbone.clip_frames or _segment_length(found)))
             done = _finished(folder, starts)
             kept = starts[done] if done < len(starts) else len(found)
             pictures = self._pictures(series, found, starts[done], share, progress) if done < len(starts) else iter(())
@@ -240,7 +246,7 @@ class _ClipEdit:
         self, series: Series, found: Survey, start: int, share: Share | None, progress: Progress | None
     ) -> Iterator[Pixels]:
         """Edited frames from number `start` on. `share`: of the originals, from the mask."""
-        together = max(1, TOGETHER // (found.width * found.height))
+        together = self.editor.backbone.clip_frames or max(1, TOGETHER // (found.width * found.height))
         photos = frames(self.clip, found, start=start)
         done = start
         while part := list(islice(photos, together)):

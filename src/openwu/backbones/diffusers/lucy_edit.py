@@ -52,7 +52,9 @@ class LucyEdit(PipelineBackbone):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         if pipeline.components.get("transformer_2") is not None:
-            raise OpenwuError("pipeline: expected one denoiser, got two for two ranges of noise, which is not supported")
+            raise OpenwuError(
+                "pipeline: expected one denoiser, got two for two ranges of noise, which is not supported"
+            )
         pipeline.vae.float()  # the pipeline gives it pictures in float32, whatever the denoiser's dtype
 
     @property
