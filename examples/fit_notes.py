@@ -102,8 +102,8 @@ def neutral(base: CausalLM, kind: Kind, notes: int, seed: int) -> tuple[Adapter,
             value = torch.zeros(1, *factor.shape)
             if factor.kind in ("A", "shared"):
                 value.normal_(std=factor.shape[-1] ** -0.5, generator=draws)
-            value = value.repeat(notes, *[1] * len(factor.shape))  # every note begins alike
             if factor.kind != "shared":
+                value = value.repeat(notes, *[1] * len(factor.shape))  # every note begins alike
                 trained.append(value.requires_grad_())
             factors[target.name][factor.name] = value
     return Adapter(tuple(targets), factors, config.scale), trained
