@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import large_cases
-import numpy as np
 import pytest
 import torch
 from clip_cases import clip, pictures
@@ -17,33 +17,26 @@ from openwu.training.bases.pipelines import train_pipeline
 from openwu.types import LoadingOptions, SamplingOptions
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_pictures_train_a_generator_that_edits_clips(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(PipelineBackbone, "condition_pixels", 64 * 64)
     monkeypatch.setattr(LucyEdit, "clip_frames", 5)
     base = large_cases.saved("lucy_edit", tmp_path / "base")
-    pairs = large_cases.write_pairs(tmp_path / "pairs")
-    half = dtype == torch.bfloat16
-    train_pipeline(
-        large_cases.recipe("lucy_edit", base, pairs, bf16=half), tmp_path / "run", stop_after=2 if half else None
+    recipe = large_cases.recipe("lucy_edit", base, large_cases.write_pairs(tmp_path / "pairs"), evaluate_every=0)
+    shorter = replace(recipe, generator=replace(recipe.generator, steps=2), bf16=dtype == torch.bfloat16)
+    train_pipeline(shorter, tmp_path / "run")
+    editor = openwu.Editor.from_pretrained(
+        "lucy-edit",
+        base=base,
+        generator=tmp_path / "run" / "model",
+        loading=LoadingOptions(device="cpu", dtype=dtype),
+        sampling=SamplingOptions(steps=2, pixels=4096, guidance=1.0),
     )
-    if half:
-        return
-    for each in (dtype, torch.bfloat16):
-        editor = openwu.Editor.from_pretrained(
-            "lucy-edit", base=base, generator=tmp_path / "run" / "model",
-            loading=LoadingOptions(device="cpu", dtype=each), sampling=SamplingOptions(steps=2, pixels=4096),
-        )  # fmt: skip
-        source = tmp_path / "a.mp4"
-        if not source.exists():
-            clip(source)
-        result = editor.edit_clip(source, tmp_path / f"{each}.mp4", "make it dark", overwrite=True)
-        assert (result.frames, len(result.adapters)) == (10, 1)
-        assert pictures(result.path).shape == pictures(source).shape
-        photo = editor.edit(large_cases.picture(1), "make it dark").photo
-        assert photo.size == (64, 64)
-        editor.handle.detach()
-    one, other = (pictures(tmp_path / f"{each}.mp4").astype(int) for each in (torch.float32, torch.bfloat16))
-    assert np.abs(one - other).mean() < 8
+    source = clip(tmp_path / "a.mp4", "-frames:v", "3")
+    result = editor.edit_clip(source, tmp_path / "b.mp4", "make it dark")
+    assert (result.frames, len(result.adapters)) == (3, 1)
+    assert pictures(result.path).shape == pictures(source).shape
+    assert editor.edit(large_cases.picture(1), "make it dark").photo.size == (64, 64)
+    editor.handle.detach()
