@@ -21,6 +21,7 @@ BASES: dict[str, str] = {
     "qwen-image-edit": "openwu.backbones.diffusers.qwen_image_edit:QwenImageEdit",
     "qwen-image-edit-plus": "openwu.backbones.diffusers.qwen_image_edit:QwenImageEditPlus",
     "qwen-image-21": "openwu.backbones.diffusers.qwen_image_21:QwenImage21",
+    "lucy-edit": "openwu.backbones.diffusers.lucy_edit:LucyEdit",
     "longcat-image-edit": "openwu.backbones.diffusers.longcat_image_edit:LongCatImageEdit",
     "hunyuan-image-3": "openwu.backbones.hunyuan_image_3.base:HunyuanImage3",
     "embedded": "openwu.backbones.embedded.base:EmbeddedBase",

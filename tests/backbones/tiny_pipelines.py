@@ -152,6 +152,108 @@ def flux_kontext(guidance_embeds: bool = True) -> Any:
         )  # fmt: skip
 
 
+def wan_autoencoder(**more: Any) -> Any:
+    """Latents of an eighth of the sides and a quarter of the frames."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.1, 0.2, 0.0],
+        latents_std=[1.1, 0.9, 1.0, 1.2], **more,
+    )  # fmt: skip
+
+
+def wan_text_encoder() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(UMT5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+
+
+WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32}
+
+
+def lucy_edit(expand_timesteps: bool = True) -> Any:
+    from diffusers import LucyEditPipeline, UniPCMultistepScheduler, WanTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LucyEditPipeline(
+            tokenizer=t5_tokenizer(), text_encoder=wan_text_encoder(), vae=wan_autoencoder(),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+            ),
+            transformer=WanTransformer3DModel(
+                in_channels=8, out_channels=4, num_layers=2, rope_max_seq_len=64, **WAN
+            ),
+            expand_timesteps=expand_timesteps,
+        )  # fmt: skip
+
+
+def wan_vace() -> Any:
+    """Control of 8 channels of latents and 8 x 8 of a mask."""
+    from diffusers import UniPCMultistepScheduler, WanVACEPipeline, WanVACETransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = WanVACETransformer3DModel(
+            in_channels=4, out_channels=4, num_layers=2, vace_layers=[0], vace_in_channels=2 * 4 + 64,
+            rope_max_seq_len=64, **WAN,
+        )  # fmt: skip
+        for name, parameter in transformer.named_parameters():
+            if "vace_blocks" in name and "proj_out" in name:  # begins at zero, and would hide the control
+                parameter.data.normal_(std=0.2)
+        pipeline = WanVACEPipeline(
+            tokenizer=t5_tokenizer(), text_encoder=wan_text_encoder(), vae=wan_autoencoder(), transformer=transformer,
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+            ),
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def ltx2_in_context() -> Any:
+    """Without a text encoder: it is called with the states of prompts. Latents of a 64th of the sides."""
+    from diffusers import (
+        AutoencoderKLLTX2Audio,
+        AutoencoderKLLTX2Video,
+        FlowMatchEulerDiscreteScheduler,
+        LTX2InContextPipeline,
+        LTX2VideoTransformer3DModel,
+    )
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = LTX2InContextPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=AutoencoderKLLTX2Video(
+                latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+                layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1),
+            ),
+            audio_vae=AutoencoderKLLTX2Audio(
+                base_channels=8, ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=16, resolution=32
+            ),
+            text_encoder=None, tokenizer=None,
+            connectors=LTX2TextConnectors(
+                caption_channels=16, text_proj_in_factor=2, rope_double_precision=False,
+                **{f"{which}_connector_{name}": value for which in ("video", "audio") for name, value in heads.items()},
+            ),
+            transformer=LTX2VideoTransformer3DModel(
+                in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,
+                audio_in_channels=8, audio_out_channels=8, audio_num_attention_heads=2, audio_attention_head_dim=8,
+                audio_cross_attention_dim=16, num_layers=2, caption_channels=16,
+            ),
+            vocoder=LTX2Vocoder(
+                in_channels=32, hidden_channels=16, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2],
+                resnet_kernel_sizes=[3], resnet_dilations=[[1]],
+            ),
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
     "{{ message.content }}{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"

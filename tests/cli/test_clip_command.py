@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_cases import FakeAdapter, FakeEditor, edit
 from clip_cases import clip, make
+from PIL import Image
 
 from openwu.cli.edit.progress import Progress
 from openwu.editor.clip import ClipResult
@@ -95,6 +97,25 @@ def test_what_means_nothing_for_a_clip_is_refused_by_name(
     assert edit("film.mp4", *option) == 2
     assert f"{option[0]}" in capsys.readouterr().err
     assert not asked
+
+
+def test_a_mask_limits_photographs_and_clips(
+    film: Path, editor: FakeEditor, asked: list[dict[str, Any]], capsys: Captured
+) -> None:
+    alpha = np.full((12, 16), 255, np.uint8)
+    alpha[:6] = 0
+    Image.fromarray(np.dstack((np.zeros((12, 16, 3), np.uint8), alpha))).save("mask.png")
+    assert edit("a.png", "film.mp4", "--mask", "mask.png", "--output", "out") == 0
+    found, before = (np.asarray(Image.open(path)) for path in ("out/a.png", "a.png"))
+    assert np.array_equal(found[6:], before[6:])
+    assert np.array_equal(found[:6], 255 - before[:6])
+    assert asked[0]["mask"] == "mask.png"
+    Image.open("mask.png").crop((0, 0, 8, 8)).save("small.png")
+    for mask, words in (("small.png", "expected 16x12"), ("b.png", "alpha"), ("no.png", "no such file")):
+        assert edit("a.png", "--mask", mask, "--output", "other.png") == 1
+        assert words in capsys.readouterr().err
+    assert edit("a.png", "--mask", "mask.png", "--output", "mask.png", "--overwrite") == 1
+    assert not Path("other.png").exists()
 
 
 def test_noise_per_frame_is_refused_for_photographs(here: Path, editor: FakeEditor, capsys: Captured) -> None:

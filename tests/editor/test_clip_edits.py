@@ -198,3 +198,30 @@ def test_a_given_adapter_needs_no_words(editor: Editor, tmp_path: Path) -> None:
     result = editor.edit_clip(short, tmp_path / "b.mp4", adapter=adapter, strength=0.0)
     assert np.abs(pictures(tmp_path / "b.mp4").astype(int) - pictures(short)).mean() < 4
     assert result.adapters[0].instructions == adapter.instructions
+
+
+def test_a_mask_keeps_every_frame_bit_for_bit_until_it_is_encoded(
+    editor: Editor, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+
+    def kept(path: Path, images: Iterator[Any], *more: Any) -> None:
+        write_segment(path, iter(each for each in images if not written.append(each)), *more)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(clips, "write_segment", kept)
+    alpha = np.full((24, 32), 255, np.uint8)
+    alpha[:, :16], alpha[:, 16:18] = 0, 128
+    mask = Photo(np.zeros((24, 32, 3), np.uint8), alpha=alpha)
+    editor.edit_clip(source, tmp_path / "b.mp4", "brighten", mask=mask)
+    before, after = np.stack([photo.pixels for photo in photos_of(source)]), np.stack(written)
+    assert np.array_equal(after[:, :, 18:], before[:, :, 18:])
+    changes = np.abs(after.astype(int) - before).mean((0, 1, 3))
+    assert changes[:16].min() > 8
+    assert 0 < changes[16:18].min() < changes[:16].mean()
+    for wrong, words in (
+        (Photo(mask.pixels[:20]), "expected 32x24 as the picture, got 32x20"),
+        (Photo(mask.pixels), "alpha"),
+    ):
+        with pytest.raises(PictureError, match=words):
+            editor.edit_clip(source, tmp_path / "c.mp4", "brighten", mask=wrong)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]

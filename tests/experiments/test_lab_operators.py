@@ -49,6 +49,14 @@ def test_every_kind_has_the_scale_of_the_shipped_generator(embedded_model: Embed
     assert torch.equal(changed.backbone.embed.weight, embedded_model.backbone.embed.weight)
 
 
+def test_a_model_that_reads_examples_is_compared_without_that_branch(embedded_model: EmbeddedModel) -> None:
+    """The branch has the generator's rank, so that no other rank would fit beside it."""
+    config = embedded_model.config.with_examples(d_model=32, head_dim=16, dim_accumulation=2, blocks=1)
+    changed = with_kind(EmbeddedModel(config), Kind("lora", 1), 16)
+    assert (changed.generator.config.rank, dict(changed.generator.branches)) == (1, {})
+    assert changed.instruction.wordless is None
+
+
 def test_a_lead_is_taken_task_by_task() -> None:
     points = [Point(BASE, 0, 0, 0, {"a": 10.0, "b": 20.0}), Point("scale", 0, 5, 0, {"a": 12.0, "b": 21.0})]
     found = OperatorResults(points)

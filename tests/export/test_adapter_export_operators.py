@@ -210,6 +210,54 @@ def test_what_peft_needs_the_base_for_is_refused_without_it(tmp_path: Path) -> N
     assert not (tmp_path / "a").exists()
 
 
+def test_dora_of_peft_s_own_is_read_beside_the_base_s_row_norms(tmp_path: Path) -> None:
+    """Trained there, with a rank and an alpha of its own for one module, and written back for PEFT."""
+    base = model()
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, use_dora=True, target_modules=["conv", "proj", "last"],
+        rank_pattern={"last": 1}, alpha_pattern={"last": 5}, use_rslora=True,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(model(), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+        elif "magnitude" in name:
+            parameter.data *= torch.linspace(0.5, 1.5, parameter.numel()).view_as(parameter)
+    theirs.save_pretrained(tmp_path / "a")
+    found = Adapter.from_pretrained(tmp_path / "a", model=base)
+    assert {target.operator for target in found.targets} == {"dora"}
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(merged_copy(base, found)(x), theirs(x), rtol=1e-4, atol=1e-5)
+    found.save_pretrained(tmp_path / "b", "peft", model=base)
+    again = peft.PeftModel.from_pretrained(model(), tmp_path / "b")
+    torch.testing.assert_close(again(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_dora_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    base, folder = model(), tmp_path / "a"
+    adapter_of("dora", "dora", "dora").save_pretrained(folder, "peft", model=base)
+    with pytest.raises(CheckpointError, match=r"use_dora: DoRA's magnitudes are absolute.* pass model="):
+        Adapter.from_pretrained(folder)
+    tensors, settings = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    key = "base_model.model.proj.lora_magnitude_vector"
+    for changed, message in (
+        ({name: each for name, each in tensors.items() if name != key}, "these do not have both: proj"),
+        (tensors | {"base_model.model.other.lora_magnitude_vector": torch.ones(3)}, "do not have both: other"),
+        (tensors | {key: torch.ones(7)}, r"proj: expected lora_magnitude_vector \[6\], got \(7,\)"),
+    ):
+        save_file(changed, folder / WEIGHTS)
+        with pytest.raises(CheckpointError, match=message):
+            Adapter.from_pretrained(folder, model=base)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps({**settings, "lora_bias": True}))
+    with pytest.raises(CheckpointError, match="expected DoRA alone, got it with lora_bias"):
+        Adapter.from_pretrained(folder, model=base)
+    (folder / CONFIG).write_text(json.dumps(settings))
+    base.proj.weight[2] = 0
+    with pytest.raises(CheckpointError, match="proj: the model's weight has rows of zeros"):
+        Adapter.from_pretrained(folder, model=base)
+
+
 REFUSED = [
     ("peft", ("lora+scale", "lora", "lora"), "got lora, lora.scale; PEFT cannot hold these"),
     ("peft", ("dora", "lora", "lora"), "got dora, lora; PEFT cannot hold these"),

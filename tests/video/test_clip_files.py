@@ -168,6 +168,15 @@ def test_what_decodes_of_a_truncated_clip_is_taken_and_told(tmp_path: Path) -> N
     assert len(pictures(tmp_path / "b.mp4")) == len(seen)
 
 
+def test_an_index_that_is_cut_off_is_told_too(tmp_path: Path) -> None:
+    """At the end of the file stands the list of its sound: frames are all there, and the sound is not."""
+    data = clip(tmp_path / "whole.mp4", "-shortest", sound=True).read_bytes()
+    (tmp_path / "a.mp4").write_bytes(data[: len(data) - (len(data) - data.rindex(b"trak")) * 9 // 10])
+    found, seen = opened(tmp_path / "a.mp4")
+    assert (len(seen), found.sounds) == (10, 0)
+    assert seen.notes == ("damaged or cut off: the 10 frames that decode are edited",)
+
+
 def test_a_clip_of_one_frame(tmp_path: Path) -> None:
     source = clip(tmp_path / "a.mp4", "-frames:v", "1")
     found, seen = opened(source)

@@ -155,6 +155,8 @@ class Backbone(ConditionEncoder):
     """Whether several threads may encode conditions and edit at once; otherwise they take turns."""
     max_pictures: ClassVar[int | None] = None
     """Pictures of a request that the base reads, references included; None: any number."""
+    clip_frames: ClassVar[int | None] = None
+    """Frames of a clip that the base denoises together, at most; None: each frame is an edit of its own."""
     max_batch: int | None = None
     """Requests that share a call of generator and base, at most; None: as many as `SamplingOptions.batch`."""
 
@@ -300,6 +302,18 @@ class Backbone(ConditionEncoder):
         """Edit every job's first picture, at its own size and depth."""
         pictures = self.generate([job.request for job in jobs], options, scope.rows, progress)
         return [with_picture(job.photos[0], picture) for job, picture in zip(jobs, pictures, strict=True)]
+
+    def edit_frames(
+        self, frames: Sequence[Photo], job: EditJob, options: SamplingOptions, scope: RequestScope
+    ) -> list[Photo]:
+        """Edit at most `clip_frames` frames of one clip together, as the scope's request 0; for bases that denoise so.
+
+        `job`: of the frame that stands for the clip; its instructions and its seed are the clip's.
+        """
+        del frames, job, options, scope
+        raise OpenwuError(
+            f"frames: expected a base that denoises clips, got {type(self).__name__}; edit each frame on its own"
+        )
 
     @abstractmethod
     def generate(

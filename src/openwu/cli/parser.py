@@ -134,6 +134,12 @@ def _add_wish(wish: argparse._ArgumentGroup) -> None:
         help='second picture, for instructions like "use the colours of the reference"; large bases read several',
     )
     wish.add_argument(
+        "--mask",
+        type=_path,
+        metavar="FILE",
+        help="a PNG of the picture's size with alpha, transparent where to edit; for clips one for all frames",
+    )
+    wish.add_argument(
         "--strength",
         type=_finite,
         default=1.0,

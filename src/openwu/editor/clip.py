@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from openwu.editor.examples import read_examples
-from openwu.editor.requests import EditRequest, Progress, check_options, listed
+from openwu.editor.requests import EditRequest, Picture, Progress, check_options, listed
 from openwu.editor.series import Series, make_series
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import add_tensor, of_bytes, of_json
 from openwu.files.locking import take_lock
 from openwu.files.weights import sampled_digest
 from openwu.files.writing import write_json
-from openwu.images import Photo, read_picture
+from openwu.images import Photo, kept_share, masked, read_picture
 from openwu.images.colour import Pixels
+from openwu.images.mask import Share
 from openwu.types import Adapter, Understood
 from openwu.version import __version__
 from openwu.video.frames import frames, key_frame
@@ -77,6 +78,8 @@ class ClipOptions:
     """Draw new noise for every frame, so that grain moves; otherwise it stands still."""
     metadata: Metadata = "no_location"
     overwrite: bool = False
+    mask: Picture | None = None
+    """Of the upright frames' size with alpha: where it is opaque, frames stay bit for bit until they are encoded."""
 
 
 def edit_clip(
@@ -103,6 +106,11 @@ def edit_clip(
             f"clip: expected a base whose results have the size of the frame, got {editor.name}, which draws at sizes "
             "of its own; use another model"
         )
+    if options.noise_per_frame and editor.backbone.clip_frames is not None:
+        raise OpenwuError(
+            f"noise_per_frame: expected a base that edits frame by frame, got {editor.name}, which denoises clips; "
+            "leave it out"
+        )
     if options.adapter is not None and options.adapter.batch != 1:
         raise TargetError(f"adapter: expected one sample, got {options.adapter.batch}; pick one with select([i])")
     target = Path(output)
@@ -128,21 +136,25 @@ class _ClipEdit:
         self.editor, self.clip, self.output, self.options = editor, clip, output, options
         references = tuple(read_picture(image) for image in listed(request.images))
         self.request = replace(request, images=references, example=read_examples(request.example))
+        self.mask = None if options.mask is None else read_picture(options.mask)
         self.timings = dict.fromkeys(("read", "adapt", "edit", "write"), 0.0)
 
     def run(self, progress: Progress | None) -> ClipResult:
         start = time.perf_counter()
         found = survey(self.clip)
+        share = None if self.mask is None else kept_share(self.mask, (found.width, found.height))
         digest = self.digest()
         with _part_folder(self.output, digest) as folder:
             number, photo = key_frame(self.clip, found)
             adapting = time.perf_counter()
             series = self.series(folder, photo)
             self.timings |= {"read": adapting - start, "adapt": time.perf_counter() - adapting}
-            starts = list(range(0, len(found), _segment_length(found)))
+            # A base that denoises frames together does so within a segment, so that a stop changes nothing.
+            starts = list(range(0, len(found), self.editor.backbone.clip_frames or _segment_length(found)))
             done = _finished(folder, starts)
             kept = starts[done] if done < len(starts) else len(found)
-            self._segments(series, found, folder, starts, done, progress)
+            pictures = self._pictures(series, found, starts[done], share, progress) if done < len(starts) else iter(())
+            self._segments(pictures, found, folder, starts, done, progress)
             writing = time.perf_counter()
             parts = [(_segment(folder, each), each) for each in starts]
             lost = join(self.output, parts, self.clip, found, self.options.metadata)
@@ -202,6 +214,9 @@ class _ClipEdit:
             assert isinstance(photo, Photo)
             digest.update(repr(photo.pixels.shape).encode())
             digest.update(photo.pixels.tobytes())
+        if self.mask is not None:
+            digest.update(b"mask")
+            digest.update(kept_share(self.mask, self.mask.size).tobytes())
         if options.adapter is not None:
             for name, factors in options.adapter.factors.items():
                 for part, tensor in factors.items():
@@ -209,7 +224,13 @@ class _ClipEdit:
         return digest.hexdigest()
 
     def _segments(
-        self, series: Series, found: Survey, folder: Path, starts: Sequence[int], done: int, progress: Progress | None
+        self,
+        pictures: Iterator[Pixels],
+        found: Survey,
+        folder: Path,
+        starts: Sequence[int],
+        done: int,
+        progress: Progress | None,
     ) -> None:
         """Edit and encode what is not there yet."""
         if done == len(starts):
@@ -217,14 +238,15 @@ class _ClipEdit:
         begun, edited = time.perf_counter(), self.timings["edit"]
         if progress is not None:
             progress(starts[done], len(found))
-        pictures = self._pictures(series, found, starts[done], progress)
         for start, stop in zip(starts[done:], [*starts[done + 1 :], len(found)], strict=True):
             write_segment(_segment(folder, start), islice(pictures, stop - start), self.clip, found, start, stop)
         self.timings["write"] = time.perf_counter() - begun - (self.timings["edit"] - edited)
 
-    def _pictures(self, series: Series, found: Survey, start: int, progress: Progress | None) -> Iterator[Pixels]:
-        """Edited frames from number `start` on."""
-        together = max(1, TOGETHER // (found.width * found.height))
+    def _pictures(
+        self, series: Series, found: Survey, start: int, share: Share | None, progress: Progress | None
+    ) -> Iterator[Pixels]:
+        """Edited frames from number `start` on. `share`: of the originals, from the mask."""
+        together = self.editor.backbone.clip_frames or max(1, TOGETHER // (found.width * found.height))
         photos = frames(self.clip, found, start=start)
         done = start
         while part := list(islice(photos, together)):
@@ -238,7 +260,8 @@ class _ClipEdit:
             for photo, result in zip(part, results, strict=True):
                 if result.size != photo.size:
                     raise OpenwuError(f"clip: expected frames of {photo.size}, got {result.size}; use another model")
-                yield result.eight_bit().pixels
+                pixels = result.eight_bit().pixels
+                yield pixels if share is None else masked(photo.pixels, pixels, share)
 
 
 @contextmanager

@@ -198,6 +198,7 @@ class Editor:
         noise_per_frame: bool = False,
         metadata: Metadata = "no_location",
         overwrite: bool = False,
+        mask: Picture | None = None,
         progress: Progress | None = None,
     ) -> ClipResult:
         """Edit a video clip and write it to a file, with one adapter for all of its frames, merged into the base once.
@@ -209,12 +210,14 @@ class Editor:
         `output`: an .mp4, .m4v, .mov or .mkv file, which appears when it is whole: H.264 at the clip's size and time
         stamps, with its sound. The same call goes on where one was stopped, from a folder `.openwu-*.part` beside it.
         `noise_per_frame`: new noise for every frame, so that grain moves as in a film; otherwise it stands still.
-        `metadata`: "keep", "no_location" or "strip". `progress` is called with (frames done, frames in all).
+        `metadata`: "keep", "no_location" or "strip". `mask`: a picture of the upright frames' size with alpha, for all
+        frames; where it is opaque, they stay as they are until they are encoded. `progress` is called with (frames
+        done, frames in all).
 
         Raises OpenwuError as `edit` does, and PictureError for a clip that cannot be read or is HDR.
         """
         request = EditRequest(list(references), instruction, strength, seed, then, edit=edit, example=example)
-        options = ClipOptions(adapter, allow_out_of_scope, noise_per_frame, metadata, overwrite)
+        options = ClipOptions(adapter, allow_out_of_scope, noise_per_frame, metadata, overwrite, mask)
         return edit_clip(self, clip, output, request, options, progress)
 
     @torch.no_grad()  # not inference mode: a caller may train on what comes back

@@ -68,7 +68,10 @@ class SeriesPass:
     scope: SharedScope
 
     def edit(self, photos: Sequence[Photo], seeds: Sequence[int]) -> list[Photo]:
-        """Edit photos in a pass with the one adapter."""
+        """Edit photos in a pass with the one adapter; together, where the base denoises frames of a clip so."""
+        if self.editor.backbone.clip_frames is not None:
+            with self.editor._turn():
+                return self.editor.backbone.edit_frames(photos, self.task.job, self.editor.sampling, self.scope)
         references, words = self.task.job.photos[1:], self.task.job.instructions
         tasks = []
         for photo, seed in zip(photos, seeds, strict=True):

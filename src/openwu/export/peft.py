@@ -9,7 +9,7 @@
 | `lora` | LoRA |
 | basis LoRA | multiplied out: LoRA |
 | `offset`, `lora+offset`, also beside `lora` | LoRA with `lora_bias`: the offset is the bias of B, maybe of zeros |
-| `dora` | LoRA with `use_dora`, see `peft_operators`; written, not read back |
+| `dora` | LoRA with `use_dora`, see `peft_operators`; both ways need the base |
 | `scale` | (IA)^3, see `peft_ia3` |
 | `rotation` on linear modules | RoAd, see `peft_operators` |
 | `scale`, `offset`, `scale_offset` on norms | norm tuning, see `peft_operators`; both ways need the base |
@@ -35,10 +35,19 @@ from openwu.export.native import tensors_of
 from openwu.export.peft_config import LoraSettings, in_listed_order
 from openwu.export.peft_experts import place_experts, read_experts, read_parameters, unstacked
 from openwu.export.peft_ia3 import save_ia3
-from openwu.export.peft_operators import DORA, ROTATION, magnitudes, on_norms, save_norms, save_rotations
+from openwu.export.peft_operators import (
+    DORA,
+    ROTATION,
+    magnitudes,
+    on_norms,
+    save_norms,
+    save_rotations,
+    with_magnitudes,
+)
 from openwu.types import LORA, Adapter
 
 BIAS = ".lora_B.bias"
+VECTOR = ".lora_magnitude_vector"
 SCALE = "scale"
 EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 """Last names of modules that PEFT's conversion from transformers 4 to 5 takes for routers and experts."""
@@ -110,7 +119,7 @@ def save_peft(adapter: Adapter, folder: Path, model: nn.Module | None, component
         tensors[f"{PREFIX}{stem}.lora_A.weight"], tensors[f"{PREFIX}{stem}.lora_B.weight"] = a, b
     if biased:
         tensors |= {PREFIX + name + BIAS: bias for name, bias in biases.items()}
-    tensors |= {f"{PREFIX}{name}.lora_magnitude_vector": vector for name, vector in vectors.items()}
+    tensors |= {PREFIX + name + VECTOR: vector for name, vector in vectors.items()}
     write(folder, WEIGHTS, tensors, config, experts.metadata(adapter))
 
 
@@ -163,7 +172,10 @@ def _plain_modules(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Tensor]], 
 def read_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: nn.Module | None
 ) -> Adapter:
-    """What `save_peft` or PEFT wrote. `model` is needed where experts have several parameters in one container."""
+    """What `save_peft` or PEFT wrote. `model` is needed where experts have several parameters in one container, and for
+    DoRA."""
+    if config.get("use_dora"):
+        return _read_dora(config, plain_keys(tensors, model), metadata, model)
     settings = LoraSettings.of(config, CONFIG, complete=True)
     tensors = plain_keys(tensors, model)
     end = ".lora_A.weight"
@@ -202,6 +214,18 @@ def read_peft(
     if config.get("lora_bias"):
         biases = {name: Bias(bias, updates[name].scale) for name, bias in held.items() if bias is not None}
     return combine({name: updates[name] for name in order}, biases)
+
+
+def _read_dora(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: nn.Module | None
+) -> Adapter:
+    """Read DoRA: the folder's LoRA, and its magnitudes beside the base's row norms."""
+    if also := [key for key in ("lora_bias", "target_parameters") if config.get(key)]:
+        raise CheckpointError(f"{CONFIG}: use_dora: expected DoRA alone, got it with {', '.join(also)}")
+    vectors = {key.removeprefix(PREFIX).removesuffix(VECTOR): each for key, each in tensors.items() if VECTOR in key}
+    low_rank = {key: each for key, each in tensors.items() if VECTOR not in key}
+    plain = {key: value for key, value in config.items() if key != "use_dora"}
+    return with_magnitudes(read_peft(plain, low_rank, metadata, model), vectors, model)
 
 
 def _names(config: Mapping[str, Any], field: str) -> list[str]:

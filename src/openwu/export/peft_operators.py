@@ -1,4 +1,4 @@
-"""RoAd and norm tuning in PEFT's adapter folder, both ways, and DoRA's magnitudes, written alone.
+"""RoAd, norm tuning and DoRA's magnitudes in PEFT's adapter folder, both ways.
 
 | targets | folder | tensors |
 |---|---|---|
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from openwu.adapters.merge import merged_weights
 from openwu.adapters.operators.norms import is_norm
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.export.files import CONFIG, METADATA, PREFIX, WEIGHTS, write
-from openwu.export.fit import exact
+from openwu.export.fit import exact, fitted
 from openwu.export.native import tensors_of
 from openwu.export.peft_config import in_listed_order
 from openwu.export.peft_ia3 import GAIN, SCALE, input_widths
@@ -167,6 +168,44 @@ def magnitudes(adapter: Adapter, model: nn.Module | None) -> dict[str, Tensor]:
         vector = weight.flatten(1).norm(dim=1) * (1 + adapter.scale * gain)
         found[target.name] = vector if target.kernel is None else vector.view(1, -1, 1, 1)
     return found
+
+
+def with_magnitudes(adapter: Adapter, vectors: Mapping[str, Tensor], model: nn.Module | None) -> Adapter:
+    """Return the `dora` adapter of a low-rank one beside magnitudes, target name -> `[out]` or `[1, out, 1, 1]`.
+
+    Raises CheckpointError without a model, for experts, for other modules or shapes than those of the low-rank
+    updates, and where a row of the model's weight is zero, which no gain can change.
+    """
+    if model is None:
+        raise CheckpointError(
+            f"{CONFIG}: use_dora: DoRA's magnitudes are absolute, and only the base has the row norms that they stand "
+            "beside; pass model=... (--base FOLDER)"
+        )
+    adapter = fitted(adapter, model)
+    names = {target.name for target in adapter.targets}
+    if experts := [target.name for target in adapter.targets if target.experts is not None]:
+        raise CheckpointError(f"{CONFIG}: use_dora: expected modules without experts, got {', '.join(experts)}")
+    if wrong := sorted(names ^ set(vectors)):
+        raise CheckpointError(
+            f"{CONFIG}: use_dora: expected a lora_magnitude_vector for every module with lora_A, and for no other; "
+            f"these do not have both: {', '.join(wrong)}"
+        )
+    factors: dict[str, dict[str, Tensor]] = {}
+    for target in adapter.targets:
+        norms = model.get_submodule(target.name).get_parameter("weight").detach().double().flatten(1).norm(dim=1)
+        vector = vectors[target.name].double()
+        if vector.numel() != len(norms) or vector.shape not in ((len(norms),), (1, len(norms), 1, 1)):
+            raise CheckpointError(
+                f"{target.name}: expected lora_magnitude_vector [{len(norms)}], got {tuple(vector.shape)}"
+            )
+        vector = vector.flatten()
+        if bool(((norms == 0) & (vector != 0)).any()):
+            raise CheckpointError(f"{target.name}: the model's weight has rows of zeros, which no magnitude can change")
+        gain = torch.where(norms == 0, 0.0, vector / norms - 1) / adapter.scale
+        factors[target.name] = {**adapter.factors[target.name], MAGNITUDE: gain.float()[None]}
+    return replace(
+        adapter, targets=tuple(replace(target, operator=DORA) for target in adapter.targets), factors=factors
+    )
 
 
 def _config(adapter: Adapter, kind: str, model: nn.Module | None) -> dict[str, Any]:

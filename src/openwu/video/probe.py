@@ -29,7 +29,9 @@ HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 
 STREAM = re.compile(r"^  Stream #0:(\d+)(?:\[[^\]]*\])?(?:\((\w+)\))?: (\w+): (.*)$")
 VIDEO = re.compile(r", (?P<format>[a-z]\w*)(?:\((?P<colour>(?:[^()]|\([^()]*\))*)\))?, (?P<width>\d+)x(?P<height>\d+)")
-DAMAGED = re.compile(r"ended prematurely|partial file|corrupt|error while decoding|concealing", re.IGNORECASE)
+DAMAGED = re.compile(
+    r"ended prematurely|partial file|corrupt|error while decoding|concealing|timescale not set", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

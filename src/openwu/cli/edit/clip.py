@@ -30,6 +30,7 @@ def edit_clip(photos: PhotoEditor, job: Job, progress: Callable[[int, int], None
             noise_per_frame=arguments.noise_per_frame,
             metadata=arguments.metadata or "no_location",
             overwrite=arguments.overwrite,
+            mask=arguments.mask,
             progress=progress,
         )
     except KeyboardInterrupt:

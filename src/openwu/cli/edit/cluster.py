@@ -128,6 +128,7 @@ def _absolute(arguments: argparse.Namespace) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and Path(value).exists():
             setattr(found, name, os.path.abspath(value))  # noqa: PTH100
+    found.mask = None if arguments.mask is None else os.path.abspath(arguments.mask)  # noqa: PTH100
     found.reference = [os.path.abspath(path) for path in arguments.reference]  # noqa: PTH100
     found.example = [[os.path.abspath(path) for path in pair] for pair in arguments.example]  # noqa: PTH100
     return found

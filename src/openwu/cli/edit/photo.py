@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from openwu.cli.console import UsageError
 from openwu.cli.edit.plan import Job, make_folder
-from openwu.images import PictureHeader, encode_picture, read_picture, side_by_side, write_picture
+from openwu.images import (
+    PictureHeader,
+    encode_picture,
+    kept_share,
+    masked,
+    read_picture,
+    side_by_side,
+    write_picture,
+)
 from openwu.images.privacy import without_location, without_metadata
 from openwu.images.write import SUFFIXES
 
@@ -89,8 +97,13 @@ class PhotoEditor:
 
     def edit(self, job: Job, header: PictureHeader, progress: Callable[[int, int], None]) -> Done:
         """Edit a photo and write all of its job. Raises what the editor and the file system raise."""
+        mask = self.arguments.mask
+        share = None if mask is None else kept_share(read_picture(mask), header.size)
         result = self._result(job, progress)
         start = time.perf_counter()
+        if share is not None:
+            pixels = masked(read_picture(job.source).pixels, result.photo.pixels, share)
+            result = replace(result, photo=result.photo.with_pixels(pixels))
         if (change := PRIVACY.get(self.arguments.metadata)) is not None:
             result = replace(result, photo=change(result.photo))
         lost = _write(job, result, header)

@@ -54,10 +54,11 @@ def _run(
 ) -> int:
     progress.stage("looking for photographs")
     found = find_photos(arguments.photos, recursive=arguments.recursive, output=arguments.output)
+    further = [*arguments.reference, *([] if arguments.mask is None else [arguments.mask])]
     plan = make_plan(
         found,
         arguments.output,
-        references=arguments.reference,
+        references=further,
         compare=arguments.compare,
         adapter_folder=arguments.save_adapter,
         overwrite=arguments.overwrite,
@@ -68,7 +69,7 @@ def _run(
         _check_stdout(arguments)
         if arguments.ray is not None:
             raise UsageError(f"--ray: expected files, got {PIPE}; leave --ray out for one picture")
-    notes = [(name, text) for name in arguments.reference for text in check_picture(name).notes]
+    notes = [(name, text) for name in further for text in check_picture(name).notes]
     report.begin(len(plan.jobs) + len(found.problems), batch=found.batch, to_stdout=to_stdout)
     for text in [*found.notes, *(f"{name}: {text}" for name, text in notes)]:
         report.note(text)

@@ -35,7 +35,7 @@ from openwu.errors import (
     PictureError,
     TargetError,
 )
-from openwu.images import Photo, encode_picture, read_picture
+from openwu.images import Photo, encode_picture, masked, read_picture
 from openwu.images.privacy import without_location, without_metadata
 from openwu.serving.engines import CACHE_BYTES, Metadata, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import STOPPED, Failure, ServiceError, refused
@@ -398,8 +398,7 @@ def composite(original: Photo, edited: Photo, keep: NDArray[np.float64]) -> Phot
     """Mix the original and the edit; where `keep` `[h, w, 1]` is 1, the original's pixels stay bit for bit."""
     if edited.size != original.size:
         raise refused(400, "unsupported_value", "mask: this model changes the picture's size; leave it out", "mask")
-    mixed = np.rint(original.pixels * keep + edited.pixels * (1 - keep)).astype(original.pixels.dtype)
-    return edited.with_pixels(np.where(keep == 1, original.pixels, mixed))
+    return edited.with_pixels(masked(original.pixels, edited.pixels, keep))
 
 
 def covering(photo: Photo, size: tuple[int, int]) -> Photo:

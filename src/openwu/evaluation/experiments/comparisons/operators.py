@@ -188,7 +188,8 @@ def operators(
 
 def with_kind(model: EmbeddedModel, kind: Kind, width: int) -> EmbeddedModel:
     """Put an untrained generator of one block, which writes this kind of adapter, on the model's base."""
-    config = model.config.generator
+    sizes = model.config.without_examples()  # a branch of the generator would have to have its rank
+    config = sizes.generator
     generator = dataclasses.replace(
         config,
         rank=kind.rank,
@@ -198,8 +199,9 @@ def with_kind(model: EmbeddedModel, kind: Kind, width: int) -> EmbeddedModel:
         num_pg_layers=1,
         groups=tuple(group.with_operator(kind.operator) for group in config.groups),
     )
-    changed = EmbeddedModel(dataclasses.replace(model.config, generator=generator)).requires_grad_(False)
-    changed.instruction.load_state_dict(model.instruction.state_dict())
+    changed = EmbeddedModel(dataclasses.replace(sizes, generator=generator)).requires_grad_(False)
+    words = model.instruction.state_dict()
+    changed.instruction.load_state_dict({name: words[name] for name in changed.instruction.state_dict()})
     changed.backbone.load_state_dict(model.backbone.state_dict())
     return changed
 
