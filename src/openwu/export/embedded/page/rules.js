@@ -308,15 +308,15 @@ export class Rules {
       if (counts && !wishes.some((each) => same(part, each))) wishes.push(part);
     }
     const edits = wishes.map((each) => each.reading.edit);
-    const near = !ordered && j._NEAR.some((together) => edits.filter((edit) => together.includes(edit)).length > 1);
+    const near = !ordered && j.NEAR.some((together) => edits.filter((edit) => together.includes(edit)).length > 1);
     return wishes.length >= 2 && wishes.length <= j._MOST && !near ? wishes : null;
   }
 
   counts(part) {
     const j = this.joined;
     const word = isAscii(part.text) && spaced(part.text).split(" ").length < 2;
-    if (fullmatch(j._POINTS_BACK, part.text) || (word && (part.reading.sentence || !this.standsAlone(part)))) return false;
-    return Boolean(part.reading.sentence) || !(j._DESCRIBES.test(part.text) || j._DENIES.test(part.text));
+    if (fullmatch(j.POINTS_BACK, part.text) || (word && (part.reading.sentence || !this.standsAlone(part)))) return false;
+    return Boolean(part.reading.sentence) || !(j.DESCRIBES.test(part.text) || j.DENIES.test(part.text));
   }
 
   standsAlone(wish) {
