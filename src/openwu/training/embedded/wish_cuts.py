@@ -203,6 +203,7 @@ def fit(examples: Sequence[Example], seed: int = 0) -> dict[str, Any]:
     numbers = torch.tensor([row for each in usable for row in each.numbers])
     right = torch.tensor([value for each in usable for value in each.right]).float()
     rows = _rows([row for each in usable for row in each.phrases], words)
+    lengths = torch.tensor([len(row) for each in usable for row in each.phrases]).sqrt()
     two = torch.tensor([len(each.sentence.edits) == 2 for each in usable])
     share = torch.tensor([each.sentence.weight for each in usable])
     torch.manual_seed(seed)
@@ -211,7 +212,7 @@ def fit(examples: Sequence[Example], seed: int = 0) -> dict[str, Any]:
     optimizer = torch.optim.Adam([weight, table], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        scores = numbers @ weight + PHRASE_FACTOR * _mean(table, rows)
+        scores = numbers @ weight + PHRASE_FACTOR * (table[rows] * (rows > 0)).sum(1) / lengths
         shares = torch.exp(scores.clamp(max=30))
         total = torch.zeros(len(usable)).index_add(0, owner, shares) + 1
         found = torch.zeros(len(usable)).index_add(0, owner, shares * right)
@@ -221,7 +222,8 @@ def fit(examples: Sequence[Example], seed: int = 0) -> dict[str, Any]:
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
-    kept = {word: round(float(table[at]), 3) for word, at in words.items() if abs(float(table[at])) >= 0.02}
+    trained = table.detach().tolist()
+    kept = {word: round(trained[at], 3) for word, at in words.items() if abs(trained[at]) >= 0.02}
     return {"numbers": [round(each, 4) for each in weight.tolist()], "words": kept}
 
 
@@ -232,8 +234,3 @@ def _rows(phrases: Sequence[Sequence[str]], words: Mapping[str, int]) -> Tensor:
     for at, row in enumerate(found):
         rows[at, : len(row)] = torch.tensor(row, dtype=torch.long)
     return rows
-
-
-def _mean(table: Tensor, rows: Tensor) -> Tensor:
-    present = rows > 0
-    return (table[rows] * present).sum(1) / present.sum(1).clamp(min=1).sqrt()

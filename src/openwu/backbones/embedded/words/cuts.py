@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from openwu.backbones.embedded.words.wishes import Reading
 
 DATA_FILES = ("cuts.json",)
+CLEAR, POSSIBLE = 0.8, 0.4
+"""Probability of two wishes from which a sentence is cut, and from which it is refused with the question which of both;
+chosen on sentences that no training saw, see docs/editing.md."""
 SIDE = 0.5
 """Probability from which a side of a cut counts as an edit at all."""
 PHRASE_FACTOR = 4.0
@@ -85,7 +89,7 @@ def cuts(sentence: str) -> list[Cut]:
     """Return the cuts of a sentence that leave words on both sides, those with equal sides once."""
     spans = [found.span() for found in _TOKEN.finditer(sentence)]
     found: dict[tuple[str, str], Cut] = {}
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in pairwise(spans):
         before, after = sentence[:end], sentence[start:]
         left, right = _without(_TRAILING, before.strip(MARKS)), _without(_LEADING, after.strip(MARKS))
         if not _LETTER.search(left) or not _LETTER.search(right) or (left, right) in found:
@@ -141,11 +145,14 @@ def score_of(cut: Cut, whole: Reading, left: Reading, right: Reading) -> float |
     numbers = numbers_of(cut, whole, left, right)
     if numbers is None:
         return None
-    stored = model()
-    words = [stored["words"].get(word, 0.0) for word in phrases_of(cut)]
-    known = max(1, sum(map(bool, words)))
-    linear = sum(weight * number for weight, number in zip(stored["numbers"], numbers, strict=True))
-    return float(linear + PHRASE_FACTOR * sum(words) / math.sqrt(known))
+    return weighed(model(), numbers, phrases_of(cut))
+
+
+def weighed(model: Mapping[str, Any], numbers: Sequence[float], phrases: Sequence[str]) -> float:
+    """Return the linear model's logit for what `numbers_of` and `phrases_of` say of a cut."""
+    linear = sum(weight * number for weight, number in zip(model["numbers"], numbers, strict=True))
+    words = sum(model["words"].get(phrase, 0.0) for phrase in phrases)
+    return float(linear + PHRASE_FACTOR * words / math.sqrt(len(phrases)))
 
 
 def numbers_of(cut: Cut, whole: Reading, left: Reading, right: Reading) -> list[float] | None:
@@ -179,7 +186,7 @@ def phrases_of(cut: Cut) -> list[str]:
     for side, words in (("before", before), ("after", after)):
         found |= {f"{side} {word}" for word in words}
         if chinese:
-            found |= {f"{side} {one}{other}" for one, other in zip(words, words[1:], strict=False)}
+            found |= {f"{side} {one}{other}" for one, other in pairwise(words)}
     return sorted(f"{language} {each}" for each in found)
 
 

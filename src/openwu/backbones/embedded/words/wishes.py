@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.words.cuts import CLEAR, POSSIBLE, judge
 from openwu.backbones.embedded.words.joined import joined
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
 from openwu.errors import InstructionError
@@ -75,9 +76,8 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     text = _without_restrictions(text, read, accepted)
     if text != instruction:
         whole = read([text])[0]
-    if several := _several(text, whole, read, accepted):
-        return several
-    return (_with_number(text, whole, read, accepted),)
+    several = _several(text, whole, read, accepted) or _by_cuts(text, whole, read, accepted)
+    return several or (_with_number(text, whole, read, accepted),)
 
 
 def _wish(text: str, reading: Reading, strength: float = 1.0, number: str = "") -> Wish:
@@ -344,6 +344,32 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
             "was not understood; leave it out, or say each wish by itself with --then (then=)"
         )
     return None
+
+
+def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wish, ...] | None:
+    """The wishes of a sentence whose parts no rule tells apart, by the learned judge of cuts; None for one wish.
+
+    Raises InstructionError where there may be two wishes and it is not clear which.
+    """
+    judged = judge(text, whole, read)
+    if judged is None or judged.probability < POSSIBLE:
+        return None
+    found: list[Wish] = []
+    for side, part, reading in (
+        (judged.cut.left, judged.left_text, judged.left),
+        (judged.cut.right, judged.right_text, judged.right),
+    ):
+        again = read([side])[0]
+        more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted)
+        found += more or (_with_number(part, reading, read, accepted),)
+    clear = judged.probability >= CLEAR and all(each.reading.is_wish(accepted) for each in found)
+    if not clear or len(found) > MOST_WISHES:
+        named = " and ".join(f"{_plain(each.reading.edit)} ({each.text!r})" for each in found)
+        raise InstructionError(
+            f"instruction: {text!r} may ask for more than one edit, {named}, and it is not clear which; ask for one of "
+            "them, or say each wish by itself with --then (then=)"
+        )
+    return tuple({each.reading.edit: each for each in reversed(found)}.values())[::-1]
 
 
 def _stands_alone(wish: Wish) -> bool:
