@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.words.complaints import cures
 from openwu.backbones.embedded.words.cuts import CLEAR, POSSIBLE, judge
 from openwu.backbones.embedded.words.joined import joined
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
@@ -363,7 +364,11 @@ def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wi
         more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted)
         found += more or (_with_number(part, reading, read, accepted),)
     clear = judged.probability >= CLEAR and all(each.reading.is_wish(accepted) for each in found)
-    if not clear or len(found) > MOST_WISHES:
+    complaint, right = cures(judged.left_text), judged.right_text
+    repeated = (
+        complaint and not cures(right) and not _is_command(right)
+    )  # "too dark and a bit blurry" is no wish for blur.
+    if not clear or repeated or len(found) > MOST_WISHES:
         named = " and ".join(f"{_plain(each.reading.edit)} ({each.text!r})" for each in found)
         raise InstructionError(
             f"instruction: {text!r} may ask for more than one edit, {named}, and it is not clear which; ask for one of "

@@ -331,7 +331,9 @@ export class Rules {
       found.push(...(more ?? [await this.withNumber(part, reading)]));
     }
     const clear = judged.probability >= this.cuts.CLEAR && found.every((each) => this.isWish(each.reading, this.accepted));
-    if (!clear || found.length > this.wishes.MOST_WISHES) {
+    const [left, right] = judged.sides.map(({ part }) => part);
+    const repeated = this.cures(left).length && !this.cures(right).length && !this.isCommand(right);
+    if (!clear || repeated || found.length > this.wishes.MOST_WISHES) {
       const named = found.map((each) => `${plain(each.reading.edit)} (“${each.text}”)`).join(" and ");
       throw new Refusal(`This may ask for more than one edit, ${named}, and it is not clear which; ask for one of them.`);
     }
