@@ -1,4 +1,4 @@
-"""Two wishes that no rule tells apart: cuts of a sentence, what is learned of them, and questions in place of guesses."""
+"""Two wishes that no rule tells apart: cuts of a sentence, what is learned of them, and questions, not guesses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from openwu.backbones.embedded.words.cuts import Judged, cuts, judge, phrases_of
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, wishes
 from openwu.data.suite import EDITS
 from openwu.errors import InstructionError
-from openwu.training.embedded.wish_cuts import composed, fit, gather, single, written
+from openwu.training.embedded.two_wishes import brief, composed, shared, single, written
+from openwu.training.embedded.wish_cuts import fit, gather
 
 
 def reading(**probabilities: float) -> Reading:
@@ -107,9 +108,10 @@ def test_what_is_unclear_is_refused_with_both_edits(base: EmbeddedBase, monkeypa
 
 
 def test_composed_sentences_ask_for_what_their_parts_do() -> None:
-    found = composed(40, seed=3)
-    assert found == composed(40, seed=3)
-    assert found != composed(40, seed=4)
+    assert composed(40, seed=3) == composed(40, seed=3)
+    assert composed(40, seed=3) != composed(40, seed=4)
+    found = [*composed(40, seed=3), *brief(80, seed=3), *shared(20, seed=3)]
+    assert {name for each in found for edit in each.edits for name in edit} <= set(EDITS)
     assert all(len(each.edits) == 2 and each.edits[0] != each.edits[1] for each in found)
     assert {each.language for each in found} == {"en", "zh"}
 
