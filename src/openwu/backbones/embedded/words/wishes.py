@@ -222,6 +222,12 @@ _PARTS = (
     re.compile(rf"(?<!not )\b(?:only|just)\b(?: on| in| at| to)? {_THE} (?:\w+ )?{_REGION}\b", re.I),
     re.compile(rf"(?<!not )\b(?:only|just)\b(?: the)? {_REGION}\b", re.I),
     re.compile(rf"\bbut not(?: {_THE})* (?:\w+ )?{_REGION}\b|\b{_THE} (?:\w+ )?{_REGION} (?:alone|only)\b", re.I),
+    re.compile(rf"\b(?:more|less|no) light on {_THE} {_REGION}\b", re.I),
+    re.compile(
+        r"(?:左|右|上|下)(?:面|边)?(?:的?一半|半边|半部分).{0,8}[调变改弄加做]|"
+        r"(?:左|右|上|下)[边面侧].{0,6}(?:别动|不动|不要动|别变|不变)"
+    ),
+    re.compile(rf"{_REGION_ZH}.{{0,4}}(?:别[变动碰]|不要[动变])|(?:别|不要)[动碰].{{0,4}}(?:其[他它余]|别的)"),
     re.compile(rf"{_REGION_ZH}.*(?:别的|其[他它余]|剩下).{{0,3}}(?:别动|不动|不变|别碰|不要[动变])"),
     re.compile(rf"{_REGION_ZH}(?:不要动|别动|不动|保持不变|不要变)"),
     re.compile(r"除了.{1,8}(?:以外|之外|外|都|其[他它余])|.{1,4}以外"),
