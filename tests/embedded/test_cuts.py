@@ -11,7 +11,7 @@ from openwu.backbones.embedded.words.cuts import Judged, cuts, judge, phrases_of
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, wishes
 from openwu.data.suite import EDITS
 from openwu.errors import InstructionError
-from openwu.training.embedded.two_wishes import brief, composed, shared, single, written
+from openwu.training.embedded.two_wishes import brief, composed, shared, single, told, written
 from openwu.training.embedded.wish_cuts import fit, gather
 
 
@@ -117,14 +117,20 @@ def test_composed_sentences_ask_for_what_their_parts_do() -> None:
 
 
 def test_the_writers_labels_are_edits_of_the_suite() -> None:
-    found = written()
-    assert len(found) == 600
-    assert {name for each in found for edit in each.edits for name in edit} <= set(EDITS)
-    assert sum(len(each.edits) == 2 for each in found) == 120
+    found, more = written(), written("developed")
+    assert (len(found), sum(len(each.edits) == 2 for each in found)) == (600, 120)
+    assert (len(more), sum(len(each.edits) == 2 for each in more)) == (127, 93)
+    assert {name for each in (*found, *more) for edit in each.edits for name in edit} <= set(EDITS)
+
+
+def test_a_scene_beside_a_wish_is_no_wish() -> None:
+    found = told(60, seed=3)
+    assert all(len(each.edits) == 1 for each in found)
+    assert any("snow" in each.text or "雪" in each.text for each in found)
 
 
 def test_the_model_learns_where_a_second_wish_begins(base: EmbeddedBase) -> None:
-    examples = gather(base.instruction, [*composed(60, 0), *single(1, 0)[::4]])
+    examples = gather(base.instruction, [*brief(60, 0), *single(1, 0)[::6]])
     model = fit(examples)
     assert model["words"]
     two = [each for each in examples if len(each.sentence.edits) == 2 and any(each.right)]

@@ -135,6 +135,22 @@ def brief(count: int, seed: int) -> list[Sentence]:
     return found
 
 
+def told(count: int, seed: int, splits: tuple[str, ...] = HELD_OUT) -> list[Sentence]:
+    """Add where and when a picture was taken to a wish, `count` times: one wish beside words that remind of another."""
+    draws, pool, scenes = random.Random(seed), _pool(splits), _stored()["scenes"]
+    found: list[Sentence] = []
+    while len(found) < count:
+        language = draws.choice(suite.LANGUAGES)
+        wanted = draws.choice([name for name, texts in pool[language].items() if texts])
+        scene = draws.choice(list(scenes[language]))
+        if scene == wanted or near({wanted, scene}):
+            continue
+        first, second = draws.choice(pool[language][wanted]), draws.choice(scenes[language][scene])
+        text = draws.choice(_TOLD[language]).format(a=first, b=second)
+        found.append(Sentence(text, language, (frozenset({wanted}),), PEOPLE_OF_ONE))
+    return found
+
+
 def _two(text: str, language: str, one: AbstractSet[str], other: AbstractSet[str]) -> Sentence:
     return Sentence(text, language, (frozenset(one), frozenset(other)))
 
@@ -165,6 +181,19 @@ _BRIEFLY = {
         "{a}，{b}，做海报用", "做成{a}，{b}", "{a}{b}", "{a}，{b}的感觉",
     ),
 }  # fmt: skip
+_TOLD = {
+    "en": (
+        "{a}, {b}",
+        "{b}, {a}",
+        "{a} please, {b}",
+        "{a}. {b}",
+        "{a} because {b}",
+        "{b}. {a}",
+        "{a} - {b}",
+        "{b} so {a}",
+    ),
+    "zh": ("{a}，{b}", "{b}，{a}", "{b}，帮我{a}", "{a}。{b}", "{a}，因为{b}", "{b} {a}", "{a} {b}"),
+}
 _COMPLAINED = {
     "en": ("too {a} and too {b}", "it's too {a} and too {b}", "too {a}, and it's {b}", "too {a}, too {b}"),
     "zh": ("太{a}了，也太{b}", "又{a}又{b}", "太{a}，还有点{b}", "太{a}太{b}"),
@@ -183,10 +212,10 @@ def single(count: int, seed: int, split: str = "train") -> list[Sentence]:
     return found
 
 
-def written() -> list[Sentence]:
-    """Return the sentences of two writers, half of them in English: one wish, two, or out of scope."""
+def written(group: str = "written") -> list[Sentence]:
+    """Return sentences of people: "written" by two who knew the edits' names alone, "developed" by one who knew more."""
     found = []
-    for language, entries in _stored()["written"].items():
+    for language, entries in _stored()[group].items():
         for text, wanted in entries:
             edits = tuple(frozenset(each.split("|")) for each in wanted)
             found.append(Sentence(text, language, edits, PEOPLE if len(edits) > 1 else PEOPLE_OF_ONE))
@@ -196,6 +225,6 @@ def written() -> list[Sentence]:
 @cache
 def _stored() -> dict[str, Any]:
     """What two_wishes.json holds: "brief", edit -> what it is called by people who use no verb; "faults", edits that
-    cure a fault -> its adjectives; "written", sentences of two writers with their edits."""
+    cure a fault -> its adjectives; "scenes", edit -> what reminds of it; sentences of people with their edits."""
     stored: dict[str, Any] = json.loads(Path(suite.__file__).with_name(DATA_FILES[0]).read_text(encoding="utf-8"))
     return stored

@@ -11,7 +11,7 @@ is told from the one in "don't brighten it". Pure functions; English and Chinese
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
@@ -331,6 +331,9 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
         return None
     parts = joined(found, [*map(_stands_alone, found)], any(word == "then" for _, word in pieces))
     if parts and (any(each.reading.edit == whole.edit for each in parts) or not whole.is_wish(accepted)):
+        edits = {each.reading.edit for each in parts}
+        if lost := [each for each in found if _is_lost(each, edits)]:
+            raise _not_understood(instruction, parts[0], lost[0])
         return parts
     lost = [
         each
@@ -346,11 +349,21 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
     wanted = [each for each in clear if _stands_alone(each)]
     shown = not whole.is_wish(accepted) or any(each.reading.edit == whole.edit for each in wanted)
     if lost and wanted and shown and whole.edit not in _LOCAL:
-        raise InstructionError(
-            f"instruction: {instruction!r} asks for more than {_plain(wanted[0].reading.edit)}, but {lost[0].text!r} "
-            "was not understood; leave it out, or say each wish by itself with --then (then=)"
-        )
+        raise _not_understood(instruction, wanted[0], lost[0])
     return None
+
+
+def _is_lost(part: Wish, edits: Set[str]) -> bool:
+    """Whether a part is a command for something else than the edits that were found."""
+    said = any(probability >= _SAME_WISH for edit, probability in part.reading.ranked if edit in edits)
+    return not said and _is_command(part.text) and not _COMPARATIVE.match(part.text)
+
+
+def _not_understood(instruction: str, wanted: Wish, lost: Wish) -> InstructionError:
+    return InstructionError(
+        f"instruction: {instruction!r} asks for more than {_plain(wanted.reading.edit)}, but {lost.text!r} "
+        "was not understood; leave it out, or say each wish by itself with --then (then=)"
+    )
 
 
 def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wish, ...] | None:

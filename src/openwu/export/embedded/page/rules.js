@@ -275,7 +275,11 @@ export class Rules {
       return edits.has(whole.edit) || !sure ? found : null;
     }
     const parts = this.joinedParts(found, later.some(([, word]) => word === "then"));
-    if (parts && (!sure || parts.some((each) => each.reading.edit === whole.edit))) return parts;
+    if (parts && (!sure || parts.some((each) => each.reading.edit === whole.edit))) {
+      const missing = found.find((each) => this.isLost(each, parts.map((part) => part.reading.edit)));
+      if (missing) throw this.notUnderstood(parts[0], missing);
+      return parts;
+    }
     const lost = found.filter(
       ({ text, reading }) =>
         this.isCommand(text) &&
@@ -288,11 +292,19 @@ export class Rules {
     const wanted = clear.filter((each) => this.standsAlone(each));
     const shown = !sure || wanted.some((each) => each.reading.edit === whole.edit);
     if (lost.length && wanted.length && shown && !w._LOCAL.includes(whole.edit)) {
-      throw new Refusal(
-        `This asks for more than ${plain(wanted[0].reading.edit)}, but “${lost[0].text}” was not understood; leave it out.`,
-      );
+      throw this.notUnderstood(wanted[0], lost[0]);
     }
     return null;
+  }
+
+  // Whether a part is a command for something else than the edits that were found.
+  isLost({ text, reading }, edits) {
+    const said = reading.ranked.some(([label, chance]) => edits.includes(label) && chance >= this.wishes._SAME_WISH);
+    return !said && this.isCommand(text) && !match(this.wishes._COMPARATIVE, text);
+  }
+
+  notUnderstood(wanted, lost) {
+    return new Refusal(`This asks for more than ${plain(wanted.reading.edit)}, but “${lost.text}” was not understood; leave it out.`);
   }
 
   // Parts that name edits without commanding them; null for fewer than two.
