@@ -79,7 +79,7 @@ def test_the_judge_names_both_sides_and_a_probability() -> None:
         ("charcoal drawing with softer contrast", {"charcoal", "contrast_down"}),
         ("hdr plus a bit extra saturation for the travel blog", {"hdr", "saturate"}),
         ("sepia and some scratches on it, for a western party invite", {"sepia", "scratches"}),
-        ("网点效果加上偏红，海报要用", {"halftone", "tint_red"}),
+        ("网点效果加上偏红，音乐会用的", {"halftone", "tint_red"}),
         ("棕褐色加颗粒，老上海的感觉", {"sepia", "add_noise"}),
     ],
 )

@@ -213,7 +213,7 @@ def single(count: int, seed: int, split: str = "train") -> list[Sentence]:
 
 
 def written(group: str = "written") -> list[Sentence]:
-    """Return sentences of people: "written" by two who knew the edits' names alone, "developed" by one who knew more."""
+    """Return sentences of people: "written" by two who knew the edits' names alone, "developed" by one who knew all."""
     found = []
     for language, entries in _stored()[group].items():
         for text, wanted in entries:

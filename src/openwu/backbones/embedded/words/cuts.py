@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from openwu.backbones.embedded.words.wishes import Reading
 
 DATA_FILES = ("cuts.json",)
-CLEAR, POSSIBLE = 0.75, 0.65
+CLEAR, POSSIBLE = 0.65, 0.55
 """Probability of two wishes from which a sentence is cut, and from which it is refused with the question which of both;
 chosen on sentences that no training saw, see docs/editing.md."""
 SIDE = 0.5

@@ -409,6 +409,9 @@ _VERB_OF = re.compile(
 _MADE = re.compile(r"(?:the|colou?rs?)\b", re.IGNORECASE)
 """Parts that share a "make": "the colours pop" of "make it brighter and the colours pop", and no adjective alone."""
 
+_TELLS = re.compile(r"(?:i|we|he|she|they|it|you|my|there)\b", re.IGNORECASE)
+"""Parts that tell something and share no verb: "remove the noise, I took it in the rain"."""
+
 
 def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]:
     """Give "a vignette" of "add grain and a vignette" its verb, where that makes it a wish."""
@@ -420,6 +423,7 @@ def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]
             verb
             and not _is_command(piece)
             and len(piece.split()) <= _SHORT
+            and not _TELLS.match(piece)
             and (verb.lower() != "make" or _MADE.match(piece))
             and read([longer])[0].is_wish(max(CERTAIN, accepted))
         ):

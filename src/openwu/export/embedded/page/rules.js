@@ -464,7 +464,8 @@ export class Rules {
     const whole = [];
     for (let piece of pieces) {
       const found = match(this.wishes._VERB_OF, piece);
-      const shares = verb.toLowerCase() !== "make" || match(this.wishes._MADE, piece);
+      const made = verb.toLowerCase() !== "make" || match(this.wishes._MADE, piece);
+      const shares = made && !match(this.wishes._TELLS, piece);
       if (verb && !this.isCommand(piece) && spaced(piece).split(" ").length <= this.wishes._SHORT && shares) {
         const [reading] = await this.read([`${verb} ${piece}`]);
         if (this.isWish(reading, Math.max(this.certain, this.accepted))) piece = `${verb} ${piece}`;
