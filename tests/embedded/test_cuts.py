@@ -92,7 +92,7 @@ def test_a_second_wish_is_done_or_asked_for(base: EmbeddedBase, sentence: str, e
     ("sentence", "edit"),
     [
         ("brighten it, we were in a cellar bar at night", "brighten"),
-        ("remove the noise, I took it in the rain", "denoise"),
+        ("sharpen it, it was a foggy morning", "sharpen"),
         ("make it look like a watercolour for my mum's birthday", "watercolour"),
         ("让照片更温暖，昨天下雪拍的", "warm"),
     ],

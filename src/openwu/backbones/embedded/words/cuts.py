@@ -96,9 +96,14 @@ def cuts(sentence: str) -> list[Cut]:
             continue
         clauses = [_CLAUSE.split(left)[-1].strip(MARKS), _CLAUSE.split(right)[0].strip(MARKS)]
         mark = before[-1] if _CLAUSE.match(before[-1]) else after[0] if _CLAUSE.match(after[0]) else ""
-        words = [tuple(_WORD.findall(side.lower().replace("’", "'"))) for side in (before, after)]
-        found[left, right] = Cut(left, right, clauses[0] or left, clauses[1] or right, *words, mark)
+        found[left, right] = Cut(
+            left, right, clauses[0] or left, clauses[1] or right, _words(before), _words(after), mark
+        )
     return list(found.values())
+
+
+def _words(side: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(side.lower().replace("’", "'")))
 
 
 def _without(joining: re.Pattern[str], side: str) -> str:

@@ -321,8 +321,8 @@ export class Rules {
       if (counts && !wishes.some((each) => same(part, each))) wishes.push(part);
     }
     const edits = wishes.map((each) => each.reading.edit);
-    const same = !ordered && this.near(edits);
-    return wishes.length >= 2 && wishes.length <= j._MOST && !same ? wishes : null;
+    const oneWish = !ordered && this.near(edits);
+    return wishes.length >= 2 && wishes.length <= j._MOST && !oneWish ? wishes : null;
   }
 
   counts(part) {
