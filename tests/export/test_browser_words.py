@@ -92,6 +92,14 @@ make it brighter—and warmer
 don’t darken it, brighten it
 vignette
 1
+more contrast less saturation
+night scene with rain
+too dark and too yellow
+油画风格，颜色鲜艳
+增加对比度和饱和度
+remove the noise, I took it in the rain
+pull the whites back, warm the rest up
+adding some grain, warming up the tones, and less noise
 """.strip().splitlines()
 
 

@@ -267,9 +267,9 @@ class InstructionEncoder(nn.Module):
         edits = self.joined(tokens, self.phrase_logits(sentences)).exp()
         degrees = self.degree_log_probabilities(tokens).argmax(1).tolist()
         readings = []
-        for row, degree in zip(edits, degrees, strict=True):
-            order = row.argsort(descending=True).tolist()
-            ranked = tuple((self.config.labels[index], float(row[index])) for index in order)
+        values, orders = (each.tolist() for each in edits.sort(dim=1, descending=True))
+        for row, order, degree in zip(values, orders, degrees, strict=True):
+            ranked = tuple((self.config.labels[index], value) for index, value in zip(order, row, strict=True))
             readings.append(Reading(*ranked[0], DEGREES[degree], ranked))
         return readings
 

@@ -12,13 +12,14 @@ from types import ModuleType
 from typing import Any
 
 from openwu.backbones.embedded import catalogue, guarantees, instruction, scale
-from openwu.backbones.embedded.words import amounts, complaints, joined, language, wishes
+from openwu.backbones.embedded.words import amounts, complaints, cuts, joined, language, wishes
 
 MODULES: tuple[ModuleType, ...] = (
     instruction,
     language,
     amounts,
     joined,
+    cuts,
     wishes,
     complaints,
     catalogue,
@@ -33,7 +34,7 @@ _TOKEN = re.compile(r"\[\^\\W\\d_\]|\\[\s\S]|\(\?P<|\[|\]", re.DOTALL)
 
 def rules() -> dict[str, dict[str, Any]]:
     """Return module name -> constant's name -> its value: patterns as {"pattern", "flags"}, sets as lists."""
-    return {
+    found = {
         module.__name__.rpartition(".")[2]: {
             name: encoded
             for name, value in vars(module).items()
@@ -41,6 +42,8 @@ def rules() -> dict[str, dict[str, Any]]:
         }
         for module in MODULES
     }
+    found["cuts"]["MODEL"] = _encoded(cuts.model())
+    return found
 
 
 def _encoded(value: object) -> Any:

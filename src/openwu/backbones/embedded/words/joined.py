@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from openwu.backbones.embedded.words.language import word_set
@@ -22,23 +23,23 @@ _SAME = 0.1
 """From which probability of one part's edit in another part both say the same."""
 _MOST = 4
 
-_DESCRIBES = re.compile(
+DESCRIBES = re.compile(
     r"\b(?:is|are|was|were|looks?|seems?|feels?|find|had|has|have|gives?|leaves?|went|got|like|as if|as in)\b"
     r"|\w['’](?:s|m|ve)\b|(?:[是在有看拍觉]|像(?!素))|[了过片]$|的$|^(?:同|一)|[^一]样$",
     re.IGNORECASE,
 )
-_DENIES = re.compile(
+DENIES = re.compile(
     r"\b(?:not|no|nothing|too|without|instead|but|never|than|or|nor|until|till|because|if|leave|keep|only|just|already|"
     r"same|both|all|ones?)\b|n['’]t\b|[太不没别无但似只留]|有点|保持",
     re.IGNORECASE,
 )
-_POINTS_BACK = re.compile(
+POINTS_BACK = re.compile(
     r"(?:please |just |then )*(?:fix|correct|repair|improve|undo|sort|mend|restore|ease|help|flatten|pull|tone|clean|"
     r"bring)(?: (?:it|this|that|them|up|back|down|out))*(?: please)?|"
     r".{0,2}(?:校正|修复|恢复|修正|处理|冷却|改善|纠正)(?:一下|下)?",
     re.IGNORECASE,
 )
-_NEAR = tuple(
+NEAR = tuple(
     word_set(words)
     for words in (
         "lift_shadows recover_highlights hdr contrast_up contrast_down fade",
@@ -90,18 +91,22 @@ def joined(found: Sequence[Wish], alone: Sequence[bool], ordered: bool) -> tuple
         counts = ordered or _counts(part, by_itself)
         if part.reading.is_wish(SURE) and counts and not any(_same(part, each) for each in wishes):
             wishes.append(part)
-    edits = {each.reading.edit for each in wishes}
-    near = not ordered and any(len(edits & together) > 1 for together in _NEAR)
-    return tuple(wishes) if 2 <= len(wishes) <= _MOST and not near else None
+    same = not ordered and near({each.reading.edit for each in wishes})
+    return tuple(wishes) if 2 <= len(wishes) <= _MOST and not same else None
+
+
+def near(edits: AbstractSet[str]) -> bool:
+    """Return whether some of these edits are often named together by people who ask for one of them."""
+    return any(len(edits & together) > 1 for together in NEAR)
 
 
 def _counts(part: Wish, by_itself: bool) -> bool:
     word = part.text.isascii() and len(part.text.split()) < 2
-    if _POINTS_BACK.fullmatch(part.text) or (word and (part.reading.sentence or not by_itself)):
+    if POINTS_BACK.fullmatch(part.text) or (word and (part.reading.sentence or not by_itself)):
         return False
     if part.reading.sentence:  # A complaint or a name, of which the sentence is the cure.
         return True
-    return not _DESCRIBES.search(part.text) and not _DENIES.search(part.text)
+    return not DESCRIBES.search(part.text) and not DENIES.search(part.text)
 
 
 def _same(one: Wish, other: Wish) -> bool:

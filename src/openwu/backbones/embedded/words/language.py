@@ -53,9 +53,17 @@ _NO_REQUEST = (
         re.I,
     ),
     re.compile(
+        r"^(?:is|are) .{1,40}\b(?:better|worse|cheaper)\b.{0,10}\bthan\b|"
+        r"\bhow (?:do|can|should) i\b.*\bon (?:my|the) (?:laptop|phone|screen|monitor|camera|computer|tv)\b|"
+        r"^my (?:laptop|phone|screen|monitor|camera|tv)(?:['’]s)? (?:is|looks|has)\b|"
+        r"\b(?:flip|mirror)\b.{1,30}\b(?:horizontally|vertically|left to right)\b|"
+        r"\b(?:square|portrait|landscape) (?:photo |picture |image )?(?:format|crop|aspect)\b",
+        re.I,
+    ),
+    re.compile(
         r"^(?:请|麻烦)?(?:教我|推荐|介绍一?下|解释|翻译|写一?[篇首封])|(?:我想|我要|想要|哪里能?)(?:买|学|卖)|"
         r"多少钱|是什么意思|怎么[学念]|用英语怎么说|多不多|下不下[雨雪]|有没有[雨雪雾]|(?:哪个|什么)牌子|"
-        r"^(?:明天|后天|今晚|周末).*[吗？?]$|^哪[张个些].*(?:最|吗|？)"
+        r"^(?:明天|后天|今晚|周末).*[吗？?]$|^哪[张个些].*(?:最|吗|？)|哪张.*[？?]$|^找出"
     ),
 )
 """Questions and other matters than the picture, whatever edit their words remind of."""

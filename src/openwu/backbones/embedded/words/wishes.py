@@ -11,10 +11,12 @@ is told from the one in "don't brighten it". Pure functions; English and Chinese
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.words.complaints import cures
+from openwu.backbones.embedded.words.cuts import CLEAR, POSSIBLE, judge
 from openwu.backbones.embedded.words.joined import joined
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
 from openwu.errors import InstructionError
@@ -75,9 +77,8 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     text = _without_restrictions(text, read, accepted)
     if text != instruction:
         whole = read([text])[0]
-    if several := _several(text, whole, read, accepted):
-        return several
-    return (_with_number(text, whole, read, accepted),)
+    several = _several(text, whole, read, accepted) or _by_cuts(text, whole, read, accepted)
+    return several or (_with_number(text, whole, read, accepted),)
 
 
 def _wish(text: str, reading: Reading, strength: float = 1.0, number: str = "") -> Wish:
@@ -221,6 +222,12 @@ _PARTS = (
     re.compile(rf"(?<!not )\b(?:only|just)\b(?: on| in| at| to)? {_THE} (?:\w+ )?{_REGION}\b", re.I),
     re.compile(rf"(?<!not )\b(?:only|just)\b(?: the)? {_REGION}\b", re.I),
     re.compile(rf"\bbut not(?: {_THE})* (?:\w+ )?{_REGION}\b|\b{_THE} (?:\w+ )?{_REGION} (?:alone|only)\b", re.I),
+    re.compile(rf"\b(?:more|less|no) light on {_THE} {_REGION}\b", re.I),
+    re.compile(
+        r"(?:左|右|上|下)(?:面|边)?(?:的?一半|半边|半部分).{0,8}[调变改弄加做]|"
+        r"(?:左|右|上|下)[边面侧].{0,6}(?:别动|不动|不要动|别变|不变)"
+    ),
+    re.compile(rf"{_REGION_ZH}.{{0,4}}(?:别[变动碰]|不要[动变])|(?:别|不要)[动碰].{{0,4}}(?:其[他它余]|别的)"),
     re.compile(rf"{_REGION_ZH}.*(?:别的|其[他它余]|剩下).{{0,3}}(?:别动|不动|不变|别碰|不要[动变])"),
     re.compile(rf"{_REGION_ZH}(?:不要动|别动|不动|保持不变|不要变)"),
     re.compile(r"除了.{1,8}(?:以外|之外|外|都|其[他它余])|.{1,4}以外"),
@@ -324,6 +331,9 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
         return None
     parts = joined(found, [*map(_stands_alone, found)], any(word == "then" for _, word in pieces))
     if parts and (any(each.reading.edit == whole.edit for each in parts) or not whole.is_wish(accepted)):
+        edits = {each.reading.edit for each in parts}
+        if lost := [each for each in found if _is_lost(each, edits)]:
+            raise _not_understood(instruction, parts[0], lost[0])
         return parts
     lost = [
         each
@@ -339,11 +349,51 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
     wanted = [each for each in clear if _stands_alone(each)]
     shown = not whole.is_wish(accepted) or any(each.reading.edit == whole.edit for each in wanted)
     if lost and wanted and shown and whole.edit not in _LOCAL:
-        raise InstructionError(
-            f"instruction: {instruction!r} asks for more than {_plain(wanted[0].reading.edit)}, but {lost[0].text!r} "
-            "was not understood; leave it out, or say each wish by itself with --then (then=)"
-        )
+        raise _not_understood(instruction, wanted[0], lost[0])
     return None
+
+
+def _is_lost(part: Wish, edits: Set[str]) -> bool:
+    """Whether a part is a command for something else than the edits that were found."""
+    said = any(probability >= _SAME_WISH for edit, probability in part.reading.ranked if edit in edits)
+    return not said and _is_command(part.text) and not _COMPARATIVE.match(part.text)
+
+
+def _not_understood(instruction: str, wanted: Wish, lost: Wish) -> InstructionError:
+    return InstructionError(
+        f"instruction: {instruction!r} asks for more than {_plain(wanted.reading.edit)}, but {lost.text!r} "
+        "was not understood; leave it out, or say each wish by itself with --then (then=)"
+    )
+
+
+def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wish, ...] | None:
+    """The wishes of a sentence whose parts no rule tells apart, by the learned judge of cuts; None for one wish.
+
+    Raises InstructionError where there may be two wishes and it is not clear which.
+    """
+    judged = judge(text, whole, read)
+    if judged is None or judged.probability < POSSIBLE:
+        return None
+    found: list[Wish] = []
+    for side, part, reading in (
+        (judged.cut.left, judged.left_text, judged.left),
+        (judged.cut.right, judged.right_text, judged.right),
+    ):
+        again = read([side])[0]
+        more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted)
+        found += more or (_with_number(part, reading, read, accepted),)
+    clear = judged.probability >= CLEAR and all(each.reading.is_wish(accepted) for each in found)
+    complaint, right = cures(judged.left_text), judged.right_text
+    repeated = (
+        complaint and not cures(right) and not _is_command(right)
+    )  # "too dark and a bit blurry" is no wish for blur.
+    if not clear or repeated or len(found) > MOST_WISHES:
+        named = " and ".join(f"{_plain(each.reading.edit)} ({each.text!r})" for each in found)
+        raise InstructionError(
+            f"instruction: {text!r} may ask for more than one edit, {named}, and it is not clear which; ask for one of "
+            "them, or say each wish by itself with --then (then=)"
+        )
+    return tuple({each.reading.edit: each for each in reversed(found)}.values())[::-1]
 
 
 def _stands_alone(wish: Wish) -> bool:
@@ -359,6 +409,9 @@ _VERB_OF = re.compile(
 _MADE = re.compile(r"(?:the|colou?rs?)\b", re.IGNORECASE)
 """Parts that share a "make": "the colours pop" of "make it brighter and the colours pop", and no adjective alone."""
 
+_TELLS = re.compile(r"(?:i|we|he|she|they|it|you|my|there)\b", re.IGNORECASE)
+"""Parts that tell something and share no verb: "remove the noise, I took it in the rain"."""
+
 
 def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]:
     """Give "a vignette" of "add grain and a vignette" its verb, where that makes it a wish."""
@@ -370,6 +423,7 @@ def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]
             verb
             and not _is_command(piece)
             and len(piece.split()) <= _SHORT
+            and not _TELLS.match(piece)
             and (verb.lower() != "make" or _MADE.match(piece))
             and read([longer])[0].is_wish(max(CERTAIN, accepted))
         ):

@@ -90,7 +90,8 @@ export class Rules {
     let text = await this.withoutNegations(instruction, whole);
     text = await this.withoutRestrictions(text);
     if (text !== instruction) [whole] = await this.read([text]);
-    return (await this.several(text, whole)) ?? [await this.withNumber(text, whole)];
+    const several = (await this.several(text, whole)) ?? (await this.byCuts(text, whole));
+    return several ?? [await this.withNumber(text, whole)];
   }
 
   // Languages
@@ -278,7 +279,11 @@ export class Rules {
       return edits.has(whole.edit) || !sure ? found : null;
     }
     const parts = this.joinedParts(found, later.some(([, word]) => word === "then"));
-    if (parts && (!sure || parts.some((each) => each.reading.edit === whole.edit))) return parts;
+    if (parts && (!sure || parts.some((each) => each.reading.edit === whole.edit))) {
+      const missing = found.find((each) => this.isLost(each, parts.map((part) => part.reading.edit)));
+      if (missing) throw this.notUnderstood(parts[0], missing);
+      return parts;
+    }
     const lost = found.filter(
       ({ text, reading }) =>
         this.isCommand(text) &&
@@ -291,11 +296,19 @@ export class Rules {
     const wanted = clear.filter((each) => this.standsAlone(each));
     const shown = !sure || wanted.some((each) => each.reading.edit === whole.edit);
     if (lost.length && wanted.length && shown && !w._LOCAL.includes(whole.edit)) {
-      throw new Refusal(
-        `This asks for more than ${plain(wanted[0].reading.edit)}, but “${lost[0].text}” was not understood; leave it out.`,
-      );
+      throw this.notUnderstood(wanted[0], lost[0]);
     }
     return null;
+  }
+
+  // Whether a part is a command for something else than the edits that were found.
+  isLost({ text, reading }, edits) {
+    const said = reading.ranked.some(([label, chance]) => edits.includes(label) && chance >= this.wishes._SAME_WISH);
+    return !said && this.isCommand(text) && !match(this.wishes._COMPARATIVE, text);
+  }
+
+  notUnderstood(wanted, lost) {
+    return new Refusal(`This asks for more than ${plain(wanted.reading.edit)}, but “${lost.text}” was not understood; leave it out.`);
   }
 
   // Parts that name edits without commanding them; null for fewer than two.
@@ -312,15 +325,137 @@ export class Rules {
       if (counts && !wishes.some((each) => same(part, each))) wishes.push(part);
     }
     const edits = wishes.map((each) => each.reading.edit);
-    const near = !ordered && j._NEAR.some((together) => edits.filter((edit) => together.includes(edit)).length > 1);
-    return wishes.length >= 2 && wishes.length <= j._MOST && !near ? wishes : null;
+    const oneWish = !ordered && this.near(edits);
+    return wishes.length >= 2 && wishes.length <= j._MOST && !oneWish ? wishes : null;
   }
 
   counts(part) {
     const j = this.joined;
     const word = isAscii(part.text) && spaced(part.text).split(" ").length < 2;
-    if (fullmatch(j._POINTS_BACK, part.text) || (word && (part.reading.sentence || !this.standsAlone(part)))) return false;
-    return Boolean(part.reading.sentence) || !(j._DESCRIBES.test(part.text) || j._DENIES.test(part.text));
+    if (fullmatch(j.POINTS_BACK, part.text) || (word && (part.reading.sentence || !this.standsAlone(part)))) return false;
+    return Boolean(part.reading.sentence) || !(j.DESCRIBES.test(part.text) || j.DENIES.test(part.text));
+  }
+
+  // Wishes whose parts no rule tells apart, by the learned judge of cuts; null for one wish.
+  async byCuts(text, whole) {
+    const judged = await this.judge(text, whole);
+    if (judged === null || judged.probability < this.cuts.POSSIBLE) return null;
+    const found = [];
+    for (const { side, part, reading } of judged.sides) {
+      const [again] = await this.read([side]);
+      const more = (await this.several(side, again)) ?? (await this.byCuts(side, again));
+      found.push(...(more ?? [await this.withNumber(part, reading)]));
+    }
+    const clear = judged.probability >= this.cuts.CLEAR && found.every((each) => this.isWish(each.reading, this.accepted));
+    const [left, right] = judged.sides.map(({ part }) => part);
+    const repeated = this.cures(left).length && !this.cures(right).length && !this.isCommand(right);
+    if (!clear || repeated || found.length > this.wishes.MOST_WISHES) {
+      const named = found.map((each) => `${plain(each.reading.edit)} (“${each.text}”)`).join(" and ");
+      throw new Refusal(`This may ask for more than one edit, ${named}, and it is not clear which; ask for one of them.`);
+    }
+    return found.filter((each, at) => found.findIndex((other) => other.reading.edit === each.reading.edit) === at);
+  }
+
+  // The likeliest cut between two wishes and the probability of two; null where no cut has two different edits.
+  async judge(text, whole) {
+    const cuts = this.cutsOf(text);
+    const texts = [...new Set(cuts.flatMap((cut) => [cut.left, cut.leftClause, cut.right, cut.rightClause]))];
+    const readings = new Map((texts.length ? await this.read(texts) : []).map((each, at) => [texts[at], each]));
+    const sure = (side) => this.likeliest(readings.get(side))[1];
+    let [best, most, total] = [null, -Infinity, 0];
+    for (const cut of cuts) {
+      const left = sure(cut.leftClause) > sure(cut.left) ? cut.leftClause : cut.left;
+      const right = sure(cut.rightClause) > sure(cut.right) ? cut.rightClause : cut.right;
+      const numbers = this.cutNumbers(cut, whole, readings.get(left), readings.get(right));
+      if (numbers === null) continue;
+      const score = this.cutScore(cut, numbers);
+      total += Math.exp(Math.min(score, 30));
+      if (Math.min(score, 30) <= most) continue;
+      most = Math.min(score, 30);
+      const sides = [
+        { side: cut.left, part: left, reading: readings.get(left) },
+        { side: cut.right, part: right, reading: readings.get(right) },
+      ];
+      best = { sides };
+    }
+    return best && { ...best, probability: total / (1 + total) };
+  }
+
+  cutsOf(sentence) {
+    const c = this.cuts;
+    const spans = [...sentence.matchAll(all(c._TOKEN))].map((found) => [found.index, found.index + found[0].length]);
+    const without = (joining, side) => strip(side.replace(joining, ""), c.MARKS) || side;
+    const words = (side) => side.toLowerCase().replaceAll("’", "'").match(all(c._WORD)) ?? [];
+    const found = new Map();
+    for (let at = 1; at < spans.length; at++) {
+      const [before, after] = [sentence.slice(0, spans[at - 1][1]), sentence.slice(spans[at][0])];
+      const left = without(c._TRAILING, strip(before, c.MARKS));
+      const right = without(c._LEADING, strip(after, c.MARKS));
+      const key = JSON.stringify([left, right]);
+      if (!c._LETTER.test(left) || !c._LETTER.test(right) || found.has(key)) continue;
+      const leftClause = strip(left.split(c._CLAUSE).at(-1), c.MARKS) || left;
+      const rightClause = strip(right.split(c._CLAUSE)[0], c.MARKS) || right;
+      const mark = [before.at(-1), after[0]].find((each) => c._CLAUSE.test(each)) ?? "";
+      found.set(key, { left, right, leftClause, rightClause, before: words(before), after: words(after), mark });
+    }
+    return [...found.values()];
+  }
+
+  likeliest(reading) {
+    return reading.ranked.find(([label]) => label !== this.outOfScope);
+  }
+
+  // What the readings and the rules' patterns say of a cut; null where its sides name no two different edits.
+  cutNumbers(cut, whole, left, right) {
+    const [c, j] = [this.cuts, this.joined];
+    const [[one, sureOne], [other, sureOther]] = [this.likeliest(left), this.likeliest(right)];
+    if (one === other || Math.min(sureOne, sureOther) < c.SIDE) return null;
+    const logit = (probability) => {
+      const bounded = Math.min(Math.max(probability, c.LIMIT), 1 - c.LIMIT);
+      return Math.log(bounded / (1 - bounded)) / c.LOGIT_SCALE;
+    };
+    const of = (reading, edit) => logit(reading.ranked.find(([label]) => label === edit)?.[1] ?? 0);
+    const [likeliest, sure] = this.likeliest(whole);
+    const [first, second] = [logit(sureOne), logit(sureOther)];
+    const crossed = [of(right, one), of(left, other)];
+    const shown = [of(whole, one), of(whole, other)];
+    const lengths = [cut.before.length, cut.after.length];
+    const numbers = [1, first, second, Math.min(first, second)];
+    numbers.push(...[left, right, whole].map((reading) => of(reading, this.outOfScope)));
+    numbers.push(...shown, Math.min(...shown), logit(sure), likeliest === one, likeliest === other);
+    numbers.push(...crossed, Math.max(...crossed), this.near([one, other]));
+    numbers.push(...lengths.map((length) => Math.log(Math.max(1, length))), ...lengths.map((length) => length < 2));
+    numbers.push(isChinese(cut.left + cut.right), Boolean(left.sentence), Boolean(right.sentence));
+    const sides = [cut.left, cut.right];
+    for (const pattern of [j.DESCRIBES, j.DENIES]) numbers.push(...sides.map((side) => pattern.test(side)));
+    numbers.push(...sides.map((side) => Boolean(fullmatch(j.POINTS_BACK, side))));
+    return numbers.map(Number);
+  }
+
+  cutScore(cut, numbers) {
+    const { numbers: weights, words } = this.cuts.MODEL;
+    const found = this.cutPhrases(cut).map((each) => (has(words, each) ? words[each] : 0));
+    const linear = numbers.reduce((sum, number, at) => sum + weights[at] * number, 0);
+    return linear + (this.cuts.PHRASE_FACTOR * found.reduce((sum, each) => sum + each, 0)) / Math.sqrt(found.length);
+  }
+
+  // What the linear model knows the words around a cut by.
+  cutPhrases({ before, after, left, right, mark }) {
+    const chinese = isChinese(left + right);
+    const found = new Set([`mark ${mark}`, `last ${before.slice(-1).join(" ")}`, `next ${after.slice(0, 1).join(" ")}`]);
+    found.add(`last two ${before.slice(-2).join(" ")}`).add(`next two ${after.slice(0, 2).join(" ")}`);
+    for (const [side, words] of [["before", before], ["after", after]]) {
+      for (const [at, word] of words.entries()) {
+        found.add(`${side} ${word}`);
+        if (chinese && at) found.add(`${side} ${words[at - 1]}${word}`);
+      }
+    }
+    return [...found].map((each) => `${chinese ? "z" : "e"} ${each}`);
+  }
+
+  // Whether people often name some of these edits together when they ask for one of them.
+  near(edits) {
+    return this.joined.NEAR.some((together) => edits.filter((edit) => together.includes(edit)).length > 1);
   }
 
   standsAlone(wish) {
@@ -333,7 +468,8 @@ export class Rules {
     const whole = [];
     for (let piece of pieces) {
       const found = match(this.wishes._VERB_OF, piece);
-      const shares = verb.toLowerCase() !== "make" || match(this.wishes._MADE, piece);
+      const made = verb.toLowerCase() !== "make" || match(this.wishes._MADE, piece);
+      const shares = made && !match(this.wishes._TELLS, piece);
       if (verb && !this.isCommand(piece) && spaced(piece).split(" ").length <= this.wishes._SHORT && shares) {
         const [reading] = await this.read([`${verb} ${piece}`]);
         if (this.isWish(reading, Math.max(this.certain, this.accepted))) piece = `${verb} ${piece}`;
