@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from openwu.adapters.inject import attach
-from openwu.backbones.embedded.base import WEIGHTS
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.data.programs import draw_program
 from openwu.data.suite.photographs import load_test_photographs
 from openwu.evaluation.cases import Case, draw_cases, encode, image_tensor, score

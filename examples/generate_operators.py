@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwu.adapters.inject import attach
-from openwu.backbones.embedded.base import WEIGHTS
 from openwu.backbones.embedded.condition import SHOWN
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.backbones.embedded.network import TinyEditor, place_planes, recolour
 from openwu.data.examples import ExampleBatch, ExampleSampler, neighbours
 from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, draw_program

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from openwu.backbones.embedded.base import WEIGHTS, native_dtype
+from openwu.backbones.embedded.base import native_dtype
 from openwu.backbones.embedded.condition import EmbeddedConditionConfig
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.backbones.embedded.instruction import InstructionConfig
 from openwu.backbones.embedded.piecewise import pieces
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from openwu.backbones.embedded.base import WEIGHTS
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.data.pairs import Pair, Pairs, pairs_hashes
 from openwu.data.suite import phrases
 from openwu.data.suite.photographs import folder_hashes

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from openwu.backbones.embedded.base import WEIGHTS, native_dtype
+from openwu.backbones.embedded.base import native_dtype
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.data.suite import EDITS
 from openwu.data.suite.photographs import load_test_photographs
 from openwu.errors import OpenwuError

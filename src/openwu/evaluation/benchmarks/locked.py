@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwu.backbones.embedded.base import WEIGHTS, native_dtype
+from openwu.backbones.embedded.base import native_dtype
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.data.suite import BASE_EDITS, EDITS
 from openwu.data.suite.locked import locked_digest, locked_photographs, locked_sentences
 from openwu.errors import OpenwuError

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwu.backbones.embedded.base import WEIGHTS, native_dtype
+from openwu.backbones.embedded.base import native_dtype
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.data.suite import BASE_EDITS, CONTRADICTORY_PAIRS, EDITS, FAMILIES
 from openwu.data.suite.photographs import Photograph, folder_hashes, load_folder, load_test_photographs
 from openwu.editor.editor import Editor

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from openwu.adapters.inject import attach
 from openwu.adapters.merge import merged_copy, merging_pays
-from openwu.backbones.embedded.base import WEIGHTS, EmbeddedBase
+from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.condition import SHOWN
-from openwu.backbones.embedded.config import PIXELS, EmbeddedBaseConfig, read_config, read_parts
+from openwu.backbones.embedded.config import PIXELS, WEIGHTS, EmbeddedBaseConfig, read_config, read_parts
 from openwu.config import ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError, TargetError
 from openwu.files.weights import fill

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from openwu.backbones.embedded.base import WEIGHTS
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.data.pairs import pairs_hashes, read_pairs, split_pairs
 from openwu.data.suite.photographs import folder_hashes, load_folder
 from openwu.data.suite.phrases import phrases_hash
