@@ -190,6 +190,12 @@ def test_names_that_are_none_are_refused(memory: LanguageMemory, name: str) -> N
         memory.store.add(MemoryNote(memory.remember(ANNA).adapter, 1, "", "", "", name))
 
 
+def test_a_store_opens_while_another_process_writes_its_first_note(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".openwu-0123456789abcdef.part").write_text("{")
+    assert MemoryStore(tmp_path).names() == ()
+
+
 def test_a_folder_of_something_else_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"mine\.txt"):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from openwu.errors import CheckpointError, OpenwuError
 from openwu.files.locking import take_lock
-from openwu.files.writing import write_json
+from openwu.files.writing import PARTIAL, write_json
 from openwu.memory.note import MemoryNote
 from openwu.types import Adapter
 
@@ -37,11 +37,9 @@ class MemoryStore:
         """Use a folder, which the first note makes. Raises CheckpointError for a folder of something else."""
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and not (self.folder / INDEX).is_file():
-            strange = (
-                [path.name for path in self.folder.iterdir() if path.name not in (NOTES, ".lock")]
-                if (self.folder.is_dir())
-                else [self.folder.name]
-            )
+            found = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else [self.folder.name]
+            # Another process may be writing the first note just now.
+            strange = [name for name in found if name not in (INDEX, NOTES, ".lock") and not PARTIAL.fullmatch(name)]
             if strange:
                 raise CheckpointError(
                     f"{folder}: expected a memory store or an empty folder, found {', '.join(sorted(strange)[:3])}"
