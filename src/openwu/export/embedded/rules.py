@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from openwu.backbones.embedded import catalogue, guarantees, instruction, scale
-from openwu.backbones.embedded.words import amounts, complaints, cuts, joined, language, wishes
+from openwu.backbones.embedded.words import amounts, complaints, cuts, joined, language, restrictions, wishes
 
 MODULES: tuple[ModuleType, ...] = (
     instruction,
@@ -20,6 +20,7 @@ MODULES: tuple[ModuleType, ...] = (
     amounts,
     joined,
     cuts,
+    restrictions,
     wishes,
     complaints,
     catalogue,

@@ -19,6 +19,7 @@ from openwu.backbones.embedded.words.complaints import cures
 from openwu.backbones.embedded.words.cuts import CLEAR, POSSIBLE, judge
 from openwu.backbones.embedded.words.joined import joined
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
+from openwu.backbones.embedded.words.restrictions import KEEPING, KEEPS, LOCAL, PARTS, REGION
 from openwu.errors import InstructionError
 
 OUT_OF_SCOPE = "out_of_scope"
@@ -181,80 +182,6 @@ def _negated(clause: str) -> str | None:
 
 # Restrictions
 
-_LOCAL = word_set(
-    "lift_shadows recover_highlights vignette remove_vignette tilt_shift hdr hue_shift take_palette "
-    "take_tone take_grain take_style take_light take_sharpness take_cast"
-)
-"""Edits that concern part of the tones, the frame or another picture by themselves."""
-_REGION = (
-    r"(?:sky|clouds?|faces?|person|people|man|woman|men|women|boy|girl|child|kids?|baby|bride|groom|dog|cat|horse|bird|"
-    r"background|foreground|subject|cars?|house|building|houses|buildings|trees?|flowers?|grass|water|sea|lake|river|"
-    r"mountains?|hair|eyes?|skin|lips|teeth|hands?|dress|shirt|jacket|hat|left|right|top|bottom|upper|lower|wall|floor|"
-    r"window|door|text|sign|logo|table|chair|food|road|street|beach|sand|ground|object|part|area|side|half)"
-)
-_REGION_ZH = (
-    r"(?:天空?|地面|脸|人|背景|前景|主体|头发|眼睛|皮肤|衣服|裙子?|衬衫|车|房子?|花|草地?|水面?|树|山|海|湖|墙|鞋|"
-    r"门|窗|路|狗|猫|杯子?|T恤|嘴唇|月亮)"
-)
-_COLOURS = word_set(
-    "warm cool sepia black_and_white colourise invert hue_shift tint_red tint_green tint_blue tint_purple "
-    "white_balance age fade pencil charcoal halftone cross_stitch neon blueprint sunset night day "
-    "take_palette take_style take_cast"
-)
-_LIGHT = word_set("brighten darken lift_shadows recover_highlights hdr invert night day sunset take_light take_tone")
-_KEEPS: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
-    (re.compile(r"\b(?:colou?rs?|hues?)\b|颜色|色彩", re.I), _COLOURS),
-    (re.compile(r"\bsaturation\b|饱和度", re.I), _COLOURS | {"saturate", "desaturate", "unfade"}),
-    (re.compile(r"\b(?:brightness|exposure|lightness)\b|亮度", re.I), _LIGHT),
-    (re.compile(r"\bcontrast\b|对比", re.I), word_set("contrast_up contrast_down hdr unfade fade invert take_tone")),
-    (re.compile(r"\b(?:rest|others?|everything else)\b|其[他它余]|别的|剩下", re.I), frozenset()),
-)
-"""What a sentence may ask to keep as it is, and the edits that would change it."""
-_KEPT = (
-    r"(?:colou?rs?|hues?|saturation|brightness|exposure|lightness|contrast|rest|others?|everything else|"
-    rf"{_REGION[3:-1]})"
-)
-_THE = r"(?:the|his|her|its|my|our|their|this|that|these|those|all|original|other)"
-_PARTS = (
-    re.compile(
-        rf"\b(?:except|apart from|other than|aside from|excluding)\b(?: for)?(?: {_THE})* (?:\w+ )?{_KEPT}\b", re.I
-    ),
-    re.compile(rf"(?<!not )\b(?:only|just)\b(?: on| in| at| to)? {_THE} (?:\w+ )?{_REGION}\b", re.I),
-    re.compile(rf"(?<!not )\b(?:only|just)\b(?: the)? {_REGION}\b", re.I),
-    re.compile(rf"\bbut not(?: {_THE})* (?:\w+ )?{_REGION}\b|\b{_THE} (?:\w+ )?{_REGION} (?:alone|only)\b", re.I),
-    re.compile(rf"\b(?:more|less|no) light on {_THE} {_REGION}\b", re.I),
-    re.compile(
-        r"(?:左|右|上|下)(?:面|边)?(?:的?一半|半边|半部分).{0,8}[调变改弄加做]|"
-        r"(?:左|右|上|下)[边面侧].{0,6}(?:别动|不动|不要动|别变|不变)"
-    ),
-    re.compile(rf"{_REGION_ZH}.{{0,4}}(?:别[变动碰]|不要[动变])|(?:别|不要)[动碰].{{0,4}}(?:其[他它余]|别的)"),
-    re.compile(rf"{_REGION_ZH}.*(?:别的|其[他它余]|剩下).{{0,3}}(?:别动|不动|不变|别碰|不要[动变])"),
-    re.compile(rf"{_REGION_ZH}(?:不要动|别动|不动|保持不变|不要变)"),
-    re.compile(r"除了.{1,8}(?:以外|之外|外|都|其[他它余])|.{1,4}以外"),
-    re.compile(
-        r"(?<!不)只(?!剩)(?:把|让|给|对|将|改|动|在)?.{0,3}(?:天空?|脸|人物?|背景|前景|主体|左|右|"
-        r"上半|下半|头发|眼睛|皮肤|衣服|车|房子|花|草|水|树)"
-    ),
-)
-"""Sentences that ask for a part of the picture."""
-_KEEPING = (
-    re.compile(
-        rf"(?:\b(?:but|and|while)\s+)?\b(?:keep|keeping|leave|leaving|preserve|preserving|without (?:changing|touching|"
-        rf"affecting)|don['’]?t (?:touch|change)|do not (?:touch|change))\b(?: {_THE})+ (?:\w+ )?(?P<kept>{_KEPT})\b"
-        r"(?: (?:as (?:they are|it is|is|before)|the same|unchanged|alone|intact))?",
-        re.I,
-    ),
-    re.compile(
-        r"(?:但是?|而且|并且?)?(?:还|也)?(?:保持|保留|不要动|别动|不动|不改变?|别改)(?:住|原来的?|原有的?)?"
-        r"(?P<kept>颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空|其[他它余])(?:不变|不动)?"
-    ),
-    re.compile(
-        r"(?:但是?|而且|并且?)?(?P<kept>其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空)"
-        r".{0,4}?(?:不变|别动|不动|不要动|别碰|保持不变|别改|不改|保持)"
-    ),
-)
-"""Sentences that ask to keep something as it is."""
-
 
 def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
     """Return the sentence without a clause that its edit obeys by itself, where that clause keeps it from being read.
@@ -262,20 +189,20 @@ def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
     Raises InstructionError for a wish that concerns a part of the picture, or that would change what is to be kept.
     """
     whole = read([instruction])[0]
-    local = whole.edit in _LOCAL and whole.is_wish(accepted)
-    for pattern in _PARTS:
+    local = whole.edit in LOCAL and whole.is_wish(accepted)
+    for pattern in PARTS:
         if not local and (found := pattern.search(instruction)):
             _refuse_part(instruction, whole, found[0])
-    for pattern in _KEEPING:
+    for pattern in KEEPING:
         if found := pattern.search(instruction):
             left = _trimmed(instruction[: found.start()] + instruction[found.end() :])
             wanted = read([left or "$"])[0]
             bar = max(CERTAIN, accepted) if whole.is_wish(accepted) else accepted
             wanted = wanted if wanted.is_wish(bar) else whole
-            if local and wanted.edit in _LOCAL:
+            if local and wanted.edit in LOCAL:
                 continue
-            changed = next((edits for kept, edits in _KEEPS if kept.search(found["kept"])), None)
-            part = changed is not None and not changed and re.search(rf"\b{_REGION}\b", left, re.I)
+            changed = next((edits for kept, edits in KEEPS if kept.search(found["kept"])), None)
+            part = changed is not None and not changed and re.search(rf"\b{REGION}\b", left, re.I)
             if part or changed is None or wanted.edit in changed:
                 _refuse_part(instruction, wanted, found[0])
             elif wanted.edit != whole.edit or not whole.is_wish(accepted):
@@ -284,7 +211,7 @@ def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
 
 
 def _refuse_part(instruction: str, whole: Reading, found: str) -> None:
-    if whole.edit in _LOCAL:
+    if whole.edit in LOCAL:
         return
     everywhere = "" if whole.edit == OUT_OF_SCOPE else f" for {_plain(whole.edit)} everywhere"
     raise InstructionError(
@@ -348,7 +275,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
     ]
     wanted = [each for each in clear if _stands_alone(each)]
     shown = not whole.is_wish(accepted) or any(each.reading.edit == whole.edit for each in wanted)
-    if lost and wanted and shown and whole.edit not in _LOCAL:
+    if lost and wanted and shown and whole.edit not in LOCAL:
         raise _not_understood(instruction, wanted[0], lost[0])
     return None
 

@@ -46,7 +46,7 @@ export class Rules {
     this.encode = encode;
     this.outOfScope = this.wishes.OUT_OF_SCOPE;
     this.certain = this.wishes.CERTAIN;
-    this.isRegion = new RegExp(`(?<![\\p{L}\\p{N}_])${this.wishes._REGION}(?![\\p{L}\\p{N}_])`, "iu");
+    this.isRegion = new RegExp(`(?<![\\p{L}\\p{N}_])${this.restrictions.REGION}(?![\\p{L}\\p{N}_])`, "iu");
   }
 
   isWish(reading, probability = this.certain) {
@@ -227,14 +227,13 @@ export class Rules {
   // Restrictions
 
   async withoutRestrictions(instruction) {
-    const w = this.wishes;
     const [whole] = await this.read([instruction]);
-    const local = w._LOCAL.includes(whole.edit) && this.isWish(whole, this.accepted);
-    for (const pattern of w._PARTS) {
+    const local = this.restrictions.LOCAL.includes(whole.edit) && this.isWish(whole, this.accepted);
+    for (const pattern of this.restrictions.PARTS) {
       const found = local ? null : pattern.exec(instruction);
       if (found) this.refusePart(whole, found[0]);
     }
-    for (const pattern of w._KEEPING) {
+    for (const pattern of this.restrictions.KEEPING) {
       const found = pattern.exec(instruction);
       if (!found) continue;
       const end = found.index + found[0].length;
@@ -242,8 +241,8 @@ export class Rules {
       let [wanted] = await this.read([left || "$"]);
       const sure = this.isWish(whole, this.accepted);
       if (!this.isWish(wanted, sure ? Math.max(this.certain, this.accepted) : this.accepted)) wanted = whole;
-      if (local && w._LOCAL.includes(wanted.edit)) continue;
-      const kept = w._KEEPS.find(([test]) => test.test(found.groups.kept));
+      if (local && this.restrictions.LOCAL.includes(wanted.edit)) continue;
+      const kept = this.restrictions.KEEPS.find(([test]) => test.test(found.groups.kept));
       const changed = kept ? kept[1] : null;
       const part = changed !== null && !changed.length && this.isRegion.test(left);
       if (part || changed === null || changed.includes(wanted.edit)) this.refusePart(wanted, found[0]);
@@ -253,7 +252,7 @@ export class Rules {
   }
 
   refusePart(whole, found) {
-    if (this.wishes._LOCAL.includes(whole.edit)) return;
+    if (this.restrictions.LOCAL.includes(whole.edit)) return;
     throw new Refusal(
       `This asks for a part of the picture, or to spare one (“${found.trim()}”), but this model edits whole pictures.`,
     );
@@ -295,7 +294,7 @@ export class Rules {
     );
     const wanted = clear.filter((each) => this.standsAlone(each));
     const shown = !sure || wanted.some((each) => each.reading.edit === whole.edit);
-    if (lost.length && wanted.length && shown && !w._LOCAL.includes(whole.edit)) {
+    if (lost.length && wanted.length && shown && !this.restrictions.LOCAL.includes(whole.edit)) {
       throw this.notUnderstood(wanted[0], lost[0]);
     }
     return null;
