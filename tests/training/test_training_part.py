@@ -14,7 +14,7 @@ from openwu.data.suite.photographs import load_folder
 from openwu.errors import OpenwuError
 from openwu.training.checkpoint import load_weights
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe
-from openwu.training.embedded.instruction_stages import InstructionStage
+from openwu.training.embedded.instruction_stages import InstructionStage, PhrasesStage
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.training.embedded.picture_stages import base_stage, generator_stage, shared_stage
 from openwu.training.embedded.run import new_model, train
@@ -99,6 +99,8 @@ def stage_of(name: str, recipe: EmbeddedRecipe) -> Stage:
     model, folder = shaken(recipe), Path(recipe.photographs)
     if name == "instruction":
         return InstructionStage(model, recipe.seed, 6)
+    if name == "phrases":
+        return PhrasesStage(model, recipe.seed, 6)
     make = {"base": base_stage, "generator": generator_stage, "shared": shared_stage}[name]
     return make(recipe, model, (load_folder(folder), load_folder(folder, validation=True)))
 
