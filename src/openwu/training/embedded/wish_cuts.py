@@ -1,7 +1,7 @@
 """Train the linear model of cuts: whether a sentence has two wishes, and where the second begins (`words/cuts.py`).
 
     people = [*written(), *written("developed"), *(each for split in HELD_OUT for each in single(1000, 0, split))]
-    sentences = [*people, *composed(3200, 0), *shared(200, 0), *brief(500, 0), *told(600, 0), *single(18, 0)]
+    sentences = [*people, *composed(3200, 0), *shared(200, 0), *brief(500, 0), *told(500, 0), *single(18, 0)]
     write_json(path, fit(gather(encoder, sentences)))
 
 Sentences of two wishes are composed of two sentences of one each, or written by people (two_wishes.json); sentences of
