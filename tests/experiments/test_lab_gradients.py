@@ -21,6 +21,7 @@ from openwu.evaluation.experiments.probes.gradients import (
     shared_conflicts,
     task_cosines,
 )
+from openwu.evaluation.experiments.runs import EXPERIMENTS
 from openwu.training.embedded.model import EmbeddedModel
 
 TASKS, OPPOSITES = ("warm", "cool", "fog"), (("warm", "cool"),)
@@ -106,3 +107,12 @@ def test_steps_of_the_curve_are_checked_before_anything_is_loaded(capsys: pytest
     assert "--along: expected different numbers of steps, none below 0, got [0, 5, 5]" in capsys.readouterr().err
     assert main(["lab", "conflict", "--along", "0"]) == 2
     assert "it does not read --along" in capsys.readouterr().err
+
+
+def test_the_report_of_a_curve_is_made_from_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[Path] = []
+    monkeypatch.setattr("openwu.cli.lab.note_reports", noted.append)
+    monkeypatch.setitem(EXPERIMENTS, "gradients", lambda _: "")
+    assert main(["lab", "gradients", "--quick", "--along", "0", "5", "--output", str(tmp_path)]) == 0
+    assert main(["lab", "gradients", "--quick", "--output", str(tmp_path)]) == 0
+    assert [file.name for file in noted] == ["gradients-along.json", "gradients.json"]

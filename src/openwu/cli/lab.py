@@ -98,6 +98,7 @@ def run_lab(arguments: list[str]) -> int:
     Path(settings.output).mkdir(parents=True, exist_ok=True)
     sys.stdout.write(run(settings))
     name = what.replace("-", "_") if settings.tasks == TASKS[0] else f"{what}_{settings.tasks}"
+    name = f"{name}-along" if settings.along else name
     note_reports(Path(settings.output) / f"{name}.json")
     return 0
 

@@ -96,6 +96,7 @@ def draw_gradient_curves(found: Sequence[GradientConflict], path: Path) -> Path:
             panel.fill_between(steps, [mean.low for mean in means], [mean.high for mean in means], alpha=0.2)
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set_xscale("symlog", linthresh=1)
+        panel.set_xlim(left=-0.1)
         panel.set_title("the base reads the instruction" if told else "the base is not told", fontsize="medium")
         panel.set_xlabel("steps of the shared LoRA")
     panels[0].set_ylabel("cosine of gradients")
