@@ -78,14 +78,18 @@ def test_a_dry_run_says_what_would_be_done_and_touches_nothing(
 def test_edits_are_listed_and_searched(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["edits"]) == 0
     every = capsys.readouterr().out.splitlines()
-    assert len(every) == 70
+    assert len(every) == 62
     assert cli.main(["edits", "black", "and", "white"]) == 0
     found = capsys.readouterr().out.splitlines()
     assert found[0].startswith("black_and_white ")
-    assert len(found) < 70
+    assert len(found) < 62
     assert any(ord(character) > 0x4E00 for character in found[0])
     assert cli.main(["edits", "xqzj"]) == 1
     assert "no edit resembles 'xqzj'" in capsys.readouterr().err
+    assert cli.main(["edits", "rain"]) == 0
+    out, err = capsys.readouterr()
+    assert "rain is withdrawn" in err
+    assert not out.startswith("rain ")
 
 
 # Where pictures go

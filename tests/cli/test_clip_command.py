@@ -115,7 +115,22 @@ def test_a_mask_limits_photographs_and_clips(
         assert edit("a.png", "--mask", mask, "--output", "other.png") == 1
         assert words in capsys.readouterr().err
     assert edit("a.png", "--mask", "mask.png", "--output", "mask.png", "--overwrite") == 1
+    assert edit("a.png", "--mask", "small.png", "--dry-run") == 1
+    assert "a.png: mask: expected 16x12" in capsys.readouterr().err
     assert not Path("other.png").exists()
+
+
+def test_a_mask_has_the_size_of_the_upright_photograph(here: Path, editor: FakeEditor, capsys: Captured) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying, shown standing
+    Image.new("RGB", (16, 12), (10, 10, 200)).save("turned.png", exif=exif)
+    alpha = np.zeros((16, 12), np.uint8)
+    alpha[:4] = 255
+    Image.fromarray(np.dstack((np.zeros((16, 12, 3), np.uint8), alpha))).save("mask.png")
+    assert edit("turned.png", "--mask", "mask.png", "--output", "out.png") == 0, capsys.readouterr().err
+    found = np.asarray(Image.open("out.png"))
+    assert (found[:4] == (10, 10, 200)).all()
+    assert (found[4:] == (245, 245, 55)).all()
 
 
 def test_noise_per_frame_is_refused_for_photographs(here: Path, editor: FakeEditor, capsys: Captured) -> None:

@@ -94,6 +94,8 @@ def test_a_second_wish_is_done_or_asked_for(base: EmbeddedBase, sentence: str, e
         ("brighten it, we were in a cellar bar at night", "brighten"),
         ("sharpen it, it was a foggy morning", "sharpen"),
         ("make it look like a watercolour for my mum's birthday", "watercolour"),
+        ("less noise please, I shot this at night", "denoise"),
+        ("old newsprint dot screen please. taken with a grainy old camera", "halftone"),
         ("让照片更温暖，昨天下雪拍的", "warm"),
     ],
 )

@@ -13,6 +13,7 @@ from openwu.backbones.embedded.words.wishes import Reading
 from openwu.backbones.protocol import KnownEdit
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
+from openwu.editor.requests import sentence_of
 from openwu.errors import InstructionError
 from openwu.images import Photo
 
@@ -131,6 +132,8 @@ def test_the_shipped_model_withdraws_what_it_cannot_draw(base: EmbeddedBase) -> 
     job = base.read((Photo(np.zeros((8, 8, 3), np.uint8)),), ("make it rain",))
     assert base.understand(job, checked=False)[0].edit == "rain"
     assert not {edit.name for edit in search("rain")} & set(withdrawn)
+    with pytest.raises(InstructionError, match=r"lists, for example restore; got 'posterize'"):
+        sentence_of("posterize", base, "the embedded model")
 
 
 def test_only_labels_can_be_withdrawn() -> None:

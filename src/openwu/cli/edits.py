@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from openwu.backbones.embedded.catalogue import search
-from openwu.cli.console import complain, say
+from openwu.backbones.embedded.catalogue import known_edits, named, package_edits, search
+from openwu.cli.console import complain, note, say
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one line per edit, the most alike first; fail where nothing resembles the words."""
     query = " ".join(arguments.query)
-    found = search(query)
+    found, asked = search(query), named(query, list(known_edits()))
+    if asked is not None and asked not in package_edits():
+        note(f"{asked} is withdrawn: the model does it too badly to offer it (docs/model-card.md)")
     if not found:
         complain(f"no edit resembles {query!r}; `openwu edits` lists all")
         return 1

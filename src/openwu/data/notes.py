@@ -105,7 +105,7 @@ class NoteLines:
             line = file.readline()
         try:
             return json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DatasetError(f"{self.path}: note {number + 1}: {_EXPECTED}: {error}") from error
 
 

@@ -268,7 +268,7 @@ def sentence_of(edit: str, base: Backbone, name: str) -> str:
         return base.name_edit(edit)
     if not known:
         raise InstructionError(f"edit: expected none for {name}, which knows no edits by name; use instruction")
-    near = get_close_matches(edit, known, 3, 0.5)
+    near = get_close_matches(edit, [each for each, found in known.items() if not found.withdrawn], 3, 0.5)
     hint = f", for example {', '.join(near)}" if near else ""
     raise InstructionError(f"edit: expected one of the names that `openwu edits` lists{hint}; got {edit!r}")
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from openwu.errors import PictureError
 from openwu.images.colour import Pixels
-from openwu.images.photo import Photo
+from openwu.images.photo import ROWS_AT_ONCE, Photo
 
-Share = NDArray[np.float64]
+Share = NDArray[np.float32]
 
 
 def kept_share(mask: Photo, size: tuple[int, int]) -> Share:
@@ -23,10 +23,9 @@ def kept_share(mask: Photo, size: tuple[int, int]) -> Share:
     if mask.size != size:
         expected, got = (f"{width}x{height}" for width, height in (size, mask.size))
         raise PictureError(f"mask: expected {expected} as the picture, got {got}; scale the mask")
-    alpha = mask.eight_bit().alpha
-    if alpha is None:
+    if mask.alpha is None:
         raise PictureError("mask: expected a PNG with alpha, transparent where to edit, got a picture without alpha")
-    return (alpha.astype(np.float64) / 255)[:, :, None]
+    return np.divide(mask.alpha, np.float32(np.iinfo(mask.alpha.dtype).max), dtype=np.float32)[:, :, None]
 
 
 def masked(original: Pixels, edited: Pixels, share: Share) -> Pixels:
@@ -38,6 +37,9 @@ def masked(original: Pixels, edited: Pixels, share: Share) -> Pixels:
         raise PictureError(
             "mask: expected a model that keeps the picture's size, got one that changes it; leave it out"
         )
-    mixed = np.rint(original * share + edited * (1 - share)).astype(original.dtype)
-    kept: Pixels = np.where(share == 1, original, mixed)
-    return kept
+    mixed: Pixels = np.empty_like(original)
+    for start in range(0, len(original), ROWS_AT_ONCE):  # sums of a whole large photo would not fit beside it
+        rows = slice(start, start + ROWS_AT_ONCE)
+        kept = share[rows].astype(np.float64)
+        mixed[rows] = np.rint(original[rows] * kept + edited[rows] * (1 - kept))
+    return mixed

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from openwu.cli.console import UsageError
 from openwu.cli.edit.plan import Job, make_folder
+from openwu.errors import PictureError
 from openwu.images import (
     PictureHeader,
     encode_picture,
@@ -20,6 +21,7 @@ from openwu.images import (
     side_by_side,
     write_picture,
 )
+from openwu.images.mask import Share
 from openwu.images.privacy import without_location, without_metadata
 from openwu.images.write import SUFFIXES
 
@@ -97,8 +99,7 @@ class PhotoEditor:
 
     def edit(self, job: Job, header: PictureHeader, progress: Callable[[int, int], None]) -> Done:
         """Edit a photo and write all of its job. Raises what the editor and the file system raise."""
-        mask = self.arguments.mask
-        share = None if mask is None else kept_share(read_picture(mask), header.size)
+        share = self.kept_share(job)
         result = self._result(job, progress)
         start = time.perf_counter()
         if share is not None:
@@ -111,6 +112,17 @@ class PhotoEditor:
         own = result.reproduced.note if result.reproduced is not None else None
         notes = dict.fromkeys((*([own] if own else []), *header.notes, *result.photo.notes))  # each once, in order
         return Done(seconds, result.understood, tuple(notes), lost, result.reproduced or self.reproduced)
+
+    def kept_share(self, job: Job) -> Share | None:
+        """Return the share of a photo `[h, w, 1]` that --mask keeps. Raises PictureError for one that does not fit."""
+        if self.arguments.mask is None:
+            return None
+        # A header's size is that before the EXIF orientation.
+        size, mask = read_picture(job.source).size, read_picture(self.arguments.mask)
+        try:
+            return kept_share(mask, size)
+        except PictureError as error:
+            raise PictureError(f"{job.name}: {error}") from None
 
     def _result(self, job: Job, progress: Callable[[int, int], None]) -> EditResult:
         return self.editor.edit(

@@ -25,6 +25,7 @@ from openwu.video.probe import Clip
 
 if TYPE_CHECKING:
     from openwu.editor.cache import CacheStatistics
+    from openwu.types import Understood
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,7 +96,7 @@ def _run(
         for job, header in chain([first], ready):
             stop.check()
             if arguments.dry_run:
-                report.planned(job, understood)
+                _plan(photos, job, understood, report)
             elif not _edited(photos, job, header, progress, report):
                 return report.finish(because=DISK_FULL)
         if photos.editor.cache is not None:
@@ -170,6 +171,17 @@ def _ready(plan: Plan, report: Report) -> Iterator[tuple[Job, PictureHeader | Cl
             report.failed(job.name, error)
         else:
             yield job, header
+
+
+def _plan(photos: PhotoEditor, job: Job, understood: Understood | None, report: Report) -> None:
+    """Report what would become of a photo or clip, or that its mask does not fit."""
+    try:
+        if not job.photo.is_clip:
+            photos.kept_share(job)
+    except (OpenwuError, OSError) as error:
+        report.failed(job.name, error)
+    else:
+        report.planned(job, understood)
 
 
 def _edited(photos: PhotoEditor, job: Job, header: PictureHeader | Clip, progress: Progress, report: Report) -> bool:

@@ -24,7 +24,8 @@ _SAME = 0.1
 _MOST = 4
 
 DESCRIBES = re.compile(
-    r"\b(?:is|are|was|were|looks?|seems?|feels?|find|had|has|have|gives?|leaves?|went|got|like|as if|as in)\b"
+    r"\b(?:is|are|was|were|looks?|seems?|feels?|find|had|has|have|gives?|leaves?|went|got|shot|took|taken|like|as if|"
+    r"as in)\b"
     r"|\w['’](?:s|m|ve)\b|(?:[是在有看拍觉]|像(?!素))|[了过片]$|的$|^(?:同|一)|[^一]样$",
     re.IGNORECASE,
 )
