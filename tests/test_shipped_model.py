@@ -185,7 +185,7 @@ def test_the_card_shows_the_stored_results(stored: dict[str, Any], findings: Fin
 def moved(recipe: dict[str, Any]) -> dict[str, Any]:
     """A stored recipe with the folder of weights as it is today; it lay at the top of the package in training.
 
-    What has come since takes no part in its training: the threshold, the reader of phrases, examples.
+    What has come since takes no part in its training: the threshold, the reader of phrases, examples, withdrawn edits.
     """
     folder = WEIGHTS.relative_to(ROOT).as_posix()
     recipe = {key: folder if value == "src/openwu/weights" else value for key, value in recipe.items()}
@@ -194,7 +194,8 @@ def moved(recipe: dict[str, Any]) -> dict[str, Any]:
         since = {
             "instruction": {
                 name: getattr(instruction, name) for name in ("accepted_percent", "phrase_buckets", "wordless")
-            },
+            }
+            | {"withdrawn": []},
             "condition": {"examples": condition.examples},
         }
         model = recipe["model"]

@@ -459,7 +459,7 @@ def test_models_reads_its_facts_from_the_package(
     monkeypatch.setattr(EmbeddedBase, "bundled_folder", lambda: tmp_path / "weights")
     examples = {"warm": {"en": "", "zh": ""}, "cool": {"en": "", "zh": ""}}
     edits = {name: KnownEdit(name, texts) for name, texts in examples.items()}
-    monkeypatch.setattr(models, "known_edits", lambda: edits)
+    monkeypatch.setattr(models, "package_edits", lambda: edits)
     assert cli.main(["models"]) == 0
     assert "embedded: not in this installation" in capsys.readouterr().out
     (tmp_path / "weights").mkdir()
