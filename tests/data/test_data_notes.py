@@ -104,3 +104,9 @@ def test_folders_without_notes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("no table")
     with pytest.raises(DatasetError, match="broken"):
         open_notes(tmp_path / "broken.parquet", 0)
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match="note 1: expected"):
+        open_notes(tmp_path / "deep.jsonl", 0).drawn(Random(0), 0)
