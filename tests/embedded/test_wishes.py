@@ -53,6 +53,9 @@ def taken_for(base: EmbeddedBase, sentence: str) -> list[str]:
         ("先锐化再变暖", ["sharpen", "warm"]),
         ("don't darken it, brighten it", ["brighten"]),
         ("加雨，别加雾", ["rain"]),
+        ("instead of sepia I'd like black and white", ["black_and_white"]),
+        ("rather than blur it, sharpen it", ["sharpen"]),
+        ("make it warmer instead of cooler", ["warm"]),
         ("不要变暗，要变亮", ["brighten"]),
     ],
 )

@@ -27,6 +27,8 @@ don't darken it, brighten it
 don't make it darker
 please do not add snow
 no fog
+instead of sepia I'd like black and white
+make it warm rather than cool
 not too bright
 without changing the colours, blur it
 make only the sky darker

@@ -71,6 +71,7 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     """
     check_language(instruction)
     check_request(instruction)
+    instruction = _without_rejected(instruction, read, accepted)
     whole = read([instruction])[0]
     if whole.sentence:
         return (_wish(instruction, whole),)
@@ -80,6 +81,20 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
         whole = read([text])[0]
     several = _several(text, whole, read, accepted) or _by_cuts(text, whole, read, accepted)
     return several or (_with_number(text, whole, read, accepted),)
+
+
+_REJECTED = re.compile(
+    r"[\s,]*\b(?:instead of|rather than)\s+[^,.;:!?]+?"
+    r"(?:[,.;:!?]+\s*|$|\s+(?=(?:i|i['’]d|we|please|make|give|turn|can|could|just|do|try)\b))",
+    re.IGNORECASE,
+)
+"""What is not wanted, before or after what is: "instead of sepia I'd like black and white", "warm rather than cool"."""
+
+
+def _without_rejected(instruction: str, read: Read, accepted: float) -> str:
+    """A sentence without what it says is not wanted, where the rest is a clear wish."""
+    rest = _REJECTED.sub(" ", instruction).strip()
+    return rest if rest and rest != instruction.strip() and read([rest])[0].is_wish(accepted) else instruction
 
 
 def _wish(text: str, reading: Reading, strength: float = 1.0, number: str = "") -> Wish:

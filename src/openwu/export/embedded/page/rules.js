@@ -82,9 +82,10 @@ export class Rules {
     return readings;
   }
 
-  async wishesOf(instruction) {
-    this.checkLanguage(instruction);
-    this.checkRequest(instruction);
+  async wishesOf(sentence) {
+    this.checkLanguage(sentence);
+    this.checkRequest(sentence);
+    const instruction = await this.withoutRejected(sentence);
     let [whole] = await this.read([instruction]);
     if (whole.sentence) return [asWish(instruction, whole)];
     let text = await this.withoutNegations(instruction, whole);
@@ -92,6 +93,13 @@ export class Rules {
     if (text !== instruction) [whole] = await this.read([text]);
     const several = (await this.several(text, whole)) ?? (await this.byCuts(text, whole));
     return several ?? [await this.withNumber(text, whole)];
+  }
+
+  // A sentence without what it says is not wanted, where the rest is a clear wish.
+  async withoutRejected(instruction) {
+    const rest = instruction.replace(all(this.wishes._REJECTED), " ").trim();
+    if (!rest || rest === instruction.trim()) return instruction;
+    return this.isWish((await this.read([rest]))[0], this.accepted) ? rest : instruction;
   }
 
   // Languages
