@@ -223,7 +223,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     base, cache, found = CausalLM.packaged(), ResultCache(options.folder / "fits"), []
-    base.model.float()
+    nn.Module.float(base.model)  # transformers refuses it of what was read from a quantised file
     for seed in options.seeds:
         notes = Notes(base, options.notes, seed)
         for kind in [None, *(KINDS[i] for i in options.kinds)]:
