@@ -35,7 +35,8 @@ from openwu.errors import (
     PictureError,
     TargetError,
 )
-from openwu.images import Photo, encode_picture, masked, read_picture
+from openwu.images import Photo, encode_picture, kept_share, masked, read_picture
+from openwu.images.mask import Share
 from openwu.images.privacy import without_location, without_metadata
 from openwu.serving.engines import CACHE_BYTES, Metadata, ModelInfo, ModelSource, Outcome, Report, Task
 from openwu.serving.errors import STOPPED, Failure, ServiceError, refused
@@ -313,7 +314,7 @@ class Prepared:
 
     task: Task
     photos: tuple[Photo, ...]
-    keep: NDArray[np.float64] | None
+    keep: Share | None
     """Share of the original in the answer `[h, w, 1]`, from the mask."""
     examples: tuple[tuple[Photo, Photo], ...] = ()
     """Pairs before and after an edit that is shown."""
@@ -379,7 +380,7 @@ def _examples(task: Task) -> tuple[tuple[Photo, Photo], ...]:
         raise refused(400, "invalid_image", str(error), after) from error
 
 
-def mask_of(mask: bytes, original: Photo) -> NDArray[np.float64]:
+def mask_of(mask: bytes, original: Photo) -> Share:
     """Return the share of the original `[h, w, 1]` that a mask asks to keep: 0 where it is transparent.
 
     Raises ServiceError for a mask of another size than the picture, or one without transparency.
@@ -388,13 +389,12 @@ def mask_of(mask: bytes, original: Photo) -> NDArray[np.float64]:
     if found.size != original.size:
         sizes = f"expected {original.size[0]}x{original.size[1]} as the picture, got {found.size[0]}x{found.size[1]}"
         raise refused(400, "mask_size_mismatch", f"mask: {sizes}", "mask")
-    alpha = found.eight_bit().alpha
-    if alpha is None:
+    if found.alpha is None:
         raise refused(400, "invalid_image", "mask: expected a PNG with alpha, transparent where to edit", "mask")
-    return (alpha.astype(np.float64) / 255)[:, :, None]
+    return kept_share(found, original.size)
 
 
-def composite(original: Photo, edited: Photo, keep: NDArray[np.float64]) -> Photo:
+def composite(original: Photo, edited: Photo, keep: Share) -> Photo:
     """Mix the original and the edit; where `keep` `[h, w, 1]` is 1, the original's pixels stay bit for bit."""
     if edited.size != original.size:
         raise refused(400, "unsupported_value", "mask: this model changes the picture's size; leave it out", "mask")
