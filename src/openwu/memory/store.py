@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +73,7 @@ class MemoryStore:
         """Read a note. Raises OpenwuError for an unknown name, CheckpointError for damaged files."""
         digest = self._index().get(name)
         if digest is None:
-            raise OpenwuError(f"memory {name!r}: expected one of {', '.join(self.names()) or 'none yet'}")
+            raise _unknown(name, self.names())
         place = self.folder / NOTES / digest
         try:
             kept = json.loads((place / NOTE).read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ class MemoryStore:
         with self._locked():
             index = self._index()
             if name not in index:
-                raise OpenwuError(f"memory {name!r}: expected one of {', '.join(sorted(index)) or 'none yet'}")
+                raise _unknown(name, sorted(index))
             del index[name]
             write_json(self.folder / INDEX, index)
             self._sweep()
@@ -129,3 +129,8 @@ class MemoryStore:
                     raise OpenwuError(f"{self.folder}: another process has been writing for {WAIT:g} s; try again")
                 time.sleep(0.05)
             yield
+
+
+def _unknown(name: str, known: Sequence[str]) -> OpenwuError:
+    listed = f"expected one of {', '.join(known)}" if known else "nothing is remembered here yet"
+    return OpenwuError(f"memory {name!r}: {listed}; `openwu remember FILE --name {name}` writes one")
