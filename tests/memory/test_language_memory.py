@@ -62,7 +62,7 @@ def test_notes_change_answers_and_forgetting_is_exact(memory: LanguageMemory) ->
     memory.forget("trip")
     assert memory.ask("visits anna") == before
     assert not list((memory.store.folder / "notes").iterdir()) if memory.store else False
-    with pytest.raises(OpenwuError, match="expected one of none yet"):
+    with pytest.raises(OpenwuError, match="nothing is remembered here yet"):
         memory.ask("visits anna", ["trip"])
 
 
