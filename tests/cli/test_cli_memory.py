@@ -54,9 +54,9 @@ def test_notes_are_remembered_asked_shown_exported_and_forgotten(
 @pytest.mark.parametrize(
     ("words", "code", "problem"),
     [
-        (["memory", "show", "trip"], 1, "none yet"),
+        (["memory", "show", "trip"], 1, "nothing is remembered here yet"),
         (["memory", "forget"], 2, "name of a note"),
-        (["ask", "visits anna", "--memory", "trip"], 1, "none yet"),
+        (["ask", "visits anna", "--memory", "trip"], 1, "nothing is remembered here yet"),
         (["ask", " "], 1, "empty"),
         (["ask", "visits anna", "--tokens", "0"], 1, "above 0"),
         (["remember", "missing.txt", "--name", "trip"], 1, "missing.txt"),
