@@ -26,11 +26,10 @@ from torch.nn import functional as F
 from openwu.adapters.inject import AdapterHandle, attach
 from openwu.backbones.causal_lm.base import IGNORED, CausalLM
 from openwu.config import GeneratorConfig
-from openwu.evaluation.experiments.comparisons.operators import KINDS, Kind
+from openwu.evaluation.experiments.comparisons.operators import KINDS, Kind, neutral_adapter
 from openwu.evaluation.experiments.geometry import Mean, mean_over
 from openwu.evaluation.experiments.recall import RecallCase
 from openwu.evaluation.experiments.results import ResultCache, TrialResult, columns, write_findings
-from openwu.generator.layout import GroupLayout
 from openwu.memory.facts import ORDINARY_TEST, Fact, FactSource, vocabulary_words
 from openwu.training.retention import token_divergence
 from openwu.types import Adapter
@@ -87,26 +86,12 @@ class Upper:
         return model.lm_head(model.model.norm(states[:, wanted])), self.labels[:, wanted]
 
 
-def neutral(base: CausalLM, kind: Kind, notes: int, seed: int) -> tuple[Adapter, list[Tensor]]:
-    """Return an adapter `[notes]` that changes nothing, and the tensors of it that are trained."""
-    groups = [group.with_operator(kind.operator) for group in base.layer_groups(NAMES, layers=LAYERS)]
-    config = GeneratorConfig(
+def layout(base: CausalLM, kind: Kind) -> GeneratorConfig:
+    """Return the adapted maps, as a generator of this rank would write to them."""
+    return GeneratorConfig(
         rank=kind.rank, alpha=kind.rank, token_dim=64, input_dim=8, d_model=64, head_dim=32,
-        dim_accumulation=1, num_pg_layers=1, groups=tuple(groups),
+        dim_accumulation=1, num_pg_layers=1, groups=tuple(base.layer_groups(NAMES, layers=LAYERS)),
     )  # fmt: skip
-    targets = [target for group in config.groups for target in GroupLayout.of(group, config).targets]
-    draws, trained = torch.Generator().manual_seed(seed), []
-    factors: dict[str, dict[str, Tensor]] = {target.name: {} for target in targets}
-    for target in targets:
-        for factor in target.factors(kind.rank):
-            value = torch.zeros(1, *factor.shape)
-            if factor.kind in ("A", "shared"):
-                value.normal_(std=factor.shape[-1] ** -0.5, generator=draws)
-            if factor.kind != "shared":
-                value = value.repeat(notes, *[1] * len(factor.shape))  # every note begins alike
-                trained.append(value.requires_grad_())
-            factors[target.name][factor.name] = value
-    return Adapter(tuple(targets), factors, config.scale), trained
 
 
 def fitted(
@@ -183,9 +168,11 @@ def run(notes: Notes, kind: Kind | None, steps: int, seed: int) -> TrialResult:
 
         return TrialResult({"kind": NONE, "numbers": 0, "seed": seed, **notes.judged(lambda _: nullcontext())})
     best: tuple[float, float, Adapter] | None = None
-    with attach(notes.base.model, neutral(notes.base, kind, 1, seed)[0].targets) as handle:
+    config = layout(notes.base, kind)
+    drawn = partial(neutral_adapter, config, kind)
+    with attach(notes.base.model, drawn(torch.Generator())[0].targets) as handle:
         for rate in RATES:
-            adapter, trained = neutral(notes.base, kind, notes.count, seed)
+            adapter, trained = drawn(torch.Generator().manual_seed(seed), notes.count)
             loss = fitted(notes.upper, handle, adapter, trained, notes.rows, steps, rate)
             if best is None or loss < best[0]:
                 best = loss, rate, adapter.detach()

@@ -23,10 +23,16 @@ from openwu.backbones.embedded.config import WEIGHTS
 from openwu.data.programs import draw_program
 from openwu.data.suite.photographs import load_test_photographs
 from openwu.evaluation.cases import Case, draw_cases, encode, image_tensor, score
-from openwu.evaluation.experiments.comparisons.operators import BASE, KINDS, Kind, OperatorResults, Point
+from openwu.evaluation.experiments.comparisons.operators import (
+    BASE,
+    KINDS,
+    Kind,
+    OperatorResults,
+    Point,
+    neutral_adapter,
+)
 from openwu.evaluation.experiments.pictures import draw_operators
 from openwu.evaluation.experiments.results import ResultCache, TrialResult, write_findings
-from openwu.generator.layout import GroupLayout
 from openwu.images import read_picture
 from openwu.training.embedded.model import EmbeddedModel
 from openwu.types import Adapter
@@ -34,26 +40,6 @@ from openwu.types import Adapter
 RATES, CROP, BATCH, TEST_SIDE = (3e-2, 1e-1), 64, 4, 128
 TRAINING = ("bee", "calf", "dolphin", "heron", "macaque", "taj_mahal")
 TEST = ("astronaut", "coffee", "flower")
-
-
-def neutral(model: EmbeddedModel, kind: Kind, draws: torch.Generator) -> tuple[Adapter, list[Tensor]]:
-    """Return an adapter that changes nothing, and the tensors of it that are trained."""
-    config, trained = model.config.generator, []
-    targets = [
-        target
-        for group in config.groups
-        for target in GroupLayout.of(group.with_operator(kind.operator), config).targets
-    ]
-    factors: dict[str, dict[str, Tensor]] = {target.name: {} for target in targets}
-    for target in targets:
-        for factor in target.factors(kind.rank):
-            value = torch.zeros(1, *factor.shape)
-            if factor.kind in ("A", "shared"):
-                value.normal_(std=factor.shape[-1] ** -0.5, generator=draws)
-            if factor.kind != "shared":
-                trained.append(value.requires_grad_())
-            factors[target.name][factor.name] = value
-    return Adapter(tuple(targets), factors, config.scale), trained
 
 
 def cases_of(edit: str, photographs: dict[str, Tensor], seed: int) -> list[Case]:
@@ -87,7 +73,7 @@ def fitted(
     model: EmbeddedModel, cases: list[Case], kind: Kind, steps: int, seed: int, rate: float
 ) -> tuple[Adapter, float]:
     """Return a trained adapter, and its mean squared error over the last ten steps."""
-    adapter, trained = neutral(model, kind, torch.Generator().manual_seed(seed))
+    adapter, trained = neutral_adapter(model.config.generator, kind, torch.Generator().manual_seed(seed))
     model.handle.detach()
     model.handle = attach(model.backbone, adapter.targets)
     optimizer, draws, losses = torch.optim.Adam(trained, lr=rate), torch.Generator().manual_seed(seed), []

@@ -24,6 +24,12 @@ from openwu.types import LoadingOptions
 LABELS = ("brighten", "darken", "blur", "out_of_scope")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Draw the same numbers in every test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def embedded_config() -> EmbeddedConfig:
     """Windows of 16 pixels, two blocks, so that both kinds of windows occur."""

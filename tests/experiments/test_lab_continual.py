@@ -114,7 +114,7 @@ def test_the_past_self_answers_as_it_did(embedded_model: EmbeddedModel, photogra
             asked.picture, asked.planes, text, method.model.adapt(asked.whole, text), raw=True
         ).float()
         for parameter in method.trained.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.5 * torch.randn_like(parameter))
         now = method.model.edit(
             asked.picture, asked.planes, text, method.model.adapt(asked.whole, text), raw=True
         ).float()

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from openwu.adapters.operators import operator_of
+from openwu.config import GeneratorConfig
 from openwu.data.suite.photographs import Photograph
 from openwu.errors import OpenwuError
 from openwu.evaluation.cases import draw_cases, score
 from openwu.evaluation.experiments.geometry import Mean, mean_over
 from openwu.evaluation.experiments.methods import Budget, fit, generated_on, precision, sampler
 from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult, columns
+from openwu.generator.layout import GroupLayout
 from openwu.training.embedded.model import EmbeddedModel
+from openwu.types import Adapter
 
 BASE = "base alone"
 """The frozen base without an adapter, which reads the instruction as it does in every trial."""
@@ -72,6 +75,32 @@ def kinds_of(names: Sequence[str]) -> tuple[Kind, ...]:
         operator_of(operator)
         found.append(Kind(operator, int(rank) if colon else 8))
     return tuple(dict.fromkeys(found))
+
+
+def neutral_adapter(
+    config: GeneratorConfig, kind: Kind, draws: torch.Generator, batch: int = 1
+) -> tuple[Adapter, list[Tensor]]:
+    """Make an adapter `[batch]` of this kind that changes nothing, and the tensors of it that can be trained.
+
+    Its rows begin alike: A and what all requests share are drawn, the rest is zero. `config`: targets and scale.
+    """
+    targets = [
+        target
+        for group in config.groups
+        for target in GroupLayout.of(group.with_operator(kind.operator), config).targets
+    ]
+    factors: dict[str, dict[str, Tensor]] = {target.name: {} for target in targets}
+    trained = []
+    for target in targets:
+        for factor in target.factors(kind.rank):
+            value = torch.zeros(1, *factor.shape)
+            if factor.kind in ("A", "shared"):
+                value.normal_(std=factor.shape[-1] ** -0.5, generator=draws)
+            if factor.kind != "shared":
+                value = value.repeat(batch, *[1] * len(factor.shape))
+                trained.append(value.requires_grad_())
+            factors[target.name][factor.name] = value
+    return Adapter(tuple(targets), factors, config.scale), trained
 
 
 @dataclass(frozen=True)
