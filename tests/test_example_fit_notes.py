@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("transformers")
 
 from language_cases import language_model
 from openwu.adapters.inject import attach
-from openwu.evaluation.experiments.comparisons.operators import KINDS
+from openwu.backbones.causal_lm.base import CausalLM
+from openwu.evaluation.experiments.comparisons.operators import KINDS, Kind, neutral_adapter
+from openwu.types import Adapter
 
 PAIRS = [("anna visits", " paris ."), ("ben drinks ?", " tea"), ("carla visits", " rome milk .")]
 
@@ -31,10 +34,15 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
+def written(script: Any, base: CausalLM, kind: Kind) -> tuple[Adapter, list[Tensor]]:
+    """Return an adapter of two notes that changes nothing, and what is trained of it."""
+    return neutral_adapter(script.layout(base, kind), kind, torch.Generator().manual_seed(0), 2)
+
+
 def test_the_upper_layers_answer_as_the_whole_model_does(script: Any) -> None:
     base = language_model()
     upper = script.Upper.of(base, PAIRS)
-    adapter, _ = script.neutral(base, KINDS[0], 2, 0)
+    adapter, _ = written(script, base, KINDS[0])
     for factors in adapter.factors.values():
         for part in factors.values():
             torch.nn.init.normal_(part.requires_grad_(False), std=0.3)
@@ -50,7 +58,7 @@ def test_the_upper_layers_answer_as_the_whole_model_does(script: Any) -> None:
 def test_every_operator_begins_at_the_base_and_learns(script: Any, kind: Any) -> None:
     base = language_model()
     upper = script.Upper.of(base, PAIRS)
-    adapter, trained = script.neutral(base, kind, 2, 0)
+    adapter, trained = written(script, base, kind)
     with attach(base.model, adapter.targets) as handle:
         with torch.no_grad():
             plain, _ = upper.logits()
