@@ -1,12 +1,13 @@
 """Measure what a language memory keeps of conversations, and whether it joins two facts; numbers of docs/memory.md.
 
-    python examples/measure_conversations.py results.json [generator]
+    python examples/measure_conversations.py results.json [--generator FOLDER]
 
 A conversation is remembered as a note and asked about in another one. Names and values are of the test's part.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -204,14 +205,18 @@ def two_hops(memory: LanguageMemory) -> dict[str, Any]:
     return results
 
 
-def main(output: Path, generator: str | None) -> None:
-    memory = LanguageMemory.from_pretrained(generator)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--generator", help="folder of a generator (default: the one of the package)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    memory = LanguageMemory.from_pretrained(options.generator)
     results: dict[str, Any] = {**origin()}
     for title, find in (("two hops", two_hops), ("conversations", conversations)):
         results[title] = find(memory)
-        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        options.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2] if sys.argv[2:] else None)
+    main()

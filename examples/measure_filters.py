@@ -8,6 +8,7 @@ photographs as they are, under a cubic polynomial fitted to the example's colour
 share of the example's own change that is reproduced, and what the editor would have said.
 """
 
+import argparse
 import io
 import json
 import shutil
@@ -103,7 +104,10 @@ def fitted(before: Image.Image, after: Image.Image, photo: Image.Image) -> Image
     return Image.fromarray((made.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
-def main(path: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("results", type=Path)
+    options = parser.parse_args()
     photographs = {
         name: Image.fromarray((each.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
         for name, each in load_test_photographs(SIDE).items()
@@ -139,10 +143,10 @@ def main(path: str) -> None:
             }
             text = ", ".join(f"{method} {value:.1f} dB" for method, value in means.items())
             say(f"{verdict}: {len(own)} of {len(rows)}, mean {text}")
-    Path(path).write_text(
+    options.results.write_text(
         json.dumps({"side": SIDE, "shown": SHOWN, "edited": EDITED, "filters": rows}, indent=1) + "\n"
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

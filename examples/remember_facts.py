@@ -5,13 +5,14 @@ as "visits anna paris .", verb first, in which what was said once stays true. Th
 facts as the model's own hidden states and writes an adapter for them; under the adapter the model is asked "visits
 anna" with nothing in its context. Contexts of the test are ones that the generator never read.
 
-    python examples/remember_facts.py [results.json [seed [experts]]]
+    python examples/remember_facts.py [results.json] [--seed N] [--experts N]
 
 With experts the model is a mixture (Qwen3-MoE's architecture), and the adapter is one for each of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import sys
@@ -391,9 +392,18 @@ def run(plan: Plan | None = None) -> tuple[dict[str, Any], str]:
     return numbers, str(found)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("results", type=Path, nargs="?", help="JSON file for the numbers")
+    parser.add_argument("--seed", type=int, default=Plan.seed)
+    parser.add_argument("--experts", type=int, default=Plan.experts, help="in every MLP (default: dense)")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    numbers, table = run(Plan(**dict(zip(("seed", "experts"), map(int, sys.argv[2:]), strict=False))))
+    numbers, table = run(Plan(seed=options.seed, experts=options.experts))
     sys.stdout.write(table)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(numbers), encoding="utf-8")
+    if options.results is not None:
+        options.results.write_text(json.dumps(numbers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
