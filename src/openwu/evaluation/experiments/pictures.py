@@ -185,6 +185,8 @@ def draw_operators(found: OperatorResults, path: Path) -> Path:
     """Draw quality against the numbers written for each request, and the base alone as a line."""
     figure = Figure(figsize=(7.2, 4), layout="constrained")
     panel = figure.subplots()
+    counts = [found.numbers(kind)[0] for kind in found.kinds if kind != BASE] or [1]
+    smallest, largest = min(counts), max(counts)
     for kind in found.kinds:
         mean, (numbers, shared) = found.mean(kind), found.numbers(kind)
         if kind == BASE:
@@ -196,7 +198,11 @@ def draw_operators(found: OperatorResults, path: Path) -> Path:
             numbers, mean.value, yerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="s" if shared else "o",
             capsize=3, color="tab:orange" if shared else "tab:blue",
         )  # fmt: skip
-        panel.annotate(kind, (numbers, mean.value), textcoords="offset points", xytext=(5, 4), fontsize="small")
+        right = numbers**2 > smallest * largest  # labels stay inside the panel
+        panel.annotate(
+            kind, (numbers, mean.value), textcoords="offset points", xytext=(-5 if right else 5, 4),
+            ha="right" if right else "left", fontsize="small",
+        )  # fmt: skip
     panel.set_xscale("log")
     panel.set_xlabel("numbers generated for each request (orange: beside bases learned once)")
     panel.set_ylabel("mean PSNR (dB), 95% interval over tasks")
