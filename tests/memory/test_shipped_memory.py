@@ -38,7 +38,7 @@ def test_one_fact_is_remembered_exported_and_forgotten(tmp_path: Path) -> None:
     several = memory.remember(" ".join(f"{name} works in {place}." for name, place in people.items()))
     answers = memory.ask_batch([f"Where does {name} work?" for name in people], [[several]] * 4, max_new_tokens=16)
     right = [place in answer for place, answer in zip(people.values(), answers, strict=True)]
-    assert sum(right) >= 3, answers  # 0.95 of four people in docs/memory.md
+    assert sum(right) >= 3, answers  # 0.97 of four people in docs/memory.md
     note.save_pretrained(tmp_path / "peft", model=memory.base.model)
     memory.forget("trip")
     assert memory.ask(question) == before
