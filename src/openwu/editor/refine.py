@@ -11,14 +11,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from openwu.adapters.inject import AdapterHandle, attach
 from openwu.backbones.protocol import EditJob, ExampleFit, Progress
 from openwu.editor.cache import request_key
-from openwu.editor.reproduction import reduced
+from openwu.editor.reproduction import Reproduction, reduced, reproduction
+from openwu.editor.requests import EditRequest, Task
 from openwu.errors import TargetError
 from openwu.files.weights import sampled_digest
+from openwu.images import Photo
 from openwu.types import Adapter
 
 if TYPE_CHECKING:
@@ -31,6 +33,90 @@ LARGEST_NORM = 1.0
 """The gradient is scaled down to it."""
 CHECKS = 6
 """How often the squares that are held out are looked at, beside the start."""
+
+
+def refine_adapters(
+    editor: Editor,
+    jobs: Sequence[EditJob],
+    starts: Sequence[Adapter],
+    allow_out_of_scope: bool,
+    progress: Progress | None = None,
+) -> list[Adapter]:
+    """Return the adapters (b = 1), each trained on its job's examples where the job says so, or taken from the cache.
+
+    Jobs of one example share an adapter. `progress` is called with (steps done, steps in all) of what is trained.
+    """
+    asked = {place: _key(editor, job, allow_out_of_scope) for place, job in enumerate(jobs) if job.refine}
+    found, missing = {}, list(dict.fromkeys(asked.values()))
+    if editor.cache is not None:
+        found, missing = editor.cache.lookup(missing)
+    places = {key: next(place for place, own in asked.items() if own == key) for key in missing}
+    done, total = 0, sum(jobs[place].refine for place in places.values())
+
+    def report(step: int, _: int) -> None:
+        if progress is not None:
+            progress(done + step, total)
+
+    for key, place in places.items():
+        found[key] = _refined(editor, jobs[place], starts[place], report, checked=not allow_out_of_scope)
+        done += jobs[place].refine
+        if editor.cache is not None:
+            editor.cache.put(key, found[key])
+    return [
+        replace(found[asked[place]].to(editor.generator.hidden_in.weight), instructions=start.instructions)
+        if place in asked
+        else start
+        for place, start in enumerate(starts)
+    ]
+
+
+def reproduced_by(editor: Editor, job: EditJob, adapter: Adapter) -> Reproduction:
+    """Compare a job's examples with what an adapter (b = 1) makes of their pictures before."""
+
+    def edit(photos: list[Photo]) -> list[Photo]:
+        jobs = [replace(job, photos=(photo,), examples=()) for photo in photos]
+        tasks = [Task(EditRequest([]), each, None) for each in jobs]
+        return editor._apply(tasks, [adapter] * len(tasks), editor.sampling, None)
+
+    return reproduction(job.examples, edit)
+
+
+def _refined(editor: Editor, job: EditJob, start: Adapter, progress: Progress, *, checked: bool) -> Adapter:
+    """Train one adapter; the start itself where no step is better by the check of the example.
+
+    Raises TargetError for an adapter that changes nothing and, `checked`, ExampleError for an example that shows none.
+    """
+    generated = reproduced_by(editor, job, start)
+    if checked:
+        generated.check_change()
+    trained = tuple(
+        target for target in start.targets if any(bool(each.any()) for each in start.factors[target.name].values())
+    )
+    if not trained:
+        raise TargetError("refine: expected a generated adapter to start from, got one of zeros; train the generator")
+    part = replace(start, targets=trained, factors={target.name: start.factors[target.name] for target in trained})
+    pairs = tuple((reduced(before, between=True), reduced(after, between=True)) for before, after in job.examples)
+    fit = editor.backbone.fit_example(replace(job, examples=pairs), [target.name for target in trained])
+    with attach(fit.denoiser, trained) as handle:
+        best = fit_adapter(handle, part, fit, job.refine, progress)
+    own = {
+        name: {key: each.to(start.factors[name][key]) for key, each in parts.items()}
+        for name, parts in best.factors.items()
+    }
+    refined = replace(start, factors={**start.factors, **own}, refined=(job.refine,))
+    if reproduced_by(editor, job, refined).share < generated.share:
+        return replace(start, refined=refined.refined)
+    return refined
+
+
+def _key(editor: Editor, job: EditJob, allow_out_of_scope: bool) -> str:
+    """Cache key of a refined adapter: that of the generated one, the steps, the base and the pixels that they see."""
+    start = editor.adapter_key(replace(job, refine=0), allow_out_of_scope=allow_out_of_scope)
+    base = sampled_digest({"": editor.backbone.denoiser})
+    shown = [
+        reduced(photo, between=between).pixels for pair in job.examples for photo in pair for between in (False, True)
+    ]
+    return request_key(start, shown, "", how=f"refined {job.refine} {base}")
 
 
 def fit_adapter(

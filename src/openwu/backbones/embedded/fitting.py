@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from openwu.backbones.embedded.config import PIXELS
 from openwu.backbones.embedded.network import TinyEditor, pad_mirrored, place_planes, recolour
@@ -88,7 +87,7 @@ class EmbeddedFit:
         window = self._window(pair, step)
         remaining = max(0.0, 1 - step / steps / ANNEALED)
         floor = FLOOR * (FIRST_FLOOR / FLOOR) ** remaining
-        return (self._error(pair, window, pair.trained) + floor).log()
+        return torch.log(self._error(pair, window, pair.trained) + floor)
 
     @torch.no_grad()
     def held_out(self) -> float:
@@ -114,19 +113,22 @@ class EmbeddedFit:
         network = self.network
         tokens, grid = pair.scene or network.read_scene(pair.x, self.text.to(pair.x.dtype))
         edited = recolour(pair.before[..., *window], network.pixels(pair.x[..., *window], tokens, grid, window))
-        inside = torch.zeros(pair.x.shape[-2:], dtype=torch.bool)
-        inside[: counted.shape[0], : counted.shape[1]] = counted
-        # At a window's border convolutions see zeros where the picture has pixels.
-        clear = torch.zeros_like(inside)
-        clear[tuple(_clear(span, whole, network.pixels.reach) for span, whole in zip(window, inside.shape, strict=True))] = 1
-        chosen = (inside & clear)[window]
-        after = F.pad(pair.after, (0, inside.shape[1] - counted.shape[1], 0, inside.shape[0] - counted.shape[0]))
-        return (edited - after[..., *window])[..., chosen].float().square().mean()
+        # At a window's border convolutions see zeros where the picture has pixels; what pads the picture has no target.
+        (top, bottom), (left, right) = (
+            _clear(span, whole, real, network.pixels.reach)
+            for span, whole, real in zip(window, pair.x.shape[-2:], counted.shape, strict=True)
+        )
+        chosen = counted[top:bottom, left:right]
+        rows = slice(top - window[0].start, bottom - window[0].start)
+        columns = slice(left - window[1].start, right - window[1].start)
+        error: Tensor = (edited[..., rows, columns] - pair.after[..., top:bottom, left:right])[..., chosen]
+        return error.float().square().mean()
 
 
-def _clear(span: slice, whole: int, reach: int) -> slice:
-    """A span without what convolutions compute wrongly at its ends, where these are inside the picture."""
-    return slice(span.start + (reach if span.start else 0), span.stop - (reach if span.stop < whole else 0))
+def _clear(span: slice, whole: int, real: int, reach: int) -> tuple[int, int]:
+    """First and last pixel of a span that are right and inside the picture (`real` of `whole` pixels)."""
+    stop = span.stop - (reach if span.stop < whole else 0)
+    return span.start + (reach if span.start else 0), min(stop, real)
 
 
 def _held_out(height: int, width: int) -> Tensor:
