@@ -27,7 +27,7 @@ def adapters_of(
     timings: dict[str, float],
     progress: Progress | None = None,
 ) -> list[Adapter]:
-    """Return one adapter (b = 1) per job of one instruction, refined where the job says so, from the cache where it can.
+    """Return one adapter (b = 1) per job of one instruction, refined where the job says so, or from the cache.
 
     Adds to `timings`. `progress` is called with (steps done, steps in all) of what is refined.
     """

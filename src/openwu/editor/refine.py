@@ -31,7 +31,7 @@ LEARNING_RATE = 1e-2
 BETAS = (0.9, 0.98)
 LARGEST_NORM = 1.0
 """The gradient is scaled down to it."""
-CHECKS = 6
+CHECKS = 3
 """How often the squares that are held out are looked at, beside the start."""
 
 
@@ -47,7 +47,8 @@ def refine_adapters(
     Jobs of one example share an adapter. `progress` is called with (steps done, steps in all) of what is trained.
     """
     asked = {place: _key(editor, job, allow_out_of_scope) for place, job in enumerate(jobs) if job.refine}
-    found, missing = {}, list(dict.fromkeys(asked.values()))
+    found: dict[str, Adapter] = {}
+    missing = list(dict.fromkeys(asked.values()))
     if editor.cache is not None:
         found, missing = editor.cache.lookup(missing)
     places = {key: next(place for place, own in asked.items() if own == key) for key in missing}
@@ -62,10 +63,9 @@ def refine_adapters(
         done += jobs[place].refine
         if editor.cache is not None:
             editor.cache.put(key, found[key])
+    home = editor.generator.hidden_in.weight
     return [
-        replace(found[asked[place]].to(editor.generator.hidden_in.weight), instructions=start.instructions)
-        if place in asked
-        else start
+        replace(found[asked[place]].to(home), instructions=start.instructions) if place in asked else start
         for place, start in enumerate(starts)
     ]
 
@@ -99,10 +99,7 @@ def _refined(editor: Editor, job: EditJob, start: Adapter, progress: Progress, *
     fit = editor.backbone.fit_example(replace(job, examples=pairs), [target.name for target in trained])
     with attach(fit.denoiser, trained) as handle:
         best = fit_adapter(handle, part, fit, job.refine, progress)
-    own = {
-        name: {key: each.to(start.factors[name][key]) for key, each in parts.items()}
-        for name, parts in best.factors.items()
-    }
+    own = best.to(next(iter(start.state_dict().values()))).factors
     refined = replace(start, factors={**start.factors, **own}, refined=(job.refine,))
     if reproduced_by(editor, job, refined).share < generated.share:
         return replace(start, refined=refined.refined)
@@ -113,9 +110,8 @@ def _key(editor: Editor, job: EditJob, allow_out_of_scope: bool) -> str:
     """Cache key of a refined adapter: that of the generated one, the steps, the base and the pixels that they see."""
     start = editor.adapter_key(replace(job, refine=0), allow_out_of_scope=allow_out_of_scope)
     base = sampled_digest({"": editor.backbone.denoiser})
-    shown = [
-        reduced(photo, between=between).pixels for pair in job.examples for photo in pair for between in (False, True)
-    ]
+    photos = [photo for pair in job.examples for photo in pair]
+    shown = [reduced(photo, between=between).pixels for photo in photos for between in (False, True)]
     return request_key(start, shown, "", how=f"refined {job.refine} {base}")
 
 
@@ -140,7 +136,7 @@ def fit_adapter(
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * _rate(step, steps)
             with handle.applied(adapter.to(dtype)):
-                fit.loss(step, steps).backward()
+                torch.autograd.backward(fit.loss(step, steps))
             nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
             optimizer.step()
             optimizer.zero_grad()

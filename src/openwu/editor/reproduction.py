@@ -70,8 +70,8 @@ class Reproduction:
         each = ", ".join(f"pair {i}: {max(0.0, share):.0%}" for i, share in enumerate(shares, 1))
         several = f" ({each}; all must show the same edit)" if len(shares) > 1 else ""
         raise ExampleError(
-            f"example: not understood, {_percent(self.share)}% of its change can be reproduced{several}; {TEACHABLE}. Show "
-            f"another pair, say the edit in words, or {ANYWAY}"
+            f"example: not understood, {_percent(self.share)}% of its change can be reproduced{several}; {TEACHABLE}. "
+            f"Show another pair, say the edit in words, or {ANYWAY}"
         )
 
     def check_change(self) -> None:
@@ -94,7 +94,7 @@ def reproduction(pairs: Sequence[tuple[Photo, Photo]], edit: Callable[[list[Phot
 
 
 def reduced(photo: Photo, *, between: bool = False) -> Photo:
-    """Return the photo with every n-th pixel and nothing else; `between`: those half-way between, where n is above 1."""
+    """Return the photo with every n-th pixel and nothing else; `between`: of the pixels half-way between those."""
     step = -(-max(photo.pixels.shape[:2]) // SIDE)
     first = step // 2 if between and min(photo.pixels.shape[:2]) > step else 0
     return Photo(cast(Pixels, np.ascontiguousarray(photo.pixels[first::step, first::step])), grey=photo.grey)

@@ -1,8 +1,8 @@
 """Our own adapter folder: write and read any `Adapter`, bit for bit.
 
 `adapter_config.json` has `format`, `version`, `batch`, `rank`, `scale`, `instructions` (for each sample a text, or a
-list of texts where the adapter is a sum), `refined` (steps on its example for each sample) where any was, and `targets`,
-each with its `operator` where that is not LoRA;
+list of texts where the adapter is a sum), `refined` (for each sample the steps on its example) where any was, and
+`targets`, each with its `operator` where that is not LoRA;
 `adapter_model.safetensors` has `{target}.{factor}`, of a LoRA `{target}.lora_A` `[b, (E,) r, A_dim]` and
 `{target}.lora_B` `[b, (E,) B_dim, r]`.
 
