@@ -129,12 +129,10 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
     if arguments.per_photo and not arguments.example:
         raise UsageError("--per-photo: expected with --example BEFORE AFTER; add that or leave it out")
     if arguments.refine and (not arguments.example or arguments.per_photo):
-        raise UsageError(
-            "--refine: expected with --example BEFORE AFTER and without --per-photo, which has many adapters"
-        )
+        raise UsageError("--refine: expected with --example BEFORE AFTER and without --per-photo; leave one out")
     if arguments.refine and arguments.ray is not None:
         raise UsageError(
-            "--refine: expected without --ray; refine here with --save-adapter, and send that by --adapter"
+            "--refine: expected without --ray; write the adapter here (--save-adapter), then use --adapter"
         )
     instruction = ""
     if arguments.instruction is not None:

@@ -129,9 +129,11 @@ def optimised(base: FrozenBase, task: ShownTask, steps: int, start: Adapter | No
     """Train a LoRA on a task's example alone as the editor refines, from nothing or from an adapter (b = 1)."""
     before, after = task.example
     names = [target.name for target in base.targets]
-    fit = EmbeddedFit(base.network, [(before, after, task.noise)], base.text, adapted=names)
-    with precision(), attach(fit.denoiser, base.targets) as handle:
-        return fit_adapter(handle, base.new_lora(0)().detach() if start is None else start, fit, steps)
+    first = base.new_lora(0)().detach() if start is None else start
+    with precision():
+        fit = EmbeddedFit(base.network, [(before, after, task.noise)], base.text, adapted=names)
+        with attach(fit.denoiser, base.targets) as handle:
+            return fit_adapter(handle, first, fit, steps)
 
 
 def nearest(base: FrozenBase, bank: TrainableLora, picture: Tensor, noise: Tensor, target: Tensor) -> Adapter:
