@@ -55,6 +55,7 @@ class FakeEditor:
     fails: dict[str, BaseException] = field(default_factory=dict)
     understood: Understood | None = None
     loaded: int = 0
+    refined: int = 0
     reproduced: Reproduction = field(default_factory=lambda: Reproduction((0.2,), (0.02,)))
 
     def from_pretrained(self, model: str | None = None, *, cache: str | None = None, **options: Any) -> FakeEditor:

@@ -403,7 +403,7 @@ def _finite(text: str) -> float:
 def _steps(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or not 0 < int(text) <= MAX_REFINE:
         raise argparse.ArgumentTypeError(
-            f"expected a number of steps from 1 to {MAX_REFINE}, got {text!r}; to leave it out, write --refine last"
+            f"expected a number of steps from 1 to {MAX_REFINE}, got {text!r}; write photographs before it"
         )
     return int(text)
 

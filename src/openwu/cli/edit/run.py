@@ -131,9 +131,7 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
     if arguments.refine and (not arguments.example or arguments.per_photo):
         raise UsageError("--refine: expected with --example BEFORE AFTER and without --per-photo; leave one out")
     if arguments.refine and arguments.ray is not None:
-        raise UsageError(
-            "--refine: expected without --ray; write the adapter here (--save-adapter), then use --adapter"
-        )
+        raise UsageError("--refine: expected without --ray; write it here by --save-adapter, then use --adapter")
     instruction = ""
     if arguments.instruction is not None:
         instruction = check_instruction(arguments.instruction)
