@@ -26,8 +26,8 @@ from openwu.types import Adapter
 if TYPE_CHECKING:
     from openwu.editor.editor import Editor
 
-LEARNING_RATE = 1e-2
-"""Adam's, for factors; it rises over the first fifth of the steps and falls to 0 over the last three."""
+LEARNING_RATE = 3e-2
+"""Adam's, for factors; it rises over the first fifth of the steps, 5 to 20, and falls to 0 over the last three fifths."""
 BETAS = (0.9, 0.98)
 LARGEST_NORM = 1.0
 """The gradient is scaled down to it."""
@@ -151,7 +151,7 @@ def fit_adapter(
 
 def _rate(step: int, steps: int) -> float:
     """The share of the learning rate at a step."""
-    return min(1.0, (step + 1) / max(1, min(20, steps // 5)), (steps - step) / (0.6 * steps))
+    return min(1.0, (step + 1) / min(20, max(5, steps // 5)), (steps - step) / (0.6 * steps))
 
 
 @torch.no_grad()
