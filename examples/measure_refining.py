@@ -54,10 +54,9 @@ def drawn(number: int) -> tuple[Program, torch.Generator]:
 
 def fitted(before: Pixels, after: Pixels, photo: Pixels) -> Pixels:
     """The photo under the cubic polynomial that fits the pair's change of colours best."""
-    first, second, third = (
-        torch.from_numpy(each).permute(2, 0, 1)[None, None] / 255 for each in (before, after, photo)
-    )
-    return pixels(predicted(third, fit(reduced(first), reduced(second)))[0, 0])
+    pictures = [torch.from_numpy(each).permute(2, 0, 1)[None, None] / 255 for each in (before, after, photo)]
+    weights = fit(reduced(pictures[0]), reduced(pictures[1]))
+    return pixels(predicted(pictures[2], weights)[0, 0])
 
 
 def measured(editor: openwu.Editor, photographs: dict[str, Tensor], number: int, steps: list[int]) -> dict[str, Any]:
