@@ -93,12 +93,15 @@ def test_a_refined_adapter_is_the_same_every_time_and_serves_a_series(
     first = editor.adapt(example=[pair, pair], refine=4, seed=1, allow_out_of_scope=True)
     asked = EditRequest(scene(24, 20), example=[pair, pair], refine=4, seed=2)
     several = editor.edit_batch([asked, asked], allow_out_of_scope=True)
-    assert len(trained) == 2
+    assert len(trained) == 2  # two requests of a batch share one
     series = make_series(editor, asked, allow_out_of_scope=True)
     for adapter in (several[0].adapter, several[1].adapter, series.adapters[0]):
         state = adapter.state_dict()
         assert all(torch.equal(each, state[name]) for name, each in first.state_dict().items())
     assert series.reproduced == several[0].reproduced
+    with torch.inference_mode():
+        inside = editor.adapt(example=[pair, pair], refine=4, allow_out_of_scope=True).state_dict()
+    assert all(torch.equal(each, inside[name]) for name, each in first.state_dict().items())
     assert Adapter.stack([first, editor.adapt(example=[pair], allow_out_of_scope=True)]).refined == (4, 0)
 
 

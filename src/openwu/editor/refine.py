@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openwu.editor.editor import Editor
 
 LEARNING_RATE = 3e-2
-"""Adam's, for factors; it rises over the first fifth of the steps, 5 to 20, and falls to 0 over the last three fifths."""
+"""Adam's, for factors; it rises over a fifth of the steps (5 to 20) and falls to 0 over the last three fifths."""
 BETAS = (0.9, 0.98)
 LARGEST_NORM = 1.0
 """The gradient is scaled down to it."""
@@ -81,6 +81,7 @@ def reproduced_by(editor: Editor, job: EditJob, adapter: Adapter) -> Reproductio
     return reproduction(job.examples, edit)
 
 
+@torch.inference_mode(False)  # whatever the caller is in: steps need gradients
 def _refined(editor: Editor, job: EditJob, start: Adapter, progress: Progress, *, checked: bool) -> Adapter:
     """Train one adapter; the start itself where no step is better by the check of the example.
 

@@ -78,7 +78,7 @@ class EditResult:
     adapter: Adapter = field(repr=False)
     """The adapter of this request alone (b = 1), before `strength`."""
     timings: Mapping[str, float]
-    """Stage -> seconds: read, condition, generate, edit."""
+    """Stage -> seconds: read, condition, generate, edit; of an example also refine, and example (its check)."""
     seed: int
     """The seed that was used, the base's default included."""
     understood: Understood | None = None
