@@ -362,9 +362,10 @@ class Adapter:
     def select(self, samples: Sequence[int] | Tensor) -> Adapter:
         """The adapters of some samples, in the order given (repeats allowed)."""
         index = torch.as_tensor(samples, dtype=torch.long)
-        texts, steps = ([own[i] for i in index.tolist()] if own else [] for own in (self.instructions, self.refined))
+        texts = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
+        steps = tuple(self.refined[i] for i in index.tolist()) if self.refined else ()
         chosen = self._each(lambda part: part[index.to(part.device)], shared=False)
-        return replace(self, factors=chosen, instructions=tuple(texts), refined=tuple(steps))
+        return replace(self, factors=chosen, instructions=texts, refined=steps)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """Move or cast every tensor, as `torch.Tensor.to` does."""
