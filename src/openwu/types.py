@@ -414,8 +414,7 @@ class Adapter:
         if any((o.targets, o.rank, o.scale) != (first.targets, first.rank, first.scale) for o in adapters[1:]):
             raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
         joined = {t.name: t.rules.stacked([each.factors[t.name] for each in adapters]) for t in first.targets}
-        texts = [adapter.instructions for adapter in adapters]
-        instructions = tuple(chain(*texts)) if all(texts) else ()
+        instructions = tuple(chain(*texts)) if all(texts := [each.instructions for each in adapters]) else ()
         steps = tuple(chain(*(adapter.refined or (0,) * adapter.batch for adapter in adapters)))
         return replace(first, factors=joined, instructions=instructions, refined=steps if any(steps) else ())
 
