@@ -26,7 +26,7 @@ from openwu.backbones.embedded.example import fit, predicted, reduced
 from openwu.data.programs import COLOUR_FAMILIES, FAMILIES, Program, draw_program
 from openwu.data.suite.photographs import load_test_photographs
 
-SIDE, SEED = 192, 900_000
+SIDE, SEED = 128, 900_000
 OTHERS = 2
 """Photographs that a program is done to, beside the example."""
 
