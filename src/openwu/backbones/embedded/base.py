@@ -27,7 +27,7 @@ from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor, noise_plane
 from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
 from openwu.backbones.embedded.piecewise.pieces import as_unit
-from openwu.backbones.embedded.scale import enlarged, factor, reduced
+from openwu.backbones.embedded.scale import detail_of, enlarged, factor, reduced
 from openwu.backbones.embedded.understanding import read_sentences, understood
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (
@@ -273,8 +273,8 @@ class EmbeddedBase(Backbone):
         edited = run_passes(passes_of(self.network, framed, scope, self.rows, options.batch), progress)
         found = [_unframed(photo, job) for photo, job in zip(edited, own, strict=True)]
         return [
-            photo if by == 1 else enlarged(photo, job.photos[0], by)
-            for photo, job, by in zip(found, whole, factors, strict=True)
+            photo if by == 1 else enlarged(photo, job.photos[0], by, detail_of(job.reading.edit, small.photos[0]))
+            for photo, job, small, by in zip(found, whole, own, factors, strict=True)
         ]
 
     def rows(self, pixels: int) -> dict[str, int]:
