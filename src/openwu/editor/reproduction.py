@@ -19,6 +19,8 @@ ACCEPTED = 0.3
 """Share of the change below which an example is refused; docs/editing.md has the curve that it was chosen on."""
 CLEAR = 0.6
 """Share below which a note says that the example is only partly understood."""
+REFINED_ACCEPTED = 0.6
+"""The same where the share is that after training on the example, which says less about other photographs."""
 VISIBLE = 1 / 255
 """Root mean square of a change, of 1, below which two pictures show none."""
 ANYWAY = "try anyway with --allow-out-of-scope (allow_out_of_scope=True)"
@@ -64,14 +66,16 @@ class Reproduction:
     def check(self) -> None:
         """Raise ExampleError for an example that shows no change, or one of which too little is reproduced."""
         self.check_change()
-        if self.share >= ACCEPTED:
+        generated = self.share if self.before is None else self.before
+        if generated >= ACCEPTED or (self.before is not None and self.share >= REFINED_ACCEPTED):
             return
         shares = [1 - error / max(change, VISIBLE) for error, change in zip(self.errors, self.changes, strict=True)]
         each = ", ".join(f"pair {i}: {max(0.0, share):.0%}" for i, share in enumerate(shares, 1))
         several = f" ({each}; all must show the same edit)" if len(shares) > 1 else ""
         raise ExampleError(
             f"example: not understood, {_percent(self.share)}% of its change can be reproduced{several}; {TEACHABLE}. "
-            f"Show another pair, say the edit in words, or {ANYWAY}"
+            f"{'Train on it (--refine, refine=30), show' if self.before is None else 'Show'} another pair, say the edit in "
+            f"words, or {ANYWAY}"
         )
 
     def check_change(self) -> None:
