@@ -71,11 +71,11 @@ class Reproduction:
             return
         shares = [1 - error / max(change, VISIBLE) for error, change in zip(self.errors, self.changes, strict=True)]
         each = ", ".join(f"pair {i}: {max(0.0, share):.0%}" for i, share in enumerate(shares, 1))
+        first = "Train on it (--refine, refine=30), show" if self.before is None else "Show"
         several = f" ({each}; all must show the same edit)" if len(shares) > 1 else ""
         raise ExampleError(
             f"example: not understood, {_percent(self.share)}% of its change can be reproduced{several}; {TEACHABLE}. "
-            f"{'Train on it (--refine, refine=30), show' if self.before is None else 'Show'} another pair, say the edit in "
-            f"words, or {ANYWAY}"
+            f"{first} another pair, say the edit in words, or {ANYWAY}"
         )
 
     def check_change(self) -> None:
