@@ -271,6 +271,17 @@ def test_a_look_that_one_pair_shows_is_done_to_another_photograph(
         assert away(made[side], wanted[side]) < 0.5 * away(before[side], wanted[side])
 
 
+def test_steps_on_the_pair_bring_another_photograph_closer_too(editor: Editor, photograph: Image.Image) -> None:
+    photo, pair = photographed("chelsea", QUICK_SIDE), (photograph, graded(photograph))
+    generated, refined = (editor.edit(photo, example=[pair], refine=steps) for steps in (0, 12))
+    assert generated.reproduced is not None
+    assert refined.reproduced is not None
+    assert refined.reproduced.before == generated.reproduced.share
+    assert refined.reproduced.share > generated.reproduced.share + 0.02
+    wanted = floats(graded(photo))
+    assert away(floats(refined.image), wanted) < 0.9 * away(floats(generated.image), wanted)
+
+
 def test_examples_of_what_is_no_look_of_tone_and_colour_are_refused(editor: Editor, photograph: Image.Image) -> None:
     grain = np.random.default_rng(0).normal(0, 14, (photograph.height, photograph.width, 1))
     noisy = Image.fromarray((floats(photograph) + grain).round().clip(0, 255).astype(np.uint8))

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -286,6 +287,8 @@ class Adapter:
     instructions: tuple[tuple[str, ...], ...] = ()
     """The instructions that each sample's adapter was generated for, so that a reused one can ask for the same: one
     tuple for each sample, with several entries where the adapter is a sum; empty if not known."""
+    refined: tuple[int, ...] = ()
+    """Optimiser steps on its own example after each sample was generated; empty where none was refined, and of sums."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -295,8 +298,9 @@ class Adapter:
             missing, unexpected = sorted(names - set(self.factors)), sorted(set(self.factors) - names)
             raise TargetError(f"adapter: factors do not fit targets; missing {missing}, unexpected {unexpected}")
         batch, rank = self.batch, self.rank
-        if self.instructions and len(self.instructions) != batch:
-            raise ValueError(f"instructions: expected none or {batch}, one per sample, got {len(self.instructions)}")
+        for name, each in (("instructions", self.instructions), ("refined", self.refined)):
+            if each and len(each) != batch:
+                raise ValueError(f"{name}: expected none or {batch}, one per sample, got {len(each)}")
         if any(isinstance(texts, str) for texts in self.instructions):
             raise ValueError(f"instructions: expected a tuple of texts for each sample, got {self.instructions!r}")
         for target in self.targets:
@@ -358,9 +362,10 @@ class Adapter:
     def select(self, samples: Sequence[int] | Tensor) -> Adapter:
         """The adapters of some samples, in the order given (repeats allowed)."""
         index = torch.as_tensor(samples, dtype=torch.long)
-        instructions = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
+        texts = tuple(self.instructions[i] for i in index.tolist()) if self.instructions else ()
+        steps = tuple(self.refined[i] for i in index.tolist()) if self.refined else ()
         chosen = self._each(lambda part: part[index.to(part.device)], shared=False)
-        return replace(self, factors=chosen, instructions=instructions)
+        return replace(self, factors=chosen, instructions=texts, refined=steps)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """Move or cast every tensor, as `torch.Tensor.to` does."""
@@ -406,13 +411,12 @@ class Adapter:
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
         first = adapters[0]
-        for other in adapters[1:]:
-            if (other.targets, other.rank, other.scale) != (first.targets, first.rank, first.scale):
-                raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
+        if any((o.targets, o.rank, o.scale) != (first.targets, first.rank, first.scale) for o in adapters[1:]):
+            raise TargetError("adapters: expected the same targets, rank and scale in every adapter of a batch")
         joined = {t.name: t.rules.stacked([each.factors[t.name] for each in adapters]) for t in first.targets}
-        known = all(adapter.instructions for adapter in adapters)
-        instructions = tuple(texts for adapter in adapters for texts in adapter.instructions) if known else ()
-        return replace(first, factors=joined, instructions=instructions)
+        instructions = tuple(chain(*texts)) if all(texts := [each.instructions for each in adapters]) else ()
+        steps = tuple(chain(*(adapter.refined or (0,) * adapter.batch for adapter in adapters)))
+        return replace(first, factors=joined, instructions=instructions, refined=steps if any(steps) else ())
 
     @staticmethod
     def sum(adapters: Sequence[Adapter]) -> Adapter:
@@ -424,15 +428,11 @@ class Adapter:
         if not adapters:
             raise ValueError("adapters: expected at least one, got none")
         first = adapters[0]
-        for other in adapters[1:]:
-            if (other.targets, other.batch) != (first.targets, first.batch):
-                raise TargetError("adapters: expected the same targets and as many samples in every adapter of a sum")
+        if any((other.targets, other.batch) != (first.targets, first.batch) for other in adapters[1:]):
+            raise TargetError("adapters: expected the same targets and as many samples in every adapter of a sum")
         # One scale for all: the others' ratio to it goes into their factors.
         ratios = [adapter.scale / first.scale for adapter in adapters]
-        summed = {
-            target.name: target.rules.summed([adapter.factors[target.name] for adapter in adapters], ratios)
-            for target in first.targets
-        }
+        summed = {t.name: t.rules.summed([each.factors[t.name] for each in adapters], ratios) for t in first.targets}
         texts = [adapter.instructions for adapter in adapters]
         instructions = tuple(sum(sample, ()) for sample in zip(*texts, strict=True)) if all(texts) else ()
         targets = tuple(replace(t, rank=t.rank and t.rank * len(adapters)) for t in first.targets)

@@ -55,6 +55,7 @@ class FakeEditor:
     fails: dict[str, BaseException] = field(default_factory=dict)
     understood: Understood | None = None
     loaded: int = 0
+    refined: int = 0
     reproduced: Reproduction = field(default_factory=lambda: Reproduction((0.2,), (0.02,)))
 
     def from_pretrained(self, model: str | None = None, *, cache: str | None = None, **options: Any) -> FakeEditor:
@@ -107,11 +108,16 @@ class FakeEditor:
         *,
         instruction: str,
         example: tuple[tuple[Photo, Photo], ...],
+        refine: int,
         seed: int | None,
         allow_out_of_scope: bool,
+        progress: Callable[[int, int], None] | None,
     ) -> FakeAdapter:
         """Refuse pairs of equal pictures, unless that is allowed."""
-        self.shown = (instruction, len(example), seed)
+        self.shown, self.refined = (instruction, len(example), seed), refine
+        if refine:
+            assert progress is not None
+            progress(refine, refine)
         if not allow_out_of_scope and any(np.array_equal(*(each.pixels for each in pair)) for pair in example):
             raise ExampleError("example: not understood; try --allow-out-of-scope")
         return FakeAdapter()

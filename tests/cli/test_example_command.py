@@ -47,3 +47,37 @@ def test_an_example_that_is_not_understood_edits_nothing(
     assert names(here) == before
     assert edit("a.png", *same, "--dry-run", instruction=None) == 2
     assert edit("a.png", *same, "--output", "out/", "--allow-out-of-scope", instruction=None) == 0
+
+
+def test_an_example_is_refined_where_that_is_asked(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor.reproduced = Reproduction((0.2,), (0.006,), before=0.86)
+    assert edit("a.png", "c.jpg", *PAIR, "--output", "out/", instruction=None) == 0
+    assert editor.refined == 0
+    assert edit("a.png", *PAIR, "--output", "new/", "--refine", instruction=None) == 0
+    assert editor.refined == 30
+    assert "example: 86% -> 97% of its change reproduced" in capsys.readouterr().out
+    assert edit("a.png", *PAIR, "--output", "more/", "--refine", "100", instruction=None) == 0
+    assert editor.refined == 100
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--refine", "--instruction", "warmer"),
+        (*PAIR, "--refine", "--per-photo"),
+        (*PAIR, "--refine", "--ray"),
+        *((*PAIR, "--refine", steps) for steps in ("0", "501", "c.jpg")),
+    ],
+)
+def test_refining_is_refused_where_it_makes_no_sense(
+    here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    try:
+        code: object = edit("a.png", "--output", "out/", *arguments, instruction=None)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert "--refine: expected" in capsys.readouterr().err
+    assert editor.loaded == 0

@@ -52,6 +52,19 @@ def test_a_slope_stays_where_it_is() -> None:
     assert np.abs(large - ramp)[:, 8:-8].max() <= 40  # a shift by a pixel would be 274
 
 
+def test_rows_that_keep_their_detail_get_the_photos() -> None:
+    source = photo(240, 90)
+    small = reduced(source, 3)
+    assert (enlarged(small, source, 3, small).pixels.astype(int) - source.pixels)[:, 6:-6].std() < 0.5
+    flat = small.pixels.copy()
+    flat[:40] = 128
+    mixed = enlarged(small.with_pixels(flat), source, 3, small).pixels.astype(int)
+    assert np.abs(mixed[:90] - 128).max() <= 1
+    assert (mixed - source.pixels)[150:].std() < 0.5
+    grey = Photo(np.full((240, 90, 3), 77, np.uint8))
+    assert (enlarged(reduced(grey, 3), grey, 3, reduced(grey, 3)).pixels == 77).all()
+
+
 def test_factors() -> None:
     assert set(SIDES) <= set(known_edits())
     assert factor("brighten", (9000, 6000)) == 1

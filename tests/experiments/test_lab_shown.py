@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwu.backbones.embedded.network import place_planes, recolour
 from openwu.cli import main
 from openwu.data.examples import ExampleSampler
 from openwu.data.programs import Program
@@ -20,7 +19,6 @@ from openwu.evaluation.experiments.comparisons import shown, shown_requests
 from openwu.evaluation.experiments.comparisons.shown import RATES, ShownConflict, shown_conflict, trainable
 from openwu.evaluation.experiments.comparisons.shown_requests import (
     FrozenBase,
-    OneExampleStage,
     ShownTask,
     bank_programs,
     draw_tasks,
@@ -44,7 +42,7 @@ BUDGET = Budget(steps=1, requests=2, crop=16)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SIDE", 32), ("BANK", 2), ("CELL", 8)):
         monkeypatch.setattr(shown, name, value)
-    for name, value in (("FIRST_TRY", 1), ("LONG_TRY", 2), ("WINDOW", 24), ("PERFECT", (2, 6))):
+    for name, value in (("FIRST_TRY", 1), ("LONG_TRY", 2), ("PERFECT", (2, 6))):
         monkeypatch.setattr(shown_requests, name, value)
 
 
@@ -129,21 +127,6 @@ def test_the_example_and_the_requests_have_one_program(squares: dict[str, Tensor
     assert not torch.equal(other[0].example[1], tasks[0].example[1])
     with pytest.raises(OpenwuError, match="two or more"):
         draw_tasks({"a": squares["a"]}, 1, 0)
-
-
-def test_a_step_computes_what_the_base_does_in_its_window(model: EmbeddedModel, task: ShownTask) -> None:
-    base = FrozenBase(model)
-    lora, config = base.new_lora(0), stage_config(4, 1, 16, {"learning_rate": 1e-2})
-    stage = OneExampleStage(base, task, lora, config)
-    windows = {stage.window(step)[0].start for step in range(8)}
-    assert len(windows) > 2
-    whole = base.network(task.example[:1], torch.cat([task.noise, place_planes(32, 32)])[None], base.text, raw=True)
-    rows, columns = stage.window(0)
-    affine = base.network.pixels(stage.x[..., rows, columns], stage.tokens, stage.grid, (rows, columns))
-    edited = recolour(task.example[:1, :, rows, columns], affine)
-    margin = base.network.pixels.reach
-    inside = (..., slice(margin, -margin), slice(margin, -margin))
-    torch.testing.assert_close(edited[inside], whole[..., rows, columns][inside], atol=1e-5, rtol=0)
 
 
 def test_training_on_the_example_comes_closer_to_it(model: EmbeddedModel, task: ShownTask) -> None:

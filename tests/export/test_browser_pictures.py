@@ -125,6 +125,24 @@ def test_effects_follow_the_size_alike(height: int, width: int, by: int, tmp_pat
     assert found["factors"] == [scale.factor("oil", size) for size in sizes] == [1, 2, 2, 2, 3, 12]
 
 
+@pytest.mark.parametrize(("height", "width", "by"), [(41, 61, 2), (90, 31, 3)])
+def test_detail_is_given_back_alike(height: int, width: int, by: int, tmp_path: Path) -> None:
+    code = """
+    import { enlarged } from "./picture.js";
+    const large = enlarged(given.edited, given.image, given.by, given.small, given.tables);
+    console.log(JSON.stringify({ large: [...large.data] }));
+    """
+    source = photo(height, width)
+    small = scale.reduced(source, by)
+    pixels = small.pixels.copy()
+    pixels[: len(pixels) // 2] = pixels[: len(pixels) // 2].mean((0, 1)).astype(np.uint8)
+    edited = small.with_pixels(pixels)
+    given = {"image": rgba(source), "small": rgba(small), "edited": rgba(edited), "by": by, "tables": rules()["scale"]}
+    found = rgb(node(tmp_path, code, given)["large"], source)
+    large = scale.enlarged(edited, source, by, small).pixels
+    assert np.abs(found.astype(int) - large.astype(int)).max() <= 1
+
+
 def test_tiles_are_blended_into_the_same_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
     import { Canvas, tilesOf } from "./picture.js";

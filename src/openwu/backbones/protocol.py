@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,6 +99,8 @@ class EditJob:
     """Pairs before and after an edit that is shown rather than said; only the condition reads them."""
     per_photo: bool = False
     """With examples: whether the condition reads the photo, too, for an adapter of its own."""
+    refine: int = 0
+    """With examples: steps on them after the adapter was generated; read by the editor alone."""
 
     @cached_property
     def pixels(self) -> list[Pixels]:
@@ -131,6 +133,23 @@ class RequestScope(Protocol):
         ...
 
 
+class ExampleFit(Protocol):
+    """The loss of an example's pairs, for adapters that are trained on them; see `Backbone.fit_example`."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """A replica of the base's denoiser that shares its weights and carries no adapters: what is attached to."""
+        ...
+
+    def loss(self, step: int, steps: int) -> Tensor:
+        """Return the loss of a step under the adapter that is applied; what it reads is drawn by `step` alone."""
+        ...
+
+    def held_out(self) -> float:
+        """Return the mean squared error, under the adapter that is applied, on what no step trains on."""
+        ...
+
+
 class Backbone(ConditionEncoder):
     """A frozen base model."""
 
@@ -142,6 +161,8 @@ class Backbone(ConditionEncoder):
     """Whether the base writes down its reasoning before it draws, and reads `BaseRequest.reasoning`."""
     refuses_out_of_scope: ClassVar[bool] = False
     """Whether `understand` refuses instructions that the base does not know."""
+    refines_examples: ClassVar[bool] = False
+    """Whether adapters can be trained on examples through the base, by `fit_example`."""
     identity_at_zero: ClassVar[bool] = False
     """Whether strength is the share of the edit's change, which `finish` makes of an edit in full, so that 0 is the
     picture as it is; otherwise it is the factor on the adapter, and 0 the base without one."""
@@ -324,6 +345,14 @@ class Backbone(ConditionEncoder):
         progress: Progress | None = None,
     ) -> list[Tensor]:
         """Edited pictures [3, h, w] in 0..1, at the size that the base worked on, through its own pipeline."""
+
+    def fit_example(self, job: EditJob, adapted: Collection[str]) -> ExampleFit:
+        """Make the loss of a job's examples, for bases with `refines_examples`; the job's photo is not read.
+
+        `adapted`: paths of the denoiser's modules that adapters change: what does not depend on them is computed once.
+        """
+        del job, adapted
+        raise OpenwuError(f"refine: expected a base that is trained through, got {type(self).__name__}; leave it out")
 
     # Training
 

@@ -13,6 +13,8 @@ from openwu.cli.service import serve as serving
 
 SHELLS = ("bash", "zsh", "fish")
 """Shells that `openwu completion` knows."""
+REFINE, MAX_REFINE = 30, 500
+"""Those of `openwu.editor.requests`, which takes long to import."""
 
 
 def build_parser() -> Parser:
@@ -117,6 +119,15 @@ def _add_wish(wish: argparse._ArgumentGroup) -> None:
         "--per-photo",
         action="store_true",
         help="with --example: an adapter for each photo (default: one for all, so that a series looks alike)",
+    )
+    wish.add_argument(
+        "--refine",
+        nargs="?",
+        type=_steps,
+        const=REFINE,
+        default=0,
+        metavar="STEPS",
+        help=f"with --example: train the adapter on the pair for so many steps (default: {REFINE}, about 4 s once)",
     )
     wish.add_argument(
         "--then",
@@ -387,6 +398,14 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
     return value
+
+
+def _steps(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) <= MAX_REFINE:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of steps from 1 to {MAX_REFINE}, got {text!r}; write photographs before it"
+        )
+    return int(text)
 
 
 def _seed(text: str) -> int:

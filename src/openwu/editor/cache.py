@@ -71,6 +71,7 @@ class PackedAdapter:
     targets: tuple[Target, ...]
     scale: float
     instructions: tuple[tuple[str, ...], ...]
+    refined: tuple[int, ...]
     batch: int
 
     @classmethod
@@ -104,6 +105,7 @@ class PackedAdapter:
             adapter.targets,
             adapter.scale,
             adapter.instructions,
+            adapter.refined,
             adapter.batch,
         )
 
@@ -129,8 +131,8 @@ class PackedAdapter:
         factors = {name: {part: next(ordered) for part in parts} for name, parts in self.names}
         # Without its checks: they were made of what was packed, and would take as long as the copy.
         adapter = object.__new__(Adapter)
-        known = {"targets": self.targets, "factors": factors, "scale": self.scale, "instructions": self.instructions}
-        vars(adapter).update(known)
+        vars(adapter).update(targets=self.targets, factors=factors, scale=self.scale)
+        vars(adapter).update(instructions=self.instructions, refined=self.refined)
         return adapter
 
 

@@ -204,7 +204,7 @@ class _ClipEdit:
             "words": [request.instruction, request.edit, then],
             "strength": request.strength,
             "seed": request.seed,
-            "options": [options.allow_out_of_scope, options.noise_per_frame],
+            "options": [options.allow_out_of_scope, options.noise_per_frame, request.refine],
             "writer": editor.identity.digest,
             "base": sampled_digest({"": editor.backbone.denoiser}),
         }

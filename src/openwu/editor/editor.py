@@ -23,8 +23,7 @@ from openwu.backbones.protocol import Backbone, EditJob, RequestScope
 from openwu.editor.cache import AdapterCache, GeneratorIdentity, request_key
 from openwu.editor.clip import ClipOptions, ClipResult, edit_clip
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
-from openwu.editor.examples import try_example
-from openwu.editor.generate import generate_adapters
+from openwu.editor.generate import adapters_of, try_example
 from openwu.editor.loading import load_pair
 from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import (
@@ -108,6 +107,7 @@ class Editor:
         edit: str | None = None,
         example: Sequence[tuple[Picture, Picture]] = (),
         per_photo: bool = False,
+        refine: int = 0,
         then: str | Sequence[str] = (),
         strength: float = 1.0,
         seed: int | None = None,
@@ -127,7 +127,8 @@ class Editor:
         `example`: pairs of pictures before and after an edit that is shown rather than said, with or without an
         instruction. The base sees the picture alone; what the example shows reaches it through the adapter. It is the
         same for every picture of a series, unless with `per_photo`. It is tried on the example's own picture before:
-        `reproduced` of the result says how much of the change it makes, and too little is refused.
+        `reproduced` of the result says how much of the change it makes, and too little is refused. `refine`: steps in
+        which the adapter is first trained on the example, 30 as a rule; the same adapter serves a series (`adapt`).
 
         `then`: one more instruction or several. Each has a pass of its own, on the result of the one before, and the
         result's adapter is the last one's. A base that tells edits apart runs an instruction that itself asks for two
@@ -157,7 +158,7 @@ class Editor:
             name = "then" if then else "edit" if edit is not None else "example"
             raise InstructionError(f"{name}: expected nothing beside a given adapter; edit the result once more")
         request = EditRequest(
-            images, instruction, strength, seed, then, reasoning, edit, image_size, example, per_photo
+            images, instruction, strength, seed, then, reasoning, edit, image_size, example, per_photo, refine
         )
         return self._edited([request], adapter, allow_out_of_scope, sampling, progress)[0]
 
@@ -189,6 +190,7 @@ class Editor:
         *,
         edit: str | None = None,
         example: Sequence[tuple[Picture, Picture]] = (),
+        refine: int = 0,
         references: Sequence[Picture] = (),
         then: str | Sequence[str] = (),
         strength: float = 1.0,
@@ -216,7 +218,9 @@ class Editor:
 
         Raises OpenwuError as `edit` does, and PictureError for a clip that cannot be read or is HDR.
         """
-        request = EditRequest(list(references), instruction, strength, seed, then, edit=edit, example=example)
+        request = EditRequest(
+            list(references), instruction, strength, seed, then, edit=edit, example=example, refine=refine
+        )
         options = ClipOptions(adapter, allow_out_of_scope, noise_per_frame, metadata, overwrite, mask)
         return edit_clip(self, clip, output, request, options, progress)
 
@@ -227,20 +231,22 @@ class Editor:
         instruction: str = "",
         *,
         example: Sequence[tuple[Picture, Picture]] = (),
+        refine: int = 0,
         seed: int | None = None,
         reasoning: str | None = None,
         image_size: str | None = None,
         allow_out_of_scope: bool = False,
+        progress: Progress | None = None,
     ) -> Adapter:
         """Generate the adapter (b = 1) of a request, or take it from the cache.
 
-        `example`: see `edit`; without `images` the adapter serves a whole series, with them this picture. `seed`,
-        `reasoning`, `image_size`: as for `edit`, of a base that reads its request with them; others give the same
-        adapter for every seed.
+        `example`, `refine`: see `edit`; without `images` the adapter serves a whole series, with them this picture.
+        `seed`, `reasoning`, `image_size`: as for `edit`, of a base that reads its request with them; others give the
+        same adapter for every seed. `progress` is called with (steps done, steps in all) of `refine`.
 
         Raises OpenwuError as `edit` does, and for an instruction that asks for several edits.
         """
-        check_options(None, None, None, allow_out_of_scope=allow_out_of_scope)
+        check_options(None, None, progress, allow_out_of_scope=allow_out_of_scope)
         series = images is None and bool(example)
         request = EditRequest(
             _BLANK if series else [] if images is None else images,
@@ -250,6 +256,7 @@ class Editor:
             image_size=image_size,
             example=example,
             per_photo=bool(example) and not series,
+            refine=refine,
         )
         (request,) = self._checked([request], allow_out_of_scope, None)
         task = self._task(request, read_photos(request, self.backbone, self.name), None, not allow_out_of_scope)
@@ -258,7 +265,7 @@ class Editor:
                 f"instruction: {instruction!r} asks for several edits ({task.summary}), which have an adapter each; "
                 "adapt to one at a time"
             )
-        (adapter,) = generate_adapters(self, [task.job], allow_out_of_scope, 1, {})
+        (adapter,) = adapters_of(self, [task.job], allow_out_of_scope, 1, {}, progress)
         try_example(self, task, adapter, allow_out_of_scope, {})
         return adapter
 
@@ -372,9 +379,9 @@ class Editor:
     ) -> list[EditResult]:
         """Edit in one pass each, sharing calls of generator and base. Adds to `timings`."""
         if given is None:
-            adapters = generate_adapters(
-                self, [task.job for task in tasks], allow_out_of_scope, sampling.batch, timings
-            )
+            jobs, refined = [task.job for task in tasks], any(task.job.refine for task in tasks)
+            steps, progress = (part_of(progress, part, 1 + refined) for part in (0, int(refined)))
+            adapters = adapters_of(self, jobs, allow_out_of_scope, sampling.batch, timings, steps)
         else:
             timings |= {"condition": 0.0, "generate": 0.0}
             adapters = [given.to(self.generator.hidden_in.weight)]

@@ -1,4 +1,4 @@
-"""Read the pairs of pictures that show an edit, refuse those of different scenes, and try an adapter on them.
+"""Read the pairs of pictures that show an edit, and refuse those of different scenes.
 
 Shapes: h and w the sides of a picture.
 """
@@ -7,21 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from openwu.backbones.protocol import with_picture
-from openwu.editor.reproduction import Reproduction, reproduction
-from openwu.editor.requests import Picture, Task, checked_pairs, timed
+from openwu.editor.requests import Picture, checked_pairs
 from openwu.errors import PictureError
 from openwu.images import Photo, read_picture
-from openwu.types import Adapter
-
-if TYPE_CHECKING:
-    from openwu.editor.editor import Editor
 
 RATIO = 0.02
 """How much the shapes of a pair may differ, as a share of the ratio of their sides."""
@@ -93,26 +87,3 @@ def outline_matches(first: Tensor, second: Tensor) -> Tensor:
     b = windows - windows.mean((-1, -2), keepdim=True)
     scale = a.square().mean().sqrt() * b.square().mean((-1, -2)).sqrt()
     return torch.where(scale > 1e-6, (a * b).mean((-1, -2)) / scale.clamp(min=1e-6), torch.nan)
-
-
-def try_example(
-    editor: Editor, task: Task, adapter: Adapter, allow_out_of_scope: bool, timings: dict[str, float]
-) -> Reproduction | None:
-    """Compare a task's example with what its adapter (b = 1) makes of it; None for a task without one.
-
-    Adds to `timings`. Raises ExampleError for one that is not understood, unless `allow_out_of_scope`.
-    """
-    if not task.job.examples:
-        return None
-    request = replace(task.request, strength=1.0)
-
-    def edit(photos: list[Photo]) -> list[Photo]:
-        jobs = [replace(task.job, photos=(photo,), examples=()) for photo in photos]
-        tasks = [Task(request, job, None) for job in jobs]
-        return editor._apply(tasks, [adapter] * len(tasks), editor.sampling, None)
-
-    with timed(timings, "example"):
-        found = reproduction(task.job.examples, edit)
-    if not allow_out_of_scope:
-        found.check()
-    return found

@@ -1,4 +1,4 @@
-"""Generate the adapters of an editor's jobs, or take them from its cache."""
+"""Generate the adapters of an editor's jobs, refined or not, or take them from its cache; try those of examples."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from openwu.backbones.protocol import EditJob
-from openwu.editor.requests import timed, with_instruction
+from openwu.backbones.protocol import EditJob, Progress
+from openwu.editor.refine import refine_adapters, reproduced_by
+from openwu.editor.reproduction import Reproduction
+from openwu.editor.requests import Task, timed, with_instruction
 from openwu.editor.tasks import condition_kind
 from openwu.export.fit import with_kernels
 from openwu.types import Adapter, Condition
@@ -17,10 +19,32 @@ if TYPE_CHECKING:
     from openwu.editor.editor import Editor
 
 
+def adapters_of(
+    editor: Editor,
+    jobs: Sequence[EditJob],
+    allow_out_of_scope: bool,
+    batch: int,
+    timings: dict[str, float],
+    progress: Progress | None = None,
+) -> list[Adapter]:
+    """Return one adapter (b = 1) per job of one instruction, refined where the job says so, or from the cache.
+
+    Adds to `timings`. `progress` is called with (steps done, steps in all) of what is refined.
+    """
+    adapters = generate_adapters(editor, jobs, allow_out_of_scope, batch, timings)
+    if any(job.refine for job in jobs):
+        with timed(timings, "refine"):
+            return refine_adapters(editor, jobs, adapters, allow_out_of_scope, progress)
+    return adapters
+
+
 def generate_adapters(
     editor: Editor, jobs: Sequence[EditJob], allow_out_of_scope: bool, batch: int, timings: dict[str, float]
 ) -> list[Adapter]:
-    """Return one adapter (b = 1) per job of one instruction, from the cache where it has them. Adds to `timings`."""
+    """Return one adapter (b = 1) per job of one instruction as the generator writes it, from the cache where it can.
+
+    Adds to `timings`.
+    """
     with timed(timings, "condition"), editor._turn():
         keys = [str(place) for place in range(len(jobs))]
         found: dict[str, Adapter] = {}
@@ -52,6 +76,26 @@ def generate_adapters(
                 editor.cache.put(key, adapter)
     # Another spelling may have been the first: a result names the one that was asked for.
     return [with_instruction(found[key], job.instructions[0]) for key, job in zip(keys, jobs, strict=True)]
+
+
+def try_example(
+    editor: Editor, task: Task, adapter: Adapter, allow_out_of_scope: bool, timings: dict[str, float]
+) -> Reproduction | None:
+    """Compare a task's example with what its adapter (b = 1) makes of it; None for a task without one.
+
+    For a refined adapter, with what the generated one makes of it, too. Adds to `timings`. Raises ExampleError for an
+    example that is not understood, unless `allow_out_of_scope`.
+    """
+    if not task.job.examples:
+        return None
+    with timed(timings, "example"):
+        found = reproduced_by(editor, task.job, adapter)
+        if adapter.refined:
+            (start,) = generate_adapters(editor, [task.job], allow_out_of_scope, 1, {})
+            found = replace(found, before=reproduced_by(editor, task.job, start).share)
+    if not allow_out_of_scope:
+        found.check()
+    return found
 
 
 def _condition(editor: Editor, jobs: Sequence[EditJob]) -> Condition:

@@ -19,8 +19,11 @@ ACCEPTED = 0.3
 """Share of the change below which an example is refused; docs/editing.md has the curve that it was chosen on."""
 CLEAR = 0.6
 """Share below which a note says that the example is only partly understood."""
+REFINED_ACCEPTED = 0.6
+"""The same where the share is that after training on the example, which says less about other photographs."""
 VISIBLE = 1 / 255
 """Root mean square of a change, of 1, below which two pictures show none."""
+ANYWAY = "try anyway with --allow-out-of-scope (allow_out_of_scope=True)"
 TEACHABLE = (
     "examples teach looks of tone and colour, the same everywhere in the picture: not blur, grain, vignettes, local "
     "changes or retouching"
@@ -35,6 +38,8 @@ class Reproduction:
     """Root mean square of the change that each pair shows, of 1."""
     errors: tuple[float, ...]
     """Root mean square of what the edited picture before is away from the picture after."""
+    before: float | None = None
+    """Of a refined adapter: the share that the generated one reproduced."""
 
     @property
     def share(self) -> float:
@@ -51,38 +56,40 @@ class Reproduction:
         """What to say about an example that is only partly understood; None for one that is."""
         if self.share >= CLEAR:
             return None
-        return f"the example is only partly understood ({self._percent}% of its change); {TEACHABLE}"
+        return f"the example is only partly understood ({_percent(self.share)}% of its change); {TEACHABLE}"
 
     def __str__(self) -> str:
-        """Return this for people: "example: 86% of its change reproduced (31.2 dB)"."""
-        return f"example: {self._percent}% of its change reproduced ({self.psnr:.1f} dB)"
-
-    @property
-    def _percent(self) -> int:
-        return round(100 * max(0.0, self.share))
+        """Return this for people: "example: 86% of its change reproduced (31.2 dB)", of a refined one "86% -> 97%"."""
+        before = "" if self.before is None else f"{_percent(self.before)}% -> "
+        return f"example: {before}{_percent(self.share)}% of its change reproduced ({self.psnr:.1f} dB)"
 
     def check(self) -> None:
         """Raise ExampleError for an example that shows no change, or one of which too little is reproduced."""
-        anyway = "try anyway with --allow-out-of-scope (allow_out_of_scope=True)"
-        if max(self.changes) < VISIBLE:
-            raise ExampleError(
-                "example: expected a picture before an edit and one after it, got two that look alike; choose others, "
-                f"or {anyway}"
-            )
-        if self.share >= ACCEPTED:
+        self.check_change()
+        generated = self.share if self.before is None else self.before
+        if generated >= ACCEPTED or (self.before is not None and self.share >= REFINED_ACCEPTED):
             return
         shares = [1 - error / max(change, VISIBLE) for error, change in zip(self.errors, self.changes, strict=True)]
         each = ", ".join(f"pair {i}: {max(0.0, share):.0%}" for i, share in enumerate(shares, 1))
+        first = "Train on it (--refine, refine=30), show" if self.before is None else "Show"
         several = f" ({each}; all must show the same edit)" if len(shares) > 1 else ""
         raise ExampleError(
-            f"example: not understood, {self._percent}% of its change can be reproduced{several}; {TEACHABLE}. Show "
-            f"another pair, say the edit in words, or {anyway}"
+            f"example: not understood, {_percent(self.share)}% of its change can be reproduced{several}; {TEACHABLE}. "
+            f"{first} another pair, say the edit in words, or {ANYWAY}"
         )
+
+    def check_change(self) -> None:
+        """Raise ExampleError for an example that shows no change."""
+        if max(self.changes) < VISIBLE:
+            raise ExampleError(
+                "example: expected a picture before an edit and one after it, got two that look alike; choose others, "
+                f"or {ANYWAY}"
+            )
 
 
 def reproduction(pairs: Sequence[tuple[Photo, Photo]], edit: Callable[[list[Photo]], Sequence[Photo]]) -> Reproduction:
     """Edit the small pictures before as `edit` does and compare them with the pictures after."""
-    small = [(_reduced(before), _reduced(after)) for before, after in pairs]
+    small = [(reduced(before), reduced(after)) for before, after in pairs]
     edited = edit([before for before, _ in small])
     return Reproduction(
         tuple(_distance(before, after) for before, after in small),
@@ -90,10 +97,15 @@ def reproduction(pairs: Sequence[tuple[Photo, Photo]], edit: Callable[[list[Phot
     )
 
 
-def _reduced(photo: Photo) -> Photo:
-    """The photo with every n-th pixel and nothing else."""
+def reduced(photo: Photo, *, between: bool = False) -> Photo:
+    """Return the photo with every n-th pixel and nothing else; `between`: of the pixels half-way between those."""
     step = -(-max(photo.pixels.shape[:2]) // SIDE)
-    return Photo(cast(Pixels, np.ascontiguousarray(photo.pixels[::step, ::step])), grey=photo.grey)
+    first = step // 2 if between and min(photo.pixels.shape[:2]) > step else 0
+    return Photo(cast(Pixels, np.ascontiguousarray(photo.pixels[first::step, first::step])), grey=photo.grey)
+
+
+def _percent(share: float) -> int:
+    return round(100 * max(0.0, share))
 
 
 def _pooled(each: Sequence[float]) -> float:

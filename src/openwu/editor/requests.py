@@ -31,6 +31,9 @@ Picture = Readable
 """What a user may pass as an image: a path, the bytes of a file, a file object, a PIL image, an array `[h, w, 3]`, a
 tensor `[3, h, w]`, or the photo of an edit's result."""
 
+REFINE, MAX_REFINE = 30, 500
+"""Steps on an example that are usual where some are asked for, and the most."""
+
 SHOWN_SIDE = 1024
 """Longest side of a result that a notebook shows."""
 
@@ -62,6 +65,8 @@ class EditRequest:
     """Pairs of pictures before and after an edit that is shown; an instruction may be added."""
     per_photo: bool = False
     """With an example: the adapter depends on this photo, too; False: it is the same for a whole series."""
+    refine: int = 0
+    """With an example: steps in which the generated adapter is trained on it, up to `MAX_REFINE`; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class EditResult:
     adapter: Adapter = field(repr=False)
     """The adapter of this request alone (b = 1), before `strength`."""
     timings: Mapping[str, float]
-    """Stage -> seconds: read, condition, generate, edit."""
+    """Stage -> seconds: read, condition, generate, edit; of an example also refine, and example (its check)."""
     seed: int
     """The seed that was used, the base's default included."""
     understood: Understood | None = None
@@ -142,6 +147,7 @@ def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
         raise OpenwuError(
             f"per_photo: expected True or False, and True beside an example alone, got {request.per_photo!r}"
         )
+    check_refine(request)
     if request.example and (request.then or request.edit is not None):
         name = "then" if request.then else "edit"
         raise InstructionError(f"{name}: expected nothing beside an example, which shows all that is to be done")
@@ -154,6 +160,19 @@ def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
     return replace(
         request, strength=float(request.strength), seed=default_seed if seed is None else int(seed), image_size=size
     )
+
+
+def check_refine(request: EditRequest) -> None:
+    """Raise OpenwuError for steps that are no number of steps, or have no example, or one adapter for each photo."""
+    steps: object = request.refine
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 0 <= int(steps) <= MAX_REFINE:
+        raise OpenwuError(
+            f"refine: expected a number of steps from 0 (none) to {MAX_REFINE}, {REFINE} as a rule, got {steps!r}"
+        )
+    if steps and not request.example:
+        raise OpenwuError("refine: expected an example to train on, got none; add one, or leave it out")
+    if steps and request.per_photo:
+        raise OpenwuError("refine: expected one adapter for all photos, got per_photo; leave one of them out")
 
 
 def check_served(
@@ -174,6 +193,8 @@ def check_served(
         )
     if any(each.example for each in requests) and not base.reads_examples:
         raise InstructionError(f"example: expected none for {name}, which reads words only; say what to do")
+    if any(each.refine for each in requests) and not base.refines_examples:
+        raise OpenwuError(f"refine: expected 0 for {name}, which adapters are not trained through; leave it out")
     if sampling is not None and not isinstance(sampling.fit_to_photo, bool):
         raise OpenwuError(f"fit_to_photo: expected True or False, got {sampling.fit_to_photo!r}")
     sizes = {"image_size": any(each.image_size is not None for each in requests)}

@@ -15,8 +15,7 @@ from openwu.adapters.inject import AdapterHandle
 from openwu.adapters.merge import merged_copy, merging_pays
 from openwu.backbones.protocol import Backbone
 from openwu.editor.compatibility import AdapterScope
-from openwu.editor.examples import try_example
-from openwu.editor.generate import generate_adapters
+from openwu.editor.generate import adapters_of, try_example
 from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import EditRequest, Task, job_of
 from openwu.editor.tasks import pass_of, read_photos
@@ -133,7 +132,7 @@ def make_series(
                 (photo,) = passes[-1].edit([photo], [task.job.seed])
             part = pass_of(task, number, photo, editor.backbone)
         if number == len(adapters):
-            adapters += generate_adapters(editor, [part.job], allow_out_of_scope, 1, {})
+            adapters += adapters_of(editor, [part.job], allow_out_of_scope, 1, {})
             reproduced = try_example(editor, part, adapters[-1], allow_out_of_scope, {})
         adapter = adapters[number].to(editor.generator.hidden_in.weight)
         scaled = adapter.scaled(editor._scale(request.strength))

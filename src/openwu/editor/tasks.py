@@ -47,7 +47,8 @@ def make_task(
     texts = checked_instructions(request, given, base.check_instruction, first)
     job = job_of(base, request, photos, texts)
     if request.example:  # words beside an example are a hint, and nothing to refuse
-        job = replace(job, examples=read_examples(request.example), per_photo=request.per_photo)
+        pairs = read_examples(request.example)
+        job = replace(job, examples=pairs, per_photo=request.per_photo, refine=int(request.refine))
         return Task(request, job, None)
     if texts == ("",):  # an adapter without words
         return Task(request, job, None)

@@ -1,7 +1,8 @@
 """Our own adapter folder: write and read any `Adapter`, bit for bit.
 
 `adapter_config.json` has `format`, `version`, `batch`, `rank`, `scale`, `instructions` (for each sample a text, or a
-list of texts where the adapter is a sum) and `targets`, each with its `operator` where that is not LoRA;
+list of texts where the adapter is a sum), `refined` (for each sample the steps on its example) where any was, and
+`targets`, each with its `operator` where that is not LoRA;
 `adapter_model.safetensors` has `{target}.{factor}`, of a LoRA `{target}.lora_A` `[b, (E,) r, A_dim]` and
 `{target}.lora_B` `[b, (E,) B_dim, r]`.
 
@@ -45,7 +46,8 @@ def native_config(adapter: Adapter) -> dict[str, Any]:
     sizes = {"batch": adapter.batch, "rank": adapter.rank, "scale": adapter.scale}
     instructions = [texts[0] if len(texts) == 1 else list(texts) for texts in adapter.instructions]
     config = {"format": FORMAT, "version": VERSION, **sizes, "instructions": instructions}
-    return {**config, "targets": targets}
+    refined = {"refined": list(adapter.refined)} if adapter.refined else {}
+    return {**config, **refined, "targets": targets}
 
 
 def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
@@ -60,7 +62,8 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
             for texts in config.get("instructions", ())
         )
         names = {t.name: {part: f"{t.name}.{part}" for part in t.shapes(*sizes)} for t in targets}
-        adapter = Adapter(targets, tensors_of(tensors, names), scale, instructions)
+        refined = tuple(int(steps) for steps in config.get("refined", ()))
+        adapter = Adapter(targets, tensors_of(tensors, names), scale, instructions, refined)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{CONFIG}: expected batch, rank, scale and targets, got {error!r}") from error
     if (adapter.batch, adapter.rank) != sizes:

@@ -9,7 +9,7 @@ Shapes: b jobs of one pass, K instruction tokens, h and w the sides of a picture
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self, cast
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from openwu.backbones.embedded.catalogue import known_edits, phrase
 from openwu.backbones.embedded.condition import SHOWN, EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, WEIGHTS, EmbeddedBaseConfig, read_config, tiny_layer_groups
+from openwu.backbones.embedded.fitting import EmbeddedFit
 from openwu.backbones.embedded.guarantees import blended, check_reversible, guaranteed, share_of
 from openwu.backbones.embedded.instruction import InstructionEncoder
-from openwu.backbones.embedded.network import TinyEditor
+from openwu.backbones.embedded.network import TinyEditor, noise_plane
 from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
 from openwu.backbones.embedded.piecewise.pieces import as_unit
-from openwu.backbones.embedded.scale import enlarged, factor, reduced
+from openwu.backbones.embedded.scale import detail_of, enlarged, factor, reduced
 from openwu.backbones.embedded.understanding import read_sentences, understood
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (
@@ -59,6 +60,7 @@ class EmbeddedBase(Backbone):
         extra="",
     )
     refuses_out_of_scope: ClassVar[bool] = True
+    refines_examples: ClassVar[bool] = True
     identity_at_zero: ClassVar[bool] = True
     concurrent: ClassVar[bool] = True
     max_pictures: ClassVar[int | None] = 2
@@ -227,6 +229,15 @@ class EmbeddedBase(Backbone):
             tokens.append(self.condition_encoder(condition_view(photo), job.tokens, second).tokens)
         return Condition(torch.cat(tokens), branch=branch)
 
+    def fit_example(self, job: EditJob, adapted: Collection[str]) -> EmbeddedFit:
+        own, pairs, frame = self._own(job), [], 0
+        for pair in job.examples:
+            before, after = (self._framed(replace(own, photos=(photo,))).photos[0] for photo in pair)
+            frame = (before.size[0] - pair[0].size[0]) // 2
+            noise = noise_plane(*before.size, self.default_seed)
+            pairs.append((as_unit(before.pixels), as_unit(after.pixels), noise))
+        return EmbeddedFit(self.network, pairs, own.tokens, adapted=adapted, frame=frame)
+
     def generate(
         self,
         requests: Sequence[BaseRequest],
@@ -262,8 +273,8 @@ class EmbeddedBase(Backbone):
         edited = run_passes(passes_of(self.network, framed, scope, self.rows, options.batch), progress)
         found = [_unframed(photo, job) for photo, job in zip(edited, own, strict=True)]
         return [
-            photo if by == 1 else enlarged(photo, job.photos[0], by)
-            for photo, job, by in zip(found, whole, factors, strict=True)
+            photo if by == 1 else enlarged(photo, job.photos[0], by, detail_of(job.reading.edit, small.photos[0]))
+            for photo, job, small, by in zip(found, whole, own, factors, strict=True)
         ]
 
     def rows(self, pixels: int) -> dict[str, int]:

@@ -75,10 +75,11 @@ class PhotoEditor:
         editor, adapter = _load(arguments)
         return cls(editor, adapter, words, arguments)
 
-    def for_series(self) -> PhotoEditor:
+    def for_series(self, progress: Callable[[int, int], None] | None = None) -> PhotoEditor:
         """Return the edit with one adapter for all photos, where an example shows what to do and none was given.
 
-        Raises ExampleError for an example that is not understood.
+        `progress` is called with (steps done, steps in all) of --refine. Raises ExampleError for an example that is not
+        understood.
         """
         arguments = self.arguments
         if not arguments.example or arguments.per_photo:
@@ -86,8 +87,14 @@ class PhotoEditor:
         from openwu.editor.examples import read_examples
 
         pairs, words = read_examples(arguments.example), self.words[0]
-        allowed = arguments.allow_out_of_scope
-        adapter = self.editor.adapt(instruction=words, example=pairs, seed=arguments.seed, allow_out_of_scope=allowed)
+        adapter = self.editor.adapt(
+            instruction=words,
+            example=pairs,
+            refine=arguments.refine,
+            seed=arguments.seed,
+            allow_out_of_scope=arguments.allow_out_of_scope,
+            progress=progress,
+        )
         return replace(self, adapter=adapter, reproduced=self.editor.reproduction(adapter, pairs, words))
 
     def understand(self) -> Understood | None:

@@ -88,7 +88,7 @@ def _run(
         progress.stage("loading the model")
         photos = PhotoEditor.load(arguments, words)
         understood = photos.understand()
-        photos = photos.for_series()
+        photos = photos.for_series(progress.photo(1, 1, "refining on the example") if arguments.refine else None)
         if understood is not None:
             report.line(str(understood))
         if photos.reproduced is not None:
@@ -128,6 +128,10 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
         raise UsageError("--workers, --worker-gpus: expected with --ray; add that, or leave them out")
     if arguments.per_photo and not arguments.example:
         raise UsageError("--per-photo: expected with --example BEFORE AFTER; add that or leave it out")
+    if arguments.refine and (not arguments.example or arguments.per_photo):
+        raise UsageError("--refine: expected with --example BEFORE AFTER and without --per-photo; leave one out")
+    if arguments.refine and arguments.ray is not None:
+        raise UsageError("--refine: expected without --ray; write it here by --save-adapter, then use --adapter")
     instruction = ""
     if arguments.instruction is not None:
         instruction = check_instruction(arguments.instruction)

@@ -7,8 +7,8 @@ Shapes: s side of a square picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,17 +20,16 @@ from torch.nn import functional as F
 from openwu.adapters.inject import attach
 from openwu.backbones.embedded.condition import SHOWN
 from openwu.backbones.embedded.example import fit, predicted, reduced
-from openwu.backbones.embedded.network import TinyEditor, pad_mirrored, place_planes, recolour
+from openwu.backbones.embedded.fitting import EmbeddedFit
+from openwu.backbones.embedded.network import TinyEditor, place_planes
 from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, Program, draw_program
+from openwu.editor.refine import fit_adapter
 from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case
 from openwu.evaluation.experiments.methods import precision
 from openwu.evaluation.metrics import psnr
 from openwu.training.config import StageConfig
 from openwu.training.embedded.model import EmbeddedModel
-from openwu.training.embedded.picture_stages import annealed_floor, picture_losses
-from openwu.training.loop import Evaluation, train_stage
-from openwu.training.micro_batch import FULL_BATCH, MicroBatch
 from openwu.training.stage import TrainableLora
 from openwu.types import Adapter
 
@@ -39,8 +38,6 @@ FIRST_FLOOR = 1e-2
 LORA_RATES = {"learning_rate": 1e-2}
 """The learning rate of LoRA factors."""
 GENERATED = "generated, packaged"
-WINDOW = 96
-"""Side of the window that a step of a training on the example itself computes."""
 FIRST_TRY, LONG_TRY = 30, 100
 """Steps of a shorter and a longer training on the example itself."""
 RETRIEVAL_SIDE = 48
@@ -122,56 +119,6 @@ class FrozenBase:
         return adapter
 
 
-class OneExampleStage:
-    """Train a LoRA on one example: what the blocks see of it is computed once, each step is a window of its pixels."""
-
-    name = "one example"
-
-    def __init__(self, base: FrozenBase, task: ShownTask, lora: TrainableLora, config: StageConfig) -> None:
-        self.base, self.trained, self.config = base, lora, config
-        network, cell = base.network, base.network.config.cell
-        self.before, self.after = task.example[:1], task.example[1:]
-        planes = torch.cat([task.noise, place_planes(*task.noise.shape[-2:])])[None]
-        with torch.no_grad(), precision():
-            x = network.inputs(self.before, planes)
-            self.x = pad_mirrored(x, -x.shape[-2] % cell, -x.shape[-1] % cell)
-            self.tokens, self.grid = network.read_scene(self.x, base.text)
-
-    def window(self, step: int) -> tuple[slice, slice]:
-        """Draw the window of a step, the whole example where that is no larger."""
-        draws = torch.Generator().manual_seed(step)
-        height, width = self.before.shape[-2:]
-        sides = min(WINDOW, height), min(WINDOW, width)
-        top, left = (
-            int(torch.randint(whole - side + 1, (), generator=draws))
-            for whole, side in zip((height, width), sides, strict=True)
-        )
-        return slice(top, top + sides[0]), slice(left, left + sides[1])
-
-    @contextmanager
-    def loss(self, step: int, _micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
-        """Compute the loss of a step's window."""
-        window = self.window(step)
-        cut = (..., *window)
-        with precision(), self.base.handle.applied(self.trained()):
-            affine = self.base.network.pixels(self.x[cut], self.tokens, self.grid, window)
-        edited, after = recolour(self.before[cut], affine), self.after[cut]
-        # At a window's border convolutions see zeros where the picture has pixels.
-        margin = self.base.network.pixels.reach if edited.shape != self.before.shape else 0
-        height, width = edited.shape[-2:]
-        inside = (..., slice(margin, height - margin), slice(margin, width - margin))
-        floor = annealed_floor(self.config.first_floor, step / self.config.steps)
-        yield picture_losses(edited[inside], after[inside], floor).mean()
-
-    def not_finite(self, _step: int, _micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
-        """Name the example."""
-        return ["the example"]
-
-    def evaluate(self) -> Evaluation:
-        """Return nothing: it is measured on requests."""
-        return Evaluation({})
-
-
 def stage_config(steps: int, requests: int, crop: int, rates: Mapping[str, float]) -> StageConfig:
     """Return the optimisation that all methods share, with rates of their own."""
     shared: dict[str, Any] = {"warmup": min(20, steps // 5), "first_floor": FIRST_FLOOR, **rates}
@@ -179,18 +126,14 @@ def stage_config(steps: int, requests: int, crop: int, rates: Mapping[str, float
 
 
 def optimised(base: FrozenBase, task: ShownTask, steps: int, start: Adapter | None = None) -> Adapter:
-    """Train a LoRA on a task's example alone, from nothing or from an adapter (b = 1) of the same targets and rank."""
-    lora = base.new_lora(0)
-    if start is not None:
-        lora.scale = start.scale
-        with torch.no_grad():
-            for i, target in enumerate(lora.targets):
-                for part, value in zip((lora.a[i], lora.b[i]), start.pairs[target.name], strict=True):
-                    part.copy_(value)
-    config = stage_config(steps, 1, WINDOW, LORA_RATES)
-    train_stage(OneExampleStage(base, task, lora, config), config)
-    adapter: Adapter = lora().detach()
-    return adapter
+    """Train a LoRA on a task's example alone as the editor refines, from nothing or from an adapter (b = 1)."""
+    before, after = task.example
+    names = [target.name for target in base.targets]
+    first = base.new_lora(0)().detach() if start is None else start
+    with precision():
+        fit = EmbeddedFit(base.network, [(before, after, task.noise)], base.text, adapted=names)
+        with attach(fit.denoiser, base.targets) as handle:
+            return fit_adapter(handle, first, fit, steps)
 
 
 def nearest(base: FrozenBase, bank: TrainableLora, picture: Tensor, noise: Tensor, target: Tensor) -> Adapter:

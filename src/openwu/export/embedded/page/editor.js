@@ -111,7 +111,8 @@ export class Editor {
       edited.dispose();
       report((index + 1) / grid.length);
     }
-    return by === 1 ? canvas.pixels() : enlarged(canvas.pixels(), photo, by);
+    const detail = this.tables.scale.DETAILED.includes(wish.reading.edit) ? image : null;
+    return by === 1 ? canvas.pixels() : enlarged(canvas.pixels(), photo, by, detail, this.tables.scale);
   }
 }
 

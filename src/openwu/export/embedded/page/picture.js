@@ -124,28 +124,66 @@ export function reduced(image, by) {
 }
 
 // The edit of a reduced picture at the size of the picture, by a cubic; transparency is the picture's.
-export function enlarged(edited, image, by) {
+// `small`: the reduced picture, for edits that leave detail: rows get as much of the picture's as they kept of its.
+export function enlarged(edited, image, by, small = null, tables = null) {
   const columns = cubics(image.width, edited.width, by);
   const rows = cubics(image.height, edited.height, by);
-  const wide = new Float32Array(3 * edited.height * image.width);
-  for (let y = 0, at = 0; y < edited.height; y++) {
-    for (const taps of columns) {
-      for (let c = 0; c < 3; c++, at++) {
-        for (const [x, weight] of taps) wide[at] += weight * edited.data[4 * (y * edited.width + x) + c];
-      }
-    }
-  }
+  const wide = widened(edited, columns);
+  const plain = small && widened(small, columns);
+  const left = small && keptDetail(edited, small, tables);
   const data = new Uint8ClampedArray(image.data);
   for (let y = 0, at = 0; y < image.height; y++) {
+    let kept = 0;
+    if (left) for (const [row, weight] of rows[y]) kept += weight * left[row];
+    kept = Math.min(1, Math.max(0, kept));
     for (let x = 0; x < image.width; x++, at += 4) {
       for (let c = 0; c < 3; c++) {
         let value = 0;
-        for (const [row, weight] of rows[y]) value += weight * wide[3 * (row * image.width + x) + c];
+        for (const [row, weight] of rows[y]) {
+          const from = 3 * (row * image.width + x) + c;
+          value += weight * (plain ? wide[from] - kept * plain[from] : wide[from]);
+        }
+        if (plain) value += kept * image.data[at + c];
         data[at + c] = halfEven(Math.min(255, Math.max(0, value)));
       }
     }
   }
   return { width: image.width, height: image.height, data };
+}
+
+// A small picture as wide as the large one: [h', w, 3].
+function widened(small, columns) {
+  const wide = new Float32Array(3 * small.height * columns.length);
+  for (let y = 0, at = 0; y < small.height; y++) {
+    for (const taps of columns) {
+      for (let c = 0; c < 3; c++, at++) {
+        for (const [x, weight] of taps) wide[at] += weight * small.data[4 * (y * small.width + x) + c];
+      }
+    }
+  }
+  return wide;
+}
+
+// How much of its detail, steps between neighbours, every row of a reduced picture has after its edit, 0 to 1.
+function keptDetail(edited, small, { ROWS, FLAT }) {
+  const sums = Array.from({ length: small.height }, (_, y) => {
+    const sum = { power: 0, common: 0 };
+    for (let x = 1; x < small.width; x++) {
+      for (let c = 0, at = 4 * (y * small.width + x); c < 3; c++, at++) {
+        const step = (small.data[at] - small.data[at - 4]) / 255;
+        sum.power += step * step;
+        sum.common += (step * (edited.data[at] - edited.data[at - 4])) / 255;
+      }
+    }
+    return sum;
+  });
+  const steps = Math.max(1, 3 * (small.width - 1));
+  return sums.map((_, y) => {
+    const near = sums.slice(Math.max(0, y - ROWS), y + ROWS + 1);
+    const [power, common] = ["power", "common"].map((name) => near.reduce((total, each) => total + each[name], 0));
+    const count = near.length * steps;
+    return Math.min(1, Math.max(0, common / count / (power / count + FLAT)));
+  });
 }
 
 // For each of `length` pixels the [place, weight] of those of `small` that it is made of, `by` times larger.
