@@ -223,7 +223,7 @@ def test_make_installs_no_more_than_each_command_needs() -> None:
     dry = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
     demo = dry(["make", "-n", "demo", "VENV=absent", "TORCH_INDEX=https://example.org/cpu"]).stdout
     assert "--extra-index-url https://example.org/cpu torch" in demo
-    assert "pip install --disable-pip-version-check -c constraints.txt -e .\n" in demo
+    assert "pip install --no-compile --disable-pip-version-check -c constraints.txt -e .\n" in demo
     assert "[dev]" not in demo
     venv = dry(["make", "-n", "venv", "VENV=absent", "TORCH_INDEX="]).stdout
     assert "-e '.[dev]'" in venv
