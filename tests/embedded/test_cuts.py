@@ -20,13 +20,6 @@ def reading(**probabilities: float) -> Reading:
     return Reading(*ranked[0], ranked=ranked)
 
 
-@pytest.fixture(scope="module")
-def base() -> EmbeddedBase:
-    folder = EmbeddedBase.bundled_folder()
-    assert folder is not None
-    return EmbeddedBase.from_pretrained(folder)
-
-
 def taken_for(base: EmbeddedBase, sentence: str) -> list[str] | None:
     """The edits of a sentence; None where it is refused."""
     accepted = base.config.instruction.accepted

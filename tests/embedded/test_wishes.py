@@ -19,13 +19,6 @@ HELD_OUT = ("held_out", "fresh", "stranger")
 DARKER = {"darken", "recover_highlights"}
 
 
-@pytest.fixture(scope="module")
-def base() -> EmbeddedBase:
-    folder = EmbeddedBase.bundled_folder()
-    assert folder is not None
-    return EmbeddedBase.from_pretrained(folder)
-
-
 def read(base: EmbeddedBase, sentence: str) -> tuple[Wish, ...]:
     return wishes(sentence, base.read_sentences, base.config.instruction.accepted)
 
