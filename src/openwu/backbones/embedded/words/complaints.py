@@ -46,6 +46,7 @@ _TOO = _table(
     ("contrasty harsh", _GENTLER),
     ("dull pale colourless colorless drab muted desaturated", (*_RICHER, *_PUNCHIER)),
     ("colourful colorful saturated vivid vibrant garish gaudy", _PALER),
+    ("dry", ("rain",)),
     ("blurry blurred fuzzy unsharp out_of_focus", _CRISPER),
     ("soft", (*_CLEARER, *_CRISPER)),
     ("sharp crisp", _SOFTER),
@@ -85,7 +86,8 @@ _LITTLE = _table(
 
 _SUBJECT = (
     r"(?:(?:(?:the|this|that|my|these|all)\s+)*(?:whole\s+|entire\s+)?(?:photo(?:graph)?|picture|image|pic|shot|snapshot|"
-    r"colou?rs?|exposure|light(?:ing)?|scene|everything|tones?|skin|thing|it|this|that|they)(?:['’]s|['’]re)?\s+)?"
+    r"colou?rs?|exposure|light(?:ing)?|scene|every(?:thing|body|one)|tones?|skin|faces?|people|thing|it|this|that|they|"
+    r"we|i)(?:['’]?s|['’]?re|['’]?m)?\s+)?"
 )
 _VERB = (
     r"(?:is|are|was|looks?|looking|seems?|feels?|appears?|(?:came|turned|comes|turns) out|has|have|got|"
@@ -262,6 +264,9 @@ def _english(text: str) -> Cure:
         found = pattern.fullmatch(text)
         if found and found["word"] in known:
             return _TOO.get(found["word"], ())
+        both = found["word"].split(" and ") if found else []
+        if len(both) == 2 and set(both) <= set(known):  # "cold and blue" is one fault, "dark and blurry" are two
+            return tuple(each for each in _TOO[both[0]] if each in _TOO[both[1]])
     return ()
 
 
