@@ -50,6 +50,12 @@ def taken_for(base: EmbeddedBase, sentence: str) -> list[str]:
         ("rather than blur it, sharpen it", ["sharpen"]),
         ("make it warmer instead of cooler", ["warm"]),
         ("不要变暗，要变亮", ["brighten"]),
+        ("increase saturation, the sharpness is fine", ["saturate"]),
+        ("contrast is good already but sharpen it", ["sharpen"]),
+        ("亮度刚好，饱和度再高一点", ["saturate"]),
+        ("对比度不用动，锐化一下", ["sharpen"]),
+        ("brighten it, I took it at night", ["brighten"]),
+        ("everybody is so cold and blue", ["warm"]),
     ],
 )
 def test_the_wishes_of_a_sentence(base: EmbeddedBase, sentence: str, edits: list[str]) -> None:
@@ -86,6 +92,7 @@ def test_complaints_are_cured(base: EmbeddedBase, sentences: tuple[str, ...], cu
         "blurry background",
         "偏蓝",
         "a dark mood",
+        "too dark and blurry",
         "so i want more grain",
         "这张照片加点颗粒",
     ],
@@ -116,6 +123,7 @@ def test_a_negation_alone_is_refused(base: EmbeddedBase, sentence: str) -> None:
         "make only the sky brighter",
         "brighten it except the face",
         "warm it but keep the colours",
+        "make it night, but keep the colours vivid",
         "把人物以外变亮，背景不变",
     ],
 )

@@ -101,6 +101,15 @@ too dark and too yellow
 增加对比度和饱和度
 remove the noise, I took it in the rain
 pull the whites back, warm the rest up
+increase saturation, the sharpness is fine
+亮度刚好，饱和度再高一点
+brighten it, I took it at night
+调亮一点，晚上拍的
+make it night, but keep the colours vivid
+everybody is so cold and blue
+too dark and blurry
+too dry
+对比度不用动，锐化一下
 adding some grain, warming up the tones, and less noise
 """.strip().splitlines()
 

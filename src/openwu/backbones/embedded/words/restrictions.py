@@ -66,7 +66,7 @@ KEEPING = (
     re.compile(
         rf"(?:\b(?:but|and|while)\s+)?\b(?:keep|keeping|leave|leaving|preserve|preserving|without (?:changing|touching|"
         rf"affecting)|don['’]?t (?:touch|change)|do not (?:touch|change))\b(?: {_THE})+ (?:\w+ )?(?P<kept>{_KEPT})\b"
-        r"(?: (?:as (?:they are|it is|is|before)|the same|unchanged|alone|intact))?",
+        r"(?: (?:as (?:they are|it is|is|before)|the same|unchanged|alone|intact|vivid|bright|strong|rich|natural))?",
         re.I,
     ),
     re.compile(
@@ -75,7 +75,7 @@ KEEPING = (
     ),
     re.compile(
         r"(?:但是?|而且|并且?)?(?P<kept>其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空)"
-        r".{0,4}?(?:不变|别动|不动|不要动|别碰|保持不变|别改|不改|保持)"
+        r".{0,4}?(?:不变|别动|不动|不要动|不用[动调改]|别碰|保持不变|别改|不改|保持)"
     ),
 )
 """Sentences that ask to keep something as it is."""

@@ -71,7 +71,7 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     """
     check_language(instruction)
     check_request(instruction)
-    instruction = _without_rejected(instruction, read, accepted)
+    instruction = _without_idle(instruction, read, accepted)
     whole = read([instruction])[0]
     if whole.sentence:
         return (_wish(instruction, whole),)
@@ -91,10 +91,40 @@ _REJECTED = re.compile(
 """What is not wanted, before or after what is: "instead of sepia I'd like black and white", "warm rather than cool"."""
 
 
-def _without_rejected(instruction: str, read: Read, accepted: float) -> str:
-    """A sentence without what it says is not wanted, where the rest is a clear wish."""
-    rest = _REJECTED.sub(" ", instruction).strip()
-    return rest if rest and rest != instruction.strip() and read([rest])[0].is_wish(accepted) else instruction
+_QUALITY = (
+    r"(?:contrast|brightness|exposure|saturation|colou?rs?|sharpness|light(?:ing)?|noise|grain|tones?|white balance|"
+    r"focus|shadows|highlights)"
+)
+_CONTENT = re.compile(
+    rf"(?:^|[\s,;.]+)(?:the |its |my )?{_QUALITY}(?:['’]s| is| are| looks?)(?: already| just| perfectly| totally)? "
+    r"(?:fine|ok(?:ay)?|good|great|perfect|all ?right|enough|lovely)(?: as it is| already| now| enough)?"
+    r"(?:[,;.]?\s*(?:but|and|just)\b|[,;.]|$)\s*|"
+    r"(?:^|[，,。；\s])(?:亮度|对比度?|饱和度?|锐度|清晰度|颜色|色彩|曝光|光线|色温|白平衡)(?:已经|都)?(?:很|挺|蛮)?"
+    r"(?:好|可以|行|不错|正好|刚好|没问题|够|合适)(?:了|的)?(?:[，,。；]|$)(?:但是?|就是)?",
+    re.IGNORECASE,
+)
+"""What is said to be good as it is: "the sharpness is fine", 亮度刚好."""
+_TOLD = re.compile(
+    r"[,;.]\s*(?:because |as |since )?(?:i|we|it|she|he|they)(?:['’]ve| have)? (?:took|shot|made|was|were|got|had|"
+    r"forgot|visited|photographed)\b(?:(?!\b(?:please|too|so|need|want|but|should|looks?)\b)[^,.;!?])*[.!?]*$|"
+    r"[，,。]\s*(?:这是|是|因为)?[^，,。太想要不]{0,10}(?:拍的|照的)[。！]*$",
+    re.IGNORECASE,
+)
+"""Where and when a picture was taken, behind a command: "brighten it, I took it at night"."""
+
+
+def _without_idle(instruction: str, read: Read, accepted: float) -> str:
+    """A sentence without what it does not ask for: what is not wanted, what is good as it is, how it was taken.
+
+    Each goes only where the rest is a wish: a clear one, and behind a command what it was told for.
+    """
+    for pattern, sure in ((_REJECTED, accepted), (_CONTENT, CERTAIN), (_TOLD, accepted)):
+        rest = pattern.sub(" ", instruction).strip()
+        if not rest or rest == instruction.strip() or (pattern is _TOLD and not _is_command(rest)):
+            continue
+        if read([rest])[0].is_wish(sure):
+            instruction = rest
+    return instruction
 
 
 def _wish(text: str, reading: Reading, strength: float = 1.0, number: str = "") -> Wish:

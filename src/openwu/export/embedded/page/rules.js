@@ -85,7 +85,7 @@ export class Rules {
   async wishesOf(sentence) {
     this.checkLanguage(sentence);
     this.checkRequest(sentence);
-    const instruction = await this.withoutRejected(sentence);
+    const instruction = await this.withoutIdle(sentence);
     let [whole] = await this.read([instruction]);
     if (whole.sentence) return [asWish(instruction, whole)];
     let text = await this.withoutNegations(instruction, whole);
@@ -95,11 +95,15 @@ export class Rules {
     return several ?? [await this.withNumber(text, whole)];
   }
 
-  // A sentence without what it says is not wanted, where the rest is a clear wish.
-  async withoutRejected(instruction) {
-    const rest = instruction.replace(all(this.wishes._REJECTED), " ").trim();
-    if (!rest || rest === instruction.trim()) return instruction;
-    return this.isWish((await this.read([rest]))[0], this.accepted) ? rest : instruction;
+  // A sentence without what it does not ask for: what is not wanted, what is good as it is, how it was taken.
+  async withoutIdle(instruction) {
+    const { _REJECTED, _CONTENT, _TOLD } = this.wishes;
+    for (const [pattern, sure] of [[_REJECTED, this.accepted], [_CONTENT, this.certain], [_TOLD, this.accepted]]) {
+      const rest = instruction.replace(all(pattern), " ").trim();
+      if (!rest || rest === instruction.trim() || (pattern === _TOLD && !this.isCommand(rest))) continue;
+      if (this.isWish((await this.read([rest]))[0], sure)) instruction = rest;
+    }
+    return instruction;
   }
 
   // Languages
@@ -178,6 +182,10 @@ export class Rules {
     for (const [pattern, words] of known) {
       found = fullmatch(pattern, text);
       if (found && words.includes(found.groups.word)) return of(c._TOO, found.groups.word);
+      const both = found ? found.groups.word.split(" and ") : [];
+      if (both.length === 2 && both.every((word) => words.includes(word))) {
+        return of(c._TOO, both[0]).filter((edit) => of(c._TOO, both[1]).includes(edit));
+      }
     }
     return [];
   }
