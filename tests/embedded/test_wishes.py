@@ -11,6 +11,7 @@ from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import instead
 from openwu.backbones.embedded.words.amounts import MAX_STRENGTH, Amount, find_amount, strength_of
 from openwu.backbones.embedded.words.complaints import cures
+from openwu.backbones.embedded.words.language import check_request
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.data.suite.phrases import load_phrases
 from openwu.errors import InstructionError
@@ -130,6 +131,29 @@ def test_a_negation_alone_is_refused(base: EmbeddedBase, sentence: str) -> None:
 def test_a_part_of_the_picture_is_refused(base: EmbeddedBase, sentence: str) -> None:
     with pytest.raises(InstructionError, match="edits whole pictures"):
         read(base, sentence)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "is golden hour before or after sunset?",
+        "how do i print this on canvas",
+        "what ISO gives the least noise?",
+        "佳能和索尼哪个噪点少？",
+        "现在几点了，太阳下山没有？",
+    ],
+)
+def test_a_question_is_refused_as_one(base: EmbeddedBase, sentence: str) -> None:
+    with pytest.raises(InstructionError, match="reads as a question"):
+        read(base, sentence)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["why is it so dark?", "怎么这么暗？", "can you sharpen it?", "能不能亮一点？", "is it possible to warm it up?"],
+)
+def test_a_wish_in_the_form_of_a_question_is_none(sentence: str) -> None:
+    check_request(sentence)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,11 @@ everybody is so cold and blue
 too dark and blurry
 too dry
 对比度不用动，锐化一下
+is golden hour before or after sunset?
+how do i print this on canvas
+佳能和索尼哪个噪点少？
+怎么这么暗？
+why is it so dark?
 adding some grain, warming up the tones, and less noise
 """.strip().splitlines()
 
