@@ -209,7 +209,7 @@ class CutsRecipe(Recipe):
     """Two names, adjectives or complaints, joined."""
     told: int = 500
     """One wish beside where and when the picture was taken."""
-    single: int = 6
+    single: int = 18
     """Training sentences of each edit and language that ask for it alone."""
     start: str | None = None
     """Folder of the model whose reader reads them; None: the one inside the package."""
