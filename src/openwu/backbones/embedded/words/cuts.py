@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from openwu.backbones.embedded.words.wishes import Reading
 
 DATA_FILES = ("cuts.json",)
-CLEAR, POSSIBLE = 0.65, 0.55
+CLEAR, POSSIBLE = 0.5, 0.35
 """Probability of two wishes from which a sentence is cut, and from which it is refused with the question which of both;
-chosen on sentences that no training saw, see docs/editing.md."""
+chosen by leaving rounds of writers out, see docs/editing.md."""
 SIDE = 0.5
 """Probability from which a side of a cut counts as an edit at all."""
 PHRASE_FACTOR = 4.0
