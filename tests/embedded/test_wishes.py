@@ -70,6 +70,7 @@ def test_the_wishes_of_a_sentence(base: EmbeddedBase, sentence: str, edits: list
         (("overexposed", "the photo is overexposed", "too bright", "过曝了", "太亮了", "not so bright"), DARKER),
         (("too yellow", "the colours look off", "too green", "颜色不对", "太黄了"), {"white_balance", "cool"}),
         (("too cold", "looks too blue", "照片偏蓝"), {"warm", "white_balance"}),
+        (("饭菜绿绿的没食欲", "脸发青，很吓人"), {"white_balance"}),
         (("颜色太淡", "颜色太淡了", "not enough colour", "饱和度太低"), {"saturate"}),
         (("too colourful", "颜色太艳"), {"desaturate"}),
         (("too flat", "not enough contrast", "对比度太低"), {"contrast_up"}),

@@ -109,6 +109,7 @@ make it night, but keep the colours vivid
 everybody is so cold and blue
 too dark and blurry
 too dry
+饭菜绿绿的没食欲
 对比度不用动，锐化一下
 is golden hour before or after sunset?
 how do i print this on canvas

@@ -172,6 +172,13 @@ _NOT_ENOUGH_ZH: Mapping[str, Cure] = _table(
 _NOT_ENOUGH_IN_ZH = re.compile(rf"{_ABOUT_ZH}(?:不够|不太?)(?P<word>\w+?){_END_ZH}")
 _PATTERNS_ZH: tuple[tuple[re.Pattern[str], Cure], ...] = (
     (re.compile(rf"{_ABOUT_ZH}(?:欠曝|曝光欠缺){_END_ZH}"), _BRIGHTER),
+    (
+        re.compile(
+            r".{0,8}?(?:黄黄|绿绿|蓝蓝|红红|青青|紫紫|[发偏][黄绿蓝红青紫])的?[，,]?.{0,2}"
+            rf"(?:没食欲|没胃口|难看|不好看|吓人|恶心|不自然|不健康|不正常){_END_ZH}"
+        ),
+        _BALANCED,
+    ),
     (re.compile(rf"{_ABOUT_ZH}(?:过曝|曝过){_END_ZH}"), _DARKER),
     (
         re.compile(

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
 from openwu.backbones.embedded.words.complaints import cures
-from openwu.backbones.embedded.words.cuts import CLEAR, POSSIBLE, judge
-from openwu.backbones.embedded.words.joined import joined
+from openwu.backbones.embedded.words.cuts import CLEAR, CLEAR_NEAR, POSSIBLE, judge
+from openwu.backbones.embedded.words.joined import joined, near
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
 from openwu.backbones.embedded.words.restrictions import KEEPING, KEEPS, LOCAL, PARTS, REGION
 from openwu.errors import InstructionError
@@ -354,7 +354,8 @@ def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wi
         again = read([side])[0]
         more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted)
         found += more or (_with_number(part, reading, read, accepted),)
-    clear = judged.probability >= CLEAR and all(each.reading.is_wish(accepted) for each in found)
+    bar = CLEAR_NEAR if near({judged.left.edit, judged.right.edit}) else CLEAR
+    clear = judged.probability >= bar and all(each.reading.is_wish(accepted) for each in found)
     complaint, right = cures(judged.left_text), judged.right_text
     repeated = (
         complaint and not cures(right) and not _is_command(right)

@@ -361,7 +361,9 @@ export class Rules {
       const more = (await this.several(side, again)) ?? (await this.byCuts(side, again));
       found.push(...(more ?? [await this.withNumber(part, reading)]));
     }
-    const clear = judged.probability >= this.cuts.CLEAR && found.every((each) => this.isWish(each.reading, this.accepted));
+    const alike = this.near(judged.sides.map(({ reading }) => reading.edit));
+    const bar = alike ? this.cuts.CLEAR_NEAR : this.cuts.CLEAR;
+    const clear = judged.probability >= bar && found.every((each) => this.isWish(each.reading, this.accepted));
     const [left, right] = judged.sides.map(({ part }) => part);
     const repeated = this.cures(left).length && !this.cures(right).length && !this.isCommand(right);
     if (!clear || repeated || found.length > this.wishes.MOST_WISHES) {
