@@ -105,7 +105,8 @@ def test_a_reason_is_no_wish(base: EmbeddedBase, sentence: str, edit: str) -> No
 
 
 def test_what_is_unclear_is_refused_with_both_edits(base: EmbeddedBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openwu.backbones.embedded.words.wishes.CLEAR", 1.1)
+    for bar in ("CLEAR", "CLEAR_NEAR"):
+        monkeypatch.setattr(f"openwu.backbones.embedded.words.wishes.{bar}", 1.1)
     with pytest.raises(InstructionError, match=r"may ask for more than one edit, .*sepia.*add noise.*--then"):
         wishes("棕褐色加颗粒，老上海的感觉", base.read_sentences, base.config.instruction.accepted)
 

@@ -73,6 +73,7 @@ def train_cuts(recipe: CutsRecipe, folder: Path, _stages: tuple[str, ...] | None
     encoder = EmbeddedModel.from_pretrained(Path(recipe.start or WEIGHTS)).instruction
     found = fit(gather(encoder, training_sentences(recipe)), recipe.cuts, recipe.seed)
     for target in export_folders(recipe, folder):
+        target.mkdir(parents=True, exist_ok=True)
         write_json(target / DATA_FILES[0], found)
 
 

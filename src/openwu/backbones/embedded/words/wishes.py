@@ -344,7 +344,7 @@ def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wi
     Raises InstructionError where there may be two wishes and it is not clear which.
     """
     judged = judge(text, whole, read)
-    if judged is None or judged.probability < POSSIBLE:
+    if judged is None or judged.probability < POSSIBLE or any(map(_negated, (judged.cut.left, judged.cut.right))):
         return None
     found: list[Wish] = []
     for side, part, reading in (

@@ -355,6 +355,7 @@ export class Rules {
   async byCuts(text, whole) {
     const judged = await this.judge(text, whole);
     if (judged === null || judged.probability < this.cuts.POSSIBLE) return null;
+    if (judged.sides.some(({ side }) => this.negated(side) !== null)) return null;
     const found = [];
     for (const { side, part, reading } of judged.sides) {
       const [again] = await this.read([side]);
