@@ -338,13 +338,16 @@ def _not_understood(instruction: str, wanted: Wish, lost: Wish) -> InstructionEr
     )
 
 
-def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wish, ...] | None:
+def _by_cuts(
+    text: str, whole: Reading, read: Read, accepted: float, possible: float = POSSIBLE
+) -> tuple[Wish, ...] | None:
     """The wishes of a sentence whose parts no rule tells apart, by the learned judge of cuts; None for one wish.
 
+    `possible`: probability below which it has one. Sides are cut again only where that is clear.
     Raises InstructionError where there may be two wishes and it is not clear which.
     """
     judged = judge(text, whole, read)
-    if judged is None or judged.probability < POSSIBLE or any(map(_negated, (judged.cut.left, judged.cut.right))):
+    if judged is None or judged.probability < possible or any(map(_negated, (judged.cut.left, judged.cut.right))):
         return None
     found: list[Wish] = []
     for side, part, reading in (
@@ -352,7 +355,7 @@ def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wi
         (judged.cut.right, judged.right_text, judged.right),
     ):
         again = read([side])[0]
-        more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted)
+        more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted, CLEAR)
         found += more or (_with_number(part, reading, read, accepted),)
     bar = CLEAR_NEAR if near({judged.left.edit, judged.right.edit}) else CLEAR
     clear = judged.probability >= bar and all(each.reading.is_wish(accepted) for each in found)

@@ -352,14 +352,15 @@ export class Rules {
   }
 
   // Wishes whose parts no rule tells apart, by the learned judge of cuts; null for one wish.
-  async byCuts(text, whole) {
+  // `possible`: probability below which it has one; sides are cut again only where that is clear.
+  async byCuts(text, whole, possible = this.cuts.POSSIBLE) {
     const judged = await this.judge(text, whole);
-    if (judged === null || judged.probability < this.cuts.POSSIBLE) return null;
+    if (judged === null || judged.probability < possible) return null;
     if (judged.sides.some(({ side }) => this.negated(side) !== null)) return null;
     const found = [];
     for (const { side, part, reading } of judged.sides) {
       const [again] = await this.read([side]);
-      const more = (await this.several(side, again)) ?? (await this.byCuts(side, again));
+      const more = (await this.several(side, again)) ?? (await this.byCuts(side, again, this.cuts.CLEAR));
       found.push(...(more ?? [await this.withNumber(part, reading)]));
     }
     const alike = this.near(judged.sides.map(({ reading }) => reading.edit));
