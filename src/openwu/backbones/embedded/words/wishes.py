@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
 from openwu.backbones.embedded.words.complaints import cures
-from openwu.backbones.embedded.words.cuts import CLEAR, CLEAR_NEAR, POSSIBLE, judge
+from openwu.backbones.embedded.words.cuts import CLEAR, CLEAR_NEAR, POSSIBLE, POSSIBLE_NEAR, judge
 from openwu.backbones.embedded.words.joined import joined, near
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
 from openwu.backbones.embedded.words.restrictions import KEEPING, KEEPS, LOCAL, PARTS, REGION
@@ -338,16 +338,17 @@ def _not_understood(instruction: str, wanted: Wish, lost: Wish) -> InstructionEr
     )
 
 
-def _by_cuts(
-    text: str, whole: Reading, read: Read, accepted: float, possible: float = POSSIBLE
-) -> tuple[Wish, ...] | None:
+def _by_cuts(text: str, whole: Reading, read: Read, accepted: float, inner: bool = False) -> tuple[Wish, ...] | None:
     """The wishes of a sentence whose parts no rule tells apart, by the learned judge of cuts; None for one wish.
 
-    `possible`: probability below which it has one. Sides are cut again only where that is clear.
-    Raises InstructionError where there may be two wishes and it is not clear which.
+    `inner`: for the side of a cut, which is cut again only where that is clear. Raises InstructionError where there may
+    be two wishes and it is not clear which.
     """
     judged = judge(text, whole, read)
-    if judged is None or judged.probability < possible or any(map(_negated, (judged.cut.left, judged.cut.right))):
+    if judged is None or any(map(_negated, (judged.cut.left, judged.cut.right))):
+        return None
+    bar, possible = (CLEAR_NEAR, POSSIBLE_NEAR) if near({judged.left.edit, judged.right.edit}) else (CLEAR, POSSIBLE)
+    if judged.probability < (bar if inner else possible):
         return None
     found: list[Wish] = []
     for side, part, reading in (
@@ -355,9 +356,8 @@ def _by_cuts(
         (judged.cut.right, judged.right_text, judged.right),
     ):
         again = read([side])[0]
-        more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted, CLEAR)
+        more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted, inner=True)
         found += more or (_with_number(part, reading, read, accepted),)
-    bar = CLEAR_NEAR if near({judged.left.edit, judged.right.edit}) else CLEAR
     clear = judged.probability >= bar and all(each.reading.is_wish(accepted) for each in found)
     complaint, right = cures(judged.left_text), judged.right_text
     repeated = (

@@ -352,19 +352,20 @@ export class Rules {
   }
 
   // Wishes whose parts no rule tells apart, by the learned judge of cuts; null for one wish.
-  // `possible`: probability below which it has one; sides are cut again only where that is clear.
-  async byCuts(text, whole, possible = this.cuts.POSSIBLE) {
+  // `inner`: for the side of a cut, which is cut again only where that is clear.
+  async byCuts(text, whole, inner = false) {
     const judged = await this.judge(text, whole);
-    if (judged === null || judged.probability < possible) return null;
-    if (judged.sides.some(({ side }) => this.negated(side) !== null)) return null;
+    if (judged === null || judged.sides.some(({ side }) => this.negated(side) !== null)) return null;
+    const c = this.cuts;
+    const alike = this.near(judged.sides.map(({ reading }) => reading.edit));
+    const [bar, possible] = alike ? [c.CLEAR_NEAR, c.POSSIBLE_NEAR] : [c.CLEAR, c.POSSIBLE];
+    if (judged.probability < (inner ? bar : possible)) return null;
     const found = [];
     for (const { side, part, reading } of judged.sides) {
       const [again] = await this.read([side]);
-      const more = (await this.several(side, again)) ?? (await this.byCuts(side, again, this.cuts.CLEAR));
+      const more = (await this.several(side, again)) ?? (await this.byCuts(side, again, true));
       found.push(...(more ?? [await this.withNumber(part, reading)]));
     }
-    const alike = this.near(judged.sides.map(({ reading }) => reading.edit));
-    const bar = alike ? this.cuts.CLEAR_NEAR : this.cuts.CLEAR;
     const clear = judged.probability >= bar && found.every((each) => this.isWish(each.reading, this.accepted));
     const [left, right] = judged.sides.map(({ part }) => part);
     const repeated = this.cures(left).length && !this.cures(right).length && !this.isCommand(right);
