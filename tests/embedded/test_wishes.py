@@ -255,15 +255,15 @@ def broken_sentences(base: EmbeddedBase, splits: tuple[str, ...], every: int) ->
     ("splits", "every", "most"),
     [
         (HELD_OUT, 15, 0.01),
-        pytest.param(HELD_OUT, 1, 0.004, marks=pytest.mark.slow),
-        pytest.param(("train",), 10, 0.007, marks=pytest.mark.slow),
+        pytest.param(HELD_OUT, 1, 0.02, marks=pytest.mark.slow),
+        pytest.param(("train",), 10, 0.02, marks=pytest.mark.slow),
     ],
 )
 def test_the_rules_break_next_to_no_sentence(
     base: EmbeddedBase, splits: tuple[str, ...], every: int, most: float
 ) -> None:
     broken, total = broken_sentences(base, splits, every)
-    # The price of doing both of two wishes; training sentences name two things oftener.
+    # The price of doing both of two wishes, and of asking where there may be two.
     assert len(broken) < most * total, broken
 
 
