@@ -19,7 +19,7 @@ from openwu.backbones.embedded.words.complaints import cures
 from openwu.backbones.embedded.words.cuts import CLEAR, CLEAR_NEAR, POSSIBLE, POSSIBLE_NEAR, judge
 from openwu.backbones.embedded.words.joined import joined, near
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
-from openwu.backbones.embedded.words.restrictions import KEEPING, KEEPS, LOCAL, PARTS, REGION
+from openwu.backbones.embedded.words.restrictions import CONTENT, KEEPING, KEEPS, LOCAL, PARTS, REGION, REJECTED, TOLD
 from openwu.errors import InstructionError
 
 OUT_OF_SCOPE = "out_of_scope"
@@ -83,44 +83,14 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     return several or (_with_number(text, whole, read, accepted),)
 
 
-_REJECTED = re.compile(
-    r"[\s,]*\b(?:instead of|rather than)\s+[^,.;:!?]+?"
-    r"(?:[,.;:!?]+\s*|$|\s+(?=(?:i|i['’]d|we|please|make|give|turn|can|could|just|do|try)\b))",
-    re.IGNORECASE,
-)
-"""What is not wanted, before or after what is: "instead of sepia I'd like black and white", "warm rather than cool"."""
-
-
-_QUALITY = (
-    r"(?:contrast|brightness|exposure|saturation|colou?rs?|sharpness|light(?:ing)?|noise|grain|tones?|white balance|"
-    r"focus|shadows|highlights)"
-)
-_CONTENT = re.compile(
-    rf"(?:^|[\s,;.]+)(?:the |its |my )?{_QUALITY}(?:['’]s| is| are| looks?)(?: already| just| perfectly| totally)? "
-    r"(?:fine|ok(?:ay)?|good|great|perfect|all ?right|enough|lovely)(?: as it is| already| now| enough)?"
-    r"(?:[,;.]?\s*(?:but|and|just)\b|[,;.]|$)\s*|"
-    r"(?:^|[，,。；\s])(?:亮度|对比度?|饱和度?|锐度|清晰度|颜色|色彩|曝光|光线|色温|白平衡)(?:已经|都)?(?:很|挺|蛮)?"
-    r"(?:好|可以|行|不错|正好|刚好|没问题|够|合适)(?:了|的)?(?:[，,。；]|$)(?:但是?|就是)?",
-    re.IGNORECASE,
-)
-"""What is said to be good as it is: "the sharpness is fine", 亮度刚好."""
-_TOLD = re.compile(
-    r"[,;.]\s*(?:because |as |since )?(?:i|we|it|she|he|they)(?:['’]ve| have)? (?:took|shot|made|was|were|got|had|"
-    r"forgot|visited|photographed)\b(?:(?!\b(?:please|too|so|need|want|but|should|looks?)\b)[^,.;!?])*[.!?]*$|"
-    r"[，,。]\s*(?:这是|是|因为)?[^，,。太想要不]{0,10}(?:拍的|照的)[。！]*$",
-    re.IGNORECASE,
-)
-"""Where and when a picture was taken, behind a command: "brighten it, I took it at night"."""
-
-
 def _without_idle(instruction: str, read: Read, accepted: float) -> str:
     """A sentence without what it does not ask for: what is not wanted, what is good as it is, how it was taken.
 
     Each goes only where the rest is a wish: a clear one, and behind a command what it was told for.
     """
-    for pattern, sure in ((_REJECTED, accepted), (_CONTENT, CERTAIN), (_TOLD, accepted)):
+    for pattern, sure in ((REJECTED, accepted), (CONTENT, CERTAIN), (TOLD, accepted)):
         rest = pattern.sub(" ", instruction).strip()
-        if not rest or rest == instruction.strip() or (pattern is _TOLD and not _is_command(rest)):
+        if not rest or rest == instruction.strip() or (pattern is TOLD and not _is_command(rest)):
             continue
         if read([rest])[0].is_wish(sure):
             instruction = rest

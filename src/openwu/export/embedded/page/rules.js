@@ -97,10 +97,10 @@ export class Rules {
 
   // A sentence without what it does not ask for: what is not wanted, what is good as it is, how it was taken.
   async withoutIdle(instruction) {
-    const { _REJECTED, _CONTENT, _TOLD } = this.wishes;
-    for (const [pattern, sure] of [[_REJECTED, this.accepted], [_CONTENT, this.certain], [_TOLD, this.accepted]]) {
+    const { REJECTED, CONTENT, TOLD } = this.restrictions;
+    for (const [pattern, sure] of [[REJECTED, this.accepted], [CONTENT, this.certain], [TOLD, this.accepted]]) {
       const rest = instruction.replace(all(pattern), " ").trim();
-      if (!rest || rest === instruction.trim() || (pattern === _TOLD && !this.isCommand(rest))) continue;
+      if (!rest || rest === instruction.trim() || (pattern === TOLD && !this.isCommand(rest))) continue;
       if (this.isWish((await this.read([rest]))[0], sure)) instruction = rest;
     }
     return instruction;
