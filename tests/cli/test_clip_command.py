@@ -114,6 +114,8 @@ def test_a_mask_limits_photographs_and_clips(
     for mask, words in (("small.png", "expected 16x12"), ("b.png", "alpha"), ("no.png", "no such file")):
         assert edit("a.png", "--mask", mask, "--output", "other.png") == 1
         assert words in capsys.readouterr().err
+    assert edit("a.png", "b.png", "--mask", "b.png", "--output", "other") == 1
+    assert capsys.readouterr().err.count("mask: expected") == 1  # refused once, not for each photo
     assert edit("a.png", "--mask", "mask.png", "--output", "mask.png", "--overwrite") == 1
     assert edit("a.png", "--mask", "small.png", "--dry-run") == 1
     assert "a.png: mask: expected 16x12" in capsys.readouterr().err

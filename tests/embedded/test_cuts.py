@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.words.cuts import Judged, cuts, judge, phrases_of, score_of, weighed
+from openwu.backbones.embedded.words.cuts import model as cuts_model
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, wishes
 from openwu.data.suite import EDITS
+from openwu.data.suite.phrases import letters
 from openwu.errors import InstructionError
-from openwu.training.embedded.two_wishes import brief, composed, shared, single, told, written
-from openwu.training.embedded.wish_cuts import fit, gather
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import CutsRecipe
+from openwu.training.embedded.two_wishes import HELD_OUT, brief, composed, shared, single, told, written
+from openwu.training.embedded.wish_cuts import fit, gather, train_cuts, training_sentences
+from openwu.training.run import load_recipe
 
 
 def reading(**probabilities: float) -> Reading:
     ranked = tuple(sorted(probabilities.items(), key=lambda entry: -entry[1]))
     return Reading(*ranked[0], ranked=ranked)
-
-
-@pytest.fixture(scope="module")
-def base() -> EmbeddedBase:
-    folder = EmbeddedBase.bundled_folder()
-    assert folder is not None
-    return EmbeddedBase.from_pretrained(folder)
 
 
 def taken_for(base: EmbeddedBase, sentence: str) -> list[str] | None:
@@ -104,7 +105,8 @@ def test_a_reason_is_no_wish(base: EmbeddedBase, sentence: str, edit: str) -> No
 
 
 def test_what_is_unclear_is_refused_with_both_edits(base: EmbeddedBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openwu.backbones.embedded.words.wishes.CLEAR", 1.1)
+    for bar in ("CLEAR", "CLEAR_NEAR"):
+        monkeypatch.setattr(f"openwu.backbones.embedded.words.wishes.{bar}", 1.1)
     with pytest.raises(InstructionError, match=r"may ask for more than one edit, .*sepia.*add noise.*--then"):
         wishes("棕褐色加颗粒，老上海的感觉", base.read_sentences, base.config.instruction.accepted)
 
@@ -119,10 +121,37 @@ def test_composed_sentences_ask_for_what_their_parts_do() -> None:
 
 
 def test_the_writers_labels_are_edits_of_the_suite() -> None:
-    found, more = written(), written("developed")
-    assert (len(found), sum(len(each.edits) == 2 for each in found)) == (600, 120)
+    found, more, idioms = written(), written("developed"), written("idioms")
+    assert (len(found), sum(len(each.edits) == 2 for each in found)) == (1198, 340)
     assert (len(more), sum(len(each.edits) == 2 for each in more)) == (127, 93)
-    assert {name for each in (*found, *more) for edit in each.edits for name in edit} <= set(EDITS)
+    assert (len(idioms), sum(len(each.edits) == 2 for each in idioms)) == (2493, 300)
+    every = [*found, *more, *idioms]
+    assert {name for each in every for edit in each.edits for name in edit} <= set(EDITS)
+    assert all(usual in edits for each in every for usual, edits in zip(each.usual, each.edits, strict=True))
+    held_out = {letters(each.text) for split in HELD_OUT for each in single(1000, 0, split)}
+    same = held_out & {letters(each.text) for each in (*found, *idioms)}
+    assert same == {"letitrain"}  # which two writers had; the edit is withdrawn
+
+
+def test_cuts_json_is_written_by_its_recipe(tmp_path: Path) -> None:
+    small = {"composed": 40, "shared": 4, "brief": 40, "told": 4, "single": 0}
+    made = load_recipe(
+        Path(__file__).parents[2] / "recipes" / "cuts.py", [f"{key}={value}" for key, value in small.items()]
+    )
+    assert isinstance(made, CutsRecipe)
+    kept = training_sentences(made)
+    assert len(kept) > 7000
+    assert {len(each.edits) for each in kept} == {0, 1, 2}
+    stage = StageConfig(steps=2, shapes=((1, 0),), learning_rate=2e-2)
+    base = EmbeddedBase.bundled_folder()
+    recipe = replace(made, cuts=stage, export=str(tmp_path / "words"), start=str(base))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("openwu.training.embedded.wish_cuts.training_sentences", lambda _: composed(40, 0))
+        for run in ("a", "b"):
+            train_cuts(recipe, tmp_path / run)
+    first, second, exported = (tmp_path / part / "cuts.json" for part in ("a/model", "b/model", "words"))
+    assert first.read_bytes() == second.read_bytes() == exported.read_bytes()
+    assert set(json.loads(first.read_text())) == set(cuts_model())
 
 
 def test_a_scene_beside_a_wish_is_no_wish() -> None:
@@ -133,7 +162,7 @@ def test_a_scene_beside_a_wish_is_no_wish() -> None:
 
 def test_the_model_learns_where_a_second_wish_begins(base: EmbeddedBase) -> None:
     examples = gather(base.instruction, [*brief(60, 0), *single(1, 0)[::6]])
-    model = fit(examples)
+    model = fit(examples, StageConfig(steps=150, shapes=((1, 0),), learning_rate=2e-2))
     assert model["words"]
     two = [each for each in examples if len(each.sentence.edits) == 2 and any(each.right)]
     assert len(two) >= 30

@@ -25,13 +25,6 @@ def reading(**probabilities: float) -> Reading:
     return Reading(*ranked[0], ranked=ranked)
 
 
-@pytest.fixture(scope="module")
-def base() -> EmbeddedBase:
-    folder = EmbeddedBase.bundled_folder()
-    assert folder is not None
-    return EmbeddedBase.from_pretrained(folder)
-
-
 def taken_for(base: EmbeddedBase, *instructions: str, pictures: int = 1) -> list[str]:
     photo = Photo(np.zeros((8, 8, 3), np.uint8))
     return [each.edit for each in base.understand(base.read((photo,) * pictures, instructions))]
@@ -119,6 +112,15 @@ def test_a_withdrawn_edit_is_refused_by_its_name_and_suggested_to_nobody() -> No
     doubtful = reading(rain=0.5, fog=0.4, snow=0.1)
     assert "rain" in nearest("more water", doubtful)
     assert nearest("more water", doubtful, withdrawn) == ["fog"]
+
+
+def test_what_is_next_in_likelihood_names_no_withdrawn_edit(base: EmbeddedBase) -> None:
+    withdrawn = base.config.instruction.withdrawn
+    found = [
+        base.understand(base.read((Photo(np.zeros((8, 8, 3), np.uint8)),), (text,)))[0] for text in ("add fog", "加雾")
+    ]
+    assert all(len(each.runners_up) == 3 for each in found)
+    assert not {name for each in found for name, _ in each.runners_up} & set(withdrawn)
 
 
 def test_the_shipped_model_withdraws_what_it_cannot_draw(base: EmbeddedBase) -> None:

@@ -101,6 +101,21 @@ too dark and too yellow
 增加对比度和饱和度
 remove the noise, I took it in the rain
 pull the whites back, warm the rest up
+increase saturation, the sharpness is fine
+亮度刚好，饱和度再高一点
+brighten it, I took it at night
+调亮一点，晚上拍的
+make it night, but keep the colours vivid
+everybody is so cold and blue
+too dark and blurry
+too dry
+饭菜绿绿的没食欲
+对比度不用动，锐化一下
+is golden hour before or after sunset?
+how do i print this on canvas
+佳能和索尼哪个噪点少？
+怎么这么暗？
+why is it so dark?
 adding some grain, warming up the tones, and less noise
 """.strip().splitlines()
 

@@ -66,7 +66,7 @@ class InstructionConfig:
     """n-grams read of one word."""
     phrase_buckets: int = 32768
     """Rows of the hashed phrase table."""
-    accepted_percent: int = 90
+    accepted_percent: int = 85
     """Probability, in percent, from which an edit counts as understood; less is refused. Chosen on sentences of
     writers whom no training saw, see docs/editing.md."""
     wordless: bool = False

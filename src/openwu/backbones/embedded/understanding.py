@@ -25,9 +25,8 @@ def understood(
     full or well enough, for a probability below `InstructionConfig.accepted`, and for a missing reference picture.
     """
     if not checked:
-        return tuple(
-            _understood(Wish(*each)) for each in zip(instructions, encoder.readings(instructions), strict=True)
-        )
+        read = zip(instructions, encoder.readings(instructions), strict=True)
+        return tuple(_understood(Wish(*each), encoder.config.withdrawn) for each in read)
     accepted = encoder.config.accepted
     found = [wish for text in instructions for wish in wishes(text, partial(read_sentences, encoder), accepted)]
     for wish in found:
@@ -39,7 +38,7 @@ def understood(
                 f"instruction: {wish.text!r} asks for the look of a second picture, but only one came; add it with "
                 "--reference FILE (images=[photo, reference])"
             )
-    return tuple(map(_understood, found))
+    return tuple(_understood(wish, encoder.config.withdrawn) for wish in found)
 
 
 def read_sentences(encoder: InstructionEncoder, sentences: Sequence[str]) -> list[Reading]:
@@ -59,7 +58,7 @@ def read_sentences(encoder: InstructionEncoder, sentences: Sequence[str]) -> lis
     return readings
 
 
-def _understood(wish: Wish) -> Understood:
+def _understood(wish: Wish, withdrawn: Sequence[str]) -> Understood:
     reading = wish.reading
-    runners_up = tuple(each for each in reading.ranked[1:] if each[0] != OUT_OF_SCOPE)[:RUNNERS_UP]
+    runners_up = tuple(each for each in reading.ranked[1:] if each[0] not in (OUT_OF_SCOPE, *withdrawn))[:RUNNERS_UP]
     return Understood(reading.edit, reading.probability, reading.degree, wish.strength, runners_up, wish.text)

@@ -19,7 +19,7 @@ from openwu.cli.edit.progress import Progress
 from openwu.cli.edit.report import DISK_FULL, Report
 from openwu.cli.stopping import STOPPED, Stopped, StopRequest, stop_signals
 from openwu.errors import InstructionError, OpenwuError
-from openwu.images import PictureHeader, check_picture
+from openwu.images import PictureHeader, check_picture, kept_share, read_picture
 from openwu.images.instruction import check_instruction
 from openwu.video.probe import Clip
 
@@ -71,6 +71,7 @@ def _run(
         if arguments.ray is not None:
             raise UsageError(f"--ray: expected files, got {PIPE}; leave --ray out for one picture")
     notes = [(name, text) for name in further for text in check_picture(name).notes]
+    _check_further(arguments)
     report.begin(len(plan.jobs) + len(found.problems), batch=found.batch, to_stdout=to_stdout)
     for text in [*found.notes, *(f"{name}: {text}" for name, text in notes)]:
         report.note(text)
@@ -141,6 +142,15 @@ def _words(arguments: argparse.Namespace) -> tuple[str, ...]:
             "--example BEFORE AFTER"
         )
     return (instruction, *(check_instruction(text) for text in arguments.then))
+
+
+def _check_further(arguments: argparse.Namespace) -> None:
+    """Read the pictures that every photo of the command needs; raises PictureError for what would fail each of them."""
+    for name in arguments.reference:
+        read_picture(name)
+    if arguments.mask is not None:
+        mask = read_picture(arguments.mask)
+        kept_share(mask, mask.size)
 
 
 def _check_clips(plan: Plan, arguments: argparse.Namespace) -> None:

@@ -92,8 +92,8 @@ def load_strength_words() -> Phrases:
 
 
 def phrases_hash() -> str:
-    """Return the SHA-256 of the file with all sentences."""
-    return of_files([_FILE]).hexdigest()
+    """Return the SHA-256 of the files with all sentences, those of people included (two_wishes.json)."""
+    return of_files([_FILE, _FILE.with_name("two_wishes.json")]).hexdigest()
 
 
 @cache

@@ -183,7 +183,33 @@ class WordingRecipe(Recipe):
     """Weight of the distance from the tokens that the frozen base and generator expect."""
     phrases_only: bool = field(default=False, metadata=LATER)
     """Train the linear reader alone: what a sentence is taken for changes, the tokens of what is understood do not."""
+    start_share: float = field(default=0.0, metadata=LATER)
+    """Share of the start's weights in the mean with the trained ones that is exported (weight-space ensembles,
+    Wortsman et al. 2022): new sentences are learned, and less of the old is forgotten."""
     start: str | None = None
     """Folder of the model to start from; None: the one inside the package."""
     checkpoint_every: int = 200
     evaluate_every: int = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutsRecipe(Recipe):
+    """Fit the linear model that tells two wishes in a sentence from one (`words/cuts.json`), for a finished reader."""
+
+    runner: ClassVar[str] = "openwu.training.embedded.wish_cuts:train_cuts"
+    known_stages: ClassVar[tuple[str, ...]] = ("cuts",)
+
+    cuts: StageConfig
+    """The linear model; every step reads all sentences, so that its shape says nothing."""
+    composed: int = 3200
+    """Sentences put together from two of one edit each."""
+    shared: int = 200
+    """Sentences in which one verb has two objects."""
+    brief: int = 500
+    """Two names, adjectives or complaints, joined."""
+    told: int = 500
+    """One wish beside where and when the picture was taken."""
+    single: int = 18
+    """Training sentences of each edit and language that ask for it alone."""
+    start: str | None = None
+    """Folder of the model whose reader reads them; None: the one inside the package."""

@@ -19,6 +19,7 @@ from openwu.errors import OpenwuError
 from openwu.evaluation.wording import understanding
 from openwu.training.embedded.config import WordingRecipe
 from openwu.training.embedded.model import EmbeddedModel
+from openwu.training.embedded.two_wishes import PEOPLE_GROUPS, written
 from openwu.training.loop import Evaluation
 from openwu.training.micro_batch import FULL_BATCH, MicroBatch
 
@@ -33,6 +34,8 @@ PHRASES_DROPPED = 0.2
 """The same for the phrases of the linear reader."""
 PHRASES_SMOOTHED = 0.05
 """Label smoothing of the linear reader."""
+PEOPLE_SHARE = 0.5
+"""Share of the linear reader's sentences that people wrote; chosen by leaving one round of writers out."""
 PHRASE_DRAWS = 1 << 40
 """Tells the seed of its draws from that of the sentences."""
 DEGREE_WEIGHT = 0.5
@@ -80,6 +83,13 @@ class InstructionStage:
     def batch(self, step: int) -> Sentences:
         """Draw the whole batch of a step."""
         generator = torch.Generator().manual_seed(self.seed * 3_000_017 + step)
+        sentences, target, degrees = self.drawn(generator)
+        rows = self.encoder.table_rows(sentences, dropped=(self.dropped, generator))
+        noise = TOKEN_NOISE * torch.randn(self.size, *self.encoder.query.shape, generator=generator)
+        return Sentences(sentences, rows, target, degrees, noise)
+
+    def drawn(self, generator: torch.Generator) -> tuple[list[str], Tensor, Tensor]:
+        """Draw sentences of the suite with the indices of their labels and degrees `[b]`."""
         target = torch.randint(len(self.labels) - 1, (self.size,), generator=generator)
         outside = torch.rand(self.size, generator=generator) < OUT_OF_SCOPE_SHARE
         target[outside] = self.labels.index(OUT_OF_SCOPE)
@@ -90,9 +100,7 @@ class InstructionStage:
             sample_phrase(self.labels[label], generator, degree=names[degree])
             for label, degree in zip(target.tolist(), degrees.tolist(), strict=True)
         ]
-        rows = self.encoder.table_rows(sentences, dropped=(self.dropped, generator))
-        noise = TOKEN_NOISE * torch.randn(self.size, *self.encoder.query.shape, generator=generator)
-        return Sentences(sentences, rows, target, degrees, noise)
+        return sentences, target, degrees
 
     @contextmanager
     def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
@@ -129,12 +137,21 @@ class InstructionStage:
 
 
 class PhrasesStage(InstructionStage):
-    """Train the linear reader alone: what a sentence is taken for changes, the tokens of what is understood do not."""
+    """Train the linear reader alone: what a sentence is taken for changes, the tokens of what is understood do not.
+
+    A share of its sentences is drawn from those of people with one wish or none (two_wishes.json), as they wrote them.
+    """
 
     name = "phrases"
 
     def __init__(self, model: EmbeddedModel, seed: int, size: int) -> None:
         super().__init__(model, seed, size)
+        self.people = [
+            (each.text, self.labels.index(first))
+            for group in PEOPLE_GROUPS
+            for each in written(group)
+            if len(each.edits) < 2 and (first := each.usual[0] if each.usual else OUT_OF_SCOPE) in self.labels
+        ]
         model.requires_grad_(False)
         self.encoder.phrases.requires_grad_(True)
 
@@ -146,8 +163,16 @@ class PhrasesStage(InstructionStage):
     @contextmanager
     def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:
         """Compute the micro-batch's share of the step's loss."""
-        batch, own = self.batch(step), micro_batch.rows(self.size)
-        yield self.phrase_loss(step, batch.sentences, batch.target, own) * micro_batch.share(self.size)
+        sentences, target = self.beside_people(step)
+        yield self.phrase_loss(step, sentences, target, micro_batch.rows(self.size)) * micro_batch.share(self.size)
+
+    def beside_people(self, step: int) -> tuple[list[str], Tensor]:
+        """Draw the suite's sentences of a step and put those of people in place of some: with their labels `[b]`."""
+        generator = torch.Generator().manual_seed(self.seed * 3_000_017 + step)
+        sentences, target, _ = self.drawn(generator)
+        for at in range(round(PEOPLE_SHARE * self.size) if self.people else 0):
+            sentences[at], target[at] = self.people[int(torch.randint(len(self.people), (), generator=generator))]
+        return sentences, target
 
 
 class WordingStage(InstructionStage):

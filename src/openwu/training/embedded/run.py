@@ -149,9 +149,13 @@ def train_wording(
     if recipe.phrases_only:
         wording = PhrasesStage(model, recipe.seed, recipe.wording.shapes[0][0])
     stage = WatchedStage(wording, known)
+    begun = {name: value.clone() for name, value in wording.trained.state_dict().items()}
     found = {"start": weights_hash(start), "sentences": phrases_hash()}
     described = json.dumps(dependencies(recipe, **found), sort_keys=True)
     if train_stage(stage, recipe.wording, LoopConfig.of(recipe, described, stop_after), folder / "wording"):
+        with torch.no_grad():
+            for name, value in wording.trained.state_dict().items():
+                value.lerp_(begun[name], recipe.start_share)
         _export(recipe, model, folder, before, known, sentences=phrases_hash())
 
 

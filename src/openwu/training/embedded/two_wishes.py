@@ -58,6 +58,8 @@ class Sentence:
     edits: tuple[frozenset[str], ...]
     """For every wish the edits that serve it; none for a sentence out of scope."""
     weight: float = 0.5
+    usual: tuple[str, ...] = ()
+    """Of a sentence that people wrote, for every wish the edit that a reader names first."""
 
 
 @cache
@@ -212,13 +214,21 @@ def single(count: int, seed: int, split: str = "train") -> list[Sentence]:
     return found
 
 
+PEOPLE_GROUPS = ("written", "developed", "idioms")
+
+
 def written(group: str = "written") -> list[Sentence]:
-    """Return sentences of people: "written" by two who knew the edits' names alone, "developed" by one who knew all."""
+    """Return sentences of people with their edits.
+
+    "written" by six who knew the edits' names alone, "developed" by one who knew the rules, "idioms" by five who were
+    asked for idioms, complaints, trade names and near misses out of scope.
+    """
     found = []
     for language, entries in _stored()[group].items():
         for text, wanted in entries:
             edits = tuple(frozenset(each.split("|")) for each in wanted)
-            found.append(Sentence(text, language, edits, PEOPLE if len(edits) > 1 else PEOPLE_OF_ONE))
+            usual = tuple(each.partition("|")[0] for each in wanted)
+            found.append(Sentence(text, language, edits, PEOPLE if len(edits) > 1 else PEOPLE_OF_ONE, usual))
     return found
 
 

@@ -1,11 +1,10 @@
 """Train the linear model of cuts: whether a sentence has two wishes, and where the second begins (`words/cuts.py`).
 
-    people = [*written(), *written("developed"), *(each for split in HELD_OUT for each in single(1000, 0, split))]
-    sentences = [*people, *composed(3200, 0), *shared(200, 0), *brief(500, 0), *told(500, 0), *single(18, 0)]
-    write_json(path, fit(gather(encoder, sentences)))
+    openwu train recipes/cuts.py
 
 Sentences of two wishes are composed of two sentences of one each, or written by people (two_wishes.json); sentences of
-one wish are those of the suite. Where a sentence of two wishes is cut right follows from what is read of its sides.
+one wish are those of the suite and of people. Where a sentence of two wishes is cut right follows from what is read of
+its sides.
 
 Shapes: n cuts, s sentences.
 """
@@ -15,21 +14,46 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.understanding import read_sentences
-from openwu.backbones.embedded.words.cuts import PHRASE_FACTOR, Cut, cuts, likeliest, numbers_of, phrases_of, sides
+from openwu.backbones.embedded.words.cuts import (
+    DATA_FILES,
+    PHRASE_FACTOR,
+    Cut,
+    cuts,
+    likeliest,
+    numbers_of,
+    phrases_of,
+    sides,
+)
 from openwu.backbones.embedded.words.wishes import Reading
 from openwu.data.suite.phrases import OUT_OF_SCOPE
-from openwu.training.embedded.two_wishes import Sentence
+from openwu.files.writing import write_json
+from openwu.training.config import StageConfig
+from openwu.training.embedded.config import CutsRecipe
+from openwu.training.embedded.model import EmbeddedModel
+from openwu.training.embedded.two_wishes import (
+    HELD_OUT,
+    PEOPLE_GROUPS,
+    Sentence,
+    brief,
+    composed,
+    shared,
+    single,
+    told,
+    written,
+)
+from openwu.training.record import export_folders
 
 RARE = 10
 """Sentences in which a word must stand to get a weight."""
-STEPS, LEARNING_RATE = 150, 2e-2
 WORD_PENALTY = 2e-4
 
 
@@ -42,6 +66,24 @@ class Example:
     phrases: tuple[tuple[str, ...], ...]
     right: tuple[bool, ...]
     """Whether the sides of a cut are taken for the two edits that are asked for."""
+
+
+def train_cuts(recipe: CutsRecipe, folder: Path, _stages: tuple[str, ...] | None = None) -> None:
+    """Read sentences with a model's reader, fit, and write `cuts.json` to the run's folder and `export`."""
+    encoder = EmbeddedModel.from_pretrained(Path(recipe.start or WEIGHTS)).instruction
+    found = fit(gather(encoder, training_sentences(recipe)), recipe.cuts, recipe.seed)
+    for target in export_folders(recipe, folder):
+        target.mkdir(parents=True, exist_ok=True)
+        write_json(target / DATA_FILES[0], found)
+
+
+def training_sentences(recipe: CutsRecipe) -> list[Sentence]:
+    """Return what the linear model of cuts is trained on: people's sentences, held-out ones, and composed ones."""
+    people = [each for group in PEOPLE_GROUPS for each in written(group)]
+    unseen = [each for split in HELD_OUT for each in single(1000, recipe.seed, split)]
+    made = [*composed(recipe.composed, recipe.seed), *shared(recipe.shared, recipe.seed)]
+    made += [*brief(recipe.brief, recipe.seed), *told(recipe.told, recipe.seed), *single(recipe.single, recipe.seed)]
+    return [*people, *unseen, *made]
 
 
 @torch.no_grad()
@@ -82,8 +124,8 @@ def _example(sentence: Sentence, every: Sequence[Cut], readings: Mapping[str, Re
     return Example(sentence, tuple(numbers), tuple(phrases), tuple(right))
 
 
-def fit(examples: Sequence[Example], seed: int = 0) -> dict[str, Any]:
-    """Train on the cuts of some sentences; return what cuts.json holds.
+def fit(examples: Sequence[Example], stage: StageConfig, seed: int = 0) -> dict[str, Any]:
+    """Train on the cuts of some sentences; return what cuts.json holds. `stage`: its steps and learning rate.
 
     The loss is the cross entropy of "one wish" against every cut; of two wishes, all right cuts count together.
     """
@@ -100,9 +142,9 @@ def fit(examples: Sequence[Example], seed: int = 0) -> dict[str, Any]:
     torch.manual_seed(seed)
     weight = torch.zeros(numbers.shape[1], requires_grad=True)
     table = torch.zeros(len(words) + 1, requires_grad=True)
-    optimizer = torch.optim.Adam([weight, table], lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for _ in range(STEPS):
+    optimizer = torch.optim.Adam([weight, table], lr=stage.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.steps)
+    for _ in range(stage.steps):
         scores = numbers @ weight + PHRASE_FACTOR * (table[rows] * (rows > 0)).sum(1) / lengths
         shares = torch.exp(scores.clamp(max=30))
         total = torch.zeros(len(usable)).index_add(0, owner, shares) + 1

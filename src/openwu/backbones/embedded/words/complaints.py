@@ -46,6 +46,7 @@ _TOO = _table(
     ("contrasty harsh", _GENTLER),
     ("dull pale colourless colorless drab muted desaturated", (*_RICHER, *_PUNCHIER)),
     ("colourful colorful saturated vivid vibrant garish gaudy", _PALER),
+    ("dry", ("rain",)),
     ("blurry blurred fuzzy unsharp out_of_focus", _CRISPER),
     ("soft", (*_CLEARER, *_CRISPER)),
     ("sharp crisp", _SOFTER),
@@ -85,7 +86,8 @@ _LITTLE = _table(
 
 _SUBJECT = (
     r"(?:(?:(?:the|this|that|my|these|all)\s+)*(?:whole\s+|entire\s+)?(?:photo(?:graph)?|picture|image|pic|shot|snapshot|"
-    r"colou?rs?|exposure|light(?:ing)?|scene|everything|tones?|skin|thing|it|this|that|they)(?:['’]s|['’]re)?\s+)?"
+    r"colou?rs?|exposure|light(?:ing)?|scene|every(?:thing|body|one)|tones?|skin|faces?|people|thing|it|this|that|they|"
+    r"we|i)(?:['’]?s|['’]?re|['’]?m)?\s+)?"
 )
 _VERB = (
     r"(?:is|are|was|looks?|looking|seems?|feels?|appears?|(?:came|turned|comes|turns) out|has|have|got|"
@@ -170,6 +172,13 @@ _NOT_ENOUGH_ZH: Mapping[str, Cure] = _table(
 _NOT_ENOUGH_IN_ZH = re.compile(rf"{_ABOUT_ZH}(?:不够|不太?)(?P<word>\w+?){_END_ZH}")
 _PATTERNS_ZH: tuple[tuple[re.Pattern[str], Cure], ...] = (
     (re.compile(rf"{_ABOUT_ZH}(?:欠曝|曝光欠缺){_END_ZH}"), _BRIGHTER),
+    (
+        re.compile(
+            r".{0,8}?(?:黄黄|绿绿|蓝蓝|红红|青青|紫紫|[发偏][黄绿蓝红青紫])的?[，,]?.{0,2}"
+            rf"(?:没食欲|没胃口|难看|不好看|吓人|恶心|不自然|不健康|不正常){_END_ZH}"
+        ),
+        _BALANCED,
+    ),
     (re.compile(rf"{_ABOUT_ZH}(?:过曝|曝过){_END_ZH}"), _DARKER),
     (
         re.compile(
@@ -262,6 +271,9 @@ def _english(text: str) -> Cure:
         found = pattern.fullmatch(text)
         if found and found["word"] in known:
             return _TOO.get(found["word"], ())
+        both = found["word"].split(" and ") if found else []
+        if len(both) == 2 and set(both) <= set(known):  # "cold and blue" is one fault, "dark and blurry" are two
+            return tuple(each for each in _TOO[both[0]] if each in _TOO[both[1]])
     return ()
 
 

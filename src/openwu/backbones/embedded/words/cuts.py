@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from openwu.backbones.embedded.words.wishes import Reading
 
 DATA_FILES = ("cuts.json",)
-CLEAR, POSSIBLE = 0.65, 0.55
+CLEAR, POSSIBLE = 0.65, 0.5
 """Probability of two wishes from which a sentence is cut, and from which it is refused with the question which of both;
-chosen on sentences that no training saw, see docs/editing.md."""
+chosen on rounds of writers and sentences that were left out of the training, see docs/editing.md."""
+CLEAR_NEAR, POSSIBLE_NEAR = 0.85, 0.7
+"""The same for edits that people name together when they mean one (`joined.NEAR`)."""
 SIDE = 0.5
 """Probability from which a side of a cut counts as an edit at all."""
 PHRASE_FACTOR = 4.0

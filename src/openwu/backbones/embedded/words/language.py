@@ -61,6 +61,21 @@ _NO_REQUEST = (
         re.I,
     ),
     re.compile(
+        r"^(?:so |and |but |hey,? )?(?:is|are|was|were|did|does|do|has|what|which|when|where|who|whose|how|what['’]s|"
+        r"who['’]s|where['’]s|why (?:is|are|do|does) [a-z ]+(?:popular|called|expensive))\b"
+        r"(?! (?:about|if|it possible|there (?:a|any) (?:way|chance|hope)))"
+        r"(?!.*\b(?:please|pls|plz|can|could|would|might|make|fix|give|add|turn|remove|clean|help|too|so)\b)[^.!?]*\?$",
+        re.I,
+    ),
+    re.compile(
+        r"^how (?:do|does|did|is|are|was|to|come)\b(?!.*\b(?:please|make|fix|get|remove|brighten|darken|sharpen)\b)",
+        re.I,
+    ),
+    re.compile(
+        r"^(?!.*[行帮请给想要懂把让弄调加去变做换])(?!.*(?:(?<!佳)能|可以|好吗|可否|麻烦|这么|那么|太(?!阳)|有点|偏))"
+        r".*[一-鿿][^。！!]*[？?]$"
+    ),
+    re.compile(
         r"^(?:请|麻烦)?(?:教我|推荐|介绍一?下|解释|翻译|写一?[篇首封])|(?:我想|我要|想要|哪里能?)(?:买|学|卖)|"
         r"多少钱|是什么意思|怎么[学念]|用英语怎么说|多不多|下不下[雨雪]|有没有[雨雪雾]|(?:哪个|什么)牌子|"
         r"^(?:明天|后天|今晚|周末).*[吗？?]$|^哪[张个些].*(?:最|吗|？)|哪张.*[？?]$|^找出"

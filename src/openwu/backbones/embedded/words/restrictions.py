@@ -1,4 +1,4 @@
-"""Words for parts of a picture and for what shall stay as it is, and the edits that obey such a restriction."""
+"""Words for parts of a picture, for what shall stay as it is or is not asked for, and the edits that obey them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ KEEPING = (
     re.compile(
         rf"(?:\b(?:but|and|while)\s+)?\b(?:keep|keeping|leave|leaving|preserve|preserving|without (?:changing|touching|"
         rf"affecting)|don['’]?t (?:touch|change)|do not (?:touch|change))\b(?: {_THE})+ (?:\w+ )?(?P<kept>{_KEPT})\b"
-        r"(?: (?:as (?:they are|it is|is|before)|the same|unchanged|alone|intact))?",
+        r"(?: (?:as (?:they are|it is|is|before)|the same|unchanged|alone|intact|vivid|bright|strong|rich|natural))?",
         re.I,
     ),
     re.compile(
@@ -75,7 +75,35 @@ KEEPING = (
     ),
     re.compile(
         r"(?:但是?|而且|并且?)?(?P<kept>其[他它余]|别的|剩下|颜色|色彩|亮度|对比度?|饱和度|背景|人物?|脸|天空)"
-        r".{0,4}?(?:不变|别动|不动|不要动|别碰|保持不变|别改|不改|保持)"
+        r".{0,4}?(?:不变|别动|不动|不要动|不用[动调改]|别碰|保持不变|别改|不改|保持)"
     ),
 )
 """Sentences that ask to keep something as it is."""
+REJECTED = re.compile(
+    r"[\s,]*\b(?:instead of|rather than)\s+[^,.;:!?]+?"
+    r"(?:[,.;:!?]+\s*|$|\s+(?=(?:i|i['’]d|we|please|make|give|turn|can|could|just|do|try)\b))",
+    re.IGNORECASE,
+)
+"""What is not wanted, before or after what is: "instead of sepia I'd like black and white", "warm rather than cool"."""
+
+
+_QUALITY = (
+    r"(?:contrast|brightness|exposure|saturation|colou?rs?|sharpness|light(?:ing)?|noise|grain|tones?|white balance|"
+    r"focus|shadows|highlights)"
+)
+CONTENT = re.compile(
+    rf"(?:^|[\s,;.]+)(?:the |its |my )?{_QUALITY}(?:['’]s| is| are| looks?)(?: already| just| perfectly| totally)? "
+    r"(?:fine|ok(?:ay)?|good|great|perfect|all ?right|enough|lovely)(?: as it is| already| now| enough)?"
+    r"(?:[,;.]?\s*(?:but|and|just)\b|[,;.]|$)\s*|"
+    r"(?:^|[，,。；\s])(?:亮度|对比度?|饱和度?|锐度|清晰度|颜色|色彩|曝光|光线|色温|白平衡)(?:已经|都)?(?:很|挺|蛮)?"
+    r"(?:好|可以|行|不错|正好|刚好|没问题|够|合适)(?:了|的)?(?:[，,。；]|$)(?:但是?|就是)?",
+    re.IGNORECASE,
+)
+"""What is said to be good as it is: "the sharpness is fine", 亮度刚好."""
+TOLD = re.compile(
+    r"[,;.]\s*(?:because |as |since )?(?:i|we|it|she|he|they)(?:['’]ve| have)? (?:took|shot|made|was|were|got|had|"
+    r"forgot|visited|photographed)\b(?:(?!\b(?:please|too|so|need|want|but|should|looks?)\b)[^,.;!?])*[.!?]*$|"
+    r"[，,。]\s*(?:这是|是|因为)?[^，,。太想要不]{0,10}(?:拍的|照的)[。！]*$",
+    re.IGNORECASE,
+)
+"""Where and when a picture was taken, behind a command: "brighten it, I took it at night"."""

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
 from openwu.backbones.embedded.words.complaints import cures
-from openwu.backbones.embedded.words.cuts import CLEAR, POSSIBLE, judge
-from openwu.backbones.embedded.words.joined import joined
+from openwu.backbones.embedded.words.cuts import CLEAR, CLEAR_NEAR, POSSIBLE, POSSIBLE_NEAR, judge
+from openwu.backbones.embedded.words.joined import joined, near
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
-from openwu.backbones.embedded.words.restrictions import KEEPING, KEEPS, LOCAL, PARTS, REGION
+from openwu.backbones.embedded.words.restrictions import CONTENT, KEEPING, KEEPS, LOCAL, PARTS, REGION, REJECTED, TOLD
 from openwu.errors import InstructionError
 
 OUT_OF_SCOPE = "out_of_scope"
@@ -71,7 +71,7 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     """
     check_language(instruction)
     check_request(instruction)
-    instruction = _without_rejected(instruction, read, accepted)
+    instruction = _without_idle(instruction, read, accepted)
     whole = read([instruction])[0]
     if whole.sentence:
         return (_wish(instruction, whole),)
@@ -83,18 +83,18 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     return several or (_with_number(text, whole, read, accepted),)
 
 
-_REJECTED = re.compile(
-    r"[\s,]*\b(?:instead of|rather than)\s+[^,.;:!?]+?"
-    r"(?:[,.;:!?]+\s*|$|\s+(?=(?:i|i['’]d|we|please|make|give|turn|can|could|just|do|try)\b))",
-    re.IGNORECASE,
-)
-"""What is not wanted, before or after what is: "instead of sepia I'd like black and white", "warm rather than cool"."""
+def _without_idle(instruction: str, read: Read, accepted: float) -> str:
+    """A sentence without what it does not ask for: what is not wanted, what is good as it is, how it was taken.
 
-
-def _without_rejected(instruction: str, read: Read, accepted: float) -> str:
-    """A sentence without what it says is not wanted, where the rest is a clear wish."""
-    rest = _REJECTED.sub(" ", instruction).strip()
-    return rest if rest and rest != instruction.strip() and read([rest])[0].is_wish(accepted) else instruction
+    Each goes only where the rest is a wish: a clear one, and behind a command what it was told for.
+    """
+    for pattern, sure in ((REJECTED, accepted), (CONTENT, CERTAIN), (TOLD, accepted)):
+        rest = pattern.sub(" ", instruction).strip()
+        if not rest or rest == instruction.strip() or (pattern is TOLD and not _is_command(rest)):
+            continue
+        if read([rest])[0].is_wish(sure):
+            instruction = rest
+    return instruction
 
 
 def _wish(text: str, reading: Reading, strength: float = 1.0, number: str = "") -> Wish:
@@ -308,13 +308,17 @@ def _not_understood(instruction: str, wanted: Wish, lost: Wish) -> InstructionEr
     )
 
 
-def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wish, ...] | None:
+def _by_cuts(text: str, whole: Reading, read: Read, accepted: float, inner: bool = False) -> tuple[Wish, ...] | None:
     """The wishes of a sentence whose parts no rule tells apart, by the learned judge of cuts; None for one wish.
 
-    Raises InstructionError where there may be two wishes and it is not clear which.
+    `inner`: for the side of a cut, which is cut again only where that is clear. Raises InstructionError where there may
+    be two wishes and it is not clear which.
     """
     judged = judge(text, whole, read)
-    if judged is None or judged.probability < POSSIBLE:
+    if judged is None or any(map(_negated, (judged.cut.left, judged.cut.right))):
+        return None
+    bar, possible = (CLEAR_NEAR, POSSIBLE_NEAR) if near({judged.left.edit, judged.right.edit}) else (CLEAR, POSSIBLE)
+    if judged.probability < (bar if inner else possible):
         return None
     found: list[Wish] = []
     for side, part, reading in (
@@ -322,9 +326,9 @@ def _by_cuts(text: str, whole: Reading, read: Read, accepted: float) -> tuple[Wi
         (judged.cut.right, judged.right_text, judged.right),
     ):
         again = read([side])[0]
-        more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted)
+        more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted, inner=True)
         found += more or (_with_number(part, reading, read, accepted),)
-    clear = judged.probability >= CLEAR and all(each.reading.is_wish(accepted) for each in found)
+    clear = judged.probability >= bar and all(each.reading.is_wish(accepted) for each in found)
     complaint, right = cures(judged.left_text), judged.right_text
     repeated = (
         complaint and not cures(right) and not _is_command(right)

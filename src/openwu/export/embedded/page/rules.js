@@ -85,7 +85,7 @@ export class Rules {
   async wishesOf(sentence) {
     this.checkLanguage(sentence);
     this.checkRequest(sentence);
-    const instruction = await this.withoutRejected(sentence);
+    const instruction = await this.withoutIdle(sentence);
     let [whole] = await this.read([instruction]);
     if (whole.sentence) return [asWish(instruction, whole)];
     let text = await this.withoutNegations(instruction, whole);
@@ -95,11 +95,15 @@ export class Rules {
     return several ?? [await this.withNumber(text, whole)];
   }
 
-  // A sentence without what it says is not wanted, where the rest is a clear wish.
-  async withoutRejected(instruction) {
-    const rest = instruction.replace(all(this.wishes._REJECTED), " ").trim();
-    if (!rest || rest === instruction.trim()) return instruction;
-    return this.isWish((await this.read([rest]))[0], this.accepted) ? rest : instruction;
+  // A sentence without what it does not ask for: what is not wanted, what is good as it is, how it was taken.
+  async withoutIdle(instruction) {
+    const { REJECTED, CONTENT, TOLD } = this.restrictions;
+    for (const [pattern, sure] of [[REJECTED, this.accepted], [CONTENT, this.certain], [TOLD, this.accepted]]) {
+      const rest = instruction.replace(all(pattern), " ").trim();
+      if (!rest || rest === instruction.trim() || (pattern === TOLD && !this.isCommand(rest))) continue;
+      if (this.isWish((await this.read([rest]))[0], sure)) instruction = rest;
+    }
+    return instruction;
   }
 
   // Languages
@@ -178,6 +182,10 @@ export class Rules {
     for (const [pattern, words] of known) {
       found = fullmatch(pattern, text);
       if (found && words.includes(found.groups.word)) return of(c._TOO, found.groups.word);
+      const both = found ? found.groups.word.split(" and ") : [];
+      if (both.length === 2 && both.every((word) => words.includes(word))) {
+        return of(c._TOO, both[0]).filter((edit) => of(c._TOO, both[1]).includes(edit));
+      }
     }
     return [];
   }
@@ -344,16 +352,21 @@ export class Rules {
   }
 
   // Wishes whose parts no rule tells apart, by the learned judge of cuts; null for one wish.
-  async byCuts(text, whole) {
+  // `inner`: for the side of a cut, which is cut again only where that is clear.
+  async byCuts(text, whole, inner = false) {
     const judged = await this.judge(text, whole);
-    if (judged === null || judged.probability < this.cuts.POSSIBLE) return null;
+    if (judged === null || judged.sides.some(({ side }) => this.negated(side) !== null)) return null;
+    const c = this.cuts;
+    const alike = this.near(judged.sides.map(({ reading }) => reading.edit));
+    const [bar, possible] = alike ? [c.CLEAR_NEAR, c.POSSIBLE_NEAR] : [c.CLEAR, c.POSSIBLE];
+    if (judged.probability < (inner ? bar : possible)) return null;
     const found = [];
     for (const { side, part, reading } of judged.sides) {
       const [again] = await this.read([side]);
-      const more = (await this.several(side, again)) ?? (await this.byCuts(side, again));
+      const more = (await this.several(side, again)) ?? (await this.byCuts(side, again, true));
       found.push(...(more ?? [await this.withNumber(part, reading)]));
     }
-    const clear = judged.probability >= this.cuts.CLEAR && found.every((each) => this.isWish(each.reading, this.accepted));
+    const clear = judged.probability >= bar && found.every((each) => this.isWish(each.reading, this.accepted));
     const [left, right] = judged.sides.map(({ part }) => part);
     const repeated = this.cures(left).length && !this.cures(right).length && !this.isCommand(right);
     if (!clear || repeated || found.length > this.wishes.MOST_WISHES) {
