@@ -57,6 +57,14 @@ def taken_for(base: EmbeddedBase, sentence: str) -> list[str]:
         ("对比度不用动，锐化一下", ["sharpen"]),
         ("brighten it, I took it at night", ["brighten"]),
         ("everybody is so cold and blue", ["warm"]),
+        ("denoise without blurring", ["denoise"]),
+        ("could you sharpen this without adding noise", ["sharpen"]),
+        ("make it warmer without making it brighter", ["warm"]),
+        ("更暖一点不要更亮", ["warm"]),
+        ("把噪点去掉但别磨皮", ["denoise"]),
+        ("keep the rain, remove the noise", ["denoise"]),
+        ("warmer, but not too warm", ["warm"]),
+        ("turn down the warmth and up the contrast", ["cool", "contrast_up"]),
     ],
 )
 def test_the_wishes_of_a_sentence(base: EmbeddedBase, sentence: str, edits: list[str]) -> None:
@@ -121,6 +129,15 @@ def test_a_negation_alone_is_refused(base: EmbeddedBase, sentence: str) -> None:
 
 @pytest.mark.parametrize(
     "sentence",
+    ["more blue less red", "多点蓝少点红", "make it not so dark and not so blue", "the sky is too pale", "偏红了"],
+)
+def test_what_there_shall_be_less_of_is_not_added(base: EmbeddedBase, sentence: str) -> None:
+    with pytest.raises(InstructionError, match="says what not to do"):
+        read(base, sentence)
+
+
+@pytest.mark.parametrize(
+    "sentence",
     [
         "make only the sky brighter",
         "brighten it except the face",
@@ -140,6 +157,7 @@ def test_a_part_of_the_picture_is_refused(base: EmbeddedBase, sentence: str) -> 
         "is golden hour before or after sunset?",
         "how do i print this on canvas",
         "what ISO gives the least noise?",
+        "would this look better in black and white?",
         "佳能和索尼哪个噪点少？",
         "现在几点了，太阳下山没有？",
     ],

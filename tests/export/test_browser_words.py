@@ -109,6 +109,17 @@ make it night, but keep the colours vivid
 everybody is so cold and blue
 too dark and blurry
 too dry
+denoise without blurring
+更暖一点不要更亮
+把噪点去掉但别磨皮
+keep the rain, remove the noise
+warmer, but not too warm
+turn down the warmth and up the contrast
+more blue less red
+多点蓝少点红
+偏红了
+the sky is too pale
+would this look better in black and white?
 饭菜绿绿的没食欲
 对比度不用动，锐化一下
 is golden hour before or after sunset?

@@ -68,6 +68,10 @@ _NO_REQUEST = (
         re.I,
     ),
     re.compile(
+        r"^(?:would|do you think) (?:this|it|that|the (?:photo|picture|image)) (?:look|be|work)\b(?! possible).*\?$",
+        re.I,
+    ),
+    re.compile(
         r"^how (?:do|does|did|is|are|was|to|come)\b(?!.*\b(?:please|make|fix|get|remove|brighten|darken|sharpen)\b)",
         re.I,
     ),

@@ -86,6 +86,36 @@ REJECTED = re.compile(
 )
 """What is not wanted, before or after what is: "instead of sepia I'd like black and white", "warm rather than cool"."""
 
+UNWANTED = re.compile(
+    r"[\s,;]*\b(?:but |and )?without (?!changing|touching|affecting)\w+ing\b[^,.;!?]*|"
+    r"(?:^|[\s,;]+)(?:but |and )?keep(?:ing)? the (?:rain|snow|fog|mist|haze|noise|grain|vignette|blur|scratches)\b"
+    r"(?: as it is)?[,;.]?|"
+    r"[，,]?\s*(?:但是?|可是?|又)?(?:不要|(?<![特区个级分辨识告离性类])别(?![人的墅致]))(?:再|更)?"
+    r"(?![太过动变改碰调给让把])[^，,。；;！!？? 太过]{1,6}(?=[。！!]*$)",
+    re.IGNORECASE,
+)
+"""What shall not happen beside what is wanted: "denoise without blurring", 去噪但别磨皮."""
+LIMIT = re.compile(r"[\s,;]*\bbut not (?:too|so|that) \w+(?=[\s.!?]*$)", re.IGNORECASE)
+"""How far a wish goes, said with a word of its own: "warmer, but not too warm"."""
+DENIED: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
+    *(
+        (
+            re.compile(
+                rf"\b(?:less|fewer|not (?:so|too|as)|no more|without|too) {english}(?:dish|ish)?\b|"
+                rf"(?:少|不要|别|不想|太)(?:一?[点些]|那么|这么|太|再)?{chinese}|偏{chinese}了",
+                re.IGNORECASE,
+            ),
+            frozenset({f"tint_{english}"}),
+        )
+        for english, chinese in (("red", "红"), ("green", "绿"), ("blue", "蓝"), ("purple", "紫"))
+    ),
+    (
+        re.compile(r"\btoo (?:pale|faded|washed out|dull)\b|太(?:淡|浅|苍白)", re.IGNORECASE),
+        frozenset({"fade"}),
+    ),
+)
+"""Words for what there shall be less of, and the edits that would bring more."""
+
 
 _QUALITY = (
     r"(?:contrast|brightness|exposure|saturation|colou?rs?|sharpness|light(?:ing)?|noise|grain|tones?|white balance|"

@@ -14,12 +14,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
+from openwu.backbones.embedded.words import restrictions
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
 from openwu.backbones.embedded.words.complaints import cures
 from openwu.backbones.embedded.words.cuts import CLEAR, CLEAR_NEAR, POSSIBLE, POSSIBLE_NEAR, judge
 from openwu.backbones.embedded.words.joined import joined, near
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
-from openwu.backbones.embedded.words.restrictions import CONTENT, KEEPING, KEEPS, LOCAL, PARTS, REGION, REJECTED, TOLD
 from openwu.errors import InstructionError
 
 OUT_OF_SCOPE = "out_of_scope"
@@ -80,7 +80,12 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     if text != instruction:
         whole = read([text])[0]
     several = _several(text, whole, read, accepted) or _by_cuts(text, whole, read, accepted)
-    return several or (_with_number(text, whole, read, accepted),)
+    found = several or (_with_number(text, whole, read, accepted),)
+    for pattern, edits in restrictions.DENIED:
+        said = pattern.search(instruction)
+        if said and any(each.reading.edit in edits for each in found):
+            raise _only_denied(instruction, said[0].strip(), min(edits))
+    return found
 
 
 def _without_idle(instruction: str, read: Read, accepted: float) -> str:
@@ -88,9 +93,11 @@ def _without_idle(instruction: str, read: Read, accepted: float) -> str:
 
     Each goes only where the rest is a wish: a clear one, and behind a command what it was told for.
     """
-    for pattern, sure in ((REJECTED, accepted), (CONTENT, CERTAIN), (TOLD, accepted)):
-        rest = pattern.sub(" ", instruction).strip()
-        if not rest or rest == instruction.strip() or (pattern is TOLD and not _is_command(rest)):
+    rules = restrictions
+    for pattern in (rules.REJECTED, rules.CONTENT, rules.TOLD, rules.UNWANTED, rules.LIMIT):
+        sure = CERTAIN if pattern is rules.CONTENT else accepted
+        rest = pattern.sub(", but not too much" if pattern is rules.LIMIT else " ", instruction).strip()
+        if not rest or rest == instruction.strip() or (pattern is rules.TOLD and not _is_command(rest)):
             continue
         if read([rest])[0].is_wish(sure):
             instruction = rest
@@ -181,11 +188,14 @@ def _without_negations(instruction: str, whole: Reading, read: Read, accepted: f
     for rest, reading in zip(negated.values(), read(list(negated.values())), strict=True):
         ignored = reading.edit == whole.edit and whole.edit not in (*found, *_REPAIRS)
         if reading.is_wish(0.5) and (ignored or (alone and _is_command(rest))):
-            raise InstructionError(
-                f"instruction: {instruction!r} says what not to do ({rest!r} reads as {_plain(reading.edit)}); "
-                "say what to do instead"
-            )
+            raise _only_denied(instruction, rest, reading.edit)
     return instruction
+
+
+def _only_denied(instruction: str, rest: str, edit: str) -> InstructionError:
+    return InstructionError(
+        f"instruction: {instruction!r} says what not to do ({rest!r} reads as {_plain(edit)}); say what to do instead"
+    )
 
 
 def _negated(clause: str) -> str | None:
@@ -204,20 +214,20 @@ def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
     Raises InstructionError for a wish that concerns a part of the picture, or that would change what is to be kept.
     """
     whole = read([instruction])[0]
-    local = whole.edit in LOCAL and whole.is_wish(accepted)
-    for pattern in PARTS:
+    local = whole.edit in restrictions.LOCAL and whole.is_wish(accepted)
+    for pattern in restrictions.PARTS:
         if not local and (found := pattern.search(instruction)):
             _refuse_part(instruction, whole, found[0])
-    for pattern in KEEPING:
+    for pattern in restrictions.KEEPING:
         if found := pattern.search(instruction):
             left = _trimmed(instruction[: found.start()] + instruction[found.end() :])
             wanted = read([left or "$"])[0]
             bar = max(CERTAIN, accepted) if whole.is_wish(accepted) else accepted
             wanted = wanted if wanted.is_wish(bar) else whole
-            if local and wanted.edit in LOCAL:
+            if local and wanted.edit in restrictions.LOCAL:
                 continue
-            changed = next((edits for kept, edits in KEEPS if kept.search(found["kept"])), None)
-            part = changed is not None and not changed and re.search(rf"\b{REGION}\b", left, re.I)
+            changed = next((edits for kept, edits in restrictions.KEEPS if kept.search(found["kept"])), None)
+            part = changed is not None and not changed and re.search(rf"\b{restrictions.REGION}\b", left, re.I)
             if part or changed is None or wanted.edit in changed:
                 _refuse_part(instruction, wanted, found[0])
             elif wanted.edit != whole.edit or not whole.is_wish(accepted):
@@ -226,7 +236,7 @@ def _without_restrictions(instruction: str, read: Read, accepted: float) -> str:
 
 
 def _refuse_part(instruction: str, whole: Reading, found: str) -> None:
-    if whole.edit in LOCAL:
+    if whole.edit in restrictions.LOCAL:
         return
     everywhere = "" if whole.edit == OUT_OF_SCOPE else f" for {_plain(whole.edit)} everywhere"
     raise InstructionError(
@@ -290,7 +300,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
     ]
     wanted = [each for each in clear if _stands_alone(each)]
     shown = not whole.is_wish(accepted) or any(each.reading.edit == whole.edit for each in wanted)
-    if lost and wanted and shown and whole.edit not in LOCAL:
+    if lost and wanted and shown and whole.edit not in restrictions.LOCAL:
         raise _not_understood(instruction, wanted[0], lost[0])
     return None
 
@@ -363,6 +373,7 @@ def _with_verbs(pieces: Sequence[str], read: Read, accepted: float) -> list[str]
     """Give "a vignette" of "add grain and a vignette" its verb, where that makes it a wish."""
     verb, whole = "", []
     for piece in pieces:
+        piece = f"turn {piece}" if re.match(r"(?:up|down) the ", piece, re.IGNORECASE) else piece
         found = _VERB_OF.match(piece)
         longer = f"{verb} {piece}"
         if (

@@ -92,14 +92,20 @@ export class Rules {
     text = await this.withoutRestrictions(text);
     if (text !== instruction) [whole] = await this.read([text]);
     const several = (await this.several(text, whole)) ?? (await this.byCuts(text, whole));
-    return several ?? [await this.withNumber(text, whole)];
+    const found = several ?? [await this.withNumber(text, whole)];
+    for (const [pattern, edits] of this.restrictions.DENIED) {
+      const said = pattern.exec(instruction);
+      if (said && found.some((each) => edits.includes(each.reading.edit))) throw onlyDenied(said[0].trim(), edits[0]);
+    }
+    return found;
   }
 
-  // A sentence without what it does not ask for: what is not wanted, what is good as it is, how it was taken.
+  // A sentence without what it does not ask for: what is not wanted, what is good as it is, how it was taken, how far.
   async withoutIdle(instruction) {
-    const { REJECTED, CONTENT, TOLD } = this.restrictions;
-    for (const [pattern, sure] of [[REJECTED, this.accepted], [CONTENT, this.certain], [TOLD, this.accepted]]) {
-      const rest = instruction.replace(all(pattern), " ").trim();
+    const { REJECTED, CONTENT, TOLD, UNWANTED, LIMIT } = this.restrictions;
+    for (const pattern of [REJECTED, CONTENT, TOLD, UNWANTED, LIMIT]) {
+      const sure = pattern === CONTENT ? this.certain : this.accepted;
+      const rest = instruction.replace(all(pattern), pattern === LIMIT ? ", but not too much" : " ").trim();
       if (!rest || rest === instruction.trim() || (pattern === TOLD && !this.isCommand(rest))) continue;
       if (this.isWish((await this.read([rest]))[0], sure)) instruction = rest;
     }
@@ -234,7 +240,7 @@ export class Rules {
       const repaired = found.includes(whole.edit) || this.wishes._REPAIRS.includes(whole.edit);
       const ignored = reading.edit === whole.edit && !repaired;
       if (this.isWish(reading, 0.5) && (ignored || (alone && this.isCommand(negated[index])))) {
-        throw new Refusal(`This says what not to do (“${negated[index]}” reads as ${plain(reading.edit)}); say what to do.`);
+        throw onlyDenied(negated[index], reading.edit);
       }
     }
     return instruction;
@@ -487,6 +493,7 @@ export class Rules {
     let verb = "";
     const whole = [];
     for (let piece of pieces) {
+      if (/^(?:up|down) the /i.test(piece)) piece = `turn ${piece}`;
       const found = match(this.wishes._VERB_OF, piece);
       const made = verb.toLowerCase() !== "make" || match(this.wishes._MADE, piece);
       const shares = made && !match(this.wishes._TELLS, piece);
@@ -632,6 +639,10 @@ export class Rules {
     for (const piece of pieces) counts.set(piece, (counts.get(piece) ?? 0) + 1);
     return counts;
   }
+}
+
+function onlyDenied(said, edit) {
+  return new Refusal(`This says what not to do (“${said}” reads as ${plain(edit)}); say what to do.`);
 }
 
 function asWish(text, reading, strength = 1) {
