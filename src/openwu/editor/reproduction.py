@@ -71,11 +71,12 @@ class Reproduction:
             return
         shares = [1 - error / max(change, VISIBLE) for error, change in zip(self.errors, self.changes, strict=True)]
         each = ", ".join(f"pair {i}: {max(0.0, share):.0%}" for i, share in enumerate(shares, 1))
-        first = "Train on it (--refine, refine=30), show" if self.before is None else "Show"
+        first = "Train on it (--refine, refine=30), show" if self.before is None else "Refine for more steps, show"
+        trained = "" if self.before is None else f" after training on it, {_percent(REFINED_ACCEPTED)}% are needed"
         several = f" ({each}; all must show the same edit)" if len(shares) > 1 else ""
         raise ExampleError(
-            f"example: not understood, {_percent(self.share)}% of its change can be reproduced{several}; {TEACHABLE}. "
-            f"{first} another pair, say the edit in words, or {ANYWAY}"
+            f"example: not understood, {_percent(self.share)}% of its change can be reproduced{trained}{several}; "
+            f"{TEACHABLE}. {first} another pair, say the edit in words, or {ANYWAY}"
         )
 
     def check_change(self) -> None:

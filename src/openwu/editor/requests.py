@@ -172,7 +172,9 @@ def check_refine(request: EditRequest) -> None:
     if steps and not request.example:
         raise OpenwuError("refine: expected an example to train on, got none; add one, or leave it out")
     if steps and request.per_photo:
-        raise OpenwuError("refine: expected one adapter for all photos, got per_photo; leave one of them out")
+        raise OpenwuError(
+            "refine: expected one adapter for all photos, without per_photo (and adapt without images); leave one out"
+        )
 
 
 def check_served(

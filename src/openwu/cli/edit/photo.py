@@ -168,7 +168,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Editor, Adapter | None]:
         generator=arguments.generator,
         loading=LoadingOptions(**{name: getattr(arguments, name) for name in LOADING}),
         sampling=SamplingOptions(**{name: getattr(arguments, name) for name in SAMPLING}),
-        cache=arguments.cache,
+        cache=None if arguments.dry_run else arguments.cache,
     )
     return editor, adapter
 

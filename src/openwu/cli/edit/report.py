@@ -102,6 +102,7 @@ class Report:
             adapter=_text(job.adapter_folder),
             understood=None if understood is None else asdict(understood),
             reproduced=None if reproduced is None else round(reproduced.share, 3),
+            **({} if reproduced is None or reproduced.before is None else {"generated": round(reproduced.before, 3)}),
             seconds={stage: round(each, 3) for stage, each in seconds.items()},
             notes=[f"{about}: {text}" for about, text in notes],
         )
