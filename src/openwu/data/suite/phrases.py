@@ -26,7 +26,7 @@ LANGUAGES = ("en", "zh")
 DEGREES = {"little": LITTLE, "normal": NORMAL, "strong": STRONG}
 """Strength of each degree; "normal" is the absence of words of strength."""
 
-DATA_FILES = ("phrases.json",)
+DATA_FILES = ("phrases.json", "two_wishes.json")
 _FILE = Path(__file__).parent / DATA_FILES[0]
 
 Phrases = dict[str, dict[str, dict[str, list[str]]]]
@@ -93,7 +93,7 @@ def load_strength_words() -> Phrases:
 
 def phrases_hash() -> str:
     """Return the SHA-256 of the files with all sentences, those of people included (two_wishes.json)."""
-    return of_files([_FILE, _FILE.with_name("two_wishes.json")]).hexdigest()
+    return of_files(_FILE.with_name(name) for name in DATA_FILES).hexdigest()
 
 
 @cache

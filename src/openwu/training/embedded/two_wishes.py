@@ -45,7 +45,7 @@ _DROPPED = {
     "zh": re.compile(r"^(?:请|帮我|麻烦|把|让|给)?(?:这张|这个|整个|整张)?(?:照片|图片|画面|图|相片)?的?"),
 }
 """What the second of two wishes leaves out."""
-DATA_FILES = ("two_wishes.json",)
+_FILE = Path(suite.__file__).with_name("two_wishes.json")
 HELD_OUT = ("held_out", "fresh", "stranger")
 
 
@@ -236,5 +236,5 @@ def written(group: str = "written") -> list[Sentence]:
 def _stored() -> dict[str, Any]:
     """What two_wishes.json holds: "brief", edit -> what it is called by people who use no verb; "faults", edits that
     cure a fault -> its adjectives; "scenes", edit -> what reminds of it; sentences of people with their edits."""
-    stored: dict[str, Any] = json.loads(Path(suite.__file__).with_name(DATA_FILES[0]).read_text(encoding="utf-8"))
+    stored: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
     return stored
