@@ -213,3 +213,21 @@ class CutsRecipe(Recipe):
     """Training sentences of each edit and language that ask for it alone."""
     start: str | None = None
     """Folder of the model whose reader reads them; None: the one inside the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceRecipe(Recipe):
+    """Train a sentence reader from nothing, for the labels of a finished model."""
+
+    runner: ClassVar[str] = "openwu.training.embedded.sentence_stage:train_sentence"
+    known_stages: ClassVar[tuple[str, ...]] = ("sentence",)
+
+    sentence: StageConfig
+    """The sentence reader; its one shape has (sentences, 0)."""
+    composed: int = 30000
+    """Sentences put together from two of one edit each; a fifteenth as many with one verb and two objects, a third as
+    many of joined names and complaints, and of one wish beside where and when the picture was taken."""
+    start: str | None = None
+    """Folder of the model whose labels it reads; None: the one inside the package."""
+    checkpoint_every: int = 200
+    evaluate_every: int = 400

@@ -109,6 +109,15 @@ def composed(count: int, seed: int, splits: tuple[str, ...] = HELD_OUT) -> list[
     return found
 
 
+def joined_people(one: Sentence, other: Sentence, draws: random.Random) -> Sentence:
+    """Put two sentences of one wish each together; the first alone where both may mean the same edit."""
+    if one.edits[0] & other.edits[0]:
+        return one
+    first = one.text.rstrip(".!?。！？ ")
+    text = draws.choice(_JOINED[one.language]).format(a=first, b=other.text)
+    return Sentence(text, one.language, (*one.edits, *other.edits))
+
+
 def shared(count: int, seed: int) -> list[Sentence]:
     """Let one verb have two objects, `count` times: "lower the contrast and the saturation", 把亮度和对比度提高."""
     draws, found = random.Random(seed), list[Sentence]()
@@ -215,13 +224,16 @@ def single(count: int, seed: int, split: str = "train") -> list[Sentence]:
 
 
 PEOPLE_GROUPS = ("written", "developed", "idioms")
+SEVERAL = ("several",)
+"""Sentences that only the sentence reader is trained on: two wishes or three in most."""
 
 
 def written(group: str = "written") -> list[Sentence]:
     """Return sentences of people with their edits.
 
     "written" by six who knew the edits' names alone, "developed" by one who knew the rules, "idioms" by five who were
-    asked for idioms, complaints, trade names and near misses out of scope.
+    asked for idioms, complaints, trade names and near misses out of scope, "several" by six who were asked for two and
+    three wishes joined in every way, or by nothing.
     """
     found = []
     for language, entries in _stored()[group].items():
