@@ -32,6 +32,10 @@ class InstructionError(OpenwuError):
     """An instruction that is empty, too long, or not text."""
 
 
+class UnclearError(InstructionError):
+    """An instruction that may ask for one of several edits, or for all of them."""
+
+
 class ExampleError(InstructionError):
     """An example of an edit that shows no change, or one that its adapter does not reproduce."""
 

@@ -13,7 +13,9 @@ from node import node
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import known_edits
 from openwu.backbones.embedded.instruction import hash_phrases, hash_words
-from openwu.backbones.embedded.words.wishes import Reading, wishes
+from openwu.backbones.embedded.understanding import read_wishes
+from openwu.backbones.embedded.words.whole import NOTHING, Whole
+from openwu.backbones.embedded.words.wishes import Reading
 from openwu.data.suite.phrases import load_phrases
 from openwu.errors import InstructionError
 from openwu.export.embedded.onnx import description
@@ -128,6 +130,17 @@ how do i print this on canvas
 怎么这么暗？
 why is it so dark?
 adding some grain, warming up the tones, and less noise
+too dark and too blue
+hdr and super saturated
+cartoon style, brighter
+less haze, more colour. it was a gorgeous morning
+20% brighter and a bit warmer, it was a grey day
+a touch of grain on it, black and white, vignette
+又暗又糊
+太暗，还发蓝
+水彩的感觉，然后整体柔和一点
+十字绣，稍微素一点
+亮度加百分之二十，颗粒也来点
 """.strip().splitlines()
 
 
@@ -184,6 +197,8 @@ class Heard:
 
     def __init__(self, base: EmbeddedBase) -> None:
         self.base, self.readings = base, dict[str, dict[str, object]]()
+        self.places = dict[str, list[list[tuple[str, float]]]]()
+        """Of every whole sentence what the page's graph says: (label, probability) of every label at each place."""
 
     def listen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         encoder = self.base.instruction
@@ -195,17 +210,31 @@ class Heard:
             return found
 
         monkeypatch.setattr(encoder, "readings", heard)
+        reader = self.base.sentences
+        assert reader is not None
+        read = reader.read
+
+        def heard_whole(sentences: Sequence[str]) -> list[Whole]:
+            names = (*reader.config.labels, NOTHING)
+            rows = reader(reader.hashed(sentences)).exp().tolist()
+            for text, row in zip(sentences, rows, strict=True):
+                self.places[text] = [list(zip(names, place, strict=True)) for place in row]
+            return read(sentences)
+
+        monkeypatch.setattr(reader, "read", heard_whole)
 
 
 def outcome(base: EmbeddedBase, sentence: str) -> list[list[object]] | None:
     """(edit, text, strength) of every wish; None for a sentence that is refused."""
     accepted = base.config.instruction.accepted
     try:
-        found = wishes(check_instruction(sentence), base.read_sentences, accepted)
+        found = read_wishes(base.instruction, base.sentences, check_instruction(sentence))
     except InstructionError:
         return None
     withdrawn = base.config.instruction.withdrawn
-    if not all(wish.reading.is_wish(accepted) and wish.reading.edit not in withdrawn for wish in found):
+    if not all(
+        wish.reading.is_wish(0 if wish.settled else accepted) and wish.reading.edit not in withdrawn for wish in found
+    ):
         return None
     return [[wish.reading.edit, wish.text, round(wish.strength, 9)] for wish in found]
 
@@ -220,7 +249,8 @@ def test_rules_make_the_same_of_sentences(
       return given.readings[text];
     });
     const { edits, instruction, accepted } = given.model;
-    const rules = new Rules(given.tables, edits, instruction.labels, accepted, encode);
+    const places = async (text) => given.places[text];
+    const rules = new Rules(given.tables, edits, instruction.labels, accepted, encode, places);
     const outcomes = [];
     for (const sentence of given.sentences) {
       try {
@@ -235,7 +265,13 @@ def test_rules_make_the_same_of_sentences(
     heard = Heard(base)
     heard.listen(monkeypatch)
     expected = [outcome(base, sentence) for sentence in sentences]
-    given = {"tables": rules(), "model": description(base), "readings": heard.readings, "sentences": sentences}
+    given: dict[str, object] = {
+        "tables": rules(),
+        "model": description(base),
+        "readings": heard.readings,
+        "places": heard.places,
+        "sentences": sentences,
+    }
     found = node(tmp_path, code, given)
     differing = [each for each in zip(sentences, expected, found, strict=True) if each[1] != each[2]]
     assert not differing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from openwu.files.hashing import of_bytes
 
+SCALE = ".scale"
+"""A matrix of 8-bit numbers has beside it, under its name and this, a factor for each of its rows."""
 SAMPLED = 16
 """Numbers at the beginning and at the end of every tensor that `sampled_digest` reads."""
 
@@ -19,7 +21,7 @@ SAMPLED = 16
 def fill(module: nn.Module, file: Path, dtype: torch.dtype) -> list[str]:
     """Give a module on the meta device the weights of a file, in `dtype`. Returns what does not fit, a line each."""
     try:
-        stored = load_file(file)
+        stored = unpacked(load_file(file))
     except (OSError, SafetensorError) as error:
         return [f"{file.name}: cannot be read ({error})"]
     expected = module.state_dict()
@@ -33,6 +35,29 @@ def fill(module: nn.Module, file: Path, dtype: torch.dtype) -> list[str]:
     if not problems:
         module.load_state_dict({key: value.to(dtype) for key, value in stored.items()}, assign=True)
     return problems
+
+
+def packed(tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: Collection[str]) -> dict[str, Tensor]:
+    """Return tensors as a file stores them: those named in `rows`, matrices, by 8-bit rows with a factor each."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name not in rows:
+            found[name] = value.to(dtype).contiguous()
+            continue
+        scale = (value.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-6).half()
+        found[name] = (value.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        found[name + SCALE] = scale[:, 0].contiguous()
+    return found
+
+
+def unpacked(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `packed` made whole again, in float16, the dtype of the factors."""
+    scales = {name.removesuffix(SCALE): value for name, value in stored.items() if name.endswith(SCALE)}
+    return {
+        name: value if name not in scales else (value.float() * scales[name].float()[:, None]).half()
+        for name, value in stored.items()
+        if not name.endswith(SCALE)
+    }
 
 
 def sampled_digest(modules: Mapping[str, nn.Module]) -> str:

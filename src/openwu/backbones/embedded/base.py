@@ -28,6 +28,7 @@ from openwu.backbones.embedded.network import TinyEditor, noise_plane
 from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, passes_of, run_passes
 from openwu.backbones.embedded.piecewise.pieces import as_unit
 from openwu.backbones.embedded.scale import detail_of, enlarged, factor, reduced
+from openwu.backbones.embedded.sentence import SentenceReader
 from openwu.backbones.embedded.understanding import read_sentences, understood
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (
@@ -72,6 +73,8 @@ class EmbeddedBase(Backbone):
         self.instruction = InstructionEncoder(config.instruction)
         self.network = TinyEditor(config.backbone)
         self.condition_encoder = EmbeddedConditionEncoder(config.condition)
+        self.sentences: SentenceReader | None = None
+        """Reads several wishes in one sentence; it changes no adapter. None: as folders without its file do."""
 
     @classmethod
     def from_pretrained(
@@ -101,6 +104,7 @@ class EmbeddedBase(Backbone):
             module.requires_grad_(False).eval()
         if problems:
             raise CheckpointError.listing(f"{folder} does not hold a whole embedded model:", problems)
+        base.sentences = SentenceReader.load(folder, config.instruction.labels)
         return base
 
     @classmethod
@@ -175,7 +179,8 @@ class EmbeddedBase(Backbone):
         """Return what each wish was taken for. Raises InstructionError for what no sub-task serves in full, for a
         probability below `InstructionConfig.accepted`, and for a missing reference picture, unless `checked` is False.
         """
-        return understood(self.instruction, job.instructions, checked=checked, reference=len(job.photos) > 1)
+        reference = len(job.photos) > 1
+        return understood(self.instruction, self.sentences, job.instructions, checked=checked, reference=reference)
 
     def read_sentences(self, sentences: Sequence[str]) -> list[Reading]:
         """Return what each sentence is taken for: by the encoder, or as a complaint, a name or a single word."""

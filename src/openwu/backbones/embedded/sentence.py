@@ -26,12 +26,12 @@ from torch.nn import functional as F
 from openwu.backbones.embedded.instruction import split_words, word_grams
 from openwu.backbones.embedded.words.whole import NOTHING, Whole, likeliest
 from openwu.errors import CheckpointError
+from openwu.files.weights import packed, unpacked
+from openwu.files.writing import atomic_file
 from openwu.kernels.modules import without_weights
 
 FILE = "sentence.safetensors"
 """Name of the reader's file in a model's folder; a folder without it is read by the instruction encoder alone."""
-SCALE = ".scale"
-"""A tensor of whole numbers has beside it, under its name and this, a factor for each of its rows."""
 LETTERS_SCALE = 8.0
 """Factor on the vectors of words: the table's rows then learn at the rate of all other weights."""
 
@@ -107,7 +107,7 @@ class SentenceReader(nn.Module):
         return self.read_vectors(summed, present.sum(2, keepdim=True), real)
 
     def read_vectors(self, summed: Tensor, count: Tensor, real: Tensor) -> Tensor:
-        """Sums of a word's rows `[b, t, gram_width]`, how many `[b, t, 1]`, where there is one `[b, t]` -> see `forward`."""
+        """Sums of words' rows `[b, t, gram_width]`, how many `[b, t, 1]`, where a word is `[b, t]` -> see `forward`."""
         x = self.enter(LETTERS_SCALE * summed / count.clamp(min=1).sqrt().to(summed.dtype))
         x = x + self.position[: x.shape[1]]
         for layer in self.layers:
@@ -130,17 +130,12 @@ class SentenceReader(nn.Module):
         ]
 
     def save(self, folder: Path) -> None:
-        """Write the reader's file; matrices as rows of 8-bit numbers with a factor each, the rest in float16."""
-        tensors: dict[str, Tensor] = {}
-        for name, value in self.state_dict().items():
-            if value.ndim == 2:
-                scale = (value.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-6).half().float()
-                tensors[name] = (value / scale).round().clamp(-127, 127).to(torch.int8)
-                tensors[name + SCALE] = scale[:, 0].half()
-            else:
-                tensors[name] = value.half()
+        """Write the reader's file, atomically: matrices by 8-bit rows, the rest in float16."""
+        state = self.state_dict()
+        matrices = [name for name, value in state.items() if value.ndim == 2]
         metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(self.config))}
-        save_file(tensors, folder / FILE, metadata=metadata)
+        with atomic_file(folder / FILE) as part:
+            save_file(packed(state, torch.float16, matrices), part, metadata=metadata)
 
     @classmethod
     def load(cls, folder: Path, labels: Sequence[str]) -> SentenceReader | None:
@@ -154,21 +149,15 @@ class SentenceReader(nn.Module):
         try:
             with safe_open(path, "pt") as stored:
                 described = json.loads(stored.metadata()["config"])
-                tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+                tensors = unpacked({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
             config = SentenceConfig(**{**described, "labels": tuple(described["labels"])})
             with without_weights():
                 reader = cls(config)
-            factors = {name: tensors.get(name + SCALE) for name in tensors}
-            state = {
-                name: value if factors[name] is None else value * torch.as_tensor(factors[name])[:, None]
-                for name, value in tensors.items()
-                if not name.endswith(SCALE)
-            }
-            reader.load_state_dict(state, assign=True)
+            reader.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"{path}: expected a sentence reader's weights, got a file that cannot be read ({error}); copy the model "
-                "again, or remove this file to read sentences by the instruction encoder alone"
+                f"{path}: expected a sentence reader's weights, got a broken file ({error}); copy the model again, "
+                "or remove this file to read sentences by the instruction encoder alone"
             ) from error
         return reader.requires_grad_(False).eval() if config.labels == tuple(labels) else None
 

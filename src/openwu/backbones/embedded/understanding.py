@@ -8,8 +8,10 @@ from functools import partial
 
 from openwu.backbones.embedded.catalogue import instead, known_edits, refusal
 from openwu.backbones.embedded.instruction import InstructionEncoder
+from openwu.backbones.embedded.sentence import SentenceReader
+from openwu.backbones.embedded.words.whole import Standing, stands, wishes_of
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
-from openwu.errors import InstructionError
+from openwu.errors import InstructionError, UnclearError
 from openwu.types import Understood
 
 RUNNERS_UP = 3
@@ -17,7 +19,12 @@ RUNNERS_UP = 3
 
 
 def understood(
-    encoder: InstructionEncoder, instructions: Sequence[str], *, checked: bool, reference: bool
+    encoder: InstructionEncoder,
+    reader: SentenceReader | None,
+    instructions: Sequence[str],
+    *,
+    checked: bool,
+    reference: bool,
 ) -> tuple[Understood, ...]:
     """Return what each wish of some instructions was taken for; unless `checked`, one for each instruction.
 
@@ -28,9 +35,10 @@ def understood(
         read = zip(instructions, encoder.readings(instructions), strict=True)
         return tuple(_understood(Wish(*each), encoder.config.withdrawn) for each in read)
     accepted = encoder.config.accepted
-    found = [wish for text in instructions for wish in wishes(text, partial(read_sentences, encoder), accepted)]
+    found = [wish for text in instructions for wish in read_wishes(encoder, reader, text)]
     for wish in found:
-        if error := refusal(wish.text, wish.reading, accepted, encoder.config.withdrawn):
+        bar = 0.0 if wish.settled else accepted
+        if error := refusal(wish.text, wish.reading, bar, encoder.config.withdrawn):
             raise error
         edit = known_edits().get(wish.reading.edit)
         if edit is not None and edit.reference and not reference:
@@ -39,6 +47,40 @@ def understood(
                 "--reference FILE (images=[photo, reference])"
             )
     return tuple(_understood(wish, encoder.config.withdrawn) for wish in found)
+
+
+def read_wishes(encoder: InstructionEncoder, reader: SentenceReader | None, text: str) -> tuple[Wish, ...]:
+    """Return the wishes of an instruction: by rules and cuts, and by the sentence reader where that is surer.
+
+    Raises InstructionError for what the rules refuse, and where both readers contradict each other.
+    """
+    accepted, withdrawn, read = encoder.config.accepted, encoder.config.withdrawn, partial(read_sentences, encoder)
+    found: tuple[Wish, ...] = ()
+    unclear: UnclearError | None = None
+    try:
+        found = wishes(text, read, accepted)
+    except UnclearError as error:
+        unclear = error
+    if reader is not None:
+        clear = [each.reading.edit for each in found] if all(each.reading.is_wish(accepted) for each in found) else []
+        whole = reader.read([text])[0]
+        standing = stands(whole, clear, withdrawn)
+        if standing is Standing.WHOLE and (taken := wishes_of(whole, text, read, accepted)):
+            return taken
+        if standing is not Standing.PARTS:
+            raise _contradiction(text, clear, whole.edits)
+    if unclear is not None:
+        raise unclear
+    return found
+
+
+def _contradiction(text: str, found: Sequence[str], whole: Sequence[str]) -> UnclearError:
+    one, other = (" and ".join(each.replace("_", " ") for each in edits) for edits in (found, whole))
+    meant = f"{one}, or {other or 'none'}" if one else other
+    return UnclearError(
+        f"instruction: {text!r} may ask for {meant}, and it is not clear which; say it in other words, choose one with "
+        "--edit NAME (edit=), or say each wish by itself with --then (then=)"
+    )
 
 
 def read_sentences(encoder: InstructionEncoder, sentences: Sequence[str]) -> list[Reading]:

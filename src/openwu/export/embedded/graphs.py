@@ -1,6 +1,7 @@
-"""The embedded model in three graphs: words -> tokens, request -> adapter, picture and adapter -> edited picture.
+"""The embedded model in four graphs: words -> tokens, sentence -> wishes, request -> adapter, picture -> edited.
 
     rows, phrases ---> WordsGraph ---> tokens, probabilities
+    rows ------------> SentenceGraph -> probabilities of every place
     picture, tokens -> AdapterGraph -> the factors of every target
     picture, factors -> EditGraph ---> edited picture
 
@@ -19,6 +20,7 @@ from openwu.adapters.merge import merged_weights
 from openwu.backbones.embedded.condition import EmbeddedConditionEncoder
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor
+from openwu.backbones.embedded.sentence import SentenceReader
 from openwu.generator.model import ParameterGenerator
 from openwu.types import Adapter, Target
 
@@ -37,6 +39,19 @@ class WordsGraph(nn.Module):
         tokens, phrase_logits = self.encoder.read_rows(rows), self.encoder.read_phrase_rows(phrases)
         edits, degrees = self.encoder.joined(tokens, phrase_logits), self.encoder.degree_log_probabilities(tokens)
         return self.encoder.settled(tokens, phrase_logits), edits.exp(), degrees.exp()
+
+
+class SentenceGraph(nn.Module):
+    """Rows of the sentence reader's table `[1, t, g]` -> probabilities of the labels at each place `[1, W, L + 1]`."""
+
+    def __init__(self, reader: SentenceReader) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, rows: Tensor) -> Tensor:
+        present = rows > 0
+        summed = self.reader.table(rows).sum(2)  # Row 0 is zero; ONNX has no operator for sums of a table's rows.
+        return self.reader.read_vectors(summed, present.sum(2, keepdim=True), present.any(2)).exp()
 
 
 class AdapterGraph(nn.Module):

@@ -2,7 +2,7 @@
 
     written = write_page(base, generator, Path("site"), runtime=Path("node_modules/onnxruntime-web/dist"))
 
-The folder holds everything that the page loads: three graphs, the rules for instructions, the page's own files, and
+The folder holds everything that the page loads: the graphs, the rules for instructions, the page's own files, and
 onnxruntime-web's where it is given. Any static host serves it.
 """
 
@@ -25,8 +25,9 @@ from torch.export import Dim
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import known_edits
 from openwu.backbones.embedded.condition import CONDITION_SIDE
+from openwu.backbones.embedded.sentence import SentenceConfig
 from openwu.errors import ExportError
-from openwu.export.embedded.graphs import AdapterGraph, EditGraph, WordsGraph, factors_of
+from openwu.export.embedded.graphs import AdapterGraph, EditGraph, SentenceGraph, WordsGraph, factors_of
 from openwu.export.embedded.rules import rules
 from openwu.export.embedded.tiles import CORE, MARGIN, WHOLE
 from openwu.extras import library
@@ -113,7 +114,7 @@ def write_page(
 
 
 def graphs_of(base: EmbeddedBase, generator: ParameterGenerator) -> Iterator[Graph]:
-    """The three graphs of a base and its generator, both in float32."""
+    """The graphs of a base and its generator, both in float32; that of the sentence reader where the base has one."""
     sizes = base.config
     if any(part.dtype != torch.float32 for module in (base.network, generator) for part in module.parameters()):
         raise ExportError("model: expected float32; load it with LoadingOptions(dtype=torch.float32)")
@@ -131,6 +132,16 @@ def graphs_of(base: EmbeddedBase, generator: ParameterGenerator) -> Iterator[Gra
         {"rows": {1: words, 2: grams}, "phrases": {1: Dim("phrases", min=1, max=MOST_PHRASES)}},
         ("tokens", "edits", "degrees"),
     )
+    if base.sentences is not None:
+        own = base.sentences.config
+        grams = Dim("grams", min=1, max=own.max_grams)
+        yield Graph(
+            "sentence",
+            SentenceGraph(base.sentences).eval(),
+            {"rows": torch.randint(1, own.buckets, (1, 5, 12), generator=draw)},
+            {"rows": {1: Dim("words", min=1, max=own.max_words), 2: grams}},
+            ("places",),
+        )
     tokens = torch.randn(1, sizes.instruction.num_tokens, sizes.instruction.width, generator=draw)
     side = {"min": sizes.condition.detail, "max": 4 * CONDITION_SIDE}
     request = {
@@ -246,11 +257,17 @@ def description(base: EmbeddedBase) -> dict[str, object]:
             "max_grams": words.max_grams,
             "phrase_buckets": words.phrase_buckets,
         },
+        "sentence": None if base.sentences is None else _sizes(base.sentences.config),
         "accepted": words.accepted,
         "condition_side": CONDITION_SIDE,
         "tiles": {"whole": WHOLE, "core": CORE, "margin": MARGIN, "cell": base.config.backbone.cell},
         "edits": edits,
     }
+
+
+def _sizes(config: SentenceConfig) -> dict[str, int]:
+    """What the page must know to look a sentence up in the sentence reader's table."""
+    return {name: getattr(config, name) for name in ("buckets", "max_words", "max_grams")}
 
 
 def _nested(symbols: Mapping[str, Mapping[int, Any]]) -> tuple[Any, ...]:

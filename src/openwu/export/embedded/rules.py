@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from openwu.backbones.embedded import catalogue, guarantees, instruction, scale
-from openwu.backbones.embedded.words import amounts, complaints, cuts, joined, language, restrictions, wishes
+from openwu.backbones.embedded.words import amounts, complaints, cuts, joined, language, restrictions, whole, wishes
 
 MODULES: tuple[ModuleType, ...] = (
     instruction,
@@ -22,6 +22,7 @@ MODULES: tuple[ModuleType, ...] = (
     cuts,
     restrictions,
     wishes,
+    whole,
     complaints,
     catalogue,
     guarantees,

@@ -26,9 +26,11 @@ from openwu.adapters.merge import merged_copy, merging_pays
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.condition import SHOWN
 from openwu.backbones.embedded.config import PIXELS, WEIGHTS, EmbeddedBaseConfig, read_config, read_parts
+from openwu.backbones.embedded.sentence import FILE as SENTENCE_FILE
+from openwu.backbones.embedded.sentence import SentenceReader
 from openwu.config import ConfigError, GeneratorConfig
 from openwu.errors import CheckpointError, TargetError
-from openwu.files.weights import fill
+from openwu.files.weights import fill, packed
 from openwu.files.writing import atomic_set
 from openwu.generator.model import ParameterGenerator
 from openwu.kernels.modules import without_weights
@@ -37,6 +39,8 @@ from openwu.types import Adapter
 SHARED = "shared"
 """Folder beside the weights that holds the shared-LoRA baseline, so that the table can be remade."""
 
+IN_ROWS = ("phrases.weight",)
+"""Weights that are stored by 8-bit rows: the linear reader's table, half of the instruction encoder."""
 _PARTS = ("instruction", "backbone", "condition", "generator")
 
 
@@ -173,6 +177,7 @@ class EmbeddedModel(nn.Module):
         """Copy the weights into a frozen model of its own: hooks belong to the module that they were made on."""
         fresh = EmbeddedModel(self.config)
         fresh.load_state_dict(copy.deepcopy(self.state_dict()))
+        fresh.base.sentences = self.base.sentences
         return fresh.requires_grad_(False)
 
     @property
@@ -180,15 +185,17 @@ class EmbeddedModel(nn.Module):
         return {name: sum(p.numel() for p in getattr(self, name).parameters()) for name in _PARTS}
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write `config.json` and the four files of weights in `dtype`.
+        """Write `config.json`, the four files of weights in `dtype`, and the sentence reader where there is one.
 
         A folder never shows a mixture of two models.
         """
         described = json.dumps(self.config.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        with atomic_set(Path(folder), last="config.json") as draft:
+        with atomic_set(Path(folder), last="config.json", stale=(SENTENCE_FILE,)) as draft:
             for name in _PARTS:
-                tensors = {key: value.to(dtype).contiguous() for key, value in getattr(self, name).state_dict().items()}
+                tensors = packed(getattr(self, name).state_dict(), dtype, IN_ROWS)
                 save_file(tensors, draft / f"{name}.safetensors", metadata={"format": "pt"})
+            if self.base.sentences is not None:
+                self.base.sentences.save(draft)
             (draft / "config.json").write_text(described, encoding="utf-8")
 
     @classmethod
@@ -208,4 +215,5 @@ class EmbeddedModel(nn.Module):
             problems += fill(getattr(model, name), folder / f"{name}.safetensors", dtype)
         if problems:
             raise CheckpointError.listing(f"{folder} does not hold a whole embedded model:", problems)
+        model.base.sentences = SentenceReader.load(folder, config.instruction.labels)
         return model.requires_grad_(False).eval()

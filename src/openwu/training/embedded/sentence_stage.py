@@ -71,10 +71,12 @@ class SentenceStage:
             for language in LANGUAGES
         }
         made = partial(composed, recipe.composed, recipe.seed, ("train",))
-        self.composed = [*made(), *shared(recipe.composed // 15, recipe.seed), *brief(recipe.composed // 3, recipe.seed)]
+        self.composed = [*made(), *shared(recipe.composed // 15, recipe.seed)]
+        self.composed += brief(recipe.composed // 3, recipe.seed)
         self.composed += told(recipe.composed // 3, recipe.seed, ("train",))
         self.single = {
-            name: {language: texts[language]["train"] for language in LANGUAGES} for name, texts in load_phrases().items()
+            name: {language: texts[language]["train"] for language in LANGUAGES}
+            for name, texts in load_phrases().items()
         }
 
     def _known(self, sentence: Sentence) -> bool:
@@ -146,7 +148,8 @@ class SentenceStage:
         if not longest:
             return rows.new_zeros((), dtype=torch.float32)
         found = self.reader(rows[:, :longest])
-        return -found.masked_fill(~right, -1e4).logsumexp(2).sum()
+        lost: Tensor = -found.masked_fill(~right, -1e4).logsumexp(2).sum()
+        return lost
 
     def not_finite(self, step: int, _micro_batch: MicroBatch = FULL_BATCH) -> list[str]:
         """Name the step: sentences are drawn, and none is the user's."""
@@ -185,7 +188,7 @@ def new_reader(labels: tuple[str, ...], seed: int) -> SentenceReader:
 def train_sentence(
     recipe: SentenceRecipe, folder: Path, _stages: tuple[str, ...] | None = None, stop_after: int | None = None
 ) -> None:
-    """Train a sentence reader from nothing for a model's labels, and write its file to the run's folder and `export`."""
+    """Train a sentence reader from nothing for a model's labels; write its file to the run's folder and `export`."""
     start = Path(recipe.start or WEIGHTS)
     before = stored_provenance(start)
     reader = new_reader(EmbeddedBaseConfig.from_dict(read_config(start)).instruction.labels, recipe.seed)

@@ -1,15 +1,27 @@
-"""What the sentence reader makes of a whole sentence: the likeliest edit at each place in the order of wishes."""
+"""What the sentence reader makes of a whole sentence, and whether that stands in place of what was read by parts.
+
+    whole = likeliest(places)                              # ("brighten", "cool"), 0.93
+    if stands(whole, ("brighten",), withdrawn) is Standing.WHOLE:
+        found = wishes_of(whole, sentence, read, accepted)
+
+Rules and cuts (`wishes`) know numbers, negations and parts of the picture; the sentence reader knows how people put
+several wishes into one sentence. Pure functions; English and Chinese.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 
-from openwu.backbones.embedded.words.language import word_set
+from openwu.backbones.embedded.catalogue import phrase
+from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.words.cuts import SIDE, cuts
+from openwu.backbones.embedded.words.language import is_chinese, word_set
+from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Read, Wish, with_number
 
 NOTHING = "nothing more"
 """The label of places behind the last wish."""
-OUT_OF_SCOPE = "out_of_scope"
 ALIKE = tuple(
     word_set(words)
     for words in (
@@ -32,6 +44,29 @@ ALIKE = tuple(
     )
 )
 """Edits of which either is right for many a sentence ("too dark"): their probabilities count together."""
+
+
+TAKEN = 0.6
+"""Probability from which the whole's edits are served where rules and cuts found nothing clear."""
+MORE = 0.5
+"""The same where they found some of the whole's edits: a wish that they lost."""
+OTHER = 0.8
+"""The same where they found others."""
+DOUBT = 0.6
+"""Probability of other edits, or of none, from which what they found is not served either."""
+FRAMES = {"little": {"en": "{} a little", "zh": "稍微{}"}, "strong": {"en": "{} a lot", "zh": "大幅{}"}}
+"""Words of strength around an edit's own sentence."""
+
+
+class Standing(Enum):
+    """Which of two answers stands."""
+
+    PARTS = "parts"
+    """What rules and cuts found, their refusal included."""
+    WHOLE = "whole"
+    """What the sentence reader found."""
+    NEITHER = "neither"
+    """They contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +92,84 @@ def likeliest(places: Sequence[Mapping[str, float]]) -> Whole:
         if label not in edits:
             edits.append(label)
     return Whole(tuple(edits), probability)
+
+
+def same(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two answers name the same edits, in any order; edits of which either is right are the same."""
+    left = list(other)
+    for edit in one:
+        match = next((each for each in left if each == edit or any({each, edit} <= alike for alike in ALIKE)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return not left
+
+
+def stands(whole: Whole, found: Sequence[str], withdrawn: Collection[str] = ()) -> Standing:
+    """Say whether the whole's edits stand, or those that rules and cuts found (none: nothing clear).
+
+    `withdrawn`: edits that are read and not offered; the whole is not asked about them.
+    """
+    if any(edit in withdrawn for edit in (*whole.edits, *found)):
+        return Standing.PARTS
+    if not found:
+        return Standing.WHOLE if whole.edits and whole.probability >= TAKEN else Standing.PARTS
+    if same(found, whole.edits):
+        return Standing.PARTS
+    lost = len(whole.edits) > len(found) and all(any(same((one,), (other,)) for other in whole.edits) for one in found)
+    if whole.edits and whole.probability >= (MORE if lost else OTHER):
+        return Standing.WHOLE
+    return Standing.NEITHER if whole.probability >= DOUBT else Standing.PARTS
+
+
+def wishes_of(whole: Whole, sentence: str, read: Read, accepted: float) -> tuple[Wish, ...] | None:
+    """Return the whole's edits as wishes, with words of strength and numbers where a part of the sentence has them.
+
+    None where a number belongs to no wish.
+    """
+    parts = _parts(whole.edits, sentence, read)
+    found = tuple(_wish(*each, whole, read, accepted) for each in zip(whole.edits, parts, strict=True))
+    numbered = find_amount(sentence) is None or any(each.number for each in found)
+    return found if numbered else None
+
+
+def _parts(edits: Sequence[str], sentence: str, read: Read) -> list[str]:
+    """Return the part of a sentence in which each of its edits stands: of two the sides of the likeliest cut.
+
+    Of three, the sentence's own words say too little where one ends: they are empty.
+    """
+    if len(edits) == 1:
+        return [sentence]
+    every = cuts(sentence) if len(edits) == 2 else []
+    sides = list(dict.fromkeys(text for cut in every for text in (cut.left, cut.right)))
+    readings = dict(zip(sides, read(sides), strict=True)) if sides else {}
+    best, parts = 0.0, [""] * len(edits)
+    for cut in every:
+        shares = [dict(readings[text].ranked) for text in (cut.left, cut.right)]
+        score = shares[0].get(edits[0], 0.0) * shares[1].get(edits[1], 0.0)
+        if score > best:
+            best, parts = score, [cut.left, cut.right]
+    return parts
+
+
+def _wish(edit: str, part: str, whole: Whole, read: Read, accepted: float) -> Wish:
+    """One wish: the part's own words where they are read as its edit, else the edit's sentence in their strength."""
+    reading = read([part])[0] if part else None
+    if reading is not None and reading.edit == edit and reading.is_wish(SIDE):
+        own = with_number(part, reading, read, accepted)
+        if own.reading.edit == edit:
+            sure = max(own.reading.probability, whole.probability)
+            return replace(own, reading=replace(own.reading, probability=sure), settled=True)
+    language = "zh" if is_chinese(part) else "en"
+    plain = phrase(edit, language)
+    degree = "normal" if reading is None else reading.degree
+    framed = FRAMES[degree][language].format(plain) if degree in FRAMES else plain
+    said, again = framed, read([framed])[0]
+    if again.edit != edit:
+        said, again = plain, read([plain])[0]
+    strength, number = 1.0, ""
+    amount = find_amount(part) if edit in MEASURED else None
+    if amount is not None and (not amount.stops or edit in LIGHT):
+        strength, number = strength_of(amount, edit), amount.text
+    reading = replace(again, edit=edit, probability=whole.probability, sentence=said)
+    return Wish(said, reading, strength, number, settled=True)

@@ -20,7 +20,7 @@ from openwu.backbones.embedded.words.complaints import cures
 from openwu.backbones.embedded.words.cuts import CLEAR, CLEAR_NEAR, POSSIBLE, POSSIBLE_NEAR, judge
 from openwu.backbones.embedded.words.joined import joined, near
 from openwu.backbones.embedded.words.language import check_language, check_request, word_set
-from openwu.errors import InstructionError
+from openwu.errors import InstructionError, UnclearError
 
 OUT_OF_SCOPE = "out_of_scope"
 """The label of sentences that ask for something that no sub-task does."""
@@ -57,6 +57,8 @@ class Wish:
     """Share of the full edit, from a number in the sentence."""
     number: str = ""
     """The number as it was written, empty for none."""
+    settled: bool = False
+    """Whether the whole sentence was read as this wish, so that its probability was judged already."""
 
 
 Read = Callable[[Sequence[str]], list[Reading]]
@@ -80,7 +82,7 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     if text != instruction:
         whole = read([text])[0]
     several = _several(text, whole, read, accepted) or _by_cuts(text, whole, read, accepted)
-    found = several or (_with_number(text, whole, read, accepted),)
+    found = several or (with_number(text, whole, read, accepted),)
     for pattern, edits in restrictions.DENIED:
         said = pattern.search(instruction)
         if said and any(each.reading.edit in edits for each in found):
@@ -274,7 +276,7 @@ def _several(instruction: str, whole: Reading, read: Read, accepted: float) -> t
     if any(word == "," and _COMPARATIVE.match(text) for text, word in pieces[1:]):
         return None
     texts = _with_verbs(_with_content([text for text, _ in pieces]), read, accepted)
-    found = [_with_number(text, reading, read, accepted) for text, reading in zip(texts, read(texts), strict=True)]
+    found = [with_number(text, reading, read, accepted) for text, reading in zip(texts, read(texts), strict=True)]
     clear = [each for each in found if each.reading.is_wish(accepted)]
     edits = {each.reading.edit for each in clear}
     if len(edits) == len(found) <= MOST_WISHES and all(map(_stands_alone, found)):
@@ -337,7 +339,7 @@ def _by_cuts(text: str, whole: Reading, read: Read, accepted: float, inner: bool
     ):
         again = read([side])[0]
         more = _several(side, again, read, accepted) or _by_cuts(side, again, read, accepted, inner=True)
-        found += more or (_with_number(part, reading, read, accepted),)
+        found += more or (with_number(part, reading, read, accepted),)
     clear = judged.probability >= bar and all(each.reading.is_wish(accepted) for each in found)
     complaint, right = cures(judged.left_text), judged.right_text
     repeated = (
@@ -345,7 +347,7 @@ def _by_cuts(text: str, whole: Reading, read: Read, accepted: float, inner: bool
     )  # "too dark and a bit blurry" is no wish for blur.
     if not clear or repeated or len(found) > MOST_WISHES:
         named = " and ".join(f"{_plain(each.reading.edit)} ({each.text!r})" for each in found)
-        raise InstructionError(
+        raise UnclearError(
             f"instruction: {text!r} may ask for more than one edit, {named}, and it is not clear which; ask for one of "
             "them, or say each wish by itself with --then (then=)"
         )
@@ -425,7 +427,7 @@ _EMPTY = re.compile(
 # Numbers
 
 
-def _with_number(text: str, reading: Reading, read: Read, accepted: float) -> Wish:
+def with_number(text: str, reading: Reading, read: Read, accepted: float) -> Wish:
     """Turn the number of a sentence into a strength; a number that belongs to the edit's name stays."""
     amount = find_amount(text)
     if amount is None:

@@ -4,7 +4,7 @@ import { Canvas, conditionView, enlarged, factorOf, finished, noisePlane, reduce
 import { Refusal, Rules } from "./rules.js";
 import { Words } from "./words.js";
 
-const GRAPHS = ["words", "adapter", "edit"];
+const GRAPHS = ["words", "sentence", "adapter", "edit"];
 const SMALLEST = 16;
 
 export class Editor {
@@ -18,7 +18,7 @@ export class Editor {
       progress(Object.values(loaded).reduce((sum, each) => sum + each, 0), model.bytes);
     };
     const sessions = {};
-    for (const name of GRAPHS) {
+    for (const name of GRAPHS.filter((each) => each !== "sentence" || model.sentence)) {
       const bytes = await read(new URL(`${name}.onnx`, folder), (count) => report(name, count));
       sessions[name] = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
     }
@@ -29,7 +29,8 @@ export class Editor {
     Object.assign(this, { ort, model, tables, sessions });
     this.words = new Words(tables.instruction, model.instruction);
     const encode = (sentences) => this.encode(sentences);
-    this.rules = new Rules(tables, model.edits, model.instruction.labels, model.accepted, encode);
+    const places = model.sentence ? (sentence) => this.places(sentence) : null;
+    this.rules = new Rules(tables, model.edits, model.instruction.labels, model.accepted, encode, places);
   }
 
   tensor(values, dims) {
@@ -54,6 +55,16 @@ export class Editor {
       readings.push({ edit: ranked[0][0], probability: ranked[0][1], degree, ranked, sentence: "" });
     }
     return readings;
+  }
+
+  // Probabilities of every label at each place in the order of wishes, by the sentence reader: [[label, share], ...].
+  async places(sentence) {
+    const { rows, dims } = this.words.rows(sentence, this.model.sentence);
+    const { places } = await this.sessions.sentence.run({ rows: this.tensor(rows, dims) });
+    const labels = [...this.model.instruction.labels, this.tables.whole.NOTHING];
+    return Array.from({ length: places.dims[1] }, (_, place) =>
+      labels.map((label, at) => [label, places.data[place * labels.length + at]]),
+    );
   }
 
   // The wishes of an instruction; throws a Refusal for what the model does not serve.

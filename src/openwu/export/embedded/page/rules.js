@@ -1,7 +1,12 @@
 // What a sentence asks for: the same rules as openwu/backbones/embedded/words/*.py and ../catalogue.py.
 // Their patterns and tables come from rules.json, which the export writes; only the order of the steps is here.
 
+import { likeliestEdits, stands } from "./whole.js";
+
 export class Refusal extends Error {}
+
+// An instruction that may ask for one of several edits, or for all of them.
+class Unclear extends Refusal {}
 
 const PUNCTUATION = " ,.;:!?，。；：！？";
 const has = (table, key) => Object.hasOwn(table, key);
@@ -37,9 +42,11 @@ const all = (pattern) => new RegExp(pattern.source, pattern.flags + "g");
 
 export class Rules {
   // tables: rules.json; examples: known_edits.json; labels: the encoder's; accepted: probability from which it is sure;
-  // encode: async sentences -> readings {edit, probability, degree, ranked}
-  constructor(tables, examples, labels, accepted, encode) {
+  // encode: async sentences -> readings {edit, probability, degree, ranked}; places: async sentence -> probabilities of
+  // labels at each place, by the sentence reader; null without one
+  constructor(tables, examples, labels, accepted, encode, places = null) {
     Object.assign(this, compiled(tables));
+    this.places = places;
     this.examples = examples;
     this.labels = labels;
     this.accepted = accepted;
@@ -56,9 +63,9 @@ export class Rules {
   // The wishes of a sentence, in order; throws a Refusal for what no sub-task serves in full.
   async understand(instruction, hasReference) {
     const text = checkInstruction(instruction);
-    const found = await this.wishesOf(text);
+    const found = await this.readWishes(text);
     for (const wish of found) {
-      if (!this.isWish(wish.reading, this.accepted)) throw this.refusal(wish.text, wish.reading);
+      if (!this.isWish(wish.reading, wish.settled ? 0 : this.accepted)) throw this.refusal(wish.text, wish.reading);
       if (this.examples[wish.reading.edit]?.withdrawn) {
         const edit = plain(wish.reading.edit);
         throw new Refusal(`“${wish.text}” asks for ${edit}, which this model does too badly to offer it.`);
@@ -80,6 +87,80 @@ export class Rules {
       if (this.isWish(reading, this.accepted)) readings[index] = { ...reading, sentence: text };
     }
     return readings;
+  }
+
+  // Wishes by rules and cuts, and by the sentence reader where that is surer.
+  async readWishes(text) {
+    let [found, unclear] = [[], null];
+    try {
+      found = await this.wishesOf(text);
+    } catch (error) {
+      if (!(error instanceof Unclear)) throw error;
+      unclear = error;
+    }
+    if (this.places !== null) {
+      const sure = found.every((each) => this.isWish(each.reading, this.accepted));
+      const clear = sure ? found.map((each) => each.reading.edit) : [];
+      const whole = likeliestEdits(await this.places(text), this.whole, this.outOfScope);
+      const standing = stands(whole, clear, (edit) => Boolean(this.examples[edit]?.withdrawn), this.whole);
+      const taken = standing === "whole" ? await this.wishesOfWhole(whole, text) : null;
+      if (taken !== null) return taken;
+      if (standing !== "parts") {
+        const [one, other] = [clear, whole.edits].map((edits) => edits.map(plain).join(" and "));
+        const meant = one ? `${one}, or ${other || "none"}` : other;
+        throw new Unclear(`This may ask for ${meant}, and it is not clear which; say it in other words.`);
+      }
+    }
+    if (unclear !== null) throw unclear;
+    return found;
+  }
+
+  async wishesOfWhole(whole, sentence) {
+    const parts = await this.partsOf(whole.edits, sentence);
+    const found = [];
+    for (const [at, edit] of whole.edits.entries()) found.push(await this.wholeWish(edit, parts[at], whole));
+    return this.amount(sentence) === null || found.some((each) => each.number) ? found : null;
+  }
+
+  async partsOf(edits, sentence) {
+    if (edits.length === 1) return [sentence];
+    const every = edits.length === 2 ? this.cutsOf(sentence) : [];
+    const sides = [...new Set(every.flatMap((cut) => [cut.left, cut.right]))];
+    const readings = new Map((sides.length ? await this.read(sides) : []).map((each, at) => [sides[at], each]));
+    let [best, parts] = [0, edits.map(() => "")];
+    const shareOf = (side, edit) => readings.get(side).ranked.find(([label]) => label === edit)?.[1] ?? 0;
+    for (const { left, right } of every) {
+      const score = shareOf(left, edits[0]) * shareOf(right, edits[1]);
+      if (score > best) [best, parts] = [score, [left, right]];
+    }
+    return parts;
+  }
+
+  async wholeWish(edit, part, whole) {
+    const reading = part ? (await this.read([part]))[0] : null;
+    if (reading?.edit === edit && this.isWish(reading, this.cuts.SIDE)) {
+      const own = await this.withNumber(part, reading);
+      if (own.reading.edit === edit) {
+        const probability = Math.max(own.reading.probability, whole.probability);
+        return { ...own, reading: { ...own.reading, probability }, settled: true };
+      }
+    }
+    const language = isChinese(part) ? "zh" : "en";
+    let said = this.phrase(edit, language);
+    const frame = this.whole.FRAMES[reading?.degree]?.[language];
+    let again = null;
+    if (frame !== undefined) {
+      const framed = frame.replace("{}", said);
+      [again] = await this.read([framed]);
+      if (again.edit === edit) said = framed;
+      else again = null;
+    }
+    again ??= (await this.read([said]))[0];
+    const amount = this.amounts.MEASURED.includes(edit) ? this.amount(part) : null;
+    const usable = amount !== null && (!amount.stops || this.amounts.LIGHT.includes(edit));
+    const strength = usable ? this.strengthOf(amount, edit) : 1;
+    const settled = { ...again, edit, probability: whole.probability, sentence: said };
+    return { ...asWish(said, settled, strength, usable ? amount.text : ""), settled: true };
   }
 
   async wishesOf(sentence) {
@@ -377,7 +458,7 @@ export class Rules {
     const repeated = this.cures(left).length && !this.cures(right).length && !this.isCommand(right);
     if (!clear || repeated || found.length > this.wishes.MOST_WISHES) {
       const named = found.map((each) => `${plain(each.reading.edit)} (“${each.text}”)`).join(" and ");
-      throw new Refusal(`This may ask for more than one edit, ${named}, and it is not clear which; ask for one of them.`);
+      throw new Unclear(`This may ask for more than one edit, ${named}, and it is not clear which; ask for one of them.`);
     }
     return found.filter((each, at) => found.findIndex((other) => other.reading.edit === each.reading.edit) === at);
   }
@@ -549,7 +630,7 @@ export class Rules {
     if (!measurable) {
       return asWish(text, { ...reading, probability: Math.min(reading.probability, without.probability) });
     }
-    return asWish(amount.plain, without, this.strengthOf(amount, without.edit));
+    return asWish(amount.plain, without, this.strengthOf(amount, without.edit), amount.text);
   }
 
   amount(sentence) {
@@ -645,8 +726,9 @@ function onlyDenied(said, edit) {
   return new Refusal(`This says what not to do (“${said}” reads as ${plain(edit)}); say what to do.`);
 }
 
-function asWish(text, reading, strength = 1) {
-  return { text: reading.sentence || text, reading, strength };
+// number: as it was written; empty for none
+function asWish(text, reading, strength = 1, number = "") {
+  return { text: reading.sentence || text, reading, strength, number, settled: false };
 }
 
 function without(sentence, found) {

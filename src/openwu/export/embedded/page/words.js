@@ -1,4 +1,5 @@
-// Sentences -> rows of the instruction encoder's two tables; the same as openwu/backbones/embedded/instruction.py.
+// Sentences -> rows of the tables of instruction encoder and sentence reader; the same as
+// openwu/backbones/embedded/instruction.py and sentence.py.
 
 const utf8 = new TextEncoder();
 const CRC = Uint32Array.from({ length: 256 }, (_, byte) => {
@@ -40,8 +41,9 @@ export class Words {
   }
 
   // Rows of the table for one sentence: { rows: BigInt64Array, dims: [1, words, grams] }, 0 where there is nothing.
-  rows(sentence) {
-    const { max_words: most, max_grams: widestAllowed, buckets } = this.config;
+  // sizes: of which table, the encoder's where none are given.
+  rows(sentence, sizes = this.config) {
+    const { max_words: most, max_grams: widestAllowed, buckets } = sizes;
     let words = this.split(sentence).slice(0, most);
     if (!words.length) words = ["$"];
     const hashed = words.map((_, at) =>

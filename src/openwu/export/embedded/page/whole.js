@@ -1,0 +1,40 @@
+// What the sentence reader makes of a whole sentence, and whether that stands in place of what was read by parts; the
+// same as openwu/backbones/embedded/words/whole.py, whose constants are the table.
+
+// places: [[label, share], ...] of every place -> { edits, probability }
+export function likeliestEdits(places, { ALIKE, NOTHING }, outOfScope) {
+  const edits = [];
+  let probability = 1;
+  for (const place of places) {
+    const [label] = place.reduce((best, each) => (each[1] > best[1] ? each : best));
+    const alike = new Set([label, ...ALIKE.filter((together) => together.includes(label)).flat()]);
+    probability *= Math.min(1, place.reduce((sum, [name, share]) => (alike.has(name) ? sum + share : sum), 0));
+    if (label === NOTHING || label === outOfScope) break;
+    if (!edits.includes(label)) edits.push(label);
+  }
+  return { edits, probability };
+}
+
+// Whether two answers name the same edits, in any order; edits of which either is right are the same.
+export function same(one, other, { ALIKE }) {
+  const left = [...other];
+  const alike = (a, b) => a === b || ALIKE.some((together) => together.includes(a) && together.includes(b));
+  for (const edit of one) {
+    const at = left.findIndex((each) => alike(edit, each));
+    if (at < 0) return false;
+    left.splice(at, 1);
+  }
+  return !left.length;
+}
+
+// "whole", "parts" or "neither"; found: the edits by rules and cuts, none where nothing is clear
+export function stands(whole, found, isWithdrawn, table) {
+  const { edits, probability } = whole;
+  if ([...edits, ...found].some(isWithdrawn)) return "parts";
+  if (!found.length) return edits.length && probability >= table.TAKEN ? "whole" : "parts";
+  if (same(found, edits, table)) return "parts";
+  const known = (one) => edits.some((other) => same([one], [other], table));
+  const lost = edits.length > found.length && found.every(known);
+  if (edits.length && probability >= (lost ? table.MORE : table.OTHER)) return "whole";
+  return probability >= table.DOUBT ? "neither" : "parts";
+}
