@@ -119,7 +119,7 @@ class SentenceStage:
         kept = torch.rand(rows.shape, generator=generator) >= DROPPED
         kept &= (torch.rand(rows.shape[:2], generator=generator) >= NO_WORD)[..., None]
         first = torch.zeros_like(kept)
-        first[..., 0] = ~kept.any(2)  # Something of every word stays, so that it still is one.
+        first[..., 0] = ~(rows * kept > 0).any(2)  # Something of every word stays, so that it still is one.
         return rows * (kept | first)
 
     def right(self, sentences: Sequence[Sentence]) -> Tensor:
