@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 from cli_cases import FakeEditor, edit, names
+from PIL import Image
 
 from openwu.editor.reproduction import Reproduction
 
 PAIR = ("--example", "a.png", "b.png")
+
+
+@pytest.fixture
+def here(here: Path) -> Path:
+    """The folder with larger pictures: those of an example must not be tiny."""
+    for name, value in (("a.png", 10), ("b.png", 20), ("c.jpg", 30)):
+        Image.new("RGB", (48, 36), (value, value, 200)).save(name)
+    return here
 
 
 def test_an_example_is_measured_once_and_said(

@@ -276,7 +276,7 @@ class Editor:
     ) -> Reproduction:
         """Measure how much of the change that pairs show an adapter (b = 1) makes of their pictures before.
 
-        `instruction`: the words beside the example, if any. Raises PictureError for pairs that show nothing.
+        `instruction`: the words beside the example, if any. Raises PictureError or ExampleError for wrong pairs.
         """
         if not checked_pairs(example):
             raise PictureError("example: expected at least one pair of pictures, got none")
