@@ -9,6 +9,7 @@ import pytest
 from cli_cases import FakeEditor, edit, names
 from PIL import Image
 
+from openwu.cli.edit import progress as bars
 from openwu.editor.reproduction import Reproduction
 
 PAIR = ("--example", "a.png", "b.png")
@@ -90,3 +91,20 @@ def test_refining_is_refused_where_it_makes_no_sense(
     assert code == 2
     assert "--refine: expected" in capsys.readouterr().err
     assert editor.loaded == 0
+
+
+def test_refining_is_said_only_where_it_trains(here: Path, editor: FakeEditor, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    real = bars.Progress.photo
+
+    def photo(self: bars.Progress, number: int, total: int, name: str) -> object:
+        shown.append(name)
+        return real(self, number, total, name)
+
+    monkeypatch.setattr(bars.Progress, "photo", photo)
+    assert edit("a.png", *PAIR, "--output", "out/", "--refine", "3", instruction=None) == 0
+    assert shown == ["refining on the example", "a.png"]
+    shown.clear()
+    editor.kept = True
+    assert edit("a.png", *PAIR, "--output", "new/", "--refine", "3", instruction=None) == 0
+    assert shown == ["a.png"]

@@ -89,7 +89,9 @@ def _run(
         progress.stage("loading the model")
         photos = PhotoEditor.load(arguments, words)
         understood = photos.understand()
-        photos = photos.for_series(progress.photo(1, 1, "refining on the example") if arguments.refine else None)
+        if arguments.example:
+            progress.stage("trying the example")
+        photos = photos.for_series(progress.training("refining on the example"))
         if understood is not None:
             report.line(str(understood))
         if photos.reproduced is not None:
