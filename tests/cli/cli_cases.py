@@ -45,6 +45,18 @@ class FakeResult:
     reproduced: None = None
 
 
+@dataclass(frozen=True)
+class FakeBackbone:
+    """What the base of the fake editor serves."""
+
+    strengths: tuple[float, float] = (-1, 2)
+    reasons: bool = False
+    refuses_out_of_scope: bool = True
+    reads_examples: bool = True
+    refines_examples: bool = True
+    own_sizes: bool = False
+
+
 @dataclass
 class FakeEditor:
     """Inverts pictures, remembers what it was asked, and fails for the names it is told."""
@@ -58,6 +70,8 @@ class FakeEditor:
     refined: int = 0
     kept: bool = False
     """Whether refined adapters come from the cache."""
+    backbone: FakeBackbone = field(default_factory=FakeBackbone)
+    name: str = "fake"
     reproduced: Reproduction = field(default_factory=lambda: Reproduction((0.2,), (0.02,)))
 
     def from_pretrained(self, model: str | None = None, *, cache: str | None = None, **options: Any) -> FakeEditor:

@@ -81,11 +81,20 @@ class Reproduction:
 
     def check_change(self) -> None:
         """Raise ExampleError for an example that shows no change."""
-        if max(self.changes) < VISIBLE:
-            raise ExampleError(
-                "example: expected a picture before an edit and one after it, got two that look alike; choose others, "
-                f"or {ANYWAY}"
-            )
+        _check_visible(self.changes)
+
+
+def check_change(pairs: Sequence[tuple[Photo, Photo]]) -> None:
+    """Raise ExampleError for an example that shows no change, before anything is generated from it."""
+    _check_visible([_distance(reduced(before), reduced(after)) for before, after in pairs])
+
+
+def _check_visible(changes: Sequence[float]) -> None:
+    if max(changes) < VISIBLE:
+        raise ExampleError(
+            "example: expected a picture before an edit and one after it, got two that look alike; choose others, "
+            f"or {ANYWAY}"
+        )
 
 
 def reproduction(pairs: Sequence[tuple[Photo, Photo]], edit: Callable[[list[Photo]], Sequence[Photo]]) -> Reproduction:
