@@ -177,3 +177,23 @@ def test_refining_is_said_only_where_it_trains(here: Path, editor: FakeEditor, m
     editor.kept = True
     assert edit("a.png", *PAIR, "--output", "new/", "--refine", "3", instruction=None) == 0
     assert shown == ["a.png"]
+
+
+def test_a_dry_run_does_not_train(here: Path, editor: FakeEditor, capsys: pytest.CaptureFixture[str]) -> None:
+    before = names(here)
+    assert edit("a.png", *PAIR, "--refine", "40", "--dry-run", instruction=None) == 0
+    captured = capsys.readouterr()
+    assert editor.refined == 0
+    assert "example: 90% of its change reproduced" in captured.out
+    assert "a.png -> a.edited.png  (dry run)" in captured.out
+    assert "refine: the adapter was not trained; without --dry-run it is, for 40 steps on the example" in captured.err
+    assert "accepted from" not in captured.err
+    editor.reproduced = Reproduction((0.2,), (0.19,))  # too little as generated, which training may change
+    assert edit("a.png", *PAIR, "--refine", "40", "--dry-run", instruction=None) == 0
+    assert "and accepted from 60% of the change on" in capsys.readouterr().err
+    assert edit("a.png", "--example", "a.png", "a.png", "--refine", "--dry-run", instruction=None) == 2
+    assert "look alike" in capsys.readouterr().err
+    editor.backbone = FakeBackbone(refines_examples=False)
+    assert edit("a.png", *PAIR, "--refine", "--dry-run", instruction=None) == 1
+    assert "refine: expected 0 for fake" in capsys.readouterr().err
+    assert names(here) == before

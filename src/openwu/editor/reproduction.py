@@ -58,6 +58,13 @@ class Reproduction:
             return None
         return f"the example is only partly understood ({_percent(self.share)}% of its change); {TEACHABLE}"
 
+    def untrained_note(self, steps: int) -> str:
+        """Return what to say about a generated adapter that was to be trained on the example, and was not."""
+        found = f"refine: the adapter was not trained; without --dry-run it is, for {steps} steps on the example"
+        if self.share >= ACCEPTED:
+            return found
+        return f"{found}, and accepted from {_percent(REFINED_ACCEPTED)}% of the change on"
+
     def __str__(self) -> str:
         """Return this for people: "example: 86% of its change reproduced (31.2 dB)", of a refined one "86% -> 97%"."""
         before = "" if self.before is None else f"{_percent(self.before)}% -> "

@@ -101,7 +101,7 @@ def _run(
         if understood is not None:
             report.line(str(understood))
         if photos.reproduced is not None:
-            report.shown(photos.reproduced)
+            report.shown(photos.reproduced, untrained=arguments.refine if arguments.dry_run else 0)
         for job, header in chain([first], ready):
             stop.check()
             if arguments.dry_run:
