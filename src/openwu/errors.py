@@ -37,7 +37,7 @@ class UnclearError(InstructionError):
 
 
 class ExampleError(InstructionError):
-    """An example of an edit that shows no change, or one that its adapter does not reproduce."""
+    """An example of an edit whose pairs show none (too small, two scenes, no change), or one that is not reproduced."""
 
 
 class CheckpointError(OpenwuError):

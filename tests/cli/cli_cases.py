@@ -45,6 +45,18 @@ class FakeResult:
     reproduced: None = None
 
 
+@dataclass(frozen=True)
+class FakeBackbone:
+    """What the base of the fake editor serves."""
+
+    strengths: tuple[float, float] = (-1, 2)
+    reasons: bool = False
+    refuses_out_of_scope: bool = True
+    reads_examples: bool = True
+    refines_examples: bool = True
+    own_sizes: bool = False
+
+
 @dataclass
 class FakeEditor:
     """Inverts pictures, remembers what it was asked, and fails for the names it is told."""
@@ -56,6 +68,10 @@ class FakeEditor:
     understood: Understood | None = None
     loaded: int = 0
     refined: int = 0
+    kept: bool = False
+    """Whether refined adapters come from the cache."""
+    backbone: FakeBackbone = field(default_factory=FakeBackbone)
+    name: str = "fake"
     reproduced: Reproduction = field(default_factory=lambda: Reproduction((0.2,), (0.02,)))
 
     def from_pretrained(self, model: str | None = None, *, cache: str | None = None, **options: Any) -> FakeEditor:
@@ -115,8 +131,9 @@ class FakeEditor:
     ) -> FakeAdapter:
         """Refuse pairs of equal pictures, unless that is allowed."""
         self.shown, self.refined = (instruction, len(example), seed), refine
-        if refine:
+        if refine and not self.kept:
             assert progress is not None
+            progress(0, refine)
             progress(refine, refine)
         if not allow_out_of_scope and any(np.array_equal(*(each.pixels for each in pair)) for pair in example):
             raise ExampleError("example: not understood; try --allow-out-of-scope")

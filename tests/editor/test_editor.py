@@ -401,7 +401,7 @@ def test_in_turn_is_what_two_calls_make(editor: Editor, photo: Image.Image) -> N
     assert came.adapter.instructions == (("blur it",),)
     assert came.adapter.rank == first.adapter.rank
     assert came.timings.keys() == first.timings.keys()
-    assert told == [(1, 2), (2, 2)]
+    assert told == [(1000, 2000), (2000, 2000)]
     three = editor.edit(photo, "brighter", then=["blur it", "darker"], strength=0.5, seed=3)
     third = editor.edit(second.photo, "darker", strength=0.5, seed=3)
     assert np.array_equal(three.photo.pixels, third.photo.pixels)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from openwu.editor.examples import read_examples
-from openwu.errors import PictureError
+from openwu.backbones.embedded.example import THUMBNAIL, TILE
+from openwu.editor.examples import LEAST_SIDE, read_examples
+from openwu.errors import ExampleError
 
 PHOTOS = Path(__file__).parents[2] / "photos"
 
@@ -39,9 +40,25 @@ def test_an_edit_of_colours_keeps_the_scene(before: Image.Image, look: str) -> N
 
 def test_what_does_not_show_one_scene_is_refused(before: Image.Image) -> None:
     other = Image.open(PHOTOS / "cabrillo.jpg").convert("RGB").resize(before.size)
-    with pytest.raises(PictureError, match=r"one shape, got .* crop both alike"):
+    with pytest.raises(ExampleError, match=r"one shape, got .* crop both alike"):
         read_examples([(before, before.crop((0, 0, before.width // 2, before.height)))])
-    with pytest.raises(PictureError, match=r"example 2: .*do not show the same scene"):
+    with pytest.raises(ExampleError, match=r"example 2: .*do not show the same scene"):
         read_examples([(before, before), (before, other)])
-    with pytest.raises(PictureError, match=r"shifted .* about 1[0-9] pixels to the right and 0 down; align them"):
+    with pytest.raises(ExampleError, match=r"shifted .* about 1[0-9] pixels to the right and 0 down; align them"):
         read_examples([(before, moved(before, 16))])
+
+
+def test_a_pair_that_is_too_small_to_show_anything_is_refused(before: Image.Image) -> None:
+    """Its sides count one by one, before and after, in every pair."""
+    dot, least = before.resize((1, 1)), before.resize((LEAST_SIDE, LEAST_SIDE))
+    assert len(read_examples([(least, least)])) == 1
+    assert {TILE, THUMBNAIL} == {LEAST_SIDE}
+    with pytest.raises(
+        ExampleError, match=r"example: expected .* at least 32 pixels on a side, got 1 x 1 before .* larger"
+    ):
+        read_examples([(dot, dot)])
+    low = before.resize((400, LEAST_SIDE - 1))
+    with pytest.raises(ExampleError, match=r"example 2: expected .* got 400 x 31 before and 400 x 31 after"):
+        read_examples([(before, before), (low, low)])
+    with pytest.raises(ExampleError, match=r"got 32 x 32 before and 1 x 1 after"):
+        read_examples([(least, dot)])

@@ -62,8 +62,8 @@ def test_steps_on_the_example_bring_it_closer_and_are_said_and_kept(
     assert f"{round(100 * max(0, result.reproduced.before))}% -> " in str(result.reproduced)
     assert result.timings["refine"] > 0
     assert result.adapter.refined == (STEPS,)
-    assert reports[:2] == [(1, 2 * STEPS), (2, 2 * STEPS)]
-    assert reports == sorted(reports, key=lambda each: each[0] / each[1])
+    assert reports[0][0] == 0
+    whole_and_growing(reports)
     start = editor.adapt(example=[pair], allow_out_of_scope=True)
     assert start.refined == ()
     frozen = [name for name in start.factors if not name.startswith("pixels.")]
@@ -81,6 +81,37 @@ def test_steps_on_the_example_bring_it_closer_and_are_said_and_kept(
     assert Adapter.from_pretrained(tmp_path / "adapter").refined == (STEPS,)
     with pytest.raises(AssertionError, match="although it was kept"):
         editor.edit(scene(30, 20), **{**options, "refine": STEPS + 1})
+
+
+def whole_and_growing(reports: list[tuple[int, int]]) -> None:
+    """Progress has one total, never falls, and ends with all done."""
+    assert len({total for _, total in reports}) == 1, reports
+    assert reports == sorted(reports)
+    assert reports[-1][0] == reports[-1][1]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_progress_has_one_total_whatever_is_refined_done_in_turn_or_kept(
+    editor: Editor, pair: Pair, scene: Scene, strength: float
+) -> None:
+    shown = EditRequest(scene(24, 20), example=[pair], refine=3, strength=strength)
+    other = EditRequest(scene(24, 20), example=[(pair[1], pair[0])], refine=4, strength=strength)
+    told = EditRequest(scene(40, 32), "brighter", then=["blur it", "darker"], strength=strength)
+    plain = EditRequest(scene(30, 20), example=[pair], strength=strength)
+    for asked in ([shown], [shown, other, told], [told], [plain], [plain, shown], [shown, told]):
+        for _ in ("generated", "from the cache"):
+            reports: list[tuple[int, int]] = []
+            editor.edit_batch(asked, allow_out_of_scope=True, progress=lambda *each, into=reports: into.append(each))
+            whole_and_growing(reports)
+
+
+def test_progress_of_adapting_says_that_it_trains_only_where_it_does(editor: Editor, pair: Pair) -> None:
+    reports: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"example": [pair], "refine": 2, "allow_out_of_scope": True}
+    editor.adapt(**options, progress=lambda *each: reports.append(each))
+    assert reports == [(0, 2), (1, 2), (2, 2)]
+    editor.adapt(**options, progress=lambda *each: reports.append(each))
+    assert len(reports) == 3
 
 
 def test_a_refined_adapter_is_the_same_every_time_and_serves_a_series(

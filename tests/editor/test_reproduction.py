@@ -137,5 +137,8 @@ def test_a_clip_is_refused_before_it_is_edited(
     request = EditRequest([scene(24, 20)], example=[pair])
     with pytest.raises(ExampleError, match="not understood"):
         make_series(editor, request)
+    tiny = pair[0][:8, :8], pair[1][:8, :8]
+    with pytest.raises(ExampleError, match=r"at least 32 pixels on a side, got 8 x 8"):
+        make_series(editor, EditRequest([scene(24, 20)], example=[tiny]), allow_out_of_scope=True)
     series = make_series(editor, request, allow_out_of_scope=True)
     assert series.reproduced == editor.reproduction(series.adapters[0], [pair])

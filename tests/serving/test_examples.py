@@ -135,6 +135,7 @@ def test_models_say_whether_they_read_examples(
         ({**PAIR, "example_after": b"broken"}, {}, "invalid_image", "example_after"),
         ({**PAIR, "example_after": AFTER[:300]}, {}, "invalid_image", "example_after"),
         ({**PAIR, "example_after": png(90, 40)}, {}, "invalid_image", "example_after"),  # another shape
+        ({"example_before": png(9, 9), "example_after": png(9, 9)}, {}, "invalid_image", "example_after"),  # too small
         (PAIR, {"then": "blur"}, "unsupported_value", "then"),
         (PAIR, {"adapter": "0" * 32}, "unsupported_value", "example_before"),
     ],

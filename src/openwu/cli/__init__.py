@@ -4,7 +4,7 @@
 |---|---|
 | 0 | done, or nothing was left to do |
 | 1 | failed; of several photos, at least one |
-| 2 | wrong usage, or an instruction that the model does not understand: nothing was edited |
+| 2 | wrong usage, or an instruction or example that the model does not understand: nothing was edited |
 | 130, 143, 129 | stopped by Ctrl-C, SIGTERM or a closed terminal: finished files are whole, no partial ones are left |
 | 141 | the program that reads the output has closed it |
 

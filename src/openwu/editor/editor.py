@@ -25,6 +25,7 @@ from openwu.editor.clip import ClipOptions, ClipResult, edit_clip
 from openwu.editor.compatibility import AdapterScope, attach_generator, check_targets, encoder_for
 from openwu.editor.generate import adapters_of, try_example
 from openwu.editor.loading import load_pair
+from openwu.editor.progress import JointProgress, halves
 from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import (
     EditRequest,
@@ -36,7 +37,6 @@ from openwu.editor.requests import (
     check_served,
     checked_pairs,
     checked_request,
-    part_of,
     timed,
 )
 from openwu.editor.tasks import make_task, pass_of, read_photos
@@ -142,7 +142,7 @@ class Editor:
         `adapter` (b = 1) reuses an adapter instead of generating one; without an instruction the base then reads the
         one that the adapter was generated for. `allow_out_of_scope` takes the instruction as it is, and tries what the
         base would refuse. `sampling`: this call's options of the base, in place of the editor's. `progress` is called
-        with (parts done, parts in all).
+        with (parts done, parts in all); the latter stay as many, and in the end all are done.
 
         Returns an EditResult: `photo` and `image`, `understood`, `reproduced`, `adapter`, `timings`; `save(path)`
         writes it.
@@ -242,7 +242,8 @@ class Editor:
 
         `example`, `refine`: see `edit`; without `images` the adapter serves a whole series, with them this picture.
         `seed`, `reasoning`, `image_size`: as for `edit`, of a base that reads its request with them; others give the
-        same adapter for every seed. `progress` is called with (steps done, steps in all) of `refine`.
+        same adapter for every seed. `progress` is called with (steps done, steps in all) of `refine`, and not at all
+        where the adapter comes from the cache.
 
         Raises OpenwuError as `edit` does, and for an instruction that asks for several edits.
         """
@@ -275,7 +276,7 @@ class Editor:
     ) -> Reproduction:
         """Measure how much of the change that pairs show an adapter (b = 1) makes of their pictures before.
 
-        `instruction`: the words beside the example, if any. Raises PictureError for pairs that show nothing.
+        `instruction`: the words beside the example, if any. Raises PictureError or ExampleError for wrong pairs.
         """
         if not checked_pairs(example):
             raise PictureError("example: expected at least one pair of pictures, got none")
@@ -355,6 +356,7 @@ class Editor:
         checked = not allow_out_of_scope and given is None
         tasks = [self._task(request, each, given, checked) for each, request in zip(photos, requests, strict=True)]
         passes = [1 if given is not None else len(task.job.instructions) for task in tasks]
+        joint = JointProgress(progress, max(passes), uneven=any(task.job.refine for task in tasks))
         results: dict[int, EditResult] = {}
         for number in range(max(passes)):
             members = [index for index, count in enumerate(passes) if count > number]
@@ -363,9 +365,9 @@ class Editor:
                 tasks[index] if passes[index] == 1 else pass_of(tasks[index], number, before[index], self.backbone)
                 for index in members
             ]
-            report = part_of(progress, number, max(passes))
-            found = self._together(part, given, allow_out_of_scope, sampling, report, timings)
+            found = self._together(part, given, allow_out_of_scope, sampling, joint.of(number), timings)
             results |= dict(zip(members, found, strict=True))
+        joint.end()
         return [replace(results[index], understood=task.summary) for index, task in enumerate(tasks)]
 
     def _together(
@@ -379,8 +381,8 @@ class Editor:
     ) -> list[EditResult]:
         """Edit in one pass each, sharing calls of generator and base. Adds to `timings`."""
         if given is None:
-            jobs, refined = [task.job for task in tasks], any(task.job.refine for task in tasks)
-            steps, progress = (part_of(progress, part, 1 + refined) for part in (0, int(refined)))
+            jobs = [task.job for task in tasks]
+            steps, progress = halves(progress)
             adapters = adapters_of(self, jobs, allow_out_of_scope, sampling.batch, timings, steps)
         else:
             timings |= {"condition": 0.0, "generate": 0.0}

@@ -14,9 +14,13 @@ from torch.nn import functional as F
 
 from openwu.backbones.protocol import with_picture
 from openwu.editor.requests import Picture, checked_pairs
-from openwu.errors import PictureError
+from openwu.errors import ExampleError
 from openwu.images import Photo, read_picture
 
+LEAST_SIDE = 32
+"""Least side of a picture of a pair: that of the thumbnails in which the encoder of examples sees where a picture
+changes, and of the squares in which it measures detail. Of a smaller one it would read what enlarging makes up; its few
+colours leave the look of others to guesses, which the check on the example itself cannot find."""
 RATIO = 0.02
 """How much the shapes of a pair may differ, as a share of the ratio of their sides."""
 SIDE = 96
@@ -34,7 +38,8 @@ SURE = 0.4
 def read_examples(example: Sequence[tuple[Picture, Picture]]) -> tuple[tuple[Photo, Photo], ...]:
     """Decode pairs before and after; one that comes in another size is scaled to the first.
 
-    Raises PictureError for pictures of different shapes, of different scenes, or shifted against each other.
+    Raises PictureError for a picture that cannot be read, and ExampleError for pairs that show no edit: too small, of
+    different shapes, of different scenes, or shifted against each other.
     """
     pairs = [(read_picture(before), read_picture(after)) for before, after in checked_pairs(example)]
     return tuple(_matched(*pair, f"example {i}" if len(pairs) > 1 else "example") for i, pair in enumerate(pairs, 1))
@@ -42,8 +47,13 @@ def read_examples(example: Sequence[tuple[Picture, Picture]]) -> tuple[tuple[Pho
 
 def _matched(before: Photo, after: Photo, name: str) -> tuple[Photo, Photo]:
     (width, height), (wide, high) = before.size, after.size
+    if min(width, height, wide, high) < LEAST_SIDE:
+        raise ExampleError(
+            f"{name}: expected two pictures of at least {LEAST_SIDE} pixels on a side, got {width} x {height} before "
+            f"and {wide} x {high} after; choose larger ones"
+        )
     if abs(wide / high * height / width - 1) > RATIO:
-        raise PictureError(
+        raise ExampleError(
             f"{name}: expected two pictures of one shape, got {width} x {height} before and {wide} x {high} after; "
             "crop both alike"
         )
@@ -58,12 +68,12 @@ def _matched(before: Photo, after: Photo, name: str) -> tuple[Photo, Photo]:
     elsewhere = best_match > here + SHIFTED and bool(row or column)
     if elsewhere and best_match >= SURE:
         right, down = round(column * width / SIDE), round(row * height / SIDE)
-        raise PictureError(
+        raise ExampleError(
             f"{name}: the picture after is shifted against the one before by about {right} pixels to the right and "
             f"{down} down; align them first"
         )
     if elsewhere or (here < ALIKE and bool(matches.isfinite().all())):
-        raise PictureError(
+        raise ExampleError(
             f"{name}: the two pictures do not show the same scene; pass the same photograph before and after the edit"
         )
     return before, after

@@ -29,7 +29,7 @@ def adapters_of(
 ) -> list[Adapter]:
     """Return one adapter (b = 1) per job of one instruction, refined where the job says so, or from the cache.
 
-    Adds to `timings`. `progress` is called with (steps done, steps in all) of what is refined.
+    Adds to `timings`. `progress` is called with (steps done, steps in all) of what is refined, not of what is kept.
     """
     adapters = generate_adapters(editor, jobs, allow_out_of_scope, batch, timings)
     if any(job.refine for job in jobs):

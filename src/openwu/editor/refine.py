@@ -44,7 +44,8 @@ def refine_adapters(
 ) -> list[Adapter]:
     """Return the adapters (b = 1), each trained on its job's examples where the job says so, or taken from the cache.
 
-    Jobs of one example share an adapter. `progress` is called with (steps done, steps in all) of what is trained.
+    Jobs of one example share an adapter. `progress` is called with (steps done, steps in all) of what is trained, first
+    with 0 steps, and never if all adapters come from the cache.
     """
     asked = {place: _key(editor, job, allow_out_of_scope) for place, job in enumerate(jobs) if job.refine}
     found: dict[str, Adapter] = {}
@@ -59,6 +60,7 @@ def refine_adapters(
             progress(done + step, total)
 
     for key, place in places.items():
+        report(0, total)
         found[key] = _refined(editor, jobs[place], starts[place], report, checked=not allow_out_of_scope)
         done += jobs[place].refine
         if editor.cache is not None:

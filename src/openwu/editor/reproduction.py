@@ -58,6 +58,13 @@ class Reproduction:
             return None
         return f"the example is only partly understood ({_percent(self.share)}% of its change); {TEACHABLE}"
 
+    def untrained_note(self, steps: int) -> str:
+        """Return what to say about a generated adapter that was to be trained on the example, and was not."""
+        found = f"refine: the adapter was not trained; without --dry-run it is, for {steps} steps on the example"
+        if self.share >= ACCEPTED:
+            return found
+        return f"{found}, and accepted from {_percent(REFINED_ACCEPTED)}% of the change on"
+
     def __str__(self) -> str:
         """Return this for people: "example: 86% of its change reproduced (31.2 dB)", of a refined one "86% -> 97%"."""
         before = "" if self.before is None else f"{_percent(self.before)}% -> "
@@ -81,11 +88,20 @@ class Reproduction:
 
     def check_change(self) -> None:
         """Raise ExampleError for an example that shows no change."""
-        if max(self.changes) < VISIBLE:
-            raise ExampleError(
-                "example: expected a picture before an edit and one after it, got two that look alike; choose others, "
-                f"or {ANYWAY}"
-            )
+        _check_visible(self.changes)
+
+
+def check_change(pairs: Sequence[tuple[Photo, Photo]]) -> None:
+    """Raise ExampleError for an example that shows no change, before anything is generated from it."""
+    _check_visible([_distance(reduced(before), reduced(after)) for before, after in pairs])
+
+
+def _check_visible(changes: Sequence[float]) -> None:
+    if max(changes) < VISIBLE:
+        raise ExampleError(
+            "example: expected a picture before an edit and one after it, got two that look alike; choose others, "
+            f"or {ANYWAY}"
+        )
 
 
 def reproduction(pairs: Sequence[tuple[Photo, Photo]], edit: Callable[[list[Photo]], Sequence[Photo]]) -> Reproduction:

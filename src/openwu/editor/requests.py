@@ -302,13 +302,6 @@ def listed(images: Picture | Sequence[Picture]) -> list[Picture]:
     return [cast(Picture, images)] if single else list(cast(Sequence[Picture], images))
 
 
-def part_of(progress: Progress | None, number: int, count: int) -> Progress | None:
-    """What is called in the part of this number, from 0, of `count` equal parts of some work."""
-    if progress is None or count == 1:
-        return progress
-    return lambda done, total: progress(number * total + done, count * total)
-
-
 @contextmanager
 def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
     """Set or increase the seconds of a stage."""

@@ -76,23 +76,32 @@ class PhotoEditor:
         return cls(editor, adapter, words, arguments)
 
     def for_series(self, progress: Callable[[int, int], None] | None = None) -> PhotoEditor:
-        """Return the edit with one adapter for all photos, where an example shows what to do and none was given.
+        """Return the edit with one adapter for all photos, where an example shows what to do; a dry run trains nothing.
 
-        `progress` is called with (steps done, steps in all) of --refine. Raises ExampleError for an example that is not
-        understood.
+        `progress` is called with (steps done, steps in all) of --refine, where it trains. Raises OpenwuError before
+        any photo: ExampleError for an example that is not understood; with --per-photo, for one that shows no change.
         """
-        arguments = self.arguments
-        if not arguments.example or arguments.per_photo:
+        arguments, anyway = self.arguments, self.arguments.allow_out_of_scope
+        if not arguments.example:
             return self
         from openwu.editor.examples import read_examples
+        from openwu.editor.reproduction import check_change
+        from openwu.editor.requests import EditRequest, check_served
 
         pairs, words = read_examples(arguments.example), self.words[0]
+        asked = EditRequest([], words, arguments.strength, example=pairs, refine=arguments.refine)
+        check_served([asked], self.editor.backbone, self.editor.name, anyway, None)
+        untrained = arguments.dry_run and bool(arguments.refine)
+        if not anyway and (arguments.per_photo or untrained):
+            check_change(pairs)
+        if arguments.per_photo:
+            return self
         adapter = self.editor.adapt(
             instruction=words,
             example=pairs,
-            refine=arguments.refine,
+            refine=0 if untrained else arguments.refine,
             seed=arguments.seed,
-            allow_out_of_scope=arguments.allow_out_of_scope,
+            allow_out_of_scope=anyway or untrained,  # training may bring what the generated adapter lacks
             progress=progress,
         )
         return replace(self, adapter=adapter, reproduced=self.editor.reproduction(adapter, pairs, words))

@@ -68,7 +68,7 @@ class Plan:
 
     jobs: tuple[Job, ...]
     inputs: Mapping[Identity, Path]
-    """Files that must not be replaced: photos, references and the mask."""
+    """Files that must not be replaced: photos, references, examples and the mask."""
     batch: bool
     overwrite: bool
 

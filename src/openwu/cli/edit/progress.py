@@ -73,6 +73,17 @@ class Progress:
         report(0, 1)
         return report
 
+    def training(self, name: str) -> Callable[[int, int], None]:
+        """Return what is called with (steps done, steps in all), and shows `name` from its first call on."""
+        begun: list[Callable[[int, int], None]] = []
+
+        def report(done: int, steps: int) -> None:
+            if not begun:
+                begun.append(self.photo(1, 1, name))
+            begun[0](done, steps)
+
+        return report
+
     def clip(self, number: int, total: int, name: str) -> Callable[[int, int], None]:
         """Begin clip `number` of `total`, as `photo` does; frames are counted, and the time that they still take."""
         report = self.photo(number, total, name)

@@ -66,10 +66,12 @@ class Report:
         """Say how many photos there are, and whether a picture goes to standard output, which then holds no lines."""
         self.total, self.batch, self.to_stdout = total, batch, to_stdout
 
-    def shown(self, reproduced: Reproduction) -> None:
-        """Say how far the example of a whole command is understood."""
+    def shown(self, reproduced: Reproduction, *, untrained: int = 0) -> None:
+        """Say how far a command's example is understood. `untrained`: steps of --refine that a dry run leaves out."""
         self._line(str(reproduced))
-        if reproduced.note is not None:
+        if untrained:
+            self.note(reproduced.untrained_note(untrained))
+        elif reproduced.note is not None:
             self.note(reproduced.note)
 
     def done(

@@ -56,10 +56,11 @@ def _run(
     progress.stage("looking for photographs")
     found = find_photos(arguments.photos, recursive=arguments.recursive, output=arguments.output)
     further = [*arguments.reference, *([] if arguments.mask is None else [arguments.mask])]
+    shown = [path for pair in arguments.example for path in pair]
     plan = make_plan(
         found,
         arguments.output,
-        references=further,
+        references=[*further, *shown],
         compare=arguments.compare,
         adapter_folder=arguments.save_adapter,
         overwrite=arguments.overwrite,
@@ -71,6 +72,8 @@ def _run(
         if arguments.ray is not None:
             raise UsageError(f"--ray: expected files, got {PIPE}; leave --ray out for one picture")
     notes = [(name, text) for name in further for text in check_picture(name).notes]
+    for path in shown:
+        check_picture(path)
     _check_further(arguments)
     report.begin(len(plan.jobs) + len(found.problems), batch=found.batch, to_stdout=to_stdout)
     for text in [*found.notes, *(f"{name}: {text}" for name, text in notes)]:
@@ -86,14 +89,19 @@ def _run(
         return edit_on_cluster(photos_alone, arguments, words, progress, report, stop)
     first = next(ready, None)
     if first is not None:
+        if arguments.example:
+            progress.stage("reading the example")
+            _check_example(arguments)
         progress.stage("loading the model")
         photos = PhotoEditor.load(arguments, words)
         understood = photos.understand()
-        photos = photos.for_series(progress.photo(1, 1, "refining on the example") if arguments.refine else None)
+        if arguments.example:
+            progress.stage("trying the example")
+        photos = photos.for_series(progress.training("refining on the example"))
         if understood is not None:
             report.line(str(understood))
         if photos.reproduced is not None:
-            report.shown(photos.reproduced)
+            report.shown(photos.reproduced, untrained=arguments.refine if arguments.dry_run else 0)
         for job, header in chain([first], ready):
             stop.check()
             if arguments.dry_run:
@@ -151,6 +159,13 @@ def _check_further(arguments: argparse.Namespace) -> None:
     if arguments.mask is not None:
         mask = read_picture(arguments.mask)
         kept_share(mask, mask.size)
+
+
+def _check_example(arguments: argparse.Namespace) -> None:
+    """Read the pairs of the example; raises PictureError or ExampleError before a model is loaded for them."""
+    from openwu.editor.examples import read_examples
+
+    read_examples(arguments.example)
 
 
 def _check_clips(plan: Plan, arguments: argparse.Namespace) -> None:

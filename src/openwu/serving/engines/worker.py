@@ -376,7 +376,7 @@ def _examples(task: Task) -> tuple[tuple[Photo, Photo], ...]:
     pairs = [(_read(pair[0], before, before), _read(pair[1], after, after)) for pair in task.examples]
     try:
         return read_examples(pairs)
-    except PictureError as error:
+    except ExampleError as error:
         raise refused(400, "invalid_image", str(error), after) from error
 
 
