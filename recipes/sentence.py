@@ -11,7 +11,7 @@ def recipe() -> SentenceRecipe:
     return SentenceRecipe(
         name="sentence",
         sentence=StageConfig(
-            steps=1800,
+            steps=2200,
             shapes=((160, 0),),
             learning_rate=2e-3,
             matrix_learning_rate=1e-2,

@@ -40,7 +40,7 @@ from openwu.training.loop import Evaluation, LoopConfig, train_stage
 from openwu.training.micro_batch import FULL_BATCH, MicroBatch
 from openwu.training.record import dependencies, export_folders, provenance, stored_provenance, write_provenance
 
-PEOPLE, JOINED, COMPOSED, OUTSIDE = 0.38, 0.08, 0.16, 0.08
+PEOPLE, JOINED, COMPOSED, OUTSIDE = 0.45, 0.08, 0.12, 0.06
 """Shares of a batch: sentences of people, two of theirs put together, composed ones, the suite's out of scope; the rest
 is the suite's of one edit."""
 VARIED = {"people": 0.3, "composed": 0.3, "suite": 0.5}

@@ -232,8 +232,8 @@ def written(group: str = "written") -> list[Sentence]:
     """Return sentences of people with their edits.
 
     "written" by six who knew the edits' names alone, "developed" by one who knew the rules, "idioms" by five who were
-    asked for idioms, complaints, trade names and near misses out of scope, "several" by twelve who were asked for two
-    and three wishes joined in every way, or by nothing.
+    asked for idioms, complaints, trade names and near misses out of scope, "several" by eighteen, of whom most
+    were asked for two and three wishes joined in every way, or by nothing, and two for what is nearly out of scope.
     """
     found = []
     for language, entries in _stored()[group].items():
