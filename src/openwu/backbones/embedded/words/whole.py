@@ -46,13 +46,13 @@ ALIKE = tuple(
 """Edits of which either is right for many a sentence ("too dark"): their probabilities count together."""
 
 
-TAKEN = 0.6
+TAKEN = 0.55
 """Probability from which the whole's edits are served where rules and cuts found nothing clear."""
-MORE = 0.5
+MORE = 0.6
 """The same where they found some of the whole's edits: a wish that they lost."""
-OTHER = 0.8
+OTHER = 0.75
 """The same where they found others."""
-DOUBT = 0.6
+DOUBT = 0.65
 """Probability of other edits, or of none, from which what they found is not served either."""
 FRAMES = {"little": {"en": "{} a little", "zh": "稍微{}"}, "strong": {"en": "{} a lot", "zh": "大幅{}"}}
 """Words of strength around an edit's own sentence."""
