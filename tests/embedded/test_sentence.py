@@ -17,6 +17,7 @@ from openwu.backbones.embedded.words.whole import (
     ALIKE,
     DOUBT,
     MORE,
+    NEGATES,
     NOTHING,
     OTHER,
     TAKEN,
@@ -85,6 +86,7 @@ def test_edits_of_which_either_is_right_count_together() -> None:
         (("cool",), 1.0, ("white_balance",), Standing.PARTS),
         (("cool", "add_noise"), MORE, ("cool",), Standing.WHOLE),
         (("cool", "add_noise"), MORE - 0.01, ("cool",), Standing.PARTS),
+        (("cool",), 1.0, ("cool", "add_noise"), Standing.PARTS),
         (("add_noise",), OTHER, ("cool",), Standing.WHOLE),
         (("add_noise",), (OTHER + DOUBT) / 2, ("cool",), Standing.NEITHER),
         (("add_noise",), DOUBT - 0.01, ("cool",), Standing.PARTS),
@@ -97,6 +99,30 @@ def test_the_surer_answer_stands(
     edits: tuple[str, ...], probability: float, found: Sequence[str], standing: Standing
 ) -> None:
     assert stands(Whole(edits, probability), found, withdrawn=("snow",)) is standing
+
+
+def test_what_rules_read_of_negations_and_complaints_stands() -> None:
+    whole = Whole(("add_noise",), 1.0)
+    assert stands(whole, ("cool",)) is Standing.WHOLE
+    assert stands(whole, ("cool",), negated=True) is Standing.PARTS
+    assert stands(whole, ("cool",), cured=True) is Standing.PARTS
+    assert stands(whole, (), negated=True) is Standing.WHOLE
+    assert stands(Whole(("cool", "add_noise"), 1.0), ("cool",), cured=True) is Standing.WHOLE
+    assert stands(Whole(("cool", "add_noise"), 1.0), ("cool",), negated=True) is Standing.PARTS
+
+
+@pytest.mark.parametrize(
+    ("sentence", "negates"),
+    [
+        ("sharpen it, don't add grain", True),
+        ("brighter but not warmer", True),
+        ("变黑白，别加颗粒", True),
+        ("notably warmer, and another vignette", False),
+        ("把别的颜色调淡", False),
+    ],
+)
+def test_negations_are_seen(sentence: str, negates: bool) -> None:
+    assert bool(NEGATES.search(sentence)) is negates
 
 
 def test_wishes_keep_words_of_strength_and_numbers(base: EmbeddedBase) -> None:
@@ -217,7 +243,7 @@ def test_several_wishes_in_one_sentence_are_all_read(sentence: str) -> None:
 def test_readers_that_contradict_each_other_ask_back(base: EmbeddedBase, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = base.sentences
     assert reader is not None
-    monkeypatch.setattr(type(reader), "read", lambda _, sentences: [Whole(("sepia",), 0.7) for _ in sentences])
+    monkeypatch.setattr(type(reader), "read", lambda _, sentences: [Whole(("sepia",), 0.8) for _ in sentences])
     job = base.read((), ("make it warmer",))
     with pytest.raises(UnclearError, match=r"may ask for warm, or sepia, and it is not clear which; .*--edit NAME"):
         base.understand(job)

@@ -9,7 +9,7 @@ import pytest
 
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.catalogue import instead
-from openwu.backbones.embedded.words.amounts import MAX_STRENGTH, Amount, find_amount, strength_of
+from openwu.backbones.embedded.words.amounts import MAX_STRENGTH, Amount, check_amounts, find_amount, strength_of
 from openwu.backbones.embedded.words.complaints import cures
 from openwu.backbones.embedded.words.language import check_request
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
@@ -287,3 +287,45 @@ def test_the_rules_break_next_to_no_sentence(
 
 def test_a_sentence_without_a_number_has_no_amount() -> None:
     assert find_amount("make it brighter") is None
+
+
+@pytest.mark.parametrize(
+    ("sentence", "said"),
+    [
+        ("saturation -30%", "n -30%"),
+        ("-0.5 EV and warmer", "-0.5 EV"),
+        ("亮度-10%", "度-10%"),
+        ("double the brightness", "double the brightness"),
+        ("make it half as bright", "half as bright"),
+        ("饱和度减半", "减半"),
+    ],
+)
+def test_amounts_that_would_be_misread_are_refused(base: EmbeddedBase, sentence: str, said: str) -> None:
+    with pytest.raises(InstructionError, match="expected an amount in words and per cent or stops") as refused:
+        read(base, sentence)
+    assert repr(said) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "sentence", ["20% brighter", "10-20% warmer", "double exposure look, warmer", "half a stop darker - please"]
+)
+def test_other_amounts_are_none_of_these(sentence: str) -> None:
+    check_amounts(sentence)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "edits"),
+    [
+        ("make it less flat", {"contrast_up", "hdr"}),
+        ("my photo should look less flat", {"contrast_up", "hdr"}),
+        ("less cold please", {"warm", "white_balance"}),
+        ("make it less soft", {"sharpen", "deblur", "remove_motion_blur"}),
+        ("a bit less muted", {"saturate", "unfade", "contrast_up", "hdr"}),
+        ("it looks cold", {"warm", "white_balance"}),
+        ("everything looks orange", {"cool", "white_balance"}),
+        ("less vivid", {"desaturate"}),
+    ],
+)
+def test_less_of_a_fault_is_its_cure(base: EmbeddedBase, sentence: str, edits: set[str]) -> None:
+    (wish,) = read(base, sentence)
+    assert wish.reading.edit in edits

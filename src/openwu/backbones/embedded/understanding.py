@@ -9,7 +9,7 @@ from functools import partial
 from openwu.backbones.embedded.catalogue import instead, known_edits, refusal
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.sentence import SentenceReader
-from openwu.backbones.embedded.words.whole import Standing, stands, wishes_of
+from openwu.backbones.embedded.words.whole import NEGATES, Standing, stands, wishes_of
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.errors import InstructionError, UnclearError
 from openwu.types import Understood
@@ -64,7 +64,8 @@ def read_wishes(encoder: InstructionEncoder, reader: SentenceReader | None, text
     if reader is not None:
         clear = [each.reading.edit for each in found] if all(each.reading.is_wish(accepted) for each in found) else []
         whole = reader.read([text])[0]
-        standing = stands(whole, clear, withdrawn)
+        negated, cured = bool(NEGATES.search(text)), any(each.reading.sentence for each in found)
+        standing = stands(whole, clear, withdrawn, negated=negated, cured=cured)
         if standing is Standing.WHOLE and (taken := wishes_of(whole, text, read, accepted)):
             return taken
         if standing is not Standing.PARTS:

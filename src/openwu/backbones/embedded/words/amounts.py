@@ -31,6 +31,16 @@ _STOPS = re.compile(
     r"(?:-?stops?\b|EVs?\b|档)(?:\s*曝光)?\s*",
     re.IGNORECASE,
 )
+_SIGNED = re.compile(
+    r"(?:^|[^\d\s\-−–])\s*[\-−–]\s?(?P<value>\d+(?:\.\d+)?\s*(?:%|％|percent\b|-?stops?\b|EVs?\b|档))", re.IGNORECASE
+)
+"""A number below zero: "saturation -30%", which says less in another way than words do."""
+_FACTOR = re.compile(
+    r"\bby half\b|\b(?:half|twice) as \w+|\b(?:halve|double|triple)(?! exposure) (?:the |its )?\w+|\b\d+(?:\.\d+)?x\b"
+    r"|减半|翻倍|[两二三四五]倍",
+    re.IGNORECASE,
+)
+"""A number that no edit's strength stands for: "half as bright"."""
 _NAMED = {"a half": 0.5, "half": 0.5, "half a": 0.5, "half an": 0.5, "a": 1.0, "an": 1.0, "one": 1.0, "two": 2.0} | {
     "three": 3.0,
     "半": 0.5,
@@ -53,6 +63,16 @@ _FULL: Mapping[str, float] = {
 
 MEASURED = frozenset(_FULL)
 """Edits whose quantity a percentage measures."""
+
+
+def check_amounts(sentence: str) -> None:
+    """Raise InstructionError for amounts that would be read as something else, or not at all."""
+    for pattern in (_SIGNED, _FACTOR):
+        if found := pattern.search(sentence):
+            raise InstructionError(
+                "instruction: expected an amount in words and per cent or stops, such as '30% less saturation', 'half a "
+                f"stop darker' or 饱和度降低30%, got {found[0].strip()!r}; say it so, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ _TOO = _table(
 """Adjective -> cure, behind "too" or "so"."""
 _FAULTY = word_set(
     "overexposed underexposed dark dim gloomy murky flat dull pale drab blurry blurred fuzzy unsharp noisy grainy "
-    "speckled hazy faded"
+    "speckled hazy faded cold chilly bluish yellowish greenish reddish orange yellow green blue red purple magenta"
 ) | {"out of focus", "washed out", "blown out"}
 """Adjectives that complain without "too" where they describe the picture: "it looks flat"."""
 _UNWANTED = frozenset({"underexposed", "overexposed"})
@@ -108,10 +108,15 @@ _LITTLE_EN = re.compile(
     re.I,
 )
 _NOT_SO_EN = re.compile(
-    r"(?:(?:do\s*n['’]?t|do not|never)\s+make\s+(?:it|this|the \w+)|not|(?:should|must) not be|should\s*n['’]?t be)\s+"
-    r"(?:(?:quite|all)\s+)?(?:so|too|that)\s+(?P<word>[a-z ]+)",
+    r"(?:(?:(?:do\s*n['’]?t|do not|never)\s+make\s+(?:it|this|the \w+)|not|(?:should|must) not be|should\s*n['’]?t be)"
+    r"\s+(?:(?:quite|all)\s+)?(?:so|too|that)|"
+    r"(?:(?:make|i want|get)\s+(?:it|this|them|(?:the|my) \w+)\s+(?:to\s+)?(?:(?:look|be)\s+)?|"
+    r"(?:it|this|(?:the|my) \w+)\s+(?:should|needs? to|must)\s+(?:look|be)\s+)?"
+    r"(?:(?:a (?:bit|little|lot)|much)\s+)?less)"
+    r"\s+(?P<word>[a-z ]+)",
     re.I,
 )
+"""What shall be less of a fault: "not so dark", "make it less flat"."""
 _OFF_EN = re.compile(
     rf"(?:the\s+|these\s+|its\s+|my\s+)?(?:colou?rs?|white balance|skin tones?)\s+{_VERB}\s+{_ADVERBS}"
     r"(?:all\s+|completely\s+)?(?:off|wrong|weird|strange|odd|unnatural|not right)",

@@ -10,6 +10,7 @@ several wishes into one sentence. Pure functions; English and Chinese.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -46,14 +47,20 @@ ALIKE = tuple(
 """Edits of which either is right for many a sentence ("too dark"): their probabilities count together."""
 
 
-TAKEN = 0.55
+TAKEN = 0.6
 """Probability from which the whole's edits are served where rules and cuts found nothing clear."""
 MORE = 0.6
 """The same where they found some of the whole's edits: a wish that they lost."""
-OTHER = 0.75
-"""The same where they found others."""
-DOUBT = 0.65
+OTHER = 0.9
+"""The same where they found others, and no rule cured a complaint: "too cold" names what is not asked for."""
+DOUBT = 0.75
 """Probability of other edits, or of none, from which what they found is not served either."""
+NEGATES = re.compile(
+    r"\b(?:not|no|never|without|instead|rather|except|nor|neither|anything but)\b|n['’]t\b"
+    r"|不要|不用|不想|不需|不必|无需|别(?!的|人)|除了|取消|而不是|不变|不动|勿",
+    re.IGNORECASE,
+)
+"""Sentences that may say what is not to be done: rules read those, and what they found stands."""
 FRAMES = {"little": {"en": "{} a little", "zh": "稍微{}"}, "strong": {"en": "{} a lot", "zh": "大幅{}"}}
 """Words of strength around an edit's own sentence."""
 
@@ -105,19 +112,27 @@ def same(one: Sequence[str], other: Sequence[str]) -> bool:
     return not left
 
 
-def stands(whole: Whole, found: Sequence[str], withdrawn: Collection[str] = ()) -> Standing:
+def stands(
+    whole: Whole, found: Sequence[str], withdrawn: Collection[str] = (), *, negated: bool = False, cured: bool = False
+) -> Standing:
     """Say whether the whole's edits stand, or those that rules and cuts found (none: nothing clear).
 
-    `withdrawn`: edits that are read and not offered; the whole is not asked about them.
+    `withdrawn`: edits that are read and not offered; the whole is not asked about them. `negated`: whether the sentence
+    may say what is not to be done (`NEGATES`). `cured`: whether a rule read a complaint or a name.
     """
     if any(edit in withdrawn for edit in (*whole.edits, *found)):
         return Standing.PARTS
     if not found:
         return Standing.WHOLE if whole.edits and whole.probability >= TAKEN else Standing.PARTS
-    if same(found, whole.edits):
+    if negated or same(found, whole.edits):
         return Standing.PARTS
-    lost = len(whole.edits) > len(found) and all(any(same((one,), (other,)) for other in whole.edits) for one in found)
-    if whole.edits and whole.probability >= (MORE if lost else OTHER):
+    fewer, more = sorted((tuple(found), whole.edits), key=len)
+    within = len(fewer) < len(more) and all(any(same((one,), (other,)) for other in more) for one in fewer)
+    if within and len(whole.edits) > len(found):
+        return Standing.WHOLE if whole.probability >= MORE else Standing.PARTS
+    if cured or (within and whole.edits):
+        return Standing.PARTS
+    if whole.edits and whole.probability >= OTHER:
         return Standing.WHOLE
     return Standing.NEITHER if whole.probability >= DOUBT else Standing.PARTS
 

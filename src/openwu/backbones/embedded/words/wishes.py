@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from openwu.backbones.embedded.words import restrictions
-from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
+from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, check_amounts, find_amount, strength_of
 from openwu.backbones.embedded.words.complaints import cures
 from openwu.backbones.embedded.words.cuts import CLEAR, CLEAR_NEAR, POSSIBLE, POSSIBLE_NEAR, judge
 from openwu.backbones.embedded.words.joined import joined, near
@@ -73,6 +73,7 @@ def wishes(instruction: str, read: Read, accepted: float) -> tuple[Wish, ...]:
     """
     check_language(instruction)
     check_request(instruction)
+    check_amounts(instruction)
     instruction = _without_idle(instruction, read, accepted)
     whole = read([instruction])[0]
     if whole.sentence:

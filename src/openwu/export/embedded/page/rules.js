@@ -102,7 +102,8 @@ export class Rules {
       const sure = found.every((each) => this.isWish(each.reading, this.accepted));
       const clear = sure ? found.map((each) => each.reading.edit) : [];
       const whole = likeliestEdits(await this.places(text), this.whole, this.outOfScope);
-      const standing = stands(whole, clear, (edit) => Boolean(this.examples[edit]?.withdrawn), this.whole);
+      const said = { negated: this.whole.NEGATES.test(text), cured: found.some((each) => each.reading.sentence) };
+      const standing = stands(whole, clear, (edit) => Boolean(this.examples[edit]?.withdrawn), said, this.whole);
       const taken = standing === "whole" ? await this.wishesOfWhole(whole, text) : null;
       if (taken !== null) return taken;
       if (standing !== "parts") {
@@ -166,6 +167,7 @@ export class Rules {
   async wishesOf(sentence) {
     this.checkLanguage(sentence);
     this.checkRequest(sentence);
+    this.checkAmounts(sentence);
     const instruction = await this.withoutIdle(sentence);
     let [whole] = await this.read([instruction]);
     if (whole.sentence) return [asWish(instruction, whole)];
@@ -203,6 +205,13 @@ export class Rules {
   checkRequest(instruction) {
     if (this.language._NO_REQUEST.some((pattern) => pattern.test(instruction.trim()))) {
       throw new Refusal("This reads as a question or another matter, not as an edit of this picture; say what shall become of it.");
+    }
+  }
+
+  checkAmounts(sentence) {
+    for (const pattern of [this.amounts._SIGNED, this.amounts._FACTOR]) {
+      const found = pattern.exec(sentence);
+      if (found) throw new Refusal(`Expected an amount in words, such as “30% less saturation”, got “${found[0].trim()}”.`);
     }
   }
 

@@ -27,14 +27,17 @@ export function same(one, other, { ALIKE }) {
   return !left.length;
 }
 
-// "whole", "parts" or "neither"; found: the edits by rules and cuts, none where nothing is clear
-export function stands(whole, found, isWithdrawn, table) {
+// "whole", "parts" or "neither"; found: the edits by rules and cuts, none where nothing is clear; negated: whether the
+// sentence may say what is not to be done; cured: whether a rule read a complaint or a name
+export function stands(whole, found, isWithdrawn, { negated, cured }, table) {
   const { edits, probability } = whole;
   if ([...edits, ...found].some(isWithdrawn)) return "parts";
   if (!found.length) return edits.length && probability >= table.TAKEN ? "whole" : "parts";
-  if (same(found, edits, table)) return "parts";
-  const known = (one) => edits.some((other) => same([one], [other], table));
-  const lost = edits.length > found.length && found.every(known);
-  if (edits.length && probability >= (lost ? table.MORE : table.OTHER)) return "whole";
+  if (negated || same(found, edits, table)) return "parts";
+  const within = (fewer, more) =>
+    fewer.length < more.length && fewer.every((one) => more.some((other) => same([one], [other], table)));
+  if (within(found, edits)) return probability >= table.MORE ? "whole" : "parts";
+  if (cured || (edits.length && within(edits, found))) return "parts";
+  if (edits.length && probability >= table.OTHER) return "whole";
   return probability >= table.DOUBT ? "neither" : "parts";
 }
