@@ -70,7 +70,7 @@ def check_amounts(sentence: str) -> None:
     for pattern in (_SIGNED, _FACTOR):
         if found := pattern.search(sentence):
             raise InstructionError(
-                "instruction: expected an amount in words and per cent or stops, such as '30% less saturation', 'half a "
+                "instruction: expected an amount in words and per cent or stops, as '30% less saturation', 'half a "
                 f"stop darker' or 饱和度降低30%, got {found[0].strip()!r}; say it so, or leave it out"
             )
 
