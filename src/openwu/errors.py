@@ -35,6 +35,11 @@ class InstructionError(OpenwuError):
 class UnclearError(InstructionError):
     """An instruction that may ask for one of several edits, or for all of them."""
 
+    def __init__(self, message: str, edits: tuple[str, ...] = ()) -> None:
+        """`edits`: those that it may ask for."""
+        super().__init__(message)
+        self.edits = edits
+
 
 class ExampleError(InstructionError):
     """An example of an edit whose pairs show none (too small, two scenes, no change), or one that is not reproduced."""

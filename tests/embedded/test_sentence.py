@@ -14,6 +14,7 @@ import openwu
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.sentence import FILE, SentenceConfig, SentenceReader
 from openwu.backbones.embedded.words.whole import (
+    AGREED,
     ALIKE,
     DOUBT,
     MORE,
@@ -99,6 +100,14 @@ def test_the_surer_answer_stands(
     edits: tuple[str, ...], probability: float, found: Sequence[str], standing: Standing
 ) -> None:
     assert stands(Whole(edits, probability), found, withdrawn=("snow",)) is standing
+
+
+def test_readers_that_agree_need_less_certainty() -> None:
+    whole = Whole(("lift_shadows", "cool"), AGREED)
+    assert stands(whole, ()) is Standing.PARTS
+    assert stands(whole, (), guessed=("brighten",)) is Standing.WHOLE
+    assert stands(whole, (), guessed=("brighten", "add_noise")) is Standing.PARTS
+    assert stands(Whole(("cool",), AGREED), (), guessed=("cool",)) is Standing.PARTS
 
 
 def test_what_rules_read_of_negations_and_complaints_stands() -> None:

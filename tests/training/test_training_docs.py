@@ -23,7 +23,7 @@ TRAININGS = [shlex.split(line.partition("openwu ")[2]) for line in COMMANDS if "
 
 
 def test_the_page_has_commands() -> None:
-    assert len(TRAININGS) == 12
+    assert len(TRAININGS) == 13
     assert all(line.split()[0] in ("openwu", "torchrun", "accelerate", "tensorboard") for line in COMMANDS)
 
 

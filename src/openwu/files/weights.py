@@ -52,11 +52,12 @@ def packed(tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: Collection[s
 
 def unpacked(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what `packed` made whole again, in float16, the dtype of the factors."""
-    scales = {name.removesuffix(SCALE): value for name, value in stored.items() if name.endswith(SCALE)}
+    rows = {name for name, value in stored.items() if value.dtype == torch.int8 and name + SCALE in stored}
+    scales = {name + SCALE for name in rows}
     return {
-        name: value if name not in scales else (value.float() * scales[name].float()[:, None]).half()
+        name: (value.float() * stored[name + SCALE].float()[:, None]).half() if name in rows else value
         for name, value in stored.items()
-        if not name.endswith(SCALE)
+        if name not in scales
     }
 
 

@@ -62,10 +62,12 @@ def read_wishes(encoder: InstructionEncoder, reader: SentenceReader | None, text
     except UnclearError as error:
         unclear = error
     if reader is not None:
-        clear = [each.reading.edit for each in found] if all(each.reading.is_wish(accepted) for each in found) else []
+        edits = [each.reading.edit for each in found] if unclear is None else list(unclear.edits)
+        is_clear = unclear is None and all(each.reading.is_wish(accepted) for each in found)
+        clear, guessed = (edits, []) if is_clear else ([], edits)
         whole = reader.read([text])[0]
         negated, cured = bool(NEGATES.search(text)), any(each.reading.sentence for each in found)
-        standing = stands(whole, clear, withdrawn, negated=negated, cured=cured)
+        standing = stands(whole, clear, withdrawn, guessed=guessed, negated=negated, cured=cured)
         if standing is Standing.WHOLE and (taken := wishes_of(whole, text, read, accepted)):
             return taken
         if standing is not Standing.PARTS:
@@ -80,7 +82,8 @@ def _contradiction(text: str, found: Sequence[str], whole: Sequence[str]) -> Unc
     meant = f"{one}, or {other or 'none'}" if one else other
     return UnclearError(
         f"instruction: {text!r} may ask for {meant}, and it is not clear which; say it in other words, choose one with "
-        "--edit NAME (edit=), or say each wish by itself with --then (then=)"
+        "--edit NAME (edit=), or say each wish by itself with --then (then=)",
+        (*found, *whole),
     )
 
 

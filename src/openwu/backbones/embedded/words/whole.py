@@ -49,7 +49,9 @@ ALIKE = tuple(
 
 TAKEN = 0.6
 """Probability from which the whole's edits are served where rules and cuts found nothing clear."""
-MORE = 0.6
+AGREED = 0.4
+"""The same for two wishes or more where what they found, without being clear, is among them."""
+MORE = 0.7
 """The same where they found some of the whole's edits: a wish that they lost."""
 OTHER = 0.9
 """The same where they found others, and no rule cured a complaint: "too cold" names what is not asked for."""
@@ -113,21 +115,29 @@ def same(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def stands(
-    whole: Whole, found: Sequence[str], withdrawn: Collection[str] = (), *, negated: bool = False, cured: bool = False
+    whole: Whole,
+    found: Sequence[str],
+    withdrawn: Collection[str] = (),
+    *,
+    guessed: Sequence[str] = (),
+    negated: bool = False,
+    cured: bool = False,
 ) -> Standing:
     """Say whether the whole's edits stand, or those that rules and cuts found (none: nothing clear).
 
-    `withdrawn`: edits that are read and not offered; the whole is not asked about them. `negated`: whether the sentence
-    may say what is not to be done (`NEGATES`). `cured`: whether a rule read a complaint or a name.
+    `withdrawn`: edits that are read and not offered; the whole is not asked about them. `guessed`: what rules and cuts
+    found without being clear. `negated`: whether the sentence may say what is not to be done (`NEGATES`). `cured`:
+    whether a rule read a complaint or a name.
     """
     if any(edit in withdrawn for edit in (*whole.edits, *found)):
         return Standing.PARTS
     if not found:
-        return Standing.WHOLE if whole.edits and whole.probability >= TAKEN else Standing.PARTS
+        agreed = bool(guessed) and len(whole.edits) > 1 and _within(guessed, whole.edits)
+        return Standing.WHOLE if whole.edits and whole.probability >= (AGREED if agreed else TAKEN) else Standing.PARTS
     if negated or same(found, whole.edits):
         return Standing.PARTS
     fewer, more = sorted((tuple(found), whole.edits), key=len)
-    within = len(fewer) < len(more) and all(any(same((one,), (other,)) for other in more) for one in fewer)
+    within = len(fewer) < len(more) and _within(fewer, more)
     if within and len(whole.edits) > len(found):
         return Standing.WHOLE if whole.probability >= MORE else Standing.PARTS
     if cured or (within and whole.edits):
@@ -135,6 +145,10 @@ def stands(
     if whole.edits and whole.probability >= OTHER:
         return Standing.WHOLE
     return Standing.NEITHER if whole.probability >= DOUBT else Standing.PARTS
+
+
+def _within(some: Sequence[str], edits: Sequence[str]) -> bool:
+    return all(any(same((one,), (other,)) for other in edits) for one in some)
 
 
 def wishes_of(whole: Whole, sentence: str, read: Read, accepted: float) -> tuple[Wish, ...] | None:

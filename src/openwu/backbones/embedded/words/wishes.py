@@ -350,7 +350,8 @@ def _by_cuts(text: str, whole: Reading, read: Read, accepted: float, inner: bool
         named = " and ".join(f"{_plain(each.reading.edit)} ({each.text!r})" for each in found)
         raise UnclearError(
             f"instruction: {text!r} may ask for more than one edit, {named}, and it is not clear which; ask for one of "
-            "them, or say each wish by itself with --then (then=)"
+            "them, or say each wish by itself with --then (then=)",
+            tuple(each.reading.edit for each in found),
         )
     return tuple({each.reading.edit: each for each in reversed(found)}.values())[::-1]
 

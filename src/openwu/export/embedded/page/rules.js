@@ -6,7 +6,13 @@ import { likeliestEdits, stands } from "./whole.js";
 export class Refusal extends Error {}
 
 // An instruction that may ask for one of several edits, or for all of them.
-class Unclear extends Refusal {}
+class Unclear extends Refusal {
+  // edits: those that it may ask for
+  constructor(message, edits) {
+    super(message);
+    this.edits = edits;
+  }
+}
 
 const PUNCTUATION = " ,.;:!?，。；：！？";
 const has = (table, key) => Object.hasOwn(table, key);
@@ -99,17 +105,21 @@ export class Rules {
       unclear = error;
     }
     if (this.places !== null) {
-      const sure = found.every((each) => this.isWish(each.reading, this.accepted));
-      const clear = sure ? found.map((each) => each.reading.edit) : [];
+      const edits = unclear === null ? found.map((each) => each.reading.edit) : unclear.edits;
+      const sure = unclear === null && found.every((each) => this.isWish(each.reading, this.accepted));
+      const [clear, guessed] = sure ? [edits, []] : [[], edits];
       const whole = likeliestEdits(await this.places(text), this.whole, this.outOfScope);
-      const said = { negated: this.whole.NEGATES.test(text), cured: found.some((each) => each.reading.sentence) };
+      const said = { guessed, negated: this.whole.NEGATES.test(text), cured: found.some((each) => each.reading.sentence) };
       const standing = stands(whole, clear, (edit) => Boolean(this.examples[edit]?.withdrawn), said, this.whole);
       const taken = standing === "whole" ? await this.wishesOfWhole(whole, text) : null;
       if (taken !== null) return taken;
       if (standing !== "parts") {
         const [one, other] = [clear, whole.edits].map((edits) => edits.map(plain).join(" and "));
         const meant = one ? `${one}, or ${other || "none"}` : other;
-        throw new Unclear(`This may ask for ${meant}, and it is not clear which; say it in other words.`);
+        throw new Unclear(`This may ask for ${meant}, and it is not clear which; say it in other words.`, [
+          ...clear,
+          ...whole.edits,
+        ]);
       }
     }
     if (unclear !== null) throw unclear;
@@ -467,7 +477,9 @@ export class Rules {
     const repeated = this.cures(left).length && !this.cures(right).length && !this.isCommand(right);
     if (!clear || repeated || found.length > this.wishes.MOST_WISHES) {
       const named = found.map((each) => `${plain(each.reading.edit)} (“${each.text}”)`).join(" and ");
-      throw new Unclear(`This may ask for more than one edit, ${named}, and it is not clear which; ask for one of them.`);
+      throw new Unclear(`This may ask for more than one edit, ${named}, and it is not clear which; ask for one of them.`,
+        found.map((each) => each.reading.edit),
+      );
     }
     return found.filter((each, at) => found.findIndex((other) => other.reading.edit === each.reading.edit) === at);
   }

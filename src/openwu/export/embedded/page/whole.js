@@ -28,14 +28,18 @@ export function same(one, other, { ALIKE }) {
 }
 
 // "whole", "parts" or "neither"; found: the edits by rules and cuts, none where nothing is clear; negated: whether the
-// sentence may say what is not to be done; cured: whether a rule read a complaint or a name
-export function stands(whole, found, isWithdrawn, { negated, cured }, table) {
+// sentence may say what is not to be done; cured: whether a rule read a complaint or a name;
+// guessed: what rules and cuts found without being clear
+export function stands(whole, found, isWithdrawn, { guessed, negated, cured }, table) {
   const { edits, probability } = whole;
   if ([...edits, ...found].some(isWithdrawn)) return "parts";
-  if (!found.length) return edits.length && probability >= table.TAKEN ? "whole" : "parts";
+  const among = (some, others) => some.every((one) => others.some((other) => same([one], [other], table)));
+  if (!found.length) {
+    const bar = guessed.length && edits.length > 1 && among(guessed, edits) ? table.AGREED : table.TAKEN;
+    return edits.length && probability >= bar ? "whole" : "parts";
+  }
   if (negated || same(found, edits, table)) return "parts";
-  const within = (fewer, more) =>
-    fewer.length < more.length && fewer.every((one) => more.some((other) => same([one], [other], table)));
+  const within = (fewer, more) => fewer.length < more.length && among(fewer, more);
   if (within(found, edits)) return probability >= table.MORE ? "whole" : "parts";
   if (cured || (edits.length && within(edits, found))) return "parts";
   if (edits.length && probability >= table.OTHER) return "whole";
