@@ -51,7 +51,7 @@ def site(editor: Editor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser") / "site"
     assert isinstance(editor.backbone, EmbeddedBase)
     written = write_page(editor.backbone, editor.generator, folder, runtime=RUNTIME)
-    assert set(written.differences) == {"words", "adapter", "edit"}
+    assert set(written.differences) == {"words", "sentence", "adapter", "edit"}
     assert max(written.differences.values()) <= TOLERANCE
     return folder
 
@@ -127,6 +127,7 @@ def edited(
         ("20% brighter", "brighten"),
         ("加颗粒", "add noise"),
         ("black and white with grain", "black and white"),
+        ("hdr and super saturated", "hdr"),  # by the sentence reader
     ],
 )
 def test_edits_are_the_editors(page: Any, editor: Editor, photo: Path, instruction: str, understood: str) -> None:

@@ -95,7 +95,8 @@ def test_one_training_makes_the_whole_model(whole: EmbeddedRecipe, tmp_path: Pat
 
     editor = Editor.from_pretrained(run / "model")
     assert editor.edit(photo, "make it brighter", allow_out_of_scope=True).image.size == photo.size
-    pairs = [(photo, Image.eval(photo, lambda value: value // 2))]
+    before = photo.resize((48, 34))  # of which both sides are those of an example, at least
+    pairs = [(before, Image.eval(before, lambda value: value // 2))]
     shown = editor.edit(photo, example=pairs, allow_out_of_scope=True)
     assert shown.image.size == photo.size
     assert shown.reproduced is not None

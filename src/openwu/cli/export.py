@@ -61,7 +61,7 @@ def run_browser(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--model: expected an embedded model, got {editor.name}; leave it out for the package's")
     runtime = None if arguments.runtime is None else Path(arguments.runtime)
     output = Path(arguments.output)
-    note("exporting three graphs, which takes a few minutes of one processor core")
+    note("exporting the graphs, which takes a few minutes of one processor core")
     written = write_page(base, editor.generator, output, runtime=runtime, check=not arguments.no_check)
     say(f"{output}: {written.bytes_to_load / 1e6:.1f} MB")
     for name, found in written.differences.items():
