@@ -32,7 +32,9 @@ _STOPS = re.compile(
     re.IGNORECASE,
 )
 _SIGNED = re.compile(
-    r"(?:^|[^\d\s\-−–])\s*[\-−–]\s?(?P<value>\d+(?:\.\d+)?\s*(?:%|％|percent\b|-?stops?\b|EVs?\b|档))", re.IGNORECASE
+    r"(?:^|(?<=[^\d\s\-−–])\s*|(?<=[^\d\s\-−–]\s))[\-−–]\s?"
+    r"(?P<value>\d+(?:\.\d+)?\s*(?:%|％|percent\b|-?stops?\b|EVs?\b|档))",
+    re.IGNORECASE,
 )
 """A number below zero: "saturation -30%", which says less in another way than words do."""
 _FACTOR = re.compile(
