@@ -1,6 +1,6 @@
-"""The model inside the package goes on: base, then condition encoder and generator, with more photographs.
+"""The model inside the package goes on: base, then condition encoder and generator, then examples.
 
-openwu train recipes/embedded_on.py
+Half of the repairs have the damage of cameras and files. `openwu train recipes/embedded_on.py`
 """
 
 from dataclasses import replace
@@ -9,26 +9,34 @@ from pathlib import Path
 from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.run import load_recipe
 
-MISSED = ("deblur", "white_balance", "scratches", "remove_motion_blur", "colourise")
+MISSED = ("deblur", "white_balance", "remove_motion_blur", "colourise", "denoise", "remove_jpeg", "restore")
 """What fell short of its goal, or barely reached it, comes up more often."""
 
 
 def recipe() -> EmbeddedRecipe:
-    begun = load_recipe(Path(__file__).with_name("embedded_first.py"), [])
-    assert isinstance(begun, EmbeddedRecipe)
-    base = replace(begun.base, steps=1800, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=3e-4)
+    begun = load_recipe(Path(__file__).with_name("embedded_examples.py"), [])
+    assert isinstance(begun, EmbeddedRecipe) and begun.examples is not None
+    base = replace(begun.base, steps=2000, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=3e-4)
     generator = replace(
-        begun.generator, steps=1800, learning_rate=6e-4, matrix_learning_rate=2e-3, decay=0.8, first_floor=3e-3
+        begun.generator, steps=2200, learning_rate=6e-4, matrix_learning_rate=2e-3, decay=0.8, first_floor=3e-3
+    )
+    examples = replace(
+        begun.examples, steps=2000, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=1e-3
     )
     return replace(
         begun,
         name="embedded_on",
-        start="src/openwu/backbones/embedded/weights",
-        stages=("base", "generator"),
+        stages=("base", "generator", "examples"),
         base=base,
         generator=generator,
+        examples=examples,
+        plain_examples=0,
+        colour_examples=0.3,
         shared=replace(begun.shared, steps=generator.steps, first_floor=generator.first_floor),
-        base_edits=(*begun.base_edits, "deblur", "remove_motion_blur"),
+        base_edits=(*begun.base_edits, "deblur", "denoise", "remove_motion_blur", "remove_jpeg"),
         edits=(*begun.edits, *MISSED),
-        seed=1,
+        cameras=0.5,
+        bf16=True,
+        evaluate_every=200,
+        seed=2,
     )

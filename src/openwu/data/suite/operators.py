@@ -102,8 +102,17 @@ def in_cell(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 def jpeg(x: Tensor, quality: int) -> Tensor:
     """There and back through a JPEG file."""
+    return _through_a_file(x, "JPEG", quality)
+
+
+def webp(x: Tensor, quality: int) -> Tensor:
+    """There and back through a WebP file."""
+    return _through_a_file(x, "WEBP", quality)
+
+
+def _through_a_file(x: Tensor, kind: str, quality: int) -> Tensor:
     pixels = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    Image.fromarray(pixels).save(file, kind, quality=quality)
     with Image.open(file) as decoded:
         return torch.from_numpy(np.array(decoded)).permute(2, 0, 1).to(x) / 255

@@ -41,6 +41,8 @@ SHARED = "shared"
 
 IN_ROWS = ("phrases.weight",)
 """Weights that are stored by 8-bit rows: the linear reader's table, half of the instruction encoder."""
+OFFERED = ("accepted_percent", "withdrawn")
+"""Fields of the instruction encoder's config that say what a model offers, not how large it is."""
 _PARTS = ("instruction", "backbone", "condition", "generator")
 
 
@@ -62,6 +64,11 @@ class EmbeddedConfig(EmbeddedBaseConfig):
                 f"generator.branches: expected {SHOWN!r} if and only if condition.examples is true, "
                 f"got {sorted(self.generator.branches)}"
             )
+
+    def offering(self, other: EmbeddedConfig) -> EmbeddedConfig:
+        """Return these sizes with what another model offers: the edits that it withdraws, its bar of acceptance."""
+        offered = {name: getattr(other.instruction, name) for name in OFFERED}
+        return dataclasses.replace(self, instruction=dataclasses.replace(self.instruction, **offered))
 
     def with_examples(self, d_model: int, head_dim: int, dim_accumulation: int, blocks: int) -> EmbeddedConfig:
         """Return the sizes of a model that reads examples, too: their tokens, and a branch of the generator for them.

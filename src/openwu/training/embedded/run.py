@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -99,6 +100,8 @@ def train(
             load_weights(folder / name, _trained(name, model), getattr(recipe, name).steps)
             if name == "examples":  # Its tokens of no words are learned before its first step, and not in its state.
                 ensure_wordless(recipe, model, pictures)
+        if name == "base" and name in recipe.stages and model.instruction.wordless is not None:
+            model.instruction.wordless.data.zero_()  # Those of a start are its base's; this one learns its own.
         if name == complete:  # The model is complete; the baseline is no part of it.
             _export(recipe, model, folder, before, known, sentences=phrases_hash(), photographs=hashes)
 
@@ -162,16 +165,18 @@ def train_wording(
 def starting_model(recipe: EmbeddedRecipe) -> tuple[EmbeddedModel, dict[str, Any] | None]:
     """Load the recipe's start with its provenance, or make a new model, which has None.
 
-    A start that was made without examples gets new parts for them.
+    A start that was made without examples gets new parts for them; what it offers (edits withdrawn, the bar of
+    acceptance) stays as it is.
     """
     if recipe.start is None:
         return new_model(recipe), None
     model = EmbeddedModel.from_pretrained(recipe.start)
-    if model.config != recipe.model and model.config == recipe.model.without_examples():
-        grown = new_model(recipe)
+    wanted = recipe.model.offering(model.config)
+    if model.config != wanted and model.config == wanted.without_examples():
+        grown = new_model(dataclasses.replace(recipe, model=wanted))
         grown.load_state_dict({**grown.state_dict(), **model.state_dict()})
         model = grown
-    if model.config != recipe.model:
+    if model.config != wanted:
         raise OpenwuError(
             f"start: expected a model of the recipe's sizes and labels, got another one in {recipe.start}; "
             "change the recipe's model, or start from nothing"
