@@ -15,7 +15,8 @@ MISSED = ("deblur", "white_balance", "remove_motion_blur", "colourise", "denoise
 
 def recipe() -> EmbeddedRecipe:
     begun = load_recipe(Path(__file__).with_name("embedded_examples.py"), [])
-    assert isinstance(begun, EmbeddedRecipe) and begun.examples is not None
+    assert isinstance(begun, EmbeddedRecipe)
+    assert begun.examples is not None
     base = replace(begun.base, steps=2000, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=3e-4)
     generator = replace(
         begun.generator, steps=2200, learning_rate=6e-4, matrix_learning_rate=2e-3, decay=0.8, first_floor=3e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image, ImageFilter
 from test_record import case
 
 from openwu.errors import OpenwuError
-from openwu.evaluation.benchmarks import real
+from openwu.evaluation.benchmarks import real, sensors
 from openwu.evaluation.cases import Case
 from openwu.evaluation.judges import EDITED, FAILED, SCORED, TARGET, Question
 from openwu.evaluation.judges.fidelity import BASIC, MEASURES, fidelity_judge
@@ -45,6 +46,65 @@ def test_codecs_damage_photographs_and_keep_their_size(monkeypatch: pytest.Monke
         assert 15 < float(psnr(each.picture, each.target)) < 38
     with pytest.raises(OpenwuError, match=r"found no vtest\.avi"):
         real.load(Path(__file__).parent, Path())
+
+
+def profiles_of(folder: Path, scale: float = 1.0) -> Path:
+    """A file as darktable's, with invented numbers."""
+    isos = [
+        {
+            "name": f"iso {iso}",
+            "iso": iso,
+            "a": [2e-7 * iso * scale, 1e-7 * iso * scale, 2e-7 * iso * scale],
+            "b": [1e-6] * 3,
+        }
+        for iso in (6400, 100, 1600)
+    ]
+    makers: dict[str, list[dict[str, object]]] = {}
+    for maker, model in sensors.SENSORS:
+        makers.setdefault(maker, []).append({"model": model, "profiles": isos})
+    file = folder / "noiseprofiles.json"
+    listed = [{"maker": maker, "models": models} for maker, models in makers.items()]
+    file.write_text(json.dumps({"version": 0, "noiseprofiles": listed}))
+    return file
+
+
+def test_a_sensors_noise_grows_with_its_sensitivity(tmp_path: Path, clean: Image.Image) -> None:
+    source = torch.from_numpy(np.array(clean)).permute(2, 0, 1).float() / 255
+    profiles = sensors.read_profiles(profiles_of(tmp_path))
+    assert [name for _, name in sensors.SENSORS] == list(profiles)
+    low, middle, high = profiles["D90"]
+    assert [each.iso for each in (low, middle, high)] == [100, 1600, 6400]
+    truth = sensors.taken(source, None)
+    quality = [float(psnr(sensors.taken(source, each, seed=1)[None], truth[None])) for each in (low, middle, high)]
+    assert quality[0] > quality[1] + 5 > quality[2] + 8
+    assert torch.equal(sensors.taken(source, high, seed=1), sensors.taken(source, high, seed=1))
+    assert not torch.equal(sensors.taken(source, high, seed=1), sensors.taken(source, high, seed=2))
+    assert 20 < float(psnr(truth[None], source[None])) < 45  # a pattern of colours was put together again
+    grey = torch.full((3, 17, 23), 0.4)
+    torch.testing.assert_close(sensors.taken(grey, None), grey, rtol=0, atol=1e-4)
+
+
+def test_photographs_at_two_sensitivities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clean: Image.Image) -> None:
+    source = torch.from_numpy(np.array(clean)).permute(2, 0, 1).float() / 255
+    file = profiles_of(tmp_path)
+    monkeypatch.setattr(sensors, "PROFILES", file)
+    monkeypatch.setattr(real, "load_test_photographs", lambda _: {"a": source, "b": source.flip(-1)})
+    monkeypatch.setattr(real, "OPENCV_DOC", Path("/nowhere"))
+    monkeypatch.setattr(real, "_codecs", lambda *_: [])
+    cases = {each.key: each for each in real.load(None, Path())}
+    assert sorted(cases) == ["iso-highest-a", "iso-highest-b", "iso1600-a", "iso1600-b"]
+    for name in "ab":
+        middle, high = (
+            float(psnr(cases[key].picture, cases[key].target)) for key in (f"iso1600-{name}", f"iso-highest-{name}")
+        )
+        assert middle > high > 15
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"noiseprofiles": [{"maker": "LGE", "models": []}]}'])
+def test_what_holds_no_profiles_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(OpenwuError, match=r"p\.json: expected darktable's noise profiles with the cameras"):
+        sensors.read_profiles(tmp_path / "p.json")
 
 
 @pytest.mark.slow

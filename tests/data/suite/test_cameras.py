@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from openwu.data.suite import EDITS, Scene
 from openwu.data.suite.batches import PairSampler
-from openwu.data.suite.cameras import DAMAGE, REPAIRS, out_of_focus, saved, sensor_noise, shaken
+from openwu.data.suite.cameras import BALANCE, DAMAGE, REPAIRS, SHOT, out_of_focus, saved, sensor_noise, shaken
 from openwu.data.suite.photographs import load_folder
+from openwu.evaluation.benchmarks.sensors import PROFILES
 
 
 def scene(source: Tensor, seed: int = 0, strength: float = 1.0) -> Scene:
@@ -36,14 +38,41 @@ def test_a_repair_ends_at_the_photograph(name: str, ramp: Tensor) -> None:
     assert not torch.equal(whole.picture, EDITS[name].make_pair(scene(ramp, 1)).picture)
 
 
-def test_noise_grows_with_the_light_and_neighbours_share_it() -> None:
-    dark, light = torch.full((3, 64, 64), 0.05), torch.full((3, 64, 64), 0.9)
-    noise = [torch.stack([sensor_noise(x, scene(x, seed)) - x for seed in range(6)]) for x in (dark, light)]
-    assert noise[1].std() > 1.5 * noise[0].std()
-    neighbours = (noise[1][..., 1:] * noise[1][..., :-1]).mean() / noise[1].square().mean()
-    assert neighbours > 0.2
-    grey = noise[1].mean(1)
-    assert (noise[1] - grey[:, None]).std() > 0.05 * grey.std()  # there is noise of colours, too
+def noise_on(level: float, **how: float) -> Tensor:
+    """The noise of twelve scenes `[12, 3, 64, 64]` on an even grey."""
+    grey = torch.full((3, 64, 64), level)
+    return torch.stack([sensor_noise(grey, scene(grey, seed), **how) - grey for seed in range(12)])
+
+
+def test_noise_is_strongest_in_shadows_and_shared_by_neighbours() -> None:
+    dark, light = noise_on(0.15), noise_on(0.8)
+    assert dark.std() > 1.2 * light.std()
+    for noise in (dark, light):
+        neighbours = (noise[..., 1:] * noise[..., :-1]).mean() / noise.square().mean()
+        assert 0.1 < neighbours < 0.9
+    grey = dark.mean(1)
+    assert (dark - grey[:, None]).std() > 0.3 * grey.std()  # there is noise of colours, too
+
+
+def test_noise_reaches_from_nearly_none_to_that_of_a_pushed_photograph() -> None:
+    deviations = noise_on(0.3).flatten(1).std(1)
+    assert float(deviations.min()) < 0.5 / 255 * 2
+    assert float(deviations.max()) > 5 / 255
+    assert float(noise_on(0.3, most=0.02).flatten(1).std(1).max()) < 2 / 255
+
+
+@pytest.mark.skipif(not PROFILES.is_file(), reason="darktable is not installed")
+def test_noise_spans_the_profiles_of_real_cameras() -> None:
+    """Shot noise of all cameras and sensitivities from 100; the lowest hundredth lies below half a grey level."""
+    makers = json.loads(PROFILES.read_text("utf-8"))["noiseprofiles"]
+    profiles = [p for maker in makers for model in maker["models"] for p in model["profiles"] if p["iso"] >= 100]
+    shot = torch.tensor([float(p["a"][1]) for p in profiles])
+    assert len(shot) > 2000
+    low, high = shot.quantile(0.05), shot.quantile(0.99)
+    assert SHOT[0] < 3 * float(low)
+    assert SHOT[1] > float(high)
+    red, blue = (torch.tensor([p["a"][i] / p["a"][1] for p in profiles if p["a"][1] > 0]).median() for i in (0, 2))
+    assert (float(red), float(blue)) == pytest.approx((BALANCE[0], BALANCE[2]), rel=0.1)
 
 
 def test_blurs_are_discs_and_lines() -> None:

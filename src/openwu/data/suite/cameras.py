@@ -1,11 +1,12 @@
 """Damage as cameras and files do it, for the training pairs of repairs; the suite's own damage is simpler.
 
-Noise arises on the sensor, in linear light and in the sensor's own colours: its variance is `shot * light + read` (Foi et
-al. 2008), and both numbers span what darktable's profiles of 374 cameras have from ISO 100 to 51200. Demosaicing, the
-camera's colour matrix, the sRGB curve and, in half of the pictures, the camera's own noise reduction make of it what a
-file has: strongest in shadows, shared by neighbours, coarser in colour than in brightness. Blur is that of a lens out of
-focus or of a shake at any angle, with noise on it; JPEG files have quality 10 to 50, some were saved twice, and one in
-three is a WebP file. All ranges begin where hardly anything is damaged, so that a repair leaves alone what is fine.
+Noise arises on the sensor, in linear light and in the sensor's own colours: its variance is `shot * light + read`
+(Foi et al. 2008), and both numbers span what darktable's profiles of 374 cameras have from ISO 100 to 51200.
+Demosaicing, the camera's colour matrix, the sRGB curve and, in half of the pictures, the camera's own noise reduction
+make of it what a file has: strongest in shadows, shared by neighbours, coarser in colour than in brightness. Blur is
+that of a lens out of focus or of a shake at any angle, with noise on it; JPEG files have quality 10 to 50, some were
+saved twice, and one in three is a WebP file. All ranges begin where hardly anything is damaged, so that a repair
+leaves alone what is fine.
 
 Shapes: h and w the sides of a picture.
 """
@@ -30,13 +31,13 @@ was underexposed by two stops and lightened has four times as much."""
 READ = (5e-4, 2e-2)
 """Variance without light, as a share of that."""
 BALANCE = (2.1, 1.0, 1.85)
-"""How much more red and blue vary than green, since they are amplified for white to be white; medians of the profiles."""
+"""How much more red and blue vary than green, as they are amplified for white to be white; medians of the profiles."""
 MATRIX = ((1.7, -0.6, -0.1), (-0.2, 1.5, -0.3), (0.0, -0.5, 1.5))
 """From a sensor's red, green and blue to those of a picture; white stays white. A typical one."""
 
 
 def sensor_noise(x: Tensor, scene: Scene, most: float = 1.0) -> Tensor:
-    """Photograph `[3, h, w]` again, by a sensor of any sensitivity; `most`: the highest variance, as a share of SHOT's."""
+    """Take a photograph `[3, h, w]` at any sensitivity; `most`: the highest variance, as a share of SHOT's."""
     low, high = SHOT
     shot = low * (most * high / low) ** scene.uniform(0, 1)
     read = shot * READ[0] * (READ[1] / READ[0]) ** scene.uniform(0, 1)

@@ -1,9 +1,11 @@
 """Photographs damaged by real codecs, cameras and hands, not by our own operators.
 
-Codecs: test photographs at a low rate of H.264 (one frame, by imageio-ffmpeg's program), WebP, AVIF and JPEG 2000, as
-their encoders make them. Camera: frames of a still camera with their median as truth. Shake and defocus: photographs
-without any truth; they are in the pictures of a report and in no number. The last two are read from Debian's package
-opencv-doc where it is installed, or from `--data`; their licences are unclear, so they are never copied into anything.
+Codecs: test photographs at a low rate of H.264 (one frame, by imageio-ffmpeg's program), JPEG, WebP, AVIF and
+JPEG 2000, as their encoders make them. Sensitivity: test photographs with the noise of real cameras at ISO 1600 and at
+their highest, where darktable's profiles are installed (`sensors.py`). Camera: frames of a still camera with their
+median as truth. Shake and defocus: photographs without any truth; they are in the pictures of a report and in no
+number. The last two are read from Debian's package opencv-doc where it is installed, or from `--data`; their licences
+are unclear, so they are never copied into anything.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from openwu.data.suite.photographs import load_test_photographs
 from openwu.errors import OpenwuError
+from openwu.evaluation.benchmarks import sensors
 from openwu.evaluation.cases import Case, image_tensor
 from openwu.evaluation.pictures import to_image
 from openwu.extras import library
@@ -29,12 +32,15 @@ SIDE = 256
 """Longest side of a photograph in pixels: the opponents are slow."""
 ARTEFACTS, NOISE, BLUR = "remove the compression artefacts", "remove the noise", "make the blurred photo sharp"
 PILLOW_CODECS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "jpeg": ("JPEG", "jpg", {"quality": 15}),
     "webp": ("WEBP", "webp", {"quality": 5}),
     "avif": ("AVIF", "avif", {"quality": 25, "speed": 6}),
     "jpeg2000": ("JPEG2000", "jpg_2000", {"quality_mode": "rates", "quality_layers": [60]}),
 }
 """Task -> Pillow's format, its feature, and settings of a low rate."""
 H264_QUANTISER = 38
+FROM_CAMERA = 95
+"""Quality of a camera's JPEG files; their colours are as fine as their brightness here, since pictures are small."""
 FRAMES = 40
 """Frames whose median is the truth."""
 STEADY = 0.12
@@ -46,6 +52,8 @@ def load(folder: Path | None, _work: Path, *, partial: bool = False, side: int =
     photographs = load_test_photographs(side)
     chosen = sorted(photographs)[:2] if partial else sorted(photographs)
     cases = [case for name in chosen for case in _codecs(name, photographs[name])]
+    if sensors.PROFILES.is_file():
+        cases += _sensitivity({name: photographs[name] for name in chosen})
     where = folder or OPENCV_DOC
     if folder is not None and not (folder / "vtest.avi").exists():
         raise OpenwuError(f"real: expected the pictures of opencv-doc in {folder}, found no vtest.avi")
@@ -65,6 +73,23 @@ def _codecs(name: str, source: Tensor) -> list[Case]:
         Case(task, ARTEFACTS, (image_tensor(image),), source, photograph=name, language="en", key=f"{task}-{name}")
         for task, image in damaged.items()
     ]
+
+
+def _sensitivity(photographs: dict[str, Tensor]) -> list[Case]:
+    """Each photograph by a camera of its own, at about ISO 1600 and at the camera's highest."""
+    cameras = list(sensors.read_profiles().values())
+    cases = []
+    for i, (name, source) in enumerate(photographs.items()):
+        profiles = cameras[i % len(cameras)]
+        middle = min(profiles, key=lambda each: abs(each.iso - 1600))
+        for task, profile in (("iso1600", middle), ("iso-highest", profiles[-1])):
+            buffer = io.BytesIO()
+            to_image(sensors.taken(source, profile, seed=i)).save(buffer, "JPEG", quality=FROM_CAMERA, subsampling=0)
+            with Image.open(buffer) as image:
+                picture = image_tensor(image.convert("RGB"))
+            truth = sensors.taken(source, None)
+            cases.append(Case(task, NOISE, (picture,), truth, photograph=name, language="en", key=f"{task}-{name}"))
+    return cases
 
 
 def ffmpeg(*arguments: str, folder: Path) -> None:
