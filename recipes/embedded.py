@@ -13,6 +13,9 @@ from openwu.training.config import StageConfig
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe, WordingRecipe
 from openwu.training.run import load_recipe
 
+WITHDRAWN = ("scratches", "poster", "pixel_art", "stained_glass", "blueprint", "rain", "snow", "take_style")
+"""Learned, and refused by name: a person would not call their results right."""
+
 
 def part(name: str) -> EmbeddedRecipe:
     """Load one of the recipes that made the weights inside the package."""
@@ -29,9 +32,11 @@ def recipe() -> EmbeddedRecipe:
     generator = replace(first.generator, steps=first.generator.steps + 1800 + further.generator.steps)
     assert shown.examples is not None
     assert further.examples is not None
+    offered = replace(further.model.instruction, accepted_percent=85, withdrawn=WITHDRAWN)
     return replace(
         further,
         name="embedded",
+        model=replace(further.model, instruction=offered),
         start=None,
         stages=STAGES,
         instruction=replace(words.wording, weight_decay=first.instruction.weight_decay),

@@ -20,9 +20,6 @@ HARD = ("deblur", "remove_motion_blur", "denoise", "remove_jpeg", "restore")
 REST = tuple(name for name in EDITS if name not in BASE_EDITS)
 REFERENCES = tuple(name for name in EDITS if EDITS[name].needs_reference)
 
-WITHDRAWN = ("scratches", "poster", "pixel_art", "stained_glass", "blueprint", "rain", "snow", "take_style")
-"""Learned, and refused by name: a person would not call their results right."""
-
 MIXED = ((24, 64), (24, 64), (10, 128))
 """Small crops for variety; every third step has larger ones, for context."""
 
@@ -43,7 +40,7 @@ def model() -> EmbeddedConfig:
         groups=tiny_layer_groups(backbone),
     )
     return EmbeddedConfig(
-        InstructionConfig(labels=(*EDITS, OUT_OF_SCOPE), accepted_percent=85, withdrawn=WITHDRAWN),
+        InstructionConfig(labels=(*EDITS, OUT_OF_SCOPE)),
         backbone,
         condition,
         generator,

@@ -14,7 +14,7 @@ from openwu.training.run import load_recipe
 
 
 def recipe() -> EmbeddedRecipe:
-    begun = load_recipe(Path(__file__).with_name("embedded_first.py"), [])
+    begun = load_recipe(Path(__file__).with_name("embedded_examples.py"), [])
     assert isinstance(begun, EmbeddedRecipe)
     return replace(
         begun,

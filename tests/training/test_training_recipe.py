@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from openwu.backbones.embedded.config import WEIGHTS
 from openwu.data.suite import EDITS
 from openwu.data.suite.phrases import OUT_OF_SCOPE
 from openwu.errors import OpenwuError
 from openwu.training.config import StageConfig
 from openwu.training.embedded.config import EmbeddedRecipe
-from openwu.training.embedded.run import train
+from openwu.training.embedded.model import EmbeddedModel
+from openwu.training.embedded.run import starting_model, train
 from openwu.training.run import load_recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "embedded.py"
@@ -26,6 +28,22 @@ def test_the_shipped_recipe_is_sound() -> None:
     assert set(recipe.edits) == set(EDITS)
     assert recipe.model.instruction.labels == (*EDITS, OUT_OF_SCOPE)
     assert load_recipe(SHIPPED, []) == recipe
+
+
+@pytest.mark.parametrize("name", ["embedded_on", "embedded_examples", "shared_lora"])
+def test_recipes_that_go_on_begin_with_the_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SHIPPED.parents[1])
+    recipe = load_recipe(SHIPPED.with_name(f"{name}.py"), [])
+    assert isinstance(recipe, EmbeddedRecipe)
+    model, before = starting_model(recipe)
+    assert before is not None
+    assert model.config == EmbeddedModel.from_pretrained(WEIGHTS).config  # What is withdrawn stays so.
+
+
+def test_the_recipe_from_nothing_offers_what_the_package_offers() -> None:
+    recipe = load_recipe(SHIPPED, [])
+    assert isinstance(recipe, EmbeddedRecipe)
+    assert recipe.model == EmbeddedModel.from_pretrained(WEIGHTS).config
 
 
 def test_overrides_keep_a_fields_type_and_reach_into_parts() -> None:

@@ -102,7 +102,7 @@ def train(
                 ensure_wordless(recipe, model, pictures)
         if name == "base" and name in recipe.stages and model.instruction.wordless is not None:
             model.instruction.wordless.data.zero_()  # Those of a start are its base's; this one learns its own.
-        if name == complete:  # The model is complete; the baseline is no part of it.
+        if name == complete and set(stages) != {"shared"}:  # Complete: the baseline is no part of the model.
             _export(recipe, model, folder, before, known, sentences=phrases_hash(), photographs=hashes)
 
 
