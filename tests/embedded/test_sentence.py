@@ -24,6 +24,7 @@ from openwu.backbones.embedded.words.whole import (
     TAKEN,
     Standing,
     Whole,
+    affirmed,
     likeliest,
     same,
     stands,
@@ -113,11 +114,62 @@ def test_readers_that_agree_need_less_certainty() -> None:
 def test_what_rules_read_of_negations_and_complaints_stands() -> None:
     whole = Whole(("add_noise",), 1.0)
     assert stands(whole, ("cool",)) is Standing.WHOLE
-    assert stands(whole, ("cool",), negated=True) is Standing.PARTS
     assert stands(whole, ("cool",), cured=True) is Standing.PARTS
     assert stands(whole, (), negated=True) is Standing.WHOLE
     assert stands(Whole(("cool", "add_noise"), 1.0), ("cool",), cured=True) is Standing.WHOLE
-    assert stands(Whole(("cool", "add_noise"), 1.0), ("cool",), negated=True) is Standing.PARTS
+    assert stands(Whole((), 1.0), ("cool",), negated=True) is Standing.PARTS
+
+
+@pytest.mark.parametrize(
+    ("edits", "probability", "found", "standing"),
+    [
+        (("cool", "add_noise"), MORE, ("cool",), Standing.WHOLE),  # a wish was lost
+        (("cool",), MORE, ("add_noise", "cool"), Standing.WHOLE),  # what was forbidden is done
+        (("cool",), MORE, ("denoise", "cool"), Standing.PARTS),  # the repair that a denial names
+        (("brighten",), MORE, ("denoise",), Standing.NEITHER),  # such a repair, and a wish that was lost
+        (("brighten",), MORE - 0.01, ("denoise",), Standing.PARTS),
+    ],
+)
+def test_clauses_beside_a_denial_count(
+    edits: tuple[str, ...], probability: float, found: Sequence[str], standing: Standing
+) -> None:
+    assert stands(Whole(edits, probability), found, negated=True) is standing
+
+
+@pytest.mark.parametrize(
+    ("sentence", "rest"),
+    [
+        ("not sepia but black and white with a vignette", "black and white with a vignette"),
+        ("sharpen it, don't add grain", "sharpen it"),
+        ("brighter but not warmer, and sharpen", "brighter, and sharpen"),
+        ("别加颗粒，变黑白，再加暗角", "变黑白, 再加暗角"),
+        ("don't make it warmer", ""),
+        ("make it warm without grain, and sharpen it", "make it warm, and sharpen it"),
+        ("弄成白天，颜色别太浓", "弄成白天, 颜色别太浓"),
+        ("warmer, but not too warm", "warmer, not too warm"),
+        ("变成卡通的，颜色要特别鲜", "变成卡通的, 颜色要特别鲜"),
+        ("make it warmer", "make it warmer"),
+    ],
+)
+def test_clauses_that_deny_are_left_out(sentence: str, rest: str) -> None:
+    assert affirmed(sentence) == rest
+
+
+@pytest.mark.parametrize(
+    ("sentence", "edits"),
+    [
+        ("not sepia but black and white with a vignette", ["black_and_white", "vignette"]),
+        ("sharpen it, don't add grain", ["sharpen"]),
+        ("warmer, but not brighter", ["warm"]),
+        ("no blur please, just sharpen it and add a vignette", ["sharpen", "vignette"]),
+        ("brighter but not warmer, and sharpen", ["brighten", "sharpen"]),
+        ("别加颗粒，变黑白，再加暗角", ["black_and_white", "vignette"]),
+    ],
+)
+def test_a_wish_beside_a_denial_is_not_lost(sentence: str, edits: list[str]) -> None:
+    understood = openwu.Editor.from_pretrained().understand(sentence)
+    assert understood is not None
+    assert [each.edit for each in (understood, *understood.then)] == edits
 
 
 @pytest.mark.parametrize(

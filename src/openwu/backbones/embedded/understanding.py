@@ -9,7 +9,7 @@ from functools import partial
 from openwu.backbones.embedded.catalogue import instead, known_edits, refusal
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.sentence import SentenceReader
-from openwu.backbones.embedded.words.whole import NEGATES, Standing, stands, wishes_of
+from openwu.backbones.embedded.words.whole import NEGATES, Standing, Whole, affirmed, stands, wishes_of
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading, Wish, wishes
 from openwu.errors import InstructionError, UnclearError
 from openwu.types import Understood
@@ -65,10 +65,11 @@ def read_wishes(encoder: InstructionEncoder, reader: SentenceReader | None, text
         edits = [each.reading.edit for each in found] if unclear is None else list(unclear.edits)
         is_clear = unclear is None and all(each.reading.is_wish(accepted) for each in found)
         clear, guessed = (edits, []) if is_clear else ([], edits)
-        whole = reader.read([text])[0]
         negated, cured = bool(NEGATES.search(text)), any(each.reading.sentence for each in found)
+        said = affirmed(text) if negated and clear else text
+        whole = reader.read([said])[0] if said else Whole((), 0.0)
         standing = stands(whole, clear, withdrawn, guessed=guessed, negated=negated, cured=cured)
-        if standing is Standing.WHOLE and (taken := wishes_of(whole, text, read, accepted)):
+        if standing is Standing.WHOLE and (taken := wishes_of(whole, said, read, accepted)):
             return taken
         if standing is not Standing.PARTS:
             raise _contradiction(text, clear, whole.edits)

@@ -19,7 +19,7 @@ from openwu.backbones.embedded.catalogue import phrase
 from openwu.backbones.embedded.words.amounts import LIGHT, MEASURED, find_amount, strength_of
 from openwu.backbones.embedded.words.cuts import SIDE, cuts
 from openwu.backbones.embedded.words.language import is_chinese, word_set
-from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Read, Wish, with_number
+from openwu.backbones.embedded.words.wishes import CLAUSES, OUT_OF_SCOPE, REPAIRS, Read, Wish, with_number
 
 NOTHING = "nothing more"
 """The label of places behind the last wish."""
@@ -59,10 +59,14 @@ DOUBT = 0.75
 """Probability of other edits, or of none, from which what they found is not served either."""
 NEGATES = re.compile(
     r"\b(?:not|no|never|without|instead|rather|except|nor|neither|anything but)\b|n['’]t\b"
-    r"|不要|不用|不想|不需|不必|无需|别(?!的|人)|除了|取消|而不是|不变|不动|勿",
+    r"|不要|不用|不想|不需|不必|无需|(?<![特分区差级性辨])别(?!的|人)|除了|取消|而不是|不变|不动|勿",
     re.IGNORECASE,
 )
-"""Sentences that may say what is not to be done: rules read those, and what they found stands."""
+"""Sentences that may say what is not to be done: their other clauses are read by themselves."""
+EXCESS = re.compile(r"\b(?:not|n['’]t)\b.*\b(?:too|so)\b|[不别]要?太", re.IGNORECASE)
+"""Denials that ask for less of something, or for no more than a little."""
+BESIDE = re.compile(r"\s+(?:without|instead of|rather than|except)\b|而不是", re.IGNORECASE)
+"""What begins a denial at the end of a clause."""
 FRAMES = {"little": {"en": "{} a little", "zh": "稍微{}"}, "strong": {"en": "{} a lot", "zh": "大幅{}"}}
 """Words of strength around an edit's own sentence."""
 
@@ -86,6 +90,16 @@ class Whole:
     """In order; none for a sentence that asks for what no edit does."""
     probability: float
     """Of just these edits; edits that people name for one another (`ALIKE`) count together."""
+
+
+def affirmed(sentence: str) -> str:
+    """Return a sentence without the clauses that may say what is not to be done; "" where all of them may.
+
+    Of a clause that denies at its end, "make it warm without grain", the rest stays.
+    """
+    clauses = [BESIDE.split(clause)[0].strip() for clause in CLAUSES.split(sentence)]
+    denies = [bool(NEGATES.search(clause)) and not EXCESS.search(clause) for clause in clauses]
+    return ", ".join(clause for clause, does in zip(clauses, denies, strict=True) if clause and not does)
 
 
 def likeliest(places: Sequence[Mapping[str, float]]) -> Whole:
@@ -126,16 +140,19 @@ def stands(
     """Say whether the whole's edits stand, or those that rules and cuts found (none: nothing clear).
 
     `withdrawn`: edits that are read and not offered; the whole is not asked about them. `guessed`: what rules and cuts
-    found without being clear. `negated`: whether the sentence may say what is not to be done (`NEGATES`). `cured`:
-    whether a rule read a complaint or a name.
+    found without being clear. `negated`: whether the sentence may say what is not to be done (`NEGATES`); where they
+    found something, `whole` then read its other clauses alone (`affirmed`). `cured`: whether a rule read a complaint or
+    a name.
     """
     if any(edit in withdrawn for edit in (*whole.edits, *found)):
         return Standing.PARTS
     if not found:
         agreed = bool(guessed) and len(whole.edits) > 1 and _within(guessed, whole.edits)
         return Standing.WHOLE if whole.edits and whole.probability >= (AGREED if agreed else TAKEN) else Standing.PARTS
-    if negated or same(found, whole.edits):
+    if same(found, whole.edits):
         return Standing.PARTS
+    if negated:
+        return _beside_denials(whole, found)
     fewer, more = sorted((tuple(found), whole.edits), key=len)
     within = len(fewer) < len(more) and _within(fewer, more)
     if within and len(whole.edits) > len(found):
@@ -145,6 +162,19 @@ def stands(
     if whole.edits and whole.probability >= OTHER:
         return Standing.WHOLE
     return Standing.NEITHER if whole.probability >= DOUBT else Standing.PARTS
+
+
+def _beside_denials(whole: Whole, found: Sequence[str]) -> Standing:
+    """`whole` read the clauses that deny nothing, and `found` is something else.
+
+    What was found beyond that comes out of a denial: the repair that it names ("no fog"), or what was forbidden.
+    """
+    if not whole.edits or whole.probability < MORE:
+        return Standing.PARTS
+    repairs = any(edit in REPAIRS for edit in found if not _within((edit,), whole.edits))
+    if not repairs:
+        return Standing.WHOLE
+    return Standing.PARTS if _within(whole.edits, found) else Standing.NEITHER
 
 
 def _within(some: Sequence[str], edits: Sequence[str]) -> bool:

@@ -155,7 +155,7 @@ _NEGATED_ZH = re.compile(
     r"^(?:请|麻烦|拜托|你|我|千万)*(?:不要|别|不用|不需要|无需|不必|勿|不想要?|不许|不可以?|禁止|避免)"
     r"太?(?:给我|帮我|把它)?(?P<rest>.+)$"
 )
-_CLAUSES = re.compile(r"\s*(?:[,;:.!?，；：。！？]|\bbut\b|\binstead\b|但是?|而是)\s*", re.IGNORECASE)
+CLAUSES = re.compile(r"\s*(?:[,;:.!?，；：。！？]|\bbut\b|\binstead\b|但是?|而是)\s*", re.IGNORECASE)
 _COMPLAINT = re.compile(
     r"^(?:like|see|need|know|care|think|mind|forget|understand|look|even|worry|have|be|leave|let|"
     r"just|only|so|as|that)\b"
@@ -163,7 +163,7 @@ _COMPLAINT = re.compile(
     re.IGNORECASE,
 )
 """What follows a negation that describes a picture or reminds, and commands nothing."""
-_REPAIRS = word_set(
+REPAIRS = word_set(
     "remove_vignette white_balance deblur remove_motion_blur denoise remove_jpeg remove_salt_pepper "
     "restore remove_scratches unfade dehaze remove_rain"
 )
@@ -175,7 +175,7 @@ def _without_negations(instruction: str, whole: Reading, read: Read, accepted: f
 
     Raises InstructionError for a sentence that only says what not to do.
     """
-    clauses = [clause for clause in map(_trimmed, _CLAUSES.split(instruction)) if clause]
+    clauses = [clause for clause in map(_trimmed, CLAUSES.split(instruction)) if clause]
     negated = {index: rest for index, clause in enumerate(clauses) if (rest := _negated(clause))}
     if not negated:
         return instruction
@@ -189,7 +189,7 @@ def _without_negations(instruction: str, whole: Reading, read: Read, accepted: f
             return left
     found = {reading.edit for reading in read(others)} if others else set()
     for rest, reading in zip(negated.values(), read(list(negated.values())), strict=True):
-        ignored = reading.edit == whole.edit and whole.edit not in (*found, *_REPAIRS)
+        ignored = reading.edit == whole.edit and whole.edit not in (*found, *REPAIRS)
         if reading.is_wish(0.5) and (ignored or (alone and _is_command(rest))):
             raise _only_denied(instruction, rest, reading.edit)
     return instruction

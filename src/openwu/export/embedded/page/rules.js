@@ -108,10 +108,14 @@ export class Rules {
       const edits = unclear === null ? found.map((each) => each.reading.edit) : unclear.edits;
       const sure = unclear === null && found.every((each) => this.isWish(each.reading, this.accepted));
       const [clear, guessed] = sure ? [edits, []] : [[], edits];
-      const whole = likeliestEdits(await this.places(text), this.whole, this.outOfScope);
-      const said = { guessed, negated: this.whole.NEGATES.test(text), cured: found.some((each) => each.reading.sentence) };
-      const standing = stands(whole, clear, (edit) => Boolean(this.examples[edit]?.withdrawn), said, this.whole);
-      const taken = standing === "whole" ? await this.wishesOfWhole(whole, text) : null;
+      const negated = this.whole.NEGATES.test(text);
+      const said = negated && clear.length ? this.affirmed(text) : text;
+      const none = { edits: [], probability: 0 };
+      const whole = said ? likeliestEdits(await this.places(said), this.whole, this.outOfScope) : none;
+      const given = { guessed, negated, cured: found.some((each) => each.reading.sentence) };
+      const withdrawn = (edit) => Boolean(this.examples[edit]?.withdrawn);
+      const standing = stands(whole, clear, withdrawn, given, { ...this.whole, REPAIRS: this.wishes.REPAIRS });
+      const taken = standing === "whole" ? await this.wishesOfWhole(whole, said) : null;
       if (taken !== null) return taken;
       if (standing !== "parts") {
         const [one, other] = [clear, whole.edits].map((edits) => edits.map(plain).join(" and "));
@@ -124,6 +128,13 @@ export class Rules {
     }
     if (unclear !== null) throw unclear;
     return found;
+  }
+
+  // A sentence without the clauses that may say what is not to be done; "" where all of them may.
+  affirmed(sentence) {
+    const clauses = sentence.split(this.wishes.CLAUSES).map((clause) => clause.split(this.whole.BESIDE)[0].trim());
+    const { EXCESS, NEGATES } = this.whole;
+    return clauses.filter((clause) => clause && (!NEGATES.test(clause) || EXCESS.test(clause))).join(", ");
   }
 
   async wishesOfWhole(whole, sentence) {
@@ -322,7 +333,7 @@ export class Rules {
   }
 
   async withoutNegations(instruction, whole) {
-    const clauses = instruction.split(this.wishes._CLAUSES).map((clause) => this.trimmed(clause)).filter(Boolean);
+    const clauses = instruction.split(this.wishes.CLAUSES).map((clause) => this.trimmed(clause)).filter(Boolean);
     const rests = clauses.map((clause) => this.negated(clause));
     const negated = rests.filter((rest) => rest !== null);
     if (!negated.length) return instruction;
@@ -337,7 +348,7 @@ export class Rules {
     }
     const found = (others.length ? await this.read(others) : []).map((reading) => reading.edit);
     for (const [index, reading] of readings.entries()) {
-      const repaired = found.includes(whole.edit) || this.wishes._REPAIRS.includes(whole.edit);
+      const repaired = found.includes(whole.edit) || this.wishes.REPAIRS.includes(whole.edit);
       const ignored = reading.edit === whole.edit && !repaired;
       if (this.isWish(reading, 0.5) && (ignored || (alone && this.isCommand(negated[index])))) {
         throw onlyDenied(negated[index], reading.edit);

@@ -28,7 +28,8 @@ export function same(one, other, { ALIKE }) {
 }
 
 // "whole", "parts" or "neither"; found: the edits by rules and cuts, none where nothing is clear; negated: whether the
-// sentence may say what is not to be done; cured: whether a rule read a complaint or a name;
+// sentence may say what is not to be done, of which the whole then read the other clauses alone, where something was
+// found; cured: whether a rule read a complaint or a name;
 // guessed: what rules and cuts found without being clear
 export function stands(whole, found, isWithdrawn, { guessed, negated, cured }, table) {
   const { edits, probability } = whole;
@@ -38,7 +39,13 @@ export function stands(whole, found, isWithdrawn, { guessed, negated, cured }, t
     const bar = guessed.length && edits.length > 1 && among(guessed, edits) ? table.AGREED : table.TAKEN;
     return edits.length && probability >= bar ? "whole" : "parts";
   }
-  if (negated || same(found, edits, table)) return "parts";
+  if (same(found, edits, table)) return "parts";
+  if (negated) {
+    // What was found beyond the clauses that deny nothing is the repair that a denial names, or what it forbids.
+    if (!edits.length || probability < table.MORE) return "parts";
+    if (!found.some((edit) => table.REPAIRS.includes(edit) && !among([edit], edits))) return "whole";
+    return among(edits, found) ? "parts" : "neither";
+  }
   const within = (fewer, more) => fewer.length < more.length && among(fewer, more);
   if (within(found, edits)) return probability >= table.MORE ? "whole" : "parts";
   if (cured || (edits.length && within(edits, found))) return "parts";
