@@ -141,6 +141,16 @@ a touch of grain on it, black and white, vignette
 水彩的感觉，然后整体柔和一点
 十字绣，稍微素一点
 亮度加百分之二十，颗粒也来点
+not sepia but black and white with a vignette
+no blur please, just sharpen it and add a vignette
+brighter but not warmer, and sharpen
+别加颗粒，变黑白，再加暗角
+make it warm without grain, and sharpen it
+brighten and warm it, nothing else, no vignette
+弄成白天，颜色别太浓
+变成卡通的，颜色要特别鲜
+I don't want it any lighter overall, only the shadows opened and the noise that comes with that removed.
+顏色太濃了很俗欸，淡一點點就好，不要變黑白
 """.strip().splitlines()
 
 
