@@ -98,6 +98,7 @@ def test_photographs_at_two_sensitivities(monkeypatch: pytest.MonkeyPatch, tmp_p
             float(psnr(cases[key].picture, cases[key].target)) for key in (f"iso1600-{name}", f"iso-highest-{name}")
         )
         assert middle > high > 15
+    assert cases["iso1600-a"].target.shape == source.shape
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"noiseprofiles": [{"maker": "LGE", "models": []}]}'])

@@ -1,8 +1,10 @@
 """Photographs taken again by real cameras' sensors, as darktable's noise profiles describe them.
 
 The profiles (variance of noise per light and without light, by camera, sensitivity and colour) are read where the
-package darktable is installed, and never copied. A photograph is spread over a Bayer pattern, gets the camera's noise
-there and is put together again bilinearly; its truth went the same way without noise.
+package darktable is installed, and never copied. A photograph passes the low-pass filter of a sensor, is spread
+over a Bayer pattern, gets the camera's noise there and is put together again bilinearly; its truth went the same way
+without noise. It should be as soft as a camera's pictures are at single pixels: where it has detail of one pixel, as
+reduced ones have, the pattern alone costs more than noise does.
 
 Nothing here is shared with the damage that trainings use: `data/suite/cameras.py` draws noise without a pattern.
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openwu.data.suite.operators import gaussian
 from openwu.errors import OpenwuError
 
 PROFILES = Path("/usr/share/darktable/noiseprofiles.json")
@@ -34,6 +37,8 @@ SENSORS = (
 """Maker and model, from a telephone to a large sensor: one for each test photograph."""
 MATRIX = ((1.6, -0.5, -0.1), (-0.25, 1.6, -0.35), (0.05, -0.6, 1.55))
 """From a sensor's colours to those of a picture; white stays white. A typical one."""
+LOW_PASS = 1.0
+"""Standard deviation of the filter in front of the sensor, in pixels."""
 BAYER = ((0, 1), (1, 2))
 """Colour of each pixel of a square of four: red, green, green, blue."""
 
@@ -80,7 +85,7 @@ def taken(x: Tensor, profile: Profile | None, seed: int = 0) -> Tensor:
     """Take a photograph `[3, h, w]` in 0..1 again; without a profile, without noise."""
     matrix = x.new_tensor(MATRIX)
     light = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-    raw = torch.einsum("ij,jhw->ihw", torch.linalg.inv(matrix), light)
+    raw = torch.einsum("ij,jhw->ihw", torch.linalg.inv(matrix), gaussian(light, LOW_PASS))
     if profile is not None:
         a, b = (x.new_tensor(each)[:, None, None] for each in (profile.a, profile.b))
         draws = torch.Generator().manual_seed(seed)
