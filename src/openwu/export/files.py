@@ -35,8 +35,8 @@ METADATA = "openwu"
 
 MAIN = frozenset({CONFIG, DIFFUSERS_WEIGHTS, COMFYUI_WEIGHTS})
 """An adapter folder holds one of these."""
-KNOWN = MAIN | {WEIGHTS, "README.md"}
-"""An adapter folder holds nothing else."""
+KNOWN = MAIN | {WEIGHTS, "README.md", "provenance.json"}
+"""An adapter folder holds nothing else; the last is a training's record."""
 
 
 NAMED = re.compile(r"(.*\.lora_[AB])\.([^.]+)\.(weight|bias)")
