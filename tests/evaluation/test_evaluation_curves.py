@@ -11,7 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from openwu import cli
 from openwu.errors import OpenwuError
-from openwu.evaluation.curves import read_curves
+from openwu.evaluation.curves import SHOWN, read_curves
+from openwu.training.embedded.config import STAGES
 from openwu.training.loop import SECONDS
 
 
@@ -48,3 +49,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         read_curves(tmp_path)
     assert cli.main(["eval", "curves", "--run", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_every_stage_has_curves() -> None:
+    assert set(SHOWN) == set(STAGES)

@@ -13,7 +13,14 @@ from openwu.files.writing import write_text
 from openwu.training.embedded.config import STAGES
 from openwu.training.loop import SECONDS
 
-SHOWN = {"instruction": "held_out/", "base": "psnr_mean", "generator": "psnr_mean", "shared": "psnr_mean"}
+SHOWN = {
+    "instruction": "held_out/",
+    "phrases": "held_out/",
+    "base": "psnr_mean",
+    "generator": "psnr_mean",
+    "examples": "psnr/",
+    "shared": "psnr_mean",
+}
 """Stage -> prefix of the curves that are drawn."""
 
 Curve = list[tuple[float, float]]
@@ -60,12 +67,12 @@ def draw_curves(curves: Mapping[str, Mapping[str, Curve]], path: Path) -> Path:
     figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")
     for panel, (stage, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for name, curve in lines.items():
-            panel.plot(*zip(*curve, strict=True), label=name.removeprefix("held_out/"))
+            panel.plot(*zip(*curve, strict=True), label=name.removeprefix(SHOWN[stage]))
         panel.set_title(stage)
         panel.set_xlabel("minutes of training")
         if len(lines) > 1:
             panel.legend(fontsize="x-small")
-        panel.set_ylabel("share of held-out sentences" if stage == "instruction" else "validation PSNR (dB)")
+        panel.set_ylabel("share of held-out sentences" if SHOWN[stage] == "held_out/" else "validation PSNR (dB)")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     return path
