@@ -39,12 +39,7 @@ def model() -> EmbeddedConfig:
         num_pg_layers=2,
         groups=tiny_layer_groups(backbone),
     )
-    return EmbeddedConfig(
-        InstructionConfig(labels=(*EDITS, OUT_OF_SCOPE)),
-        backbone,
-        condition,
-        generator,
-    )
+    return EmbeddedConfig(InstructionConfig(labels=(*EDITS, OUT_OF_SCOPE)), backbone, condition, generator)
 
 
 def recipe() -> EmbeddedRecipe:

@@ -114,6 +114,13 @@ def test_the_baseline_by_itself_leaves_the_model_as_it_was(whole: EmbeddedRecipe
     for _ in range(2):  # Started again, a finished training writes it again.
         train(replace(whole, start=str(run / "model"), stages=("shared",)), elsewhere)
     assert [file.parent.name for file in (elsewhere / "model").rglob("*.safetensors")] == ["shared"]
+    part = tmp_path / "part"  # So is a model of which one part went on; its base has tokens for no words of its own.
+    train(replace(whole, start=str(run / "model"), stages=("base",)), part)
+    gone_on = EmbeddedModel.from_pretrained(part / "model").state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(gone_on[name], value)}
+    assert {name.partition(".")[0] for name in changed} == {"backbone", "instruction"}
+    assert "instruction.wordless" in changed
+    assert bool(gone_on["instruction.wordless"].any())
     with pytest.raises(OpenwuError, match="stages: expected some of this recipe's"):
         train(replace(whole, phrases=None), run, stages=("phrases",))
 

@@ -86,7 +86,7 @@ def train(
         crop = max(crop for _, crop in recipe.generator.shapes)
         known = known_retention(model, pictures[1], recipe.side, crop, recipe.seed + 13, recipe.bf16)
     last = max((recipe.known.index(name) for name in stages if name in recipe.known), default=-1)
-    complete = "generator" if recipe.examples is None else "examples"
+    complete = _completed_by(recipe, stages)
     for name in recipe.known[: last + 1]:
         if name in stages:
             stage = STAGE_BUILDERS[name](recipe, model, pictures)
@@ -102,8 +102,21 @@ def train(
                 ensure_wordless(recipe, model, pictures)
         if name == "base" and name in recipe.stages and model.instruction.wordless is not None:
             model.instruction.wordless.data.zero_()  # Those of a start are its base's; this one learns its own.
-        if name == complete and set(stages) != {"shared"}:  # Complete: the baseline is no part of the model.
+        if name == complete:
+            if model.instruction.wordless is not None:
+                ensure_wordless(recipe, model, pictures)
             _export(recipe, model, folder, before, known, sentences=phrases_hash(), photographs=hashes)
+
+
+def _completed_by(recipe: EmbeddedRecipe, stages: tuple[str, ...]) -> str | None:
+    """Return the stage after which the model is written: its last one, or the last one trained of a finished start.
+
+    None where nothing but the baseline is trained, which is no part of the model.
+    """
+    trained = [name for name in recipe.known if name in stages and name != "shared"]
+    if recipe.start is not None or not trained:
+        return trained[-1] if trained else None
+    return "generator" if recipe.examples is None else "examples"
 
 
 def train_pairs(
