@@ -124,10 +124,11 @@ def test_what_rules_read_of_negations_and_complaints_stands() -> None:
     ("edits", "probability", "found", "standing"),
     [
         (("cool", "add_noise"), MORE, ("cool",), Standing.WHOLE),  # a wish was lost
-        (("cool",), MORE, ("add_noise", "cool"), Standing.WHOLE),  # what was forbidden is done
-        (("cool",), MORE, ("denoise", "cool"), Standing.PARTS),  # the repair that a denial names
-        (("brighten",), MORE, ("denoise",), Standing.NEITHER),  # such a repair, and a wish that was lost
-        (("brighten",), MORE - 0.01, ("denoise",), Standing.PARTS),
+        (("cool", "add_noise"), MORE - 0.01, ("cool",), Standing.PARTS),
+        (("cool",), OTHER, ("add_noise", "cool"), Standing.WHOLE),  # what was forbidden is done
+        (("cool",), OTHER, ("denoise", "cool"), Standing.PARTS),  # the repair that a denial names
+        (("brighten",), OTHER, ("denoise",), Standing.NEITHER),  # such a repair, and a wish that was lost
+        (("brighten",), OTHER - 0.01, ("denoise",), Standing.PARTS),
     ],
 )
 def test_clauses_beside_a_denial_count(

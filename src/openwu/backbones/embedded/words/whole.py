@@ -54,7 +54,8 @@ AGREED = 0.4
 MORE = 0.7
 """The same where they found some of the whole's edits: a wish that they lost."""
 OTHER = 0.9
-"""The same where they found others, and no rule cured a complaint: "too cold" names what is not asked for."""
+"""The same where they found others, and no rule cured a complaint: "too cold" names what is not asked for; and of the
+clauses beside a denial, where something that they found is not among the whole's edits."""
 DOUBT = 0.75
 """Probability of other edits, or of none, from which what they found is not served either."""
 NEGATES = re.compile(
@@ -169,10 +170,10 @@ def _beside_denials(whole: Whole, found: Sequence[str]) -> Standing:
 
     What was found beyond that comes out of a denial: the repair that it names ("no fog"), or what was forbidden.
     """
-    if not whole.edits or whole.probability < MORE:
+    more = _within(found, whole.edits)
+    if not whole.edits or whole.probability < (MORE if more else OTHER):
         return Standing.PARTS
-    repairs = any(edit in REPAIRS for edit in found if not _within((edit,), whole.edits))
-    if not repairs:
+    if more or not any(edit in REPAIRS for edit in found if not _within((edit,), whole.edits)):
         return Standing.WHOLE
     return Standing.PARTS if _within(whole.edits, found) else Standing.NEITHER
 

@@ -42,8 +42,9 @@ export function stands(whole, found, isWithdrawn, { guessed, negated, cured }, t
   if (same(found, edits, table)) return "parts";
   if (negated) {
     // What was found beyond the clauses that deny nothing is the repair that a denial names, or what it forbids.
-    if (!edits.length || probability < table.MORE) return "parts";
-    if (!found.some((edit) => table.REPAIRS.includes(edit) && !among([edit], edits))) return "whole";
+    const more = among(found, edits);
+    if (!edits.length || probability < (more ? table.MORE : table.OTHER)) return "parts";
+    if (more || !found.some((edit) => table.REPAIRS.includes(edit) && !among([edit], edits))) return "whole";
     return among(edits, found) ? "parts" : "neither";
   }
   const within = (fewer, more) => fewer.length < more.length && among(fewer, more);
