@@ -121,6 +121,11 @@ def test_the_baseline_by_itself_leaves_the_model_as_it_was(whole: EmbeddedRecipe
     assert {name.partition(".")[0] for name in changed} == {"backbone", "instruction"}
     assert "instruction.wordless" in changed
     assert bool(gone_on["instruction.wordless"].any())
+    half = replace(whole, start=str(run / "model"), stages=("base", "generator"), export=str(tmp_path / "exported"))
+    train(half, tmp_path / "half", stages=("base",))  # One stage of several: nothing is written before the last.
+    assert not (tmp_path / "exported").exists()
+    train(half, tmp_path / "half", stages=("generator",))
+    assert (tmp_path / "exported/config.json").exists()
     with pytest.raises(OpenwuError, match="stages: expected some of this recipe's"):
         train(replace(whole, phrases=None), run, stages=("phrases",))
 

@@ -86,7 +86,7 @@ def train(
         crop = max(crop for _, crop in recipe.generator.shapes)
         known = known_retention(model, pictures[1], recipe.side, crop, recipe.seed + 13, recipe.bf16)
     last = max((recipe.known.index(name) for name in stages if name in recipe.known), default=-1)
-    complete = _completed_by(recipe, stages)
+    complete = _completed_by(recipe)
     for name in recipe.known[: last + 1]:
         if name in stages:
             stage = STAGE_BUILDERS[name](recipe, model, pictures)
@@ -108,15 +108,15 @@ def train(
             _export(recipe, model, folder, before, known, sentences=phrases_hash(), photographs=hashes)
 
 
-def _completed_by(recipe: EmbeddedRecipe, stages: tuple[str, ...]) -> str | None:
-    """Return the stage after which the model is written: its last one, or the last one trained of a finished start.
+def _completed_by(recipe: EmbeddedRecipe) -> str | None:
+    """Return the stage after which the model is written: its last one, or the recipe's last one for a finished start.
 
-    None where nothing but the baseline is trained, which is no part of the model.
+    None where the recipe trains nothing but the baseline, which is no part of the model.
     """
-    trained = [name for name in recipe.known if name in stages and name != "shared"]
-    if recipe.start is not None or not trained:
-        return trained[-1] if trained else None
-    return "generator" if recipe.examples is None else "examples"
+    if recipe.start is None:
+        return "generator" if recipe.examples is None else "examples"
+    trained = [name for name in recipe.known if name in recipe.stages and name != "shared"]
+    return trained[-1] if trained else None
 
 
 def train_pairs(
