@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from openwu.data.suite.core import Edit, Scene, repair
 from openwu.data.suite.detail import AGE, NOISE, SHARPNESS, aged
-from openwu.data.suite.operators import gaussian, jpeg, luma, mirrored, webp
+from openwu.data.suite.operators import encoded_light, gaussian, jpeg, linear_light, luma, mirrored, webp
 
 SHOT = (4e-6, 6e-3)
 """Lowest and highest variance of a sensor's noise per light, in green: darktable's profiles have 1.2e-6 to 1.5e-3; what
@@ -42,12 +42,12 @@ def sensor_noise(x: Tensor, scene: Scene, most: float = 1.0) -> Tensor:
     shot = low * (most * high / low) ** scene.uniform(0, 1)
     read = shot * READ[0] * (READ[1] / READ[0]) ** scene.uniform(0, 1)
     matrix = x.new_tensor(MATRIX)
-    light = _mixed(torch.linalg.inv(matrix), _linear(x.clamp(0, 1)))
+    light = _mixed(torch.linalg.inv(matrix), linear_light(x.clamp(0, 1)))
     scale = ((shot * light.clamp(min=0) + read) * x.new_tensor(BALANCE)[:, None, None]).sqrt()
     fine, coarse = scene.uniform(0.3, 0.5), scene.uniform(0.4, 0.8)  # three neighbours give red and blue, one green
     drawn = scale * scene.normal_like(x)
     noise = torch.cat([gaussian(drawn[:1], coarse), gaussian(drawn[1:2], fine), gaussian(drawn[2:], coarse)])
-    change = _encoded(_mixed(matrix, light + noise)) - _encoded(_mixed(matrix, light))
+    change = encoded_light(_mixed(matrix, light + noise)) - encoded_light(_mixed(matrix, light))
     if scene.uniform(0, 1) < 0.5:  # the camera's own noise reduction
         grey = luma(change)
         smoothed = gaussian(change - grey, scene.uniform(0.6, 2.0))
@@ -57,17 +57,6 @@ def sensor_noise(x: Tensor, scene: Scene, most: float = 1.0) -> Tensor:
 
 def _mixed(matrix: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("ij,jhw->ihw", matrix, x)
-
-
-def _linear(x: Tensor) -> Tensor:
-    """Undo the sRGB curve, 0..1."""
-    return torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-
-
-def _encoded(x: Tensor) -> Tensor:
-    """The sRGB curve of light, cut to 0..1 as a file cuts it."""
-    x = x.clamp(0, 1)
-    return torch.where(x <= 0.0031308, 12.92 * x, 1.055 * x.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
 
 
 def _correlated(noise: Tensor, sigma: float) -> Tensor:

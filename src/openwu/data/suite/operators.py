@@ -24,6 +24,17 @@ def luma(x: Tensor) -> Tensor:
     return (x * colour(x, *LUMA)).sum(0, keepdim=True)
 
 
+def linear_light(x: Tensor) -> Tensor:
+    """Undo the sRGB curve of a picture in 0..1."""
+    return torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+
+
+def encoded_light(x: Tensor) -> Tensor:
+    """Apply the sRGB curve to linear light, cut to 0..1 as a file cuts it."""
+    x = x.clamp(0, 1)
+    return torch.where(x <= 0.0031308, 12.92 * x, 1.055 * x.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
+
+
 def saturation(x: Tensor, factor: float) -> Tensor:
     grey = luma(x)
     return grey + factor * (x - grey)

@@ -6,7 +6,7 @@ over a Bayer pattern, gets the camera's noise there and is put together again bi
 without noise. It should be as soft as a camera's pictures are at single pixels: where it has detail of one pixel, as
 reduced ones have, the pattern alone costs more than noise does.
 
-Nothing here is shared with the damage that trainings use: `data/suite/cameras.py` draws noise without a pattern.
+None of this noise is shared with the damage that trainings use: `data/suite/cameras.py` draws noise without a pattern.
 
 Shapes: h and w the sides of a picture.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwu.data.suite.operators import gaussian
+from openwu.data.suite.operators import encoded_light, gaussian, linear_light
 from openwu.errors import OpenwuError
 
 PROFILES = Path("/usr/share/darktable/noiseprofiles.json")
@@ -84,14 +84,12 @@ def _three(values: list[float]) -> tuple[float, float, float]:
 def taken(x: Tensor, profile: Profile | None, seed: int = 0) -> Tensor:
     """Take a photograph `[3, h, w]` in 0..1 again; without a profile, without noise."""
     matrix = x.new_tensor(MATRIX)
-    light = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-    raw = torch.einsum("ij,jhw->ihw", torch.linalg.inv(matrix), gaussian(light, LOW_PASS))
+    raw = torch.einsum("ij,jhw->ihw", torch.linalg.inv(matrix), gaussian(linear_light(x), LOW_PASS))
     if profile is not None:
         a, b = (x.new_tensor(each)[:, None, None] for each in (profile.a, profile.b))
         draws = torch.Generator().manual_seed(seed)
         raw = raw + (a * raw.clamp(min=0) + b).clamp(min=0).sqrt() * torch.randn(raw.shape, generator=draws)
-    light = torch.einsum("ij,jhw->ihw", matrix, _demosaiced(raw)).clamp(0, 1)
-    return torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
+    return encoded_light(torch.einsum("ij,jhw->ihw", matrix, _demosaiced(raw)))
 
 
 def _demosaiced(raw: Tensor) -> Tensor:
