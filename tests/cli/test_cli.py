@@ -562,7 +562,7 @@ def test_a_real_interrupt_stops_with_130(tmp_path: Path) -> None:
         "class Editor:\n"
         "    from_pretrained = classmethod(lambda cls, model, **_: cls())\n"
         "    understand = lambda *_, **__: None\n"
-        "    def edit(self, *_, **__): print('working', flush=True); time.sleep(50)\n"
+        "    def edit(self, *_, **__): print('working', flush=True); [time.sleep(0.05) for _ in range(1000)]\n"
         "sys.modules['openwu.editor.editor'] = types.SimpleNamespace(Editor=Editor)\n"
         "fake = dict(Adapter=None, LoadingOptions=dict, SamplingOptions=dict)\n"
         "sys.modules['openwu.types'] = types.SimpleNamespace(**fake)\n"

@@ -615,7 +615,7 @@ WRITE_AND_WAIT = """
 import os, sys, time
 import numpy as np
 from openwu.images import Photo, write_picture
-os.fsync = lambda _: (print("writing", flush=True), time.sleep(60))
+os.fsync = lambda _: (print("writing", flush=True), [time.sleep(0.05) for _ in range(1200)])
 write_picture(Photo(np.zeros((9, 9, 3), np.uint8)), sys.argv[1])
 """
 
