@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 
 import openwu
-from openwu.backbones.embedded.example import fit, predicted, reduced
+from openwu.backbones.embedded.shown.encoder import fit, predicted, reduced
 from openwu.data.suite.photographs import load_test_photographs
-from openwu.editor.reproduction import ACCEPTED, CLEAR
+from openwu.editor.shown.reproduction import ACCEPTED, CLEAR
 
 SIDE = 256
 SHOWN, EDITED = "coffee", ("chelsea", "flower", "astronaut")

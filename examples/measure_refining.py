@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import openwu
-from openwu.backbones.embedded.example import fit, predicted, reduced
+from openwu.backbones.embedded.shown.encoder import fit, predicted, reduced
 from openwu.data.programs import COLOUR_FAMILIES, FAMILIES, Program, draw_program
 from openwu.data.suite.photographs import load_test_photographs
 

@@ -24,8 +24,8 @@ from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_folder, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.editor.editor import Editor
-from openwu.editor.reproduction import ACCEPTED
 from openwu.editor.requests import EditRequest
+from openwu.editor.shown.reproduction import ACCEPTED
 from openwu.errors import ExampleError, InstructionError
 from openwu.evaluation.cases import draw_cases, generate
 from openwu.evaluation.cases import edit as edit_cases

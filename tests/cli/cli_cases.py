@@ -11,7 +11,7 @@ import numpy as np
 
 from openwu import cli
 from openwu.editor.cache import AdapterCache
-from openwu.editor.reproduction import Reproduction
+from openwu.editor.shown.reproduction import Reproduction
 from openwu.errors import CheckpointError, ExampleError, InstructionError
 from openwu.images import Photo, read_picture
 from openwu.types import Understood

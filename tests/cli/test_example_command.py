@@ -10,7 +10,7 @@ from cli_cases import FakeBackbone, FakeEditor, edit, names
 from PIL import Image
 
 from openwu.cli.edit import progress as bars
-from openwu.editor.reproduction import Reproduction
+from openwu.editor.shown.reproduction import Reproduction
 from openwu.errors import ExampleError
 
 PAIR = ("--example", "a.png", "b.png")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from openwu.backbones.embedded.example import THUMBNAIL, TILE
-from openwu.editor.examples import LEAST_SIDE, read_examples
+from openwu.backbones.embedded.shown.encoder import THUMBNAIL, TILE
+from openwu.editor.shown.pairs import LEAST_SIDE, read_examples
 from openwu.errors import ExampleError
 
 PHOTOS = Path(__file__).parents[2] / "photos"

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.cli import parser
-from openwu.editor import refine, requests
+from openwu.editor import requests
 from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest
 from openwu.editor.series import make_series
+from openwu.editor.shown import refine
 from openwu.errors import ExampleError, OpenwuError
 from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.types import Adapter, LoadingOptions

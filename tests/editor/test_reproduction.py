@@ -10,11 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from openwu.editor import reproduction as check
 from openwu.editor.editor import Editor
-from openwu.editor.reproduction import Reproduction, reproduction
 from openwu.editor.requests import EditRequest
 from openwu.editor.series import make_series
+from openwu.editor.shown import reproduction as check
+from openwu.editor.shown.reproduction import Reproduction, reproduction
 from openwu.errors import ExampleError, PictureError
 from openwu.images import Photo
 from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from openwu.adapters.inject import attach
-from openwu.backbones.embedded import fitting
-from openwu.backbones.embedded.fitting import EmbeddedFit
 from openwu.backbones.embedded.network import TinyEditor, noise_plane, place_planes
+from openwu.backbones.embedded.shown import fitting
+from openwu.backbones.embedded.shown.fitting import EmbeddedFit
 from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.training.stage import TrainableLora
 

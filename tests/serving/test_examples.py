@@ -17,8 +17,8 @@ from PIL import Image
 from serving_clients import PROMPT, png, png_url
 from starlette.testclient import TestClient
 
-from openwu.editor import reproduction
 from openwu.editor.editor import Editor
+from openwu.editor.shown import reproduction
 from openwu.images import read_picture
 from openwu.serving.app import create_app
 from openwu.serving.engines import Outcome, Task

@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from openwu.editor.examples import read_examples
 from openwu.editor.requests import EditRequest, Picture, Progress, check_options, listed
 from openwu.editor.series import Series, make_series
+from openwu.editor.shown.pairs import read_examples
 from openwu.errors import OpenwuError, TargetError
 from openwu.files.hashing import add_tensor, of_bytes, of_json
 from openwu.files.locking import take_lock

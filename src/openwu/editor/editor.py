@@ -26,7 +26,6 @@ from openwu.editor.compatibility import AdapterScope, attach_generator, check_ta
 from openwu.editor.generate import adapters_of, try_example
 from openwu.editor.loading import load_pair
 from openwu.editor.progress import JointProgress, halves
-from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import (
     EditRequest,
     EditResult,
@@ -39,6 +38,7 @@ from openwu.editor.requests import (
     checked_request,
     timed,
 )
+from openwu.editor.shown.reproduction import Reproduction
 from openwu.editor.tasks import make_task, pass_of, read_photos
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.generator.inference.fast import FastGenerator

@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from openwu.backbones.protocol import EditJob, Progress
-from openwu.editor.refine import refine_adapters, reproduced_by
-from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import Task, timed, with_instruction
+from openwu.editor.shown.refine import refine_adapters, reproduced_by
+from openwu.editor.shown.reproduction import Reproduction
 from openwu.editor.tasks import condition_kind
 from openwu.export.fit import with_kernels
 from openwu.types import Adapter, Condition

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from openwu.backbones.protocol import Backbone, EditJob, check_image_size
-from openwu.editor.reproduction import Reproduction
+from openwu.editor.shown.reproduction import Reproduction
 from openwu.errors import InstructionError, OpenwuError, PictureError
 from openwu.images import Photo, Readable, encode_picture, write_picture
 from openwu.types import Adapter, SamplingOptions, Understood

@@ -16,8 +16,8 @@ from openwu.adapters.merge import merged_copy, merging_pays
 from openwu.backbones.protocol import Backbone
 from openwu.editor.compatibility import AdapterScope
 from openwu.editor.generate import adapters_of, try_example
-from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import EditRequest, Task, job_of
+from openwu.editor.shown.reproduction import Reproduction
 from openwu.editor.tasks import pass_of, read_photos
 from openwu.images import Photo
 from openwu.types import Adapter, Understood

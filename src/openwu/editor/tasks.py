@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from openwu.backbones.protocol import Backbone, EditJob
-from openwu.editor.examples import read_examples
 from openwu.editor.requests import EditRequest, Task, checked_instructions, job_of, listed, sentence_of
+from openwu.editor.shown.pairs import read_examples
 from openwu.errors import InstructionError, PictureError
 from openwu.images import Photo, read_picture
 from openwu.types import Adapter

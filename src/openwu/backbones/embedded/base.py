@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from openwu.backbones.embedded.catalogue import known_edits, phrase
 from openwu.backbones.embedded.condition import SHOWN, EmbeddedConditionEncoder, condition_pixels, condition_view
 from openwu.backbones.embedded.config import PIXELS, WEIGHTS, EmbeddedBaseConfig, read_config, tiny_layer_groups
-from openwu.backbones.embedded.fitting import EmbeddedFit
 from openwu.backbones.embedded.guarantees import blended, check_reversible, guaranteed, share_of
 from openwu.backbones.embedded.instruction import InstructionEncoder
 from openwu.backbones.embedded.network import TinyEditor, noise_plane
@@ -29,6 +28,7 @@ from openwu.backbones.embedded.piecewise.passes import EmbeddedJob, RowsOnly, pa
 from openwu.backbones.embedded.piecewise.pieces import as_unit
 from openwu.backbones.embedded.scale import detail_of, enlarged, factor, reduced
 from openwu.backbones.embedded.sentence import SentenceReader
+from openwu.backbones.embedded.shown.fitting import EmbeddedFit
 from openwu.backbones.embedded.understanding import read_sentences, understood
 from openwu.backbones.embedded.words.wishes import OUT_OF_SCOPE, Reading
 from openwu.backbones.protocol import (

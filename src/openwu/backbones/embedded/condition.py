@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwu.backbones.embedded import example
 from openwu.backbones.embedded.features import (
     DIFFERENCES,
     NUM_STATISTICS,
@@ -26,6 +25,7 @@ from openwu.backbones.embedded.features import (
     detail_energy,
 )
 from openwu.backbones.embedded.piecewise.pieces import as_unit
+from openwu.backbones.embedded.shown import encoder
 from openwu.errors import OpenwuError
 from openwu.images import Photo
 from openwu.images.colour import Pixels
@@ -61,7 +61,7 @@ class EmbeddedConditionConfig:
     detail: int = 16
     """Side of a detail in pixels."""
     examples: bool = False
-    """Whether pairs before and after are read, for edits that are shown; see `example.py`."""
+    """Whether pairs before and after are read, for edits that are shown; see `shown/encoder.py`."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -97,7 +97,7 @@ class EmbeddedConditionEncoder(nn.Module):
         self.from_statistics = nn.Linear(NUM_STATISTICS, config.width)
         self.absent = nn.Parameter(torch.randn(config.num_picture_tokens, config.width) * 0.1)
         self.place = nn.Parameter(torch.randn(config.num_tokens, config.width) * 0.1)
-        self.example = example.ExampleEncoder(config.width) if config.examples else None
+        self.example = encoder.ExampleEncoder(config.width) if config.examples else None
         self.layers = nn.ModuleList(JointLayer(config.width, config.heads) for _ in range(config.num_layers))
 
     def forward(

@@ -27,8 +27,8 @@ from openwu.images.write import SUFFIXES
 
 if TYPE_CHECKING:
     from openwu.editor.editor import Editor
-    from openwu.editor.reproduction import Reproduction
     from openwu.editor.requests import EditResult
+    from openwu.editor.shown.reproduction import Reproduction
     from openwu.types import Adapter, Understood
 
 LOADING = ("device", "revision", "trust_remote_code", "quantise", "offload")
@@ -84,9 +84,9 @@ class PhotoEditor:
         arguments, anyway = self.arguments, self.arguments.allow_out_of_scope
         if not arguments.example:
             return self
-        from openwu.editor.examples import read_examples
-        from openwu.editor.reproduction import check_change
         from openwu.editor.requests import EditRequest, check_served
+        from openwu.editor.shown.pairs import read_examples
+        from openwu.editor.shown.reproduction import check_change
 
         pairs, words = read_examples(arguments.example), self.words[0]
         asked = EditRequest([], words, arguments.strength, example=pairs, refine=arguments.refine)

@@ -18,7 +18,7 @@ from openwu.cli.edit.progress import Progress
 from openwu.errors import OpenwuError
 
 if TYPE_CHECKING:
-    from openwu.editor.reproduction import Reproduction
+    from openwu.editor.shown.reproduction import Reproduction
     from openwu.types import Understood
 
 DISK_FULL = "the disk is full; free some space"

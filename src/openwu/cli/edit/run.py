@@ -163,7 +163,7 @@ def _check_further(arguments: argparse.Namespace) -> None:
 
 def _check_example(arguments: argparse.Namespace) -> None:
     """Read the pairs of the example; raises PictureError or ExampleError before a model is loaded for them."""
-    from openwu.editor.examples import read_examples
+    from openwu.editor.shown.pairs import read_examples
 
     read_examples(arguments.example)
 

@@ -22,9 +22,9 @@ from PIL import Image
 
 from openwu.editor.cache import AdapterCache
 from openwu.editor.editor import Editor
-from openwu.editor.examples import read_examples
-from openwu.editor.reproduction import Reproduction
 from openwu.editor.requests import EditRequest, EditResult, Progress
+from openwu.editor.shown.pairs import read_examples
+from openwu.editor.shown.reproduction import Reproduction
 from openwu.editor.store import decode, encode
 from openwu.errors import (
     CheckpointError,

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwu.backbones.embedded.example import ExampleEncoder
 from openwu.backbones.embedded.network import TinyEditor
+from openwu.backbones.embedded.shown.encoder import ExampleEncoder
 from openwu.data.examples import ExampleBatch, ExampleSampler, neighbours
 from openwu.data.suite.photographs import Photograph
 from openwu.errors import OpenwuError

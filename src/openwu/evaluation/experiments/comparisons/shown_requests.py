@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from openwu.adapters.inject import attach
 from openwu.backbones.embedded.condition import SHOWN
-from openwu.backbones.embedded.example import fit, predicted, reduced
-from openwu.backbones.embedded.fitting import EmbeddedFit
 from openwu.backbones.embedded.network import TinyEditor, place_planes
+from openwu.backbones.embedded.shown.encoder import fit, predicted, reduced
+from openwu.backbones.embedded.shown.fitting import EmbeddedFit
 from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, Program, draw_program
-from openwu.editor.refine import fit_adapter
+from openwu.editor.shown.refine import fit_adapter
 from openwu.errors import OpenwuError
 from openwu.evaluation.cases import Case
 from openwu.evaluation.experiments.methods import precision

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from openwu.backbones.embedded.example import fit, predicted, reduced
 from openwu.backbones.embedded.network import place_planes
+from openwu.backbones.embedded.shown.encoder import fit, predicted, reduced
 from openwu.data.programs import HELD_OUT_FAMILIES, TRAINED_FAMILIES, Program, draw_program
 from openwu.data.suite import EDITS
 from openwu.data.suite.operators import jpeg
-from openwu.editor.reproduction import ACCEPTED, Reproduction
+from openwu.editor.shown.reproduction import ACCEPTED, Reproduction
 from openwu.evaluation.cases import first_phrase
 from openwu.evaluation.experiments.geometry import Mean, mean_over
 from openwu.evaluation.experiments.results import columns

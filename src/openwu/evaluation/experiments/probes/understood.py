@@ -18,7 +18,7 @@ from tqdm import tqdm
 from openwu.backbones.embedded.network import place_planes
 from openwu.data.programs import FAMILIES, draw_program
 from openwu.data.suite.photographs import Photograph, random_crop
-from openwu.editor.reproduction import ACCEPTED, CLEAR
+from openwu.editor.shown.reproduction import ACCEPTED, CLEAR
 from openwu.evaluation.experiments.probes.examples import share_of
 from openwu.evaluation.experiments.results import columns
 from openwu.evaluation.metrics import psnr

@@ -16,8 +16,8 @@ from torch import nn
 from openwu.adapters.inject import AdapterHandle, attach
 from openwu.backbones.protocol import EditJob, ExampleFit, Progress
 from openwu.editor.cache import request_key
-from openwu.editor.reproduction import Reproduction, reduced, reproduction
 from openwu.editor.requests import EditRequest, Task
+from openwu.editor.shown.reproduction import Reproduction, reduced, reproduction
 from openwu.errors import TargetError
 from openwu.files.weights import sampled_digest
 from openwu.images import Photo
