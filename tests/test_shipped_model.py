@@ -20,6 +20,8 @@ from openwu.backbones.embedded.condition import EmbeddedConditionConfig
 from openwu.backbones.embedded.config import WEIGHTS
 from openwu.backbones.embedded.instruction import InstructionConfig
 from openwu.backbones.embedded.piecewise import pieces
+from openwu.cli import main
+from openwu.cli.console import USAGE
 from openwu.data.suite import CONTRADICTORY_PAIRS, EDITS
 from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_folder, load_test_photographs
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
@@ -370,6 +372,17 @@ def test_each_request_of_a_batch_has_its_own_adapter(editor: Editor, photograph:
     assert bright.mean() > np.asarray(photograph).mean() + 10 > dark.mean() + 20
     before = np.asarray(photograph).astype(float)
     assert np.abs(grey[..., 0] - grey[..., 2]).mean() < np.abs(before[..., 0] - before[..., 2]).mean() / 4
+
+
+@pytest.mark.parametrize("options", [["--strength", "9"], ["--steps", "4"], ["--image-size", "512x512"]])
+def test_what_the_base_does_not_serve_is_wrong_usage(
+    options: list[str], photograph: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photograph.save(tmp_path / "a.png")
+    words = ["--instruction", "warmer", "--output", str(tmp_path / "b.png")]
+    assert main(["edit", str(tmp_path / "a.png"), *options, *words]) == USAGE
+    assert f"{options[0]}: expected"[2:].replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+    assert not (tmp_path / "b.png").exists()
 
 
 def test_strength_scales_the_edit(editor: Editor, photograph: Image.Image) -> None:

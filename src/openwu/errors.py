@@ -28,6 +28,10 @@ class PictureError(OpenwuError):
     """A picture that cannot be read, is of a kind that is not supported, or cannot be written."""
 
 
+class RequestError(OpenwuError):
+    """A field of a request that has no possible value, or one that the base does not serve."""
+
+
 class InstructionError(OpenwuError):
     """An instruction that is empty, too long, or not text."""
 

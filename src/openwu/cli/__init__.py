@@ -22,7 +22,7 @@ from contextlib import suppress
 from openwu.cli.console import USAGE, UsageError, complain, explain, say
 from openwu.cli.parser import build_parser
 from openwu.cli.stopping import STOPPED, Stopped
-from openwu.errors import InstructionError, OpenwuError
+from openwu.errors import InstructionError, OpenwuError, RequestError
 from openwu.registry import resolve
 
 FAILED, PIPE_CLOSED = 1, 141
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except OpenwuError as error:
         complain(error)
-        return USAGE if isinstance(error, UsageError | InstructionError) else FAILED
+        return USAGE if isinstance(error, UsageError | InstructionError | RequestError) else FAILED
     except (OSError, MemoryError) as error:
         complain(explain(error))
         _drop_stdout()

@@ -20,7 +20,7 @@ from PIL import Image
 
 from openwu.backbones.protocol import Backbone, EditJob, check_image_size
 from openwu.editor.shown.reproduction import Reproduction
-from openwu.errors import InstructionError, OpenwuError, PictureError
+from openwu.errors import InstructionError, PictureError, RequestError
 from openwu.images import Photo, Readable, encode_picture, write_picture
 from openwu.types import Adapter, SamplingOptions, Understood
 
@@ -122,16 +122,16 @@ class Task:
 def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
     """Return the request with plain numbers, also where they came from numpy, and a seed.
 
-    Raises OpenwuError that names the field of a wrong value; instructions and pictures are checked when read.
+    Raises RequestError that names the field of a wrong value; instructions and pictures are checked when read.
     """
     if not isinstance(request, EditRequest):
-        raise OpenwuError(f"requests: expected EditRequest objects, got {type(request).__name__}")
+        raise RequestError(f"requests: expected EditRequest objects, got {type(request).__name__}")
     strength: object = request.strength
     seed: object = request.seed
     if isinstance(strength, bool) or not isinstance(strength, float | Real) or not math.isfinite(strength):
-        raise OpenwuError(f"strength: expected a finite number, 1 for the edit as asked, got {strength!r}")
+        raise RequestError(f"strength: expected a finite number, 1 for the edit as asked, got {strength!r}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63):
-        raise OpenwuError(
+        raise RequestError(
             f"seed: expected a whole number from 0 to {2**63 - 1}, got {seed!r}; leave it out for the base's default"
         )
     check_image_size(request.image_size)
@@ -144,7 +144,7 @@ def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
     if request.edit is not None and request.instruction:
         raise InstructionError("edit: expected without an instruction, which says what to do; leave one of them out")
     if not isinstance(request.per_photo, bool) or (request.per_photo and not request.example):
-        raise OpenwuError(
+        raise RequestError(
             f"per_photo: expected True or False, and True beside an example alone, got {request.per_photo!r}"
         )
     check_refine(request)
@@ -163,16 +163,16 @@ def checked_request(request: EditRequest, default_seed: int) -> EditRequest:
 
 
 def check_refine(request: EditRequest) -> None:
-    """Raise OpenwuError for steps that are no number of steps, or have no example, or one adapter for each photo."""
+    """Raise RequestError for steps that are no number of steps, or have no example, or one adapter for each photo."""
     steps: object = request.refine
     if isinstance(steps, bool) or not isinstance(steps, Integral) or not 0 <= int(steps) <= MAX_REFINE:
-        raise OpenwuError(
+        raise RequestError(
             f"refine: expected a number of steps from 0 (none) to {MAX_REFINE}, {REFINE} as a rule, got {steps!r}"
         )
     if steps and not request.example:
-        raise OpenwuError("refine: expected an example to train on, got none; add one, or leave it out")
+        raise RequestError("refine: expected an example to train on, got none; add one, or leave it out")
     if steps and request.per_photo:
-        raise OpenwuError(
+        raise RequestError(
             "refine: expected one adapter for all photos, without per_photo (and adapt without images); leave one out"
         )
 
@@ -184,7 +184,7 @@ def check_served(
     allow_out_of_scope: bool,
     sampling: SamplingOptions | None,
 ) -> None:
-    """Raise OpenwuError that names what a base cannot serve. `name`: the base's, for messages."""
+    """Raise RequestError that names what a base cannot serve. `name`: the base's, for messages."""
     for each in requests:
         check_strength_range(each.strength, base, name)
     if any(each.reasoning is not None for each in requests) and not base.reasons:
@@ -196,14 +196,14 @@ def check_served(
     if any(each.example for each in requests) and not base.reads_examples:
         raise InstructionError(f"example: expected none for {name}, which reads words only; say what to do")
     if any(each.refine for each in requests) and not base.refines_examples:
-        raise OpenwuError(f"refine: expected 0 for {name}, which adapters are not trained through; leave it out")
+        raise RequestError(f"refine: expected 0 for {name}, which adapters are not trained through; leave it out")
     if sampling is not None and not isinstance(sampling.fit_to_photo, bool):
-        raise OpenwuError(f"fit_to_photo: expected True or False, got {sampling.fit_to_photo!r}")
+        raise RequestError(f"fit_to_photo: expected True or False, got {sampling.fit_to_photo!r}")
     sizes = {"image_size": any(each.image_size is not None for each in requests)}
     sizes["fit_to_photo"] = sampling is not None and sampling.fit_to_photo
     if not base.own_sizes and any(sizes.values()):
         refused = ", ".join(option for option, asked in sizes.items() if asked)
-        raise OpenwuError(
+        raise RequestError(
             f"{refused}: expected none for {name}, whose results have the photograph's size; leave it out"
         )
     if sampling is not None:
@@ -211,10 +211,10 @@ def check_served(
 
 
 def check_strength_range(strength: float, base: Backbone, name: str) -> None:
-    """Raise OpenwuError for a strength that the base does not serve. `name`: the base's, for messages."""
+    """Raise RequestError for a strength that the base does not serve. `name`: the base's, for messages."""
     least, most = base.strengths
     if not least <= strength <= most:
-        raise OpenwuError(
+        raise RequestError(
             f"strength: expected {least:g} to {most:g} for {name}, where it is the share of the edit's change "
             f"(1: as asked), got {strength:g}"
         )
@@ -241,15 +241,15 @@ def checked_pairs(example: object) -> list[tuple[Picture, Picture]]:
 def check_options(
     adapter: Adapter | None, sampling: SamplingOptions | None, progress: Progress | None, **switches: bool
 ) -> None:
-    """Raise OpenwuError that names an argument of `Editor.edit` of the wrong type."""
+    """Raise RequestError that names an argument of `Editor.edit` of the wrong type."""
     for name, value, kind in (("adapter", adapter, Adapter), ("sampling", sampling, SamplingOptions)):
         if value is not None and not isinstance(value, kind):
-            raise OpenwuError(f"{name}: expected {kind.__name__} or None, got {type(value).__name__}")
+            raise RequestError(f"{name}: expected {kind.__name__} or None, got {type(value).__name__}")
     if progress is not None and not callable(progress):
-        raise OpenwuError(f"progress: expected a function of (done, total) or None, got {type(progress).__name__}")
+        raise RequestError(f"progress: expected a function of (done, total) or None, got {type(progress).__name__}")
     for name, switch in switches.items():
         if not isinstance(switch, bool):
-            raise OpenwuError(f"{name}: expected True or False, got {switch!r}")
+            raise RequestError(f"{name}: expected True or False, got {switch!r}")
 
 
 _PICTURES = (str, Path, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, torch.Tensor, Photo)

@@ -41,7 +41,7 @@ from openwu.backbones.diffusers.loading import (
 )
 from openwu.backbones.protocol import Backbone, Progress, RowScope
 from openwu.backbones.quantised import QuantisationPlan, Quantise, check_quantise, inner_linear_layers
-from openwu.errors import InstructionError, OpenwuError
+from openwu.errors import InstructionError, OpenwuError, RequestError
 from openwu.extras import library
 from openwu.kernels.modules import padded
 from openwu.types import BaseRequest, Condition, SamplingOptions, Segment
@@ -284,13 +284,13 @@ class PipelineBackbone(Backbone, ABC):
         return output[:, : x_t.shape[1]]
 
     def options(self, options: SamplingOptions) -> SamplingOptions:
-        """Fill in this base's defaults; raise OpenwuError for options that it does not have."""
+        """Fill in this base's defaults; raise RequestError for options that it does not have."""
         for name in ("image_guidance", "true_guidance"):
             if getattr(options, name) is not None and name not in self.guided_by:
-                raise OpenwuError(f"{name}: expected none for {type(self).__name__}, which has none; leave it out")
+                raise RequestError(f"{name}: expected none for {type(self).__name__}, which has none; leave it out")
         if options.steps == 1 and self.pipeline.scheduler.config.get("shift_terminal"):
             # A schedule that is stretched to end at a fixed noise level divides by zero at a single step.
-            raise OpenwuError("steps: expected at least 2 for this base, whose last step has a fixed noise, got 1")
+            raise RequestError("steps: expected at least 2 for this base, whose last step has a fixed noise, got 1")
         return replace(
             options,
             steps=options.steps or self.steps,

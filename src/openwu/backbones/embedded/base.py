@@ -42,7 +42,7 @@ from openwu.backbones.protocol import (
     RowScope,
 )
 from openwu.config import LayerGroup
-from openwu.errors import CheckpointError, OpenwuError
+from openwu.errors import CheckpointError, OpenwuError, RequestError
 from openwu.files.weights import fill
 from openwu.images import Photo, read_picture
 from openwu.images.colour import Pixels
@@ -213,7 +213,7 @@ class EmbeddedBase(Backbone):
     def check_sampling(self, options: SamplingOptions) -> None:
         for name in ("steps", "guidance", "image_guidance", "true_guidance", "pixels"):
             if getattr(options, name) is not None:
-                raise OpenwuError(f"{name}: expected none for the embedded model, which samples nothing; leave it out")
+                raise RequestError(f"{name}: expected none for the embedded model, which samples nothing; leave it out")
 
     def condition(self, requests: Sequence[BaseRequest]) -> Condition:
         return self.condition_of([self._job(request) for request in requests])

@@ -38,7 +38,7 @@ from openwu.backbones.protocol import (
 )
 from openwu.backbones.quantised import Quantise
 from openwu.config import GroupedTarget, LayerGroup, PlainTarget
-from openwu.errors import OpenwuError, TargetError
+from openwu.errors import OpenwuError, RequestError, TargetError
 from openwu.files.hashing import of_bytes
 from openwu.images import Photo
 from openwu.kernels.modules import padded
@@ -222,11 +222,11 @@ class HunyuanImage3(Backbone):
         for name in ("image_guidance", "true_guidance", "pixels"):
             if getattr(options, name) is not None:
                 reason = "which chooses among its own sizes (`image_size`)" if name == "pixels" else "which has none"
-                raise OpenwuError(f"{name}: expected none for {type(self).__name__}, {reason}; leave it out")
+                raise RequestError(f"{name}: expected none for {type(self).__name__}, {reason}; leave it out")
         usual = self.model.generation_config
         guidance = usual.diff_guidance_scale if options.guidance is None else options.guidance
         if guidance <= 1:
-            raise OpenwuError(
+            raise RequestError(
                 f"guidance: expected above 1, since the folder's code always draws both rows, got {guidance}"
             )
         return replace(options, steps=options.steps or usual.diff_infer_steps, guidance=guidance)
