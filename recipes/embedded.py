@@ -26,12 +26,15 @@ def part(name: str) -> EmbeddedRecipe:
 
 def recipe() -> EmbeddedRecipe:
     first, further, shown = part("embedded_first"), part("embedded_on"), part("embedded_examples")
+    latest = part("embedded_shown")
     words = load_recipe(Path(__file__).with_name("wording.py"), [])
     assert isinstance(words, WordingRecipe)
     # The weights inside the package went on twice from the first training: at first for 1,800 steps of each.
     generator = replace(first.generator, steps=first.generator.steps + 1800 + further.generator.steps)
     assert shown.examples is not None
     assert further.examples is not None
+    assert latest.examples is not None
+    example_steps = sum(each.steps for each in (shown.examples, further.examples, latest.examples))
     offered = replace(further.model.instruction, accepted_percent=85, withdrawn=WITHDRAWN)
     return replace(
         further,
@@ -44,7 +47,7 @@ def recipe() -> EmbeddedRecipe:
         phrases=StageConfig(steps=2400, shapes=((128, 0),), learning_rate=2e-3, ema=0.998),
         base=replace(first.base, steps=first.base.steps + 1800 + further.base.steps),
         generator=generator,
-        examples=replace(shown.examples, steps=shown.examples.steps + further.examples.steps),
+        examples=replace(shown.examples, steps=example_steps),
         plain_examples=shown.plain_examples,
         shared=replace(first.shared, steps=generator.steps),
         evaluate_every=first.evaluate_every,

@@ -1,7 +1,7 @@
 """The first training of the model inside the package: sizes, stages, sub-tasks of the edits in words.
 
-Its weights went on from there: embedded_on.py, wording.py and embedded_examples.py. `openwu train recipes/embedded.py`
-makes a whole model from nothing at once.
+Its weights went on from there: wording.py, embedded_examples.py, embedded_on.py and embedded_shown.py.
+`openwu train recipes/embedded.py` makes a whole model from nothing at once.
 """
 
 from openwu.backbones.embedded.condition import EmbeddedConditionConfig

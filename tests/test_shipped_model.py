@@ -336,7 +336,7 @@ def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
     stored = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]
     assert recipe == moved(stored) | {"name": "embedded_first"}  # The file has another name since.
     then = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["then"]
-    for name in ("embedded_on", "embedded_examples"):
+    for name in ("embedded_on", "embedded_examples", "embedded_shown"):
         assert describe(load_recipe(ROOT / "recipes" / f"{name}.py", [])) in [moved(each["recipe"]) for each in then]
 
 

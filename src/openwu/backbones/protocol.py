@@ -30,7 +30,15 @@ from openwu.files.weights import sampled_digest
 from openwu.images import Photo
 from openwu.images.colour import Pixels
 from openwu.images.instruction import check_prompt
-from openwu.types import BaseRequest, Condition, ConditionEncoder, LatentBatch, SamplingOptions, Understood
+from openwu.types import (
+    Adapter,
+    BaseRequest,
+    Condition,
+    ConditionEncoder,
+    LatentBatch,
+    SamplingOptions,
+    Understood,
+)
 
 RowScope = Callable[[Sequence[int]], AbstractContextManager[None]]
 """Opens the scope of a pass of the denoiser: for every row of its input, the request that the row belongs to (-1 for
@@ -149,6 +157,13 @@ class ExampleFit(Protocol):
         """Return the mean squared error, under the adapter that is applied, on what no step trains on."""
         ...
 
+    def solve(self, applied: Callable[[Adapter], AbstractContextManager[None]], adapter: Adapter) -> Adapter:
+        """Return the adapter (b = 1) with what has a closed form solved for; see `Backbone.solves_examples`.
+
+        `applied`: the scope in which `denoiser` has an adapter.
+        """
+        ...
+
 
 class Backbone(ConditionEncoder):
     """A frozen base model."""
@@ -163,6 +178,9 @@ class Backbone(ConditionEncoder):
     """Whether `understand` refuses instructions that the base does not know."""
     refines_examples: ClassVar[bool] = False
     """Whether adapters can be trained on examples through the base, by `fit_example`."""
+    solves_examples: ClassVar[bool] = False
+    """Whether part of an adapter that an example generated is solved for on the example, by `fit_example(...).solve`.
+    """
     identity_at_zero: ClassVar[bool] = False
     """Whether strength is the share of the edit's change, which `finish` makes of an edit in full, so that 0 is the
     picture as it is; otherwise it is the factor on the adapter, and 0 the base without one."""

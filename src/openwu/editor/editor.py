@@ -39,6 +39,7 @@ from openwu.editor.requests import (
     timed,
 )
 from openwu.editor.shown.reproduction import Reproduction
+from openwu.editor.shown.solve import solved_on
 from openwu.editor.tasks import make_task, pass_of, read_photos
 from openwu.errors import InstructionError, OpenwuError, PictureError, TargetError
 from openwu.generator.inference.fast import FastGenerator
@@ -314,7 +315,7 @@ class Editor:
         pictures, text = self.backbone.as_read(job) if own else (job.pixels, job.instructions[0])
         return request_key(
             self.identity.digest,
-            pictures,
+            [*pictures, *solved_on(self.backbone, job)],
             text,
             how=f"{self.fast.described} autocast {autocast}",
             seed=job.seed if self.encoder.reads_seed or self.backbone.reads_seed else None,

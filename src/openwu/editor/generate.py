@@ -11,6 +11,7 @@ from openwu.backbones.protocol import EditJob, Progress
 from openwu.editor.requests import Task, timed, with_instruction
 from openwu.editor.shown.refine import refine_adapters, reproduced_by
 from openwu.editor.shown.reproduction import Reproduction
+from openwu.editor.shown.solve import solved_adapter
 from openwu.editor.tasks import condition_kind
 from openwu.export.fit import with_kernels
 from openwu.types import Adapter, Condition
@@ -66,9 +67,11 @@ def generate_adapters(
         home = editor.generator.hidden_in.weight.device
         found = {key: adapter.to(home) for key, adapter in found.items()}
         generated = (
-            adapter
+            solved_adapter(editor.backbone, job, adapter)
             for part, condition in zip(parts, conditions, strict=True)
-            for adapter in _generate(editor, condition, [job.instructions[0] for job in part])
+            for job, adapter in zip(
+                part, _generate(editor, condition, [job.instructions[0] for job in part]), strict=True
+            )
         )
         for key, adapter in zip(missing, generated, strict=True):
             found[key] = adapter

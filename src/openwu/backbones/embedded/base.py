@@ -62,6 +62,7 @@ class EmbeddedBase(Backbone):
     )
     refuses_out_of_scope: ClassVar[bool] = True
     refines_examples: ClassVar[bool] = True
+    solves_examples: ClassVar[bool] = True
     identity_at_zero: ClassVar[bool] = True
     concurrent: ClassVar[bool] = True
     max_pictures: ClassVar[int | None] = 2
@@ -152,8 +153,8 @@ class EmbeddedBase(Backbone):
         return {"tokens": self.config.condition.width}
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """Both encoders."""
-        return {"instruction": self.instruction, "condition": self.condition_encoder}
+        """All: adapters of edits that are shown depend on the network, too."""
+        return self.modules()
 
     @property
     def identity(self) -> str:

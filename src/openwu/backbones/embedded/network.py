@@ -213,14 +213,20 @@ class PixelPath(nn.Module):
 
         `shown`: which rows and columns of the grid's pixels x holds; None: all.
         """
+        affine: Tensor = self.out(self.hidden(x, tokens, grid, shown))
+        return affine
+
+    def hidden(
+        self, x: Tensor, tokens: Tensor, grid: Sequence[int], shown: tuple[slice, slice] | None = None
+    ) -> Tensor:
+        """Return what the last layer reads `[b, c, h, w]`; arguments as of `forward`."""
         scene = unpatchify(self.scene(tokens), grid, self.patch)
         if shown is not None:
             scene = scene[:, :, *shown]
         features = gated(self.stem(x), scene)
         for convolution in self.mix:
             features = features + convolution(F.silu(features))
-        affine: Tensor = self.out(F.silu(features))
-        return affine
+        return F.silu(features)
 
 
 def gated(features: Tensor, scene: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from openwu.backbones.protocol import EditJob, ExampleFit, Progress
 from openwu.editor.cache import request_key
 from openwu.editor.requests import EditRequest, Task
 from openwu.editor.shown.reproduction import Reproduction, reduced, reproduction
+from openwu.editor.shown.solve import changed
 from openwu.errors import TargetError
 from openwu.files.weights import sampled_digest
 from openwu.images import Photo
@@ -92,9 +93,7 @@ def _refined(editor: Editor, job: EditJob, start: Adapter, progress: Progress, *
     generated = reproduced_by(editor, job, start)
     if checked:
         generated.check_change()
-    trained = tuple(
-        target for target in start.targets if any(bool(each.any()) for each in start.factors[target.name].values())
-    )
+    trained = changed(start)
     if not trained:
         raise TargetError("refine: expected a generated adapter to start from, got one of zeros; train the generator")
     part = replace(start, targets=trained, factors={target.name: start.factors[target.name] for target in trained})

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from openwu.adapters.inject import attach
 from openwu.backbones.embedded.condition import SHOWN
-from openwu.backbones.embedded.network import TinyEditor, pad_mirrored, recolour
+from openwu.backbones.embedded.network import pad_mirrored, place_planes, recolour
+from openwu.backbones.embedded.shown.solving import pixel_replica, read_view, solve_head
 from openwu.data.examples import ExampleBatch, ExampleSampler, neighbours
 from openwu.errors import OpenwuError
 from openwu.evaluation.metrics import psnr
@@ -110,17 +111,20 @@ class ExampleStage:
         batches: Batches,
         validation: Batches | None,
         bf16: bool,
+        solved: bool = True,
     ) -> None:
-        """`adapt` uses `trained`. Without a `validation` nothing is reported."""
+        """`adapt` uses `trained`. Without a `validation` nothing is reported.
+
+        `solved`: the last layer is solved for on the example; False for adapters that no example changes.
+        """
+        self.solved = solved
         self.config, self.model, self.trained, self.adapt = config, model, trained, adapt
         self.batches, self.validation, self.bf16 = batches, validation, bf16
         self._cache = StepBatchCache(self.batches.batch)
         model.requires_grad_(False)
         trained.requires_grad_(True)
         # The base again, without the model's hooks: adapters of the branch have targets in the last part alone.
-        self.base = TinyEditor(model.config.backbone)
-        self.base.load_state_dict(model.backbone.state_dict())
-        self.base.requires_grad_(False)
+        self.base = pixel_replica(model.backbone)
         self.handle = attach(self.base, model.generator.branch(SHOWN).targets)
 
     @contextmanager
@@ -139,7 +143,7 @@ class ExampleStage:
         batch = self._cache.at(step, micro_batch)
         own = range(len(batch.names))[micro_batch.rows(len(batch.names))]
         window = _window(batch, torch.Generator().manual_seed(step))
-        edited, target = self.edited(batch, own, window)
+        edited, target = self.edited(batch, own, window, step)
         floor = annealed_floor(self.config.first_floor, step / self.config.steps)
         margin = self.base.pixels.reach if target.shape[-1] < batch.picture.shape[-1] else 0
         inside = (..., slice(margin, target.shape[-1] - margin), slice(margin, target.shape[-1] - margin))
@@ -147,9 +151,9 @@ class ExampleStage:
         return tuple(batch.names[row] for row in own), losses.view(len(own), -1).mean(1)
 
     def edited(
-        self, batch: ExampleBatch, own: range, window: tuple[slice, slice] | None = None
+        self, batch: ExampleBatch, own: range, window: tuple[slice, slice] | None = None, seed: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Pictures and targets `[b c, 3, m, m]` of the requests `own`, one after another."""
+        """Pictures and targets `[b c, 3, m, m]` of the requests `own`, one after another; `seed`: of the views."""
         count, size = batch.target.shape[1], len(batch.names)
         pictures = [at for row in own for at in neighbours(row, count, size)]
         used = sorted(set(pictures))
@@ -157,7 +161,7 @@ class ExampleStage:
         text = self.model.instruction(batch.sentences)
         shown = slice(own.start, own.stop)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            adapter = self.adapt(batch, shown, text[shown])
+            adapter = self.adapters(batch, shown, text[shown], seed)
             with torch.no_grad():
                 x, tokens, grid = self._scene(batch.picture[used], batch.planes[used], text[used])
             cut = (slice(None), slice(None), *(window or (slice(None), slice(None))))
@@ -167,6 +171,15 @@ class ExampleStage:
         k = batch.picture.shape[-1]
         edited = recolour(batch.picture[pictures][cut], affine[:, :, :k, :k])
         return edited, batch.target[shown].flatten(0, 1)[cut]
+
+    def adapters(self, batch: ExampleBatch, own: slice, text: Tensor, seed: int = 0) -> Adapter:
+        """The adapters of the requests `own`, with the last layer solved for on samples of their examples."""
+        written = self.adapt(batch, own, text)
+        if not self.solved:
+            return written
+        pairs, planes = shown_samples(batch, self.base.config.cell, seed)
+        views = [read_view(self.base, (pair[own, 0], pair[own, 1]), planes[own], text) for pair in pairs]
+        return solve_head(self.base, self.handle.applied, written, views)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -199,6 +212,21 @@ def _window(batch: ExampleBatch, draws: torch.Generator) -> tuple[slice, slice] 
         return None
     y, x = torch.randint(room + 1, (2,), generator=draws).tolist()
     return slice(y, y + WINDOW), slice(x, x + WINDOW)
+
+
+def shown_samples(batch: ExampleBatch, side: int, seed: int) -> tuple[list[Tensor], Tensor]:
+    """Every n-th pixel of all examples, `side` or a few more: a list of pairs `[b, 2, 3, m, m]`, planes `[b, 3, m, m]`.
+
+    The last layer is solved on them, as an editor does it on a large example.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    whole = batch.examples.shape[-1]
+    noise = torch.randn(len(batch.names), 1, whole, whole, generator=draws)
+    planes = torch.cat([noise, place_planes(whole, whole).expand(len(noise), -1, -1, -1)], dim=1)
+    step = max(1, whole // side)
+    y, x = torch.randint(step, (2,), generator=draws).tolist()
+    cut = (..., slice(y, None, step), slice(x, None, step))
+    return [pair[cut] for pair in batch.examples.unbind(1)], planes[cut]
 
 
 def _turned(batch: ExampleBatch) -> ExampleBatch:

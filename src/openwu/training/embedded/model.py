@@ -26,9 +26,12 @@ from openwu.adapters.merge import merged_copy, merging_pays
 from openwu.backbones.embedded.base import EmbeddedBase
 from openwu.backbones.embedded.condition import SHOWN
 from openwu.backbones.embedded.config import PIXELS, WEIGHTS, EmbeddedBaseConfig, read_config, read_parts
+from openwu.backbones.embedded.network import noise_plane, place_planes
 from openwu.backbones.embedded.sentence import FILE as SENTENCE_FILE
 from openwu.backbones.embedded.sentence import SentenceReader
+from openwu.backbones.embedded.shown.solving import pixel_replica, read_view, solve_head
 from openwu.config import ConfigError, GeneratorConfig
+from openwu.editor.shown.reproduction import SIDE
 from openwu.errors import CheckpointError, TargetError
 from openwu.files.weights import fill, packed
 from openwu.files.writing import atomic_set
@@ -138,10 +141,21 @@ class EmbeddedModel(nn.Module):
     def adapt_shown(self, pairs: Tensor, text: Tensor, pictures: Tensor | None = None) -> Adapter:
         """Pairs before and after `[b, p, 2, 3, h, w]` and words `[b, K, text_dim]` -> one adapter per request.
 
-        `pictures`: see `EmbeddedConditionEncoder.shown`.
+        Its last layer is solved for on the pairs, as an editor does it. `pictures`: see
+        `EmbeddedConditionEncoder.shown`.
         """
-        adapter: Adapter = self.generator(self.condition.shown(pairs.unbind(1), text, pictures))
-        return adapter
+        branch = self.generator.branch(SHOWN)
+        written: Adapter = branch(self.condition.shown(pairs.unbind(1), text, pictures).tokens)
+        network = pixel_replica(self.backbone)
+        height, width = pairs.shape[-2:]
+        step = -(-max(height, width) // SIDE)
+        cut = (..., slice(step // 2, None, step), slice(step // 2, None, step))
+        planes = torch.cat([noise_plane(width, height, 0).to(pairs), place_planes(height, width).to(pairs)])
+        planes = planes.expand(len(pairs), -1, -1, -1)[cut]
+        text = text.expand(len(pairs), -1, -1)
+        views = [read_view(network, (pair[:, 0][cut], pair[:, 1][cut]), planes, text) for pair in pairs.unbind(1)]
+        with attach(network, branch.targets) as handle:
+            return self.generator.complete(solve_head(network, handle.applied, written, views))
 
     def adapt(
         self, pictures: Tensor, text: Tensor, references: Tensor | None = None, present: Tensor | None = None

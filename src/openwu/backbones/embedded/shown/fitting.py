@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from openwu.backbones.embedded.config import PIXELS
 from openwu.backbones.embedded.network import TinyEditor, pad_mirrored, place_planes, recolour
-from openwu.kernels.modules import without_weights
+from openwu.backbones.embedded.shown.solving import HEAD, Scope, ShownView, pixel_replica, solve_head
+from openwu.types import Adapter
 
 WINDOW = 96
 """Side of the window that a step computes."""
@@ -61,10 +62,8 @@ class EmbeddedFit:
 
         `adapted`: paths of the modules that adapters change. `frame`: pixels at each border that do not count.
         """
-        with without_weights():
-            self.denoiser: nn.Module = TinyEditor(network.config)
-        self.denoiser.load_state_dict(network.state_dict(), assign=True)
-        self.network = self.denoiser.requires_grad_(False)
+        self.network = pixel_replica(network)
+        self.denoiser: nn.Module = self.network
         self.text = text
         within = all(name.split(".")[0] == PIXELS for name in adapted)
         self.pairs = [self._pair(*pair, frame, within) for pair in pairs]
@@ -80,6 +79,21 @@ class EmbeddedFit:
         held = counted & _held_out(height, width)
         scene = network.read_scene(x, self.text.to(x.dtype)) if within else None
         return FitPair(x, pad_mirrored(before[None], *padding), after[None], counted & ~held, held, scene)
+
+    @torch.no_grad()
+    def solve(self, applied: Scope, adapter: Adapter) -> Adapter:
+        """Solve for the last layer's update on all pixels that count; see `solve_head`.
+
+        An adapter that does not change the last layer, or changes the blocks, too, is returned as it is.
+        """
+        if HEAD not in adapter.factors or any(pair.scene is None for pair in self.pairs):
+            return adapter
+        views = []
+        for pair in self.pairs:
+            assert pair.scene is not None
+            before = pair.before[..., : pair.after.shape[-2], : pair.after.shape[-1]]
+            views.append(ShownView(pair.x, pair.scene, before, pair.after, pair.trained | pair.held))
+        return solve_head(self.network, applied, adapter, views)
 
     def loss(self, step: int, steps: int) -> Tensor:
         """Return log(mse + floor) in a window of a pair, the pairs by turns; windows are drawn by `step` alone."""

@@ -3,8 +3,10 @@
 No method has seen the test's programs. All are trained on the same frozen base and full-resolution targets.
 
 - `input`: the photograph as it is; `base`: the base alone, with the tokens of no words.
-- `shared`: one LoRA trained over programs. `bank`: one LoRA for each of BANK training programs; the one that does the
-  example best is taken. `best of the bank`: the one that does the request best, which nobody can know.
+- `shared`: one LoRA trained over programs. `shared, solved`: one trained so that its last layer is solved for on the
+  example when the request comes, as that of generated adapters is; `untrained, solved`: the same of random factors.
+- `bank`: one LoRA for each of BANK training programs; the one that does the example best is taken. `best of the bank`:
+  the one that does the request best, which nobody can know.
 - `perfect bank`: of so many random programs the one that does the example best, itself: no trained entry is better.
 - `told`: all of the base's weights, with the example's summary added to its instruction tokens.
 - `generated`: example encoder and branch, from nothing; `generated, packaged`: as the given model has them.
@@ -68,6 +70,7 @@ BEST_OF_BANK = "best of the bank"
 RATES: Mapping[str, Mapping[str, float]] = {
     "generated": {"learning_rate": 2e-3, "matrix_learning_rate": 6e-3},
     "shared": LORA_RATES,
+    "shared, solved": LORA_RATES,
     "bank": LORA_RATES,
     "told": {"learning_rate": 5e-4, "matrix_learning_rate": 2e-3},
 }
@@ -234,7 +237,10 @@ def trainable(
     def adapt(batch: ExampleBatch, own: slice, _text: Tensor) -> Any:
         return lora([int(each) if programs else 0 for each in batch.names[own]])
 
-    stage = ExampleStage(config, model, lora, adapt, batches, None, NATIVE_BF16)
+    solved = name == "shared, solved"
+    stage = ExampleStage(config, model, lora, adapt, batches, None, NATIVE_BF16, solved)
+    if solved:
+        return stage, {"": lambda task: base.under(base.solved(task, lora().detach()))}
     if not programs:
         return stage, {"": lambda _: base.under(lora().detach())}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from openwu.backbones.embedded.condition import SHOWN
 from openwu.backbones.embedded.network import TinyEditor, place_planes
 from openwu.backbones.embedded.shown.encoder import fit, predicted, reduced
 from openwu.backbones.embedded.shown.fitting import EmbeddedFit
+from openwu.backbones.embedded.shown.solving import read_view, solve_head
 from openwu.data.programs import COLOUR_FAMILIES, TRAINED_FAMILIES, Program, draw_program
 from openwu.editor.shown.refine import fit_adapter
 from openwu.errors import OpenwuError
@@ -113,10 +114,19 @@ class FrozenBase:
 
     @torch.no_grad()
     def generated(self, task: ShownTask) -> Adapter:
-        """Write the adapter of a task's example by the model's branch."""
-        condition = self.model.condition.shown([task.example[None]], self.text)
-        adapter: Adapter = self.model.generator.branch(SHOWN)(condition.tokens)
-        return adapter
+        """Write the adapter of a task's example by the model's branch, its last layer solved for on the example."""
+        whole = self.model.adapt_shown(task.example[None, None], self.text)
+        return replace(
+            whole, targets=self.targets, factors={each.name: whole.factors[each.name] for each in self.targets}
+        )
+
+    @torch.no_grad()
+    def solved(self, task: ShownTask, adapter: Adapter) -> Adapter:
+        """Solve for the last layer of any adapter (b = 1) on a task's example."""
+        before, after = task.example[:, None]
+        planes = torch.cat([task.noise, place_planes(*before.shape[-2:])])[None]
+        view = read_view(self.network, (before, after), planes, self.text)
+        return solve_head(self.network, self.handle.applied, adapter, [view])
 
 
 def stage_config(steps: int, requests: int, crop: int, rates: Mapping[str, float]) -> StageConfig:
@@ -168,10 +178,12 @@ def fitted(task: ShownTask) -> Edit:
 def serve_untrained(base: FrozenBase) -> dict[str, Callable[[ShownTask], Edit]]:
     """Return the methods that need no training before the request, or whose training is finished, by name."""
     packaged, programs = base.generated, bank_programs(max(PERFECT), 0)
+    untrained = base.new_lora(0)().detach()
     found: dict[str, Callable[[ShownTask], Edit]] = {
         "input": lambda _: lambda case: case.picture,
         "base": lambda _: base.under(None),
         "cubic fit": fitted,
+        "untrained, solved": lambda task: base.under(base.solved(task, untrained)),
         GENERATED: lambda task: base.under(packaged(task)),
         **{f"perfect bank of {size}": partial(retrieved_program, programs[:size]) for size in PERFECT},
     }
