@@ -85,7 +85,8 @@ def magick(program: str, options: list[str]) -> Filter:
         picture.save(buffer, "PNG")
         command = [program, "png:-", *options, "png:-"]
         done = subprocess.run(command, input=buffer.getvalue(), stdout=subprocess.PIPE, check=True)
-        return Image.open(io.BytesIO(done.stdout)).convert("RGB")
+        made = Image.open(io.BytesIO(done.stdout)).convert("RGB")
+        return Image.fromarray(np.asarray(made))  # without the file's gamma, which an editor would apply
 
     return apply
 

@@ -261,7 +261,7 @@ def test_an_example_that_is_not_understood_is_said_and_can_be_tried(tab: Tab) ->
     tab.page.set_input_files("#example-before", PHOTO)
     tab.page.set_input_files("#example-after", PHOTO)  # shows no change
     tab.page.click("#run")
-    playwright.expect(tab.page.get_by_role("alert")).to_contain_text("teach looks of tone and colour", timeout=30_000)
+    playwright.expect(tab.page.get_by_role("alert")).to_contain_text("teach tone and colour", timeout=30_000)
     tab.page.locator("#error-actions button").click()
     tab.cards(1)
 
