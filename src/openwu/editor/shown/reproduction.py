@@ -25,8 +25,8 @@ VISIBLE = 1 / 255
 """Root mean square of a change, of 1, below which two pictures show none."""
 ANYWAY = "try anyway with --allow-out-of-scope (allow_out_of_scope=True)"
 TEACHABLE = (
-    "examples teach tone and colour, vignettes, light from one side and glow, and something of blur, sharpening and local "
-    "contrast: not grain, posterising, drawing or retouching"
+    "examples teach tone and colour, vignettes, light from one side and glow, and something of blur, sharpening and "
+    "local contrast: not grain, posterising, drawing or retouching"
 )
 
 
