@@ -289,6 +289,36 @@ def test_steps_on_the_pair_bring_another_photograph_closer_too(editor: Editor, p
     assert away(floats(refined.image), wanted) < 0.98 * away(floats(generated.image), wanted)
 
 
+def test_an_example_leaves_no_lines_in_a_sky(editor: Editor) -> None:
+    """Photographs are continued by four patches; by one, columns differed from their neighbours by 5.8 levels here."""
+
+    def strong(picture: Image.Image) -> Image.Image:
+        mixed = floats(picture) / 255 @ np.array([[0.9, 0.1, 0], [0.1, 0.8, 0.1], [0.1, 0.2, 0.7]])
+        toned = np.clip(1.7 * (mixed - 0.45) + 0.6, 0, 1) * [1, 0.97, 0.9] + [0, 0, 0.05]
+        return Image.fromarray((255 * toned.clip(0, 1)).round().astype(np.uint8))
+
+    example = photographed("coffee", 320)
+    sky = np.linspace([150, 180, 225], [190, 210, 240], 240)[:, None].repeat(320, axis=1)
+    photo = Image.fromarray(sky.round().astype(np.uint8))
+    columns = floats(editor.edit(photo, example=[(example, strong(example))]).image).mean(0)
+    steps = columns[2:-2] - (columns[1:-3] + columns[3:-1]) / 2
+    assert np.abs(steps).max() < 1
+
+
+def test_a_small_example_of_a_vignette_fits_a_large_photograph(editor: Editor) -> None:
+    """Places are those in the picture itself, not in what it is continued to: 36.4 dB before."""
+
+    def darkened(picture: Image.Image) -> Image.Image:
+        y, x = np.mgrid[-1 : 1 : picture.height * 1j, -1 : 1 : picture.width * 1j]
+        light = 1 - (x**2 + y**2)[..., None] / 4
+        return Image.fromarray((floats(picture) * light).round().clip(0, 255).astype(np.uint8))
+
+    example, photo = photographed("astronaut", QUICK_SIDE), photographed("coffee", 640)
+    edited = editor.edit(photo, example=[(example, darkened(example))]).image
+    error = np.mean((floats(edited) - floats(darkened(photo))) ** 2)
+    assert 10 * np.log10(255**2 / error) > 37.5
+
+
 def test_examples_of_what_no_example_can_teach_are_refused(editor: Editor, photograph: Image.Image) -> None:
     grain = np.random.default_rng(0).normal(0, 14, (photograph.height, photograph.width, 1))
     noisy = Image.fromarray((floats(photograph) + grain).round().clip(0, 255).astype(np.uint8))

@@ -33,7 +33,7 @@ def pictures() -> Tensor:
 
 
 def whole(model: EmbeddedModel, pictures: Tensor, noise: Tensor, text: Tensor) -> Tensor:
-    planes = torch.cat([noise.float(), place_planes(HEIGHT, WIDTH)])[None]
+    planes = torch.cat([noise.float(), place_planes(HEIGHT, WIDTH, frame=3)])[None]
     edited: Tensor = model.backbone(pictures[:1], planes, text, raw=True)
     return edited[0]
 

@@ -50,6 +50,9 @@ from openwu.images.instruction import check_instruction
 from openwu.kernels.modules import without_weights
 from openwu.types import BaseRequest, Condition, SamplingOptions, Understood
 
+FRAME = 4
+"""Patches by which a photo is continued where an edit is shown: those nearest to a border draw lines between them."""
+
 
 class EmbeddedBase(Backbone):
     """A frozen base that is small enough for a laptop; its network is what adapters act on."""
@@ -298,16 +301,16 @@ class EmbeddedBase(Backbone):
         return self.read(photos, (request.instruction,), request.seed)
 
     def _framed(self, job: EmbeddedJob) -> EmbeddedJob:
-        """A job without words with its photo continued, mirrored, by a patch on every side.
+        """A job without words with its photo continued, mirrored, by FRAME patches on every side.
 
-        Edits that are shown learned inside of pictures alone: beside the zeros that convolutions see around a picture,
-        their outermost pixels would get less of the change.
+        Edits that are shown learned inside of pictures alone: beside the zeros that patches and convolutions see around
+        a picture, they would leave lines between patches, and less of the change in the outermost pixels.
         """
         if not self.reads_examples or any(job.instructions):
             return job
-        patch, photo = self.config.backbone.patch, job.photos[0]
-        pixels = np.pad(photo.pixels, ((patch, patch), (patch, patch), (0, 0)), mode="symmetric")
-        return replace(job, photos=(Photo(cast(Pixels, pixels), grey=photo.grey), *job.photos[1:]))
+        wide, photo = FRAME * self.config.backbone.patch, job.photos[0]
+        pixels = np.pad(photo.pixels, ((wide, wide), (wide, wide), (0, 0)), mode="symmetric")
+        return replace(job, photos=(Photo(cast(Pixels, pixels), grey=photo.grey), *job.photos[1:]), frame=wide)
 
     def _factor(self, job: EmbeddedJob) -> int:
         """By how much the job's photo is reduced, so that its effect is as large as on a small one."""

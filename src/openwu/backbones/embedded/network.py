@@ -35,10 +35,13 @@ def noise_plane(width: int, height: int, seed: int) -> Tensor:
     return plane
 
 
-def place_planes(height: int, width: int, window: tuple[slice, slice] | None = None) -> Tensor:
-    """`[2, h, w]`: y and x of every pixel's centre from -1 to 1, of the whole picture or of a window in it."""
-    y = (2 * torch.arange(height) + 1) / height - 1
-    x = (2 * torch.arange(width) + 1) / width - 1
+def place_planes(height: int, width: int, window: tuple[slice, slice] | None = None, *, frame: int = 0) -> Tensor:
+    """`[2, h, w]`: y and x of every pixel's centre from -1 to 1, of the whole picture or of a window in it.
+
+    `frame`: pixels at each border that continue the picture, and so lie beyond -1 and 1; height and width have them.
+    """
+    y = (2 * (torch.arange(height) - frame) + 1) / (height - 2 * frame) - 1
+    x = (2 * (torch.arange(width) - frame) + 1) / (width - 2 * frame) - 1
     if window is not None:
         y, x = y[window[0]], x[window[1]]
     return torch.stack([y[:, None].expand(-1, len(x)), x[None, :].expand(len(y), -1)])

@@ -32,6 +32,8 @@ class EmbeddedJob(EditJob):
     """A job with its instructions encoded once: for its scope, its condition and its edit."""
 
     encoder: InstructionEncoder = field(kw_only=True)
+    frame: int = field(default=0, kw_only=True)
+    """Pixels at each border of the photo that continue it, see `place_planes`."""
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -47,7 +49,7 @@ class EmbeddedJob(EditJob):
 
 @dataclass
 class Pass:
-    """A pass of the network for one or several jobs with photos of equal size."""
+    """A pass of the network for one or several jobs with photos of equal size and frame."""
 
     network: TinyEditor
     scope: RequestScope
@@ -63,6 +65,10 @@ class Pass:
     @property
     def photos(self) -> list[Photo]:
         return [job.photos[0] for job in self.jobs]
+
+    @property
+    def frame(self) -> int:
+        return self.jobs[0].frame
 
     @property
     def small(self) -> bool:
@@ -89,13 +95,13 @@ class Pass:
         if self.small:
             in_parallel([partial(self._edit_whole, network)], done)
             return
-        job = PiecewiseEdit(network, self.photos, [job.seed for job in self.jobs], self.text)
+        job = PiecewiseEdit(network, self.photos, [job.seed for job in self.jobs], self.text, self.frame)
         for stage in job.stages():
             in_parallel(stage, done)
         self.edited = job.edited()
 
     def _edit_whole(self, network: TinyEditor) -> None:
-        self.edited = edited_whole(network, self.photos, [job.seed for job in self.jobs], self.text)
+        self.edited = edited_whole(network, self.photos, [job.seed for job in self.jobs], self.text, self.frame)
 
     def _module(self) -> TinyEditor:
         module = self.scope.module_for(self.owners[0])
@@ -114,11 +120,11 @@ def passes_of(
 
     `rows`: pixels of a photo -> input rows of every module that can carry an adapter.
     """
-    groups: dict[tuple[tuple[int, int], int], list[int]] = {}
+    groups: dict[tuple[tuple[int, int], int, int], list[int]] = {}
     for index, job in enumerate(jobs):
-        groups.setdefault((job.photos[0].size, len(job.instructions)), []).append(index)
+        groups.setdefault((job.photos[0].size, len(job.instructions), job.frame), []).append(index)
     passes = []
-    for (size, _), members in groups.items():
+    for (size, *_), members in groups.items():
         copied = scope.prefers_module(rows(size[0] * size[1]))
         count = 1 if copied else min(batch, pictures_per_pass(*size))
         for start in range(0, len(members), count):

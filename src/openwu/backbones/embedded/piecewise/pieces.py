@@ -93,11 +93,13 @@ def as_unit(pixels: Pixels) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / peak
 
 
-def edited_whole(network: nn.Module, photos: Sequence[Photo], seeds: Sequence[int], text: Tensor) -> list[Photo]:
-    """Edit photos of equal size in one pass; text: instruction tokens `[b, K, text_dim]`."""
+def edited_whole(
+    network: nn.Module, photos: Sequence[Photo], seeds: Sequence[int], text: Tensor, frame: int = 0
+) -> list[Photo]:
+    """Edit photos of equal size in one pass; text: instruction tokens `[b, K, text_dim]`; frame: see `place_planes`."""
     width, height = photos[0].size
     picture = torch.stack([as_unit(photo.pixels) for photo in photos])
-    place = place_planes(height, width)
+    place = place_planes(height, width, frame=frame)
     planes = torch.stack([torch.cat([noise_plane(width, height, seed).float(), place]) for seed in seeds])
     edited = network(picture, planes, text)
     return [photo.with_pixels(as_pixels(each, photo.pixels)) for photo, each in zip(photos, edited, strict=True)]
@@ -153,14 +155,16 @@ def wrapped(start: int, length: int, side: int) -> Iterator[tuple[slice, slice]]
 class PiecewiseEdit:
     """One pass of the network over photos of equal size, as `stages` of pieces that may run at the same time."""
 
-    def __init__(self, network: TinyEditor, photos: Sequence[Photo], seeds: Sequence[int], text: Tensor) -> None:
-        """text: instruction tokens `[b, K, text_dim]`."""
+    def __init__(
+        self, network: TinyEditor, photos: Sequence[Photo], seeds: Sequence[int], text: Tensor, frame: int = 0
+    ) -> None:
+        """text: instruction tokens `[b, K, text_dim]`; frame: see `place_planes`."""
         self.network, self.photos = network, photos
         self.patch, cell = network.config.patch, network.config.cell
         self.width, self.height = photos[0].size
         self.padded_width, self.padded_height = self.width + -self.width % cell, self.height + -self.height % cell
         self.noises = [noise_plane(self.width, self.height, seed) for seed in seeds]
-        self.y, self.x = (plane.contiguous() for plane in (_column(self.height), _column(self.width)))
+        self.y, self.x = (_column(side, frame).contiguous() for side in (self.height, self.width))
         self.rows, self.columns = _mirrored(self.height, self.padded_height), _mirrored(self.width, self.padded_width)
         dtype = network.embed.weight.dtype
         self.text = network.text_norm(text.to(dtype))
@@ -269,9 +273,9 @@ class PiecewiseEdit:
         return self.rows[rows.pixels].numpy()[:, None], self.columns[columns.pixels].numpy()[None]
 
 
-def _column(side: int) -> Tensor:
+def _column(side: int, frame: int) -> Tensor:
     """Every pixel's place along a side, from -1 to 1."""
-    return place_planes(side, 1)[0, :, 0]
+    return place_planes(side, 2 * frame + 1, frame=frame)[0, :, 0]
 
 
 def _mirrored(side: int, padded: int) -> Tensor:

@@ -71,7 +71,7 @@ class EmbeddedFit:
     @torch.no_grad()
     def _pair(self, before: Tensor, after: Tensor, noise: Tensor, frame: int, within: bool) -> FitPair:
         network, (height, width) = self.network, before.shape[-2:]
-        planes = torch.cat([noise.float(), place_planes(height, width)])[None]
+        planes = torch.cat([noise.float(), place_planes(height, width, frame=frame)])[None]
         padding = -height % network.config.cell, -width % network.config.cell
         x = pad_mirrored(network.inputs(before[None], planes), *padding).contiguous(memory_format=torch.channels_last)
         counted = torch.zeros(height, width, dtype=torch.bool)
