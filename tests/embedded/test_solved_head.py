@@ -10,9 +10,11 @@ from torch import Tensor
 
 from openwu.adapters.inject import AdapterHandle, attach
 from openwu.backbones.embedded.condition import SHOWN
+from openwu.backbones.embedded.config import PIXELS
 from openwu.backbones.embedded.network import TinyEditor, place_planes, recolour
 from openwu.backbones.embedded.shown import solving
-from openwu.backbones.embedded.shown.solving import HEAD, ShownView, pixel_replica, read_view, solve_head
+from openwu.backbones.embedded.shown.fitting import EmbeddedFit
+from openwu.backbones.embedded.shown.solving import HEAD, ShownView, pixel_replica, read_view, solvable, solve_head
 from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.types import LORA_A, LORA_B, Adapter
 
@@ -177,3 +179,29 @@ def test_a_flat_example_leaves_finite_numbers(
     view = read_view(network, (flat, flat), planes, model.instruction(["", ""]))
     solved = solve_head(network, handle.applied, adapter, [view])
     assert bool(solved.factors[HEAD][LORA_B].isfinite().all())
+
+
+def test_other_operators_and_adapters_of_the_blocks_are_left_as_they_are(
+    embedded_config: EmbeddedConfig, model: EmbeddedModel, adapter: Adapter
+) -> None:
+    assert solvable(adapter.targets)
+    sizes = embedded_config.with_examples(d_model=32, head_dim=16, dim_accumulation=2, blocks=1)
+    groups = {group.name: group.with_operator("scale_offset") for group in sizes.generator.groups}
+    branch = replace(sizes.generator.branches[SHOWN], groups=(groups[PIXELS],))
+    generator = replace(sizes.generator, groups=tuple(groups.values()), branches={SHOWN: branch})
+    sizes = replace(sizes, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = EmbeddedModel(sizes).requires_grad_(False)
+    assert not solvable(other.generator.branch(SHOWN).targets)
+    pairs = torch.rand(1, 1, 2, 3, 64, 64, generator=torch.Generator().manual_seed(9))
+    text = other.instruction([""])
+    written = other.generator(other.condition.shown(pairs.unbind(1), text))
+    given = other.adapt_shown(pairs, text)
+    assert all(
+        torch.equal(given.factors[name][key], each) for name, p in written.factors.items() for key, each in p.items()
+    )
+    noise = torch.zeros(1, 64, 64)
+    fit = EmbeddedFit(model.backbone, [(*pairs[0, 0], noise)], text, adapted=["blocks.0.qkv", HEAD])
+    one = adapter.select([0])
+    assert fit.solve(attach(fit.denoiser, one.targets).applied, one) is one

@@ -14,8 +14,10 @@ from openwu.types import Adapter, Target
 
 def solved_adapter(base: Backbone, job: EditJob, adapter: Adapter) -> Adapter:
     """Return a job's adapter (b = 1) as it is where the job has no example, or the base solves nothing."""
+    if not job.examples or not base.solves_examples:
+        return adapter
     own = changed(adapter)
-    if not job.examples or not base.solves_examples or not own:
+    if not own:
         return adapter
     part = replace(adapter, targets=own, factors={target.name: adapter.factors[target.name] for target in own})
     pairs = tuple((reduced(before, between=True), reduced(after, between=True)) for before, after in job.examples)

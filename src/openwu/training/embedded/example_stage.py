@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from openwu.adapters.inject import attach
 from openwu.backbones.embedded.condition import SHOWN
 from openwu.backbones.embedded.network import pad_mirrored, place_planes, recolour
-from openwu.backbones.embedded.shown.solving import pixel_replica, read_view, solve_head
+from openwu.backbones.embedded.shown.solving import pixel_replica, read_view, solvable, solve_head
 from openwu.data.examples import ExampleBatch, ExampleSampler, neighbours
 from openwu.errors import OpenwuError
 from openwu.evaluation.metrics import psnr
@@ -117,7 +117,6 @@ class ExampleStage:
 
         `solved`: the last layer is solved for on the example; False for adapters that no example changes.
         """
-        self.solved = solved
         self.config, self.model, self.trained, self.adapt = config, model, trained, adapt
         self.batches, self.validation, self.bf16 = batches, validation, bf16
         self._cache = StepBatchCache(self.batches.batch)
@@ -125,7 +124,9 @@ class ExampleStage:
         trained.requires_grad_(True)
         # The base again, without the model's hooks: adapters of the branch have targets in the last part alone.
         self.base = pixel_replica(model.backbone)
-        self.handle = attach(self.base, model.generator.branch(SHOWN).targets)
+        targets = model.generator.branch(SHOWN).targets
+        self.handle = attach(self.base, targets)
+        self.solved = solved and solvable(targets)
 
     @contextmanager
     def loss(self, step: int, micro_batch: MicroBatch = FULL_BATCH) -> Iterator[Tensor]:

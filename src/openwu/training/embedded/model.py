@@ -29,7 +29,7 @@ from openwu.backbones.embedded.config import PIXELS, WEIGHTS, EmbeddedBaseConfig
 from openwu.backbones.embedded.network import noise_plane, place_planes
 from openwu.backbones.embedded.sentence import FILE as SENTENCE_FILE
 from openwu.backbones.embedded.sentence import SentenceReader
-from openwu.backbones.embedded.shown.solving import pixel_replica, read_view, solve_head
+from openwu.backbones.embedded.shown.solving import pixel_replica, read_view, solvable, solve_head
 from openwu.config import ConfigError, GeneratorConfig
 from openwu.editor.shown.reproduction import SIDE
 from openwu.errors import CheckpointError, TargetError
@@ -146,6 +146,8 @@ class EmbeddedModel(nn.Module):
         """
         branch = self.generator.branch(SHOWN)
         written: Adapter = branch(self.condition.shown(pairs.unbind(1), text, pictures).tokens)
+        if not solvable(branch.targets):
+            return self.generator.complete(written)
         network = pixel_replica(self.backbone)
         height, width = pairs.shape[-2:]
         step = -(-max(height, width) // SIDE)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openwu.backbones.embedded.config import PIXELS
 from openwu.backbones.embedded.network import TinyEditor, pad_mirrored, place_planes, recolour
-from openwu.backbones.embedded.shown.solving import HEAD, Scope, ShownView, pixel_replica, solve_head
+from openwu.backbones.embedded.shown.solving import Scope, ShownView, pixel_replica, solvable, solve_head
 from openwu.types import Adapter
 
 WINDOW = 96
@@ -84,16 +84,17 @@ class EmbeddedFit:
     def solve(self, applied: Scope, adapter: Adapter) -> Adapter:
         """Solve for the last layer's update on all pixels that count; see `solve_head`.
 
-        An adapter that does not change the last layer, or changes the blocks, too, is returned as it is.
+        An adapter without a LoRA for the last layer, or one that changes the blocks, too, is returned as it is.
         """
-        if HEAD not in adapter.factors or any(pair.scene is None for pair in self.pairs):
+        if not solvable(adapter.targets) or any(pair.scene is None for pair in self.pairs):
             return adapter
         views = []
         for pair in self.pairs:
             assert pair.scene is not None
             before = pair.before[..., : pair.after.shape[-2], : pair.after.shape[-1]]
             views.append(ShownView(pair.x, pair.scene, before, pair.after, pair.trained | pair.held))
-        return solve_head(self.network, applied, adapter, views)
+        dtype = self.network.embed.weight.dtype
+        return solve_head(self.network, lambda each: applied(each.to(dtype)), adapter, views)
 
     def loss(self, step: int, steps: int) -> Tensor:
         """Return log(mse + floor) in a window of a pair, the pairs by turns; windows are drawn by `step` alone."""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from openwu.backbones.embedded.network import TinyEditor, pad_mirrored, recolour
 from openwu.kernels.modules import without_weights
-from openwu.types import LORA_A, LORA_B, Adapter
+from openwu.types import LORA, LORA_A, LORA_B, Adapter, Target
 
 HEAD = "pixels.out"
 """The layer that is solved for."""
@@ -72,6 +72,11 @@ def pixel_replica(network: TinyEditor) -> TinyEditor:
         replica = TinyEditor(network.config)
     replica.load_state_dict(network.state_dict(), assign=True)
     return replica.requires_grad_(False)
+
+
+def solvable(targets: Sequence[Target]) -> bool:
+    """Whether adapters of these targets have a LoRA for the last layer, which is what is solved for."""
+    return any(target.name == HEAD and target.operator == LORA for target in targets)
 
 
 def solve_head(network: TinyEditor, applied: Scope, adapter: Adapter, views: Sequence[ShownView]) -> Adapter:
