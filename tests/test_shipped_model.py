@@ -273,18 +273,19 @@ def test_a_look_that_one_pair_shows_is_done_to_another_photograph(
         assert away(made[side], wanted[side]) < 0.5 * away(before[side], wanted[side])
 
 
-def test_steps_on_the_pair_bring_another_photograph_closer_too(editor: Editor, photograph: Image.Image) -> None:
-    """Where the generated adapter leaves much to gain; a look of colour has nothing left."""
+def test_steps_on_the_pair_bring_another_photograph_closer_too(editor: Editor) -> None:
+    """Where the generated adapter leaves something to gain; a look of colour has little left."""
 
     def graded(picture: Image.Image) -> Image.Image:
         return picture.filter(ImageFilter.EMBOSS)
 
-    photo, pair = photographed("chelsea", QUICK_SIDE), (photograph, graded(photograph))
+    photo, before = (photographed(name, QUICK_SIDE) for name in ("chelsea", "astronaut"))
+    pair = before, graded(before)
     generated, refined = (editor.edit(photo, example=[pair], refine=steps) for steps in (0, 12))
     assert generated.reproduced is not None
     assert refined.reproduced is not None
     assert refined.reproduced.before == generated.reproduced.share
-    assert refined.reproduced.share > generated.reproduced.share + 0.01
+    assert refined.reproduced.share > generated.reproduced.share + 0.02
     wanted = floats(graded(photo))
     assert away(floats(refined.image), wanted) < 0.98 * away(floats(generated.image), wanted)
 

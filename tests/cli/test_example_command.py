@@ -148,7 +148,7 @@ def test_what_no_photo_can_be_served_with_is_said_once_with_an_adapter_for_each_
     assert edit(*asked, *PAIR, instruction=None) == 2
     assert capsys.readouterr().err.count("example: expected none for fake, which reads words only") == 1
     editor.backbone = FakeBackbone()
-    assert edit(*asked, *PAIR, "--strength", "3", instruction=None) == 1
+    assert edit(*asked, *PAIR, "--strength", "3", instruction=None) == 2
     assert capsys.readouterr().err.count("strength: expected -1 to 2 for fake") == 1
     assert not editor.asked
     editor.fails["c.jpg"] = ExampleError("example: not understood")  # by the adapter of this photo
@@ -194,6 +194,6 @@ def test_a_dry_run_does_not_train(here: Path, editor: FakeEditor, capsys: pytest
     assert edit("a.png", "--example", "a.png", "a.png", "--refine", "--dry-run", instruction=None) == 2
     assert "look alike" in capsys.readouterr().err
     editor.backbone = FakeBackbone(refines_examples=False)
-    assert edit("a.png", *PAIR, "--refine", "--dry-run", instruction=None) == 1
+    assert edit("a.png", *PAIR, "--refine", "--dry-run", instruction=None) == 2
     assert "refine: expected 0 for fake" in capsys.readouterr().err
     assert names(here) == before

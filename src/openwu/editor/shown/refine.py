@@ -27,8 +27,10 @@ from openwu.types import Adapter
 if TYPE_CHECKING:
     from openwu.editor.editor import Editor
 
-LEARNING_RATE = 3e-2
-"""Adam's, for factors; it rises over a fifth of the steps (5 to 20) and falls to 0 over the last three fifths."""
+LEARNING_RATE = 1e-2
+"""Adam's, for factors that were generated; it rises over a fifth of the steps (5 to 20) and falls to 0 over the last
+three fifths.
+"""
 BETAS = (0.9, 0.98)
 LARGEST_NORM = 1.0
 """The gradient is scaled down to it."""
@@ -118,12 +120,20 @@ def _key(editor: Editor, job: EditJob, allow_out_of_scope: bool) -> str:
 
 
 def fit_adapter(
-    handle: AdapterHandle, start: Adapter, fit: ExampleFit, steps: int, progress: Progress | None = None
+    handle: AdapterHandle,
+    start: Adapter,
+    fit: ExampleFit,
+    steps: int,
+    progress: Progress | None = None,
+    *,
+    learning_rate: float | None = None,
 ) -> Adapter:
     """Train the factors of an adapter (b = 1) on an example and return the best of it and its steps, in float32.
 
     `handle`: of `fit.denoiser`, with the adapter's targets. `progress` is called with (steps done, steps).
+    `learning_rate`: None for LEARNING_RATE.
     """
+    rate = LEARNING_RATE if learning_rate is None else learning_rate
     shared = {target.name: target.rules.shared for target in start.targets}
     factors = {
         name: {part: each.detach().float().clone() for part, each in parts.items()}
@@ -134,9 +144,9 @@ def fit_adapter(
     adapter = replace(start, factors=factors)
     best, least = _copy(adapter), _held_out(handle, adapter, fit, dtype)
     with torch.enable_grad():
-        optimizer = torch.optim.Adam([each.requires_grad_() for each in trained], lr=LEARNING_RATE, betas=BETAS)
+        optimizer = torch.optim.Adam([each.requires_grad_() for each in trained], lr=rate, betas=BETAS)
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * _rate(step, steps)
+            optimizer.param_groups[0]["lr"] = rate * _rate(step, steps)
             with handle.applied(adapter.to(dtype)):
                 torch.autograd.backward(fit.loss(step, steps))
             nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
