@@ -27,7 +27,7 @@ from openwu.data.suite.photographs import TEST_PHOTOGRAPHS, load_folder, load_te
 from openwu.data.suite.phrases import LANGUAGES, OUT_OF_SCOPE, load_phrases
 from openwu.editor.editor import Editor
 from openwu.editor.requests import EditRequest
-from openwu.editor.shown.reproduction import ACCEPTED
+from openwu.editor.shown.reproduction import ACCEPTED, CLEAR, DECIDES
 from openwu.errors import ExampleError, InstructionError
 from openwu.evaluation.cases import draw_cases, generate
 from openwu.evaluation.cases import edit as edit_cases
@@ -318,6 +318,20 @@ def test_a_small_example_of_a_vignette_fits_a_large_photograph(editor: Editor) -
     edited = editor.edit(photo, example=[(example, darkened(example))]).image
     error = np.mean((floats(edited) - floats(darkened(photo))) ** 2)
     assert 10 * np.log10(255**2 / error) > 37.5
+
+
+def test_words_beside_an_example_name_what_it_shows(editor: Editor, photograph: Image.Image) -> None:
+    """Others are overruled by the example, and that is said."""
+    grey = editor.edit(photograph, "black and white").image.convert("RGB")
+    named = editor.edit(photographed("chelsea", QUICK_SIDE), "black and white", example=[(photograph, grey)])
+    assert named.reproduced is not None
+    assert named.reproduced.share > CLEAR
+    assert named.reproduced.note == DECIDES
+    pair = (photograph, graded(photograph))
+    photo = photographed("chelsea", QUICK_SIDE)
+    assert editor.edit(photo, example=[pair]).reproduced.note is None  # type: ignore[union-attr]
+    with pytest.raises(ExampleError, match="words beside an example can only name"):
+        editor.adapt(instruction="invert the colours", example=[pair])
 
 
 def test_examples_of_what_no_example_can_teach_are_refused(editor: Editor, photograph: Image.Image) -> None:

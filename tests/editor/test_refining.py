@@ -19,7 +19,6 @@ from openwu.editor.requests import EditRequest
 from openwu.editor.series import make_series
 from openwu.editor.shown import refine
 from openwu.errors import ExampleError, OpenwuError
-from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
 from openwu.types import Adapter, LoadingOptions
 
 Scene = Callable[..., NDArray[np.uint8]]
@@ -27,28 +26,9 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def folder(embedded_config: EmbeddedConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that reads examples, whose generator has not learned anything."""
-    folder = tmp_path_factory.mktemp("model") / "untrained"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = EmbeddedModel(embedded_config.with_examples(d_model=32, head_dim=16, dim_accumulation=2, blocks=1))
-        model.generator.init_weights(0.1)
-        torch.nn.init.normal_(model.backbone.pixels.out.weight, std=0.02)
-    model.save_pretrained(folder, torch.float32)
-    return folder
-
-
 @pytest.fixture
 def editor(folder: Path, tmp_path: Path) -> Editor:
     return Editor.from_pretrained(folder, loading=LoadingOptions(dtype=torch.float32), cache=tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def pair(scene: Scene) -> Pair:
-    before = scene(60, 48, seed=3)
-    return before, (before // 2).astype(np.uint8)
 
 
 def test_steps_on_the_example_bring_it_closer_and_are_said_and_kept(

@@ -1,1 +1,1 @@
-"""Edits that are shown by pairs of pictures: the pairs, what is fitted to them, and the check of what came of it."""
+"""Edits that pairs of pictures show: the pairs are read, solved for, refined on, and tried."""

@@ -21,6 +21,7 @@ CLEAR = 0.6
 """Share below which a note says that the example is only partly understood."""
 REFINED_ACCEPTED = 0.6
 """The same where the share is that after training on the example, which says less about other photographs."""
+DECIDES = "the example decides; words beside it only name what it shows: ask for anything else in a second edit"
 VISIBLE = 1 / 255
 """Root mean square of a change, of 1, below which two pictures show none."""
 ANYWAY = "try anyway with --allow-out-of-scope (allow_out_of_scope=True)"
@@ -40,6 +41,9 @@ class Reproduction:
     """Root mean square of what the edited picture before is away from the picture after."""
     before: float | None = None
     """Of a refined adapter: the share that the generated one reproduced."""
+    told: bool = False
+    """Whether words stand beside the example. The last layer is solved for under them, so that words that ask for
+    something else are overruled: it is said, and more of the example must come out."""
 
     @property
     def share(self) -> float:
@@ -53,9 +57,9 @@ class Reproduction:
 
     @property
     def note(self) -> str | None:
-        """What to say about an example that is only partly understood; None for one that is."""
+        """What to say about an example that is only partly understood, or has words beside it; None for others."""
         if self.share >= CLEAR:
-            return None
+            return DECIDES if self.told else None
         return f"the example is only partly understood ({_percent(self.share)}% of its change); {TEACHABLE}"
 
     def untrained_note(self, steps: int) -> str:
@@ -74,8 +78,15 @@ class Reproduction:
         """Raise ExampleError for an example that shows no change, or one of which too little is reproduced."""
         self.check_change()
         generated = self.share if self.before is None else self.before
-        if generated >= ACCEPTED or (self.before is not None and self.share >= REFINED_ACCEPTED):
+        refined = self.before is not None and self.share >= REFINED_ACCEPTED
+        if generated >= (CLEAR if self.told else ACCEPTED) or (refined and not self.told):
             return
+        if self.told:
+            raise ExampleError(
+                f"example: not understood, {_percent(generated)}% of its change can be reproduced under these words, "
+                f"{_percent(CLEAR)}% are needed; words beside an example can only name the edit that it shows. Leave "
+                f"them out and ask for the rest in a second edit, or {ANYWAY}"
+            )
         shares = [1 - error / max(change, VISIBLE) for error, change in zip(self.errors, self.changes, strict=True)]
         each = ", ".join(f"pair {i}: {max(0.0, share):.0%}" for i, share in enumerate(shares, 1))
         first = "Train on it (--refine, refine=30), show" if self.before is None else "Refine for more steps, show"
