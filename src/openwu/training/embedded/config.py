@@ -63,6 +63,8 @@ class EmbeddedRecipe(Recipe):
     """Share of the repairs whose damage is that of cameras and files, see `PairSampler.cameras`."""
     start: str | None = field(default=None, metadata=LATER)
     """Folder of a finished model of the same sizes whose weights the stages go on from; None: from nothing."""
+    only_words: bool = field(default=False, metadata=LATER)
+    """Of the start, only what reads words is taken; base, condition encoder and generator begin from nothing."""
     stages: tuple[str, ...] = field(default=STAGES, metadata=LATER)
     """The stages that are trained; with a `start`, the others stay as they are there."""
 
@@ -73,6 +75,12 @@ class EmbeddedRecipe(Recipe):
         check_share("words_dropped", self.words_dropped)
         if not 0 <= self.cameras <= 1:
             raise ValueError(f"cameras: expected a share from 0 to 1, got {self.cameras}")
+        needed = {"base", "generator", *(() if self.examples is None else ("examples",))}
+        if self.only_words and (self.start is None or not needed <= set(self.stages) or "instruction" in self.stages):
+            raise ValueError(
+                f"only_words: expected a start that reads words, and stages with {sorted(needed)} and without "
+                f"'instruction', got start={self.start!r} and {list(self.stages)}"
+            )
         if self.examples is not None and not self.model.condition.examples:
             raise ValueError("examples: expected a model whose condition.examples is True, or no such stage")
 

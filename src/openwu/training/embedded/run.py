@@ -82,7 +82,7 @@ def train(
     model, before = starting_model(recipe)
     pictures = (load_folder(photographs), load_folder(photographs, validation=True))
     known = None
-    if recipe.start is not None and {"base", "generator"} & set(stages):
+    if recipe.start is not None and not recipe.only_words and {"base", "generator"} & set(stages):
         crop = max(crop for _, crop in recipe.generator.shapes)
         known = known_retention(model, pictures[1], recipe.side, crop, recipe.seed + 13, recipe.bf16)
     last = max((recipe.known.index(name) for name in stages if name in recipe.known), default=-1)
@@ -178,15 +178,19 @@ def train_wording(
 def starting_model(recipe: EmbeddedRecipe) -> tuple[EmbeddedModel, dict[str, Any] | None]:
     """Load the recipe's start with its provenance, or make a new model, which has None.
 
-    A start that was made without examples gets new parts for them; what it offers (edits withdrawn, the bar of
-    acceptance) stays as it is.
+    A start that was made without examples gets new parts for them; with `only_words` all is new but what reads words.
+    What the start offers (edits withdrawn, the bar of acceptance) stays as it is.
     """
     if recipe.start is None:
         return new_model(recipe), None
     model = EmbeddedModel.from_pretrained(recipe.start)
     wanted = recipe.model.offering(model.config)
+    grown = new_model(dataclasses.replace(recipe, model=wanted))
+    grown.base.sentences = model.base.sentences
+    if recipe.only_words and model.config.instruction == wanted.instruction:
+        grown.instruction.load_state_dict(model.instruction.state_dict())
+        return grown, stored_provenance(recipe.start)
     if model.config != wanted and model.config == wanted.without_examples():
-        grown = new_model(dataclasses.replace(recipe, model=wanted))
         grown.load_state_dict({**grown.state_dict(), **model.state_dict()})
         model = grown
     if model.config != wanted:
