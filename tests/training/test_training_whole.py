@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from openwu.backbones.embedded.sentence import SentenceConfig, SentenceReader
 from openwu.editor.editor import Editor
 from openwu.errors import OpenwuError
 from openwu.training.config import StageConfig
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe
 from openwu.training.embedded.instruction_stages import PhrasesStage
 from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
-from openwu.training.embedded.run import new_model, train
+from openwu.training.embedded.run import new_model, starting_model, train
 from openwu.training.loop import train_stage
 from openwu.training.run import load_recipe
 
@@ -29,6 +31,10 @@ def shortened(config: StageConfig | None, size: int, side: int) -> StageConfig:
     """The stage's own settings at three steps."""
     assert config is not None
     return replace(config, steps=3, shapes=((size, side),), warmup=1)
+
+
+def tiny_reader(recipe: EmbeddedRecipe) -> SentenceReader:
+    return SentenceReader(SentenceConfig(recipe.model.instruction.labels, width=20, num_layers=1, buckets=64))
 
 
 @pytest.fixture
@@ -128,6 +134,50 @@ def test_the_baseline_by_itself_leaves_the_model_as_it_was(whole: EmbeddedRecipe
     assert (tmp_path / "exported/config.json").exists()
     with pytest.raises(OpenwuError, match="stages: expected some of this recipe's"):
         train(replace(whole, phrases=None), run, stages=("phrases",))
+
+
+def test_pictures_from_nothing_keep_what_reads_words(whole: EmbeddedRecipe, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    model = new_model(replace(whole, seed=5))
+    model.base.sentences = SentenceReader(
+        SentenceConfig(whole.model.instruction.labels, width=20, num_layers=1, buckets=64)
+    )
+    model.save_pretrained(start)
+    anew = replace(whole, start=str(start), only_words=True, stages=("base", "generator", "examples"))
+    train(anew, tmp_path / "run")
+    begun, made = (EmbeddedModel.from_pretrained(folder) for folder in (start, tmp_path / "run/model"))
+    assert made.base.sentences is not None
+    words = {name: value for name, value in begun.instruction.state_dict().items() if name != "wordless"}
+    assert all(torch.equal(made.instruction.state_dict()[name], value) for name, value in words.items())
+    assert bool(made.instruction.wordless is not None and made.instruction.wordless.any())
+    fresh = starting_model(anew)[0].state_dict()
+    again = new_model(whole).state_dict()  # Nothing of the start's pictures: the initial weights are the seed's.
+    assert all(torch.equal(fresh[name], value) for name, value in again.items() if not name.startswith("instruction."))
+
+
+def test_a_start_without_examples_keeps_its_sentence_reader(whole: EmbeddedRecipe, tmp_path: Path) -> None:
+    model = EmbeddedModel(whole.model.without_examples())
+    model.base.sentences = SentenceReader(
+        SentenceConfig(whole.model.instruction.labels, width=20, num_layers=1, buckets=64)
+    )
+    model.save_pretrained(tmp_path)
+    grown, _ = starting_model(replace(whole, start=str(tmp_path), stages=("examples",)))
+    assert grown.base.sentences is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": None},
+        {"stages": ("base", "generator")},
+        {"stages": ("instruction", "base", "generator", "examples")},
+    ],
+)
+def test_words_alone_ask_for_a_start_and_every_picture_stage(whole: EmbeddedRecipe, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="only_words: expected a start that reads words, and stages"):
+        replace(
+            whole, **{"start": "somewhere", "only_words": True, "stages": ("base", "generator", "examples"), **change}
+        )
 
 
 def test_the_linear_reader_by_itself_leaves_all_tokens(whole: EmbeddedRecipe) -> None:
