@@ -2,9 +2,8 @@
 
 One training in place of those that the weights inside the package went through, with what they found right: the
 instruction encoder reads all sentences and keeps averaged weights; the linear reader goes on by itself; base and
-generator train as long as all their trainings together, on all photographs, with the damage of cameras and with what
-had fallen short more often; then examples, through the last layer's solution, and the baseline. It has not been run to
-its end (docs/training.md).
+generator train at one go, on all photographs, with the damage of cameras and with what had fallen short more often;
+then examples, through the last layer's solution, and the baseline. docs/training.md says which stages have been run.
 """
 
 from dataclasses import replace

@@ -20,5 +20,5 @@ def recipe() -> EmbeddedRecipe:
         name="embedded_pictures",
         start="src/openwu/backbones/embedded/weights",
         only_words=True,
-        stages=("base", "generator", "examples", "shared"),
+        stages=("base", "generator", "examples"),
     )
