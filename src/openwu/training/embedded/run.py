@@ -188,14 +188,14 @@ def starting_model(recipe: EmbeddedRecipe) -> tuple[EmbeddedModel, dict[str, Any
         return new_model(recipe), None
     model = EmbeddedModel.from_pretrained(recipe.start)
     wanted = recipe.model.offering(model.config)
-    grown = new_model(dataclasses.replace(recipe, model=wanted))
-    grown.base.sentences = model.base.sentences
-    if recipe.only_words and model.config.instruction == wanted.instruction:
-        grown.instruction.load_state_dict(model.instruction.state_dict())
-        return grown, stored_provenance(recipe.start)
-    if model.config != wanted and model.config == wanted.without_examples():
-        grown.load_state_dict({**grown.state_dict(), **model.state_dict()})
-        model = grown
+    words_fit = recipe.only_words and model.config.instruction == wanted.instruction
+    if words_fit or (model.config != wanted and model.config == wanted.without_examples()):
+        begun = new_model(dataclasses.replace(recipe, model=wanted))
+        begun.base.sentences = model.base.sentences
+        taken = model.instruction if words_fit else model
+        kept = begun.instruction if words_fit else begun
+        kept.load_state_dict({**kept.state_dict(), **taken.state_dict()})
+        model = begun
     if model.config != wanted:
         raise OpenwuError(
             f"start: expected a model of the recipe's sizes and labels, got another one in {recipe.start}; "
