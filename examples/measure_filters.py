@@ -26,6 +26,7 @@ import openwu
 from openwu.backbones.embedded.shown.encoder import fit, predicted, reduced
 from openwu.data.suite.photographs import load_test_photographs
 from openwu.editor.shown.reproduction import ACCEPTED, CLEAR
+from openwu.files.origin import origin
 
 SIDE = 256
 SHOWN, EDITED = "coffee", ("chelsea", "flower", "astronaut")
@@ -144,9 +145,8 @@ def main() -> None:
             }
             text = ", ".join(f"{method} {value:.1f} dB" for method, value in means.items())
             say(f"{verdict}: {len(own)} of {len(rows)}, mean {text}")
-    options.results.write_text(
-        json.dumps({"side": SIDE, "shown": SHOWN, "edited": EDITED, "filters": rows}, indent=1) + "\n"
-    )
+    found = {**origin(), "model": editor.identity.digest, "side": SIDE, "shown": SHOWN, "edited": EDITED, "filters": rows}
+    options.results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

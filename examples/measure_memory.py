@@ -4,7 +4,7 @@
 
 Without a generator's folder the one of the package is measured. `--seeds`: generators of further trainings, of which
 the main lines are measured and averaged with the first one's. Lines that stand in results.json already are kept, so an
-interrupted measurement goes on; remove the file to measure everything anew.
+interrupted measurement goes on; those of another generator are refused. Remove the file to measure everything anew.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from openwu.evaluation.experiments.geometry import mean_over
 from openwu.evaluation.experiments.recall import Recall, RecallCase, holds, leak, measure, recall_cases, seconds
 from openwu.files.origin import origin
+from openwu.files.weights import sampled_digest
 from openwu.memory.facts import UNSEEN, FactSource, vocabulary_words
 from openwu.memory.language import LanguageMemory
 from openwu.memory.telling import prose
@@ -196,16 +197,17 @@ def over_seeds(seeds: Sequence[Mapping[str, Any]]) -> Results:
 
 
 def main(output: Path, generator: str | None, seeds: Sequence[str], count: int) -> None:
-    results: Results = (
-        json.loads(output.read_text(encoding="utf-8")) if output.exists() else {**origin(), "cases": count}
-    )
+    memory = LanguageMemory.from_pretrained(generator)
+    made = {"cases": count, "generator": sampled_digest({"": memory.generator})}
+    results: Results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {**origin(), **made}
     if results["cases"] != count:
         raise SystemExit(f"{output}: has results of {results['cases']} cases; remove it, or give --cases that number")
+    if results.get("generator") != made["generator"]:
+        raise SystemExit(f"{output}: has results of another generator; remove it, or give another file")
 
     def save() -> None:
         output.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
-    memory = LanguageMemory.from_pretrained(generator)
     lines(memory, count, results, save)
     further: dict[str, Callable[[], Results]] = {
         "many notes": lambda: {f"{number} joined": many_notes(memory, number) for number in (4, 8)},
@@ -224,7 +226,11 @@ def main(output: Path, generator: str | None, seeds: Sequence[str], count: int) 
     others = results.setdefault("other seeds", {}) if seeds else {}
     for number, folder in enumerate(seeds, start=1):
         say(f"seed {number}: {folder}")
-        lines(LanguageMemory.from_pretrained(folder), count, others.setdefault(str(number), {}), save, MAIN)
+        further_memory = LanguageMemory.from_pretrained(folder)
+        own = {"generator": sampled_digest({"": further_memory.generator})}
+        if others.setdefault(str(number), own).get("generator") != own["generator"]:
+            raise SystemExit(f"{output}: seed {number} is another generator than {folder}; remove it, or another file")
+        lines(further_memory, count, others[str(number)], save, MAIN)
         results["over seeds"] = over_seeds([results, *others.values()])
         save()
 

@@ -6,7 +6,7 @@
 For each random program one test photograph is the example and two others are to be edited alike. Every second program
 is of colour alone, the others have a spatial part, grain among them. Printed are dB of the other photographs and of the
 example itself, the share of the example's change that is reproduced, and processor seconds. Programs that are in the
-file already are not done again.
+file already are not done again; a file of another model, other code or other steps is refused.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import openwu
 from openwu.backbones.embedded.shown.encoder import fit, predicted, reduced
 from openwu.data.programs import COLOUR_FAMILIES, FAMILIES, Program, draw_program
 from openwu.data.suite.photographs import load_test_photographs
+from openwu.files.origin import origin
 
 SIDE, SEED = 128, 900_000
 OTHERS = 2
@@ -105,14 +106,21 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=24, help="how many, from --first on")
     parser.add_argument("--first", type=int, default=0)
     arguments = parser.parse_args()
-    rows = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     editor, photographs = openwu.Editor.from_pretrained(), load_test_photographs(SIDE)
+    made = {"model": editor.identity.digest, "steps": arguments.steps}
+    found = {**origin(), **made, "programs": []}
+    if arguments.output.exists():
+        stored = json.loads(arguments.output.read_text())
+        if not isinstance(stored, dict) or any(stored.get(name) != value for name, value in made.items()):
+            parser.error(f"{arguments.output}: expected results of this model, code and steps; give another file")
+        found = stored
+    rows = found["programs"]
     for number in range(arguments.first, arguments.first + arguments.programs):
         if any(each["program"] == number for each in rows):
             continue
         row = measured(editor, photographs, number, arguments.steps)
         rows.append(row)
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
         told = "  ".join(
             f"{count}: {np.mean(row[count]['others']):.1f} dB {row[count]['share']:.0%} {row[count]['seconds']:.1f} s"
             for count in map(str, (0, *arguments.steps))
