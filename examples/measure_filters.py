@@ -145,7 +145,14 @@ def main() -> None:
             }
             text = ", ".join(f"{method} {value:.1f} dB" for method, value in means.items())
             say(f"{verdict}: {len(own)} of {len(rows)}, mean {text}")
-    found = {**origin(), "model": editor.identity.digest, "side": SIDE, "shown": SHOWN, "edited": EDITED, "filters": rows}
+    found = {
+        **origin(),
+        "model": editor.identity.digest,
+        "side": SIDE,
+        "shown": SHOWN,
+        "edited": EDITED,
+        "filters": rows,
+    }
     options.results.write_text(json.dumps(found, indent=1) + "\n")
 
 

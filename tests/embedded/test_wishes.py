@@ -86,6 +86,13 @@ def test_the_wishes_of_a_sentence(base: EmbeddedBase, sentence: str, edits: list
         (("清晰", "更清晰一点", "清晰一些", "让照片清晰", "清楚一点", "提高清晰度"), {"deblur", "sharpen"}),
         (("too noisy", "so grainy", "噪点太多"), {"denoise"}),
         (("too foggy", "灰蒙蒙的"), {"dehaze", "contrast_up"}),
+        (
+            ("make the blurred photo sharp", "turn this blurry image into a sharp one", "让这张模糊的图清楚一点"),
+            {"deblur"},
+        ),
+        (("make the flat photo contrasty",), {"contrast_up"}),
+        (("make my faded pictures vivid again",), {"unfade", "saturate"}),
+        (("make the dark photo look bright",), {"brighten", "lift_shadows"}),
     ],
 )
 def test_complaints_are_cured(base: EmbeddedBase, sentences: tuple[str, ...], cures: set[str]) -> None:
@@ -104,6 +111,9 @@ def test_complaints_are_cured(base: EmbeddedBase, sentences: tuple[str, ...], cu
         "a dark mood",
         "too dark and blurry",
         "so i want more grain",
+        "make the dark photo black and white",
+        "make the bright photo sharp",
+        "make the blurred background sharp",
         "这张照片加点颗粒",
     ],
 )

@@ -58,6 +58,11 @@ too yellow
 it looks flat
 the photo is overexposed
 not sharp enough
+make the blurred photo sharp
+turn this very blurry image into a sharp one
+make the flat photo contrasty
+make the dark photo black and white
+让这张模糊的图清楚一点
 lacks contrast
 the colours are off
 don't make it so dark

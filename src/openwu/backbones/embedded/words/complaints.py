@@ -83,6 +83,21 @@ _LITTLE = _table(
     ("cool cold", _COOLER),
 )
 """Noun or adjective -> cure, where a picture has too little of it."""
+_GOAL = _table(
+    ("sharp sharper crisp crisper in_focus", (*_CLEARER, *_CRISPER)),
+    ("clear clearer", (*_CLEARER, *_CRISPER, "dehaze")),
+    ("soft softer", _SOFTER),
+    ("bright brighter light lighter", _BRIGHTER),
+    ("dark darker", _DARKER),
+    ("warm warmer", _WARMER),
+    ("cool cooler cold colder", _COOLER),
+    ("contrasty punchy punchier", _PUNCHIER),
+    ("vivid vibrant colourful colorful saturated lively", (*_RICHER, "unfade")),
+    ("muted pale subdued", _PALER),
+    ("clean cleaner smooth smoother", _CLEANER),
+    ("neutral natural", _BALANCED),
+)
+"""Adjective -> what a picture with a fault is to become by its cure: "make the blurred photo sharp"."""
 
 _SUBJECT = (
     r"(?:(?:(?:the|this|that|my|these|all)\s+)*(?:whole\s+|entire\s+)?(?:photo(?:graph)?|picture|image|pic|shot|snapshot|"
@@ -117,6 +132,13 @@ _NOT_SO_EN = re.compile(
     re.I,
 )
 """What shall be less of a fault: "not so dark", "make it less flat"."""
+_MADE_EN = re.compile(
+    r"(?:make|turn|get|change|transform)\s+(?:(?:the|this|that|my|these|all)\s+)+"
+    rf"{_ADVERBS}(?P<fault>[a-z ]+?)\s+(?:photo(?:graph)?|picture|image|pic|shot|snapshot|scene)s?\s+"
+    rf"(?:(?:in)?to\s+|(?:to\s+)?(?:look|be|appear)\s+)?(?:an?\s+|more\s+|nice and\s+)*{_ADVERBS}(?P<goal>[a-z ]+?)"
+    r"(?:\s+(?:one|again|photo|picture|image)s?)?",
+    re.I,
+)
 _OFF_EN = re.compile(
     rf"(?:the\s+|these\s+|its\s+|my\s+)?(?:colou?rs?|white balance|skin tones?)\s+{_VERB}\s+{_ADVERBS}"
     r"(?:all\s+|completely\s+)?(?:off|wrong|weird|strange|odd|unnatural|not right)",
@@ -201,6 +223,13 @@ _PATTERNS_ZH: tuple[tuple[re.Pattern[str], Cure], ...] = (
     ),
     (
         re.compile(
+            r"(?:把|让|使|将)?(?:它|这张|那张|我的|整张)?[很太]?(?:模糊|糊|虚)(?:掉|了)?的?(?:照片|图片|相片|图|画面|地方)?"
+            r"(?:再|更加?|变[得成]?|弄得?|处理得?|调得?|做|给我)*(?:清晰|清楚)的?(?:一?[点些]儿?|起来|一下)?"
+        ),
+        _CRISPER,
+    ),
+    (
+        re.compile(
             r"(?:把|让|使|将)?(?:它|这张|整个)?(?:照片|图片|图|画面|模糊的地方)?"
             r"(?:再|更加?|变得?|弄得?|处理得?|调得?|做|给我)*(?:清晰|清楚)(?:一?[点些]儿?|起来|一下)?"
         ),
@@ -272,6 +301,10 @@ def _english(text: str) -> Cure:
         return _MUCH.get(found["word"], ())
     if found := _LITTLE_EN.fullmatch(text):
         return _LITTLE.get(found["noun"] or found["word"] or found["lack"], ())
+    if found := _MADE_EN.fullmatch(text):
+        goal = _GOAL.get(found["goal"], ())
+        if made := tuple(each for each in _TOO.get(found["fault"], ()) if each in goal):
+            return made
     for pattern, known in ((_NOT_SO_EN, _TOO.keys()), (_TOO_EN, _TOO.keys()), (_IS_EN, _FAULTY)):
         found = pattern.fullmatch(text)
         if found and found["word"] in known:
