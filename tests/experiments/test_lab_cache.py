@@ -11,6 +11,7 @@ from openwu.cli import main
 from openwu.errors import OpenwuError
 from openwu.evaluation.experiments import runs
 from openwu.evaluation.experiments.results import UNCACHED, ResultCache, TrialResult
+from openwu.training.embedded.model import EmbeddedModel
 
 RESULT = TrialResult({"scores": [1.5, 2.0], "name": "雨"}, {"task/input": torch.rand(3, 2, 2)})
 
@@ -79,3 +80,20 @@ def test_trials_on_other_photographs_stand_elsewhere(
     full, again, quick, photographed = folders
     assert full == again
     assert len({full, quick, photographed}) == 3
+
+
+@pytest.mark.parametrize("part", ["instruction", "backbone", "condition", "generator"])
+def test_trials_of_another_model_stand_elsewhere(
+    model_folder: Path, tmp_path: Path, part: str, embedded_model: EmbeddedModel
+) -> None:
+    """Also where what changed is the generator alone, whose adapters some methods serve."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    settings = runs.LabSettings(output=str(tmp_path), photos=str(photos))
+    model = embedded_model.copy()
+    before = settings.cache("shown", model).folder
+    assert settings.cache("shown", embedded_model).folder == before
+    changed = next(iter(getattr(model, part).parameters()))
+    with torch.no_grad():
+        changed += 1
+    assert settings.cache("shown", model).folder != before

@@ -193,7 +193,7 @@ class LabSettings:
         relevant["bf16"] = NATIVE_BF16
         relevant["photos"] = folder_hashes(Path(self.photos))
         code = f"openwu.evaluation.experiments.comparisons.{name}"
-        digits = fingerprint(relevant, model.instruction, model.backbone, code=code)
+        digits = fingerprint(relevant, model, code=code)
         return ResultCache(Path(self.output) / "trials" / f"{name}-{digits}")
 
 
