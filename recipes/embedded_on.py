@@ -1,6 +1,6 @@
-"""The model inside the package goes on: base, then condition encoder and generator, then examples.
+"""A finished model goes on: base, then condition encoder and generator, then examples.
 
-Half of the repairs have the damage of cameras and files. `openwu train recipes/embedded_on.py`
+`openwu train recipes/embedded_on.py export=runs/further`
 """
 
 from dataclasses import replace
@@ -9,12 +9,9 @@ from pathlib import Path
 from openwu.training.embedded.config import EmbeddedRecipe
 from openwu.training.run import load_recipe
 
-MISSED = ("deblur", "white_balance", "remove_motion_blur", "colourise", "denoise", "remove_jpeg", "restore")
-"""What fell short of its goal, or barely reached it, comes up more often."""
-
 
 def recipe() -> EmbeddedRecipe:
-    begun = load_recipe(Path(__file__).with_name("embedded_examples.py"), [])
+    begun = load_recipe(Path(__file__).with_name("embedded.py"), [])
     assert isinstance(begun, EmbeddedRecipe)
     assert begun.examples is not None
     base = replace(begun.base, steps=2000, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=3e-4)
@@ -22,22 +19,17 @@ def recipe() -> EmbeddedRecipe:
         begun.generator, steps=2200, learning_rate=6e-4, matrix_learning_rate=2e-3, decay=0.8, first_floor=3e-3
     )
     examples = replace(
-        begun.examples, steps=2000, learning_rate=1e-3, matrix_learning_rate=3e-3, decay=0.8, first_floor=1e-3
+        begun.examples, steps=2000, learning_rate=6e-4, matrix_learning_rate=2e-3, decay=0.8, first_floor=1e-3
     )
     return replace(
         begun,
         name="embedded_on",
+        start="src/openwu/backbones/embedded/weights",
         stages=("base", "generator", "examples"),
         base=base,
         generator=generator,
         examples=examples,
         plain_examples=0,
-        colour_examples=0.3,
         shared=replace(begun.shared, steps=generator.steps, first_floor=generator.first_floor),
-        base_edits=(*begun.base_edits, "deblur", "denoise", "remove_motion_blur", "remove_jpeg"),
-        edits=(*begun.edits, *MISSED),
-        cameras=0.5,
-        bf16=True,
-        evaluate_every=200,
         seed=2,
     )

@@ -1,8 +1,7 @@
-"""Base, generator and examples of the embedded model from nothing, for the words that the package reads.
+"""How the model inside the package was made: base, generator and examples from nothing, for the words that it reads.
 
-`openwu train recipes/embedded_pictures.py` is recipes/embedded.py without its stages for words, whose recipes
-(wording.py, reading.py, cuts.py, sentence.py) say how they were made: measurements of what is understood stay as they
-are, since the instruction encoder does.
+`openwu train recipes/embedded_pictures.py` is recipes/embedded.py without its stages for words. What reads words has
+recipes of its own (wording.py, reading.py, cuts.py, sentence.py) and stays, with all that was measured of it.
 """
 
 from dataclasses import replace
@@ -20,5 +19,5 @@ def recipe() -> EmbeddedRecipe:
         name="embedded_pictures",
         start="src/openwu/backbones/embedded/weights",
         only_words=True,
-        stages=("base", "generator", "examples", "shared"),
+        stages=("base", "generator", "examples"),
     )

@@ -2,8 +2,8 @@
 
 openwu train recipes/shared_lora.py
 
-As many steps, samples and draws as the generator's first training (recipes/embedded_first.py); the learning rate was
-searched (docs/log.md). `openwu eval suite --shared docs/results/shared` measures it beside the generator.
+As many steps, samples and draws as the generator (recipes/embedded.py); the learning rate was searched (docs/log.md).
+`openwu eval suite --shared docs/results/shared` measures it beside the generator.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from openwu.training.run import load_recipe
 
 
 def recipe() -> EmbeddedRecipe:
-    begun = load_recipe(Path(__file__).with_name("embedded_examples.py"), [])
+    begun = load_recipe(Path(__file__).with_name("embedded.py"), [])
     assert isinstance(begun, EmbeddedRecipe)
     return replace(
         begun,

@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from openwu.backbones.embedded.base import native_dtype
-from openwu.backbones.embedded.condition import EmbeddedConditionConfig
 from openwu.backbones.embedded.config import WEIGHTS
-from openwu.backbones.embedded.instruction import InstructionConfig
 from openwu.backbones.embedded.piecewise import pieces
 from openwu.cli import main
 from openwu.cli.console import USAGE
@@ -184,42 +182,20 @@ def test_the_card_shows_the_stored_results(stored: dict[str, Any], findings: Fin
         assert between.strip() == section.strip(), name
 
 
-def moved(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe with the folder of weights as it is today; it lay at the top of the package in training.
-
-    What has come since takes no part in its training: the threshold, the reader of phrases, examples, withdrawn edits.
-    """
-    folder = WEIGHTS.relative_to(ROOT).as_posix()
-    recipe = {key: folder if value == "src/openwu/weights" else value for key, value in recipe.items()}
-    if isinstance(recipe.get("model"), dict):
-        instruction, condition = InstructionConfig(("a", "b")), EmbeddedConditionConfig()
-        since = {
-            "instruction": {
-                name: getattr(instruction, name) for name in ("accepted_percent", "phrase_buckets", "wordless")
-            }
-            | {"withdrawn": []},
-            "condition": {"examples": condition.examples},
-        }
-        model = recipe["model"]
-        recipe["model"] = model | {part: values | model[part] for part, values in since.items()}
-    return recipe
-
-
 def test_the_stored_baseline_learned_on_the_base_inside_the_package(editor: Editor) -> None:
     shared = Adapter.from_pretrained(SHARED)
     assert set(shared.targets) == set(editor.generator.targets)
     told = json.loads((SHARED / "provenance.json").read_text(encoding="utf-8"))["recipe"]
     recipe = load_recipe(ROOT / "recipes" / "shared_lora.py", [])
     assert isinstance(recipe, EmbeddedRecipe)
-    assert moved(told) == json.loads(json.dumps(describe(recipe)))
+    assert told == json.loads(json.dumps(describe(recipe)))
     shipped = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]
     assert told["generator"]["steps"] == told["shared"]["steps"] == shipped["generator"]["steps"]
 
 
 def test_the_readme_shows_the_stored_results(findings: Findings) -> None:
     readme, report = (ROOT / "README.md").read_text(encoding="utf-8"), findings.report
-    trainings = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["then"]
-    learned = {name for each in trainings for name in each["recipe"].get("base_edits", ())}
+    learned = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]["base_edits"]
     known = [name for name in report.paired if name in learned]
     new = [name for name in report.paired if name not in learned]
     assert f"{len(report.paired)} sub-tasks" in readme
@@ -366,8 +342,9 @@ def test_a_repair_leaves_alone_what_is_fine(editor: Editor, edit: str, least: fl
 
 def test_test_photographs_were_not_trained_on() -> None:
     provenance = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))
-    trainings = [provenance, *(each for each in provenance["then"] if "photographs" in each)]
-    assert [len(each["photographs"]) for each in trainings] == [16, 96, 96, 96, 96, 96]
+    # Of pictures; then the first training of what reads words, which had pictures, too.
+    trainings = [provenance, *(each for each in provenance["words"] if "photographs" in each)]
+    assert [len(each["photographs"]) for each in trainings] == [96, 16]
     for each in trainings:
         names = {file.removesuffix(".jpg").partition("_by_")[0] for file in each["photographs"]}
         assert not names & set(TEST_PHOTOGRAPHS)
@@ -383,12 +360,8 @@ def test_the_recipe_in_the_weights_is_the_recipe_in_the_tree() -> None:
     from openwu.training.record import describe
     from openwu.training.run import load_recipe
 
-    recipe = describe(load_recipe(ROOT / "recipes" / "embedded_first.py", []))
     stored = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["recipe"]
-    assert recipe == moved(stored) | {"name": "embedded_first"}  # The file has another name since.
-    then = json.loads((WEIGHTS / "provenance.json").read_text(encoding="utf-8"))["then"]
-    for name in ("embedded_on", "embedded_examples", "embedded_shown"):
-        assert describe(load_recipe(ROOT / "recipes" / f"{name}.py", [])) in [moved(each["recipe"]) for each in then]
+    assert stored == describe(load_recipe(ROOT / "recipes" / "embedded_pictures.py", []))
 
 
 def best_of_three(work: Callable[[], object]) -> float:

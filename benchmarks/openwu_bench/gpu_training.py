@@ -305,7 +305,7 @@ def decoder_layer(device: torch.device) -> Any:
 def measure_embedded(quick: bool) -> Row:
     """Measure row G9: updates of the embedded model's generator on the device, against the same on the CPU."""
     device = cuda_device("G9")
-    found = load_recipe(ROOT / "recipes" / "embedded_first.py", [])
+    found = load_recipe(ROOT / "recipes" / "embedded.py", [])
     assert isinstance(found, EmbeddedRecipe)
     side = 32 if rehearsed() else found.generator.shapes[0][1]
     count = 2 if rehearsed() else found.generator.shapes[0][0]

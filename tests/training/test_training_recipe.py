@@ -30,9 +30,7 @@ def test_the_shipped_recipe_is_sound() -> None:
     assert load_recipe(SHIPPED, []) == recipe
 
 
-@pytest.mark.parametrize(
-    "name", ["embedded_on", "embedded_examples", "embedded_shown", "embedded_pictures", "shared_lora"]
-)
+@pytest.mark.parametrize("name", ["embedded_on", "embedded_pictures", "shared_lora"])
 def test_recipes_that_go_on_begin_with_the_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(SHIPPED.parents[1])
     recipe = load_recipe(SHIPPED.with_name(f"{name}.py"), [])

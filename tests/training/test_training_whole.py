@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from openwu.training.config import StageConfig
 from openwu.training.embedded.config import STAGES, EmbeddedRecipe
 from openwu.training.embedded.instruction_stages import PhrasesStage
 from openwu.training.embedded.model import EmbeddedConfig, EmbeddedModel
-from openwu.training.embedded.run import new_model, starting_model, train
+from openwu.training.embedded.run import new_model, starting_model, train, trainings_of_words
 from openwu.training.loop import train_stage
 from openwu.training.run import load_recipe
 
@@ -75,11 +76,8 @@ def test_the_recipe_has_every_stage_and_all_that_later_trainings_found() -> None
     assert found.known == found.stages == STAGES
     assert found.start is None
     assert found.model.condition.examples
-    first = load_recipe(RECIPE.with_name("embedded_first.py"), [])
-    assert isinstance(first, EmbeddedRecipe)
-    assert found.base.steps > first.base.steps
-    assert found.generator.steps > first.generator.steps
     assert found.instruction.ema > 0
+    assert found.cameras > 0
 
 
 def test_one_training_makes_the_whole_model(whole: EmbeddedRecipe, tmp_path: Path, photo: Image.Image) -> None:
@@ -153,6 +151,25 @@ def test_pictures_from_nothing_keep_what_reads_words(whole: EmbeddedRecipe, tmp_
     fresh = starting_model(anew)[0].state_dict()
     again = new_model(whole).state_dict()  # Nothing of the start's pictures: the initial weights are the seed's.
     assert all(torch.equal(fresh[name], value) for name, value in again.items() if not name.startswith("instruction."))
+    trainings = json.loads((tmp_path / "run/model/provenance.json").read_text(encoding="utf-8"))
+    assert trainings["recipe"]["only_words"]
+    assert trainings["words"] == []  # Nobody trained the start's.
+    assert "then" not in trainings
+
+
+def test_what_is_told_of_words_is_kept() -> None:
+    told = {
+        "seconds": {"instruction": 1, "base": 1},
+        "then": [
+            {"seconds": 3, "recipe": {"wording": {}}},
+            {"seconds": {"base": 1, "examples": 2}, "recipe": {"instruction": {}}},
+            {"seconds": {"sentence": 1}},
+        ],
+    }
+    found = trainings_of_words(told)
+    assert found == [{"seconds": told["seconds"]}, told["then"][0], told["then"][2]]
+    assert trainings_of_words({"seconds": {"base": 1}, "words": found}) == found
+    assert trainings_of_words({}) == []
 
 
 def test_a_start_without_examples_keeps_its_sentence_reader(whole: EmbeddedRecipe, tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ def train(
     # Computed before anything is written: an export may replace the start.
     described = {name: stage_dependencies(name, recipe, hashes) for name in stages}
     model, before = starting_model(recipe)
+    made: dict[str, Any] = {"sentences": phrases_hash(), "photographs": hashes}
+    if recipe.only_words:
+        made["words"], before = trainings_of_words(before or {}), None
     pictures = (load_folder(photographs), load_folder(photographs, validation=True))
     known = None
     if recipe.start is not None and not recipe.only_words and {"base", "generator"} & set(stages):
@@ -105,7 +108,7 @@ def train(
         if name == complete:
             if model.instruction.wordless is not None:
                 ensure_wordless(recipe, model, pictures)
-            _export(recipe, model, folder, before, known, sentences=phrases_hash(), photographs=hashes)
+            _export(recipe, model, folder, before, known, **made)
 
 
 def _completed_by(recipe: EmbeddedRecipe) -> str | None:
@@ -199,6 +202,18 @@ def starting_model(recipe: EmbeddedRecipe) -> tuple[EmbeddedModel, dict[str, Any
             "change the recipe's model, or start from nothing"
         )
     return model, stored_provenance(recipe.start)
+
+
+def trainings_of_words(before: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a provenance tells of the trainings of what reads words, in order."""
+    first = {name: value for name, value in before.items() if name not in ("then", "words")}
+    found = list(before.get("words", []))
+    for each in (first, *before.get("then", [])):
+        # Trainings of one stage once had its seconds alone: those of words have a recipe that tells.
+        trained = each["seconds"] if isinstance(each.get("seconds"), dict) else each.get("recipe", {})
+        if {"instruction", "phrases", "wording", "sentence"} & set(trained):
+            found.append(each)
+    return found
 
 
 def new_model(recipe: EmbeddedRecipe) -> EmbeddedModel:
