@@ -87,12 +87,23 @@ def test_the_wishes_of_a_sentence(base: EmbeddedBase, sentence: str, edits: list
         (("too noisy", "so grainy", "噪点太多"), {"denoise"}),
         (("too foggy", "灰蒙蒙的"), {"dehaze", "contrast_up"}),
         (
-            ("make the blurred photo sharp", "turn this blurry image into a sharp one", "让这张模糊的图清楚一点"),
+            (
+                "make the blurred photo sharp",
+                "turn this blurry image into a sharp one",
+                "can you make the blurry photo sharp?",
+                "please make my blurry pictures sharp",
+                "i want this blurred photo to be sharp",
+                "from blurry to sharp",
+                "blurry -> sharp",
+                "让这张模糊的图清楚一点",
+            ),
             {"deblur"},
         ),
         (("make the flat photo contrasty",), {"contrast_up"}),
         (("make my faded pictures vivid again",), {"unfade", "saturate"}),
-        (("make the dark photo look bright",), {"brighten", "lift_shadows"}),
+        (("make the dark photo look bright", "dark to bright"), {"brighten", "lift_shadows"}),
+        (("turn the warm light cold",), {"cool", "white_balance"}),
+        (("make the oversaturated picture natural", "oversaturated"), {"desaturate"}),
     ],
 )
 def test_complaints_are_cured(base: EmbeddedBase, sentences: tuple[str, ...], cures: set[str]) -> None:
@@ -114,6 +125,7 @@ def test_complaints_are_cured(base: EmbeddedBase, sentences: tuple[str, ...], cu
         "make the dark photo black and white",
         "make the bright photo sharp",
         "make the blurred background sharp",
+        "from sharp to bright",
         "这张照片加点颗粒",
     ],
 )

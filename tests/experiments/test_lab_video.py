@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from openwu.editor.editor import Editor
-from openwu.evaluation.experiments.probes.video import EACH, NOISE, ONE, SOURCE, TARGET, make_clips, video
+from openwu.evaluation.experiments.probes.video import CHOSEN, EACH, NOISE, ONE, SOURCE, TARGET, make_clips, video
+from openwu.training.embedded.model import EmbeddedModel
 
 
 def test_every_method_is_measured_on_every_clip(editor: Editor, scene: Callable[..., NDArray[np.uint8]]) -> None:
@@ -29,3 +30,8 @@ def test_every_method_is_measured_on_every_clip(editor: Editor, scene: Callable[
     assert one < noise  # the untrained base reads its noise plane
     assert "brighten" in found.table()
     assert found.to_json()["scores"]["brighten"][ONE][0]["flicker"] == one
+
+
+def test_the_package_offers_every_edit_of_the_experiment() -> None:
+    config = EmbeddedModel.from_pretrained().config.instruction
+    assert set(CHOSEN) <= set(config.labels) - set(config.withdrawn)

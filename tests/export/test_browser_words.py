@@ -61,6 +61,9 @@ not sharp enough
 make the blurred photo sharp
 turn this very blurry image into a sharp one
 make the flat photo contrasty
+could you make my dark pictures look bright
+blurry -> sharp
+from cold to warm
 make the dark photo black and white
 让这张模糊的图清楚一点
 lacks contrast

@@ -45,7 +45,7 @@ _TOO = _table(
     ("flat", _PUNCHIER),
     ("contrasty harsh", _GENTLER),
     ("dull pale colourless colorless drab muted desaturated", (*_RICHER, *_PUNCHIER)),
-    ("colourful colorful saturated vivid vibrant garish gaudy", _PALER),
+    ("colourful colorful saturated oversaturated vivid vibrant garish gaudy", _PALER),
     ("dry", ("rain",)),
     ("blurry blurred fuzzy unsharp out_of_focus", _CRISPER),
     ("soft", (*_CLEARER, *_CRISPER)),
@@ -60,7 +60,7 @@ _FAULTY = word_set(
     "speckled hazy faded cold chilly bluish yellowish greenish reddish orange yellow green blue red purple magenta"
 ) | {"out of focus", "washed out", "blown out"}
 """Adjectives that complain without "too" where they describe the picture: "it looks flat"."""
-_UNWANTED = frozenset({"underexposed", "overexposed"})
+_UNWANTED = frozenset({"underexposed", "overexposed", "oversaturated"})
 """Adjectives that nobody wishes for: complaints without any other word."""
 _MUCH = _table(
     ("contrast", _GENTLER),
@@ -95,7 +95,7 @@ _GOAL = _table(
     ("vivid vibrant colourful colorful saturated lively", (*_RICHER, "unfade")),
     ("muted pale subdued", _PALER),
     ("clean cleaner smooth smoother", _CLEANER),
-    ("neutral natural", _BALANCED),
+    ("natural neutral normal right good fine", tuple(dict.fromkeys(each for cure in _TOO.values() for each in cure))),
 )
 """Adjective -> what a picture with a fault is to become by its cure: "make the blurred photo sharp"."""
 
@@ -132,13 +132,19 @@ _NOT_SO_EN = re.compile(
     re.I,
 )
 """What shall be less of a fault: "not so dark", "make it less flat"."""
-_MADE_EN = re.compile(
-    r"(?:make|turn|get|change|transform)\s+(?:(?:the|this|that|my|these|all)\s+)+"
-    rf"{_ADVERBS}(?P<fault>[a-z ]+?)\s+(?:photo(?:graph)?|picture|image|pic|shot|snapshot|scene)s?\s+"
-    rf"(?:(?:in)?to\s+|(?:to\s+)?(?:look|be|appear)\s+)?(?:an?\s+|more\s+|nice and\s+)*{_ADVERBS}(?P<goal>[a-z ]+?)"
-    r"(?:\s+(?:one|again|photo|picture|image)s?)?",
-    re.I,
+_MADE_EN = (
+    re.compile(
+        r"(?:(?:please|pls|can you|could you|would you|now|just)\s+)*"
+        r"(?:make|turn|get|change|transform|i want|i need|i['’]d like)\s+(?:(?:the|this|that|my|these|all)\s+)+"
+        rf"{_ADVERBS}(?P<fault>[a-z ]+?)\s+"
+        r"(?:photo(?:graph)?|picture|image|pic|shot|snapshot|scene|light(?:ing)?|colou?r|tone)s?\s+"
+        rf"(?:(?:to\s+)?(?:look|be|appear)\s+|(?:in)?to\s+)?(?:an?\s+|more\s+|nice and\s+)*{_ADVERBS}(?P<goal>[a-z ]+?)"
+        r"(?:\s+(?:one|again|photo|picture|image)s?)?",
+        re.I,
+    ),
+    re.compile(r"(?:from\s+)?(?P<fault>[a-z ]+?)\s*(?:->|=>|→|\bto\b)\s*(?P<goal>[a-z ]+)", re.I),
 )
+"""A fault, and what it shall become: "make the blurred photo sharp", "from dark to bright"."""
 _OFF_EN = re.compile(
     rf"(?:the\s+|these\s+|its\s+|my\s+)?(?:colou?rs?|white balance|skin tones?)\s+{_VERB}\s+{_ADVERBS}"
     r"(?:all\s+|completely\s+)?(?:off|wrong|weird|strange|odd|unnatural|not right)",
@@ -301,9 +307,10 @@ def _english(text: str) -> Cure:
         return _MUCH.get(found["word"], ())
     if found := _LITTLE_EN.fullmatch(text):
         return _LITTLE.get(found["noun"] or found["word"] or found["lack"], ())
-    if found := _MADE_EN.fullmatch(text):
-        goal = _GOAL.get(found["goal"], ())
-        if made := tuple(each for each in _TOO.get(found["fault"], ()) if each in goal):
+    for pattern in _MADE_EN:
+        found = pattern.fullmatch(text)
+        goal = _GOAL.get(found["goal"], ()) if found else ()
+        if found and (made := tuple(each for each in _TOO.get(found["fault"], ()) if each in goal)):
             return made
     for pattern, known in ((_NOT_SO_EN, _TOO.keys()), (_TOO_EN, _TOO.keys()), (_IS_EN, _FAULTY)):
         found = pattern.fullmatch(text)

@@ -29,8 +29,8 @@ from openwu.evaluation.experiments.results import columns
 from openwu.evaluation.judges.clips import ClipScores, Motion, measure, motions
 from openwu.images import Photo
 
-CHOSEN = ("brighten", "warm", "black_and_white", "fog", "vignette", "pencil", "add_noise", "rain")
-"""Edits: of colour, of place, of texture, and two that are functions of the noise plane."""
+CHOSEN = ("brighten", "warm", "black_and_white", "fog", "vignette", "pencil", "add_noise", "sharpen")
+"""Edits that are offered: of colour, of place, of detail, and one that is a function of the noise plane."""
 GRAIN = 1.5 / 255
 """Standard deviation of the camera's noise."""
 ONE, EACH, NOISE = "one adapter", "adapter per frame", "noise per frame"

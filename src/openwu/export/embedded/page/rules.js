@@ -295,10 +295,12 @@ export class Rules {
     if (found) return of(c._MUCH, found.groups.word);
     found = fullmatch(c._LITTLE_EN, text);
     if (found) return of(c._LITTLE, found.groups.noun || found.groups.word || found.groups.lack);
-    found = fullmatch(c._MADE_EN, text);
-    const goal = found ? of(c._GOAL, found.groups.goal) : [];
-    const made = found ? of(c._TOO, found.groups.fault).filter((edit) => goal.includes(edit)) : [];
-    if (made.length) return made;
+    for (const pattern of c._MADE_EN) {
+      found = fullmatch(pattern, text);
+      const goal = found ? of(c._GOAL, found.groups.goal) : [];
+      const made = found ? of(c._TOO, found.groups.fault).filter((edit) => goal.includes(edit)) : [];
+      if (made.length) return made;
+    }
     const known = [[c._NOT_SO_EN, Object.keys(c._TOO)], [c._TOO_EN, Object.keys(c._TOO)], [c._IS_EN, c._FAULTY]];
     for (const [pattern, words] of known) {
       found = fullmatch(pattern, text);
