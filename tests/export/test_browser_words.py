@@ -65,6 +65,9 @@ could you make my dark pictures look bright
 blurry -> sharp
 from cold to warm
 make the dark photo black and white
+turn my colour photo into b&w
+from sharp to blurry
+彩色照片变单色
 让这张模糊的图清楚一点
 lacks contrast
 the colours are off

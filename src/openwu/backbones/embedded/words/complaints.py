@@ -98,6 +98,26 @@ _GOAL = _table(
     ("natural neutral normal right good fine", tuple(dict.fromkeys(each for cure in _TOO.values() for each in cure))),
 )
 """Adjective -> what a picture with a fault is to become by its cure: "make the blurred photo sharp"."""
+_STATES = word_set(
+    "colour color coloured colored colourful colorful clean clear new modern sepia monochrome grey gray greyscale "
+    "grayscale day daytime sunny night nighttime sharp crisp old bright dark flat contrasty noisy grainy blurry "
+    "blurred foggy hazy"
+) | {"black and white", "full colour", "full color", "high contrast", "low contrast"}
+"""What a picture may be before it is made something else."""
+_BECOME = _table(
+    ("black_and_white monochrome greyscale grayscale b&w bw", ("black_and_white",)),
+    ("sepia", ("sepia",)),
+    ("colour color coloured colored full_colour full_color", ("colourise",)),
+    ("noisy grainy", ("add_noise",)),
+    ("foggy misty hazy", ("fog",)),
+    ("old vintage aged", ("age",)),
+    ("blurry blurred", ("blur", "soften")),
+    ("night nighttime", ("night",)),
+    ("day daytime", ("day",)),
+    ("high_contrast", _PUNCHIER),
+    ("low_contrast flat", _GENTLER),
+)
+"""What a picture in such a state is made, whatever else its state suggests: "turn my colour photo black and white"."""
 
 _SUBJECT = (
     r"(?:(?:(?:the|this|that|my|these|all)\s+)*(?:whole\s+|entire\s+)?(?:photo(?:graph)?|picture|image|pic|shot|snapshot|"
@@ -135,14 +155,18 @@ _NOT_SO_EN = re.compile(
 _MADE_EN = (
     re.compile(
         r"(?:(?:please|pls|can you|could you|would you|now|just)\s+)*"
-        r"(?:make|turn|get|change|transform|i want|i need|i['’]d like)\s+(?:(?:the|this|that|my|these|all)\s+)+"
+        r"(?:make|turn|get|change|transform|i want|i need|i['’]d like)\s+(?:(?:the|this|that|my|these|all|an?)\s+)+"
         rf"{_ADVERBS}(?P<fault>[a-z ]+?)\s+"
         r"(?:photo(?:graph)?|picture|image|pic|shot|snapshot|scene|light(?:ing)?|colou?r|tone)s?\s+"
-        rf"(?:(?:to\s+)?(?:look|be|appear)\s+|(?:in)?to\s+)?(?:an?\s+|more\s+|nice and\s+)*{_ADVERBS}(?P<goal>[a-z ]+?)"
-        r"(?:\s+(?:one|again|photo|picture|image)s?)?",
+        rf"(?:(?:to\s+)?(?:look|be|appear)\s+|(?:in)?to\s+)?(?:an?\s+|more\s+|nice and\s+)*{_ADVERBS}"
+        r"(?P<goal>[a-z& ]+?)(?:\s+(?:one|again|photo|picture|image|scene|shot)s?)?",
         re.I,
     ),
-    re.compile(r"(?:from\s+)?(?P<fault>[a-z ]+?)\s*(?:->|=>|→|\bto\b)\s*(?P<goal>[a-z ]+)", re.I),
+    re.compile(
+        r"(?:from\s+)?(?P<fault>[a-z ]+?)(?:\s+(?:photo|picture|image)s?)?\s*(?:->|=>|→|\b(?:in)?to\b)\s*(?:an?\s+)?"
+        r"(?P<goal>[a-z& ]+?)(?:\s+(?:one|photo|picture|image)s?)?",
+        re.I,
+    ),
 )
 """A fault, and what it shall become: "make the blurred photo sharp", "from dark to bright"."""
 _OFF_EN = re.compile(
@@ -229,6 +253,13 @@ _PATTERNS_ZH: tuple[tuple[re.Pattern[str], Cure], ...] = (
     ),
     (
         re.compile(
+            r"(?:把|让|使|将)?(?:它|这张|那张|我的|整张)?彩色?的?(?:照片|图片|相片|图|画面)?(?:变|变成|变为|改成|转成|转为|调成|处理成)"
+            r"(?:单色|黑白|灰度)的?"
+        ),
+        ("black_and_white",),
+    ),
+    (
+        re.compile(
             r"(?:把|让|使|将)?(?:它|这张|那张|我的|整张)?[很太]?(?:模糊|糊|虚)(?:掉|了)?的?(?:照片|图片|相片|图|画面|地方)?"
             r"(?:再|更加?|变[得成]?|弄得?|处理得?|调得?|做|给我)*(?:清晰|清楚)的?(?:一?[点些]儿?|起来|一下)?"
         ),
@@ -249,7 +280,7 @@ _PATTERNS_ZH: tuple[tuple[re.Pattern[str], Cure], ...] = (
     ),
 )
 _POLITE = re.compile(
-    r"^(?:请你?|帮我|麻烦|hey|hi|sorry|ugh|well|but)[\s,，]*|[\s,，]*(?:please|pls|thanks|谢谢|拜托)$", re.I
+    r"^(?:请你?|帮我|麻烦|(?:hey|hi|sorry|ugh|well|but)\b)[\s,，]*|[\s,，]*(?:please|pls|thanks|谢谢|拜托)$", re.I
 )
 _WORDS = {
     "bright": "brighten",
@@ -312,6 +343,8 @@ def _english(text: str) -> Cure:
         goal = _GOAL.get(found["goal"], ()) if found else ()
         if found and (made := tuple(each for each in _TOO.get(found["fault"], ()) if each in goal)):
             return made
+        if found and found["fault"] in _STATES and found["goal"] in _BECOME:
+            return _BECOME[found["goal"]]
     for pattern, known in ((_NOT_SO_EN, _TOO.keys()), (_TOO_EN, _TOO.keys()), (_IS_EN, _FAULTY)):
         found = pattern.fullmatch(text)
         if found and found["word"] in known:

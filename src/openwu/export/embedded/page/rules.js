@@ -300,6 +300,7 @@ export class Rules {
       const goal = found ? of(c._GOAL, found.groups.goal) : [];
       const made = found ? of(c._TOO, found.groups.fault).filter((edit) => goal.includes(edit)) : [];
       if (made.length) return made;
+      if (found && c._STATES.includes(found.groups.fault) && has(c._BECOME, found.groups.goal)) return c._BECOME[found.groups.goal];
     }
     const known = [[c._NOT_SO_EN, Object.keys(c._TOO)], [c._TOO_EN, Object.keys(c._TOO)], [c._IS_EN, c._FAULTY]];
     for (const [pattern, words] of known) {
