@@ -302,7 +302,7 @@ def test_a_small_example_of_a_vignette_fits_a_large_photograph(editor: Editor) -
 
 
 def test_words_beside_an_example_name_what_it_shows(editor: Editor, photograph: Image.Image) -> None:
-    """Others are overruled by the example, and that is said."""
+    """They change nothing, and that is said; those that ask for something else are refused."""
     grey = editor.edit(photograph, "black and white").image.convert("RGB")
     named = editor.edit(photographed("chelsea", QUICK_SIDE), "black and white", example=[(photograph, grey)])
     assert named.reproduced is not None
@@ -311,8 +311,17 @@ def test_words_beside_an_example_name_what_it_shows(editor: Editor, photograph: 
     pair = (photograph, graded(photograph))
     photo = photographed("chelsea", QUICK_SIDE)
     assert editor.edit(photo, example=[pair]).reproduced.note is None  # type: ignore[union-attr]
-    with pytest.raises(ExampleError, match="words beside an example can only name"):
-        editor.adapt(instruction="invert the colours", example=[pair])
+    for words in ("darken it", "make it black and white", "add film grain"):
+        with pytest.raises(ExampleError, match="words beside an example can only name"):
+            editor.adapt(instruction=words, example=[pair])
+    plain = editor.edit(photo, example=[pair], seed=0)
+    for words in ("brighten", "my summer look", "darken it"):
+        titled = editor.edit(photo, words, example=[pair], seed=0, allow_out_of_scope=words == "darken it")
+        assert np.array_equal(titled.photo.pixels, plain.photo.pixels)
+        assert titled.reproduced is not None
+        assert titled.reproduced.note == DECIDES
+        assert titled.adapter.instructions == (("",),)
+        assert np.array_equal(editor.edit(photo, adapter=titled.adapter, seed=0).photo.pixels, plain.photo.pixels)
 
 
 def test_examples_of_what_no_example_can_teach_are_refused(editor: Editor, photograph: Image.Image) -> None:

@@ -8,11 +8,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from openwu.backbones.protocol import EditJob, Progress
-from openwu.editor.requests import Task, timed, with_instruction
+from openwu.editor.requests import EditRequest, Task, timed, with_instruction
 from openwu.editor.shown.refine import refine_adapters, reproduced_by
-from openwu.editor.shown.reproduction import Reproduction
+from openwu.editor.shown.reproduction import Reproduction, check_named, reduced
 from openwu.editor.shown.solve import solved_adapter
 from openwu.editor.tasks import condition_kind
+from openwu.errors import InstructionError
 from openwu.export.fit import with_kernels
 from openwu.types import Adapter, Condition
 
@@ -87,18 +88,37 @@ def try_example(
     """Compare a task's example with what its adapter (b = 1) makes of it; None for a task without one.
 
     For a refined adapter, with what the generated one makes of it, too. Adds to `timings`. Raises ExampleError for an
-    example that is not understood, unless `allow_out_of_scope`.
+    example that is not understood, and for words beside it that ask for something else, unless `allow_out_of_scope`.
     """
     if not task.job.examples:
         return None
     with timed(timings, "example"):
-        found = reproduced_by(editor, task.job, adapter)
+        words = task.request.instruction.strip()
+        found = replace(reproduced_by(editor, task.job, adapter), told=bool(words))
         if adapter.refined:
             (start,) = generate_adapters(editor, [task.job], allow_out_of_scope, 1, {})
             found = replace(found, before=reproduced_by(editor, task.job, start).share)
     if not allow_out_of_scope:
         found.check()
+        if words:
+            _check_words(editor, task, words)
     return found
+
+
+def _check_words(editor: Editor, task: Task, words: str) -> None:
+    """Raise ExampleError where words beside an example ask for one edit that is not what it shows.
+
+    Words that name no edit, or several, change nothing and stand.
+    """
+    pairs = [(reduced(before), reduced(after)) for before, after in task.job.examples]
+    try:
+        seed = task.job.seed
+        asked = [editor._task(EditRequest([before], words, seed=seed), (before,), None, True) for before, _ in pairs]
+    except InstructionError:
+        return
+    if len(asked[0].job.instructions) == 1:
+        adapters = generate_adapters(editor, [each.job for each in asked], True, len(asked), {})
+        check_named(pairs, editor._apply(asked, adapters, editor.sampling, None), words)
 
 
 def _condition(editor: Editor, jobs: Sequence[EditJob]) -> Condition:

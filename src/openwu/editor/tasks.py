@@ -45,11 +45,11 @@ def make_task(
     """
     first = None if request.edit is None else sentence_of(request.edit, base, name)
     texts = checked_instructions(request, given, base.check_instruction, first)
-    job = job_of(base, request, photos, texts)
-    if request.example:  # words beside an example are a hint, and nothing to refuse
-        pairs = read_examples(request.example)
+    if request.example:  # Words beside it are compared with it (`generate.try_example`), and read by nothing else.
+        pairs, job = read_examples(request.example), job_of(base, request, photos, ("",))
         job = replace(job, examples=pairs, per_photo=request.per_photo, refine=int(request.refine))
         return Task(request, job, None)
+    job = job_of(base, request, photos, texts)
     if texts == ("",):  # an adapter without words
         return Task(request, job, None)
     with turn:

@@ -104,7 +104,8 @@ class PhotoEditor:
             allow_out_of_scope=anyway or untrained,  # training may bring what the generated adapter lacks
             progress=progress,
         )
-        return replace(self, adapter=adapter, reproduced=self.editor.reproduction(adapter, pairs, words))
+        reproduced = self.editor.reproduction(adapter, pairs, words)
+        return replace(self, adapter=adapter, words=("", *self.words[1:]), reproduced=reproduced)
 
     def understand(self) -> Understood | None:
         """Return what the words are taken for.

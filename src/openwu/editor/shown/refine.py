@@ -83,7 +83,7 @@ def reproduced_by(editor: Editor, job: EditJob, adapter: Adapter) -> Reproductio
         tasks = [Task(EditRequest([]), each, None) for each in jobs]
         return editor._apply(tasks, [adapter] * len(tasks), editor.sampling, None)
 
-    return replace(reproduction(job.examples, edit), told=any(job.instructions))
+    return reproduction(job.examples, edit)
 
 
 @torch.inference_mode(False)  # whatever the caller is in: steps need gradients

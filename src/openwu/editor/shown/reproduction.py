@@ -22,6 +22,9 @@ CLEAR = 0.6
 REFINED_ACCEPTED = 0.6
 """The same where the share is that after training on the example, which says less about other photographs."""
 DECIDES = "the example decides; words beside it only name what it shows: ask for anything else in a second edit"
+NAMED = 0.3
+"""Least cosine of the change that an example shows with the one that words beside it ask for. Words that name it have
+0.5 or more as a rule, its opposite less than 0."""
 VISIBLE = 1 / 255
 """Root mean square of a change, of 1, below which two pictures show none."""
 ANYWAY = "try anyway with --allow-out-of-scope (allow_out_of_scope=True)"
@@ -42,8 +45,7 @@ class Reproduction:
     before: float | None = None
     """Of a refined adapter: the share that the generated one reproduced."""
     told: bool = False
-    """Whether words stand beside the example. The last layer is solved for under them, so that words that ask for
-    something else are overruled: it is said, and more of the example must come out."""
+    """Whether words stand beside the example: that they change nothing is said."""
 
     @property
     def share(self) -> float:
@@ -79,14 +81,8 @@ class Reproduction:
         self.check_change()
         generated = self.share if self.before is None else self.before
         refined = self.before is not None and self.share >= REFINED_ACCEPTED
-        if generated >= (CLEAR if self.told else ACCEPTED) or (refined and not self.told):
+        if generated >= ACCEPTED or refined:
             return
-        if self.told:
-            raise ExampleError(
-                f"example: not understood, {_percent(generated)}% of its change can be reproduced under these words, "
-                f"{_percent(CLEAR)}% are needed; words beside an example can only name the edit that it shows. Leave "
-                f"them out and ask for the rest in a second edit, or {ANYWAY}"
-            )
         shares = [1 - error / max(change, VISIBLE) for error, change in zip(self.errors, self.changes, strict=True)]
         each = ", ".join(f"pair {i}: {max(0.0, share):.0%}" for i, share in enumerate(shares, 1))
         first = "Train on it (--refine, refine=30), show" if self.before is None else "Refine for more steps, show"
@@ -112,6 +108,23 @@ def _check_visible(changes: Sequence[float]) -> None:
         raise ExampleError(
             "example: expected a picture before an edit and one after it, got two that look alike; choose others, "
             f"or {ANYWAY}"
+        )
+
+
+def check_named(pairs: Sequence[tuple[Photo, Photo]], edited: Sequence[Photo], words: str) -> None:
+    """Raise ExampleError where words beside an example ask for another edit than it shows.
+
+    `pairs`: reduced. `edited`: what the words by themselves make of the pictures before.
+    """
+    shown = np.concatenate([(after.floats() - before.floats()).ravel() for before, after in pairs])
+    asked = np.concatenate(
+        [(made.floats() - before.floats()).ravel() for made, (before, _) in zip(edited, pairs, strict=True)]
+    )
+    alike = float(shown @ asked) / max(float(np.linalg.norm(shown) * np.linalg.norm(asked)), 1e-12)
+    if alike < NAMED:
+        raise ExampleError(
+            f"example: the words beside it, {words!r}, ask for another edit than it shows; words beside an example can "
+            f"only name the edit that it shows. Leave them out and ask for the rest in a second edit, or {ANYWAY}"
         )
 
 
