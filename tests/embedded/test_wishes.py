@@ -154,7 +154,13 @@ def test_a_clause_that_the_edit_obeys_refuses_nothing(base: EmbeddedBase) -> Non
         assert taken_for(base, sentence) == ["brighten"]
 
 
-@pytest.mark.parametrize("sentence", ["don't brighten it", "do not add fog", "不要变暗", "别加雾"])
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        *("don't brighten it", "do not add fog", "不要变暗", "别加雾"),
+        *("remove the oil paint look", "take the sepia away", "undo the cartoon effect", "去掉油画感"),
+    ],
+)
 def test_a_negation_alone_is_refused(base: EmbeddedBase, sentence: str) -> None:
     with pytest.raises(InstructionError, match="says what not to do"):
         read(base, sentence)

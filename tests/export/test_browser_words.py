@@ -66,6 +66,8 @@ blurry -> sharp
 from cold to warm
 make the dark photo black and white
 turn my colour photo into b&w
+take the sepia away
+去掉油画感
 from sharp to blurry
 彩色照片变单色
 让这张模糊的图清楚一点

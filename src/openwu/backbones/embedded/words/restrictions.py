@@ -113,8 +113,33 @@ DENIED: tuple[tuple[re.Pattern[str], frozenset[str]], ...] = (
         re.compile(r"\btoo (?:pale|faded|washed out|dull)\b|太(?:淡|浅|苍白)", re.IGNORECASE),
         frozenset({"fade"}),
     ),
+    *(
+        (
+            re.compile(
+                r"\b(?:remove|undo|get rid of|lose|take (?:away|off|out))\s+(?:the\s+|this\s+|that\s+)?"
+                rf"(?:{english})\b|"
+                rf"\b(?:take|make) (?:the|this|that) (?:{english})\b[^.,;]*\b(?:away|off|out)\b|"
+                rf"(?:去掉|去除|移除|取消|消除)(?:这种|那种)?(?:{chinese})",
+                re.IGNORECASE,
+            ),
+            frozenset({edit}),
+        )
+        for edit, english, chinese in (
+            ("sepia", "sepia", "棕褐|怀旧"),
+            ("oil", "oil|oily", "油画"),
+            ("watercolour", "watercolou?r", "水彩"),
+            ("cartoon", "cartoon", "卡通|漫画|动漫"),
+            ("pencil", "pencil|sketch", "铅笔|素描"),
+            ("charcoal", "charcoal", "炭笔"),
+            ("halftone", "halftone", "半调|网点"),
+            ("cross_stitch", "cross[ -]stitch", "十字绣"),
+            ("emboss", "emboss\\w*", "浮雕"),
+            ("neon", "neon", "霓虹"),
+            ("sunset", "sunset", "日落|夕阳"),
+        )
+    ),
 )
-"""Words for what there shall be less of, and the edits that would bring more."""
+"""Words for what there shall be less of, or what shall go, and the edits that would bring more."""
 
 
 _QUALITY = (
