@@ -324,6 +324,20 @@ def test_words_beside_an_example_name_what_it_shows(editor: Editor, photograph: 
         assert np.array_equal(editor.edit(photo, adapter=titled.adapter, seed=0).photo.pixels, plain.photo.pixels)
 
 
+def test_words_beside_an_example_change_nothing_from_the_command_line(photograph: Image.Image, tmp_path: Path) -> None:
+    """A guarantee for the edit that they name had made the picture grey."""
+    photo, before, after = (str(tmp_path / f"{name}.png") for name in ("photo", "before", "after"))
+    photographed("chelsea", QUICK_SIDE).save(photo)
+    photograph.save(before)
+    graded(photograph).save(after)
+    made = []
+    for number, words in enumerate(([], ["--instruction", "black and white", "--allow-out-of-scope"])):
+        output = tmp_path / f"{number}.png"
+        assert main(["edit", photo, "--example", before, after, *words, "--output", str(output)]) == 0
+        made.append(np.asarray(Image.open(output)))
+    assert np.array_equal(*made)
+
+
 def test_examples_of_what_no_example_can_teach_are_refused(editor: Editor, photograph: Image.Image) -> None:
     grain = np.random.default_rng(0).normal(0, 14, (photograph.height, photograph.width, 1))
     noisy = Image.fromarray((floats(photograph) + grain).round().clip(0, 255).astype(np.uint8))

@@ -105,6 +105,7 @@ class PhotoEditor:
             progress=progress,
         )
         reproduced = self.editor.reproduction(adapter, pairs, words)
+        # The words beside the example have been compared with it; with its adapter the base reads none.
         return replace(self, adapter=adapter, words=("", *self.words[1:]), reproduced=reproduced)
 
     def understand(self) -> Understood | None:
